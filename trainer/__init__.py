@@ -1,0 +1,1 @@
+"""Training and fine-tuning the attention of diffusion models."""

@@ -1,0 +1,88 @@
+"""The command line: verbs and `key=value` words. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import sys
+
+BAD_RECIPE = 78
+USAGE = """usage: python -m trainer <verb> [key=value ...]
+
+  fit recipe=<name> [backbone=<name or folder>] [section.key=value ...]
+                         train; the run folder with the adapter is printed at the end
+  check recipe=<name> [plan=true] [...]
+                         check a recipe completely; plan=true loads the backbone and shows what would train
+  sample adapter=<file or run folder> | backbone=<name or folder>   prompt="..."
+         [count=1 seed=0 steps=25 guidance=5 negative="" out=samples]
+                         write PNGs
+  evaluate run=<run folder> [judge=<CLIP folder>]
+                         base beside adapted, in numbers
+  export run=<run folder> out=<folder> [format=merged dtype=float32]
+                         a whole pipeline folder for stock diffusers
+  list [recipes|backbones|methods|data]
+                         what there is
+
+example: python -m trainer fit recipe=custom_diffusion backbone=sd15 data.concept=./my_dog
+"""
+
+
+def main(words: list[str]) -> int:
+    verb, *rest = words or ["--help"]
+    if verb in ("-h", "--help", "help") or any(word in ("-h", "--help") for word in rest):
+        print(USAGE, end="")
+        return 0
+    if verb == "list":
+        return _list(rest)
+    if verb not in ("fit", "check", "sample", "evaluate", "export"):
+        import difflib
+
+        near = difflib.get_close_matches(verb, ["fit", "check", "sample", "evaluate", "export", "list"], 1)
+        print(f"error: no verb is called {verb!r}" + (f"; did you mean {near[0]}?" if near else ""), file=sys.stderr)
+        print(USAGE, end="", file=sys.stderr)
+        return BAD_RECIPE
+    try:
+        from trainer import verbs
+
+        return int(getattr(verbs, verb)(rest) or 0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        import errno
+
+        print(f"error: {error}", file=sys.stderr)
+        return 74 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 1
+    except (ValueError, ModuleNotFoundError) as error:
+        # what a user can mend; anything else is ours and keeps its traceback
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_RECIPE
+
+
+def _list(rest: list[str]) -> int:
+    """Names and their first comment line, read as text: no YAML, no torch."""
+    from trainer.resources import BACKBONES, RECIPES, methods, sources
+
+    def first_line(path: object) -> str:
+        with open(str(path), encoding="utf-8") as file:
+            return file.readline().strip().lstrip('#" ').rstrip('"')
+
+    tables = {
+        "recipes": sorted(RECIPES.glob("*.yaml")),
+        "backbones": sorted(BACKBONES.glob("*.yaml")),
+        "methods": methods(),
+        "data": sources(),
+    }
+    for wanted in rest:
+        if wanted not in tables:
+            print(f"error: list {wanted}: there are {', '.join(tables)}", file=sys.stderr)
+            return BAD_RECIPE
+    for name, paths in tables.items():
+        if rest and name not in rest:
+            continue
+        print(f"{name}:")
+        for path in paths:
+            print(f"  {path.stem:20} {first_line(path)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

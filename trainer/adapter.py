@@ -1,0 +1,111 @@
+"""The adapter: one safetensors file with exactly the trained tensors by parameter name, and the recipe in its header."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trainer import backbones, methods, recipe
+
+if TYPE_CHECKING:
+    from trainer.backbones.sd import StableDiffusion
+
+FORMAT = "attention-trainer-adapter-1"
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], tree: Mapping[str, Any], identity: Mapping[str, str]) -> None:
+    """Writes the file beside its name and renames it, so that a full disk leaves nothing half written."""
+    metadata = {"format": FORMAT, "recipe": json.dumps(tree, sort_keys=True), "backbone": json.dumps(dict(identity))}
+    part = path.with_name(f".{path.name}.part")
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, metadata)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The resolved recipe and the backbone's identity, without reading a tensor.
+
+    Raises:
+        ValueError: the file is missing, no safetensors, or not an adapter of ours.
+    """
+    if not path.is_file():
+        raise ValueError(f"adapter={path}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"adapter={path}: not a safetensors file ({error}); pickles are never loaded") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"adapter={path}: its header says {metadata.get('format')!r}; an adapter says {FORMAT!r}")
+    return json.loads(metadata["recipe"]), json.loads(metadata["backbone"])
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors by parameter name; `header` has checked the file."""
+    return load_file(path)
+
+
+def check(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    stored: Mapping[str, str],
+    own: Mapping[str, str],
+) -> None:
+    """Refuses a file that is not for this model, naming both sides.
+
+    Raises:
+        ValueError: another backbone, a missing or unasked key, another shape.
+    """
+    for part, value in stored.items():
+        if part != "name" and own.get(part) != value:
+            raise ValueError(
+                f"adapter={path} was trained on backbone {stored.get('name')} ({part} {value}); the one loaded is "
+                f"{own.get('name')} ({part} {own.get(part)})"
+            )
+    missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    if missing or extra:
+        raise ValueError(
+            f"adapter={path} does not fit its recipe: the model trains {missing[:3] or 'nothing more'}, which the file "
+            f"lacks; the file holds {extra[:3] or 'nothing more'}, which the model does not train"
+        )
+    for name, value in wanted.items():
+        if tensors[name].shape != value.shape:
+            raise ValueError(
+                f"adapter={path}: {name} is {tuple(tensors[name].shape)} in the file and {tuple(value.shape)} in the model"
+            )
+
+
+def load(path: Path, backbone: str | None = None) -> tuple[StableDiffusion, dict[str, Any]]:
+    """The backbone an adapter was trained on, adapted, and the recipe it carries.
+
+    Args:
+        backbone: a name or folder to use instead of the recipe's own; it must have the same shapes.
+
+    Raises:
+        ValueError: see `header` and `check`.
+    """
+    tree, stored = header(path)
+    name = backbone or tree["backbone"]
+    loaded = backbones.load(recipe.backbone_spec(name), name)
+    methods.apply(loaded, recipe.methods_of(tree.get("methods")))
+    parameters = dict(loaded.named_parameters())
+    wanted = {key: value for key, value in parameters.items() if value.requires_grad}
+    tensors = read(path)
+    check(path, tensors, wanted, stored, loaded.identity())
+    with torch.no_grad():
+        for key, value in wanted.items():
+            value.copy_(tensors[key])
+    return loaded.requires_grad_(False), tree

@@ -1,0 +1,127 @@
+"""The step context tells attention ops where in a run they are: step, timestep, frames, roles of
+batch rows.
+
+Who runs a denoiser sets it, ops read it:
+
+    roles = {"uncond": slice(0, 2), "cond": slice(2, 4)}
+    with use(StepContext(step=3, num_steps=50, timestep=t, roles=roles)):
+        denoiser(x_t, t, encoder_hidden_states=text)
+
+Gradient checkpointing runs a block a second time in the backward pass, outside the `with`, on CUDA
+even in another thread. So sites never read the context variable. A hook before each forward of the
+denoiser stamps the context on a `ContextHolder` which the sites share and which outlives the
+forward, and `BoundCheckpoint` makes the second run of a block see what its first run saw, also when
+the denoiser ran again with another context before the backward (a prior image, a distillation
+teacher).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class StepContext:
+    """One call of the denoiser. Frozen: a later change must not reach back into a recompute.
+
+    `timestep` is what the denoiser was called with, `roles` names batch rows, `latent_size` is the
+    (height, width) of the denoiser's input; left None it is filled in from the call.
+    """
+
+    step: int
+    num_steps: int
+    timestep: Tensor
+    frames: int = 1
+    roles: Mapping[str, slice | Tensor] = field(default_factory=dict)
+    training: bool = False
+    latent_size: tuple[int, int] | None = None
+
+    def rows(self, role: str) -> slice | Tensor:
+        """The batch rows of a role, usable as an index; an unknown role is a `ValueError`."""
+        if role not in self.roles:
+            known = ", ".join(sorted(self.roles)) or "none"
+            raise ValueError(f"no batch rows have the role {role!r}; roles of this call: {known}")
+        return self.roles[role]
+
+
+_current: ContextVar[StepContext | None] = ContextVar("step_context", default=None)
+
+
+@contextmanager
+def use(ctx: StepContext) -> Iterator[StepContext]:
+    """Every denoiser called inside runs under `ctx`; uses nest."""
+    token = _current.set(ctx)
+    try:
+        yield ctx
+    finally:
+        _current.reset(token)
+
+
+def current() -> StepContext | None:
+    """The context in use here. For those who call denoisers; ops get theirs as an argument."""
+    return _current.get()
+
+
+def completed(ctx: StepContext | None, call: Mapping[str, Any], training: bool) -> StepContext:
+    """`ctx` with its latent size, or without one what the denoiser's own arguments tell.
+
+    `call` maps argument names of the denoiser's forward to values.
+    """
+    sample = call.get("sample", call.get("hidden_states"))  # b c h w, or b c f h w
+    size = (sample.shape[-2], sample.shape[-1]) if isinstance(sample, Tensor) else None
+    if ctx is not None:
+        return ctx if ctx.latent_size is not None else replace(ctx, latent_size=size)
+    frames = sample.shape[2] if isinstance(sample, Tensor) and sample.ndim == 5 else 1
+    timestep = torch.as_tensor(call.get("timestep", 0))
+    return StepContext(0, 1, timestep, frames, training=training, latent_size=size)
+
+
+class ContextHolder:
+    """The one place where all sites of a denoiser read the context of the running forward.
+
+    Before the first forward it holds step 0 of 1 at timestep 0, so a block can be called by itself.
+    """
+
+    def __init__(self) -> None:
+        self.ctx = StepContext(0, 1, torch.zeros(()))
+
+    @contextmanager
+    def holding(self, ctx: StepContext) -> Iterator[None]:
+        before, self.ctx = self.ctx, ctx
+        try:
+            yield
+        finally:
+            self.ctx = before
+
+
+class BoundCheckpoint:
+    """Wraps a checkpoint function: a block recomputes under the context of its own forward."""
+
+    def __init__(self, holder: ContextHolder, inner: Callable[..., Any]) -> None:
+        self.holder = holder
+        self.inner = inner
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        ctx = self.holder.ctx
+
+        def run(*inputs: Any, **options: Any) -> Any:
+            with self.holder.holding(ctx):
+                return function(*inputs, **options)
+
+        return self.inner(run, *args, **kwargs)
+
+
+def bound(function: Callable[..., Any], holder: ContextHolder) -> BoundCheckpoint:
+    """`function` bound to this holder; a block copied from elsewhere may come bound to another."""
+    if isinstance(function, BoundCheckpoint):
+        if function.holder is holder:
+            return function
+        function = function.inner
+    return BoundCheckpoint(holder, function)

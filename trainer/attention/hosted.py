@@ -1,0 +1,147 @@
+"""The hosted processor runs one attention layer as fixed stages; `op.py` lists them.
+
+    tokens -> context -> project q, k, v -> kv -> mask -> kernel -> branch -> output -> restore
+                                                (scores, probs: only where an op asks for them)
+
+With no op installed it is bit-identical to diffusers' `AttnProcessor2_0`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from trainer.attention.context import ContextHolder
+from trainer.attention.kernels import attention_probs, attention_scores, sdpa
+from trainer.attention.op import Op, by_stage, has_stage
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+
+    from trainer.attention.context import StepContext
+    from trainer.attention.sites import Site
+
+
+class HostedProcessor:
+    """Processor of one classic `Attention`, self or cross, with the ops installed there.
+
+    No `nn.Module`: `Attention.forward` filters arguments by the signature of `processor.__call__`,
+    which for a module is `(*args, **kwargs)`, and `temb` would be lost. It refers to its site and
+    to the context holder only, so that copying one block does not copy the whole denoiser.
+    """
+
+    def __init__(self, site: Site, holder: ContextHolder, previous: object) -> None:
+        self.site = site
+        self.holder = holder
+        self.previous = previous
+        self.reached = False
+        self.set_ops(())
+
+    def set_ops(self, ops: tuple[Op, ...]) -> None:
+        self.ops = ops
+        self.stages = by_stage(ops)
+        self.reached = False
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,  # b n c, or b c h w
+        encoder_hidden_states: Tensor | None = None,  # b m c'
+        attention_mask: Tensor | None = None,  # (b or b*heads) (1 or n) m
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        self.reached = True
+        site, ctx, stages = self.site, self.holder.ctx, self.stages
+        x, mask = _enter(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        for op in stages["tokens"]:
+            x = op.tokens(x, site, ctx)
+        q, k, v = self._project(attn, x, encoder_hidden_states, ctx)
+        for op in stages["kv"]:
+            q, k, v = op.kv(q, k, v, site, ctx)
+        for op in stages["mask"]:
+            mask = op.mask(mask, q, k, site, ctx)
+        o = self._attend(q, k, v, mask, None if attn.scale_qk else attn.scale, ctx)
+        for op in stages["branch"]:
+            o = op.branch(o, q, site, ctx)
+        for op in stages["output"]:
+            o = op.output(o, site, ctx)
+        y = attn.to_out[1](attn.to_out[0](o.transpose(1, 2).flatten(2).to(q.dtype)))
+        for op in stages["restore"]:
+            y = op.restore(y, site, ctx)
+        return _leave(attn, y, hidden_states)
+
+    def _project(
+        self, attn: Attention, x: Tensor, encoder: Tensor | None, ctx: StepContext
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q = attn.to_q(x)
+        k_ctx = v_ctx = x if encoder is None else encoder
+        for op in self.stages["context"]:
+            k_ctx, v_ctx = op.context(k_ctx, v_ctx, self.site, ctx)
+        if encoder is not None and attn.norm_cross is not None:
+            same = k_ctx is v_ctx
+            k_ctx = attn.norm_encoder_hidden_states(k_ctx)
+            v_ctx = k_ctx if same else attn.norm_encoder_hidden_states(v_ctx)
+        k, v = attn.to_k(k_ctx), attn.to_v(v_ctx)
+        q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))  # b h . d
+        q = q if attn.norm_q is None else attn.norm_q(q)
+        k = k if attn.norm_k is None else attn.norm_k(k)
+        return q, k, v
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        ctx: StepContext,
+    ) -> Tensor:
+        site = self.site
+        if self.stages["kernel"]:
+            (op,) = self.stages["kernel"]
+            return op.kernel(q, k, v, mask, site, ctx)
+        on_scores = _open(self.stages["scores"], q, site, ctx)
+        on_probs = _open(self.stages["probs"], q, site, ctx)
+        if not on_scores and not on_probs:
+            return sdpa(q, k, v, mask, scale)
+        scores = attention_scores(q, k, scale)
+        for op in on_scores:
+            scores = op.scores(scores, site, ctx)
+        probs = attention_probs(scores, mask).to(v.dtype)
+        for op in on_probs:
+            probs = op.probs(probs, site, ctx)
+        return probs @ v
+
+
+def _enter(
+    attn: Attention,
+    hidden: Tensor,
+    encoder: Tensor | None,
+    mask: Tensor | None,
+    temb: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens after the site's own norms, (b, n, c), and mask per head, (b, heads, 1 or n, m)."""
+    x = hidden if attn.spatial_norm is None else attn.spatial_norm(hidden, temb)
+    x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+    if mask is not None:
+        batch, length, _ = (x if encoder is None else encoder).shape
+        mask = attn.prepare_attention_mask(mask, length, batch)
+        mask = mask.view(batch, attn.heads, -1, mask.shape[-1])
+    if attn.group_norm is not None:
+        x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+    return x, mask
+
+
+def _leave(attn: Attention, y: Tensor, hidden: Tensor) -> Tensor:
+    """Back to the shape of the input, with residual and rescaling."""
+    if hidden.ndim == 4:
+        y = y.transpose(-1, -2).reshape(hidden.shape)
+    if attn.residual_connection:
+        y = y + hidden
+    return y / attn.rescale_output_factor
+
+
+def _open(ops: tuple[Any, ...], q: Tensor, site: Site, ctx: StepContext) -> list[Any]:
+    """The ops that want to run here, see `gate` in `op.py`."""
+    return [op for op in ops if not has_stage(op, "gate") or op.gate(q, site, ctx)]

@@ -1,0 +1,62 @@
+"""Attention kernels: pure functions from queries, keys and values to outputs.
+
+    o = softmax(q k^T * scale + mask) v                        scale = head_dim ** -0.5 unless given
+
+`q` is (batch, heads, queries, head_dim), `k` and `v` are (batch, heads, keys, head_dim). `mask`
+broadcasts to (batch, heads, queries, keys): added to the scores, or if bool, True where a query may
+look. A query that may look nowhere gets zeros, as from PyTorch's own kernels, not NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
+
+
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """PyTorch's fused attention."""
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=False, scale=scale
+    )
+
+
+def eager(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """The same with an explicit softmax: the reference in tests."""
+    return eager_with_probs(q, k, v, mask, scale)[0]
+
+
+def eager_with_probs(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output (batch, heads, queries, head_dim) and probabilities (batch, heads, queries, keys)."""
+    probs = attention_probs(attention_scores(q, k, scale), mask).to(v.dtype)
+    return probs @ v, probs
+
+
+def attention_scores(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    """Scaled dot products before mask and softmax, (batch, heads, queries, keys)."""
+    return (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
+
+
+def attention_probs(scores: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Masked softmax over keys, computed in at least float32 and returned so."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if mask is None:
+        return scores.softmax(dim=-1)
+    is_bool = mask.dtype == torch.bool
+    scores = scores.masked_fill(~mask, float("-inf")) if is_bool else scores + mask
+    # softmax of a row of -inf is NaN, its gradient too: fill the row before, empty it after
+    blind = torch.isneginf(scores).all(dim=-1, keepdim=True)
+    return scores.masked_fill(blind, 0.0).softmax(dim=-1).masked_fill(blind, 0.0)
+
+
+KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "eager": eager}

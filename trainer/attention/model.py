@@ -1,0 +1,45 @@
+"""What a method may know of the model it edits: attention sites, text encoders, parameters. Nothing of its family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from trainer.attention.processor import Host
+    from trainer.attention.sites import Site
+
+
+class AttentionModel(Protocol):
+    """A backbone as methods see it. Parameter names start with the part's name, as in `unet.conv_in.weight`."""
+
+    denoiser_name: str
+
+    @property
+    def denoiser(self) -> nn.Module: ...
+
+    @property
+    def sites(self) -> list[Site]:
+        """The attention layers of the denoiser in forward order; `site.name` is relative to the denoiser."""
+        ...
+
+    @property
+    def host(self) -> Host:
+        """The hosted processors, attached at first use."""
+        ...
+
+    @property
+    def text_encoders(self) -> Mapping[str, nn.Module]:
+        """Part name to text encoder, as in `{"text_encoder": CLIPTextModel}`."""
+        ...
+
+    @property
+    def tokenizers(self) -> Mapping[str, Any]:
+        """Part name of a text encoder to its tokenizer."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any: ...

@@ -1,0 +1,166 @@
+"""The host puts the hosted processor on every site of a denoiser and keeps account of the ops."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import nn
+
+from trainer.attention.context import BoundCheckpoint, ContextHolder, bound, completed, current
+from trainer.attention.hosted import HostedProcessor
+from trainer.attention.op import Op, refuse_conflicts
+from trainer.attention.sites import Site, scan
+
+__all__ = ["Host", "HostedProcessor", "Op"]
+
+_HOST = "_attention_host"
+_CHECKPOINT = "_gradient_checkpointing_func"  # where diffusers keeps it on every block
+
+
+class Host:
+    """Use `Host.attach(denoiser)`, not the constructor.
+
+    Deep-copying the denoiser copies its host, ops and hooks along; `Host.attach(copy)` returns the
+    copy's host.
+    """
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.denoiser = denoiser
+        self.holder = ContextHolder()
+        self.sites: list[Site] = []
+        self.processors: dict[str, HostedProcessor] = {}
+        self.unproven = False
+        self.parameters = list(inspect.signature(denoiser.forward).parameters)
+        self.handles = [
+            denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
+            denoiser.register_forward_hook(self._after),
+        ]
+
+    @classmethod
+    def attach(cls, denoiser: nn.Module) -> Host:
+        """The host of a denoiser, made at the first call; later calls take in sites added since."""
+        sites = scan(denoiser)
+        host = denoiser.__dict__.get(_HOST)
+        if host is None:
+            host = denoiser.__dict__[_HOST] = cls(denoiser)
+        host._take(sites)
+        return host
+
+    def install(self, op: Op, sites: Sequence[Site]) -> None:
+        """Adds an op to sites; an op that is an `nn.Module` becomes `<site>.<op.name>`.
+
+        Raises `ValueError`, and changes nothing, if there is no site, a site is not hosted here,
+        the op is there already, its name is taken, or another op there excludes it.
+        """
+        if not sites:
+            raise ValueError(f"op {op.name!r} was given no site; widen its selector")
+        hosted = [self._hosted(site) for site in sites]
+        for processor in hosted:
+            _refuse_name(op, processor)
+            refuse_conflicts((*processor.ops, op), processor.site)
+        for processor in hosted:
+            processor.set_ops((*processor.ops, op))
+            if isinstance(op, nn.Module):
+                processor.site.module.add_module(op.name, op)
+        self.unproven = True
+
+    def remove(self, op: Op) -> None:
+        """Takes an op off all its sites; `ValueError` if it is on none."""
+        hosted = [p for p in self.processors.values() if any(o is op for o in p.ops)]
+        if not hosted:
+            raise ValueError(f"op {op.name!r} is installed on no site of this denoiser")
+        for processor in hosted:
+            processor.set_ops(tuple(o for o in processor.ops if o is not op))
+            if isinstance(op, nn.Module):
+                delattr(processor.site.module, op.name)
+
+    def detach(self) -> None:
+        """Removes all ops and hooks and puts back the processors that were there before."""
+        for op in {id(op): op for p in self.processors.values() for op in p.ops}.values():
+            self.remove(op)
+        for processor in self.processors.values():
+            module: Any = processor.site.module
+            if module.processor is processor:
+                module.set_processor(processor.previous)
+        for module in self.denoiser.modules():
+            function = module.__dict__.get(_CHECKPOINT)
+            if isinstance(function, BoundCheckpoint):
+                module.__dict__[_CHECKPOINT] = function.inner
+        for handle in self.handles:
+            handle.remove()
+        del self.denoiser.__dict__[_HOST]
+
+    def _take(self, sites: list[Site]) -> None:
+        self.sites = sites
+        known, self.processors = self.processors, {}
+        for site in sites:
+            module: Any = site.module
+            processor = known.get(site.name)
+            if isinstance(module.processor, HostedProcessor):
+                processor = module.processor
+            elif type(module.processor) not in (AttnProcessor, AttnProcessor2_0):
+                continue
+            elif processor is None or processor.site.module is not module:
+                processor = HostedProcessor(site, self.holder, module.processor)
+            # a block copied from elsewhere in the model brings its processor along: adopt that
+            processor.site, processor.holder = site, self.holder
+            module.set_processor(processor)
+            self.processors[site.name] = processor
+        # a site that lost its processor stays listed while it has ops: reported as never reached
+        self.processors |= {n: p for n, p in known.items() if p.ops and n not in self.processors}
+        self.unproven = any(p.ops for p in self.processors.values())
+        self.checkpointing = [
+            m for m in self.denoiser.modules() if hasattr(m, "gradient_checkpointing")
+        ]
+
+    def _hosted(self, site: Site) -> HostedProcessor:
+        processor = self.processors.get(site.name)
+        if processor is not None and processor.site.module is site.module:
+            return processor
+        if any(site.module is own.module for own in self.sites):
+            raise ValueError(
+                f"{site.name!r} runs {type(site.module.processor).__name__}, which is not "
+                "hosted yet; choose other sites, or call set_attn_processor(AttnProcessor2_0()) "
+                "before Host.attach if that is what the model was trained with"
+            )
+        raise ValueError(
+            f"{site.name!r} is no site of this denoiser; choose from the `sites` of its host"
+        )
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        call = dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
+        self.holder.ctx = completed(current(), call, module.training)
+        for block in self.checkpointing:
+            if block.gradient_checkpointing:
+                block.__dict__[_CHECKPOINT] = bound(block.__dict__[_CHECKPOINT], self.holder)
+        if self.unproven:
+            for processor in self.processors.values():
+                processor.reached = False
+
+    def _after(self, module: nn.Module, args: object, output: object) -> None:
+        if not self.unproven:
+            return
+        missed = [p.site.name for p in self.processors.values() if p.ops and not p.reached]
+        if missed:
+            raise RuntimeError(
+                "attention ops are installed on sites that the forward of "
+                f"{type(module).__name__} never reached: {', '.join(missed)}. Either the model "
+                "skips them, then choose other sites, or their processors were replaced after "
+                "Host.attach (set_attn_processor, xformers, fused projections), then attach last"
+            )
+        self.unproven = False
+
+
+def _refuse_name(op: Op, processor: HostedProcessor) -> None:
+    if any(other is op or other.name == op.name for other in processor.ops):
+        raise ValueError(
+            f"op {op.name!r} is already on {processor.site.name!r}; remove it first or rename it"
+        )
+    if isinstance(op, nn.Module) and hasattr(processor.site.module, op.name):
+        raise ValueError(
+            f"op {op.name!r} cannot be registered at {processor.site.name!r}: the layer has an "
+            "attribute of that name; rename the op"
+        )

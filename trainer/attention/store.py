@@ -1,0 +1,96 @@
+"""Keeps cross-attention maps of chosen words, to be drawn over previews or compared to masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from trainer.attention.context import StepContext
+    from trainer.attention.sites import Site
+
+
+class MapStore:
+    """An op that reads probabilities and keeps the columns of `tokens`, averaged over heads, on the
+    CPU.
+
+    `tokens` are positions in the context: one list for all batch rows, or one list per row, (rows,
+    tokens), since a word stands elsewhere in every caption. Sites with more than `max_queries`
+    query tokens keep their fused kernel and are left out: eight heads of a 64x64 self map are 268
+    MB a row in half precision.
+
+    `maps` has one (rows, tokens, h, w) float32 tensor per (step, site name). A repeated step
+    overwrites: the recompute of gradient checkpointing adds nothing, and a sampler must set
+    `StepContext.step`.
+    """
+
+    name = "map_store"
+
+    def __init__(
+        self, tokens: Sequence[int] | Sequence[Sequence[int]] | Tensor, max_queries: int = 32 * 32
+    ) -> None:
+        self.tokens = torch.as_tensor(tokens, dtype=torch.long)
+        if self.tokens.ndim not in (1, 2) or self.tokens.numel() == 0:
+            raise ValueError(
+                "MapStore needs token positions: a list of them, or one list per batch row"
+            )
+        self.max_queries = max_queries
+        self.maps: dict[tuple[int, str], Tensor] = {}
+
+    def gate(self, q: Tensor, site: Site, ctx: StepContext) -> bool:
+        return q.shape[2] <= self.max_queries
+
+    @torch.compiler.disable  # it reads the step: compiled, every step would recompile
+    def probs(self, probs: Tensor, site: Site, ctx: StepContext) -> Tensor:
+        if probs.shape[2] <= self.max_queries:
+            columns = self._columns(probs.detach().mean(dim=1))  # b t n
+            size = _grid(columns.shape[-1], site, ctx)
+            self.maps[ctx.step, site.name] = columns.unflatten(-1, size).float().cpu()
+        return probs
+
+    def clear(self) -> None:
+        self.maps.clear()
+
+    def average(self, size: tuple[int, int]) -> Tensor:
+        """Mean over sites and steps, resized bilinearly to `size`: (rows, tokens, h, w)."""
+        if not self.maps:
+            raise ValueError(
+                "MapStore holds no maps; install it on cross sites and run the denoiser first"
+            )
+        total = torch.zeros(())
+        for maps in self.maps.values():
+            total = total + F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+        return total / len(self.maps)
+
+    def _columns(self, probs: Tensor) -> Tensor:
+        """(b, n, m) -> (b, tokens, n)"""
+        rows, queries, keys = probs.shape
+        if int(self.tokens.max()) >= keys:
+            raise ValueError(
+                f"MapStore: token {int(self.tokens.max())} is outside a context of {keys} tokens"
+            )
+        if self.tokens.ndim == 2 and len(self.tokens) != rows:
+            raise ValueError(
+                f"MapStore has tokens for {len(self.tokens)} batch rows, the batch has {rows}"
+            )
+        index = self.tokens.to(probs.device).expand(rows, -1)  # b t
+        return probs.gather(2, index[:, None].expand(-1, queries, -1)).transpose(1, 2)
+
+
+def _grid(queries: int, site: Site, ctx: StepContext) -> tuple[int, int]:
+    """Height and width of the token grid; strided convolutions round up at odd sizes."""
+    if ctx.latent_size is not None and site.divisor is not None:
+        height, width = (-(-length // site.divisor) for length in ctx.latent_size)
+        if height * width == queries:
+            return height, width
+    side = round(queries**0.5)
+    if side * side != queries:
+        raise ValueError(
+            f"MapStore cannot tell the grid of {queries} tokens at {site.name!r}; give the "
+            "StepContext the latent_size the denoiser is called with"
+        )
+    return side, side

@@ -1,0 +1,88 @@
+"""Data: sources of captioned images, the plan of which samples make a batch, and caches. A source is one file here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from trainer import resources
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+    from torch import Tensor
+
+@dataclass(frozen=True)
+class Sample:
+    """image (3, H, W) float32 in [-1, 1]; mask (1, H/f, W/f) of latents that count, or None for all; key names it."""
+
+    image: Tensor
+    caption: str
+    key: str
+    mask: Tensor | None = None
+
+
+class Dataset(Protocol):
+    """Random access to samples, in groups that share every batch by `shares` (instance and prior, say)."""
+
+    groups: Sequence[range]
+    shares: Sequence[float]
+    weights: Sequence[float]
+    fixed: bool
+    skipped: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        """Sample `index`; augmentation draws from `rng` only. With `fixed` the image never depends on rng."""
+        ...
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        """The caption alone, with the same draws; for data whose latents are cached."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes when any image would; keys caches."""
+        ...
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a source may ask of the run: the side of an image, pixels per latent, and a painter of class images."""
+
+    resolution: int
+    divisor: int
+    paint: Callable[[Sequence[str], int], Sequence[Image]]
+    cache: Path
+    backbone: str
+
+
+class Source(BaseModel):
+    """Options of a data source. Subclasses live in one file each; importing one loads no torch."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
+        """The training samples, and the held-out ones for the validation loss where the source has some."""
+        raise NotImplementedError
+
+    @staticmethod
+    def names() -> list[str]:
+        """Every source there is, by file name."""
+        return [path.stem for path in resources.sources()]
+
+    @staticmethod
+    def find(name: str) -> type[Source]:
+        module: Any = importlib.import_module(f"trainer.data.{name}")
+        found = [
+            item
+            for item in vars(module).values()
+            if isinstance(item, type) and issubclass(item, Source) and item.__module__ == module.__name__
+        ]
+        assert len(found) == 1, f"{module.__name__} must define exactly one Source"
+        return found[0]

@@ -1,0 +1,142 @@
+"""Resize augmentation of Custom Diffusion: a concept seen small, whole and close, and said so.
+
+    scale ~ U[size/3, size] with probability 2/3, else U[1.2 size, 1.4 size)
+    scale <  0.6 size: pasted at a random place on grey, "very small ...", loss masked to the photo
+    scale <= size:     the whole photo at full size, caption as it is
+    scale >  size:     a random crop, "close up ..."
+
+Kumari et al., Multi-Concept Customization of Text-to-Image Diffusion, CVPR 2023, arXiv:2212.04488.
+Constants read in adobe-research/custom-diffusion at 7c19c9a, `src/diffusers_data_pipeline.py` and
+`src/finetune_data.py`, which agree. The later script of diffusers differs: probability 0.66, and
+scales from 0.6 to 1 are pasted on grey too. The departures from the official code: a photo that
+is not square is cut to its centre, not squeezed; odd scales are kept (the official code rounds
+them up because it places by centre); a leading article gives way to the prefix, so that "a photo
+of a cat" becomes "very small photo of a cat"; resampling is Lanczos and not bilinear.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Protocol
+
+from PIL import Image
+
+from trainer.data.images import resize_cover, to_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SMALL_PROBABILITY = 2 / 3
+FAR_BELOW = 0.6
+CLOSE_RANGE = (1.2, 1.4)
+FAR_PREFIXES = ("a far away ", "very small ")
+CLOSE_PREFIXES = ("zoomed in ", "close up ")
+
+
+class Uniform(Protocol):
+    """A source of floats in [0, 1): `random.Random` and `numpy.random.Generator` both are one."""
+
+    def random(self) -> float: ...
+
+
+def resize_augment(
+    image: Image.Image,
+    caption: str,
+    size: int,
+    mask_divisor: int,
+    rng: Uniform,
+    hflip: bool = False,
+) -> tuple[Tensor, str, Tensor]:
+    """Draw one augmented view of a photo, its caption and the mask of its real pixels.
+
+    The masked loss of a sample is `(loss * mask).sum() / mask.sum()`; the mask is never empty.
+
+    Args:
+        image: RGB photo of any size.
+        caption: its caption.
+        size: side of the result in pixels, a multiple of `mask_divisor` and at least 6 times it.
+        mask_divisor: pixels per mask cell: the downsampling factor of the VAE (8 for SD 1.5).
+        rng: the only source of randomness; the same state gives the same result.
+        hflip: mirror with probability 1/2. Captions that say left or right become wrong.
+
+    Returns:
+        Image float32 (3, size, size) in [-1, 1] with 0 where no photo is; caption; mask float32
+        (1, size // mask_divisor, size // mask_divisor) of 0 and 1.
+
+    Raises:
+        ValueError: `size` does not fit `mask_divisor`, or `image` is not RGB.
+    """
+    _check_size(size, mask_divisor)
+    if hflip and rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    scale = draw_scale(size, mask_divisor, rng)
+    if scale < FAR_BELOW * size:
+        pixels, mask = _paste(image, size, scale, mask_divisor, rng)
+        return pixels, _prefixed(caption, FAR_PREFIXES, rng), mask
+    if scale > size:
+        pixels, mask = _crop(image, size, scale, rng), _full_mask(size, mask_divisor)
+        return pixels, _prefixed(caption, CLOSE_PREFIXES, rng), mask
+    return to_tensor(resize_cover(image, size)), caption, _full_mask(size, mask_divisor)
+
+
+def draw_scale(size: int, mask_divisor: int, rng: Uniform) -> int:
+    """Draw the side in pixels to which the photo is scaled, see the head of this file.
+
+    The lower end is raised to 3 mask cells where `size / 3` is less: below that the cut of the
+    mask's border could leave no cell at all, and the masked loss would divide by zero. Sizes of
+    at least 9 mask cells, hence all usual ones, are not affected.
+    """
+    if rng.random() < SMALL_PROBABILITY:
+        return _integer(max(size // 3, 3 * mask_divisor), size + 1, rng)
+    low, high = CLOSE_RANGE
+    return _integer(int(low * size), int(high * size), rng)
+
+
+def _paste(
+    image: Image.Image, size: int, scale: int, mask_divisor: int, rng: Uniform
+) -> tuple[Tensor, Tensor]:
+    import torch
+
+    top, left = (_integer(0, size - scale + 1, rng) for _ in range(2))
+    pixels = torch.zeros(3, size, size)
+    pixels[:, top : top + scale, left : left + scale] = to_tensor(resize_cover(image, scale))
+    mask = torch.zeros_like(_full_mask(size, mask_divisor))
+    rows, columns = _inner_cells(top, scale, mask_divisor), _inner_cells(left, scale, mask_divisor)
+    mask[:, rows, columns] = 1.0
+    return pixels, mask
+
+
+def _inner_cells(start: int, length: int, divisor: int) -> slice:
+    # One cell less than fits on each side, as the official code has it: the VAE's receptive field
+    # reaches over a cell's border, so latents at the rim are a mixture of photo and grey.
+    return slice(start // divisor + 1, (start + length) // divisor - 1)
+
+
+def _crop(image: Image.Image, size: int, scale: int, rng: Uniform) -> Tensor:
+    top, left = (_integer(0, scale - size + 1, rng) for _ in range(2))
+    box = (left, top, left + size, top + size)
+    return to_tensor(resize_cover(image, scale).crop(box))
+
+
+def _full_mask(size: int, mask_divisor: int) -> Tensor:
+    import torch
+
+    return torch.ones(1, size // mask_divisor, size // mask_divisor)
+
+
+def _prefixed(caption: str, prefixes: tuple[str, ...], rng: Uniform) -> str:
+    prefix = prefixes[_integer(0, len(prefixes), rng)]
+    return prefix + re.sub(r"^(an?|the)\s+", "", caption, flags=re.IGNORECASE)
+
+
+def _integer(low: int, high: int, rng: Uniform) -> int:
+    """Draw uniformly from low, ..., high - 1."""
+    return low + int(rng.random() * (high - low))
+
+
+def _check_size(size: int, mask_divisor: int) -> None:
+    if mask_divisor < 1 or size % mask_divisor or size < 6 * mask_divisor:
+        raise ValueError(
+            f"size={size} does not fit mask_divisor={mask_divisor}; choose a multiple of it that "
+            "is at least 6 times as large"
+        )

@@ -1,0 +1,115 @@
+"""From a dataset and a step plan to the batches of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from trainer.data import Dataset
+from trainer.data.plan import Cursor, Plan, Slot, seed_of
+
+
+@dataclass
+class Batch:
+    """One rank's part of a global micro-batch.
+
+    pixels (b, 3, H, W) in [-1, 1] or moments (b, 2c, h, w), never both; masks (b, 1, h, w); weights (b,) of each sample
+    in the loss; places (b,) in the global micro-batch `step`, which seed the sample's noise.
+    """
+
+    step: int
+    places: list[int]
+    captions: list[str]
+    keys: list[str]
+    weights: Tensor
+    pixels: Tensor | None = None
+    moments: Tensor | None = None
+    masks: Tensor | None = None
+    u: list[float] | None = field(default=None)
+
+    def to(self, device: torch.device) -> Batch:
+        for name in ("weights", "pixels", "moments", "masks"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value.to(device, non_blocking=True))
+        return self
+
+
+class Planned(TorchDataset[Batch]):
+    """Item k is this rank's part of global micro-batch k."""
+
+    def __init__(
+        self, dataset: Dataset, plan: Plan, moments: np.ndarray | None, rank: int, world_size: int
+    ) -> None:
+        self.dataset, self.plan, self.moments = dataset, plan, moments
+        self.rank, self.world_size = rank, world_size
+
+    def __getitem__(self, step: int) -> Batch:
+        slots = self.plan.local(step, self.rank, self.world_size)
+        return collate(self.dataset, slots, step, self.plan.seed, self.moments)
+
+
+class Fixed(TorchDataset[Batch]):
+    """Held-out samples in order, each met at fixed noise and a fixed quantile of the timesteps."""
+
+    def __init__(
+        self, dataset: Dataset, batch_size: int, levels: Sequence[float], moments: np.ndarray | None
+    ) -> None:
+        self.dataset, self.batch_size, self.levels, self.moments = dataset, batch_size, levels, moments
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.batch_size)
+
+    def __getitem__(self, number: int) -> Batch:
+        rows = range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.dataset)))
+        batch = collate(self.dataset, [Slot(i, i, 1.0) for i in rows], 0, 0, self.moments)
+        batch.u = [self.levels[i % len(self.levels)] for i in rows]
+        return batch
+
+
+def collate(
+    dataset: Dataset, slots: Sequence[Slot], step: int, seed: int, moments: np.ndarray | None
+) -> Batch:
+    """Reads the slots of one micro-batch; augmentation is seeded by (seed, step, place)."""
+    generators = [np.random.default_rng(seed_of(seed, "augment", step, slot.place)) for slot in slots]
+    batch = Batch(
+        step=step,
+        places=[slot.place for slot in slots],
+        captions=[],
+        keys=[],
+        weights=torch.tensor([slot.weight for slot in slots], dtype=torch.float32),
+    )
+    pairs = list(zip(slots, generators, strict=True))
+    if moments is not None:
+        batch.moments = torch.from_numpy(np.stack([moments[slot.index] for slot in slots])).float()
+        batch.captions = [dataset.caption(slot.index, rng) for slot, rng in pairs]
+        batch.keys = [str(slot.index) for slot in slots]
+        return batch
+    samples = [dataset.sample(slot.index, rng) for slot, rng in pairs]
+    batch.pixels = torch.stack([sample.image for sample in samples])
+    batch.captions = [sample.caption for sample in samples]
+    batch.keys = [sample.key for sample in samples]
+    masks = [sample.mask for sample in samples]
+    if any(mask is not None for mask in masks):
+        full = torch.ones_like(next(mask for mask in masks if mask is not None))
+        batch.masks = torch.stack([full if mask is None else mask for mask in masks])
+    return batch
+
+
+def loader(items: TorchDataset[Batch], total: int, start: int, workers: int) -> DataLoader[Any]:
+    """Micro-batches `start..total-1` in order; workers only prefetch, they change nothing."""
+    return DataLoader(
+        items,
+        batch_size=None,
+        sampler=Cursor(total, start),
+        num_workers=workers,
+        persistent_workers=False,
+        multiprocessing_context="spawn" if workers else None,
+    )

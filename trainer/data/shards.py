@@ -1,0 +1,454 @@
+"""Data source `shards`: tars in webdataset layout, read by index and checked by a manifest.
+
+    000012.jpg  000012.txt  000012.json  000012.mask.png     one sample: consecutive, of one stem
+
+A reader of streams passes over a cut shard or a flipped bit in silence. So the first use reads
+each tar once, decodes every image, and keeps where each member lies and its CRC-32; a sample is
+then one seek and one read of the exact bytes, and whatever has changed since is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from io import BytesIO
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator
+
+from trainer.data import Dataset, Needs, Sample, Source
+from trainer.data.folder import check_split
+from trainer.data.images import DAMAGED, READABLE, ImageError, decode_caption, decode_image
+
+MAX_MEMBER = 64 * 2**20
+IMAGES = frozenset(suffix[1:] for suffix in READABLE)
+CAPTION, METADATA, MASK = "txt", "json", "mask.png"
+KNOWN = IMAGES | {CAPTION, METADATA, MASK}
+PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")  # what webdataset's own decoders would execute
+MANIFEST = "manifest.json"
+
+
+class Shards(Source):
+    """shards: a folder of .tar files, or one; validation: the last so many samples are held out;
+    on_bad: what to do with samples that are incomplete or cannot be decoded; ignore: extensions
+    of members to pass over, as in [cls, npy]."""
+
+    shards: Path
+    validation: int = Field(0, ge=0)
+    on_bad: Literal["raise", "skip"] = "raise"
+    ignore: tuple[str, ...] = ()
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _is_local(cls, value: Any) -> Any:
+        if re.match(r"pipe:|file:|[a-z][a-z0-9+.-]*:/", str(value), re.IGNORECASE):
+            raise ValueError(
+                "commands and remote addresses are not read; stream the shards to a local disk "
+                "first and give the folder"
+            )
+        return value
+
+    @field_validator("shards")
+    @classmethod
+    def _holds_tars(cls, shards: Path) -> Path:
+        shards = shards.expanduser()
+        tars_of(shards)
+        return shards
+
+    def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
+        """Finds or makes the manifest and checks every shard against it, size and SHA-256.
+
+        Raises:
+            ValueError: a shard that is cut, changed, missing, or holds what it must not.
+            ImageError: samples that cannot be used, all in one message.
+        """
+        found = manifest(self.shards, needs.cache, self.ignore)
+        bad = [f"{shard.name}: {reason}" for shard in found for reason in shard.bad]
+        rows = [(shard.name, sample) for shard in found for sample in shard.samples]
+        if bad and (self.on_bad == "raise" or not rows):
+            more = f"\n... and {len(bad) - 20} more" if len(bad) > 20 else ""
+            raise ImageError(
+                f"{self.shards}: {len(bad)} of {len(bad) + len(rows)} samples cannot be used, "
+                "data.on_bad=skip leaves them out:\n" + "\n".join(bad[:20]) + more
+            )
+        check_split(self.validation, len(rows), f"samples in {self.shards}")
+        folder = self.shards if self.shards.is_dir() else self.shards.parent
+        cut = len(rows) - self.validation
+        digests = [shard.sha256 for shard in found]
+        train = Tars(folder, rows[:cut], digests, needs.resolution, bad)
+        if not self.validation:
+            return train, None
+        return train, Tars(folder, rows[cut:], digests, needs.resolution, ())
+
+
+class Tars:
+    """Random access to the samples of shards."""
+
+    shares: Sequence[float] = (1.0,)
+    weights: Sequence[float] = (1.0,)
+    fixed = True
+
+    def __init__(
+        self,
+        folder: Path,
+        rows: Sequence[tuple[str, Entry]],
+        digests: Sequence[str],
+        side: int,
+        skipped: Sequence[str],
+    ) -> None:
+        self.folder, self.rows, self.digests, self.side = folder, rows, digests, side
+        self.skipped = skipped
+        self.groups: Sequence[range] = (range(len(rows)),)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        """Image float32 (3, side, side); raises ValueError if its bytes changed since `open`."""
+        from trainer.data.images import resize_cover, to_tensor
+
+        name, entry = self.rows[index]
+        extension = next(iter(entry.members.keys() & IMAGES))
+        image = decode_image(self._read(index, extension), f"{name}: {entry.key}.{extension}")
+        return Sample(
+            to_tensor(resize_cover(image, self.side)), self.caption(index, rng), entry.key
+        )
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        members = self.rows[index][1].members
+        told = CAPTION if CAPTION in members else METADATA
+        return caption_of({told: self._read(index, told)}, self.rows[index][1].key)
+
+    def metadata(self, index: int) -> dict[str, Any]:
+        """The sample's .json, empty without one."""
+        if METADATA not in self.rows[index][1].members:
+            return {}
+        return metadata_of(self._read(index, METADATA), self.rows[index][1].key)
+
+    def mask(self, index: int) -> np.ndarray | None:
+        """Owner of each pixel, uint8 (height, width): 0 background, k the k-th object from back to
+        front; at the size of the image as stored. None without a mask."""
+        entry = self.rows[index][1]
+        if MASK not in entry.members:
+            return None
+        return mask_of(self._read(index, MASK), entry.key, (entry.width, entry.height))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the checksums of the shards, the samples taken, and what is done to them."""
+        keys = [entry.key for _, entry in self.rows]
+        return hashlib.sha256(
+            repr(("shards-1", self.side, self.digests, keys)).encode()
+        ).hexdigest()
+
+    def _read(self, index: int, extension: str) -> bytes:
+        name, entry = self.rows[index]
+        part = entry.members[extension]
+        # Opened for each read: a handle would be shared by forked workers, position and all.
+        with (self.folder / name).open("rb") as file:
+            file.seek(part.offset)
+            data = file.read(min(part.size, MAX_MEMBER))
+        if len(data) != part.size or zlib.crc32(data) != part.crc32:
+            raise ValueError(
+                f"{self.folder / name}: the bytes of {entry.key}.{extension} are not those that "
+                "were indexed; the shard is damaged or was replaced, copy it again"
+            )
+        return data
+
+
+def tars_of(shards: Path) -> list[Path]:
+    """The .tar files of a folder by name, or the one given.
+
+    Raises:
+        ValueError: missing, not a .tar, or a folder without any.
+    """
+    expected = "expected a folder of .tar files in webdataset layout, or one .tar"
+    if not shards.exists():
+        raise ValueError(f"{shards}: no such file or folder; {expected}")
+    if shards.is_dir():
+        paths = sorted(path for path in shards.glob("*.tar") if not path.name.startswith("."))
+        if not paths:
+            raise ValueError(f"{shards}: no .tar in this folder; {expected}, not compressed")
+        return paths
+    if shards.suffix != ".tar":
+        raise ValueError(f"{shards}: not a .tar; {expected}, not compressed")
+    return [shards]
+
+
+def manifest(shards: Path, cache: Path, ignore: Collection[str] = ()) -> list[Shard]:
+    """What the shards hold, by the manifest beside them or in `cache`; made and kept if missing.
+
+    Raises:
+        ValueError: a shard differs from the manifest; anything `index` refuses.
+    """
+    paths = tars_of(shards)
+    whole = shards.is_dir()
+    folder = shards if whole else shards.parent
+    name = hashlib.sha256(str(shards.resolve()).encode()).hexdigest()[:24]
+    places = [folder / (MANIFEST if whole else f"{shards.stem}.{MANIFEST}")]
+    places.append(cache / "shards" / f"{name}.json")
+    for place in dict.fromkeys([folder / MANIFEST, *places]):
+        if not place.is_file():
+            continue
+        listed = {shard.name: shard for shard in _load(place).shards}
+        if whole:
+            _check_names({path.name for path in paths}, listed.keys(), place)
+        if whole or shards.name in listed:
+            return [_unchanged(path, listed[path.name], place) for path in paths]
+    made = index(paths, ignore)
+    _keep(Manifest(shards=tuple(made)), places)
+    return made
+
+
+def _load(place: Path) -> Manifest:
+    try:
+        return Manifest.model_validate_json(place.read_bytes())
+    except ValidationError as error:
+        why = error.errors()[0]["msg"]
+        raise ValueError(
+            f"{place}: not a manifest of shards ({why}); move it away, and it is made anew"
+        ) from error
+
+
+def _check_names(there: Collection[str], listed: Collection[str], place: Path) -> None:
+    missing, new = sorted(set(listed) - set(there)), sorted(set(there) - set(listed))
+    if missing or new:
+        said = [f"{name} is missing" for name in missing] + [f"{name} is not in it" for name in new]
+        raise ValueError(f"{place}: {', '.join(said)}; {_mend(place)}")
+
+
+def _unchanged(path: Path, shard: Shard, place: Path) -> Shard:
+    size = path.stat().st_size
+    if size != shard.size:
+        held = len(shard.samples) + len(shard.bad)
+        raise ValueError(
+            f"{path}: {size} bytes, {place.name} lists {shard.size} with {held} samples; "
+            + _mend(place)
+        )
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+            raise ValueError(f"{path}: not the bytes that {place.name} lists; {_mend(place)}")
+    return shard
+
+
+def _mend(place: Path) -> str:
+    return f"copy the shards again, or if the change is meant remove {place}, and it is made anew"
+
+
+def _keep(found: Manifest, places: Sequence[Path]) -> None:
+    for place in places[:-1]:
+        try:
+            return save(found, place)
+        except OSError:
+            continue  # a data folder that only others may write
+    save(found, places[-1])
+
+
+class Part(NamedTuple):
+    """Where a member's bytes lie in its shard, and their CRC-32."""
+
+    offset: NonNegativeInt
+    size: NonNegativeInt
+    crc32: int
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Entry(Record):
+    """One sample: its members by extension, and the size of its upright image in pixels."""
+
+    key: str
+    width: int
+    height: int
+    members: dict[str, Part]
+
+    @field_validator("members")
+    @classmethod
+    def _is_whole(cls, members: dict[str, Part]) -> dict[str, Part]:
+        # Manifests are read from outside, with the shards they come along with.
+        if len(members.keys() & IMAGES) != 1 or not members.keys() & {CAPTION, METADATA}:
+            raise ValueError("a sample has one image and a caption")
+        return members
+
+
+class Shard(Record):
+    """What one tar holds; bad: samples that cannot be used, each with the reason."""
+
+    name: str
+    size: int
+    sha256: str
+    samples: tuple[Entry, ...]
+    bad: tuple[str, ...] = ()
+
+
+class Manifest(Record):
+    format: Literal["attention-trainer-shards-1"] = "attention-trainer-shards-1"
+    shards: tuple[Shard, ...]
+
+
+def index(paths: Sequence[Path], ignore: Collection[str] = ()) -> list[Shard]:
+    """Reads tars from end to end: every member checked, every image decoded once.
+
+    Raises:
+        ValueError: a cut or compressed tar; links, absolute or upward names, pickles, unknown
+            extensions not in `ignore`, members over 64 MiB; a key that comes twice.
+    """
+    seen: dict[str, str] = {}
+    return [_index_one(path, seen, ignore) for path in paths]
+
+
+def save(found: Manifest, place: Path) -> None:
+    """Writes a manifest beside its place and renames it: it is there whole or not at all."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    part = place.with_name(f".{place.name}.{os.getpid()}.part")
+    try:
+        part.write_text(found.model_dump_json() + "\n", encoding="utf-8")
+        os.replace(part, place)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def caption_of(members: Mapping[str, bytes], name: str) -> str:
+    """The text of .txt, or without one the `caption` of .json; ImageError if there is neither."""
+    if CAPTION in members:
+        return decode_caption(members[CAPTION], f"{name}.{CAPTION}")
+    caption = metadata_of(members[METADATA], name).get("caption") if METADATA in members else None
+    if not isinstance(caption, str):
+        raise ImageError(f"{name}: an image without a caption; add {name}.txt after it")
+    return caption.strip()
+
+
+def metadata_of(data: bytes, name: str) -> dict[str, Any]:
+    """The object a .json holds; ImageError if it does not."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ImageError(f"{name}.json: not readable as JSON ({error}); write it anew") from error
+    if not isinstance(found, dict):
+        raise ImageError(f"{name}.json: not an object of named values; write it anew")
+    return found
+
+
+def mask_of(data: bytes, name: str, size: tuple[int, int]) -> np.ndarray:
+    """Pixel values uint8 (height, width) of a mask of `size` = (width, height), else ImageError."""
+    try:
+        with Image.open(BytesIO(data), formats=("PNG",)) as image:
+            if image.size == size and image.mode in ("P", "L"):  # seen before a pixel is decoded
+                return np.array(image)
+            got = f"{image.size[0]}x{image.size[1]} {image.mode}"
+    except (*DAMAGED, Image.DecompressionBombError) as error:
+        raise ImageError(f"{name}.{MASK}: damaged or no PNG ({error}); write it anew") from error
+    raise ImageError(f"{name}.{MASK}: {got}, not an 8-bit palette of {size[0]}x{size[1]}")
+
+
+def _index_one(path: Path, seen: dict[str, str], ignore: Collection[str]) -> Shard:
+    samples: list[Entry] = []
+    bad: list[str] = []
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        members = _members(path, file, ignore)
+        for key, group in groupby(members, lambda member: member[0]):
+            if key in seen:
+                raise ValueError(
+                    f"{path}: duplicate key {key!r}, already in {seen[key]}; the members of a "
+                    "sample stand together, and no two samples share a key"
+                )
+            seen[key] = path.name
+            try:
+                samples.append(_entry(path, file, key, group))
+            except ImageError as error:
+                bad.append(str(error))
+    if not samples and not bad:
+        raise ValueError(f"{path}: no sample in this shard; remove it or copy it again")
+    size = path.stat().st_size
+    return Shard(name=path.name, size=size, sha256=digest, samples=tuple(samples), bad=tuple(bad))
+
+
+def _members(
+    path: Path, file: BinaryIO, ignore: Collection[str]
+) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Key, extension and header of each file; refuses the shard unless it ends as a tar must."""
+    end = 0
+    file.seek(0)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for info in archive:
+                _check_member(path, info, ignore)
+                end = info.offset_data + -(-info.size // 512) * 512
+                key, extension = _split(info.name)
+                if info.isreg() and extension in KNOWN:
+                    yield key, extension, info
+    except tarfile.TarError as error:
+        raise _cut(path, str(error)) from error
+    file.seek(end)
+    rest = file.read(2**20)
+    # tarfile takes a broken header, or the end of the file, for the end of the archive.
+    if len(rest) < 1024 or rest.strip(b"\0") or file.read(1):
+        raise _cut(path, f"no end mark after byte {end}")
+
+
+def _check_member(path: Path, info: tarfile.TarInfo, ignore: Collection[str]) -> None:
+    name = info.name
+    reason = ""
+    if name.startswith("/") or ".." in name.split("/") or re.search(r"\\|^[A-Za-z]:", name):
+        reason = "an absolute or upward name; pack the files by plain names"
+    elif not name.isprintable():
+        reason = "a name with control characters; rename the file"
+    elif info.isdir():
+        return
+    elif not info.isreg() or info.issparse():
+        reason = "a link or a special file; pack the file itself"
+    elif not 0 <= info.size <= MAX_MEMBER:
+        reason = f"{info.size:,} bytes, the limit is {MAX_MEMBER:,}; store a smaller version"
+    elif name.lower().rpartition(".")[2] in PICKLES:
+        reason = "a pickle can run code when it is read; store .npy or safetensors elsewhere"
+    elif _split(name)[1] not in KNOWN.union(ignore, ("",)):
+        known = ", ".join(sorted(KNOWN))
+        reason = f"an extension not known ({known}); name it in data.ignore to pass over it"
+    if reason:
+        raise ValueError(f"{path}: member {name!r}: {reason}")
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and extension as webdataset splits them, at the first dot; nothing of a hidden file."""
+    found = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", name)
+    return (found[1], found[2].lower()) if found else ("", "")
+
+
+def _entry(
+    path: Path, file: BinaryIO, key: str, group: Iterator[tuple[str, str, tarfile.TarInfo]]
+) -> Entry:
+    data: dict[str, bytes] = {}
+    parts: dict[str, Part] = {}
+    for _, extension, info in group:
+        if extension in data:
+            raise ValueError(f"{path}: duplicate key {key!r}: it has two .{extension} members")
+        file.seek(info.offset_data)
+        data[extension] = file.read(info.size)
+        if len(data[extension]) != info.size:
+            raise _cut(path, f"the file ends within {info.name}")
+        parts[extension] = Part(info.offset_data, info.size, zlib.crc32(data[extension]))
+    images = sorted(data.keys() & IMAGES)
+    if len(images) != 1:
+        raise ImageError(f"{key}: {' and '.join(images) or 'no image'}; a sample has one image")
+    image = decode_image(data[images[0]], f"{key}.{images[0]}")
+    caption_of(data, key)
+    if MASK in data:
+        mask_of(data[MASK], key, image.size)
+    if METADATA in data:
+        metadata_of(data[METADATA], key)
+    return Entry(key=key, width=image.width, height=image.height, members=parts)
+
+
+def _cut(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path}: cut, damaged or compressed ({why}); copy it again as a plain .tar")

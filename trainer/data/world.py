@@ -1,0 +1,64 @@
+"""Data source `world`: scenes of the embedded world, drawn on the fly from a seed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from trainer.data import Dataset, Needs, Sample, Source
+
+if TYPE_CHECKING:
+    import numpy as np
+
+HELD_OUT_SEED = 1_000_003  # added to the seed for validation scenes, which training never draws
+
+
+class World(Source):
+    """count: scenes to train on; sprites: which of them; validation: unseen scenes for the validation loss."""
+
+    count: int = Field(20_000, gt=0)
+    sprites: Literal["known", "held_out", "all"] = "known"
+    seed: int = Field(0, ge=0)
+    validation: int = Field(128, ge=0)
+
+    def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
+        held_out = Scenes(self.seed + HELD_OUT_SEED, self.validation, self.sprites, needs.resolution)
+        return Scenes(self.seed, self.count, self.sprites, needs.resolution), held_out if self.validation else None
+
+
+class Scenes:
+    """Scene i of a seed as sample i. The image has one caption."""
+
+    shares = (1.0,)
+    weights = (1.0,)
+    fixed = True
+    skipped = ()
+
+    def __init__(self, seed: int, count: int, sprites: str, side: int) -> None:
+        from trainer.data import sprites as table
+
+        self.seed, self.count, self.sprites, self.side = seed, count, sprites, side
+        self.names = {"known": table.KNOWN, "held_out": table.HELD_OUT, "all": table.ALL}[sprites]
+        self.groups = (range(count),)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        from PIL import Image
+
+        from trainer.data.images import resize_cover, to_tensor
+        from trainer.data.scenes import draw
+
+        scene = draw(self.seed, index, self.names)
+        image = resize_cover(Image.fromarray(scene.image), self.side)
+        return Sample(to_tensor(image), scene.caption, f"scene-{self.seed}-{index}")
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        from trainer.data.scenes import layout
+
+        return layout(self.seed, index, self.names).caption
+
+    def fingerprint(self) -> str:
+        return f"world-1-{self.seed}-{self.count}-{self.sprites}-{self.side}"

@@ -1,0 +1,55 @@
+"""Selective training: unfreeze chosen projections of chosen attention sites, and nothing else.
+
+Custom Diffusion (CVPR 2023, arXiv 2212.04488, section 3.2) trains K and V of cross-attention: the only weights that read
+the text, W_k c and W_v c, 2 % of a U-Net. Its first context token (BOS), the same in every caption, is detached.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from trainer.attention.selector import parse_selector
+from trainer.methods import Edit, Method
+
+if TYPE_CHECKING:
+    from trainer.attention.model import AttentionModel
+
+
+class Selective(Method):
+    """sites: a selector, as in `cross & up`; projections: which of q, k, v, out; detach_first_token: as in the paper."""
+
+    kind: ClassVar[Literal["select"]] = "select"
+    sites: str = "cross"
+    projections: tuple[Literal["q", "k", "v", "out"], ...] = Field(("k", "v"), min_length=1)
+    detach_first_token: bool = False
+
+    @field_validator("sites")
+    @classmethod
+    def _parses(cls, text: str) -> str:
+        parse_selector(text)
+        return text
+
+    def apply(self, model: AttentionModel) -> Edit:
+        from trainer.attention.ops import DetachFirstToken
+        from trainer.attention.sites import require
+
+        sites = require(model.sites, self.sites, "sites")
+        if self.detach_first_token:
+            cross = [site for site in sites if site.kind == "cross"]
+            if not cross:
+                raise ValueError("detach_first_token needs cross-attention, and sites selects none; set it to false")
+            model.host.install(DetachFirstToken(), cross)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        trains = [
+            names[id(parameter)]
+            for site in sites
+            for role in self.projections
+            for parameter in site.projection(role).parameters()
+        ]
+        return Edit(
+            sites=tuple(site.name for site in sites),
+            claims=tuple((name, "weight") for name in trains),
+            trains=tuple(trains),
+        )

@@ -1,0 +1,160 @@
+"""The one LightningModule: a backbone, an objective and an optimiser. It never learns which method is in use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from trainer.backbones.sd import StableDiffusion
+from trainer.data.loader import Batch
+from trainer.data.plan import quantiles, seed_of
+from trainer.objective import Objective, add_noise, draw_timesteps, loss_weight, target_of
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW with a linear warm-up over `warmup` of `steps`, then constant or cosine to `final_lr` of lr."""
+
+    lr: float
+    steps: int
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+    warmup: int = 0
+    schedule: str = "constant"
+    final_lr: float = 0.0
+
+    def factor(self, step: int) -> float:
+        """What lr is multiplied by at optimiser step `step`."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        if self.schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class DiffusionModule(lightning.LightningModule):
+    """loss = mean over samples of weight * w(t) * |f(x_t, t, text) - target|^2 over the latents that count."""
+
+    def __init__(
+        self,
+        backbone: StableDiffusion,
+        objective: Objective,
+        optim: Optim,
+        trained: Sequence[str],
+        seed: int = 0,
+        caption_dropout: float = 0.0,
+        extra_losses: Sequence[Callable[[], Tensor]] = (),
+    ) -> None:
+        super().__init__()
+        self.backbone, self.objective, self.optim = backbone, objective, optim
+        self.trained, self.seed, self.caption_dropout = tuple(trained), seed, caption_dropout
+        self.extra_losses = tuple(extra_losses)
+        self.val_losses: dict[int, list[float]] = {}
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, by the names adapters use."""
+        parameters = dict(self.backbone.named_parameters())
+        return {name: parameters[name] for name in self.trained}
+
+    # -- the loss ------------------------------------------------------------------------------------------------
+
+    def sample_losses(self, batch: Batch, purpose: str, dropout: float) -> tuple[Tensor, Tensor]:
+        """Losses (b,) before the batch's own weights, and the timesteps (b,) they were taken at."""
+        seeds = [(self.seed, purpose, batch.step, place) for place in batch.places]
+        moments = batch.moments if batch.moments is not None else self.backbone.moments(_pixels(batch))
+        shape = (len(seeds), moments.shape[1] // 2, *moments.shape[2:])
+        draws = torch.stack([_draw(seed_of(*seed), shape[1:]) for seed in seeds]).to(moments)
+        x0 = self.backbone.latents(moments, draws[:, 0])
+        noise = draws[:, 1] + self.objective.offset_noise * draws[:, 2, :, :1, :1]
+        u = torch.tensor([_uniform(seed_of(*seed, "u")) for seed in seeds] if batch.u is None else batch.u)
+        t = draw_timesteps(self.objective, u.to(moments.device))
+        captions = [
+            "" if dropout and _uniform(seed_of(*seed, "caption")) < dropout else caption
+            for seed, caption in zip(seeds, batch.captions, strict=True)
+        ]
+        x_t = add_noise(self.objective, x0, noise, t)
+        output = self.backbone.predict(x_t, t, self.backbone.encode_prompts(captions))
+        error = (output.float() - target_of(self.objective, x0, noise, t).float()).square()
+        if batch.masks is None:
+            per_sample = error.mean(dim=(1, 2, 3))
+        else:
+            per_sample = (error * batch.masks).sum(dim=(1, 2, 3)) / (batch.masks.sum(dim=(1, 2, 3)) * shape[1])
+        return per_sample * loss_weight(self.objective, t), t
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        losses, _ = self.sample_losses(batch, "train", self.caption_dropout)
+        loss = (losses * batch.weights).mean()
+        for extra in self.extra_losses:
+            loss = loss + extra()
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.places))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        losses, _ = self.sample_losses(batch, "validate", 0.0)
+        for level, loss in zip(batch.u or [], losses.tolist(), strict=True):
+            self.val_losses.setdefault(round(level * 1000), []).append(loss)
+
+    def on_validation_epoch_end(self) -> None:
+        """The mean at each timestep quantile, and over all: the same noise every time, so curves can be compared."""
+        for level, losses in sorted(self.val_losses.items()):
+            self.log(f"val/loss_t{level:03d}", sum(losses) / len(losses), sync_dist=True)
+        every = [loss for losses in self.val_losses.values() for loss in losses]
+        if every:
+            self.log("val/loss", sum(every) / len(every), prog_bar=True, sync_dist=True)
+        self.val_losses.clear()
+
+    # -- what Lightning asks -------------------------------------------------------------------------------------
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(
+            list(self.trainable().values()),
+            lr=self.optim.lr,
+            betas=self.optim.betas,
+            eps=self.optim.eps,
+            weight_decay=self.optim.weight_decay,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.optim.factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Only what trains is kept: the frozen base is known by the recipe."""
+        checkpoint["state_dict"] = {name: value.detach().cpu() for name, value in self.trainable().items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        stored, own = checkpoint["state_dict"], self.trainable()
+        if set(stored) != set(own):
+            missing, extra = sorted(set(own) - set(stored))[:3], sorted(set(stored) - set(own))[:3]
+            raise ValueError(f"the checkpoint is of another recipe: it lacks {missing}, and has unasked {extra}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(stored[name])
+        checkpoint["state_dict"] = self.state_dict()  # Lightning loads strictly; everything is in place already
+
+
+LEVELS = quantiles(8)
+
+
+def _draw(seed: int, shape: Sequence[int]) -> Tensor:
+    """Three standard normal tensors (3, *shape) from one seed: posterior, noise, offset. Made on the CPU, so that a
+    run is the same on every device."""
+    return torch.randn((3, *shape), generator=torch.Generator().manual_seed(seed))
+
+
+def _uniform(seed: int) -> float:
+    return seed / 2**63
+
+
+def _pixels(batch: Batch) -> Tensor:
+    assert batch.pixels is not None
+    return batch.pixels

@@ -1,0 +1,340 @@
+"""A recipe: one YAML, `key=value` overrides, and a complete check of both before torch is imported.
+
+Names resolve to files of ours and to nothing else: a backbone to `recipes/backbone/<name>.yaml`, a data source to
+`trainer/data/<name>.py`, a method to `trainer/methods/<level>/<name>.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from trainer.data import Source
+from trainer.methods import Method, find, names
+from trainer.resources import BACKBONES, DATA, RECIPES
+
+
+class RecipeError(ValueError):
+    """A mistake in a recipe or an override; the message names the full key and the mend."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BackboneSpec(Section):
+    """A diffusers folder (`folder`, relative to `data/` when shipped) or a pinned hub checkpoint (`hub`, `revision`)."""
+
+    family: str = "sd"
+    folder: str | None = None
+    hub: str | None = None
+    revision: str | None = None
+    scratch: tuple[Literal["unet", "transformer", "text_encoder", "vae"], ...] = ()
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> BackboneSpec:
+        if (self.folder is None) == (self.hub is None):
+            raise ValueError("give either folder or hub")
+        if self.hub is not None and self.revision is None:
+            raise ValueError("a hub checkpoint needs revision, the commit it is pinned to")
+        return self
+
+
+class ObjectiveSpec(Section):
+    """What the network is asked for. `target` and `path` default to what the backbone was trained with."""
+
+    target: Literal["eps", "v", "x0", "flow"] | None = None
+    path: Literal["vp", "flow"] | None = None
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = Field(1.0, gt=0)
+    weighting: Literal["none", "min_snr", "sigma_sqrt", "cosmap"] = "none"
+    min_snr_gamma: float = Field(5.0, gt=0)
+    offset_noise: float = Field(0.0, ge=0)
+    caption_dropout: float = Field(0.0, ge=0, le=1)
+
+
+class OptimSpec(Section):
+    """AdamW, a linear warm-up, then constant or cosine. `scale_lr` multiplies lr by the images per step."""
+
+    lr: float = Field(1e-4, gt=0)
+    scale_lr: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(1e-2, ge=0)
+    warmup: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_lr: float = Field(0.0, ge=0, le=1, description="share of lr left at the end of the cosine")
+    clip: float | None = Field(1.0, gt=0)
+    ema: float | None = Field(None, gt=0, lt=1)
+
+
+class RunSpec(Section):
+    """How long, how much at once, on what. `batch_size` is global: it is split over devices x nodes."""
+
+    steps: int = Field(1000, gt=0)
+    batch_size: int = Field(4, gt=0)
+    accumulate: int = Field(1, gt=0)
+    seed: int = Field(0, ge=0)
+    resolution: int | None = Field(None, ge=16)
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int = Field(1, gt=0)
+    nodes: int = Field(1, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = Field(0, ge=0)
+    gradient_checkpointing: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    cache_latents: bool = True
+    validate_every: int = Field(200, ge=0)
+    checkpoint_every: int = Field(500, ge=0)
+    log_every: int = Field(10, gt=0)
+    out: Path = Path("runs")
+    id: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    resume: Path | None = None
+
+    @model_validator(mode="after")
+    def _divides(self) -> RunSpec:
+        if self.batch_size % (self.devices * self.nodes):
+            ranks = self.devices * self.nodes
+            raise ValueError(f"batch_size {self.batch_size} does not divide by devices x nodes = {ranks}")
+        return self
+
+
+class PreviewSpec(Section):
+    """Pictures at fixed prompts and seeds while training, and the sampler they and `sample` use."""
+
+    prompts: tuple[str, ...] = ()
+    every: int = Field(100, ge=0)
+    steps: int = Field(25, gt=0)
+    guidance: float = Field(5.0, ge=0)
+    seed: int = Field(0, ge=0)
+    negative: str = ""
+    maps: str | None = Field(None, description="draw the cross-attention of this token over the previews")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The resolved recipe; `tree` is the plain mapping it was made from, as it is written into adapters."""
+
+    name: str
+    backbone_name: str
+    backbone: BackboneSpec
+    data: Source
+    methods: dict[str, Method]
+    objective: ObjectiveSpec
+    optim: OptimSpec
+    run: RunSpec
+    preview: PreviewSpec
+    tracker: str
+    tree: dict[str, Any]
+
+
+TRACKERS = ("tensorboard", "wandb", "none")
+SECTIONS: dict[str, type[Section]] = {
+    "objective": ObjectiveSpec,
+    "optim": OptimSpec,
+    "run": RunSpec,
+    "preview": PreviewSpec,
+}
+KEYS = ("recipe", "backbone", "data", "methods", *SECTIONS, "tracker")
+T = TypeVar("T", bound=BaseModel)
+
+
+def load(arguments: Iterable[str]) -> Recipe:
+    """`["recipe=custom_diffusion", "data.concept=./dog"]` to a checked recipe.
+
+    Raises:
+        RecipeError: anything wrong with it; nothing has been read but YAML, and folders have been seen to exist.
+    """
+    overrides = parse(arguments)
+    name = overrides.pop("recipe", None)
+    if not isinstance(name, str):
+        raise RecipeError(f"recipe=<name> is missing; recipes: {', '.join(recipe_names())}")
+    return resolve(name, read_recipe(name), overrides)
+
+
+def resolve(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Recipe:
+    """Lays the backbone's own values and the overrides over a recipe's tree, and checks the whole."""
+    tree = dict(tree)
+    per_backbone = tree.pop("backbones", None) or {}
+    backbone_name = overrides.get("backbone", tree.get("backbone", "tiny"))
+    if not isinstance(backbone_name, str):
+        raise RecipeError(f"backbone is {backbone_name!r}; it is a name or a folder, as in backbone=tiny")
+    tree = merge(merge(tree, per_backbone.get(backbone_name) or {}), overrides)
+    tree["backbone"] = backbone_name
+    refuse_unknown(tree, KEYS, "")
+    sections = {key: build(cls, tree.get(key), key) for key, cls in SECTIONS.items()}
+    tracker = tree.get("tracker", "tensorboard")
+    if tracker not in TRACKERS:
+        raise RecipeError(f"tracker={tracker}: no such tracker{_hint(str(tracker), TRACKERS)}")
+    return Recipe(
+        name=name,
+        backbone_name=backbone_name,
+        backbone=backbone_spec(backbone_name),
+        data=_data(tree.get("data")),
+        methods=methods_of(tree.get("methods")),
+        tracker=tracker,
+        tree=tree,
+        **sections,  # type: ignore[arg-type]
+    )
+
+
+def parse(arguments: Iterable[str]) -> dict[str, Any]:
+    """`key=value` words to a tree; values are YAML, so `[1, 2]`, `null` and `1e-4` mean what they say."""
+    seen: set[str] = set()
+    tree: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key or key.startswith("-"):
+            raise RecipeError(f"{argument!r} is not key=value, as in optim.lr=1e-4")
+        if key in seen:
+            raise RecipeError(f"{key} is given twice")
+        seen.add(key)
+        try:
+            word = OmegaConf.from_dotlist([argument])
+        except (OmegaConfBaseException, YAMLError, AttributeError):
+            word = OmegaConf.create()  # a prompt with colons and brackets is text, not YAML
+            OmegaConf.update(word, key, text)
+        tree = merge(tree, _plain(OmegaConf.to_container(word), ""))
+    return tree
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def backbone_names() -> list[str]:
+    return sorted(path.stem for path in BACKBONES.glob("*.yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The tree of a shipped recipe, or of a YAML file of the user's (`recipe=./mine.yaml`)."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file() or ("/" in name and path.parent == RECIPES):
+        raise RecipeError(f"recipe={name}: no such recipe{_hint(name, recipe_names())}")
+    return read_yaml(path)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of {', '.join(KEYS[1:])}")
+    return _plain(tree, "")
+
+
+def backbone_spec(name: str) -> BackboneSpec:
+    """A named backbone, or a local folder in diffusers layout."""
+    if (BACKBONES / f"{name}.yaml").is_file():
+        tree = read_yaml(BACKBONES / f"{name}.yaml")
+        spec = build(BackboneSpec, tree, f"backbone {name}")
+        if spec.folder is not None:
+            spec = spec.model_copy(update={"folder": str(DATA / spec.folder)})
+    elif (Path(name).expanduser() / "model_index.json").is_file():
+        spec = BackboneSpec(folder=str(Path(name).expanduser()))
+    elif Path(name).expanduser().is_dir():
+        raise RecipeError(f"backbone={name}: the folder has no model_index.json; a diffusers pipeline folder is needed")
+    else:
+        hint = _hint(name, backbone_names())
+        raise RecipeError(f"backbone={name}: neither a backbone of ours nor a folder{hint}")
+    if spec.folder is not None and not (Path(spec.folder) / "model_index.json").is_file():
+        raise RecipeError(f"backbone={name}: {spec.folder} is missing or has no model_index.json")
+    return spec
+
+
+def build(cls: type[T], values: Any, key: str) -> T:
+    """Validates one flat section; every pydantic complaint becomes a sentence with the full key."""
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise RecipeError(f"{key} is {values!r}; it takes {', '.join(cls.model_fields)}")
+    refuse_unknown(values, cls.model_fields, key)
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError("; ".join(_sentence(item, key) for item in error.errors())) from None
+
+
+def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """`high` over `low`: mappings merge, everything else replaces."""
+    merged = OmegaConf.to_container(OmegaConf.merge(dict(low), dict(high)))
+    assert isinstance(merged, dict)
+    return {str(key): value for key, value in merged.items()}
+
+
+def _data(tree: Any) -> Source:
+    if not isinstance(tree, dict) or not isinstance(tree.get("source"), str):
+        raise RecipeError(f"data.source is missing; sources: {', '.join(Source.names())}")
+    values = dict(tree)
+    source = values.pop("source")
+    if source not in Source.names():
+        raise RecipeError(f"data.source={source}: no such source{_hint(source, Source.names())}")
+    return build(Source.find(source), values, "data")
+
+
+def methods_of(tree: Any) -> dict[str, Method]:
+    """The methods of a recipe's tree, in its order."""
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise RecipeError(f"methods is {tree!r}; it maps method names to their options")
+    result = {}
+    for name, values in tree.items():
+        if values is None:
+            continue  # methods.lora=null removes it
+        if name not in names():
+            raise RecipeError(f"methods.{name}: no such method{_hint(str(name), names())}")
+        result[name] = build(find(name), values, f"methods.{name}")
+    if not result:
+        raise RecipeError(f"methods is empty, so nothing would train; methods: {', '.join(names())}")
+    return result
+
+
+def _plain(value: Any, key: str) -> Any:
+    """Only plain data passes: no interpolation, no `_target_`."""
+    if isinstance(value, dict):
+        if "_target_" in value:
+            where = f"{key}._target_" if key else "_target_"
+            raise RecipeError(f"{where}: recipes name files of ours, never import paths; remove it")
+        return {str(name): _plain(item, f"{key}.{name}" if key else str(name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, key) for item in value]
+    if isinstance(value, str) and "${" in value:
+        raise RecipeError(f"{key}: interpolation (${{...}}) is not allowed in recipes; write the value")
+    return value
+
+
+def refuse_unknown(values: Mapping[str, Any], known: Iterable[str], prefix: str) -> None:
+    known = list(known)
+    for name in values:
+        if name not in known:
+            dotted = f"{prefix}." if prefix else ""
+            right = [f"{dotted}{key}" for key in known]
+            raise RecipeError(f"{dotted}{name}: no such key{_hint(f'{dotted}{name}', right)}")
+
+
+def _hint(wrong: str, right: Iterable[str]) -> str:
+    right = list(right)
+    near = difflib.get_close_matches(wrong, right, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(right)}"
+
+
+def _sentence(error: Any, key: str) -> str:
+    where = ".".join([key, *(str(part) for part in error["loc"])])
+    if error["type"] == "missing":
+        return f"{where}: a value is needed"
+    message = error["msg"].removeprefix("Value error, ")
+    given = f"={error['input']!r}" if not isinstance(error["input"], dict) else ""
+    return f"{where}{given}: {message[0].lower()}{message[1:]}"
+
+

@@ -1,0 +1,39 @@
+"""Where the recipes and the shipped backbones lie: beside the package in a checkout, inside it in a wheel."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+
+
+def _shipped(inside: str, beside: str) -> Path:
+    folder = _HERE / inside
+    return folder if folder.is_dir() else _HERE.parent / beside
+
+
+RECIPES = _shipped("_recipes", "recipes")
+BACKBONES = RECIPES / "backbone"
+DATA = _shipped("_data", "data")
+
+
+def cache_folder() -> Path:
+    """Where latents and prior images are kept between runs; `TRAINER_CACHE` moves it."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "attention-trainer"
+    return Path(os.environ.get("TRAINER_CACHE", default)).expanduser()
+
+
+LEVELS = ("weight", "function", "feature", "map", "application")
+
+
+def methods() -> list[Path]:
+    """The files of `trainer/methods/<level>/`; a file's name is its method's."""
+    files = [path for level in LEVELS for path in (_HERE / "methods" / level).glob("*.py")]
+    return sorted((path for path in files if not path.stem.startswith("_")), key=lambda path: path.stem)
+
+
+def sources() -> list[Path]:
+    """The files of `trainer/data/` that define a data source, known by their text."""
+    marked = [path for path in (_HERE / "data").glob("*.py") if "(Source):" in path.read_text(encoding="utf-8")]
+    return sorted(marked)

@@ -1,0 +1,146 @@
+"""What each verb of the command line does with its words."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from trainer import recipe as recipes
+from trainer.recipe import RecipeError
+
+
+def fit(words: list[str]) -> int:
+    loaded = recipes.load(words)
+    _quiet()
+    from trainer.fit import fit as run
+
+    folder = run(loaded)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(folder)
+    return 0
+
+
+def check(words: list[str]) -> int:
+    """Validates without loading a weight; with plan=true loads the backbone and prints what would train."""
+    plan = [word for word in words if word.startswith("plan=")]
+    loaded = recipes.load(word for word in words if word not in plan)
+    if plan and plan[-1] not in ("plan=true", "plan=false"):
+        raise RecipeError(f"{plan[-1]}: plan is true or false")
+    if "plan=true" not in plan:
+        print(f"{loaded.name}: fine; backbone {loaded.backbone_name}, methods {', '.join(loaded.methods)}")
+        return 0
+    _quiet()
+    from rich.console import Console
+
+    from trainer import backbones, methods, report
+
+    backbone = backbones.load(loaded.backbone, loaded.backbone_name)
+    applied = methods.apply(backbone, loaded.methods)
+    if loaded.run.gradient_checkpointing:
+        backbone.enable_gradient_checkpointing()
+    facts = report.describe(loaded, backbone, applied, report.peak_memory(loaded, backbone, applied))
+    report.show(facts, loaded.methods, Console(width=max(100, Console().width)))
+    return 0
+
+
+def sample(words: list[str]) -> int:
+    options = _options(
+        words,
+        {"adapter": None, "backbone": None, "prompt": None, "count": 1, "seed": 0, "steps": None, "guidance": None,
+         "negative": "", "out": "samples"},
+    )  # fmt: skip
+    if not options["prompt"]:
+        raise RecipeError('prompt is missing, as in prompt="a <v1> on a blue background"')
+    if options["count"] < 1:
+        raise RecipeError(f"count={options['count']}: at least 1")
+    if not (options["adapter"] or options["backbone"]):
+        raise RecipeError("give adapter=<file or run folder>, or backbone=<name or folder>")
+    _quiet()
+    from trainer import adapter, backbones
+    from trainer.data.images import to_pil
+    from trainer.sampler import sample_many
+
+    look: dict[str, Any] = {}
+    if options["adapter"]:
+        backbone, tree = adapter.load(adapter_file(options["adapter"]), options["backbone"])
+        look = tree.get("preview") or {}
+    else:
+        backbone = backbones.load(recipes.backbone_spec(options["backbone"]), options["backbone"])
+    steps = options["steps"] or look.get("steps", 25)
+    guidance = look.get("guidance", 5.0) if options["guidance"] is None else options["guidance"]
+    seeds = [options["seed"] + i for i in range(options["count"])]
+    pictures = sample_many(
+        backbone, [options["prompt"]] * len(seeds), seeds, 16, int(steps), float(guidance), str(options["negative"])
+    )
+    out = Path(options["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    for seed, picture in zip(seeds, pictures, strict=True):
+        path = out / f"{_slug(options['prompt'])}-{seed}.png"
+        to_pil(picture).save(path)
+        print(path)
+    return 0
+
+
+def evaluate(words: list[str]) -> int:
+    options = _options(words, {"run": None, "judge": None, "images": 32, "batch": 32})
+    if not options["run"]:
+        raise RecipeError("run is missing, as in run=runs/custom_diffusion/<id>")
+    _quiet()
+    from trainer.evaluate import evaluate as judge_run
+
+    judge_run(Path(options["run"]), options["judge"], int(options["images"]), int(options["batch"]))
+    return 0
+
+
+def export(words: list[str]) -> int:
+    options = _options(words, {"run": None, "adapter": None, "out": None, "format": "merged", "dtype": "float32"})
+    source = options["adapter"] or options["run"]
+    if not source or not options["out"]:
+        raise RecipeError("give run=<run folder> (or adapter=<file>) and out=<folder>")
+    _quiet()
+    from trainer.export import export as write
+
+    print(write(adapter_file(source), Path(options["out"]), options["format"], options["dtype"]))
+    return 0
+
+
+def adapter_file(name: str) -> Path:
+    """The adapter in a run folder, or the file itself."""
+    path = Path(name).expanduser()
+    return path / "adapter.safetensors" if path.is_dir() else path
+
+
+def _options(words: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
+    given = recipes.parse(words)
+    recipes.refuse_unknown(given, defaults, "")
+    for key, value in given.items():
+        default = defaults[key]
+        if isinstance(default, int) and (isinstance(value, bool) or not isinstance(value, int)):
+            raise RecipeError(f"{key}={value!r}: a whole number is needed")
+        if key in ("steps", "guidance") and not isinstance(value, int | float):
+            raise RecipeError(f"{key}={value!r}: a number is needed")
+    return {key: given.get(key, default) for key, default in defaults.items()}
+
+
+def _slug(text: str) -> str:
+    words = "".join(letter if letter.isalnum() else " " for letter in text).split()
+    return "-".join(words)[:60] or "sample"
+
+
+def _quiet() -> None:
+    """The libraries below talk about themselves; the run has its own lines."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", module="lightning")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # GPU: no, TPU: no, and advertisements
+    import diffusers
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
