@@ -76,7 +76,7 @@ def fit(recipe: Recipe) -> Path:
         raise KeyboardInterrupt
     if trainer.is_global_zero:
         with ema.swapped(module) if ema else nullcontext():
-            adapter.save(folder / "adapter.safetensors", module.trainable(), recipe.tree, backbone.identity())
+            adapter.save(folder / "adapter.safetensors", module.trainable(), {"recipe": recipe.name, **recipe.tree}, backbone.identity())
         console.print(f"adapter: {folder / 'adapter.safetensors'}", highlight=False)
     return folder
 

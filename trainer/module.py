@@ -94,7 +94,7 @@ class DiffusionModule(lightning.LightningModule):
         loss = (losses * batch.weights).mean()
         for extra in self.extra_losses:
             loss = loss + extra()
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.places))
+        self.log("train/loss", loss.detach(), batch_size=len(batch.places), sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:

@@ -121,6 +121,14 @@ class PreviewSpec(Section):
     maps: str | None = Field(None, description="draw the cross-attention of this token over the previews")
 
 
+class EvaluateSpec(Section):
+    """Prompts `evaluate` paints: the concept alone, beside one known sprite, and known sprites (`{}` is each with its article)."""
+
+    alone: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    known: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The resolved recipe; `tree` is the plain mapping it was made from, as it is written into adapters."""
@@ -134,6 +142,7 @@ class Recipe:
     optim: OptimSpec
     run: RunSpec
     preview: PreviewSpec
+    evaluate: EvaluateSpec
     tracker: str
     tree: dict[str, Any]
 
@@ -144,6 +153,7 @@ SECTIONS: dict[str, type[Section]] = {
     "optim": OptimSpec,
     "run": RunSpec,
     "preview": PreviewSpec,
+    "evaluate": EvaluateSpec,
 }
 KEYS = ("recipe", "backbone", "data", "methods", *SECTIONS, "tracker")
 T = TypeVar("T", bound=BaseModel)

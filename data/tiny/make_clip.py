@@ -179,6 +179,8 @@ def save(model: CLIPModel, tokenizer: CLIPTokenizer, out: Path) -> None:
     processor = CLIPImageProcessorPil(
         size=size, do_center_crop=False, image_mean=MEAN, image_std=STD, do_resize=True, crop_size=size
     )
+    (out / "clip").mkdir(parents=True, exist_ok=True)
+    (out / "clip" / "patches.json").write_text(json.dumps({"empty": EMPTY}))  # its patches can be named, too
     model.half().save_pretrained(out / "clip", safe_serialization=True)
     tokenizer.save_pretrained(out / "clip")
     processor.save_pretrained(out / "clip")

@@ -42,6 +42,10 @@ class Dataset(Protocol):
         """Sample `index`; augmentation draws from `rng` only. With `fixed` the image never depends on rng."""
         ...
 
+    def image(self, index: int) -> Tensor:
+        """The picture (3, H, W) without augmentation."""
+        ...
+
     def caption(self, index: int, rng: np.random.Generator) -> str:
         """The caption alone, with the same draws; for data whose latents are cached."""
         ...

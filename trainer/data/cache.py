@@ -50,11 +50,10 @@ def _write(
     batch_size: int,
     report: Callable[[int, int], None],
 ) -> None:
-    rng = np.random.default_rng(0)  # fixed images do not draw from it
     array = None
     for start in range(0, len(dataset), batch_size):
         rows = range(start, min(start + batch_size, len(dataset)))
-        found = encode(torch.stack([dataset.sample(i, rng).image for i in rows])).half().cpu().numpy()
+        found = encode(torch.stack([dataset.image(i) for i in rows])).half().cpu().numpy()
         if array is None:
             array = np.lib.format.open_memmap(path, "w+", np.float16, (len(dataset), *found.shape[1:]))
         array[rows.start : rows.stop] = found

@@ -25,6 +25,7 @@ from trainer.data.templates import TEMPLATES, render
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
+    from torch import Tensor
 
 SPRITE = "sprite:"
 NUM_SCENES = 5
@@ -145,6 +146,11 @@ class ConceptData:
         if self.flip and rng.random() < 0.5:
             photo = ImageOps.mirror(photo)
         return Sample(to_tensor(photo), caption, pair.key)
+
+    def image(self, index: int) -> Tensor:
+        from trainer.data.images import resize_cover, to_tensor
+
+        return to_tensor(resize_cover(self.pairs[index].image, self.side))
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         captions = self.pairs[index].captions

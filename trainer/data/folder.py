@@ -22,6 +22,7 @@ from trainer.data.images import (
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
+    from torch import Tensor
 
 # Cut photos of a folder that fits are decoded once a process; a larger one is read anew each time.
 KEEP_BYTES = 256 * 2**20
@@ -36,7 +37,7 @@ class Folder(Source):
     folder: Path
     template: str | None = None
     on_bad: Literal["raise", "skip"] = "raise"
-    validation: int = Field(0, ge=0)
+    validation: int = Field(default=0, ge=0)
     flip: bool = False
 
     @field_validator("folder")
@@ -107,16 +108,18 @@ class Photos:
         return len(self.pairs)
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        """Image float32 (3, side, side); raises ImageError if the file changed since `open`."""
-        from PIL import ImageOps
+        """Image and caption; raises ImageError if the file cannot be read any more."""
+        path, caption = self.pairs[index]
+        image = self.image(index)
+        if self.flip and rng.random() < 0.5:
+            image = image.flip(-1)
+        return Sample(image, caption, path.name)
 
+    def image(self, index: int) -> Tensor:
+        """The photo as it is, float32 (3, side, side) in [-1, 1]; raises ImageError as `sample`."""
         from trainer.data.images import to_tensor
 
-        path, caption = self.pairs[index]
-        image = self._image(index)
-        if self.flip and rng.random() < 0.5:
-            image = ImageOps.mirror(image)
-        return Sample(to_tensor(image), caption, path.name)
+        return to_tensor(self._cut(index))
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         return self.pairs[index][1]
@@ -130,7 +133,7 @@ class Photos:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
-    def _image(self, index: int) -> Image:
+    def _cut(self, index: int) -> Image:
         from trainer.data.images import resize_cover
 
         if index in self._kept:

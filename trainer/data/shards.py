@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -28,6 +28,9 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from trainer.data import Dataset, Needs, Sample, Source
 from trainer.data.folder import check_split
 from trainer.data.images import DAMAGED, READABLE, ImageError, decode_caption, decode_image
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_MEMBER = 64 * 2**20
 IMAGES = frozenset(suffix[1:] for suffix in READABLE)
@@ -43,14 +46,14 @@ class Shards(Source):
     of members to pass over, as in [cls, npy]."""
 
     shards: Path
-    validation: int = Field(0, ge=0)
+    validation: int = Field(default=0, ge=0)
     on_bad: Literal["raise", "skip"] = "raise"
     ignore: tuple[str, ...] = ()
 
     @field_validator("shards", mode="before")
     @classmethod
     def _is_local(cls, value: Any) -> Any:
-        if re.match(r"pipe:|file:|[a-z][a-z0-9+.-]*:/", str(value), re.IGNORECASE):
+        if re.match(r"pipe:|file:|[a-z][a-z0-9+.-]+:/", str(value), re.IGNORECASE):
             raise ValueError(
                 "commands and remote addresses are not read; stream the shards to a local disk "
                 "first and give the folder"
@@ -63,6 +66,11 @@ class Shards(Source):
         shards = shards.expanduser()
         tars_of(shards)
         return shards
+
+    @field_validator("ignore")
+    @classmethod
+    def _without_dots(cls, ignore: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(extension.lower().lstrip(".") for extension in ignore)
 
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
         """Finds or makes the manifest and checks every shard against it, size and SHA-256.
@@ -113,15 +121,17 @@ class Tars:
         return len(self.rows)
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        """Image float32 (3, side, side); raises ValueError if its bytes changed since `open`."""
+        """Image and caption; raises ValueError if their bytes changed since `open`."""
+        return Sample(self.image(index), self.caption(index, rng), self.rows[index][1].key)
+
+    def image(self, index: int) -> Tensor:
+        """Float32 (3, side, side) in [-1, 1]; raises ValueError as `sample`."""
         from trainer.data.images import resize_cover, to_tensor
 
         name, entry = self.rows[index]
         extension = next(iter(entry.members.keys() & IMAGES))
         image = decode_image(self._read(index, extension), f"{name}: {entry.key}.{extension}")
-        return Sample(
-            to_tensor(resize_cover(image, self.side)), self.caption(index, rng), entry.key
-        )
+        return to_tensor(resize_cover(image, self.side))
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         members = self.rows[index][1].members
@@ -260,11 +270,11 @@ class Part(NamedTuple):
     crc32: int
 
 
-class Record(BaseModel):
+class Listed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Entry(Record):
+class Entry(Listed):
     """One sample: its members by extension, and the size of its upright image in pixels."""
 
     key: str
@@ -281,7 +291,7 @@ class Entry(Record):
         return members
 
 
-class Shard(Record):
+class Shard(Listed):
     """What one tar holds; bad: samples that cannot be used, each with the reason."""
 
     name: str
@@ -291,7 +301,7 @@ class Shard(Record):
     bad: tuple[str, ...] = ()
 
 
-class Manifest(Record):
+class Manifest(Listed):
     format: Literal["attention-trainer-shards-1"] = "attention-trainer-shards-1"
     shards: tuple[Shard, ...]
 
@@ -384,7 +394,8 @@ def _members(
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for info in archive:
                 _check_member(path, info, ignore)
-                end = info.offset_data + -(-info.size // 512) * 512
+                blocks = -(-info.size // 512) if info.isreg() else 0
+                end = info.offset_data + blocks * 512
                 key, extension = _split(info.name)
                 if info.isreg() and extension in KNOWN:
                     yield key, extension, info
@@ -440,7 +451,8 @@ def _entry(
         parts[extension] = Part(info.offset_data, info.size, zlib.crc32(data[extension]))
     images = sorted(data.keys() & IMAGES)
     if len(images) != 1:
-        raise ImageError(f"{key}: {' and '.join(images) or 'no image'}; a sample has one image")
+        held = ", ".join(f".{extension}" for extension in sorted(data))
+        raise ImageError(f"{key}: {len(images)} images among {held}; a sample has one image")
     image = decode_image(data[images[0]], f"{key}.{images[0]}")
     caption_of(data, key)
     if MASK in data:

@@ -10,6 +10,7 @@ from trainer.data import Dataset, Needs, Sample, Source
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
 HELD_OUT_SEED = 1_000_003  # added to the seed for validation scenes, which training never draws
 
@@ -46,6 +47,9 @@ class Scenes:
         return self.count
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        return Sample(self.image(index), self.caption(index, rng), f"scene-{self.seed}-{index}")
+
+    def image(self, index: int) -> Tensor:
         from PIL import Image
 
         from trainer.data.images import resize_cover, to_tensor
@@ -53,7 +57,7 @@ class Scenes:
 
         scene = draw(self.seed, index, self.names)
         image = resize_cover(Image.fromarray(scene.image), self.side)
-        return Sample(to_tensor(image), scene.caption, f"scene-{self.seed}-{index}")
+        return to_tensor(image)
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         from trainer.data.scenes import layout

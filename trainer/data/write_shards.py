@@ -89,10 +89,10 @@ def write(
 
 def record(scene: Scene, key: str) -> Record:
     """The members of one scene; the mask restores each object's visible mask exactly."""
-    owner = np.zeros(scene.image.shape[:2], np.uint8)
+    height, width = scene.image.shape[:2]
+    owner = np.zeros((height, width), np.uint8)
     for number, placed in enumerate(scene.objects, start=1):
         owner[placed.mask] = number
-    height, width = owner.shape
     mask = Image.frombytes("P", (width, height), owner.tobytes())
     mask.putpalette(PALETTE)
     known = {

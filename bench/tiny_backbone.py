@@ -1,0 +1,93 @@
+"""How good the tiny backbone is, by the CLIP judge, beside the judge's own score on real scenes.
+
+    python bench/tiny_backbone.py [--quick] [--backbone tiny] [--grid docs/world.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from _common import Bars
+from PIL import Image
+from torch import Tensor
+
+from trainer import backbones, recipe
+from trainer.data.images import to_tensor
+from trainer.data.scenes import RELATIONS, Scene, draw
+from trainer.data.sprites import ALL, KNOWN
+from trainer.judge import Judge, stands
+from trainer.pictures import grid
+from trainer.sampler import sample_many
+
+SEED = 424_242  # scenes that no training drew
+
+
+def real(scenes: Sequence[Scene]) -> Tensor:
+    return torch.stack([to_tensor(Image.fromarray(scene.image)) for scene in scenes])
+
+
+def words(scene: Scene) -> list[str]:
+    """The scene's sprites in the order of its caption."""
+    names = [item.word for item in scene.objects]
+    return sorted(names, key=lambda word: re.search(rf"\b{word}\b", scene.caption).start())  # type: ignore[union-attr]
+
+
+def one(judge: Judge, pictures: Tensor, scenes: Sequence[Scene]) -> float:
+    named = judge.named(pictures, ALL)
+    return float(np.mean([word == scene.objects[0].word for word, scene in zip(named, scenes, strict=True)]))
+
+
+def two(judge: Judge, pictures: Tensor, scenes: Sequence[Scene]) -> tuple[float, float]:
+    """Shares of pictures with both sprites right, and, among those, with the stated relation right."""
+    found = judge.found(pictures, ALL)
+    both = [row for row, pair in enumerate(found.top(2)) if set(pair) == set(words(scenes[row]))]
+    placed = [stands(found, row, *words(scenes[row]), RELATIONS[str(scenes[row].relation)]) for row in both]
+    return len(both) / len(scenes), float(np.mean(placed)) if placed else 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer pictures, no result file")
+    parser.add_argument("--backbone", default="tiny")
+    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--grid", type=Path, help="also write a picture of what it paints")
+    options = parser.parse_args()
+    bars = Bars("tiny_backbone", options.quick)
+    backbone = backbones.load(recipe.backbone_spec(options.backbone), options.backbone).eval().requires_grad_(False)
+    judge = Judge(backbone.folder / "clip")
+    count = 48 if options.quick else 200
+
+    unseen = [draw(SEED, i, ALL, 1) for i in range(400 if options.quick else 2000)]
+    bars.at_least("judge_real_one", one(judge, real(unseen), unseen), 0.95)
+    relations = ("left of", "above")
+    pairs = [draw(SEED + 1, i, KNOWN, 2, relations[i % 2]) for i in range(count)]
+    both, placed = two(judge, real(pairs), pairs)
+    bars.note("judge_real_two_both", both)
+    bars.note("judge_real_two_relation", placed)
+
+    singles = [draw(SEED + 2, i, KNOWN, 1) for i in range(count)]
+    bars.note("judge_real_one_known", one(judge, real(singles), singles))
+    look = {"steps": options.steps, "guidance": options.guidance}
+    seeds = list(range(count))
+    alone = sample_many(backbone, [scene.caption for scene in singles], seeds, 50, **look)
+    bars.at_least("generated_one", one(judge, alone, singles), 0.80)
+    beside = sample_many(backbone, [scene.caption for scene in pairs], seeds, 50, **look)
+    both, placed = two(judge, beside, pairs)
+    bars.at_least("generated_two_both", both, 0.45)
+    bars.at_least("generated_two_relation", placed, 0.80)
+    bars.note("sampling", {"pictures": count, **look})
+    if options.grid:
+        options.grid.parent.mkdir(parents=True, exist_ok=True)
+        rows = [("", part) for part in (alone[:8], alone[8:16], beside[:8], beside[8:16])]
+        grid(rows, side=128).quantize(128).save(options.grid, optimize=True)
+    bars.write()
+
+
+if __name__ == "__main__":
+    main()

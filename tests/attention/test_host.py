@@ -1,0 +1,295 @@
+"""The host: installing, refusing, copying, and reporting sites that were never reached."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import Tensor, nn
+
+from trainer.attention.processor import Host, HostedProcessor
+from trainer.attention.sites import Site, require, select
+
+Run = Callable[..., Tensor]
+
+
+class Gain(nn.Module):
+    """A trainable op."""
+
+    name = "gain"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.5]))
+
+    def output(self, o: Tensor, site: Site, ctx: Any) -> Tensor:
+        return o * self.weight
+
+
+class Kernel:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, site: Site, ctx: Any) -> Tensor:
+        return q * v.mean(2, keepdim=True)
+
+
+class Probs:
+    name = "probs_reader"
+
+    def probs(self, probs: Tensor, site: Site, ctx: Any) -> Tensor:
+        return probs
+
+
+class Scores:
+    name = "scores_reader"
+
+    def scores(self, scores: Tensor, site: Site, ctx: Any) -> Tensor:
+        return scores
+
+
+def processors(model: Any) -> list[Any]:
+    return [site.module.processor for site in Host.attach(model).sites]
+
+
+def test_attach_twice_is_one_host(tiny_unet: nn.Module) -> None:
+    host = Host.attach(tiny_unet)
+    before = processors(tiny_unet)
+    assert Host.attach(tiny_unet) is host
+    assert all(a is b for a, b in zip(processors(tiny_unet), before, strict=True))
+    assert len(tiny_unet._forward_hooks) == len(tiny_unet._forward_pre_hooks) == 1
+
+
+def test_attach_takes_in_sites_added_since(tiny_unet: nn.Module) -> None:
+    host = Host.attach(tiny_unet)
+    count = len(host.sites)
+    model: Any = tiny_unet
+    blocks = model.mid_block.attentions[0].transformer_blocks
+    blocks.append(copy.deepcopy(blocks[0]))
+    assert len(Host.attach(tiny_unet).sites) == count + 2
+    added = require(host.sites, "mid & name:*transformer_blocks.1.*", "test")
+    processor: Any = added[0].module.processor
+    assert processor.site is added[0]
+    assert processor.holder is host.holder
+
+
+def test_copying_one_block_does_not_copy_the_denoiser(tiny_unet: nn.Module) -> None:
+    host = Host.attach(tiny_unet)
+    copied: dict[int, Any] = {}
+    attn: Any = copy.deepcopy(host.sites[0].module, copied)
+    assert attn.processor.site.module is attn
+    assert id(host.sites[0].module) in copied
+    assert not {id(tiny_unet), id(host), id(host.sites[1].module)} & copied.keys()
+
+
+def test_detach_puts_back_what_was_there(tiny_unet: nn.Module, run_unet: Run) -> None:
+    model: Any = tiny_unet
+    before = model.attn_processors
+    expected = run_unet(tiny_unet)
+    keys = set(vars(tiny_unet))
+    host = Host.attach(tiny_unet)
+    model.enable_gradient_checkpointing()
+    host.install(Gain(), select(host.sites, "cross"))
+    assert not torch.equal(run_unet(tiny_unet.train()), expected)
+    host.detach()
+    assert all(model.attn_processors[name] is p for name, p in before.items())
+    assert set(vars(tiny_unet)) == keys
+    assert not tiny_unet._forward_hooks
+    assert not tiny_unet._forward_pre_hooks
+    assert not any("gain" in name for name, _ in tiny_unet.named_parameters())
+    assert "BoundCheckpoint" not in repr(model.down_blocks[0]._gradient_checkpointing_func)
+    assert torch.equal(run_unet(tiny_unet.eval()), expected)
+    assert Host.attach(tiny_unet) is not host
+
+
+def test_detach_leaves_a_processor_set_since(tiny_unet: nn.Module) -> None:
+    host = Host.attach(tiny_unet)
+    own = AttnProcessor2_0()
+    module: Any = host.sites[0].module
+    module.set_processor(own)
+    host.detach()
+    assert module.processor is own
+    assert isinstance(host.sites[1].module.processor, AttnProcessor2_0)
+
+
+def test_trainable_op_is_a_parameter_of_its_site(tiny_unet: nn.Module, run_unet: Run) -> None:
+    keys = set(tiny_unet.state_dict())
+    expected = run_unet(tiny_unet)
+    host = Host.attach(tiny_unet)
+    assert set(tiny_unet.state_dict()) == keys
+    site = require(host.sites, "cross & mid", "test")[0]
+    op = Gain()
+    host.install(op, [site])
+    assert set(tiny_unet.state_dict()) - keys == {f"{site.name}.gain.weight"}
+    output = run_unet(tiny_unet)
+    assert not torch.equal(output, expected)
+    output.square().sum().backward()
+    assert op.weight.grad is not None
+    assert bool(op.weight.grad.any())
+    host.remove(op)
+    assert set(tiny_unet.state_dict()) == keys
+    assert torch.equal(run_unet(tiny_unet), expected)
+
+
+def test_deepcopy_has_ops_and_hooks_of_its_own(tiny_unet: nn.Module, run_unet: Run) -> None:
+    expected = run_unet(tiny_unet)
+    host = Host.attach(tiny_unet)
+    site = require(host.sites, "cross & mid", "test")[0]
+    op = Gain()
+    host.install(op, [site])
+    with_op = run_unet(tiny_unet)
+    twin = copy.deepcopy(tiny_unet)
+    own = Host.attach(twin)
+    assert own is not host
+    assert own.holder is not host.holder
+    assert own.denoiser is twin
+    assert torch.equal(run_unet(twin), with_op)
+
+    twin_op: Any = own.processors[site.name].ops[0]
+    assert twin_op is dict(twin.named_modules())[f"{site.name}.gain"]
+    with torch.no_grad():
+        twin_op.weight.fill_(3.0)
+    assert torch.equal(run_unet(tiny_unet), with_op)
+    assert not torch.equal(run_unet(twin), with_op)
+    own.detach()
+    assert torch.equal(run_unet(twin), expected)
+    assert not twin._forward_hooks
+    assert torch.equal(run_unet(tiny_unet), with_op)
+    assert len(tiny_unet._forward_hooks) == 1
+
+
+def test_hosted_denoiser_pickles(tiny_unet: nn.Module, run_unet: Run) -> None:
+    host = Host.attach(tiny_unet)
+    host.install(Gain(), select(host.sites, "cross & mid"))
+    expected = run_unet(tiny_unet)
+    twin = pickle.loads(pickle.dumps(tiny_unet))
+    assert torch.equal(run_unet(twin), expected)
+    assert Host.attach(twin).denoiser is twin
+
+
+def test_sites_never_reached_are_reported(tiny_unet: nn.Module, run_unet: Run) -> None:
+    host = Host.attach(tiny_unet)
+    run_unet(tiny_unet)
+    host.install(Probs(), select(host.sites, "cross"))
+    lost: Any = require(host.sites, "cross & mid", "test")[0]
+    lost.module.set_processor(AttnProcessor2_0())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="never reached") as caught:
+            run_unet(tiny_unet)
+        assert lost.name in str(caught.value)
+        assert "down_blocks" not in str(caught.value)
+        assert "UNet2DConditionModel" in str(caught.value)
+    Host.attach(tiny_unet)
+    run_unet(tiny_unet)
+
+
+def test_site_whose_processor_is_taken_by_another_stays_on_the_list(
+    tiny_unet: nn.Module, run_unet: Run
+) -> None:
+    class Foreign(AttnProcessor2_0):
+        pass
+
+    host = Host.attach(tiny_unet)
+    host.install(Probs(), host.sites[:1])
+    module: Any = host.sites[0].module
+    module.set_processor(Foreign())
+    Host.attach(tiny_unet)
+    with pytest.raises(RuntimeError, match="never reached"):
+        run_unet(tiny_unet)
+
+
+def test_all_reached_is_no_error_and_is_checked_once(tiny_unet: nn.Module, run_unet: Run) -> None:
+    host = Host.attach(tiny_unet)
+    host.install(Probs(), host.sites)
+    assert host.unproven
+    run_unet(tiny_unet)
+    assert not host.unproven
+
+
+@pytest.mark.parametrize("reader", [Probs, Scores])
+@pytest.mark.parametrize("kernel_first", [True, False])
+def test_kernel_excludes_readers_of_scores(
+    tiny_unet: nn.Module, reader: type, kernel_first: bool
+) -> None:
+    host = Host.attach(tiny_unet)
+    pair = [Kernel("linear"), reader()]
+    first, second = pair if kernel_first else pair[::-1]
+    host.install(first, host.sites[:1])
+    with pytest.raises(ValueError, match="asks for scores or probabilities") as caught:
+        host.install(second, host.sites)
+    message = str(caught.value)
+    assert "'linear'" in message
+    assert reader.name in message  # type: ignore[attr-defined]
+    assert host.sites[0].name in message
+    host.install(second, host.sites[1:])
+
+
+def test_refused_install_changes_nothing(tiny_unet: nn.Module, run_unet: Run) -> None:
+    host = Host.attach(tiny_unet)
+    host.install(Kernel("linear"), host.sites[-1:])
+    expected = run_unet(tiny_unet)
+    with pytest.raises(ValueError, match="'linear' and 'agent' both replace the kernel") as caught:
+        host.install(Kernel("agent"), host.sites)
+    assert host.sites[-1].name in str(caught.value)
+    assert torch.equal(run_unet(tiny_unet), expected)
+    assert [len(p.ops) for p in host.processors.values()] == [0] * (len(host.sites) - 1) + [1]
+
+
+def test_mistaken_installs_are_refused(tiny_unet: nn.Module) -> None:
+    host = Host.attach(tiny_unet)
+    op = Probs()
+    with pytest.raises(ValueError, match="'probs_reader' was given no site"):
+        host.install(op, [])
+    with pytest.raises(ValueError, match="is installed on no site"):
+        host.remove(op)
+    host.install(op, host.sites[:1])
+    with pytest.raises(ValueError, match="already on"):
+        host.install(op, host.sites)
+
+    class Nothing:
+        name = "nothing"
+
+    with pytest.raises(ValueError, match="'nothing' has no stage to run at; give it one of tokens"):
+        host.install(Nothing(), host.sites)
+
+    class Clash(Gain):
+        name = "to_q"
+
+    with pytest.raises(ValueError, match="'to_q' cannot be registered"):
+        host.install(Clash(), host.sites)
+    with pytest.raises(ValueError, match="is no site of this denoiser"):
+        Host.attach(copy.deepcopy(tiny_unet)).install(Probs(), host.sites[1:])
+
+
+def test_submodule_named_like_a_stage_is_no_stage(tiny_unet: nn.Module, run_unet: Run) -> None:
+    class WithMask(Gain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mask = nn.Linear(1, 1)
+
+    host = Host.attach(tiny_unet)
+    host.install(WithMask(), select(host.sites, "mid & cross"))
+    run_unet(tiny_unet)
+
+
+def test_site_with_a_processor_of_its_own_is_left_alone_and_refused(
+    tiny_unet: nn.Module, run_unet: Run
+) -> None:
+    class Linear(AttnProcessor2_0):
+        pass
+
+    model: Any = tiny_unet
+    model.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(Linear())
+    host = Host.attach(tiny_unet)
+    kept = require(host.sites, "self & mid", "test")
+    assert isinstance(kept[0].module.processor, Linear)
+    with pytest.raises(ValueError, match="runs Linear, which is not hosted yet"):
+        host.install(Probs(), kept)
+    host.install(Probs(), select(host.sites, "cross"))
+    run_unet(tiny_unet)
+    assert isinstance(host.sites[0].module.processor, HostedProcessor)

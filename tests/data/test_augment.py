@@ -1,0 +1,150 @@
+"""Resize augmentation: mask, caption and pixels agree; scales fall as in the official code."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trainer.data import augment
+from trainer.data.augment import CLOSE_PREFIXES, FAR_PREFIXES, draw_scale, resize_augment
+from trainer.data.images import resize_cover, to_tensor
+from trainer.data.templates import TEMPLATES, render
+
+SIZE, DIVISOR = 64, 4
+# No pixel of it is 0, the value of the empty canvas.
+WHITE = Image.new("RGB", (50, 40), (255, 255, 255))
+
+
+def noise_image() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+
+
+def at_scale(monkeypatch: pytest.MonkeyPatch, scale: int) -> None:
+    monkeypatch.setattr(augment, "draw_scale", lambda *_: scale)
+
+
+@pytest.mark.parametrize(("size", "divisor"), [(64, 4), (64, 8), (96, 16), (63, 3)])
+def test_mask_covers_only_pixels_of_the_photo(size: int, divisor: int) -> None:
+    rng, kinds = random.Random(0), set()
+    for _ in range(150):
+        pixels, caption, mask = resize_augment(WHITE, "cat", size, divisor, rng)
+        assert pixels.shape == (3, size, size)
+        assert mask.shape == (1, size // divisor, size // divisor)
+        assert (pixels.dtype, mask.dtype) == (torch.float32, torch.float32)
+        real = (pixels[0] == 1.0).float()
+        covered = -torch.nn.functional.max_pool2d(-real[None], divisor)  # 1 where all are real
+        assert mask.sum() > 0
+        assert bool((mask <= covered).all())
+        kinds.add(caption)
+        if caption.startswith(FAR_PREFIXES):
+            # Conservative: the outermost fully covered cells are left out.
+            assert 0.0 < mask.sum() < covered.sum()
+        else:
+            assert bool((mask == 1.0).all())
+    assert kinds == {"cat"} | {prefix + "cat" for prefix in FAR_PREFIXES + CLOSE_PREFIXES}
+
+
+def test_mask_of_the_official_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_scale(monkeypatch, 30)
+    pixels, _, mask = resize_augment(WHITE, "cat", SIZE, DIVISOR, random.Random(3))
+    rows = torch.nonzero(pixels[0].amax(1)).flatten()
+    columns = torch.nonzero(pixels[0].amax(0)).flatten()
+    assert (len(rows), len(columns)) == (30, 30)
+    naive = np.zeros((1, SIZE // DIVISOR, SIZE // DIVISOR))
+    top, left = int(rows[0]), int(columns[0])
+    for y in range(top // 4 + 1, (top + 30) // 4 - 1):
+        for x in range(left // 4 + 1, (left + 30) // 4 - 1):
+            naive[0, y, x] = 1
+    np.testing.assert_array_equal(mask.numpy(), naive)
+
+
+def test_pasted_and_cropped_pixels_are_those_of_the_photo(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = noise_image()
+    at_scale(monkeypatch, 24)
+    pixels, _, _ = resize_augment(image, "cat", SIZE, DIVISOR, random.Random(0))
+    patches = pixels.unfold(1, 24, 1).unfold(2, 24, 1)  # 3 y x 24 24
+    small = to_tensor(resize_cover(image, 24))[:, None, None]
+    assert int((patches == small).all(dim=(0, 3, 4)).sum()) == 1
+
+    at_scale(monkeypatch, 80)
+    pixels, _, _ = resize_augment(image, "cat", SIZE, DIVISOR, random.Random(0))
+    windows = to_tensor(resize_cover(image, 80)).unfold(1, SIZE, 1).unfold(2, SIZE, 1)
+    assert int((windows == pixels[:, None, None]).all(dim=(0, 3, 4)).sum()) == 1
+
+    at_scale(monkeypatch, 50)
+    pixels, caption, _ = resize_augment(image, "a cat", SIZE, DIVISOR, random.Random(0))
+    assert torch.equal(pixels, to_tensor(resize_cover(image, SIZE)))
+    assert caption == "a cat"
+
+
+def test_scale_distribution() -> None:
+    rng, size, count = np.random.default_rng(0), 512, 20_000
+    scales = np.array([draw_scale(size, 8, rng) for _ in range(count)])
+    close, far = scales > size, scales < 0.6 * size
+    assert abs(close.mean() - 1 / 3) < 0.015
+    assert (scales[close].min(), scales[close].max()) == (614, 715)
+    assert (scales[~close].min(), scales[~close].max()) == (170, 512)
+    # 170, ..., 307 of 170, ..., 512, with probability 2/3.
+    assert abs(far.mean() - 2 / 3 * 138 / 343) < 0.015
+    assert abs(scales[~close].mean() - 341) < 4
+
+
+@pytest.mark.parametrize(
+    ("scale", "prefixes"),
+    [(38, FAR_PREFIXES), (39, ()), (64, ()), (76, CLOSE_PREFIXES), (88, CLOSE_PREFIXES)],
+)
+def test_prefix_agrees_with_scale(
+    monkeypatch: pytest.MonkeyPatch, scale: int, prefixes: tuple[str, ...]
+) -> None:
+    at_scale(monkeypatch, scale)
+    rng = random.Random(0)
+    captions = {resize_augment(WHITE, "A photo of a cat", SIZE, 4, rng)[1] for _ in range(20)}
+    assert captions == ({p + "photo of a cat" for p in prefixes} or {"A photo of a cat"})
+
+
+@pytest.mark.parametrize("make", [random.Random, np.random.default_rng])
+def test_same_seed_same_result(make: type[random.Random]) -> None:
+    def draw(seed: int) -> list[tuple[torch.Tensor, str, torch.Tensor]]:
+        rng = make(seed)
+        return [resize_augment(noise_image(), "cat", SIZE, 4, rng, hflip=True) for _ in range(6)]
+
+    for first, second in zip(draw(5), draw(5), strict=True):
+        assert torch.equal(first[0], second[0])
+        assert first[1] == second[1]
+        assert torch.equal(first[2], second[2])
+    others = zip(draw(5), draw(6), strict=True)
+    assert not all(torch.equal(first[0], second[0]) for first, second in others)
+
+
+def test_horizontal_flip_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_scale(monkeypatch, SIZE)
+    upright, rng = to_tensor(resize_cover(noise_image(), SIZE)), random.Random(0)
+
+    def flipped(hflip: bool) -> list[bool]:
+        views = (resize_augment(noise_image(), "", SIZE, 4, rng, hflip)[0] for _ in range(20))
+        return [not torch.equal(view, upright) for view in views]
+
+    assert not any(flipped(False))
+    assert 4 <= sum(flipped(True)) <= 16
+
+
+@pytest.mark.parametrize(("size", "divisor"), [(66, 4), (20, 4), (64, 0)])
+def test_sizes_that_do_not_fit_are_refused(size: int, divisor: int) -> None:
+    with pytest.raises(ValueError, match=rf"size={size} .*mask_divisor={divisor}; choose"):
+        resize_augment(WHITE, "cat", size, divisor, random.Random(0))
+
+
+def test_templates() -> None:
+    assert len(set(TEMPLATES)) == len(TEMPLATES) >= 20
+    for template in TEMPLATES:
+        assert "<new1> cat" in render(template, " <new1> cat ")
+    assert render("a photo of a {}", "{odd} cat") == "a photo of a {odd} cat"
+    for bad in ("a photo", "{} and {}"):
+        with pytest.raises(ValueError, match="exactly once"):
+            render(bad, "cat")
+    with pytest.raises(ValueError, match="blank"):
+        render("a {}", "  ")
