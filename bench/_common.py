@@ -36,10 +36,15 @@ class Bars:
         self.found[name] = {"measured": measured, "bar": bar, "verdict": verdict}
 
     def write(self) -> None:
-        """The full run's figures, with the machine they were taken on; a quick run writes nothing."""
+        """The full run's figures, with the machine they were taken on; a quick run writes
+        nothing."""
         if self.quick:
             return
         RESULTS.mkdir(exist_ok=True)
-        facts = {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        facts = {
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
         text = json.dumps({"bench": self.name, **facts, "figures": self.found}, indent=1)
         (RESULTS / f"{self.name}.json").write_text(text + "\n", encoding="utf-8")

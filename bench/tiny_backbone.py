@@ -1,6 +1,6 @@
 """How good the tiny backbone is, by the CLIP judge, beside the judge's own score on real scenes.
 
-    python bench/tiny_backbone.py [--quick] [--backbone tiny] [--grid docs/world.png]
+python bench/tiny_backbone.py [--quick] [--backbone tiny] [--grid docs/world.png]
 """
 
 from __future__ import annotations
@@ -39,14 +39,20 @@ def words(scene: Scene) -> list[str]:
 
 def one(judge: Judge, pictures: Tensor, scenes: Sequence[Scene]) -> float:
     named = judge.named(pictures, ALL)
-    return float(np.mean([word == scene.objects[0].word for word, scene in zip(named, scenes, strict=True)]))
+    return float(
+        np.mean([word == scene.objects[0].word for word, scene in zip(named, scenes, strict=True)])
+    )
 
 
 def two(judge: Judge, pictures: Tensor, scenes: Sequence[Scene]) -> tuple[float, float]:
-    """Shares of pictures with both sprites right, and, among those, with the stated relation right."""
+    """Shares of pictures with both sprites right, and, among those, with the stated relation
+    right."""
     found = judge.found(pictures, ALL)
     both = [row for row, pair in enumerate(found.top(2)) if set(pair) == set(words(scenes[row]))]
-    placed = [stands(found, row, *words(scenes[row]), RELATIONS[str(scenes[row].relation)]) for row in both]
+    placed = [
+        stands(found, row, *words(scenes[row]), RELATIONS[str(scenes[row].relation)])
+        for row in both
+    ]
     return len(both) / len(scenes), float(np.mean(placed)) if placed else 0.0
 
 
@@ -59,7 +65,11 @@ def main() -> None:
     parser.add_argument("--grid", type=Path, help="also write a picture of what it paints")
     options = parser.parse_args()
     bars = Bars("tiny_backbone", options.quick)
-    backbone = backbones.load(recipe.backbone_spec(options.backbone), options.backbone).eval().requires_grad_(False)
+    backbone = (
+        backbones.load(recipe.backbone_spec(options.backbone), options.backbone)
+        .eval()
+        .requires_grad_(False)
+    )
     judge = Judge(backbone.folder / "clip")
     count = 48 if options.quick else 200
 

@@ -1,4 +1,5 @@
-"""Whole runs on a tiny backbone: what a user gets, twice the same, split over ranks the same, resumed the same."""
+"""Whole runs on a tiny backbone: what a user gets, twice the same, split over ranks the same,
+resumed the same."""
 
 from __future__ import annotations
 
@@ -30,12 +31,24 @@ RUN = [
 ]
 
 
-def fit(folder: Path, backbone: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+def fit(
+    folder: Path, backbone: Path, *words: str, code: int = 0
+) -> subprocess.CompletedProcess[str]:
     """Runs the real command in `folder`."""
-    command = [sys.executable, "-m", "trainer", "fit", "recipe=custom_diffusion", f"backbone={backbone}", *RUN]
+    command = [
+        sys.executable,
+        "-m",
+        "trainer",
+        "fit",
+        "recipe=custom_diffusion",
+        f"backbone={backbone}",
+        *RUN,
+    ]
     given = {word.split("=")[0] for word in words}
     command = [word for word in command if word.split("=")[0] not in given]
-    result = subprocess.run([*command, *words], cwd=folder, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [*command, *words], cwd=folder, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == code, result.stderr[-3000:]
     return result
 
@@ -109,12 +122,21 @@ def test_resumed_run_is_the_same_run(first: Path, tmp_path: Path, tiny_folder: P
 
 
 def test_accumulation_sees_as_many_images(tmp_path: Path, tiny_folder: Path) -> None:
-    fit(tmp_path, tiny_folder, "run.id=acc", "run.accumulate=2", "optim.ema=0.9", "run.precision=bf16")
+    fit(
+        tmp_path,
+        tiny_folder,
+        "run.id=acc",
+        "run.accumulate=2",
+        "optim.ema=0.9",
+        "run.precision=bf16",
+    )
     tensors = load_file(tmp_path / "runs" / "custom_diffusion" / "acc" / "adapter.safetensors")
     assert all(torch.isfinite(value).all() for value in tensors.values())
 
 
-def test_wandb_runs_offline_with_previews(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_runs_offline_with_previews(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -144,7 +166,9 @@ def test_photos_of_a_folder_are_learned_from(tmp_path: Path, tiny_folder: Path) 
     ],
     ids=["missing-folder", "no-site", "known-token", "long-init"],
 )
-def test_mistakes_end_before_training(word: str, says: str, tmp_path: Path, tiny_folder: Path) -> None:
+def test_mistakes_end_before_training(
+    word: str, says: str, tmp_path: Path, tiny_folder: Path
+) -> None:
     result = fit(tmp_path, tiny_folder, word, "run.id=bad", code=78)
     assert says in result.stderr
     assert "Traceback" not in result.stderr

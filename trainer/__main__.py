@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 
 BAD_RECIPE = 78
+VERBS = ("fit", "check", "sample", "evaluate", "export", "data")
 USAGE = """usage: python -m trainer <verb> [key=value ...]
 
   fit recipe=<name> [backbone=<name or folder>] [section.key=value ...]
                          train; the run folder with the adapter is printed at the end
   check recipe=<name> [plan=true] [...]
-                         check a recipe completely; plan=true loads the backbone and shows what would train
+                         check a recipe completely; plan=true loads the backbone and shows what
+                         would train
   sample adapter=<file or run folder> | backbone=<name or folder>   prompt="..."
          [count=1 seed=0 steps=25 guidance=5 negative="" out=samples]
                          write PNGs
@@ -18,6 +20,8 @@ USAGE = """usage: python -m trainer <verb> [key=value ...]
                          base beside adapted, in numbers
   export run=<run folder> out=<folder> [format=merged dtype=float32]
                          a whole pipeline folder for stock diffusers
+  data world out=<folder> [count=1000 seed=0 sprites=known per_shard=1000]
+                         write scenes of the embedded world as webdataset shards with a manifest
   list [recipes|backbones|methods|data]
                          what there is
 
@@ -32,11 +36,14 @@ def main(words: list[str]) -> int:
         return 0
     if verb == "list":
         return _list(rest)
-    if verb not in ("fit", "check", "sample", "evaluate", "export"):
+    if verb not in VERBS:
         import difflib
 
-        near = difflib.get_close_matches(verb, ["fit", "check", "sample", "evaluate", "export", "list"], 1)
-        print(f"error: no verb is called {verb!r}" + (f"; did you mean {near[0]}?" if near else ""), file=sys.stderr)
+        near = difflib.get_close_matches(verb, [*VERBS, "list"], 1)
+        print(
+            f"error: no verb is called {verb!r}" + (f"; did you mean {near[0]}?" if near else ""),
+            file=sys.stderr,
+        )
         print(USAGE, end="", file=sys.stderr)
         return BAD_RECIPE
     try:

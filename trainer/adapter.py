@@ -1,9 +1,12 @@
-"""The adapter: one safetensors file with exactly the trained tensors by parameter name, and the recipe in its header."""
+"""The adapter: one safetensors file with exactly the trained tensors by parameter name, and the
+recipe in its header."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +24,33 @@ if TYPE_CHECKING:
 FORMAT = "attention-trainer-adapter-1"
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], tree: Mapping[str, Any], identity: Mapping[str, str]) -> None:
-    """Writes the file beside its name and renames it, so that a full disk leaves nothing half written."""
-    metadata = {"format": FORMAT, "recipe": json.dumps(tree, sort_keys=True), "backbone": json.dumps(dict(identity))}
+def save(
+    path: Path, tensors: Mapping[str, Tensor], tree: Mapping[str, Any], identity: Mapping[str, str]
+) -> None:
+    """Writes the file beside its name and renames it, so that a full disk leaves nothing half
+    written."""
+    metadata = {
+        "format": FORMAT,
+        "recipe": json.dumps(tree, sort_keys=True),
+        "backbone": json.dumps(dict(identity)),
+    }
     part = path.with_name(f".{path.name}.part")
     try:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, metadata)
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+            part,
+            metadata,
+        )
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except SafetensorError as error:  # a full disk, said in a way of its own
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(
+            int(number[1]) if number else errno.EIO,
+            f"the adapter was not written: {error}",
+            str(path),
+        ) from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -46,10 +67,22 @@ def header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"adapter={path}: not a safetensors file ({error}); pickles are never loaded") from None
+        raise ValueError(
+            f"adapter={path}: not a safetensors file ({error}); pickles are never loaded"
+        ) from None
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"adapter={path}: its header says {metadata.get('format')!r}; an adapter says {FORMAT!r}")
-    return json.loads(metadata["recipe"]), json.loads(metadata["backbone"])
+        raise ValueError(
+            f"adapter={path}: its header says {metadata.get('format')!r}; an adapter says "
+            f"{FORMAT!r}"
+        )
+    try:
+        tree, identity = json.loads(metadata["recipe"]), json.loads(metadata["backbone"])
+        tree["backbone"], tree["methods"], identity["name"]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"adapter={path}: its header holds no whole recipe; save it again"
+        ) from None
+    return tree, identity
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -57,34 +90,40 @@ def read(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def check(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    wanted: Mapping[str, Tensor],
-    stored: Mapping[str, str],
-    own: Mapping[str, str],
-) -> None:
-    """Refuses a file that is not for this model, naming both sides.
-
-    Raises:
-        ValueError: another backbone, a missing or unasked key, another shape.
-    """
+def check_backbone(path: Path, stored: Mapping[str, str], own: Mapping[str, str]) -> None:
+    """Refuses a file that was trained on another backbone, naming both."""
     for part, value in stored.items():
         if part != "name" and own.get(part) != value:
             raise ValueError(
-                f"adapter={path} was trained on backbone {stored.get('name')} ({part} {value}); the one loaded is "
+                f"adapter={path} was trained on backbone {stored.get('name')} ({part} {value}); "
+                "the one loaded is "
                 f"{own.get('name')} ({part} {own.get(part)})"
             )
+
+
+def check(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Refuses tensors that are not those this model trains, naming both sides.
+
+    Raises:
+        ValueError: a missing or unasked key, another shape, a value that is no number.
+    """
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or extra:
         raise ValueError(
-            f"adapter={path} does not fit its recipe: the model trains {missing[:3] or 'nothing more'}, which the file "
+            f"adapter={path} does not fit its recipe: the model trains "
+            f"{missing[:3] or 'nothing more'}, which the file "
             f"lacks; the file holds {extra[:3] or 'nothing more'}, which the model does not train"
         )
-    for name, value in wanted.items():
-        if tensors[name].shape != value.shape:
+    for name, own_value in wanted.items():
+        if tensors[name].shape != own_value.shape:
             raise ValueError(
-                f"adapter={path}: {name} is {tuple(tensors[name].shape)} in the file and {tuple(value.shape)} in the model"
+                f"adapter={path}: {name} is {tuple(tensors[name].shape)} in the file and "
+                f"{tuple(own_value.shape)} in the model"
+            )
+        if not torch.isfinite(tensors[name]).all():
+            raise ValueError(
+                f"adapter={path}: {name} holds values that are not finite; its training diverged, "
+                "train again with a smaller optim.lr"
             )
 
 
@@ -95,16 +134,17 @@ def load(path: Path, backbone: str | None = None) -> tuple[StableDiffusion, dict
         backbone: a name or folder to use instead of the recipe's own; it must have the same shapes.
 
     Raises:
-        ValueError: see `header` and `check`.
+        ValueError: see `header`, `check_backbone` and `check`.
     """
     tree, stored = header(path)
     name = backbone or tree["backbone"]
     loaded = backbones.load(recipe.backbone_spec(name), name)
-    methods.apply(loaded, recipe.methods_of(tree.get("methods")))
+    check_backbone(path, stored, loaded.identity())
+    methods.apply(loaded, recipe.methods_of(tree["methods"]))
     parameters = dict(loaded.named_parameters())
     wanted = {key: value for key, value in parameters.items() if value.requires_grad}
     tensors = read(path)
-    check(path, tensors, wanted, stored, loaded.identity())
+    check(path, tensors, wanted)
     with torch.no_grad():
         for key, value in wanted.items():
             value.copy_(tensors[key])

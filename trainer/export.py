@@ -1,4 +1,5 @@
-"""Adapters for other tools. `merged`: the whole pipeline in diffusers layout, which stock diffusers loads by itself."""
+"""Adapters for other tools. `merged`: the whole pipeline in diffusers layout, which stock diffusers
+loads by itself."""
 
 from __future__ import annotations
 
@@ -53,7 +54,12 @@ def merge(backbone: StableDiffusion) -> StableDiffusion:
 def _refuse_foreign(backbone: nn.Module) -> None:
     """Every module left must be one that diffusers or transformers build by themselves."""
     for name, module in backbone.named_modules():
-        if name and type(module).__module__.split(".")[0] not in ("torch", "diffusers", "transformers"):
+        if name and type(module).__module__.split(".")[0] not in (
+            "torch",
+            "diffusers",
+            "transformers",
+        ):
             raise ValueError(
-                f"format=merged cannot carry {name} ({type(module).__name__}): a stock pipeline has no place for it"
+                f"format=merged cannot carry {name} ({type(module).__name__}): a stock pipeline "
+                "has no place for it"
             )

@@ -1,4 +1,5 @@
-"""A whole run, top to bottom: recipe -> backbone -> data -> plan -> module -> trainer -> adapter."""
+"""A whole run, top to bottom: recipe -> backbone -> data -> plan -> module -> trainer ->
+adapter."""
 
 from __future__ import annotations
 
@@ -66,17 +67,30 @@ def fit(recipe: Recipe) -> Path:
         announce(recipe, backbone, plan, train, folder)
     checkpoint, start = resume_point(folder)
     batches = loader(
-        Planned(train, step_plan(recipe, train), latents(recipe, backbone, train), trainer.global_rank, trainer.world_size),
+        Planned(
+            train,
+            step_plan(recipe, train),
+            latents(recipe, backbone, train),
+            trainer.global_rank,
+            trainer.world_size,
+        ),
         run.steps * run.accumulate,
         start,
         run.workers,
     )
-    trainer.fit(module, batches, checks(recipe, backbone, held_out), ckpt_path=checkpoint, weights_only=True)
+    trainer.fit(
+        module, batches, checks(recipe, backbone, held_out), ckpt_path=checkpoint, weights_only=True
+    )
     if trainer.interrupted:
         raise KeyboardInterrupt
     if trainer.is_global_zero:
         with ema.swapped(module) if ema else nullcontext():
-            adapter.save(folder / "adapter.safetensors", module.trainable(), {"recipe": recipe.name, **recipe.tree}, backbone.identity())
+            adapter.save(
+                folder / "adapter.safetensors",
+                module.trainable(),
+                {"recipe": recipe.name, **recipe.tree},
+                backbone.identity(),
+            )
         console.print(f"adapter: {folder / 'adapter.safetensors'}", highlight=False)
     return folder
 
@@ -87,14 +101,21 @@ def make_trainer(recipe: Recipe, folder: Path, ema: EMA | None) -> lightning.Tra
     if preview.prompts and preview.every:
         callbacks.append(
             Preview(
-                folder / "previews", preview.prompts, preview.every, preview.steps, preview.guidance, preview.seed,
+                folder / "previews", preview.prompts, preview.every, preview.steps,
+                preview.guidance, preview.seed,
                 preview.negative, preview.maps, ema,
             )
         )  # fmt: skip
-    callbacks += [Bar(run.batch_size * run.accumulate, max(1, run.steps // 20), console), MicroStep()]
+    callbacks += [
+        Bar(run.batch_size * run.accumulate, max(1, run.steps // 20), console),
+        MicroStep(),
+    ]
     if run.checkpoint_every:
         last = ModelCheckpoint(
-            folder / "checkpoints", save_last=True, save_top_k=0, every_n_train_steps=run.checkpoint_every
+            folder / "checkpoints",
+            save_last=True,
+            save_top_k=0,
+            every_n_train_steps=run.checkpoint_every,
         )
         callbacks.append(last)
     return lightning.Trainer(
@@ -121,13 +142,16 @@ def make_trainer(recipe: Recipe, folder: Path, ema: EMA | None) -> lightning.Tra
 
 
 def needs(recipe: Recipe, backbone: StableDiffusion) -> Needs:
-    """What the data may ask of the run; class images are painted with the recipe's preview sampler."""
+    """What the data may ask of the run; class images are painted with the recipe's preview
+    sampler."""
 
     def paint(prompts: Sequence[str], seed: int) -> list[Image]:
         console.print(f"painting {len(prompts)} class images", highlight=False)
         seeds = [seed + i for i in range(len(prompts))]
         look = recipe.preview
-        return [to_pil(x) for x in sample_many(backbone, prompts, seeds, 32, look.steps, look.guidance)]
+        return [
+            to_pil(x) for x in sample_many(backbone, prompts, seeds, 32, look.steps, look.guidance)
+        ]
 
     side = recipe.run.resolution or backbone.resolution
     return Needs(side, backbone.divisor, paint, cache_folder(), backbone.fingerprint())
@@ -135,7 +159,9 @@ def needs(recipe: Recipe, backbone: StableDiffusion) -> Needs:
 
 def step_plan(recipe: Recipe, data: Dataset) -> Plan:
     groups = tuple((group.start, group.stop) for group in data.groups)
-    return Plan(groups, tuple(data.shares), tuple(data.weights), recipe.run.batch_size, recipe.run.seed)
+    return Plan(
+        groups, tuple(data.shares), tuple(data.weights), recipe.run.batch_size, recipe.run.seed
+    )
 
 
 def checks(recipe: Recipe, backbone: StableDiffusion, held_out: Dataset | None) -> Any:
@@ -147,7 +173,8 @@ def checks(recipe: Recipe, backbone: StableDiffusion, held_out: Dataset | None) 
 
 
 def objective(recipe: Recipe, backbone: StableDiffusion) -> Objective:
-    """The recipe's objective on the backbone's path; target and path default to what it was trained with."""
+    """The recipe's objective on the backbone's path; target and path default to what it was trained
+    with."""
     chosen = recipe.objective
     alphas = None if chosen.path == "flow" else backbone.alphas_cumprod
     target = chosen.target or ("flow" if chosen.path == "flow" else backbone.target)
@@ -161,7 +188,14 @@ def optim(recipe: Recipe) -> Optim:
     chosen, run = recipe.optim, recipe.run
     lr = chosen.lr * (run.batch_size * run.accumulate if chosen.scale_lr else 1)
     return Optim(
-        lr, run.steps, chosen.betas, chosen.eps, chosen.weight_decay, chosen.warmup, chosen.schedule, chosen.final_lr
+        lr,
+        run.steps,
+        chosen.betas,
+        chosen.eps,
+        chosen.weight_decay,
+        chosen.warmup,
+        chosen.schedule,
+        chosen.final_lr,
     )
 
 
@@ -170,15 +204,21 @@ def latents(recipe: Recipe, backbone: StableDiffusion, data: Dataset) -> np.ndar
     if not (recipe.run.cache_latents and data.fixed):
         return None
     side = recipe.run.resolution or backbone.resolution
-    return cache.moments(data, backbone.moments, f"{backbone.vae_fingerprint()}-{side}", cache_folder())
+    return cache.moments(
+        data, backbone.moments, f"{backbone.vae_fingerprint()}-{side}", cache_folder()
+    )
 
 
-def announce(recipe: Recipe, backbone: StableDiffusion, plan: methods.Plan, train: Dataset, folder: Path) -> None:
+def announce(
+    recipe: Recipe, backbone: StableDiffusion, plan: methods.Plan, train: Dataset, folder: Path
+) -> None:
     """Prints the plan and keeps it, with the resolved recipe, in the run folder."""
     facts = report.describe(recipe, backbone, plan, None)
     report.show(facts, recipe.methods, console)
     report.save(facts, folder)
-    text = yaml.safe_dump({"recipe": recipe.name, **recipe.tree}, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(
+        {"recipe": recipe.name, **recipe.tree}, sort_keys=False, allow_unicode=True
+    )
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     for skipped in train.skipped:
         console.print(f"skipped {skipped}", style="yellow", highlight=False)

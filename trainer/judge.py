@@ -1,4 +1,5 @@
-"""The judge: a CLIP pair that names what pictures show. The world's own also says where; any CLIP folder will do for photos."""
+"""The judge: a CLIP pair that names what pictures show. The world's own also says where; any CLIP
+folder will do for photos."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from trainer.data.scenes import article
 
 @dataclass(frozen=True)
 class Found:
-    """What patches say of n pictures and w words: mass (n, w) in patches, centers (n, w, 2) as (x, y) in [0, 1]."""
+    """What patches say of n pictures and w words: mass (n, w) in patches, centers (n, w, 2) as (x,
+    y) in [0, 1]."""
 
     words: tuple[str, ...]
     mass: Tensor
@@ -27,7 +29,9 @@ class Found:
 
     def top(self, count: int) -> list[list[str]]:
         """The `count` words that fill most of each picture."""
-        return [[self.words[i] for i in row] for row in self.mass.topk(count, dim=1).indices.tolist()]
+        return [
+            [self.words[i] for i in row] for row in self.mass.topk(count, dim=1).indices.tolist()
+        ]
 
 
 class Judge:
@@ -35,9 +39,13 @@ class Judge:
 
     def __init__(self, folder: Path) -> None:
         if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-            raise ValueError(f"judge={folder}: a CLIP folder has config.json and safetensors weights")
+            raise ValueError(
+                f"judge={folder}: a CLIP folder has config.json and safetensors weights"
+            )
         self.folder = folder
-        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
+        self.model: Any = CLIPModel.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
         self.model.eval().requires_grad_(False)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         self.processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
@@ -57,7 +65,11 @@ class Judge:
     def texts(self, texts: Sequence[str]) -> Tensor:
         length = self.model.config.text_config.max_position_embeddings
         ids = self.tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+            list(texts),
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
         ).input_ids
         pooled = self.model.text_model(input_ids=ids).pooler_output
         return F.normalize(self.model.text_projection(pooled), dim=-1)
@@ -75,21 +87,31 @@ class Judge:
             ValueError: the judge's patches were not trained to be named.
         """
         if self.empty is None:
-            raise ValueError(f"judge={self.folder} names whole pictures only; the world's judge also names patches")
+            raise ValueError(
+                f"judge={self.folder} names whole pictures only; the world's judge also names "
+                "patches"
+            )
         names = self.texts([*(article(word) for word in words), self.empty])
         scale = self.model.logit_scale.exp()
-        parts = [(scale * self._encode(part)[1] @ names.T).softmax(-1)[..., :-1] for part in pictures.split(64)]
+        parts = [
+            (scale * self._encode(part)[1] @ names.T).softmax(-1)[..., :-1]
+            for part in pictures.split(64)
+        ]
         shares = torch.cat(parts)  # n patches w
         side = round(shares.shape[1] ** 0.5)
         middle = (torch.arange(side) + 0.5) / side
         xs, ys = middle.repeat(side), middle.repeat_interleave(side)
         mass = shares.sum(1)
         weights = shares / mass[:, None].clamp(min=1e-6)
-        centers = torch.stack([(weights * xs[:, None]).sum(1), (weights * ys[:, None]).sum(1)], dim=-1)
+        centers = torch.stack(
+            [(weights * xs[:, None]).sum(1), (weights * ys[:, None]).sum(1)], dim=-1
+        )
         return Found(tuple(words), mass, centers)
 
     def _encode(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        pixels = self.processor([to_pil(picture) for picture in pictures], return_tensors="pt").pixel_values
+        pixels = self.processor(
+            [to_pil(picture) for picture in pictures], return_tensors="pt"
+        ).pixel_values
         hidden = self.model.vision_model(pixel_values=pixels).last_hidden_state
         embeds = self.model.visual_projection(self.model.vision_model.post_layernorm(hidden))
         embeds = F.normalize(embeds, dim=-1)
@@ -97,18 +119,25 @@ class Judge:
 
 
 class Metric:
-    """The judge in the shape `torchmetrics.multimodal.CLIPScore` asks for: model and processor in one."""
+    """The judge in the shape `torchmetrics.multimodal.CLIPScore` asks for: model and processor in
+    one."""
 
     def __init__(self, judge: Judge) -> None:
         self.judge, self.config = judge, judge.model.config
 
-    def __call__(self, text: Sequence[str] | None = None, images: Any = None, **_: Any) -> dict[str, Tensor]:
+    def __call__(
+        self, text: Sequence[str] | None = None, images: Any = None, **_: Any
+    ) -> dict[str, Tensor]:
         if images is not None:
             return dict(self.judge.processor(list(images), return_tensors="pt"))
         length = self.config.text_config.max_position_embeddings
         return dict(
             self.judge.tokenizer(
-                list(text or ()), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+                list(text or ()),
+                padding="max_length",
+                truncation=True,
+                max_length=length,
+                return_tensors="pt",
             )
         )
 
@@ -126,8 +155,11 @@ class Metric:
         return self.judge.model.text_projection(hidden)  # type: ignore[no-any-return]
 
 
-def stands(found: Found, row: int, first: str, second: str, relation: tuple[int, int], margin: float = 0.05) -> bool:
-    """Whether `first` is to `second` in picture `row` as `(dx, dy)` says, by more than `margin` of the picture's side."""
+def stands(
+    found: Found, row: int, first: str, second: str, relation: tuple[int, int], margin: float = 0.05
+) -> bool:
+    """Whether `first` is to `second` in picture `row` as `(dx, dy)` says, by more than `margin` of
+    the picture's side."""
     one, two = (found.centers[row, found.words.index(word)] for word in (first, second))
     dx, dy = relation
     return bool(dx * (two[0] - one[0]) + dy * (two[1] - one[1]) > margin)

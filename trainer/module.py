@@ -1,4 +1,5 @@
-"""The one LightningModule: a backbone, an objective and an optimiser. It never learns which method is in use."""
+"""The one LightningModule: a backbone, an objective and an optimiser. It never learns which method
+is in use."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from trainer.objective import Objective, add_noise, draw_timesteps, loss_weight,
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW with a linear warm-up over `warmup` of `steps`, then constant or cosine to `final_lr` of lr."""
+    """AdamW with a linear warm-up over `warmup` of `steps`, then constant or cosine to `final_lr`
+    of lr."""
 
     lr: float
     steps: int
@@ -41,7 +43,8 @@ class Optim:
 
 
 class DiffusionModule(lightning.LightningModule):
-    """loss = mean over samples of weight * w(t) * |f(x_t, t, text) - target|^2 over the latents that count."""
+    """loss = mean over samples of weight * w(t) * |f(x_t, t, text) - target|^2 over the latents
+    that count."""
 
     def __init__(
         self,
@@ -64,17 +67,19 @@ class DiffusionModule(lightning.LightningModule):
         parameters = dict(self.backbone.named_parameters())
         return {name: parameters[name] for name in self.trained}
 
-    # -- the loss ------------------------------------------------------------------------------------------------
-
     def sample_losses(self, batch: Batch, purpose: str, dropout: float) -> tuple[Tensor, Tensor]:
         """Losses (b,) before the batch's own weights, and the timesteps (b,) they were taken at."""
         seeds = [(self.seed, purpose, batch.step, place) for place in batch.places]
-        moments = batch.moments if batch.moments is not None else self.backbone.moments(_pixels(batch))
+        moments = (
+            batch.moments if batch.moments is not None else self.backbone.moments(_pixels(batch))
+        )
         shape = (len(seeds), moments.shape[1] // 2, *moments.shape[2:])
         draws = torch.stack([_draw(seed_of(*seed), shape[1:]) for seed in seeds]).to(moments)
         x0 = self.backbone.latents(moments, draws[:, 0])
         noise = draws[:, 1] + self.objective.offset_noise * draws[:, 2, :, :1, :1]
-        u = torch.tensor([_uniform(seed_of(*seed, "u")) for seed in seeds] if batch.u is None else batch.u)
+        u = torch.tensor(
+            [_uniform(seed_of(*seed, "u")) for seed in seeds] if batch.u is None else batch.u
+        )
         t = draw_timesteps(self.objective, u.to(moments.device))
         captions = [
             "" if dropout and _uniform(seed_of(*seed, "caption")) < dropout else caption
@@ -86,7 +91,9 @@ class DiffusionModule(lightning.LightningModule):
         if batch.masks is None:
             per_sample = error.mean(dim=(1, 2, 3))
         else:
-            per_sample = (error * batch.masks).sum(dim=(1, 2, 3)) / (batch.masks.sum(dim=(1, 2, 3)) * shape[1])
+            per_sample = (error * batch.masks).sum(dim=(1, 2, 3)) / (
+                batch.masks.sum(dim=(1, 2, 3)) * shape[1]
+            )
         return per_sample * loss_weight(self.objective, t), t
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
@@ -103,7 +110,8 @@ class DiffusionModule(lightning.LightningModule):
             self.val_losses.setdefault(round(level * 1000), []).append(loss)
 
     def on_validation_epoch_end(self) -> None:
-        """The mean at each timestep quantile, and over all: the same noise every time, so curves can be compared."""
+        """The mean at each timestep quantile, and over all: the same noise every time, so curves
+        can be compared."""
         for level, losses in sorted(self.val_losses.items()):
             self.log(f"val/loss_t{level:03d}", sum(losses) / len(losses), sync_dist=True)
         every = [loss for losses in self.val_losses.values() for loss in losses]
@@ -111,9 +119,9 @@ class DiffusionModule(lightning.LightningModule):
             self.log("val/loss", sum(every) / len(every), prog_bar=True, sync_dist=True)
         self.val_losses.clear()
 
-    # -- what Lightning asks -------------------------------------------------------------------------------------
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
         return batch.to(device)
 
     def configure_optimizers(self) -> Any:
@@ -129,25 +137,31 @@ class DiffusionModule(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Only what trains is kept: the frozen base is known by the recipe."""
-        checkpoint["state_dict"] = {name: value.detach().cpu() for name, value in self.trainable().items()}
+        checkpoint["state_dict"] = {
+            name: value.detach().cpu() for name, value in self.trainable().items()
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         stored, own = checkpoint["state_dict"], self.trainable()
         if set(stored) != set(own):
             missing, extra = sorted(set(own) - set(stored))[:3], sorted(set(stored) - set(own))[:3]
-            raise ValueError(f"the checkpoint is of another recipe: it lacks {missing}, and has unasked {extra}")
+            raise ValueError(
+                f"the checkpoint is of another recipe: it lacks {missing}, and has unasked {extra}"
+            )
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(stored[name])
-        checkpoint["state_dict"] = self.state_dict()  # Lightning loads strictly; everything is in place already
+        checkpoint["state_dict"] = (
+            self.state_dict()
+        )  # Lightning loads strictly; everything is in place already
 
 
 LEVELS = quantiles(8)
 
 
 def _draw(seed: int, shape: Sequence[int]) -> Tensor:
-    """Three standard normal tensors (3, *shape) from one seed: posterior, noise, offset. Made on the CPU, so that a
-    run is the same on every device."""
+    """Three standard normal tensors (3, *shape) from one seed: posterior, noise, offset. Made on
+    the CPU, so that a run is the same on every device."""
     return torch.randn((3, *shape), generator=torch.Generator().manual_seed(seed))
 
 

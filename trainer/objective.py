@@ -1,8 +1,10 @@
-r"""What the network learns to predict: path, target, timesteps and weighting, as small pure functions.
+r"""What the network learns to predict: path, target, timesteps, weighting, as pure functions.
 
-A path gives x_t = alpha(t) x0 + sigma(t) noise. Every target is a linear combination of x0 and noise:
+A path gives x_t = alpha(t) x0 + sigma(t) noise. Every target is a linear combination of the two:
 
-    eps = noise,   v = alpha noise - sigma x0 (arXiv 2202.00512, appendix D),   flow = noise - x0 (arXiv 2209.03003)
+    eps  = noise
+    v    = alpha noise - sigma x0     arXiv 2202.00512, appendix D
+    flow = noise - x0                 arXiv 2209.03003
 
 and every prediction converts to x0 (`to_x0`), from which the others follow.
 """
@@ -20,7 +22,8 @@ TARGETS = ("eps", "v", "x0", "flow")
 
 @dataclass(frozen=True)
 class Objective:
-    """alphas_cumprod (T,) fixes the discrete VP path; None is the flow path alpha = 1 - t, sigma = t."""
+    """alphas_cumprod (T,) fixes the discrete VP path; None is the flow path alpha = 1 - t, sigma =
+    t."""
 
     target: str
     alphas_cumprod: Tensor | None = None
@@ -37,7 +40,8 @@ class Objective:
 
 
 def draw_timesteps(objective: Objective, u: Tensor) -> Tensor:
-    """u (b,) uniform in [0, 1) to timesteps (b,): integers 0..T-1 on a VP path, floats in [0, T) on the flow path.
+    """u (b,) uniform in [0, 1) to timesteps (b,): integers 0..T-1 on a VP path, floats in [0, T) on
+    the flow path.
 
     logit_normal: t = sigmoid(mean + std * z), z = Phi^-1(u) (SD3, arXiv 2403.03206, equation 19).
     """
@@ -93,7 +97,8 @@ def to_x0(objective: Objective, output: Tensor, x_t: Tensor, t: Tensor) -> Tenso
 
 
 def to_noise(objective: Objective, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """The noise (b, ...) that a network output at (x_t, t) means; from the output itself where dividing would lose it."""
+    """The noise (b, ...) that a network output at (x_t, t) means; from the output itself where
+    dividing would lose it."""
     if objective.target == "eps":
         return output
     alpha, sigma = (part.to(x_t.dtype) for part in alpha_sigma(objective, t, x_t.ndim))
@@ -113,8 +118,9 @@ def snr(objective: Objective, t: Tensor) -> Tensor:
 def loss_weight(objective: Objective, t: Tensor) -> Tensor:
     """Weight (b,) of each sample's squared error, in the units of the target.
 
-    min_snr: min(snr, gamma) on the x0 error (arXiv 2303.09556, section 3.4), carried over to the target in use.
-    sigma_sqrt, cosmap: the flow weightings of SD3 (arXiv 2403.03206, section 3.1), t = sigma.
+    min_snr: min(snr, gamma) on the x0 error (arXiv 2303.09556, section 3.4), carried over to the
+    target in use. sigma_sqrt, cosmap: the flow weightings of SD3 (arXiv 2403.03206, section 3.1), t
+    = sigma.
     """
     if objective.weighting == "none":
         return torch.ones_like(t, dtype=torch.float32)

@@ -13,7 +13,9 @@ from trainer.data.images import to_pil
 LABEL = 14
 
 
-def grid(rows: Sequence[tuple[str, Tensor]], titles: Sequence[str] = (), side: int = 96) -> Image.Image:
+def grid(
+    rows: Sequence[tuple[str, Tensor]], titles: Sequence[str] = (), side: int = 96
+) -> Image.Image:
     """Rows of (label, pictures (n, 3, H, W) in [-1, 1]) as one image, titles above the columns."""
     columns = max(len(pictures) for _, pictures in rows)
     left = 8 + max((_width(label) for label, _ in rows), default=0)
@@ -33,7 +35,8 @@ def grid(rows: Sequence[tuple[str, Tensor]], titles: Sequence[str] = (), side: i
 
 
 def overlay(pictures: Tensor, maps: Tensor) -> Tensor:
-    """Attention maps (n, h, w) as heat over pictures (n, 3, H, W); each map is scaled to its own largest value."""
+    """Attention maps (n, h, w) as heat over pictures (n, 3, H, W); each map is scaled to its own
+    largest value."""
     heat = torch.nn.functional.interpolate(maps[:, None], size=pictures.shape[-2:], mode="bilinear")
     low, high = heat.amin((2, 3), keepdim=True), heat.amax((2, 3), keepdim=True)
     heat = (heat - low) / (high - low).clamp(min=1e-12)
@@ -44,7 +47,9 @@ def overlay(pictures: Tensor, maps: Tensor) -> Tensor:
 
 def _scaled(picture: Image.Image, side: int) -> Image.Image:
     whole = side % picture.width == 0 or picture.width < side
-    return picture.resize((side, side), Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS)
+    return picture.resize(
+        (side, side), Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS
+    )
 
 
 def _width(text: str) -> int:

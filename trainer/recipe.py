@@ -1,16 +1,17 @@
 """A recipe: one YAML, `key=value` overrides, and a complete check of both before torch is imported.
 
-Names resolve to files of ours and to nothing else: a backbone to `recipes/backbone/<name>.yaml`, a data source to
-`trainer/data/<name>.py`, a method to `trainer/methods/<level>/<name>.py`.
+Names resolve to files of ours and to nothing else: a backbone to `recipes/backbone/<name>.yaml`, a
+data source to `trainer/data/<name>.py`, a method to `trainer/methods/<level>/<name>.py`.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -27,11 +28,17 @@ class RecipeError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """A validator over the whole section begins its message with the field, as in `steps=3 ...`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class BackboneSpec(Section):
-    """A diffusers folder (`folder`, relative to `data/` when shipped) or a pinned hub checkpoint (`hub`, `revision`)."""
+    """A diffusers folder (`folder`, relative to `data/` when shipped) or a pinned hub checkpoint
+    (`hub`, `revision`)."""
 
     family: str = "sd"
     folder: str | None = None
@@ -49,7 +56,8 @@ class BackboneSpec(Section):
 
 
 class ObjectiveSpec(Section):
-    """What the network is asked for. `target` and `path` default to what the backbone was trained with."""
+    """What the network is asked for. `target` and `path` default to what the backbone was trained
+    with."""
 
     target: Literal["eps", "v", "x0", "flow"] | None = None
     path: Literal["vp", "flow"] | None = None
@@ -63,27 +71,31 @@ class ObjectiveSpec(Section):
 
 
 class OptimSpec(Section):
-    """AdamW, a linear warm-up, then constant or cosine. `scale_lr` multiplies lr by the images per step."""
+    """AdamW, a linear warm-up, then constant or cosine. `scale_lr` multiplies lr by the images per
+    step."""
 
     lr: float = Field(1e-4, gt=0)
     scale_lr: bool = False
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
     warmup: int = Field(0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
-    final_lr: float = Field(0.0, ge=0, le=1, description="share of lr left at the end of the cosine")
+    final_lr: float = Field(
+        0.0, ge=0, le=1, description="share of lr left at the end of the cosine"
+    )
     clip: float | None = Field(1.0, gt=0)
     ema: float | None = Field(None, gt=0, lt=1)
 
 
 class RunSpec(Section):
-    """How long, how much at once, on what. `batch_size` is global: it is split over devices x nodes."""
+    """How long, how much at once, on what. `batch_size` is global: it is split over devices x
+    nodes."""
 
     steps: int = Field(1000, gt=0)
     batch_size: int = Field(4, gt=0)
     accumulate: int = Field(1, gt=0)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     resolution: int | None = Field(None, ge=16)
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = Field(1, gt=0)
@@ -105,7 +117,10 @@ class RunSpec(Section):
     def _divides(self) -> RunSpec:
         if self.batch_size % (self.devices * self.nodes):
             ranks = self.devices * self.nodes
-            raise ValueError(f"batch_size {self.batch_size} does not divide by devices x nodes = {ranks}")
+            raise ValueError(
+                f"batch_size={self.batch_size} does not divide by run.devices x run.nodes = "
+                f"{ranks}; give a multiple of {ranks}"
+            )
         return self
 
 
@@ -116,13 +131,16 @@ class PreviewSpec(Section):
     every: int = Field(100, ge=0)
     steps: int = Field(25, gt=0)
     guidance: float = Field(5.0, ge=0)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     negative: str = ""
-    maps: str | None = Field(None, description="draw the cross-attention of this token over the previews")
+    maps: str | None = Field(
+        None, description="draw the cross-attention of this token over the previews"
+    )
 
 
 class EvaluateSpec(Section):
-    """Prompts `evaluate` paints: the concept alone, beside one known sprite, and known sprites (`{}` is each with its article)."""
+    """Prompts `evaluate` paints: the concept alone, beside one known sprite, and known sprites
+    (`{}` is each with its article)."""
 
     alone: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
@@ -131,7 +149,8 @@ class EvaluateSpec(Section):
 
 @dataclass(frozen=True)
 class Recipe:
-    """The resolved recipe; `tree` is the plain mapping it was made from, as it is written into adapters."""
+    """The resolved recipe; `tree` is the plain mapping it was made from, as it is written into
+    adapters."""
 
     name: str
     backbone_name: str
@@ -157,13 +176,15 @@ SECTIONS: dict[str, type[Section]] = {
 }
 KEYS = ("recipe", "backbone", "data", "methods", *SECTIONS, "tracker")
 T = TypeVar("T", bound=BaseModel)
+KEY = re.compile(r"\w[\w-]*(\.\w[\w-]*)*")
 
 
 def load(arguments: Iterable[str]) -> Recipe:
     """`["recipe=custom_diffusion", "data.concept=./dog"]` to a checked recipe.
 
     Raises:
-        RecipeError: anything wrong with it; nothing has been read but YAML, and folders have been seen to exist.
+        RecipeError: anything wrong with it; nothing has been read but YAML, and folders have been
+        seen to exist.
     """
     overrides = parse(arguments)
     name = overrides.pop("recipe", None)
@@ -173,14 +194,22 @@ def load(arguments: Iterable[str]) -> Recipe:
 
 
 def resolve(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Recipe:
-    """Lays the backbone's own values and the overrides over a recipe's tree, and checks the whole."""
+    """Lays the backbone's own values and the overrides over a recipe's tree, and checks the
+    whole."""
     tree = dict(tree)
     per_backbone = tree.pop("backbones", None) or {}
+    _check_overlays(per_backbone)
     backbone_name = overrides.get("backbone", tree.get("backbone", "tiny"))
-    if not isinstance(backbone_name, str):
-        raise RecipeError(f"backbone is {backbone_name!r}; it is a name or a folder, as in backbone=tiny")
+    if not isinstance(backbone_name, str) or not backbone_name:
+        raise RecipeError(
+            f"backbone is {backbone_name!r}; it is a name or a folder, as in backbone=tiny"
+        )
     tree = merge(merge(tree, per_backbone.get(backbone_name) or {}), overrides)
     tree["backbone"] = backbone_name
+    for key in tree:
+        homes = [f"{name}.{key}" for name, cls in SECTIONS.items() if key in cls.model_fields]
+        if homes and key not in KEYS:
+            raise RecipeError(f"{key}: no such key; did you mean {' or '.join(homes)}?")
     refuse_unknown(tree, KEYS, "")
     sections = {key: build(cls, tree.get(key), key) for key, cls in SECTIONS.items()}
     tracker = tree.get("tracker", "tensorboard")
@@ -199,23 +228,37 @@ def resolve(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Re
 
 
 def parse(arguments: Iterable[str]) -> dict[str, Any]:
-    """`key=value` words to a tree; values are YAML, so `[1, 2]`, `null` and `1e-4` mean what they say."""
+    """`key=value` words to a tree; see `_value` for what the values may be."""
     seen: set[str] = set()
     tree: dict[str, Any] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
-        if not equals or not key or key.startswith("-"):
+        if not equals or not KEY.fullmatch(key):
             raise RecipeError(f"{argument!r} is not key=value, as in optim.lr=1e-4")
         if key in seen:
             raise RecipeError(f"{key} is given twice")
         seen.add(key)
-        try:
-            word = OmegaConf.from_dotlist([argument])
-        except (OmegaConfBaseException, YAMLError, AttributeError):
-            word = OmegaConf.create()  # a prompt with colons and brackets is text, not YAML
-            OmegaConf.update(word, key, text)
-        tree = merge(tree, _plain(OmegaConf.to_container(word), ""))
+        word = _value(_plain(text, key))
+        for part in reversed(key.split(".")):
+            word = {part: word}
+        tree = merge(tree, _plain(word, ""))
     return tree
+
+
+def _value(text: str) -> Any:
+    """`1e-4`, `true`, `null`, `[a, b]` and `{a: 1}` are YAML; the rest is text, so that a prompt
+    with colons, brackets or a # stays what it is. Quotes make text of anything."""
+    begin = text.strip()[:1]
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    except (OmegaConfBaseException, YAMLError, AttributeError):
+        return text
+    assert isinstance(value, dict)
+    value = value["value"]
+    structure = isinstance(value, dict | list) and begin not in ("[", "{")
+    comment = value is None and text.strip().lower() not in ("null", "~")
+    bare = isinstance(value, str | bytes) and begin not in ("'", '"')
+    return text if structure or comment or bare else value
 
 
 def recipe_names() -> list[str]:
@@ -228,9 +271,12 @@ def backbone_names() -> list[str]:
 
 def read_recipe(name: str) -> dict[str, Any]:
     """The tree of a shipped recipe, or of a YAML file of the user's (`recipe=./mine.yaml`)."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
-    if not path.is_file() or ("/" in name and path.parent == RECIPES):
-        raise RecipeError(f"recipe={name}: no such recipe{_hint(name, recipe_names())}")
+    if name in recipe_names():
+        return read_yaml(RECIPES / f"{name}.yaml")
+    path = Path(name).expanduser()
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        what = "file" if path.suffix in (".yaml", ".yml") else "recipe"
+        raise RecipeError(f"recipe={name}: no such {what}{_hint(path.stem, recipe_names())}")
     return read_yaml(path)
 
 
@@ -238,7 +284,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path))
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
-        raise RecipeError(f"{path}: not readable as YAML: {error}") from None
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{path}: not readable as YAML: {reason}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of {', '.join(KEYS[1:])}")
     return _plain(tree, "")
@@ -246,7 +293,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def backbone_spec(name: str) -> BackboneSpec:
     """A named backbone, or a local folder in diffusers layout."""
-    if (BACKBONES / f"{name}.yaml").is_file():
+    if name in backbone_names():
         tree = read_yaml(BACKBONES / f"{name}.yaml")
         spec = build(BackboneSpec, tree, f"backbone {name}")
         if spec.folder is not None:
@@ -254,7 +301,10 @@ def backbone_spec(name: str) -> BackboneSpec:
     elif (Path(name).expanduser() / "model_index.json").is_file():
         spec = BackboneSpec(folder=str(Path(name).expanduser()))
     elif Path(name).expanduser().is_dir():
-        raise RecipeError(f"backbone={name}: the folder has no model_index.json; a diffusers pipeline folder is needed")
+        raise RecipeError(
+            f"backbone={name}: the folder has no model_index.json; a diffusers pipeline folder "
+            "is needed"
+        )
     else:
         hint = _hint(name, backbone_names())
         raise RecipeError(f"backbone={name}: neither a backbone of ours nor a folder{hint}")
@@ -270,16 +320,35 @@ def build(cls: type[T], values: Any, key: str) -> T:
         raise RecipeError(f"{key} is {values!r}; it takes {', '.join(cls.model_fields)}")
     refuse_unknown(values, cls.model_fields, key)
     try:
-        return cls.model_validate(values)
+        built = cls.model_validate(values)
     except ValidationError as error:
         raise RecipeError("; ".join(_sentence(item, key) for item in error.errors())) from None
+    for name, value in values.items():
+        if isinstance(value, bool) and not isinstance(getattr(built, name), bool):
+            raise RecipeError(f"{key}.{name}={value}: a number is needed")
+    return built
 
 
 def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     """`high` over `low`: mappings merge, everything else replaces."""
-    merged = OmegaConf.to_container(OmegaConf.merge(dict(low), dict(high)))
-    assert isinstance(merged, dict)
-    return {str(key): value for key, value in merged.items()}
+    merged = dict(low)
+    for key, value in high.items():
+        below = merged.get(key)
+        both = isinstance(value, Mapping) and isinstance(below, Mapping)
+        merged[key] = merge(below, value) if both else value
+    return merged
+
+
+def _check_overlays(tree: Any) -> None:
+    """`backbones:` of a recipe maps backbone names to the values that hold for each alone."""
+    if not isinstance(tree, dict):
+        raise RecipeError(f"backbones is {tree!r}; it maps backbone names to values for each")
+    for name, values in tree.items():
+        if name not in backbone_names() and "/" not in name:  # a folder has a slash
+            raise RecipeError(f"backbones.{name}: no such backbone{_hint(name, backbone_names())}")
+        if not isinstance(values, dict):
+            raise RecipeError(f"backbones.{name} is {values!r}; it takes {', '.join(KEYS[2:])}")
+        refuse_unknown(values, KEYS[2:], f"backbones.{name}")
 
 
 def _data(tree: Any) -> Source:
@@ -289,7 +358,9 @@ def _data(tree: Any) -> Source:
     source = values.pop("source")
     if source not in Source.names():
         raise RecipeError(f"data.source={source}: no such source{_hint(source, Source.names())}")
-    return build(Source.find(source), values, "data")
+    cls = Source.find(source)
+    refuse_unknown(tree, ("source", *cls.model_fields), "data")
+    return build(cls, values, "data")
 
 
 def methods_of(tree: Any) -> dict[str, Method]:
@@ -300,27 +371,37 @@ def methods_of(tree: Any) -> dict[str, Method]:
         raise RecipeError(f"methods is {tree!r}; it maps method names to their options")
     result = {}
     for name, values in tree.items():
-        if values is None:
-            continue  # methods.lora=null removes it
         if name not in names():
             raise RecipeError(f"methods.{name}: no such method{_hint(str(name), names())}")
+        if values is None:
+            continue  # methods.lora=null removes it
         result[name] = build(find(name), values, f"methods.{name}")
     if not result:
-        raise RecipeError(f"methods is empty, so nothing would train; methods: {', '.join(names())}")
+        null = f" (methods.{next(iter(tree))}=null removes it; {{}} keeps it)" if tree else ""
+        raise RecipeError(
+            f"methods is empty{null}, so nothing would train; methods: {', '.join(names())}"
+        )
     return result
 
 
 def _plain(value: Any, key: str) -> Any:
-    """Only plain data passes: no interpolation, no `_target_`."""
+    """Only plain data passes: no interpolation, no `_target_`, nothing that JSON has not."""
     if isinstance(value, dict):
         if "_target_" in value:
             where = f"{key}._target_" if key else "_target_"
             raise RecipeError(f"{where}: recipes name files of ours, never import paths; remove it")
-        return {str(name): _plain(item, f"{key}.{name}" if key else str(name)) for name, item in value.items()}
+        return {
+            str(name): _plain(item, f"{key}.{name}" if key else str(name))
+            for name, item in value.items()
+        }
     if isinstance(value, list):
-        return [_plain(item, key) for item in value]
+        return [_plain(item, f"{key}.{number}") for number, item in enumerate(value)]
     if isinstance(value, str) and "${" in value:
-        raise RecipeError(f"{key}: interpolation (${{...}}) is not allowed in recipes; write the value")
+        raise RecipeError(
+            f"{key}: interpolation (${{...}}) is not allowed in recipes; write the value"
+        )
+    if not isinstance(value, str | int | float | None):
+        raise RecipeError(f"{key}: {type(value).__name__} is no plain value; write text or a number")
     return value
 
 
@@ -329,22 +410,30 @@ def refuse_unknown(values: Mapping[str, Any], known: Iterable[str], prefix: str)
     for name in values:
         if name not in known:
             dotted = f"{prefix}." if prefix else ""
-            right = [f"{dotted}{key}" for key in known]
-            raise RecipeError(f"{dotted}{name}: no such key{_hint(f'{dotted}{name}', right)}")
+            raise RecipeError(f"{dotted}{name}: no such key{_hint(name, known, dotted)}")
 
 
-def _hint(wrong: str, right: Iterable[str]) -> str:
+def _hint(wrong: str, right: Iterable[str], prefix: str = "") -> str:
     right = list(right)
     near = difflib.get_close_matches(wrong, right, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(right)}"
+    return f"; did you mean {prefix}{near[0]}?" if near else f"; there are: {', '.join(right)}"
 
 
 def _sentence(error: Any, key: str) -> str:
-    where = ".".join([key, *(str(part) for part in error["loc"])])
-    if error["type"] == "missing":
-        return f"{where}: a value is needed"
+    kind, given = error["type"], error["input"]
+    # behind the field come places in a list, and names of a union's branches, which say nothing
+    places = [str(part) for part in error["loc"][1:] if isinstance(part, int)]
+    where = ".".join([key, *map(str, error["loc"][:1]), *places])
     message = error["msg"].removeprefix("Value error, ")
-    given = f"={error['input']!r}" if not isinstance(error["input"], dict) else ""
-    return f"{where}{given}: {message[0].lower()}{message[1:]}"
-
-
+    if not error["loc"] and re.match(r"\w+=", message):
+        return f"{key}.{message}"
+    if kind == "missing":
+        return f"{where}: a value is needed"
+    if kind == "tuple_type":
+        message = f"a list is needed, as in {where}=[{given if isinstance(given, str) else '...'}]"
+    elif kind == "string_type":
+        message = "text is needed; quote what YAML would read otherwise, as in \"'12'\""
+    elif kind == "literal_error":
+        near = difflib.get_close_matches(str(given), re.findall(r"'(.+?)'", message), n=1)
+        message += f"; did you mean {near[0]}?" if near else ""
+    return f"{where}: {message}" if isinstance(given, dict) else f"{where}={given!r}: {message}"

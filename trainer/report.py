@@ -1,4 +1,5 @@
-"""The plan as people read it: what each method touched, what trains, how large the adapter gets, memory at the peak."""
+"""The plan as people read it: what each method touched, what trains, how large the adapter gets,
+memory at the peak."""
 
 from __future__ import annotations
 
@@ -20,13 +21,19 @@ from trainer.methods import Method, Plan
 from trainer.recipe import Recipe
 
 
-def describe(recipe: Recipe, backbone: StableDiffusion, plan: Plan, memory: int | None) -> dict[str, Any]:
+def describe(
+    recipe: Recipe, backbone: StableDiffusion, plan: Plan, memory: int | None
+) -> dict[str, Any]:
     """The plan as plain data, as it is kept in the run folder."""
     return {
         "recipe": recipe.name,
         "backbone": recipe.backbone_name,
         "methods": {
-            name: {"kind": recipe.methods[name].kind, "sites": list(edit.sites), "parameters": _count(backbone, edit.trains)}
+            name: {
+                "kind": recipe.methods[name].kind,
+                "sites": list(edit.sites),
+                "parameters": _count(backbone, edit.trains),
+            }
             for name, edit in plan.edits.items()
         },
         "trained": plan.trained,
@@ -41,15 +48,26 @@ def show(plan: Mapping[str, Any], methods: Mapping[str, Method], console: Consol
     """Prints the table."""
     table = Table(title=f"{plan['recipe']} on {plan['backbone']}", title_justify="left")
     for column in ("method", "kind", "options", "sites", "parameters trained"):
-        table.add_column(column, justify="right" if column in ("sites", "parameters trained") else "left")
+        table.add_column(
+            column, justify="right" if column in ("sites", "parameters trained") else "left"
+        )
     for name, edit in plan["methods"].items():
-        options = ", ".join(f"{key}={escape(_short(value))}" for key, value in methods[name].model_dump().items())
-        table.add_row(name, edit["kind"], options, str(len(edit["sites"])), f"{edit['parameters']:,}")
+        options = ", ".join(
+            f"{key}={escape(_short(value))}" for key, value in methods[name].model_dump().items()
+        )
+        table.add_row(
+            name, edit["kind"], options, str(len(edit["sites"])), f"{edit['parameters']:,}"
+        )
     console.print(table)
     share = 100 * plan["trained"] / plan["total"]
     console.print(
-        f"trains {plan['trained']:,} of {plan['total']:,} parameters ({share:.2f} %); adapter {size(plan['adapter_bytes'])}"
-        + (f"; peak memory about {size(plan['peak_memory_bytes'])}" if plan["peak_memory_bytes"] else ""),
+        f"trains {plan['trained']:,} of {plan['total']:,} parameters ({share:.2f} %); adapter "
+        f"{size(plan['adapter_bytes'])}"
+        + (
+            f"; peak memory about {size(plan['peak_memory_bytes'])}"
+            if plan["peak_memory_bytes"]
+            else ""
+        ),
         highlight=False,
     )
 
@@ -61,8 +79,8 @@ def save(plan: Mapping[str, Any], folder: Path) -> None:
 def peak_memory(recipe: Recipe, backbone: StableDiffusion, plan: Plan) -> int:
     """Bytes at the peak of a training step on one device, estimated.
 
-    Weights, gradients, two AdamW moments and EMA of what trains, and what one forward saves for the backward, counted
-    on fake tensors that hold no memory.
+    Weights, gradients, two AdamW moments and EMA of what trains, and what one forward saves for the
+    backward, counted on fake tensors that hold no memory.
     """
     weights = sum(value.numel() * value.element_size() for value in backbone.parameters())
     state = plan.trained_bytes * (3 + (recipe.optim.ema is not None))
@@ -71,7 +89,8 @@ def peak_memory(recipe: Recipe, backbone: StableDiffusion, plan: Plan) -> int:
 
 
 def saved_bytes(recipe: Recipe, backbone: StableDiffusion, rows: int) -> int:
-    """What one training forward of the denoiser keeps for its backward, each storage counted once."""
+    """What one training forward of the denoiser keeps for its backward, each storage counted
+    once."""
     side = (recipe.run.resolution or backbone.resolution) // backbone.divisor
     seen: dict[int, int] = {}
     keep: list[Tensor] = []  # a storage that is freed could lend its address to the next
@@ -82,14 +101,21 @@ def saved_bytes(recipe: Recipe, backbone: StableDiffusion, rows: int) -> int:
         return value
 
     denoiser = backbone.denoiser
-    real = {name: (value.detach(), value.requires_grad) for name, value in denoiser.named_parameters()}
+    real = {
+        name: (value.detach(), value.requires_grad) for name, value in denoiser.named_parameters()
+    }
     real |= {name: (value, False) for name, value in denoiser.named_buffers()}
     with FakeTensorMode() as mode:
-        fakes = {name: mode.from_tensor(value).requires_grad_(trains) for name, (value, trains) in real.items()}
+        fakes = {
+            name: mode.from_tensor(value).requires_grad_(trains)
+            for name, (value, trains) in real.items()
+        }
         own = {id(value.untyped_storage()) for value in fakes.values()}
         width = backbone.text_width
         inputs = (torch.empty(rows, backbone.latent_channels, side, side), torch.zeros(rows))
-        text = {"encoder_hidden_states": torch.empty(rows, backbone.tokenizer.model_max_length, width)}
+        text = {
+            "encoder_hidden_states": torch.empty(rows, backbone.tokenizer.model_max_length, width)
+        }
         dtype = torch.bfloat16 if recipe.run.precision == "bf16" else torch.float32
         with (
             torch.autograd.graph.saved_tensors_hooks(count, lambda value: value),
@@ -101,7 +127,13 @@ def saved_bytes(recipe: Recipe, backbone: StableDiffusion, rows: int) -> int:
 
 def size(count: int) -> str:
     """Bytes for people: 0.7 MB, 3.4 GB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+    return (
+        f"{count / 1e9:.1f} GB"
+        if count >= 1e9
+        else f"{count / 1e6:.1f} MB"
+        if count >= 1e5
+        else f"{count / 1e3:.1f} kB"
+    )
 
 
 def _count(backbone: StableDiffusion, names: tuple[str, ...]) -> int:
@@ -110,4 +142,6 @@ def _count(backbone: StableDiffusion, names: tuple[str, ...]) -> int:
 
 
 def _short(value: Any) -> str:
-    return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, (list, tuple)) else str(value)
+    return (
+        "[" + ", ".join(map(str, value)) + "]" if isinstance(value, (list, tuple)) else str(value)
+    )

@@ -1,4 +1,5 @@
-"""Where the recipes and the shipped backbones lie: beside the package in a checkout, inside it in a wheel."""
+"""Where the recipes and the shipped backbones lie: beside the package in a checkout, inside it in a
+wheel."""
 
 from __future__ import annotations
 
@@ -30,10 +31,16 @@ LEVELS = ("weight", "function", "feature", "map", "application")
 def methods() -> list[Path]:
     """The files of `trainer/methods/<level>/`; a file's name is its method's."""
     files = [path for level in LEVELS for path in (_HERE / "methods" / level).glob("*.py")]
-    return sorted((path for path in files if not path.stem.startswith("_")), key=lambda path: path.stem)
+    return sorted(
+        (path for path in files if not path.stem.startswith("_")), key=lambda path: path.stem
+    )
 
 
 def sources() -> list[Path]:
     """The files of `trainer/data/` that define a data source, known by their text."""
-    marked = [path for path in (_HERE / "data").glob("*.py") if "(Source):" in path.read_text(encoding="utf-8")]
+    marked = [
+        path
+        for path in (_HERE / "data").glob("*.py")
+        if "(Source):" in path.read_text(encoding="utf-8")
+    ]
     return sorted(marked)

@@ -1,4 +1,5 @@
-"""From prompts to pictures: classifier-free guidance over any diffusers scheduler, each picture seeded by itself."""
+"""From prompts to pictures: classifier-free guidance over any diffusers scheduler, each picture
+seeded by itself."""
 
 from __future__ import annotations
 
@@ -22,16 +23,19 @@ def sample(
     size: tuple[int, int] | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Pictures (b, 3, H, W) in [-1, 1], one per prompt and seed; the same pair gives the same picture in any batch.
+    """Pictures (b, 3, H, W) in [-1, 1], one per prompt and seed; the same pair gives the same
+    picture in any batch.
 
-    output = uncond + guidance * (cond - uncond) (arXiv 2207.12598, equation 6); guidance 1 or less runs without uncond.
-    size: height and width in pixels, multiples of the backbone's divisor.
+    output = uncond + guidance * (cond - uncond) (arXiv 2207.12598, equation 6); guidance 1 or less
+    runs without uncond. size: height and width in pixels, multiples of the backbone's divisor.
 
     Raises:
         ValueError: prompts and seeds of different lengths, or a size the VAE cannot make.
     """
     if len(prompts) != len(seeds):
-        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; give one seed to each prompt")
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(seeds)} seeds; give one seed to each prompt"
+        )
     height, width = size or (backbone.resolution, backbone.resolution)
     if height % backbone.divisor or width % backbone.divisor:
         raise ValueError(f"size {height}x{width} must be a multiple of {backbone.divisor}")
@@ -39,12 +43,18 @@ def sample(
     scheduler = backbone.scheduler()
     scheduler.set_timesteps(steps, device=device)
     shape = (1, backbone.latent_channels, height // backbone.divisor, width // backbone.divisor)
-    x_t = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    x_t = torch.cat(
+        [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
     x_t = x_t.to(device) * scheduler.init_noise_sigma
     guided = guidance > 1
     count = len(prompts)
     condition = backbone.encode_prompts([negative] * count + list(prompts) if guided else prompts)
-    roles = {"uncond": slice(0, count), "cond": slice(count, 2 * count)} if guided else {"cond": slice(0, count)}
+    roles = (
+        {"uncond": slice(0, count), "cond": slice(count, 2 * count)}
+        if guided
+        else {"cond": slice(0, count)}
+    )
     for step, t in enumerate(scheduler.timesteps):
         model_input = scheduler.scale_model_input(torch.cat([x_t, x_t]) if guided else x_t, t)
         with use(StepContext(step, steps, t, roles=roles)):
@@ -70,7 +80,12 @@ def sample_many(
     """`sample` in batches: (n, 3, H, W) on the CPU."""
     parts = [
         sample(
-            backbone, prompts[i : i + batch_size], seeds[i : i + batch_size], steps, guidance, negative
+            backbone,
+            prompts[i : i + batch_size],
+            seeds[i : i + batch_size],
+            steps,
+            guidance,
+            negative,
         ).cpu()
         for i in range(0, len(prompts), batch_size)
     ]

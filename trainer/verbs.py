@@ -22,13 +22,17 @@ def fit(words: list[str]) -> int:
 
 
 def check(words: list[str]) -> int:
-    """Validates without loading a weight; with plan=true loads the backbone and prints what would train."""
+    """Validates without loading a weight; with plan=true loads the backbone and prints what would
+    train."""
     plan = [word for word in words if word.startswith("plan=")]
     loaded = recipes.load(word for word in words if word not in plan)
     if plan and plan[-1] not in ("plan=true", "plan=false"):
         raise RecipeError(f"{plan[-1]}: plan is true or false")
     if "plan=true" not in plan:
-        print(f"{loaded.name}: fine; backbone {loaded.backbone_name}, methods {', '.join(loaded.methods)}")
+        print(
+            f"{loaded.name}: fine; backbone {loaded.backbone_name}, methods "
+            f"{', '.join(loaded.methods)}"
+        )
         return 0
     _quiet()
     from rich.console import Console
@@ -39,7 +43,9 @@ def check(words: list[str]) -> int:
     applied = methods.apply(backbone, loaded.methods)
     if loaded.run.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
-    facts = report.describe(loaded, backbone, applied, report.peak_memory(loaded, backbone, applied))
+    facts = report.describe(
+        loaded, backbone, applied, report.peak_memory(loaded, backbone, applied)
+    )
     report.show(facts, loaded.methods, Console(width=max(100, Console().width)))
     return 0
 
@@ -47,7 +53,8 @@ def check(words: list[str]) -> int:
 def sample(words: list[str]) -> int:
     options = _options(
         words,
-        {"adapter": None, "backbone": None, "prompt": None, "count": 1, "seed": 0, "steps": None, "guidance": None,
+        {"adapter": None, "backbone": None, "prompt": None, "count": 1, "seed": 0, "steps": None,
+        "guidance": None,
          "negative": "", "out": "samples"},
     )  # fmt: skip
     if not options["prompt"]:
@@ -71,7 +78,13 @@ def sample(words: list[str]) -> int:
     guidance = look.get("guidance", 5.0) if options["guidance"] is None else options["guidance"]
     seeds = [options["seed"] + i for i in range(options["count"])]
     pictures = sample_many(
-        backbone, [options["prompt"]] * len(seeds), seeds, 16, int(steps), float(guidance), str(options["negative"])
+        backbone,
+        [options["prompt"]] * len(seeds),
+        seeds,
+        16,
+        int(steps),
+        float(guidance),
+        str(options["negative"]),
     )
     out = Path(options["out"])
     out.mkdir(parents=True, exist_ok=True)
@@ -94,7 +107,9 @@ def evaluate(words: list[str]) -> int:
 
 
 def export(words: list[str]) -> int:
-    options = _options(words, {"run": None, "adapter": None, "out": None, "format": "merged", "dtype": "float32"})
+    options = _options(
+        words, {"run": None, "adapter": None, "out": None, "format": "merged", "dtype": "float32"}
+    )
     source = options["adapter"] or options["run"]
     if not source or not options["out"]:
         raise RecipeError("give run=<run folder> (or adapter=<file>) and out=<folder>")
@@ -102,6 +117,24 @@ def export(words: list[str]) -> int:
     from trainer.export import export as write
 
     print(write(adapter_file(source), Path(options["out"]), options["format"], options["dtype"]))
+    return 0
+
+
+def data(words: list[str]) -> int:
+    """`data world out=<folder>`: scenes as shards."""
+    if words[:1] != ["world"]:
+        raise RecipeError("data world out=<folder>: the embedded world is what can be written")
+    options = _options(
+        words[1:], {"out": None, "count": 1000, "seed": 0, "sprites": "known", "per_shard": 1000}
+    )
+    if not options["out"]:
+        raise RecipeError("out is missing, as in out=./world")
+    from trainer.data.write_shards import write_world
+
+    for path in write_world(
+        options["out"], options["count"], options["seed"], options["sprites"], options["per_shard"]
+    ):
+        print(path)
     return 0
 
 

@@ -1,9 +1,11 @@
-"""Trains the tiny CLIP pair (text and image encoder, the judge) on the world and writes it with its tokenizer.
+"""Trains the tiny CLIP pair (text and image encoder, the judge) on the world and writes it with its
+tokenizer.
 
     python data/tiny/make_clip.py --steps 1500 --out data/tiny
 
-Contrastive on image and caption (CLIP, arXiv 2103.00020), with three aids that known scenes allow: the image is told its
-sprites, every patch its sprite (so the judge can also say *where*), and the caption's last token every word it has read.
+Contrastive on image and caption (CLIP, arXiv 2103.00020), with three aids that known scenes allow:
+the image is told its sprites, every patch its sprite (so the judge can also say *where*), and the
+caption's last token every word it has read.
 """
 
 from __future__ import annotations
@@ -18,7 +20,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+)
 
 from trainer.data import scenes as world
 from trainer.data.sprites import ALL, CLASS_OF
@@ -27,18 +37,24 @@ SEED = 23
 LENGTH, PATCH = 32, 8
 MEAN, STD = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
 EMPTY = "an empty background"
-EXTRA = """a an the on in at of to and with by from for is are photo picture image drawing illustration painting small big
-large tiny far away close up zoomed very empty background gradient object animal food plant vehicle thing face toy person
-left right top bottom middle corner center centre above below under over beneath between next beside behind front near
-moving move moves rotating spinning growing shrinking passing standing still flying falling rising slowly quickly
-camera panning zooming one two three bright dark light good cropped rendering clear my nice lying day night
-grass sand snow water sky beach forest city street table room red new old""".split()
+EXTRA = """a an the on in at of to and with by from for is are photo picture image drawing
+illustration painting small big large tiny far away close up zoomed very empty background gradient
+object animal food plant vehicle thing face toy person left right top bottom middle corner center
+centre above below under over beneath between next beside behind front near moving move moves
+rotating spinning growing shrinking passing standing still flying falling rising slowly quickly
+camera panning zooming one two three bright dark light good cropped rendering clear my nice lying
+day night grass sand snow water sky beach forest city street table room red new old""".split()
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer (byte-level BPE) in which every word of the world is one token; others fall into pieces."""
+    """A CLIP tokenizer (byte-level BPE) in which every word of the world is one token; others fall
+    into pieces."""
     captions = [world.draw(SEED, i, ALL).caption for i in range(3000)]
-    words = sorted({word.strip(",") for caption in captions for word in caption.split()} | set(ALL) | set(EXTRA))
+    words = sorted(
+        {word.strip(",") for caption in captions for word in caption.split()}
+        | set(ALL)
+        | set(EXTRA)
+    )
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     bpe.train_from_iterator([" ".join(words)], trainers.BpeTrainer(
@@ -48,28 +64,44 @@ def make_tokenizer() -> CLIPTokenizer:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = letters + [f"{letter}</w>" for letter in letters]
     known = set(pieces)
-    pieces += [first + second for first, second in merges if not (first + second in known or known.add(first + second))]
-    vocab = {piece: number for number, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    pieces += [
+        first + second
+        for first, second in merges
+        if not (first + second in known or known.add(first + second))
+    ]
+    vocab = {
+        piece: number for number, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])
+    }
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
 
 
 def make_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=LENGTH, projection_dim=128, pad_token_id=tokenizer.pad_token_id, hidden_act="gelu", **ends,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH, projection_dim=128, pad_token_id=tokenizer.pad_token_id,
+        hidden_act="gelu", **ends,
     )  # fmt: skip
     vision = CLIPVisionConfig(
-        hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=6, image_size=world.SIDE,
+        hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=6,
+        image_size=world.SIDE,
         patch_size=PATCH, projection_dim=128, hidden_act="gelu",
     )  # fmt: skip
-    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128))
+    return CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128)
+    )
 
 
 def batch(start: int, size: int) -> tuple[torch.Tensor, list[str], torch.Tensor, torch.Tensor]:
-    """Images (b, 3, 64, 64) normalised; captions; present (b, 80) sums to 1; patch labels (b, 64), 80 empty, -1 unsure."""
+    """Images (b, 3, 64, 64) normalised; captions; present (b, 80) sums to 1; patch labels (b, 64),
+    80 empty, -1 unsure."""
     scenes = [world.draw(SEED, start + i, ALL) for i in range(size)]
-    images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    images = (
+        torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float()
+        / 127.5
+        - 1
+    )
     present = torch.zeros(size, len(ALL))
     grid = world.SIDE // PATCH
     labels = torch.full((size, grid, grid), -1)
@@ -88,15 +120,21 @@ def batch(start: int, size: int) -> tuple[torch.Tensor, list[str], torch.Tensor,
 def encode(model: CLIPModel, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Unit embeddings of the image (b, d) and of its patches (b, n, d)."""
     hidden = model.vision_model(pixel_values=images).last_hidden_state
-    embeds = F.normalize(model.visual_projection(model.vision_model.post_layernorm(hidden)).float(), dim=-1)
+    embeds = F.normalize(
+        model.visual_projection(model.vision_model.post_layernorm(hidden)).float(), dim=-1
+    )
     return embeds[:, 0], embeds[:, 1:]
 
 
 def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> dict[str, torch.Tensor]:
-    return tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
+    return tokenizer(
+        texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+    )
 
 
-def text_embeds(model: CLIPModel, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def text_embeds(
+    model: CLIPModel, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     pooled = model.text_model(input_ids=inputs["input_ids"]).pooler_output
     return F.normalize(model.text_projection(pooled).float(), dim=-1), pooled
 
@@ -109,9 +147,16 @@ def accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, count: int) -> float:
     right = 0
     for start in range(0, count, 200):
         scenes = [world.draw(SEED + 1, 50_000_000 + start + i, ALL, count=1) for i in range(200)]
-        images = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        images = (
+            torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2).float()
+            / 127.5
+            - 1
+        )
         named = (encode(model, images)[0] @ names.T).argmax(1)
-        right += sum(ALL[number] == scene.objects[0].word for number, scene in zip(named.tolist(), scenes, strict=True))
+        right += sum(
+            ALL[number] == scene.objects[0].word
+            for number, scene in zip(named.tolist(), scenes, strict=True)
+        )
     model.train()
     return right / count
 
@@ -121,7 +166,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.2e-3)
-    parser.add_argument("--start-from", type=Path, help="a folder written by an earlier, shorter training")
+    parser.add_argument(
+        "--start-from", type=Path, help="a folder written by an earlier, shorter training"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
     torch.manual_seed(SEED)
@@ -135,7 +182,8 @@ def main() -> None:
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": [*rest, *reader.parameters()], "weight_decay": 0.0}],
+        [{"params": decay, "weight_decay": 0.05}, {"params": [*rest, *reader.parameters()],
+        "weight_decay": 0.0}],
         lr=options.lr, betas=(0.9, 0.98),
     )  # fmt: skip
     begin = time.time()
@@ -143,7 +191,11 @@ def main() -> None:
     for step in range(options.steps):
         spent = step / options.steps
         for group in optimizer.param_groups:
-            group["lr"] = options.lr * min(1, (step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * spent)))
+            group["lr"] = (
+                options.lr
+                * min(1, (step + 1) / 200)
+                * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * spent)))
+            )
         images, captions, present, labels = batch(offset + step * options.batch, options.batch)
         inputs = tokens(tokenizer, captions)
         with torch.autocast("cpu", torch.bfloat16):
@@ -156,7 +208,9 @@ def main() -> None:
         target = torch.arange(len(logits))
         contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         naming = F.cross_entropy(scale * whole @ names[:-1].T, present)
-        patching = F.cross_entropy((scale * patches @ names.T).flatten(0, 1), labels.flatten(), ignore_index=-1)
+        patching = F.cross_entropy(
+            (scale * patches @ names.T).flatten(0, 1), labels.flatten(), ignore_index=-1
+        )
         words = torch.zeros_like(read).scatter_(1, inputs["input_ids"], 1.0)
         reading = F.binary_cross_entropy_with_logits(read, words) * 20
         loss = contrast + naming + patching + 0.2 * reading
@@ -169,22 +223,35 @@ def main() -> None:
             print(f"step {step} {time.time() - begin:.0f}s {parts}", flush=True)
         if step % 500 == 0:
             print(f"  accuracy {accuracy(model, tokenizer, 400):.3f}", flush=True)
-    print(f"{options.steps} steps of {options.batch}; accuracy on 2000 unseen scenes {accuracy(model, tokenizer, 2000):.4f}")
+    print(
+        f"{options.steps} steps of {options.batch}; accuracy on 2000 unseen scenes "
+        f"{accuracy(model, tokenizer, 2000):.4f}"
+    )
     save(model.eval(), tokenizer, options.out)
 
 
 def save(model: CLIPModel, tokenizer: CLIPTokenizer, out: Path) -> None:
-    """`clip/` is the judge, whole; `text_encoder/` and `tokenizer/` are what the U-Net starts from and trains along."""
+    """`clip/` is the judge, whole; `text_encoder/` and `tokenizer/` are what the U-Net starts from
+    and trains along."""
     size = {"height": world.SIDE, "width": world.SIDE}
     processor = CLIPImageProcessorPil(
-        size=size, do_center_crop=False, image_mean=MEAN, image_std=STD, do_resize=True, crop_size=size
+        size=size,
+        do_center_crop=False,
+        image_mean=MEAN,
+        image_std=STD,
+        do_resize=True,
+        crop_size=size,
     )
     (out / "clip").mkdir(parents=True, exist_ok=True)
-    (out / "clip" / "patches.json").write_text(json.dumps({"empty": EMPTY}))  # its patches can be named, too
+    (out / "clip" / "patches.json").write_text(
+        json.dumps({"empty": EMPTY})
+    )  # its patches can be named, too
     model.half().save_pretrained(out / "clip", safe_serialization=True)
     tokenizer.save_pretrained(out / "clip")
     processor.save_pretrained(out / "clip")
-    CLIPTextModel.from_pretrained(out / "clip", dtype=torch.float16).save_pretrained(out / "text_encoder")
+    CLIPTextModel.from_pretrained(out / "clip", dtype=torch.float16).save_pretrained(
+        out / "text_encoder"
+    )
     tokenizer.save_pretrained(out / "tokenizer")
 
 

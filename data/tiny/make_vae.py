@@ -1,6 +1,6 @@
 """Trains the tiny VAE on scenes of the 64 known sprites and writes it in diffusers layout.
 
-    python data/tiny/make_vae.py --steps 2400 --out data/tiny/vae
+python data/tiny/make_vae.py --steps 2400 --out data/tiny/vae
 """
 
 from __future__ import annotations
@@ -22,21 +22,33 @@ SEED = 11
 def batch(start: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (size, 3, 64, 64) in [-1, 1] and pixel weights (size, 1, 64, 64), 3 on sprites."""
     scenes = [draw(SEED, start + i) for i in range(size)]
-    images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    images = (
+        torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float()
+        / 127.5
+        - 1
+    )
     masks = np.stack([np.any([item.mask for item in scene.objects], axis=0) for scene in scenes])
     return images, 1 + 2 * torch.from_numpy(masks)[:, None].float()
 
 
 def crops(start: int, size: int, side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, cut to (side, side) around one sprite: the network has no attention, and flat ground teaches little."""
+    """The same, cut to (side, side) around one sprite: the network has no attention, and flat
+    ground teaches little."""
     rng = np.random.default_rng((SEED, start))
     images, weights = batch(start, size)
     cut = []
     for row in range(size):
         ys, xs = np.nonzero(weights[row, 0].numpy() > 1)
         pick = rng.integers(len(ys))
-        y, x = (int(np.clip(v[pick] - side // 2 + rng.integers(-6, 7), 0, 64 - side)) for v in (ys, xs))
-        cut.append((images[row, :, y : y + side, x : x + side], weights[row, :, y : y + side, x : x + side]))
+        y, x = (
+            int(np.clip(v[pick] - side // 2 + rng.integers(-6, 7), 0, 64 - side)) for v in (ys, xs)
+        )
+        cut.append(
+            (
+                images[row, :, y : y + side, x : x + side],
+                weights[row, :, y : y + side, x : x + side],
+            )
+        )
     return torch.stack([image for image, _ in cut]), torch.stack([weight for _, weight in cut])
 
 
@@ -62,12 +74,18 @@ def main() -> None:
         sample_size=64,
         mid_block_add_attention=False,
     )
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=1e-4
+    )
     begin = time.time()
     for step in range(options.steps):
         spent = step / options.steps
         for group in optimizer.param_groups:  # warm-up of 50 steps, then a cosine
-            group["lr"] = options.lr * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * spent)))
+            group["lr"] = (
+                options.lr
+                * min(1, (step + 1) / 50)
+                * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * spent)))
+            )
         if spent < 0.75:
             images, weights = crops(step * options.batch * 4, options.batch * 3)
         else:
@@ -91,7 +109,8 @@ def main() -> None:
 
 @torch.no_grad()
 def finish(vae: AutoencoderKL, out: Path) -> None:
-    """Sets the latent scale to unit variance, measures on unseen scenes, and saves fp16 safetensors."""
+    """Sets the latent scale to unit variance, measures on unseen scenes, and saves fp16
+    safetensors."""
     images, _ = batch(10_000_000, 256)
     latents = vae.encode(images).latent_dist.sample()
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))

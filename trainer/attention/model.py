@@ -1,4 +1,5 @@
-"""What a method may know of the model it edits: attention sites, text encoders, parameters. Nothing of its family."""
+"""What a method may know of the model it edits: attention sites, text encoders, parameters. Nothing
+of its family."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
 
 
 class AttentionModel(Protocol):
-    """A backbone as methods see it. Parameter names start with the part's name, as in `unet.conv_in.weight`."""
+    """A backbone as methods see it. Parameter names start with the part's name, as in
+    `unet.conv_in.weight`."""
 
     denoiser_name: str
 
@@ -22,7 +24,8 @@ class AttentionModel(Protocol):
 
     @property
     def sites(self) -> list[Site]:
-        """The attention layers of the denoiser in forward order; `site.name` is relative to the denoiser."""
+        """The attention layers of the denoiser in forward order; `site.name` is relative to the
+        denoiser."""
         ...
 
     @property

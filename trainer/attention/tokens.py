@@ -1,4 +1,5 @@
-"""New words in a text encoder: an embedding whose old table stays frozen and whose new rows are a parameter of their own.
+"""New words in a text encoder: an embedding whose old table stays frozen and whose new rows are a
+parameter of their own.
 
 So the optimiser, the adapter and weight decay see exactly the rows that train.
 """
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AddedToken
 
 
 class ExtendedEmbedding(nn.Module):
@@ -34,8 +36,8 @@ class ExtendedEmbedding(nn.Module):
         return self.table.embedding_dim
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (...) to embeddings (..., d). The rows take part even where no id is new, so that every rank of a
-        distributed run has a gradient for them."""
+        """ids (...) to embeddings (..., d). The rows take part even where no id is new, so that
+        every rank of a distributed run has a gradient for them."""
         old = self.table.num_embeddings
         new = (ids >= old).unsqueeze(-1)
         added = F.embedding((ids - old).clamp(min=0), self.rows)
@@ -54,7 +56,8 @@ class ExtendedEmbedding(nn.Module):
 def extend(
     encoder: Any, tokenizer: Any, tokens: Sequence[str], words: Sequence[str | None]
 ) -> None:
-    """Adds tokens to a tokenizer and rows to its encoder; each row starts from a word, or as noise if the word is None.
+    """Adds tokens to a tokenizer and rows to its encoder; each row starts from a word, or as noise
+    if the word is None.
 
     Raises:
         ValueError: a token exists already, or a start word is not one token of the vocabulary.
@@ -74,10 +77,16 @@ def extend(
     first = len(tokenizer)
     if first != table.num_embeddings:
         raise ValueError(
-            f"the tokenizer has {first} tokens and the text encoder {table.num_embeddings}; they must agree"
+            f"the tokenizer has {first} tokens and the text encoder {table.num_embeddings}; they "
+            "must agree"
         )
-    tokenizer.add_tokens(list(tokens))
+    tokenizer.add_tokens([_added(token) for token in tokens])
     encoder.set_input_embeddings(ExtendedEmbedding(table, rows))
+
+
+def _added(token: str) -> AddedToken:
+    """A token like `sks` must not cut `asks`; one like `<v1>` is met wherever it stands."""
+    return AddedToken(token, single_word=token[0].isalnum() or token[-1].isalnum())
 
 
 def _start(table: nn.Embedding, tokenizer: Any, word: str | None, place: int) -> Tensor:

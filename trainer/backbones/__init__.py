@@ -1,4 +1,5 @@
-"""Backbones: pretrained diffusion models in diffusers folder layout. One file a family, found by its name."""
+"""Backbones: pretrained diffusion models in diffusers folder layout. One file a family, found by
+its name."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ def load(spec: BackboneSpec, name: str) -> StableDiffusion:
     """The backbone a spec describes, frozen nowhere and fp32.
 
     Raises:
-        ValueError: an unknown family, a folder of another family, weights missing or not safetensors.
+        ValueError: an unknown family, a folder of another family, weights missing or not
+        safetensors.
     """
     try:
         family = importlib.import_module(f"trainer.backbones.{spec.family}")

@@ -1,8 +1,10 @@
-"""Stable Diffusion 1.x and 2.x, and every pipeline of the same parts: U-Net, one CLIP text encoder, VAE, scheduler."""
+"""Stable Diffusion 1.x and 2.x, and every pipeline of the same parts: U-Net, one CLIP text encoder,
+VAE, scheduler."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -20,6 +22,7 @@ from trainer.attention.sites import Site
 if TYPE_CHECKING:
     from trainer.recipe import BackboneSpec
 
+SCHEDULER = "scheduler_config.json"
 TARGETS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
@@ -35,21 +38,27 @@ class StableDiffusion(nn.Module):
         self,
         name: str,
         folder: Path,
-        unet: UNet2DConditionModel,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        vae: AutoencoderKL,
-        scheduler: DDIMScheduler,
+        unet: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        vae: Any,
+        scheduler: Any,
     ) -> None:
         super().__init__()
         self.name, self.folder = name, folder
-        self.unet, self.text_encoder, self.vae = unet, text_encoder, vae
+        self.unet: Any = unet
+        self.text_encoder: Any = text_encoder
+        self.vae: Any = vae
         self.tokenizer, self.scheduler_config = tokenizer, dict(scheduler.config)
         self.alphas_cumprod: Tensor = scheduler.alphas_cumprod.clone()
         self.target: str = TARGETS[scheduler.config.prediction_type]
-        self._identity = {"family": "sd", "name": name, "unet": _shapes(unet), "text_encoder": _shapes(text_encoder)}
-
-    # -- as methods see it ---------------------------------------------------------------------------------------
+        self._identity = {
+            "family": "sd",
+            "name": name,
+            "unet": _shapes(unet),
+            "text_encoder": _shapes(text_encoder),
+            "target": self.target,
+        }
 
     @property
     def denoiser(self) -> nn.Module:
@@ -71,8 +80,6 @@ class StableDiffusion(nn.Module):
     def sites(self) -> list[Site]:
         return self.host.sites
 
-    # -- as the module and the sampler see it --------------------------------------------------------------------
-
     @property
     def divisor(self) -> int:
         """Pixels along an edge per latent."""
@@ -91,7 +98,7 @@ class StableDiffusion(nn.Module):
     def text_width(self) -> int:
         return int(self.text_encoder.config.hidden_size)
 
-    def scheduler(self) -> DDIMScheduler:
+    def scheduler(self) -> Any:
         return DDIMScheduler.from_config(self.scheduler_config)
 
     @torch.no_grad()
@@ -129,10 +136,9 @@ class StableDiffusion(nn.Module):
         output: Tensor = self.unet(x_t, t, **condition).sample
         return output
 
-    # -- as runs and exports see it ------------------------------------------------------------------------------
-
     def identity(self) -> dict[str, str]:
-        """What an adapter was trained on: the family and the shapes of the parts, as they were before any edit."""
+        """What an adapter was trained on: the family and the shapes of the parts, as they were
+        before any edit."""
         return dict(self._identity)
 
     def vae_fingerprint(self) -> str:
@@ -141,23 +147,27 @@ class StableDiffusion(nn.Module):
 
     def fingerprint(self) -> str:
         """Changes with any weight; keys what the backbone has painted."""
-        return hashlib.sha256(" ".join(map(_contents, (self.unet, self.text_encoder, self.vae))).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            " ".join(map(_contents, (self.unet, self.text_encoder, self.vae))).encode()
+        ).hexdigest()[:16]
 
     def enable_gradient_checkpointing(self) -> None:
         self.unet.enable_gradient_checkpointing()
         if any(parameter.requires_grad for parameter in self.text_encoder.parameters()):
             self.text_encoder.gradient_checkpointing_enable()
 
-    def pipeline(self) -> StableDiffusionPipeline:
+    def pipeline(self) -> Any:
         """The parts as a stock pipeline; they are shared, not copied."""
         return StableDiffusionPipeline(
             vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=self.unet,
-            scheduler=self.scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+            scheduler=self.scheduler(), safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False,
         )  # fmt: skip
 
 
 def _shapes(module: nn.Module) -> str:
-    """A short hash of all parameter shapes; names are left out, since transformers renames them between versions."""
+    """A short hash of all parameter shapes; names are left out, since transformers renames them
+    between versions."""
     shapes = sorted(str(tuple(parameter.shape)) for parameter in module.parameters())
     return hashlib.sha256(" ".join(shapes).encode()).hexdigest()[:16]
 
@@ -173,39 +183,80 @@ def load(spec: BackboneSpec, name: str) -> StableDiffusion:
     """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision.
 
     Raises:
-        ValueError: the folder holds another pipeline, a part is missing, or its weights are not safetensors.
+        ValueError: the folder holds another pipeline, a part is missing, or its weights are not
+        safetensors.
     """
     folder = Path(spec.folder) if spec.folder else _download(spec, name)
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     if index.get("_class_name") != "StableDiffusionPipeline":
         raise ValueError(
-            f"backbone {name}: {folder} is a {index.get('_class_name')}; this family loads StableDiffusionPipeline folders"
+            f"backbone {name}: {folder} is a {index.get('_class_name')}; this family loads "
+            "StableDiffusionPipeline folders"
         )
+    for part, file in (("tokenizer", "tokenizer_config.json"), ("scheduler", SCHEDULER)):
+        if not (folder / part / file).is_file():
+            raise ValueError(_missing(folder / part, file))
     parts = {
         part: _part(folder, part, kind, spec.scratch)
-        for part, kind in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel), ("vae", AutoencoderKL))
+        for part, kind in (
+            ("unet", UNet2DConditionModel),
+            ("text_encoder", CLIPTextModel),
+            ("vae", AutoencoderKL),
+        )
     }
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    # any of diffusers' VP schedulers describes the same training path; sampling is DDIM unless asked otherwise
-    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+    scheduler = _scheduler(folder / "scheduler" / SCHEDULER)
     return StableDiffusion(name, folder, tokenizer=tokenizer, scheduler=scheduler, **parts)
+
+
+def _scheduler(path: Path) -> DDIMScheduler:
+    """Any of diffusers' VP schedulers describes the same training path; sampling is DDIM.
+
+    What another scheduler does not say is what its own class does, not DDIM's default: no clipping
+    of latents, and a last step to the first alpha, as PNDM's.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in TARGETS:
+        raise ValueError(
+            f"{path}: prediction_type is {prediction!r}; this family has {', '.join(TARGETS)}"
+        )
+    if config.get("_class_name") != DDIMScheduler.__name__:
+        config = {"clip_sample": False, "set_alpha_to_one": False} | config
+    own = inspect.signature(DDIMScheduler.__init__).parameters
+    return DDIMScheduler(**{key: value for key, value in config.items() if key in own})
+
+
+def _missing(where: Path, file: str) -> str:
+    return f"{where}: {file} is missing; the folder is not a whole pipeline"
 
 
 def _part(folder: Path, part: str, kind: Any, scratch: Iterable[str]) -> Any:
     where = folder / part
     if not (where / "config.json").is_file():
-        raise ValueError(f"{where}: config.json is missing; the folder is not a whole pipeline")
+        raise ValueError(_missing(where, "config.json"))
     if part in scratch:
         config = json.loads((where / "config.json").read_text(encoding="utf-8"))
         return kind.from_config(config)
     if not list(where.glob("*.safetensors")):
-        found = ", ".join(path.name for path in where.glob("*") if path.suffix in (".bin", ".pt", ".ckpt"))
+        found = ", ".join(
+            path.name for path in where.glob("*") if path.suffix in (".bin", ".pt", ".ckpt")
+        )
         raise ValueError(
-            f"{where}: no safetensors file{f' (found {found}; pickles are never loaded)' if found else ''}; "
+            f"{where}: no safetensors "
+            f"file{f' (found {found}; pickles are never loaded)' if found else ''}; "
             "save the pipeline with safe_serialization=True"
         )
     dtype = {"dtype": torch.float32} if kind is CLIPTextModel else {"torch_dtype": torch.float32}
-    return kind.from_pretrained(where, use_safetensors=True, local_files_only=True, **dtype)
+    model, notes = kind.from_pretrained(
+        where, use_safetensors=True, local_files_only=True, output_loading_info=True, **dtype
+    )
+    if missing := sorted(notes["missing_keys"]):  # they would stay random, and nothing would say so
+        raise ValueError(
+            f"{where}: the weights lack {', '.join(missing[:3])}, {len(missing)} in all; they are not "
+            "of this config.json"
+        )
+    return model
 
 
 def _download(spec: BackboneSpec, name: str) -> Path:
@@ -224,6 +275,7 @@ def _download(spec: BackboneSpec, name: str) -> Path:
         )
     except Exception as error:  # the hub raises a dozen kinds; each means: not to be had from here
         raise ValueError(
-            f"backbone {name}: {spec.hub} could not be fetched ({type(error).__name__}); download the folder on a "
+            f"backbone {name}: {spec.hub} could not be fetched ({type(error).__name__}); "
+            "download the folder on a "
             f"machine with access and pass backbone=<folder>"
         ) from error

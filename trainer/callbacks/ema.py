@@ -1,6 +1,8 @@
-"""Exponential moving average over the trained parameters only: averaged <- d averaged + (1 - d) parameter.
+"""Exponential moving average over the trained parameters only: averaged <- d averaged + (1 - d)
+parameter.
 
-The decay warms up as min(d, (1 + k) / (10 + k)) after k steps, so that short runs are not averages of their start.
+The decay warms up as min(d, (1 + k) / (10 + k)) after k steps, so that short runs are not averages
+of their start.
 """
 
 from __future__ import annotations
@@ -17,14 +19,17 @@ from trainer.module import DiffusionModule
 
 
 class EMA(lightning.Callback):
-    """Holds one copy of what trains; `swapped(module)` lends it to validation, previews and the adapter."""
+    """Holds one copy of what trains; `swapped(module)` lends it to validation, previews and the
+    adapter."""
 
     def __init__(self, decay: float) -> None:
         self.decay, self.steps = decay, 0
         self.averaged: dict[str, Tensor] = {}
         self._stored: dict[str, Tensor] = {}
 
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_fit_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         own = _module(pl_module).trainable()
         if not self.averaged:
             self.averaged = {name: value.detach().float().clone() for name, value in own.items()}
@@ -40,7 +45,9 @@ class EMA(lightning.Callback):
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         own = _module(pl_module).trainable()
         torch._foreach_lerp_(
-            list(self.averaged.values()), [own[name].detach().float() for name in self.averaged], 1 - decay
+            list(self.averaged.values()),
+            [own[name].detach().float() for name in self.averaged],
+            1 - decay,
         )
 
     @contextmanager
@@ -52,14 +59,21 @@ class EMA(lightning.Callback):
         finally:
             self._restore(module)
 
-    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         self._swap(_module(pl_module))
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         self._restore(_module(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "averaged": {name: value.cpu() for name, value in self.averaged.items()}}
+        return {
+            "steps": self.steps,
+            "averaged": {name: value.cpu() for name, value in self.averaged.items()},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps, self.averaged = state_dict["steps"], dict(state_dict["averaged"])

@@ -1,4 +1,5 @@
-"""Pictures at fixed prompts and seeds while training: one row per look, the base model's row first."""
+"""Pictures at fixed prompts and seeds while training: one row per look, the base model's row
+first."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from trainer.sampler import sample
 
 
 class Preview(lightning.Callback):
-    """Writes `previews/grid.png` and one picture a look to every tracker; with `maps`, where that token looks."""
+    """Writes `previews/grid.png` and one picture a look to every tracker; with `maps`, where that
+    token looks."""
 
     def __init__(
         self,
@@ -37,13 +39,21 @@ class Preview(lightning.Callback):
         maps: str | None = None,
         ema: EMA | None = None,
     ) -> None:
-        self.folder, self.prompts, self.every, self.maps, self.ema = folder, list(prompts), every, maps, ema
+        self.folder, self.prompts, self.every, self.maps, self.ema = (
+            folder,
+            list(prompts),
+            every,
+            maps,
+            ema,
+        )
         self.options: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative": negative}
         self.seeds = [seed + i for i in range(len(self.prompts))]
         self.rows: list[tuple[str, Tensor]] = []
         self.last = -1
 
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_fit_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         if trainer.global_step == 0:
             self._look(trainer, pl_module, "base")
 
@@ -54,11 +64,15 @@ class Preview(lightning.Callback):
         if step != self.last and step % self.every == 0 and step < trainer.max_steps:
             self._look(trainer, pl_module, f"step {step}")
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         if self.last != trainer.global_step:
             self._look(trainer, pl_module, f"step {trainer.global_step}")
 
-    def _look(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, label: str) -> None:
+    def _look(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, label: str
+    ) -> None:
         self.last = trainer.global_step
         if not trainer.is_global_zero:
             return
@@ -89,7 +103,9 @@ class Preview(lightning.Callback):
         return pictures, maps[-len(self.prompts) :, 0]
 
 
-def positions(backbone: StableDiffusion, prompts: Sequence[str], token: str) -> list[list[int]] | None:
+def positions(
+    backbone: StableDiffusion, prompts: Sequence[str], token: str
+) -> list[list[int]] | None:
     """Where `token` stands in each tokenised prompt, or None if one lacks it."""
     wanted = backbone.tokenizer.convert_tokens_to_ids(token)
     found = []
@@ -104,8 +120,10 @@ def positions(backbone: StableDiffusion, prompts: Sequence[str], token: str) -> 
 def show(trainer: lightning.Trainer, name: str, image: Image.Image, step: int) -> None:
     """Hands a picture to every tracker of the run."""
     for logger in trainer.loggers:
-        experiment = getattr(logger, "experiment", None)
+        experiment: Any = getattr(logger, "experiment", None)
         if hasattr(logger, "log_image"):
             logger.log_image(name, [image], step=step)
         elif hasattr(experiment, "add_image"):
-            experiment.add_image(name, torch.from_numpy(np.asarray(image).copy()), step, dataformats="HWC")
+            experiment.add_image(
+                name, torch.from_numpy(np.asarray(image).copy()), step, dataformats="HWC"
+            )

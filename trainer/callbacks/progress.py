@@ -1,4 +1,5 @@
-"""The progress bar: step, loss, images a second, time left; plain lines where there is no terminal."""
+"""The progress bar: step, loss, images a second, time left; plain lines where there is no
+terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Bar(lightning.Callback):
-    """images: how many images one optimiser step sees, over all ranks; every: steps between lines without a terminal."""
+    """images: how many images one optimiser step sees, over all ranks; every: steps between lines
+    without a terminal."""
 
     def __init__(self, images: int, every: int, console: Console | None = None) -> None:
         self.images, self.every, self.console = images, every, console or Console(stderr=True)
@@ -21,14 +23,17 @@ class Bar(lightning.Callback):
         self.started = self.lined = time.monotonic()
         self.first = 0
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         self.seen = self.first = trainer.global_step
         self.started = time.monotonic()
         if not trainer.is_global_zero or not self.console.is_terminal:
             return
         self.progress = Progress(
             TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} images/s"), TimeRemainingColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} images/s"),
+            TimeRemainingColumn(),
             console=self.console,
         )  # fmt: skip
         self.task = self.progress.add_task(
@@ -48,22 +53,30 @@ class Bar(lightning.Callback):
         spent = time.monotonic() - self.started
         rate = (step - self.first) * self.images / max(spent, 1e-9)
         if self.progress is not None:
-            self.progress.update(self.task, completed=step, loss=f"{self.smooth:.4f}", rate=f"{rate:.1f}")
+            self.progress.update(
+                self.task, completed=step, loss=f"{self.smooth:.4f}", rate=f"{rate:.1f}"
+            )
         elif step % self.every == 0 or step == trainer.max_steps:
             left = (trainer.max_steps - step) * spent / (step - self.first)
             validation = trainer.callback_metrics.get("val/loss")
             held_out = f"  val {float(validation):.4f}" if validation is not None else ""
             self.console.print(
-                f"step {step}/{trainer.max_steps}  loss {self.smooth:.4f}{held_out}  {rate:.1f} images/s  "
+                f"step {step}/{trainer.max_steps}  loss {self.smooth:.4f}{held_out}  {rate:.1f} "
+                "images/s  "
                 f"{left / 60:.1f} min left",
                 highlight=False,
             )
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         self._stop()
 
     def on_exception(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        exception: BaseException,
     ) -> None:
         self._stop()
 

@@ -1,4 +1,5 @@
-"""Trackers: TensorBoard by default, wandb where asked (offline when nobody is logged in), or none."""
+"""Trackers: TensorBoard by default, wandb where asked (offline when nobody is logged in), or
+none."""
 
 from __future__ import annotations
 
@@ -23,13 +24,16 @@ def make_trackers(name: str, folder: Path, recipe: Mapping[str, Any]) -> list[Lo
     try:
         import wandb
     except ModuleNotFoundError:
-        raise ValueError("tracker=wandb needs the package: pip install 'attention-trainer[wandb]'") from None
+        raise ValueError(
+            "tracker=wandb needs the package: pip install 'attention-trainer[wandb]'"
+        ) from None
     offline = not (os.environ.get("WANDB_API_KEY") or _logged_in())
     # no code, no git diff, no machine facts: a run folder can be shared
     settings = wandb.Settings(disable_git=True, save_code=False, x_disable_meta=True, silent=True)
     return [
         WandbLogger(
-            project="attention-trainer", name=folder.name, id=folder.name, save_dir=folder, offline=offline,
+            project="attention-trainer", name=folder.name, id=folder.name, save_dir=folder,
+            offline=offline,
             settings=settings, config=dict(recipe), resume="allow",
         )
     ]  # fmt: skip

@@ -1,4 +1,5 @@
-"""Data: sources of captioned images, the plan of which samples make a batch, and caches. A source is one file here."""
+"""Data: sources of captioned images, the plan of which samples make a batch, and caches. A source
+is one file here."""
 
 from __future__ import annotations
 
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+
 @dataclass(frozen=True)
 class Sample:
-    """image (3, H, W) float32 in [-1, 1]; mask (1, H/f, W/f) of latents that count, or None for all; key names it."""
+    """image (3, H, W) float32 in [-1, 1]; mask (1, H/f, W/f) of latents that count, or None for
+    all; key names it."""
 
     image: Tensor
     caption: str
@@ -28,7 +31,8 @@ class Sample:
 
 
 class Dataset(Protocol):
-    """Random access to samples, in groups that share every batch by `shares` (instance and prior, say)."""
+    """Random access to samples, in groups that share every batch by `shares` (instance and prior,
+    say)."""
 
     groups: Sequence[range]
     shares: Sequence[float]
@@ -39,7 +43,8 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        """Sample `index`; augmentation draws from `rng` only. With `fixed` the image never depends on rng."""
+        """Sample `index`; augmentation draws from `rng` only. With `fixed` the image never depends
+        on rng."""
         ...
 
     def image(self, index: int) -> Tensor:
@@ -57,7 +62,8 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class Needs:
-    """What a source may ask of the run: the side of an image, pixels per latent, and a painter of class images."""
+    """What a source may ask of the run: the side of an image, pixels per latent, and a painter of
+    class images."""
 
     resolution: int
     divisor: int
@@ -72,7 +78,8 @@ class Source(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
-        """The training samples, and the held-out ones for the validation loss where the source has some."""
+        """The training samples, and the held-out ones for the validation loss where the source has
+        some."""
         raise NotImplementedError
 
     @staticmethod
@@ -86,7 +93,9 @@ class Source(BaseModel):
         found = [
             item
             for item in vars(module).values()
-            if isinstance(item, type) and issubclass(item, Source) and item.__module__ == module.__name__
+            if isinstance(item, type)
+            and issubclass(item, Source)
+            and item.__module__ == module.__name__
         ]
         assert len(found) == 1, f"{module.__name__} must define exactly one Source"
         return found[0]

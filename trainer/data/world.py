@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -16,7 +17,8 @@ HELD_OUT_SEED = 1_000_003  # added to the seed for validation scenes, which trai
 
 
 class World(Source):
-    """count: scenes to train on; sprites: which of them; validation: unseen scenes for the validation loss."""
+    """count: scenes to train on; sprites: which of them; validation: unseen scenes for the
+    validation loss."""
 
     count: int = Field(20_000, gt=0)
     sprites: Literal["known", "held_out", "all"] = "known"
@@ -24,24 +26,28 @@ class World(Source):
     validation: int = Field(128, ge=0)
 
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
-        held_out = Scenes(self.seed + HELD_OUT_SEED, self.validation, self.sprites, needs.resolution)
-        return Scenes(self.seed, self.count, self.sprites, needs.resolution), held_out if self.validation else None
+        held_out = Scenes(
+            self.seed + HELD_OUT_SEED, self.validation, self.sprites, needs.resolution
+        )
+        return Scenes(
+            self.seed, self.count, self.sprites, needs.resolution
+        ), held_out if self.validation else None
 
 
 class Scenes:
     """Scene i of a seed as sample i. The image has one caption."""
 
-    shares = (1.0,)
-    weights = (1.0,)
+    shares: Sequence[float] = (1.0,)
+    weights: Sequence[float] = (1.0,)
     fixed = True
-    skipped = ()
+    skipped: Sequence[str] = ()
 
     def __init__(self, seed: int, count: int, sprites: str, side: int) -> None:
         from trainer.data import sprites as table
 
         self.seed, self.count, self.sprites, self.side = seed, count, sprites, side
         self.names = {"known": table.KNOWN, "held_out": table.HELD_OUT, "all": table.ALL}[sprites]
-        self.groups = (range(count),)
+        self.groups: Sequence[range] = (range(count),)
 
     def __len__(self) -> int:
         return self.count

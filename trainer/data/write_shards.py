@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from trainer.data.manifest import KNOWN, MANIFEST, MASK, Manifest, index, save
 from trainer.data.scenes import Scene, draw
-from trainer.data.shards import KNOWN, MANIFEST, MASK, Manifest, index, save
 from trainer.data.sprites import ALL, HELD_OUT
 from trainer.data.sprites import KNOWN as KNOWN_SPRITES
 

@@ -1,6 +1,8 @@
-"""Methods: what adapts the attention of a backbone. One file each, found by its name in `<level>/<name>.py`.
+"""Methods: what adapts the attention of a backbone. One file each, found by its name in
+`<level>/<name>.py`.
 
-This file holds the contract (`Method`, `Edit`), the order of edits, and the rules by which methods compose or refuse.
+This file holds the contract (`Method`, `Edit`), the order of edits, and the rules by which methods
+compose or refuse.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ ORDER = ("structure", "attention", "storage", "adapt", "select")
 class Edit:
     """What one method did to a model.
 
-    sites: names of the attention sites it touched. claims: `(module or parameter path, aspect)` no other method may
-    claim. trains: names of the parameters it trains. loss: an extra term added to the objective, without arguments.
+    sites: names of the attention sites it touched. claims: `(module or parameter path, aspect)` no
+    other method may claim. trains: names of the parameters it trains. loss: an extra term added to
+    the objective, without arguments.
     """
 
     sites: tuple[str, ...] = ()
@@ -37,7 +40,8 @@ class Edit:
 
 
 class Method(BaseModel):
-    """Options of a method and the one thing it can do. Subclasses are frozen records; importing one loads no torch."""
+    """Options of a method and the one thing it can do. Subclasses are frozen records; importing one
+    loads no torch."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: ClassVar[Literal["structure", "attention", "storage", "adapt", "select"]]
@@ -70,7 +74,9 @@ def find(name: str) -> type[Method]:
     found = [
         item
         for item in vars(module).values()
-        if isinstance(item, type) and issubclass(item, Method) and item.__module__ == module.__name__
+        if isinstance(item, type)
+        and issubclass(item, Method)
+        and item.__module__ == module.__name__
     ]
     assert len(found) == 1, f"{module.__name__} must define exactly one Method"
     return found[0]
@@ -94,13 +100,16 @@ def apply(model: AttentionModel, methods: Mapping[str, Method]) -> Plan:
             other = owners.setdefault(claim, name)
             if other != name:
                 raise ValueError(
-                    f"methods.{other} and methods.{name} both claim {claim[1]} of {claim[0]}; remove one of them, "
+                    f"methods.{other} and methods.{name} both claim {claim[1]} of {claim[0]}; "
+                    "remove one of them, "
                     f"as in methods.{name}=null"
                 )
         edits[name] = edit
     trained = {parameter for edit in edits.values() for parameter in edit.trains}
     if not trained:
-        raise ValueError(f"nothing would train with methods {', '.join(edits)}; add one that trains weights")
+        raise ValueError(
+            f"nothing would train with methods {', '.join(edits)}; add one that trains weights"
+        )
     parameters = dict(model.named_parameters())
     for parameter in trained:
         parameters[parameter].requires_grad_(True)

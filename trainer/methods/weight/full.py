@@ -24,11 +24,11 @@ class Full(Method):
         parts: list[str] = [model.denoiser_name] if self.denoiser else []
         if self.text_encoder:
             parts += list(model.text_encoders)
-        trains = [
-            name for name, _ in model.named_parameters() if name.split(".")[0] in parts
-        ]
+        trains = [name for name, _ in model.named_parameters() if name.split(".")[0] in parts]
         if not trains:
-            raise ValueError("denoiser and text_encoder are both false, so it trains nothing; set one to true")
+            raise ValueError(
+                "denoiser and text_encoder are both false, so it trains nothing; set one to true"
+            )
         return Edit(
             sites=tuple(site.name for site in model.sites) if self.denoiser else (),
             claims=tuple((name, "weight") for name in trains),

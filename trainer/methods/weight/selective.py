@@ -1,7 +1,8 @@
 """Selective training: unfreeze chosen projections of chosen attention sites, and nothing else.
 
-Custom Diffusion (CVPR 2023, arXiv 2212.04488, section 3.2) trains K and V of cross-attention: the only weights that read
-the text, W_k c and W_v c, 2 % of a U-Net. Its first context token (BOS), the same in every caption, is detached.
+Custom Diffusion (CVPR 2023, arXiv 2212.04488, section 3.2) trains K and V of cross-attention: the
+only weights that read the text, W_k c and W_v c, 2 % of a U-Net. Its first context token (BOS), the
+same in every caption, is detached.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class Selective(Method):
-    """sites: a selector, as in `cross & up`; projections: which of q, k, v, out; detach_first_token: as in the paper."""
+    """sites: a selector, as in `cross & up`; projections: which of q, k, v, out;
+    detach_first_token: as in the paper."""
 
     kind: ClassVar[Literal["select"]] = "select"
     sites: str = "cross"
@@ -39,7 +41,10 @@ class Selective(Method):
         if self.detach_first_token:
             cross = [site for site in sites if site.kind == "cross"]
             if not cross:
-                raise ValueError("detach_first_token needs cross-attention, and sites selects none; set it to false")
+                raise ValueError(
+                    "detach_first_token needs cross-attention, and sites selects none; set it to "
+                    "false"
+                )
             model.host.install(DetachFirstToken(), cross)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         trains = [

@@ -1,0 +1,154 @@
+"""A whole pipeline folder with a very small random U-Net, and one way to train on it for a step or
+two."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._device import _device_constructors
+
+CACHE = tempfile.mkdtemp(prefix="trainer-tests-")
+os.environ["TRAINER_CACHE"] = CACHE
+DATA = Path(__file__).parent.parent / "data" / "tiny"
+PARTS = ("text_encoder", "tokenizer", "vae", "scheduler")
+UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 8,
+    "out_channels": 8,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 128,
+    "attention_head_dim": 2,
+    "norm_num_groups": 8,
+}
+
+Train = Callable[..., list[float]]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes minutes; left out with -m 'not slow'")
+    torch.set_num_threads(THREADS)
+    _poison_empty()
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)
+
+
+def _poison_empty() -> None:
+    """Memory nobody wrote reads as NaN, so a test that depends on it fails every time."""
+    _device_constructors()  # keeps a list of the true functions from here on
+    for name in ("empty", "empty_like"):
+        setattr(torch, name, _poisoned(getattr(torch, name)))
+
+
+def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = make(*args, **kwargs)
+        if torch.compiler.is_compiling() or not made.dtype.is_floating_point:
+            return made
+        return made.detach().fill_(torch.nan).requires_grad_(made.requires_grad)
+
+    return poisoned
+
+
+def make_folder(folder: Path, **changes: Any) -> Path:
+    """The shipped pipeline with a seeded random U-Net in the place of its own."""
+    from diffusers import UNet2DConditionModel
+
+    for part in PARTS:
+        shutil.copytree(DATA / part, folder / part)
+    shutil.copy(DATA / "model_index.json", folder)
+    torch.manual_seed(0)
+    UNet2DConditionModel(**(UNET | changes)).save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("backbone") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, but its U-Net has other shapes."""
+    folder = tmp_path_factory.mktemp("backbone") / "other"
+    return make_folder(folder, block_out_channels=(16, 48))
+
+
+@pytest.fixture(scope="session")
+def open_folder() -> Callable[[Path], Any]:
+    from trainer import backbones
+    from trainer.recipe import backbone_spec
+
+    return lambda folder: backbones.load(backbone_spec(str(folder)), str(folder)).eval()
+
+
+@pytest.fixture
+def tiny(tiny_folder: Path, open_folder: Callable[[Path], Any]) -> Any:
+    """A fresh `StableDiffusion` that a test may edit."""
+    return open_folder(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def photos() -> Any:
+    """Five scenes of a penguin, captioned `a <v1> ...`: a dataset as the concept source makes
+    it."""
+    from trainer.data import Needs
+    from trainer.data.concept import Concept
+
+    def paint(prompts: Sequence[str], seed: int) -> Any:
+        raise AssertionError("no class images are asked for")
+
+    source = Concept(concept="sprite:penguin", augment=False, prior_weight=0)
+    train, _ = source.open(Needs(32, 4, paint, Path(CACHE), "tiny"))
+    return train
+
+
+@pytest.fixture(scope="session")
+def train(photos: Any) -> Train:
+    """`train(backbone, plan, steps=2)`: AdamW with weight decay on real batches; returns the
+    losses."""
+    from trainer.data.loader import Planned
+    from trainer.data.plan import Plan
+    from trainer.module import DiffusionModule, Optim
+    from trainer.objective import Objective
+
+    groups = tuple((group.start, group.stop) for group in photos.groups)
+    batches = Planned(photos, Plan(groups, (1.0,), (1.0,), 2, 0), None, 0, 1)
+
+    def run(backbone: Any, plan: Any, steps: int = 2) -> list[float]:
+        objective = Objective(backbone.target, backbone.alphas_cumprod)
+        module = DiffusionModule(
+            backbone, objective, Optim(1e-2, steps, weight_decay=0.1), plan.names
+        )
+        optimizer = module.configure_optimizers()["optimizer"]
+        losses = []
+        for step in range(steps):
+            optimizer.zero_grad()
+            loss = module.sample_losses(batches[step], "train", 0.0)[0].mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        return losses
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(THREADS)

@@ -1,0 +1,169 @@
+"""What every method owes, and every pair of methods: the third, second and fourth point of "works"
+in the design."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer import adapter, methods, resources
+from trainer.recipe import methods_of
+from trainer.sampler import sample
+
+# one row a method: options under which it trains something on the tiny backbone
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "new_token": {"tokens": ["<v1>"], "init": "fox"},
+    "selective": {"sites": "cross", "projections": ["k", "v"], "detach_first_token": True},
+}
+# methods whose paper does not start from the base model's own output
+NOT_EXACT_AT_START: set[str] = set()
+NAMES = methods.names()
+PAIRS = [pytest.param(*pair, id="+".join(pair)) for pair in itertools.combinations(NAMES, 2)]
+each_method = pytest.mark.parametrize("name", NAMES)
+
+
+def tree_of(*names: str) -> dict[str, Any]:
+    for name in names:
+        if name not in EXAMPLES:
+            pytest.fail(
+                f"{name} has no example options: add a row for it to EXAMPLES in {__file__}"
+            )
+    return {name: EXAMPLES[name] for name in names}
+
+
+def state(backbone: Any) -> dict[str, Tensor]:
+    """Parameters and buffers, by name."""
+    tensors = [*backbone.named_parameters(), *backbone.named_buffers()]
+    return {name: value.detach().clone() for name, value in tensors}
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name, value in after.items() if not torch.equal(value, before[name])}
+
+
+def predictions(backbone: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    x_t = torch.randn(2, backbone.latent_channels, 8, 8, generator=generator)
+    condition = backbone.encode_prompts(["a fox on a red background", ""])
+    with torch.no_grad():
+        output: Tensor = backbone.predict(x_t, torch.tensor([20, 700]), condition)
+    return output
+
+
+def test_there_is_a_method_to_test() -> None:
+    assert {"full", "new_token", "selective"} <= set(NAMES)
+
+
+def test_every_example_is_of_a_method() -> None:
+    assert set(EXAMPLES) <= set(NAMES), "a row of EXAMPLES names no method; remove it"
+
+
+@each_method
+def test_only_what_it_claims_changes(
+    name: str, tiny: Any, train: Callable[..., list[float]]
+) -> None:
+    plan = methods.apply(tiny, methods_of(tree_of(name)))
+    edit = plan.edits[name]
+    assert set(plan.names) == set(edit.trains) <= {path for path, _ in edit.claims}
+    before = state(tiny)
+    train(tiny, plan)
+    assert changed(before, state(tiny)) == set(plan.names)
+
+
+@each_method
+def test_what_it_keeps_is_the_base(name: str, tiny: Any) -> None:
+    base = state(tiny)
+    methods.apply(tiny, methods_of(tree_of(name)))
+    values = {value.data_ptr(): value for value in (*tiny.parameters(), *tiny.buffers())}.values()
+    for path, value in base.items():
+        assert any(value.shape == v.shape and torch.equal(value, v) for v in values), path
+
+
+@each_method
+def test_exact_at_start(name: str, tiny: Any) -> None:
+    if name in NOT_EXACT_AT_START:
+        pytest.skip("its paper does not start from the base model's output")
+    base = predictions(tiny)
+    methods.apply(tiny, methods_of(tree_of(name)))
+    assert torch.equal(predictions(tiny), base)
+
+
+@each_method
+def test_saved_and_loaded_is_the_same(
+    name: str, tiny: Any, tiny_folder: Path, tmp_path: Path, train: Callable[..., list[float]]
+) -> None:
+    tree = tree_of(name)
+    plan = methods.apply(tiny, methods_of(tree))
+    untrained = sample(tiny, ["a <v1> on a red background"], [3], steps=2, guidance=3)
+    train(tiny, plan)
+    trained = sample(tiny, ["a <v1> on a red background"], [3], steps=2, guidance=3)
+    assert not torch.equal(trained, untrained)
+    tensors = {key: value for key, value in tiny.named_parameters() if value.requires_grad}
+    path = tmp_path / "adapter.safetensors"
+    adapter.save(path, tensors, {"backbone": str(tiny_folder), "methods": tree}, tiny.identity())
+    loaded, _ = adapter.load(path)
+    again = sample(loaded, ["a <v1> on a red background"], [3], steps=2, guidance=3)
+    assert torch.equal(again, trained)
+
+
+@each_method
+def test_importing_it_loads_no_torch(name: str) -> None:
+    level = next(path.parent.name for path in resources.methods() if path.stem == name)
+    code = (
+        f"import sys, trainer.methods.{level}.{name}; "
+        "sys.exit(str([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules] or "
+        "''))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stderr.strip() == ""
+
+
+@each_method
+def test_its_options_survive_the_header(name: str) -> None:
+    """What an adapter stores and what a recipe says must make the same method."""
+    method = methods_of(tree_of(name))[name]
+    assert methods_of({name: method.model_dump(mode="json")})[name] == method
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_pairs_compose_or_are_refused_by_name(
+    first: str,
+    second: str,
+    tiny_folder: Path,
+    open_folder: Callable[[Path], Any],
+    train: Callable[..., list[float]],
+) -> None:
+    tree = tree_of(first, second)
+    backbone, reversed_backbone = open_folder(tiny_folder), open_folder(tiny_folder)
+    backwards = methods_of(dict(reversed(tree.items())))
+    try:
+        plan = methods.apply(backbone, methods_of(tree))
+    except ValueError as error:
+        assert f"methods.{first}" in str(error)
+        assert f"methods.{second}" in str(error)
+        with pytest.raises(ValueError, match=rf"methods\.({first}|{second}) and methods\."):
+            methods.apply(reversed_backbone, backwards)
+        return
+    other = methods.apply(reversed_backbone, backwards)
+    assert other.names == plan.names
+    assert {name: edit.trains for name, edit in other.edits.items()} == {
+        name: edit.trains for name, edit in plan.edits.items()
+    }
+    before = state(backbone)
+    losses = train(backbone, plan)
+    assert all(torch.isfinite(torch.tensor(losses)))
+    for name in (first, second):
+        assert plan.edits[name].claims
+        assert set(plan.edits[name].trains) <= set(plan.names)
+    assert changed(before, state(backbone)) == set(plan.names)
+    assert train(reversed_backbone, other) == losses

@@ -1,0 +1,123 @@
+"""Export: a folder that stock diffusers loads by itself, giving our sampler's picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainer import adapter, methods
+from trainer.export import export, merge
+from trainer.recipe import methods_of
+from trainer.sampler import sample
+
+METHODS = {
+    "selective": {"sites": "cross", "projections": ["k", "v"], "detach_first_token": True},
+    "new_token": {"tokens": ["<v1>", "sks"], "init": ["fox", "cat"]},
+}
+PROMPT = "a <v1> left of a sks"
+
+
+@pytest.fixture
+def trained(
+    tiny: Any, tiny_folder: Path, tmp_path: Path, train: Callable[..., list[float]]
+) -> tuple[Path, Any]:
+    """An adapter of two training steps, and the model it was saved from."""
+    plan = methods.apply(tiny, methods_of(METHODS))
+    train(tiny, plan)
+    parameters = dict(tiny.named_parameters())
+    path = tmp_path / "adapter.safetensors"
+    tree = {"backbone": str(tiny_folder), "methods": METHODS}
+    adapter.save(path, {name: parameters[name] for name in plan.names}, tree, tiny.identity())
+    return path, tiny
+
+
+def test_merged_is_a_stock_pipeline(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    path, model = trained
+    out = export(path, tmp_path / "out")
+    pipeline = StableDiffusionPipeline.from_pretrained(out)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline(
+        PROMPT,
+        generator=torch.Generator().manual_seed(7),
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        output_type="pt",
+    ).images
+    own = sample(model, [PROMPT], [7], steps=4, guidance=4.0) / 2 + 0.5
+    assert float((picture - own).abs().max()) < 2 / 255
+    plain = sample(model, ["a fox left of a cat"], [7], steps=4, guidance=4.0) / 2 + 0.5
+    assert float((plain - own).abs().max()) > 2 / 255
+
+
+def test_merged_holds_safetensors_only_and_leaves_no_part(
+    trained: tuple[Path, Any], tmp_path: Path
+) -> None:
+    out = export(trained[0], tmp_path / "out")
+    weights = {item.suffix for item in out.rglob("*") if item.stat().st_size > 100_000}
+    assert weights <= {".safetensors", ".json"}
+    assert not list(out.rglob("*.bin"))
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["adapter.safetensors", "out"]
+
+
+def test_merged_can_be_a_backbone_again(
+    trained: tuple[Path, Any], tmp_path: Path, open_folder: Callable[[Path], Any]
+) -> None:
+    path, model = trained
+    again = open_folder(export(path, tmp_path / "out"))
+    wanted = sample(model, [PROMPT], [7], steps=2)
+    torch.testing.assert_close(sample(again, [PROMPT], [7], steps=2), wanted, rtol=0, atol=1e-4)
+
+
+def test_the_vocabulary_grows_with_the_tokens(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    path, model = trained
+    old = model.text_encoder.get_input_embeddings().table.num_embeddings
+    out = export(path, tmp_path / "out")
+    config = json.loads((out / "text_encoder" / "config.json").read_text())
+    assert config["vocab_size"] == old + 2
+
+
+def test_dtype_is_what_is_asked(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    out = export(trained[0], tmp_path / "out", dtype="float16")
+    for file in out.rglob("*.safetensors"):
+        assert {value.dtype for value in load_file(file).values()} == {torch.float16}
+
+
+def test_nothing_is_written_over(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match=r"out=.* exists"):
+        export(trained[0], out)
+    assert [item.name for item in out.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param({"form": "ckpt"}, "format=ckpt: no such format", id="format"),
+        pytest.param({"dtype": "int4"}, "dtype=int4: no such dtype", id="dtype"),
+    ],
+)
+def test_unknown_options_are_refused_before_loading(
+    options: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        export(tmp_path / "no adapter here", tmp_path / "out", **options)
+
+
+def test_what_stock_cannot_hold_is_refused(tiny: Any) -> None:
+    from trainer.attention.tokens import ExtendedEmbedding
+
+    table = torch.nn.Embedding(2, 3)
+    tiny.unet.add_module("extra", ExtendedEmbedding(table, torch.zeros(1, 3)))
+    with pytest.raises(ValueError, match=r"cannot carry unet\.extra \(ExtendedEmbedding\)"):
+        merge(tiny)
