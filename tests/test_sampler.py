@@ -1,4 +1,4 @@
-"""Sampling: the stock pipeline's pictures, seeds that do not depend on their batch, roles of rows."""
+"""Sampling: the stock pipeline's pictures, seeds independent of their batch, roles of rows."""
 
 from __future__ import annotations
 

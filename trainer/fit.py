@@ -37,6 +37,7 @@ from trainer.resources import cache_folder
 from trainer.sampler import sample_many
 
 console = Console(stderr=True)
+WHERE = ("id", "out", "resume")
 
 
 def fit(recipe: Recipe) -> Path:
@@ -84,14 +85,10 @@ def fit(recipe: Recipe) -> Path:
     if trainer.interrupted:
         raise KeyboardInterrupt
     if trainer.is_global_zero:
+        path = folder / "adapter.safetensors"
         with ema.swapped(module) if ema else nullcontext():
-            adapter.save(
-                folder / "adapter.safetensors",
-                module.trainable(),
-                {"recipe": recipe.name, **recipe.tree},
-                backbone.identity(),
-            )
-        console.print(f"adapter: {folder / 'adapter.safetensors'}", highlight=False)
+            adapter.save(path, module.trainable(), header(recipe), backbone.identity())
+        console.print(f"adapter: {path}", highlight=False)
     return folder
 
 
@@ -222,6 +219,12 @@ def announce(
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     for skipped in train.skipped:
         console.print(f"skipped {skipped}", style="yellow", highlight=False)
+
+
+def header(recipe: Recipe) -> dict[str, Any]:
+    """The recipe an adapter carries: what was trained, not where it was written."""
+    run = {k: v for k, v in (recipe.tree.get("run") or {}).items() if k not in WHERE}
+    return {"recipe": recipe.name, **recipe.tree, "run": run}
 
 
 def run_folder(recipe: Recipe) -> Path:

@@ -401,7 +401,9 @@ def _plain(value: Any, key: str) -> Any:
             f"{key}: interpolation (${{...}}) is not allowed in recipes; write the value"
         )
     if not isinstance(value, str | int | float | None):
-        raise RecipeError(f"{key}: {type(value).__name__} is no plain value; write text or a number")
+        raise RecipeError(
+            f"{key}: {type(value).__name__} is no plain value; write text or a number"
+        )
     return value
 
 

@@ -37,8 +37,10 @@ def sample(
             f"{len(prompts)} prompts and {len(seeds)} seeds; give one seed to each prompt"
         )
     height, width = size or (backbone.resolution, backbone.resolution)
-    if height % backbone.divisor or width % backbone.divisor:
-        raise ValueError(f"size {height}x{width} must be a multiple of {backbone.divisor}")
+    if any(side < 1 or side % backbone.divisor for side in (height, width)):
+        raise ValueError(
+            f"size {height}x{width} must be a multiple of {backbone.divisor}, and not nothing"
+        )
     device = next(backbone.denoiser.parameters()).device
     scheduler = backbone.scheduler()
     scheduler.set_timesteps(steps, device=device)

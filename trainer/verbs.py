@@ -59,8 +59,6 @@ def sample(words: list[str]) -> int:
     )  # fmt: skip
     if not options["prompt"]:
         raise RecipeError('prompt is missing, as in prompt="a <v1> on a blue background"')
-    if options["count"] < 1:
-        raise RecipeError(f"count={options['count']}: at least 1")
     if not (options["adapter"] or options["backbone"]):
         raise RecipeError("give adapter=<file or run folder>, or backbone=<name or folder>")
     _quiet()
@@ -145,15 +143,22 @@ def adapter_file(name: str) -> Path:
 
 
 def _options(words: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A verb's words over its defaults, checked; `key=null` is as if it were not given."""
     given = recipes.parse(words)
     recipes.refuse_unknown(given, defaults, "")
+    given = {key: value for key, value in given.items() if value is not None}
     for key, value in given.items():
-        default = defaults[key]
-        if isinstance(default, int) and (isinstance(value, bool) or not isinstance(value, int)):
-            raise RecipeError(f"{key}={value!r}: a whole number is needed")
-        if key in ("steps", "guidance") and not isinstance(value, int | float):
-            raise RecipeError(f"{key}={value!r}: a number is needed")
-    return {key: given.get(key, default) for key, default in defaults.items()}
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        least = 0 if key == "seed" else 1
+        if isinstance(defaults[key], int) or key == "steps":
+            if not whole or value < least:
+                raise RecipeError(f"{key}={value!r}: a whole number is needed, at least {least}")
+        elif key == "guidance":
+            if not (whole or isinstance(value, float)):
+                raise RecipeError(f"{key}={value!r}: a number is needed")
+        elif not isinstance(value, str):
+            raise RecipeError(f"{key}={value!r}: text is needed; quote it, as in {key}=\"'12'\"")
+    return {**defaults, **given}
 
 
 def _slug(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Selective training: exactly the chosen projections; a first token whose K and V carry no gradient."""
+"""Selective training: exactly the chosen projections; no gradient by the first token's K and V."""
 
 from __future__ import annotations
 

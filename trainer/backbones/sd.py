@@ -253,8 +253,8 @@ def _part(folder: Path, part: str, kind: Any, scratch: Iterable[str]) -> Any:
     )
     if missing := sorted(notes["missing_keys"]):  # they would stay random, and nothing would say so
         raise ValueError(
-            f"{where}: the weights lack {', '.join(missing[:3])}, {len(missing)} in all; they are not "
-            "of this config.json"
+            f"{where}: the weights lack {', '.join(missing[:3])}, {len(missing)} in all; they are "
+            "not of this config.json"
         )
     return model
 
