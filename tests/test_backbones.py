@@ -98,18 +98,19 @@ def test_a_spoiled_folder_is_refused(case: str, copy: Path) -> None:
         open_anyhow(copy)
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
 def test_truncated_weights_are_no_traceback(
-    copy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    part: str, copy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     from trainer.__main__ import main
 
-    weights = copy / UNET_FILE
+    (weights,) = (copy / part).glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:1000])
     words = ["sample", f"backbone={copy}", "prompt=a fox", f"out={tmp_path / 'out'}"]
     assert main(words) not in (0, None)
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
-    assert "unet" in shown
+    assert str(copy / part) in shown
 
 
 def test_a_missing_backbone_is_refused_with_the_nearest_name(tmp_path: Path) -> None:

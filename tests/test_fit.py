@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+CLIP = Path(__file__).parent.parent / "data" / "tiny" / "clip"
 RUN = [
     "run.steps=4",
     "run.batch_size=4",
@@ -28,6 +29,9 @@ RUN = [
     "data.class_word=null",
     "data.augment=false",
     "methods.new_token.init=animal",
+    "evaluate.alone=[a <v1> on a blue background]",
+    "evaluate.beside=[a <v1> left of a fox]",
+    "evaluate.known=['{} on a white background']",
 ]
 
 
@@ -154,6 +158,20 @@ def test_photos_of_a_folder_are_learned_from(tmp_path: Path, tiny_folder: Path) 
     words = ("data.concept=dog", "data.class_word=dog", "data.augment=true", "run.id=photos")
     fit(tmp_path, tiny_folder, *words)
     assert (tmp_path / "runs" / "custom_diffusion" / "photos" / "adapter.safetensors").is_file()
+
+
+def test_evaluate_sets_base_beside_adapted(first: Path) -> None:
+    root = first.parents[2]
+    words = [f"run={first}", f"judge={CLIP}", "images=4"]
+    command = [sys.executable, "-m", "trainer", "evaluate", *words]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    table = json.loads((first / "evaluation.json").read_text())
+    assert set(table["base"]) == set(table["adapted"])
+    for line in ("concept accuracy", "concept beside another", "known sprites"):
+        assert 0 <= table["adapted"][line] <= 1
+        assert line in result.stdout
+    assert table["base"]["validation loss"] != table["adapted"]["validation loss"]
 
 
 @pytest.mark.parametrize(

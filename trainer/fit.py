@@ -53,6 +53,8 @@ def fit(recipe: Recipe) -> Path:
         backbone.enable_gradient_checkpointing()
     if run.channels_last:
         backbone.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if run.compile:
+        backbone.compile_blocks()
     module = DiffusionModule(
         backbone,
         objective(recipe, backbone),

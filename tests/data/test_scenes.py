@@ -133,7 +133,12 @@ def test_gradients_run_between_their_colours() -> None:
 
 @pytest.mark.parametrize(
     ("words", "wanted"),
-    [("fox", "a fox"), ("octopus", "an octopus"), ("unicorn", "a unicorn"), ("orange", "an orange")],
+    [
+        ("fox", "a fox"),
+        ("octopus", "an octopus"),
+        ("unicorn", "a unicorn"),
+        ("orange", "an orange"),
+    ],
 )
 def test_article(words: str, wanted: str) -> None:
     assert article(words) == wanted

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -156,6 +157,11 @@ class StableDiffusion(nn.Module):
         if any(parameter.requires_grad for parameter in self.text_encoder.parameters()):
             self.text_encoder.gradient_checkpointing_enable()
 
+    def compile_blocks(self) -> None:
+        """torch.compile for each block of the U-Net by itself: hooks on the whole stay Python."""
+        for block in (*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks):
+            block.compile()
+
     def pipeline(self) -> Any:
         """The parts as a stock pipeline; they are shared, not copied."""
         return StableDiffusionPipeline(
@@ -248,9 +254,12 @@ def _part(folder: Path, part: str, kind: Any, scratch: Iterable[str]) -> Any:
             "save the pipeline with safe_serialization=True"
         )
     dtype = {"dtype": torch.float32} if kind is CLIPTextModel else {"torch_dtype": torch.float32}
-    model, notes = kind.from_pretrained(
-        where, use_safetensors=True, local_files_only=True, output_loading_info=True, **dtype
-    )
+    try:
+        model, notes = kind.from_pretrained(
+            where, use_safetensors=True, local_files_only=True, output_loading_info=True, **dtype
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{where}: its safetensors file is damaged: {error}") from None
     if missing := sorted(notes["missing_keys"]):  # they would stay random, and nothing would say so
         raise ValueError(
             f"{where}: the weights lack {', '.join(missing[:3])}, {len(missing)} in all; they are "

@@ -1,0 +1,82 @@
+"""The default run of `recipes/custom_diffusion.yaml`, from the command to the judged pictures.
+
+    python bench/custom_diffusion.py [--quick] [words for fit, as in run.steps=200]
+
+Quick: one run with fewer pictures judged; full: the run twice, to see that it is bit-identical.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from _common import Bars
+
+
+def command(verb: str, *words: str, folder: Path, cache: Path) -> str:
+    """Runs the real command line and returns what it printed."""
+    line = [sys.executable, "-m", "trainer", verb, *words]
+    environment = {**os.environ, "TRAINER_CACHE": str(cache), "TRANSFORMERS_VERBOSITY": "error"}
+    environment.pop("TRAINER_RUN_ID", None)
+    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(line)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one run, no result file")
+    parser.add_argument("--keep", type=Path, help="run here and keep what it writes")
+    parser.add_argument("words", nargs="*", help="overrides of the recipe")
+    options = parser.parse_args()
+    bars = Bars("custom_diffusion", options.quick)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        begin = time.monotonic()
+        fit = ("recipe=custom_diffusion", *options.words)
+        # its own empty cache: the first run of a fresh machine paints its class images too
+        run = (
+            folder
+            / command("fit", *fit, "run.id=a", folder=folder, cache=folder / "cache-a").split()[-1]
+        )
+        minutes = (time.monotonic() - begin) / 60
+        bars.at_most("minutes_all_included", minutes, 5.0)
+        plan = json.loads((run / "plan.json").read_text())
+        size = (run / "adapter.safetensors").stat().st_size
+        bars.at_most("adapter_over_tensors", size / plan["adapter_bytes"], 1.2)
+        bars.note("parameters_trained", plan["trained"])
+        command("evaluate", f"run={run}", folder=folder, cache=folder / "cache-a")
+        table = json.loads((run / "evaluation.json").read_text())
+        base, adapted = table["base"], table["adapted"]
+        bars.at_least("concept", adapted["concept accuracy"], 0.85)
+        bars.at_most("concept_base", base["concept accuracy"], 0.05)
+        bars.at_least("concept_beside", adapted["concept beside another"], 0.55)
+        bars.at_least("other_beside", adapted["the other beside it"], 0.55)
+        bars.at_most(
+            "known_lost_points", 100 * (base["known sprites"] - adapted["known sprites"]), 3
+        )
+        bars.note("evaluation", table)
+        if not options.quick:
+            second = command(
+                "fit", *fit, "run.id=b", folder=folder, cache=folder / "cache-b"
+            ).split()[-1]
+            same = digest(run) == digest(folder / second)
+            bars.at_least("same_seed_same_bits", float(same), 1)
+        bars.write()
+
+
+def digest(run: Path) -> str:
+    return hashlib.sha256((run / "adapter.safetensors").read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    main()
