@@ -156,7 +156,7 @@ class Metric:
 
 
 def stands(
-    found: Found, row: int, first: str, second: str, relation: tuple[int, int], margin: float = 0.05
+    found: Found, row: int, first: str, second: str, relation: tuple[int, int], margin: float = 0.1
 ) -> bool:
     """Whether `first` is to `second` in picture `row` as `(dx, dy)` says, by more than `margin` of
     the picture's side."""
