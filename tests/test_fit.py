@@ -125,6 +125,18 @@ def test_resumed_run_is_the_same_run(first: Path, tmp_path: Path, tiny_folder: P
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_finished_run_is_not_written_over(first: Path, tiny_folder: Path) -> None:
+    before = digest(first)
+    result = fit(first.parents[2], tiny_folder, "run.id=first", code=78)
+    assert "choose another id" in result.stderr
+    assert digest(first) == before
+
+
+def test_resuming_needs_a_checkpoint(tmp_path: Path, tiny_folder: Path) -> None:
+    result = fit(tmp_path, tiny_folder, "run.resume=nowhere", code=78)
+    assert "run.resume=nowhere: no checkpoint there" in result.stderr
+
+
 def test_accumulation_sees_as_many_images(tmp_path: Path, tiny_folder: Path) -> None:
     fit(
         tmp_path,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from PIL.Image import Image
 from rich.console import Console
 from torch.utils.data import DataLoader
@@ -117,7 +118,10 @@ def make_trainer(recipe: Recipe, folder: Path, ema: EMA | None) -> lightning.Tra
             every_n_train_steps=run.checkpoint_every,
         )
         callbacks.append(last)
+    # requeueing from Lightning's signal handler trains on and rewinds finished runs
+    plugins = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
     return lightning.Trainer(
+        plugins=plugins,
         accelerator=run.accelerator,
         devices=run.devices,
         num_nodes=run.nodes,
@@ -232,8 +236,15 @@ def header(recipe: Recipe) -> dict[str, Any]:
 def run_folder(recipe: Recipe) -> Path:
     """`runs/<recipe>/<id>`; every rank of a run finds the same one."""
     if recipe.run.resume is not None:
+        if resume_point(recipe.run.resume)[0] is None:
+            raise ValueError(
+                f"run.resume={recipe.run.resume}: no checkpoint there; a run keeps them with "
+                "run.checkpoint_every=<steps>"
+            )
         return recipe.run.resume
     name = recipe.run.id or os.environ.setdefault("TRAINER_RUN_ID", time.strftime("%Y%m%d-%H%M%S"))
     folder = recipe.run.out / Path(recipe.name).stem / name
+    if (folder / "adapter.safetensors").exists():
+        raise ValueError(f"run.id={name}: {folder} holds a finished run; choose another id")
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 TARGETS = ("eps", "v", "x0", "flow")
+ALMOST_ONE = 1 - 2**-24  # the float32 below 1, to which a draw just under 1 may have been rounded
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,8 @@ def draw_timesteps(objective: Objective, u: Tensor) -> Tensor:
     if objective.timesteps == "logit_normal":
         z = math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-1 + 1e-6, 1 - 1e-6))
         u = torch.sigmoid(objective.logit_mean + objective.logit_std * z)
-    t = u * objective.num_timesteps
-    if objective.alphas_cumprod is None:
-        return t
-    return t.long().clamp(max=objective.num_timesteps - 1)
+    t = u.clamp(max=ALMOST_ONE) * objective.num_timesteps
+    return t if objective.alphas_cumprod is None else t.long()
 
 
 def alpha_sigma(objective: Objective, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
@@ -124,17 +123,17 @@ def loss_weight(objective: Objective, t: Tensor) -> Tensor:
     """
     if objective.weighting == "none":
         return torch.ones_like(t, dtype=torch.float32)
+    alpha, sigma = alpha_sigma(objective, t, 1)
     if objective.weighting == "min_snr":
         ratio = snr(objective, t).float()
+        if objective.target == "eps":  # min(snr, gamma) / snr, and its limit 1 where snr is 0
+            return (objective.min_snr_gamma / ratio).clamp(max=1)
         capped = ratio.clamp(max=objective.min_snr_gamma)
-        if objective.target == "eps":
-            return capped / ratio
-        if objective.target == "v":
-            return capped / (ratio + 1)
         if objective.target == "x0":
             return capped
-        return capped / (ratio.sqrt() + 1).square()
-    _, sigma = alpha_sigma(objective, t, 1)
+        # the x0 error over the target's; alpha^2 + sigma^2 is 1 on the VP path only
+        norm = alpha.square() + sigma.square() if objective.target == "v" else alpha + sigma
+        return capped * (sigma / norm).square().float()
     if objective.weighting == "sigma_sqrt":
         return sigma.float().clamp(min=1e-3) ** -2
     return (2 / (math.pi * (1 - 2 * sigma + 2 * sigma.square()))).float()

@@ -44,13 +44,14 @@ class Plan:
         """Samples of each group in a batch: rounded shares, at least one of each, together
         `batch_size`."""
         counts = [max(1, round(share * self.batch_size)) for share in self.shares]
-        counts[0] += self.batch_size - sum(counts)
-        if counts[0] < 1:
+        if self.batch_size < len(self.groups):
             raise ValueError(
                 f"run.batch_size={self.batch_size} is too small for {len(self.groups)} groups of "
                 "data; "
                 f"give at least {len(self.groups)}"
             )
+        while sum(counts) != self.batch_size:  # the largest group takes what rounding left over
+            counts[counts.index(max(counts))] += 1 if sum(counts) < self.batch_size else -1
         return counts
 
     def batch(self, step: int) -> list[Slot]:
@@ -69,7 +70,8 @@ class Plan:
 
     def local(self, step: int, rank: int, world_size: int) -> list[Slot]:
         """Rank `rank`'s part of the global micro-batch."""
-        return self.batch(step)[rank::world_size]
+        first, end = (self.batch_size * part // world_size for part in (rank, rank + 1))
+        return self.batch(step)[first:end]
 
 
 @lru_cache(maxsize=8)
