@@ -29,6 +29,7 @@ RUN = [
     "data.class_word=null",
     "data.augment=false",
     "methods.new_token.init=animal",
+    "optim.ema=0.9",
     "evaluate.alone=[a <v1> on a blue background]",
     "evaluate.beside=[a <v1> left of a fox]",
     "evaluate.known=['{} on a white background']",
@@ -143,7 +144,7 @@ def test_accumulation_sees_as_many_images(tmp_path: Path, tiny_folder: Path) -> 
         tiny_folder,
         "run.id=acc",
         "run.accumulate=2",
-        "optim.ema=0.9",
+        "optim.ema=null",
         "run.precision=bf16",
     )
     tensors = load_file(tmp_path / "runs" / "custom_diffusion" / "acc" / "adapter.safetensors")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trainer.backbones.sd import StableDiffusion
 
 FORMAT = "attention-trainer-adapter-1"
+HEADER = "attention_trainer"
 
 
 def save(
@@ -29,11 +30,9 @@ def save(
 ) -> None:
     """Writes the file beside its name and renames it, so that a full disk leaves nothing half
     written."""
-    metadata = {
-        "format": FORMAT,
-        "recipe": json.dumps(tree, sort_keys=True),
-        "backbone": json.dumps(dict(identity)),
-    }
+    facts = {"format": FORMAT, "recipe": dict(tree), "backbone": dict(identity)}
+    # one entry: safetensors writes several in an order of its own, another at every call
+    metadata = {HEADER: json.dumps(facts, sort_keys=True)}
     part = path.with_name(f".{path.name}.part")
     try:
         save_file(
@@ -70,15 +69,17 @@ def header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise ValueError(
             f"adapter={path}: not a safetensors file ({error}); pickles are never loaded"
         ) from None
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"adapter={path}: its header says {metadata.get('format')!r}; an adapter says "
-            f"{FORMAT!r}"
-        )
+    if HEADER not in metadata:
+        raise ValueError(f"adapter={path}: its header has no {HEADER!r}; it is no adapter of ours")
     try:
-        tree, identity = json.loads(metadata["recipe"]), json.loads(metadata["backbone"])
+        facts = json.loads(metadata[HEADER])
+        if facts.get("format") != FORMAT:
+            raise ValueError(
+                f"adapter={path}: its header says {facts.get('format')!r}; an adapter says {FORMAT!r}"
+            )
+        tree, identity = facts["recipe"], facts["backbone"]
         tree["backbone"], tree["methods"], identity["name"]
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
         raise ValueError(
             f"adapter={path}: its header holds no whole recipe; save it again"
         ) from None

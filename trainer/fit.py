@@ -14,8 +14,8 @@ import lightning
 import numpy as np
 import torch
 import yaml
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from PIL.Image import Image
 from rich.console import Console
 from torch.utils.data import DataLoader
@@ -119,7 +119,7 @@ def make_trainer(recipe: Recipe, folder: Path, ema: EMA | None) -> lightning.Tra
         )
         callbacks.append(last)
     # requeueing from Lightning's signal handler trains on and rewinds finished runs
-    plugins = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    plugins: Any = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
     return lightning.Trainer(
         plugins=plugins,
         accelerator=run.accelerator,

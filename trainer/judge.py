@@ -147,12 +147,12 @@ class Metric:
     @torch.no_grad()
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         hidden = self.judge.model.vision_model(pixel_values=pixel_values).pooler_output
-        return self.judge.model.visual_projection(hidden)  # type: ignore[no-any-return]
+        return self.judge.model.visual_projection(hidden)
 
     @torch.no_grad()
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.judge.model.text_model(input_ids=input_ids).pooler_output
-        return self.judge.model.text_projection(hidden)  # type: ignore[no-any-return]
+        return self.judge.model.text_projection(hidden)
 
 
 def stands(

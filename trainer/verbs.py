@@ -16,7 +16,9 @@ def fit(words: list[str]) -> int:
     from trainer.fit import fit as run
 
     folder = run(loaded)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    if getattr(rank_zero_only, "rank", 0) == 0:
         print(folder)
     return 0
 

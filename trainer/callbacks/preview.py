@@ -51,7 +51,7 @@ class Preview(lightning.Callback):
         self.rows: list[tuple[str, Tensor]] = []
         self.last = -1
 
-    def on_fit_start(
+    def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         if trainer.global_step == 0:

@@ -75,7 +75,7 @@ class Needs:
 class Source(BaseModel):
     """Options of a data source. Subclasses live in one file each; importing one loads no torch."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
         """The training samples, and the held-out ones for the validation loss where the source has

@@ -43,7 +43,7 @@ class Method(BaseModel):
     """Options of a method and the one thing it can do. Subclasses are frozen records; importing one
     loads no torch."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     kind: ClassVar[Literal["structure", "attention", "storage", "adapt", "select"]]
 
     def apply(self, model: AttentionModel) -> Edit:
