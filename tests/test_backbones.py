@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer import backbones
-from trainer.recipe import BackboneSpec, RecipeError, backbone_spec
+from trainer.recipe import backbone_spec
+from trainer.schema import BackboneSpec, RecipeError
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 # as runwayml/stable-diffusion-v1-5 has it

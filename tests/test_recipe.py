@@ -12,7 +12,8 @@ import yaml
 from PIL import Image
 
 from trainer import recipe
-from trainer.recipe import RecipeError, merge, parse, recipe_names
+from trainer.recipe import merge, parse, recipe_names
+from trainer.schema import RecipeError
 
 CUSTOM = "recipe=custom_diffusion"
 SMALL: dict[str, Any] = {"data": {"source": "world", "count": 8}, "methods": {"selective": {}}}

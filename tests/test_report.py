@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from trainer import methods, report
-from trainer.recipe import Recipe, load
+from trainer.recipe import load
+from trainer.schema import Recipe
 
 
 @pytest.fixture

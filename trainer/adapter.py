@@ -75,7 +75,8 @@ def header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         facts = json.loads(metadata[HEADER])
         if facts.get("format") != FORMAT:
             raise ValueError(
-                f"adapter={path}: its header says {facts.get('format')!r}; an adapter says {FORMAT!r}"
+                f"adapter={path}: its header says {facts.get('format')!r}; "
+                f"an adapter says {FORMAT!r}"
             )
         tree, identity = facts["recipe"], facts["backbone"]
         tree["backbone"], tree["methods"], identity["name"]

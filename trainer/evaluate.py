@@ -25,8 +25,8 @@ from trainer.data.sprites import ALL, KNOWN
 from trainer.fit import needs, objective, optim
 from trainer.judge import Judge, Metric
 from trainer.module import LEVELS, DiffusionModule
-from trainer.recipe import Recipe
 from trainer.sampler import sample_many
+from trainer.schema import Recipe
 
 SEED = 10_000  # pictures no preview has shown
 

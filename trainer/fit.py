@@ -33,9 +33,9 @@ from trainer.data.loader import Fixed, Planned, loader
 from trainer.data.plan import Plan
 from trainer.module import LEVELS, DiffusionModule, Optim
 from trainer.objective import Objective
-from trainer.recipe import Recipe
 from trainer.resources import cache_folder
 from trainer.sampler import sample_many
+from trainer.schema import Recipe
 
 console = Console(stderr=True)
 WHERE = ("id", "out", "resume")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning
@@ -16,6 +16,9 @@ from trainer.backbones.sd import StableDiffusion
 from trainer.data.loader import Batch
 from trainer.data.plan import quantiles, seed_of
 from trainer.objective import Objective, add_noise, draw_timesteps, loss_weight, target_of
+
+LEVELS = quantiles(8)  # of the timesteps, where the validation loss is taken
+Seed = tuple[int, str, int, int]
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,7 @@ class DiffusionModule(lightning.LightningModule):
         draws = torch.stack([_draw(seed_of(*seed), shape[1:]) for seed in seeds]).to(moments)
         x0 = self.backbone.latents(moments, draws[:, 0])
         noise = draws[:, 1] + self.objective.offset_noise * draws[:, 2, :, :1, :1]
-        u = torch.tensor(
-            [_uniform(seed_of(*seed, "u")) for seed in seeds] if batch.u is None else batch.u
-        )
-        t = draw_timesteps(self.objective, u.to(moments.device))
+        t = self._timesteps(batch, seeds).to(moments.device)
         captions = [
             "" if dropout and _uniform(seed_of(*seed, "caption")) < dropout else caption
             for seed, caption in zip(seeds, batch.captions, strict=True)
@@ -95,6 +95,16 @@ class DiffusionModule(lightning.LightningModule):
                 batch.masks.sum(dim=(1, 2, 3)) * shape[1]
             )
         return per_sample * loss_weight(self.objective, t), t
+
+    def _timesteps(self, batch: Batch, seeds: Sequence[Seed]) -> Tensor:
+        """Drawn as the objective says; a validation batch brings its own quantiles, taken as they
+        are, so that losses compare between objectives."""
+        if batch.u is not None:
+            return draw_timesteps(
+                replace(self.objective, timesteps="uniform"), torch.tensor(batch.u)
+            )
+        u = torch.tensor([_uniform(seed_of(*seed, "u")) for seed in seeds])
+        return draw_timesteps(self.objective, u)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         losses, _ = self.sample_losses(batch, "train", self.caption_dropout)
@@ -154,9 +164,6 @@ class DiffusionModule(lightning.LightningModule):
         checkpoint["state_dict"] = (
             self.state_dict()
         )  # Lightning loads strictly; everything is in place already
-
-
-LEVELS = quantiles(8)
 
 
 def _draw(seed: int, shape: Sequence[int]) -> Tensor:

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from trainer.backbones.sd import StableDiffusion
 from trainer.methods import Method, Plan
-from trainer.recipe import Recipe
+from trainer.schema import Recipe
 
 
 def describe(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import recipe as recipes
-from trainer.recipe import RecipeError
+from trainer.schema import RecipeError
 
 
 def fit(words: list[str]) -> int:

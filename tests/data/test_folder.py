@@ -15,7 +15,8 @@ from PIL import Image
 from trainer.data import Needs, Source, folder
 from trainer.data.folder import Folder
 from trainer.data.images import resize_cover, to_tensor
-from trainer.recipe import RecipeError, build
+from trainer.recipe import build
+from trainer.schema import RecipeError
 
 RNG = np.random.default_rng(0)
 

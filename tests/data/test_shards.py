@@ -23,7 +23,8 @@ from trainer.data.shards import Shards
 from trainer.data.sprites import HELD_OUT
 from trainer.data.world import Scenes
 from trainer.data.write_shards import Record, write, write_world
-from trainer.recipe import RecipeError, build
+from trainer.recipe import build
+from trainer.schema import RecipeError
 
 RNG = np.random.default_rng(0)
 FIRST, SECOND = "world-000000.tar", "world-000001.tar"

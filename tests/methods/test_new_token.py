@@ -11,7 +11,8 @@ from torch import Tensor
 
 from trainer import methods
 from trainer.methods.weight.new_token import NewToken
-from trainer.recipe import RecipeError, methods_of
+from trainer.recipe import methods_of
+from trainer.schema import RecipeError
 
 OLD_PROMPTS = ["a fox on a red background", "", "a cat left of an apple, a penguin below it"]
 

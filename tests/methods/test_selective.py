@@ -12,7 +12,8 @@ from torch import Tensor
 from trainer import methods
 from trainer.attention.sites import select
 from trainer.methods.weight.selective import Selective
-from trainer.recipe import RecipeError, methods_of
+from trainer.recipe import methods_of
+from trainer.schema import RecipeError
 
 ROLES = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 CASES = [

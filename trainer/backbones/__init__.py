@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trainer.backbones.sd import StableDiffusion
-    from trainer.recipe import BackboneSpec
+    from trainer.schema import BackboneSpec
 
 
 def load(spec: BackboneSpec, name: str) -> StableDiffusion:

@@ -21,7 +21,7 @@ from trainer.attention.processor import Host
 from trainer.attention.sites import Site
 
 if TYPE_CHECKING:
-    from trainer.recipe import BackboneSpec
+    from trainer.schema import BackboneSpec
 
 SCHEDULER = "scheduler_config.json"
 TARGETS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}

@@ -1,0 +1,155 @@
+"""What a recipe may say: one frozen record a section, each key with its type, range and default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from trainer.data import Source
+from trainer.methods import Method
+
+
+class RecipeError(ValueError):
+    """A mistake in a recipe or an override; the message names the full key and the mend."""
+
+
+class Section(BaseModel):
+    """A validator over the whole section begins its message with the field, as in `steps=3 ...`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class BackboneSpec(Section):
+    """A diffusers folder (`folder`, relative to `data/` when shipped) or a pinned hub checkpoint
+    (`hub`, `revision`)."""
+
+    family: str = "sd"
+    folder: str | None = None
+    hub: str | None = None
+    revision: str | None = None
+    scratch: tuple[Literal["unet", "transformer", "text_encoder", "vae"], ...] = ()
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> BackboneSpec:
+        if (self.folder is None) == (self.hub is None):
+            raise ValueError("give either folder or hub")
+        if self.hub is not None and self.revision is None:
+            raise ValueError("a hub checkpoint needs revision, the commit it is pinned to")
+        return self
+
+
+class ObjectiveSpec(Section):
+    """What the network is asked for. `target` and `path` default to what the backbone was trained
+    with."""
+
+    target: Literal["eps", "v", "x0", "flow"] | None = None
+    path: Literal["vp", "flow"] | None = None
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = Field(1.0, gt=0)
+    weighting: Literal["none", "min_snr", "sigma_sqrt", "cosmap"] = "none"
+    min_snr_gamma: float = Field(5.0, gt=0)
+    offset_noise: float = Field(0.0, ge=0)
+    caption_dropout: float = Field(0.0, ge=0, le=1)
+
+
+class OptimSpec(Section):
+    """AdamW, a linear warm-up, then constant or cosine. `scale_lr` multiplies lr by the images per
+    step."""
+
+    lr: float = Field(1e-4, gt=0)
+    scale_lr: bool = False
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(1e-2, ge=0)
+    warmup: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_lr: float = Field(
+        0.0, ge=0, le=1, description="share of lr left at the end of the cosine"
+    )
+    clip: float | None = Field(1.0, gt=0)
+    ema: float | None = Field(None, gt=0, lt=1)
+
+
+class RunSpec(Section):
+    """How long, how much at once, on what. `batch_size` is global: it is split over devices x
+    nodes."""
+
+    steps: int = Field(1000, gt=0)
+    batch_size: int = Field(4, gt=0)
+    accumulate: int = Field(1, gt=0)
+    seed: int = Field(0, ge=0, lt=2**63)
+    resolution: int | None = Field(None, ge=16)
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int = Field(1, gt=0)
+    nodes: int = Field(1, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = Field(0, ge=0)
+    gradient_checkpointing: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    cache_latents: bool = True
+    validate_every: int = Field(200, ge=0)
+    checkpoint_every: int = Field(500, ge=0)
+    log_every: int = Field(10, gt=0)
+    out: Path = Path("runs")
+    id: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    resume: Path | None = None
+
+    @model_validator(mode="after")
+    def _divides(self) -> RunSpec:
+        if self.batch_size % (self.devices * self.nodes):
+            ranks = self.devices * self.nodes
+            raise ValueError(
+                f"batch_size={self.batch_size} does not divide by run.devices x run.nodes = "
+                f"{ranks}; give a multiple of {ranks}"
+            )
+        return self
+
+
+class PreviewSpec(Section):
+    """Pictures at fixed prompts and seeds while training, and the sampler they and `sample` use."""
+
+    prompts: tuple[str, ...] = ()
+    every: int = Field(100, ge=0)
+    steps: int = Field(25, gt=0)
+    guidance: float = Field(5.0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
+    negative: str = ""
+    maps: str | None = Field(
+        None, description="draw the cross-attention of this token over the previews"
+    )
+
+
+class EvaluateSpec(Section):
+    """Prompts `evaluate` paints: the concept alone, beside one known sprite, and known sprites
+    (`{}` is each with its article)."""
+
+    alone: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    known: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The resolved recipe; `tree` is the plain mapping it was made from, as it is written into
+    adapters."""
+
+    name: str
+    backbone_name: str
+    backbone: BackboneSpec
+    data: Source
+    methods: dict[str, Method]
+    objective: ObjectiveSpec
+    optim: OptimSpec
+    run: RunSpec
+    preview: PreviewSpec
+    evaluate: EvaluateSpec
+    tracker: str
+    tree: dict[str, Any]
