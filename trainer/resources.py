@@ -3,8 +3,10 @@ wheel."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
+from typing import Any
 
 _HERE = Path(__file__).parent
 
@@ -44,3 +46,12 @@ def sources() -> list[Path]:
         if "(Source):" in path.read_text(encoding="utf-8")
     ]
     return sorted(marked)
+
+
+def the_class(module: str, base: type) -> Any:
+    """The one subclass of `base` that a file defines: how a name becomes a method or a source."""
+    own = vars(importlib.import_module(module)).values()
+    found = [item for item in own if isinstance(item, type) and issubclass(item, base)]
+    found = [item for item in found if item.__module__ == module]
+    assert len(found) == 1, f"{module} must define exactly one {base.__name__}"
+    return found[0]

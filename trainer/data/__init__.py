@@ -3,11 +3,10 @@ is one file here."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -89,13 +88,5 @@ class Source(BaseModel):
 
     @staticmethod
     def find(name: str) -> type[Source]:
-        module: Any = importlib.import_module(f"trainer.data.{name}")
-        found = [
-            item
-            for item in vars(module).values()
-            if isinstance(item, type)
-            and issubclass(item, Source)
-            and item.__module__ == module.__name__
-        ]
-        assert len(found) == 1, f"{module.__name__} must define exactly one Source"
-        return found[0]
+        found: type[Source] = resources.the_class(f"trainer.data.{name}", Source)
+        return found

@@ -7,7 +7,6 @@ compose or refuse.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -70,16 +69,8 @@ def names() -> list[str]:
 def find(name: str) -> type[Method]:
     """The class in the file called `name`: its one subclass of `Method`."""
     path = next(path for path in resources.methods() if path.stem == name)
-    module = importlib.import_module(f"trainer.methods.{path.parent.name}.{name}")
-    found = [
-        item
-        for item in vars(module).values()
-        if isinstance(item, type)
-        and issubclass(item, Method)
-        and item.__module__ == module.__name__
-    ]
-    assert len(found) == 1, f"{module.__name__} must define exactly one Method"
-    return found[0]
+    found: type[Method] = resources.the_class(f"trainer.methods.{path.parent.name}.{name}", Method)
+    return found
 
 
 def apply(model: AttentionModel, methods: Mapping[str, Method]) -> Plan:
