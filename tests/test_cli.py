@@ -171,7 +171,7 @@ def test_adapter_that_is_no_adapter(tmp_path: Path, capsys: Printed) -> None:
     assert not (tmp_path / "sprung").exists()
     save_file({"weight": torch.ones(2)}, adapter, {"format": "pt"})
     message = refusal(capsys, *sample, f"adapter={adapter}")
-    assert message.startswith(f"adapter={adapter}: its header says 'pt'; an adapter says")
+    assert message.startswith(f"adapter={adapter}: its header has no 'attention_trainer'")
     assert not (tmp_path / "out").exists()
 
 
