@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from trainer.__main__ import main
 
@@ -58,7 +59,6 @@ RUN = [
     "run.steps=2",
     "run.validate_every=0",
     "run.id=run",
-    "data.prior_images=2",
     "preview.prompts=[]",
     "preview.steps=2",
     "tracker=none",
@@ -107,7 +107,13 @@ def test_two_steps_saved_and_reloaded(sd15: Path, tmp_path: Path) -> None:
     from trainer.recipe import load
     from trainer.sampler import sample
 
-    recipe = load(["recipe=custom_diffusion", f"backbone={sd15}", f"run.out={tmp_path}", *RUN])
+    # painted at 512x512 the class images alone would take minutes
+    classes = tmp_path / "classes"
+    classes.mkdir()
+    for number in range(2):
+        Image.new("RGB", (64, 64), (90 * number, 120, 200)).save(classes / f"{number}.png")
+    words = [f"backbone={sd15}", f"data.prior_folder={classes}", f"run.out={tmp_path}"]
+    recipe = load(["recipe=custom_diffusion", *words, *RUN])
     folder = fit(recipe)
     path = folder / "adapter.safetensors"
     tensors = adapter.read(path)

@@ -33,7 +33,7 @@ class BackboneSpec(Section):
     folder: str | None = None
     hub: str | None = None
     revision: str | None = None
-    scratch: tuple[Literal["unet", "transformer", "text_encoder", "vae"], ...] = ()
+    scratch: tuple[Literal["unet", "vae"], ...] = ()
 
     @model_validator(mode="after")
     def _one_origin(self) -> BackboneSpec:
