@@ -222,3 +222,15 @@ def test_a_fingerprint_changes_with_any_weight(tiny: Any) -> None:
         tiny.unet.conv_in.bias[0] += 1e-3
     assert tiny.vae_fingerprint() == vae
     assert tiny.fingerprint() != whole
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_output(tiny: Any) -> None:
+    x_t, t = torch.randn(2, 8, 8, 8), torch.tensor([10, 900])
+    text = {"encoder_hidden_states": torch.randn(2, 32, 128)}
+    with torch.no_grad():
+        plain = tiny.predict(x_t, t, text)
+        tiny.compile_blocks()
+        compiled = tiny.predict(x_t, t, text)
+    assert torch.allclose(plain, compiled, atol=1e-4)
+    assert not torch.equal(plain, torch.zeros_like(plain))

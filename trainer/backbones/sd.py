@@ -158,9 +158,12 @@ class StableDiffusion(nn.Module):
             self.text_encoder.gradient_checkpointing_enable()
 
     def compile_blocks(self) -> None:
-        """torch.compile for each block of the U-Net by itself: hooks on the whole stay Python."""
+        """torch.compile for each block of the U-Net by itself: hooks on the whole stay Python.
+
+        Static shapes: blocks share their code, and inductor fails on what they have in common.
+        """
         for block in (*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks):
-            block.compile()
+            block.compile(dynamic=False)
 
     def pipeline(self) -> Any:
         """The parts as a stock pipeline; they are shared, not copied."""
