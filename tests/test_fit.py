@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -212,11 +211,3 @@ def _losses(run: Path) -> list[float]:
     events = EventAccumulator(str(next((run / "tensorboard").glob("events*"))))
     events.Reload()
     return [event.value for event in events.Scalars("val/loss")]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit equality is promised for the same number of threads."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    assert os.environ["OMP_NUM_THREADS"] == "1"
