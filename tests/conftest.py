@@ -115,7 +115,7 @@ def photos() -> Any:
         raise AssertionError("no class images are asked for")
 
     source = Concept(concept="sprite:penguin", augment=False, prior_weight=0)
-    train, _ = source.open(Needs(32, 4, paint, Path(CACHE), "tiny"))
+    train, _ = source.open(Needs(32, 4, paint, Path(CACHE), lambda: "tiny"))
     return train
 
 

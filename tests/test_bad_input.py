@@ -10,6 +10,8 @@ from PIL import Image
 
 from trainer.__main__ import main
 
+PHOTOS = ("recipe=custom_diffusion", "data.concept=photos", "data.prior_weight=0", "tracker=none")
+
 
 def _photo(folder: Path, name: str = "a.jpg") -> Path:
     path = folder / name
@@ -76,15 +78,7 @@ def test_bad_photos(
     spoil(photos)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRAINER_RUN_ID", raising=False)
-    words = [
-        "recipe=custom_diffusion",
-        f"backbone={tiny_folder}",
-        "data.concept=photos",
-        "data.prior_weight=0",
-        "tracker=none",
-        "run.id=bad",
-    ]
-    assert main(["fit", *words]) == 78
+    assert main(["fit", *PHOTOS, f"backbone={tiny_folder}", "run.id=bad"]) == 78
     captured = capsys.readouterr()
     assert "error: " in captured.err
     assert says in captured.err
@@ -119,13 +113,10 @@ def test_bad_photos_are_skipped_by_name_where_the_recipe_allows(
     _text(photos)
     monkeypatch.chdir(tmp_path)
     words = [
-        "recipe=custom_diffusion",
+        *PHOTOS,
         f"backbone={tiny_folder}",
-        "data.concept=photos",
         "data.on_bad=skip",
         "data.class_word=animal",
-        "data.prior_weight=0",
-        "tracker=none",
         "preview.every=0",
         "run.id=skips",
         "run.steps=1",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from trainer.__main__ import main
 
@@ -116,7 +117,7 @@ def test_two_steps_saved_and_reloaded(sd15: Path, tmp_path: Path) -> None:
     recipe = load(["recipe=custom_diffusion", *words, *RUN])
     folder = fit(recipe)
     path = folder / "adapter.safetensors"
-    tensors = adapter.read(path)
+    tensors = load_file(path)
     assert sum(value.numel() for value in tensors.values()) == 19_169_280 + 768
     assert path.stat().st_size <= 1.2 * sum(value.nbytes for value in tensors.values())
 

@@ -87,11 +87,6 @@ def header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return tree, identity
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """The tensors by parameter name; `header` has checked the file."""
-    return load_file(path)
-
-
 def check_backbone(path: Path, stored: Mapping[str, str], own: Mapping[str, str]) -> None:
     """Refuses a file that was trained on another backbone, naming both."""
     for part, value in stored.items():
@@ -145,7 +140,7 @@ def load(path: Path, backbone: str | None = None) -> tuple[StableDiffusion, dict
     methods.apply(loaded, recipe.methods_of(tree["methods"]))
     parameters = dict(loaded.named_parameters())
     wanted = {key: value for key, value in parameters.items() if value.requires_grad}
-    tensors = read(path)
+    tensors = load_file(path)
     check(path, tensors, wanted)
     with torch.no_grad():
         for key, value in wanted.items():

@@ -157,7 +157,7 @@ def needs(recipe: Recipe, backbone: StableDiffusion) -> Needs:
         ]
 
     side = recipe.run.resolution or backbone.resolution
-    return Needs(side, backbone.divisor, paint, cache_folder(), backbone.fingerprint())
+    return Needs(side, backbone.divisor, paint, cache_folder(), backbone.fingerprint)
 
 
 def step_plan(recipe: Recipe, data: Dataset) -> Plan:

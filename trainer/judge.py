@@ -63,16 +63,21 @@ class Judge:
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
+        ids = self.tokens(texts)["input_ids"]
+        pooled = self.model.text_model(input_ids=ids).pooler_output
+        return F.normalize(self.model.text_projection(pooled), dim=-1)
+
+    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """input_ids and attention_mask (n, length), padded to what the text encoder takes."""
         length = self.model.config.text_config.max_position_embeddings
-        ids = self.tokenizer(
+        found = self.tokenizer(
             list(texts),
             padding="max_length",
             truncation=True,
             max_length=length,
             return_tensors="pt",
-        ).input_ids
-        pooled = self.model.text_model(input_ids=ids).pooler_output
-        return F.normalize(self.model.text_projection(pooled), dim=-1)
+        )
+        return dict(found)
 
     def named(self, pictures: Tensor, words: Sequence[str]) -> list[str]:
         """The one word of `words` that each picture is nearest to, as "a <word>"."""
@@ -130,16 +135,7 @@ class Metric:
     ) -> dict[str, Tensor]:
         if images is not None:
             return dict(self.judge.processor(list(images), return_tensors="pt"))
-        length = self.config.text_config.max_position_embeddings
-        return dict(
-            self.judge.tokenizer(
-                list(text or ()),
-                padding="max_length",
-                truncation=True,
-                max_length=length,
-                return_tensors="pt",
-            )
-        )
+        return self.judge.tokens(text or ())
 
     def to(self, device: Any) -> Metric:
         return self

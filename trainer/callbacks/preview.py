@@ -99,7 +99,9 @@ class Preview(lightning.Callback):
             pictures = sample(backbone, self.prompts, self.seeds, **self.options).cpu()
         finally:
             backbone.host.remove(store)
-        maps = store.average((pictures.shape[-2] // 4, pictures.shape[-1] // 4))
+        maps = store.average(
+            (pictures.shape[-2] // backbone.divisor, pictures.shape[-1] // backbone.divisor)
+        )
         return pictures, maps[-len(self.prompts) :, 0]
 
 

@@ -62,13 +62,14 @@ class Dataset(Protocol):
 @dataclass(frozen=True)
 class Needs:
     """What a source may ask of the run: the side of an image, pixels per latent, and a painter of
-    class images."""
+    class images. backbone() names the weights that paint; it reads them all, so only painting
+    asks."""
 
     resolution: int
     divisor: int
     paint: Callable[[Sequence[str], int], Sequence[Image]]
     cache: Path
-    backbone: str
+    backbone: Callable[[], str]
 
 
 class Source(BaseModel):

@@ -21,7 +21,6 @@ def moments(
     encoder: str,
     folder: Path,
     batch_size: int = 32,
-    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
     """Posterior moments (n, 2c, h, w) float16 of a dataset whose images never change, read from the
     cache or made.
@@ -37,7 +36,7 @@ def moments(
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{key}.{os.getpid()}.npy")
         try:
-            _write(part, dataset, encode, batch_size, report)
+            _write(part, dataset, encode, batch_size)
             os.replace(part, path)  # a name appears only when its file is whole
         finally:
             part.unlink(missing_ok=True)
@@ -50,7 +49,6 @@ def _write(
     dataset: Dataset,
     encode: Callable[[Tensor], Tensor],
     batch_size: int,
-    report: Callable[[int, int], None],
 ) -> None:
     array = None
     for start in range(0, len(dataset), batch_size):
@@ -61,6 +59,5 @@ def _write(
                 path, "w+", np.float16, (len(dataset), *found.shape[1:])
             )
         array[rows.start : rows.stop] = found
-        report(rows.stop, len(dataset))
     assert array is not None
     array.flush()

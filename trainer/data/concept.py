@@ -205,7 +205,7 @@ def painted(prompts: Sequence[str], seed: int, needs: Needs) -> list[Pair]:
     PNG."""
     from trainer.data.images import read_image
 
-    identity = json.dumps([needs.backbone, needs.resolution, seed, list(prompts)])
+    identity = json.dumps([needs.backbone(), needs.resolution, seed, list(prompts)])
     folder = needs.cache / "prior" / hashlib.sha256(identity.encode()).hexdigest()[:24]
     if not folder.is_dir():
         part = folder.with_name(f".{folder.name}.{os.getpid()}")

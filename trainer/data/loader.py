@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ class Batch:
     pixels: Tensor | None = None
     moments: Tensor | None = None
     masks: Tensor | None = None
-    u: list[float] | None = field(default=None)
+    u: list[float] | None = None
 
     def to(self, device: torch.device) -> Batch:
         for name in ("weights", "pixels", "moments", "masks"):
