@@ -140,6 +140,7 @@ def train(photos: Any) -> Train:
         losses = []
         for step in range(steps):
             optimizer.zero_grad()
+            torch.manual_seed(step)  # dropout
             loss = module.sample_losses(batches[step], "train", 0.0)[0].mean()
             loss.backward()
             optimizer.step()

@@ -118,6 +118,6 @@ def test_what_stock_cannot_hold_is_refused(tiny: Any) -> None:
     from trainer.attention.tokens import ExtendedEmbedding
 
     table = torch.nn.Embedding(2, 3)
-    tiny.unet.add_module("extra", ExtendedEmbedding(table, torch.zeros(1, 3)))
+    tiny.unet.add_module("extra", ExtendedEmbedding(table, [torch.zeros(3)]))
     with pytest.raises(ValueError, match=r"cannot carry unet\.extra \(ExtendedEmbedding\)"):
         merge(tiny)

@@ -1,5 +1,5 @@
-"""The adapter: one safetensors file with exactly the trained tensors by parameter name, and the
-recipe in its header."""
+"""The adapter: one safetensors file with exactly the trained tensors by parameter name (and what
+methods keep beside them), and the recipe in its header."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 FORMAT = "attention-trainer-adapter-1"
 HEADER = "attention_trainer"
+
+
+def file_of(name: str | Path) -> Path:
+    """The adapter in a run folder, or the file itself."""
+    path = Path(name).expanduser()
+    return path / "adapter.safetensors" if path.is_dir() else path
 
 
 def save(
@@ -107,9 +113,9 @@ def check(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or extra:
         raise ValueError(
-            f"adapter={path} does not fit its recipe: the model trains "
+            f"adapter={path} does not fit its recipe: the model stores "
             f"{missing[:3] or 'nothing more'}, which the file "
-            f"lacks; the file holds {extra[:3] or 'nothing more'}, which the model does not train"
+            f"lacks; the file holds {extra[:3] or 'nothing more'}, which the model does not store"
         )
     for name, own_value in wanted.items():
         if tensors[name].shape != own_value.shape:
@@ -137,12 +143,40 @@ def load(path: Path, backbone: str | None = None) -> tuple[StableDiffusion, dict
     name = backbone or tree["backbone"]
     loaded = backbones.load(recipe.backbone_spec(name), name)
     check_backbone(path, stored, loaded.identity())
-    methods.apply(loaded, recipe.methods_of(tree["methods"]))
-    parameters = dict(loaded.named_parameters())
-    wanted = {key: value for key, value in parameters.items() if value.requires_grad}
+    plan = methods.apply(loaded, recipe.methods_of(tree["methods"]))
+    own = _tensors(loaded)
+    wanted = {key: own[key] for key in plan.stored}
     tensors = load_file(path)
     check(path, tensors, wanted)
-    with torch.no_grad():
-        for key, value in wanted.items():
-            value.copy_(tensors[key])
-    return loaded.requires_grad_(False), tree
+    _copy(tensors, wanted)
+    return loaded.eval().requires_grad_(False), tree
+
+
+def start(path: Path, backbone: StableDiffusion) -> None:
+    """Copies every tensor of an earlier adapter into a model that has more: what it learned stands
+    where it stood, the rest keeps its own start.
+
+    Raises:
+        ValueError: the file was trained on another backbone, or holds what this model lacks.
+    """
+    _, stored = header(path)
+    check_backbone(path, stored, backbone.identity())
+    own, tensors = _tensors(backbone), load_file(path)
+    if lacking := sorted(set(tensors) - set(own)):
+        raise ValueError(
+            f"run.start_from={path}: this recipe's model has no {lacking[0]}, {len(lacking)} in "
+            "all; name the methods, and their options, that the earlier adapter was trained with"
+        )
+    wanted = {key: own[key] for key in tensors}
+    check(path, tensors, wanted)
+    _copy(tensors, wanted)
+
+
+def _tensors(model: StableDiffusion) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+@torch.no_grad()
+def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    for key, value in target.items():
+        value.copy_(source[key])

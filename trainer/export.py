@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from trainer import adapter
+from trainer.attention.inject import fold
 from trainer.attention.tokens import ExtendedEmbedding
 from trainer.backbones.sd import StableDiffusion
 
@@ -42,6 +43,7 @@ def export(path: Path, out: Path, form: str = "merged", dtype: str = "float32") 
 def merge(backbone: StableDiffusion) -> StableDiffusion:
     """Folds everything a stock pipeline has no name for into plain layers, in place."""
     backbone.host.detach()
+    fold(backbone)
     for encoder in backbone.text_encoders.values():
         table = encoder.get_input_embeddings()  # type: ignore[operator]
         if isinstance(table, ExtendedEmbedding):

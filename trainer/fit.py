@@ -34,11 +34,12 @@ from trainer.data.plan import Plan
 from trainer.module import LEVELS, DiffusionModule, Optim
 from trainer.objective import Objective
 from trainer.resources import cache_folder
-from trainer.sampler import sample_many
+from trainer.sampler import evaluating, sample_many
 from trainer.schema import Recipe
 
 console = Console(stderr=True)
-WHERE = ("id", "out", "resume")
+PREPARING = 16  # batches that a start which depends on the data may see
+WHERE = ("id", "out", "resume", "start_from")
 
 
 def fit(recipe: Recipe) -> Path:
@@ -49,7 +50,9 @@ def fit(recipe: Recipe) -> Path:
     backbone = backbones.load(recipe.backbone, recipe.backbone_name)
     backbone.eval().requires_grad_(False)
     train, held_out = recipe.data.open(needs(recipe, backbone))
-    plan = methods.apply(backbone, recipe.methods)
+    plan = methods.apply(backbone, recipe.methods, run.seed)
+    if run.start_from is not None:
+        adapter.start(adapter.file_of(run.start_from), backbone)
     if run.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     if run.channels_last:
@@ -64,20 +67,18 @@ def fit(recipe: Recipe) -> Path:
         run.seed,
         recipe.objective.caption_dropout,
         [edit.loss for edit in plan.edits.values() if edit.loss is not None],
+        plan.keeps,
     )
     ema = EMA(recipe.optim.ema) if recipe.optim.ema else None
     trainer = make_trainer(recipe, folder, ema)
     if trainer.is_global_zero:
         announce(recipe, backbone, plan, train, folder)
     checkpoint, start = resume_point(folder)
+    cached, order = latents(recipe, backbone, train), step_plan(recipe, train)
+    if checkpoint is None:
+        prepare(plan, module, Planned(train, order, cached, 0, 1))
     batches = loader(
-        Planned(
-            train,
-            step_plan(recipe, train),
-            latents(recipe, backbone, train),
-            trainer.global_rank,
-            trainer.world_size,
-        ),
+        Planned(train, order, cached, trainer.global_rank, trainer.world_size),
         run.steps * run.accumulate,
         start,
         run.workers,
@@ -90,9 +91,24 @@ def fit(recipe: Recipe) -> Path:
     if trainer.is_global_zero:
         path = folder / "adapter.safetensors"
         with ema.swapped(module) if ema else nullcontext():
-            adapter.save(path, module.trainable(), header(recipe), backbone.identity())
+            adapter.save(path, module.stored(), header(recipe), backbone.identity())
         console.print(f"adapter: {path}", highlight=False)
     return folder
+
+
+def prepare(plan: methods.Plan, module: DiffusionModule, batches: Planned) -> None:
+    """Lets methods whose start depends on the data see the first batches, all of every batch on
+    every rank."""
+
+    @torch.no_grad()
+    def look() -> None:
+        with evaluating(module):
+            for step in range(PREPARING):
+                module.sample_losses(batches[step], "prepare", 0.0)
+
+    for edit in plan.edits.values():
+        if edit.prepare is not None:
+            edit.prepare(look)
 
 
 def make_trainer(recipe: Recipe, folder: Path, ema: EMA | None) -> lightning.Trainer:

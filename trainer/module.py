@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from trainer.backbones.sd import StableDiffusion
 from trainer.data.loader import Batch
-from trainer.data.plan import quantiles, seed_of
+from trainer.data.plan import quantiles
 from trainer.objective import Objective, add_noise, draw_timesteps, loss_weight, target_of
+from trainer.seeds import seed_of
 
 LEVELS = quantiles(8)  # of the timesteps, where the validation loss is taken
 Seed = tuple[int, str, int, int]
@@ -58,10 +59,12 @@ class DiffusionModule(lightning.LightningModule):
         seed: int = 0,
         caption_dropout: float = 0.0,
         extra_losses: Sequence[Callable[[], Tensor]] = (),
+        kept: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.backbone, self.objective, self.optim = backbone, objective, optim
-        self.trained, self.seed, self.caption_dropout = tuple(trained), seed, caption_dropout
+        self.trained, self.kept = tuple(trained), tuple(kept)
+        self.seed, self.caption_dropout = seed, caption_dropout
         self.extra_losses = tuple(extra_losses)
         self.val_losses: dict[int, list[float]] = {}
 
@@ -69,6 +72,12 @@ class DiffusionModule(lightning.LightningModule):
         """The parameters that train, by the names adapters use."""
         parameters = dict(self.backbone.named_parameters())
         return {name: parameters[name] for name in self.trained}
+
+    def stored(self) -> dict[str, Tensor]:
+        """What the base cannot give back: the trained parameters and what methods keep beside
+        them."""
+        tensors = dict(self.backbone.named_parameters()) | dict(self.backbone.named_buffers())
+        return {name: tensors[name] for name in (*self.trained, *self.kept)}
 
     def sample_losses(self, batch: Batch, purpose: str, dropout: float) -> tuple[Tensor, Tensor]:
         """Losses (b,) before the batch's own weights, and the timesteps (b,) they were taken at."""
@@ -107,6 +116,8 @@ class DiffusionModule(lightning.LightningModule):
         return draw_timesteps(self.objective, u)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        # dropout inside the model draws from the global state: it is a function of the step, too
+        torch.manual_seed(seed_of(self.seed, "dropout", batch.step, *batch.places[:1]))
         losses, _ = self.sample_losses(batch, "train", self.caption_dropout)
         loss = (losses * batch.weights).mean()
         for extra in self.extra_losses:
@@ -146,21 +157,21 @@ class DiffusionModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Only what trains is kept: the frozen base is known by the recipe."""
+        """Only what the base cannot give back: the rest is known by the recipe."""
         checkpoint["state_dict"] = {
-            name: value.detach().cpu() for name, value in self.trainable().items()
+            name: value.detach().cpu() for name, value in self.stored().items()
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        stored, own = checkpoint["state_dict"], self.trainable()
+        stored, own = checkpoint["state_dict"], self.stored()
         if set(stored) != set(own):
             missing, extra = sorted(set(own) - set(stored))[:3], sorted(set(stored) - set(own))[:3]
             raise ValueError(
                 f"the checkpoint is of another recipe: it lacks {missing}, and has unasked {extra}"
             )
         with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(stored[name])
+            for name, tensor in own.items():
+                tensor.copy_(stored[name])
         checkpoint["state_dict"] = (
             self.state_dict()
         )  # Lightning loads strictly; everything is in place already

@@ -3,10 +3,11 @@ seeded by itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.attention.context import StepContext, use
 from trainer.backbones.sd import StableDiffusion
@@ -41,6 +42,23 @@ def sample(
         raise ValueError(
             f"size {height}x{width} must be a multiple of {backbone.divisor}, and not nothing"
         )
+    with evaluating(backbone):
+        return _sample(
+            backbone, prompts, seeds, steps, guidance, negative, (height, width), on_step
+        )
+
+
+def _sample(
+    backbone: StableDiffusion,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    negative: str,
+    size: tuple[int, int],
+    on_step: Callable[[int, Tensor], None] | None,
+) -> Tensor:
+    height, width = size
     device = next(backbone.denoiser.parameters()).device
     scheduler = backbone.scheduler()
     scheduler.set_timesteps(steps, device=device)
@@ -68,6 +86,18 @@ def sample(
         if on_step is not None:
             on_step(step, x_t)
     return backbone.decode(x_t)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout inside the block; each module has its own mode again after it."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def sample_many(

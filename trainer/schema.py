@@ -101,6 +101,9 @@ class RunSpec(Section):
     out: Path = Path("runs")
     id: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     resume: Path | None = None
+    start_from: Path | None = Field(
+        None, description="an earlier adapter whose tensors this run goes on from"
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> RunSpec:

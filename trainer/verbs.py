@@ -70,7 +70,7 @@ def sample(words: list[str]) -> int:
 
     look: dict[str, Any] = {}
     if options["adapter"]:
-        backbone, tree = adapter.load(adapter_file(options["adapter"]), options["backbone"])
+        backbone, tree = adapter.load(adapter.file_of(options["adapter"]), options["backbone"])
         look = tree.get("preview") or {}
     else:
         backbone = backbones.load(recipes.backbone_spec(options["backbone"]), options["backbone"])
@@ -114,9 +114,10 @@ def export(words: list[str]) -> int:
     if not source or not options["out"]:
         raise RecipeError("give run=<run folder> (or adapter=<file>) and out=<folder>")
     _quiet()
+    from trainer.adapter import file_of
     from trainer.export import export as write
 
-    print(write(adapter_file(source), Path(options["out"]), options["format"], options["dtype"]))
+    print(write(file_of(source), Path(options["out"]), options["format"], options["dtype"]))
     return 0
 
 
@@ -136,12 +137,6 @@ def data(words: list[str]) -> int:
     ):
         print(path)
     return 0
-
-
-def adapter_file(name: str) -> Path:
-    """The adapter in a run folder, or the file itself."""
-    path = Path(name).expanduser()
-    return path / "adapter.safetensors" if path.is_dir() else path
 
 
 def _options(words: list[str], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from trainer.data.loader import Batch, Planned, loader
-from trainer.data.plan import Cursor, Plan, quantiles, seed_of
+from trainer.data.plan import Cursor, Plan, quantiles
 from trainer.data.world import Scenes
+from trainer.seeds import seed_of
 
 ONE = Plan(((0, 7),), (1.0,), (1.0,), batch_size=3, seed=5)
 PRIOR = Plan(((0, 5), (5, 16)), (0.5, 0.5), (1.0, 0.3), batch_size=8, seed=5)
@@ -113,7 +114,7 @@ def test_ranks_part_the_batch_and_each_meets_its_groups(plan: Plan, ranks: int) 
 def test_seed_is_pinned_and_free_of_the_hash_seed() -> None:
     """A change here changes every seeded run there is."""
     assert seed_of(7, "noise", 3, 0) == PINNED
-    code = "from trainer.data.plan import seed_of; print(seed_of(7, 'noise', 3, 0))"
+    code = "from trainer.seeds import seed_of; print(seed_of(7, 'noise', 3, 0))"
     for hash_seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
         command = [sys.executable, "-c", code]

@@ -20,7 +20,9 @@ from trainer.sampler import sample
 
 # one row a method: options under which it trains something on the tiny backbone
 EXAMPLES: dict[str, dict[str, Any]] = {
+    "dora": {"sites": "cross", "projections": ["k", "v"], "rank": 2},
     "full": {},
+    "lora": {"sites": "cross | self & mid", "rank": 2, "text_encoder": ["v"], "dropout": 0.1},
     "new_token": {"tokens": ["<v1>"], "init": "fox"},
     "selective": {"sites": "cross", "projections": ["k", "v"], "detach_first_token": True},
 }
@@ -108,7 +110,8 @@ def test_saved_and_loaded_is_the_same(
     train(tiny, plan)
     trained = sample(tiny, ["a <v1> on a red background"], [3], steps=2, guidance=3)
     assert not torch.equal(trained, untrained)
-    tensors = {key: value for key, value in tiny.named_parameters() if value.requires_grad}
+    own = state(tiny)
+    tensors = {key: own[key] for key in plan.stored}
     path = tmp_path / "adapter.safetensors"
     adapter.save(path, tensors, {"backbone": str(tiny_folder), "methods": tree}, tiny.identity())
     loaded, _ = adapter.load(path)

@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from trainer.attention.sites import Site
 
 
+class TakenError(ValueError):
+    """What a method wants to edit has an owner already, found out before the edit."""
+
+    def __init__(self, thing: str, aspect: str, owner: str) -> None:
+        super().__init__(f"{aspect} of {thing} belongs to methods.{owner}")
+        self.thing, self.aspect, self.owner = thing, aspect, owner
+
+
 class AttentionModel(Protocol):
     """A backbone as methods see it. Parameter names start with the part's name, as in
     `unet.conv_in.weight`."""

@@ -1,5 +1,5 @@
-"""New words in a text encoder: an embedding whose old table stays frozen and whose new rows are a
-parameter of their own.
+"""New words in a text encoder: an embedding whose old table stays frozen and whose new rows are
+parameters of their own.
 
 So the optimiser, the adapter and weight decay see exactly the rows that train.
 """
@@ -16,16 +16,16 @@ from transformers import AddedToken
 
 
 class ExtendedEmbedding(nn.Module):
-    """ids below `len(table)` read the old table, those above read `rows` (n, d)."""
+    """ids below `len(table)` read the old table, those above read `rows`, n of (d,)."""
 
-    def __init__(self, table: nn.Embedding, rows: Tensor) -> None:
+    def __init__(self, table: nn.Embedding, rows: Sequence[Tensor]) -> None:
         super().__init__()
-        self.table, self.rows = table, nn.Parameter(rows)
+        self.table, self.rows = table, nn.ParameterList(rows)
 
     @property
     def weight(self) -> Tensor:
         """Old and new rows as one table (v + n, d)."""
-        return torch.cat([self.table.weight, self.rows.to(self.table.weight)])
+        return torch.cat([self.table.weight, self._stacked().to(self.table.weight)])
 
     @property
     def num_embeddings(self) -> int:
@@ -40,10 +40,13 @@ class ExtendedEmbedding(nn.Module):
         every rank of a distributed run has a gradient for them."""
         old = self.table.num_embeddings
         new = (ids >= old).unsqueeze(-1)
-        added = F.embedding((ids - old).clamp(min=0), self.rows)
+        added = F.embedding((ids - old).clamp(min=0), self._stacked())
         return torch.where(
             new, added.to(self.table.weight.dtype), self.table(ids.clamp(max=old - 1))
         )
+
+    def _stacked(self) -> Tensor:
+        return torch.stack(list(self.rows))
 
     def merged(self) -> nn.Embedding:
         """A plain embedding with all rows."""
@@ -55,9 +58,9 @@ class ExtendedEmbedding(nn.Module):
 
 def extend(
     encoder: Any, tokenizer: Any, tokens: Sequence[str], words: Sequence[str | None]
-) -> None:
+) -> list[str]:
     """Adds tokens to a tokenizer and rows to its encoder; each row starts from a word, or as noise
-    if the word is None.
+    if the word is None. Returns the rows' parameter names in the order of the tokens.
 
     Raises:
         ValueError: a token exists already, or a start word is not one token of the vocabulary.
@@ -73,7 +76,7 @@ def extend(
         raise ValueError(
             "the text encoder has new tokens already; name them all in one tokens list"
         )
-    rows = torch.stack([_start(table, tokenizer, word, place) for place, word in enumerate(words)])
+    rows = [_start(table, tokenizer, word, place) for place, word in enumerate(words)]
     first = len(tokenizer)
     if first != table.num_embeddings:
         raise ValueError(
@@ -81,7 +84,10 @@ def extend(
             "must agree"
         )
     tokenizer.add_tokens([_added(token) for token in tokens])
-    encoder.set_input_embeddings(ExtendedEmbedding(table, rows))
+    extended = ExtendedEmbedding(table, rows)
+    encoder.set_input_embeddings(extended)
+    names = {id(parameter): name for name, parameter in encoder.named_parameters()}
+    return [names[id(row)] for row in extended.rows]
 
 
 def _added(token: str) -> AddedToken:

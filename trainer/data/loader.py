@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from trainer.data import Dataset
-from trainer.data.plan import Cursor, Plan, Slot, seed_of
+from trainer.data.plan import Cursor, Plan, Slot
+from trainer.seeds import seed_of
 
 
 @dataclass

@@ -7,7 +7,6 @@ integer.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -77,12 +76,6 @@ class Plan:
 @lru_cache(maxsize=8)
 def _permutation(seed: int, group: int, epoch: int, size: int) -> np.ndarray:
     return np.random.default_rng((seed, group, epoch)).permutation(size)
-
-
-def seed_of(*parts: int | str) -> int:
-    """A 63-bit seed from what it is for, as in `seed_of(run_seed, "noise", step, place)`."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 class Cursor:

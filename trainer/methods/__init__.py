@@ -7,13 +7,15 @@ compose or refuse.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from trainer import resources
+from trainer.attention.model import TakenError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,14 +30,18 @@ class Edit:
     """What one method did to a model.
 
     sites: names of the attention sites it touched. claims: `(module or parameter path, aspect)` no
-    other method may claim. trains: names of the parameters it trains. loss: an extra term added to
-    the objective, without arguments.
+    other method may claim. trains: names of the parameters it trains. keeps: names of frozen
+    tensors the base cannot give back, stored beside the trained ones. loss: an extra term added to
+    the objective, without arguments. prepare: called once before the first step of a new run with a
+    function that runs a few training batches forward, for starts that look at the data.
     """
 
     sites: tuple[str, ...] = ()
     claims: tuple[tuple[str, str], ...] = ()
     trains: tuple[str, ...] = ()
+    keeps: tuple[str, ...] = ()
     loss: Callable[[], Tensor] | None = None
+    prepare: Callable[[Callable[[], None]], None] | None = None
 
 
 class Method(BaseModel):
@@ -59,6 +65,12 @@ class Plan:
     total: int
     trained_bytes: int
     names: tuple[str, ...] = field(default=(), repr=False)
+    keeps: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """What an adapter holds: all that trains, and all the base cannot give back."""
+        return (*self.names, *self.keeps)
 
 
 def names() -> list[str]:
@@ -73,34 +85,35 @@ def find(name: str) -> type[Method]:
     return found
 
 
-def apply(model: AttentionModel, methods: Mapping[str, Method]) -> Plan:
+def apply(model: AttentionModel, methods: Mapping[str, Method], seed: int = 0) -> Plan:
     """Freezes the model, applies the methods in the order of `ORDER`, and marks what trains.
+
+    What a method draws at random depends on `seed` and its own name, not on what came before it.
 
     Raises:
         ValueError: two methods claim one thing, a method matches nothing, or nothing trains.
     """
-    model.requires_grad_(False)
     edits: dict[str, Edit] = {}
     owners: dict[tuple[str, str], str] = {}
     for name, method in sorted(methods.items(), key=lambda item: ORDER.index(item[1].kind)):
         try:
-            edit = method.apply(model)
+            with _seeded(seed, name):
+                edit = method.apply(model)
+        except TakenError as taken:
+            raise ValueError(_both_claim(taken.owner, name, taken.aspect, taken.thing)) from taken
         except ValueError as error:
             raise ValueError(f"methods.{name}: {error}") from error
-        for claim in edit.claims:
-            other = owners.setdefault(claim, name)
+        for thing, aspect in edit.claims:
+            other = owners.setdefault((thing, aspect), name)
             if other != name:
-                raise ValueError(
-                    f"methods.{other} and methods.{name} both claim {claim[1]} of {claim[0]}; "
-                    "remove one of them, "
-                    f"as in methods.{name}=null"
-                )
+                raise ValueError(_both_claim(other, name, aspect, thing))
         edits[name] = edit
     trained = {parameter for edit in edits.values() for parameter in edit.trains}
     if not trained:
         raise ValueError(
             f"nothing would train with methods {', '.join(edits)}; add one that trains weights"
         )
+    model.requires_grad_(False)
     parameters = dict(model.named_parameters())
     for parameter in trained:
         parameters[parameter].requires_grad_(True)
@@ -111,4 +124,23 @@ def apply(model: AttentionModel, methods: Mapping[str, Method]) -> Plan:
         total=sum(item.numel() for item in parameters.values()),
         trained_bytes=sum(item.numel() * item.element_size() for item in chosen),
         names=tuple(sorted(trained)),
+        keeps=tuple(sorted({kept for edit in edits.values() for kept in edit.keeps})),
     )
+
+
+def _both_claim(first: str, second: str, aspect: str, thing: str) -> str:
+    return (
+        f"methods.{first} and methods.{second} both claim {aspect} of {thing}; remove one of them, "
+        f"as in methods.{second}=null"
+    )
+
+
+@contextmanager
+def _seeded(seed: int, name: str) -> Iterator[None]:
+    import torch
+
+    from trainer.seeds import seed_of
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "method", name))
+        yield

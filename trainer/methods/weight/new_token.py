@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from trainer.methods import Edit, Method
 
@@ -19,11 +19,16 @@ if TYPE_CHECKING:
 
 class NewToken(Method):
     """tokens: the new words, as in `<v1>`; init: the known word each starts from, one for all or
-    one each."""
+    one each.
+
+    task: for concepts learned one after another: only token number `task` trains, earlier ones are
+    kept as they are, later ones do not exist yet.
+    """
 
     kind: ClassVar[Literal["adapt"]] = "adapt"
     tokens: tuple[str, ...] = Field(("<v1>",), min_length=1)
     init: str | tuple[str, ...] | None = None
+    task: int | None = Field(None, ge=0)
 
     @field_validator("tokens")
     @classmethod
@@ -35,22 +40,30 @@ class NewToken(Method):
             raise ValueError("a token is named twice")
         return tokens
 
+    @model_validator(mode="after")
+    def _agrees(self) -> NewToken:
+        words, tokens = self.init, len(self.tokens)
+        if isinstance(words, tuple) and len(words) != tokens:
+            raise ValueError(
+                f"init has {len(words)} words for {tokens} tokens; give one for all, or one each"
+            )
+        if self.task is not None and self.task >= tokens:
+            raise ValueError(f"task={self.task} is beyond the {tokens} tokens; count from 0")
+        return self
+
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.tokens import extend
 
-        words = (
-            [self.init] * len(self.tokens) if not isinstance(self.init, tuple) else list(self.init)
-        )
-        if len(words) != len(self.tokens):
-            raise ValueError(
-                f"init has {len(words)} words for {len(self.tokens)} tokens; give one for all, "
-                "or one each"
-            )
+        count = len(self.tokens) if self.task is None else self.task + 1
+        words = self.init if isinstance(self.init, tuple) else (self.init,) * count
         trains: list[str] = []
+        keeps: list[str] = []
         for part, encoder in model.text_encoders.items():
             module: Any = encoder
-            extend(module, model.tokenizers[part], self.tokens, words)
-            trains += [
-                f"{part}.{name}" for name, _ in module.named_parameters() if name.endswith(".rows")
-            ]
-        return Edit(claims=tuple((name, "weight") for name in trains), trains=tuple(trains))
+            rows = extend(module, model.tokenizers[part], self.tokens[:count], words[:count])
+            names = [f"{part}.{row}" for row in rows]
+            first = 0 if self.task is None else self.task
+            keeps += names[:first]
+            trains += names[first:]
+        claims = tuple((name, "weight") for name in (*trains, *keeps))
+        return Edit(claims=claims, trains=tuple(trains), keeps=tuple(keeps))

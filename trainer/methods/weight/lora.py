@@ -1,0 +1,98 @@
+"""LoRA: a frozen layer plus a trained low-rank delta, h = W0 x + alpha / rank * B A x.
+
+Hu et al., arXiv 2106.09685, equation 3; A random, B zero, so training starts at the base model.
+Starts other than the paper's: `gaussian` (A normal with deviation 1 / rank, as diffusers'
+trainers), `pissa` (A and B from the largest singular vectors of W0, arXiv 2404.02948), `olora`
+(from its QR decomposition, arXiv 2406.01775), `eva` (A from the directions the inputs vary in most,
+arXiv 2410.07170, with the same rank everywhere). `pissa` and `olora` want W0 less the start; here
+W0 stays as it is and the start is subtracted by a frozen second adapter, the same sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import model_validator
+
+from trainer.methods import Edit
+from trainer.methods.lowrank import LowRank
+
+if TYPE_CHECKING:
+    from trainer.attention.inject import Target
+    from trainer.attention.model import AttentionModel
+
+START = "lora_start"
+
+
+class Lora(LowRank):
+    """Options of `LowRank`; init: where A and B start, see this file's head."""
+
+    init: Literal["default", "gaussian", "pissa", "olora", "eva"] = "default"
+
+    @model_validator(mode="after")
+    def _starts_apart(self) -> Lora:
+        if self.init in ("pissa", "olora") and self.dropout > 0:
+            raise ValueError(
+                f"init={self.init} starts with B A subtracted from W0, which dropout would leave "
+                "standing; set dropout=0"
+            )
+        return self
+
+    def apply(self, model: AttentionModel) -> Edit:
+        from trainer.attention.inject import claims, inject
+
+        targets = self.targets(model)
+        kept: tuple[str, ...] = ()
+        if self.init in ("pissa", "olora"):
+            trains, kept = self._subtracted(model, targets)
+        else:
+            start = "gaussian" if self.init == "gaussian" else True
+            config = lambda t: self.config(t, init_lora_weights=start)  # noqa: E731
+            trains = inject(model, targets, config, "lora")
+        return Edit(
+            sites=tuple(dict.fromkeys(target.site for target in targets if target.site)),
+            claims=claims(targets, (*trains, *kept)),
+            trains=trains,
+            keeps=kept,
+            prepare=self._eva(model, targets) if self.init == "eva" else None,
+        )
+
+    def _subtracted(
+        self, model: AttentionModel, targets: Sequence[Target]
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Starts from W0 itself; the names that train, and those of the frozen start."""
+        import torch
+
+        from trainer.attention.inject import add_copy, base, inject, layer_of
+
+        def weight_of(target: Target) -> Any:
+            return base(layer_of(model, target)).weight
+
+        weights = [weight_of(target).detach().clone() for target in targets]
+        config = lambda t: self.config(t, init_lora_weights=self.init)  # noqa: E731
+        trains = inject(model, targets, config, "lora")
+        kept: list[str] = []
+        for target, weight in zip(targets, weights, strict=True):
+            with torch.no_grad():
+                weight_of(target).copy_(weight)
+            kept += add_copy(layer_of(model, target), "lora", START, sign=-1, path=target.path)
+        return trains, tuple(kept)
+
+    def _eva(
+        self, model: AttentionModel, targets: Sequence[Target]
+    ) -> Callable[[Callable[[], None]], None]:
+        def prepare(run: Callable[[], None]) -> None:
+            import torch
+
+            from trainer.attention.inject import layer_of
+            from trainer.attention.statistics import input_moments, leading
+
+            layers = {target.path: layer_of(model, target) for target in targets}
+            moments = input_moments(layers, run)
+            with torch.no_grad():
+                for path, layer in layers.items():
+                    matrix = layer.lora_A["lora"].weight
+                    matrix.copy_(leading(moments[path], len(matrix)))
+
+        return prepare
