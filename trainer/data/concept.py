@@ -1,10 +1,10 @@
 """Data source `concept`: a few photos of one thing and its word, beside class images that keep the
 rest in place.
 
-Half of every batch is the concept, half class images: loss = mean(concept) + prior_weight *
-mean(class), the prior-preservation loss of DreamBooth (arXiv 2208.12242, equation 2) as Custom
-Diffusion uses it (arXiv 2212.04488). The class images are painted once by the frozen backbone and
-cached, or read from a folder.
+Half of every batch is the concept (or concepts, in equal parts), half class images: loss =
+mean(concept) + prior_weight * mean(class), the prior-preservation loss of DreamBooth (arXiv
+2208.12242, equation 2) as Custom Diffusion uses it (arXiv 2212.04488). The class images are painted
+once by the frozen backbone and cached, or read from a folder.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -37,7 +38,8 @@ UNSEEN = 16
 
 class Concept(Source):
     """concept: a folder of photos, or `sprite:<word>` for five scenes of a sprite; token: its new
-    word.
+    word. Several concepts trained jointly are a list each, as in `concept: [./dog, ./cat]`,
+    `token: [<v1>, <v2>]`, `class_word: [dog, cat]`.
 
     class_word: what it is a kind of, as in `dog`; it follows the token in captions from templates
     (`a photo of a <v1> dog`) and fills the class prompts where `prior_prompts` is empty. A `.txt`
@@ -46,9 +48,9 @@ class Concept(Source):
     from there; prior_weight 0 does without.
     """
 
-    concept: str
-    token: str = "<v1>"
-    class_word: str | None = None
+    concept: str | tuple[str, ...]
+    token: str | tuple[str, ...] = "<v1>"
+    class_word: str | tuple[str, ...] | None = None
     augment: bool = True
     flip: bool = False
     on_bad: Literal["raise", "skip"] = "raise"
@@ -58,7 +60,22 @@ class Concept(Source):
     prior_weight: float = Field(1.0, ge=0)
     prior_seed: int = Field(0, ge=0)
 
+    @property
+    def concepts(self) -> list[tuple[str, str, str | None]]:
+        """(concept, token, class word) of each."""
+        places = _listed(self.concept)
+        words = _listed(self.class_word) if self.class_word else [None] * len(places)
+        return list(zip(places, _listed(self.token), words, strict=True))
+
     @field_validator("concept")
+    @classmethod
+    def _are_there(cls, concept: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(concept, str):
+            return cls._is_there(concept)
+        if not concept:
+            raise ValueError("the list is empty; name a folder of photos")
+        return tuple(cls._is_there(each) for each in concept)
+
     @classmethod
     def _is_there(cls, concept: str) -> str:
         if not concept.startswith(SPRITE):
@@ -83,6 +100,20 @@ class Concept(Source):
         return folder.expanduser()
 
     @model_validator(mode="after")
+    def _lists_agree(self) -> Concept:
+        count, tokens = len(_listed(self.concept)), _listed(self.token)
+        if len(tokens) != count or len(set(tokens)) != count:
+            raise ValueError(
+                f"token={list(tokens)} for {count} concepts; give each its own, as in "
+                f"data.token=[{','.join(f'<v{i + 1}>' for i in range(count))}]"
+            )
+        if self.class_word is not None and len(_listed(self.class_word)) != count:
+            raise ValueError(
+                f"class_word={list(_listed(self.class_word))} for {count} concepts; give one each"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _has_class_images(self) -> Concept:
         known = self.prior_folder or self.prior_prompts or self.class_word
         if self.prior_weight > 0 and self.prior_images > 0 and not known:
@@ -93,30 +124,39 @@ class Concept(Source):
         return self
 
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
-        photos, skipped, unseen = self._photos()
+        photos, skipped, unseen = [], [], []
+        for each in self.concepts:
+            seen, bad, more = self._photos(*each)
+            photos.append(seen)
+            skipped += bad
+            unseen += more
         prior = (
             self._prior(needs)
             if self.prior_weight > 0 and (self.prior_images or self.prior_folder)
             else []
         )
         options = (self.augment, self.flip, self.prior_weight, needs.resolution, needs.divisor)
-        held_out = ConceptData(unseen or photos, [], (False, False, 0.0, *options[3:]), [])
+        checked = unseen or [pair for group in photos for pair in group]
+        held_out = ConceptData([checked], [], (False, False, 0.0, *options[3:]), [])
         return ConceptData(photos, prior, options, skipped), held_out
 
-    def _photos(self) -> tuple[list[Pair], list[str], list[Pair]]:
-        if self.concept.startswith(SPRITE):
-            drawn = _scenes(self.concept.removeprefix(SPRITE), self.token, NUM_SCENES + UNSEEN)
+    def _photos(
+        self, concept: str, token: str, class_word: str | None
+    ) -> tuple[list[Pair], list[str], list[Pair]]:
+        """Training photos, the skipped ones with the reason, and held-out ones where there are
+        some."""
+        if concept.startswith(SPRITE):
+            drawn = _scenes(concept.removeprefix(SPRITE), token, NUM_SCENES + UNSEEN)
             return drawn[:NUM_SCENES], [], drawn[NUM_SCENES:]
-        photos, skipped = read_folder(self.concept, self.on_bad)
-        phrase = f"{self.token} {self.class_word}" if self.class_word else self.token
+        photos, skipped = read_folder(concept, self.on_bad)
+        phrase = f"{token} {class_word}" if class_word else token
         pairs = []
         for photo in photos:
             captions = tuple(render(template, phrase) for template in TEMPLATES)
             if photo.caption is not None:
-                if self.token not in photo.caption:
+                if token not in photo.caption:
                     raise ValueError(
-                        f"{photo.path.with_suffix('.txt')}: the caption must hold the token "
-                        f"{self.token}"
+                        f"{photo.path.with_suffix('.txt')}: the caption must hold the token {token}"
                     )
                 captions = (photo.caption,)
             pairs.append(Pair(photo.image, captions, photo.path.name))
@@ -125,14 +165,18 @@ class Concept(Source):
     def _prior(self, needs: Needs) -> list[Pair]:
         if self.prior_folder is not None:
             photos, _ = read_folder(self.prior_folder, self.on_bad)
-            fallback = f"a photo of a {self.class_word}" if self.class_word else ""
+            fallback = self._class_prompts()[:1] or ("",)
             return [
-                Pair(photo.image, (photo.caption or fallback,), photo.path.name) for photo in photos
+                Pair(photo.image, (photo.caption or fallback[0],), photo.path.name)
+                for photo in photos
             ]
-        prompts = self.prior_prompts or (f"a photo of a {self.class_word}",)
+        prompts = self.prior_prompts or self._class_prompts()
         return painted(
             [prompts[i % len(prompts)] for i in range(self.prior_images)], self.prior_seed, needs
         )
+
+    def _class_prompts(self) -> tuple[str, ...]:
+        return tuple(f"a photo of a {word}" for _, _, word in self.concepts if word)
 
 
 @dataclass(frozen=True)
@@ -145,22 +189,28 @@ class Pair:
 
 
 class ConceptData:
-    """Concept photos first, class images after them; each group fills its share of every batch."""
+    """The photos of each concept first, class images after them; each group fills its share of
+    every batch, the class images a half."""
 
     def __init__(
         self,
-        photos: Sequence[Pair],
+        photos: Sequence[Sequence[Pair]],
         prior: Sequence[Pair],
         options: tuple[bool, bool, float, int, int],
         skipped: Sequence[str],
     ) -> None:
         self.augment, self.flip, prior_weight, self.side, self.divisor = options
-        self.pairs = [*photos, *prior]
-        both = len(prior) > 0
-        every = (range(len(photos)), range(len(photos), len(self.pairs)))
-        self.groups: Sequence[range] = every[: 1 + both]
-        self.shares: Sequence[float] = (0.5, 0.5) if both else (1.0,)
-        self.weights: Sequence[float] = (1.0, prior_weight) if both else (1.0,)
+        each = [group for group in (*photos, prior) if group]
+        self.pairs = [pair for group in each for pair in group]
+        ends = list(accumulate(len(group) for group in each))
+        self.groups: Sequence[range] = [
+            range(end - len(group), end) for group, end in zip(each, ends, strict=True)
+        ]
+        own = 1 / len(photos)
+        half = (0.5,) if prior else ()
+        self.shares: Sequence[float] = (own * (0.5 if prior else 1),) * len(photos) + half
+        self.weights: Sequence[float] = (own,) * len(photos) + ((prior_weight,) if prior else ())
+        self.num_photos = ends[len(photos) - 1]
         self.fixed = not (self.augment or self.flip)
         self.skipped: Sequence[str] = tuple(skipped)
 
@@ -174,7 +224,7 @@ class ConceptData:
         from trainer.data.images import resize_cover, to_tensor
 
         pair, caption = self.pairs[index], self.caption(index, rng)
-        if self.augment and index in self.groups[0]:
+        if self.augment and index < self.num_photos:
             image, caption, mask = resize_augment(
                 pair.image, caption, self.side, self.divisor, rng, self.flip
             )
@@ -223,6 +273,10 @@ def painted(prompts: Sequence[str], seed: int, needs: Needs) -> list[Pair]:
         Pair(read_image(folder / f"{number:05d}.png"), (prompt,), f"prior-{number}")
         for number, prompt in enumerate(prompts)
     ]
+
+
+def _listed(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else value
 
 
 def _scenes(word: str, token: str, count: int) -> list[Pair]:

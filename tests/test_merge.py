@@ -1,0 +1,116 @@
+"""Merging Custom Diffusion adapters: the closed form is the constrained optimum, on real
+adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainer import adapter, methods
+from trainer.merge import closed_form, features, merge
+from trainer.recipe import methods_of
+
+SELECTIVE = {"sites": "cross", "projections": ["k", "v"]}
+
+
+def made(
+    folder: Path, path: Path, seed: int, open_folder: Any, token: str = "<v1>", **more: Any
+) -> tuple[Path, Any]:
+    """An adapter whose K, V and token moved, as by a training of its own, and its model."""
+    model = open_folder(folder)
+    tree = {"selective": SELECTIVE | more, "new_token": {"tokens": [token], "init": "fox"}}
+    plan = methods.apply(model, methods_of(tree))
+    generator = torch.Generator().manual_seed(seed)
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in plan.names:
+            own[name].add_(0.05 * torch.randn(own[name].shape, generator=generator))
+    tensors = {name: own[name] for name in plan.names}
+    adapter.save(path, tensors, {"backbone": str(folder), "methods": tree}, model.identity())
+    return path, model
+
+
+def test_it_is_the_constrained_optimum() -> None:
+    """Against the whole Lagrange system, solved at once, on odd sizes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Any:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weight, ordinary, targets, values = draw(5, 7), draw(40, 7), draw(3, 7), draw(3, 5)
+    found = closed_form(weight, ordinary, targets, values)
+    gram = ordinary.T @ ordinary
+    system = torch.zeros(10, 10, dtype=torch.float64)
+    system[:7, :7], system[:7, 7:], system[7:, :7] = gram, targets.T, targets
+    right = torch.cat([gram @ weight.T, values])
+    torch.testing.assert_close(found.T, torch.linalg.solve(system, right)[:7])
+
+
+def test_targets_that_are_already_met_change_nothing() -> None:
+    weight, ordinary, targets = torch.randn(4, 6), torch.randn(30, 6), torch.randn(2, 6)
+    weight, ordinary, targets = weight.double(), ordinary.double(), targets.double()
+    found = closed_form(weight, ordinary, targets, targets @ weight.T)
+    torch.testing.assert_close(found, weight)
+
+
+def test_contradicting_targets_are_refused() -> None:
+    targets = torch.randn(1, 6).double()
+    targets = torch.cat([targets, 2 * targets])
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        closed_form(
+            torch.randn(4, 6).double(), torch.randn(30, 6).double(), targets, torch.randn(2, 4)
+        )
+
+
+def test_each_concept_keeps_its_values_and_captions_stay(
+    tiny_folder: Path, tmp_path: Path, open_folder: Any
+) -> None:
+    (first, one), (second, two) = (
+        made(tiny_folder, tmp_path / f"{seed}.safetensors", seed, open_folder) for seed in (1, 2)
+    )
+    out = tmp_path / "both.safetensors"
+    assert merge([first, second], out) == ["<v1>", "<v2>"]
+    both, tree = adapter.load(out)
+    assert tree["methods"]["new_token"]["tokens"] == ["<v1>", "<v2>"]
+    base = dict(open_folder(tiny_folder).named_parameters())
+    merged = dict(both.named_parameters())
+    names = [name for name in merged if "attn2.to_k.weight" in name or "attn2.to_v.weight" in name]
+    assert names
+    ordinary = features(both, ["a cat left of a dog on a red background"], None)
+    for model, word in ((one, "<v1>"), (two, "<v2>")):
+        alone = features(model, ["a photo of <v1>"], "<v1>")
+        here = features(both, [f"a photo of {word}"], word)
+        torch.testing.assert_close(here, alone, rtol=0, atol=1e-5)
+        own = dict(model.named_parameters())
+        for name in names:
+            wanted = alone @ own[name].double().T
+            found = here @ merged[name].double().T
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+            moved = (ordinary @ (merged[name] - base[name]).double().T).norm()
+            trained = (ordinary @ (own[name] - base[name]).double().T).norm()
+            assert moved < 0.5 * trained
+
+
+def test_what_cannot_be_merged_is_refused(
+    tiny_folder: Path, other_folder: Path, tmp_path: Path, open_folder: Any
+) -> None:
+    first, _ = made(tiny_folder, tmp_path / "a.safetensors", 1, open_folder)
+    queries, _ = made(tiny_folder, tmp_path / "q.safetensors", 1, open_folder, projections=["q"])
+    foreign, _ = made(other_folder, tmp_path / "f.safetensors", 1, open_folder)
+    out = tmp_path / "out.safetensors"
+    for paths, message in (
+        ([first], "give at least two"),
+        ([first, queries], "not that of the first"),
+        ([queries, queries], "for k and v, which read the text"),
+        ([first, foreign], "was trained on backbone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge(paths, out)
+    assert not out.exists()
+    out.write_text("mine")
+    with pytest.raises(ValueError, match="nothing is written over"):
+        merge([first, first], out)
+    assert out.read_text() == "mine"
