@@ -32,8 +32,8 @@ ALLOWED = {"selective", "new_token"}
 def merge(paths: Sequence[Path], out: Path, captions: Sequence[str] | None = None) -> list[str]:
     """Writes one adapter with the concepts of all `paths` and returns its tokens, in their order.
 
-    A token that an earlier adapter has already is renamed, `<v1>` to `<v2>` and so on. captions: the
-    ordinary ones, 200 of the embedded world if None.
+    A token that an earlier adapter has already is renamed, `<v1>` to `<v2>` and so on. captions:
+    the ordinary ones, 200 of the embedded world if None.
 
     Raises:
         ValueError: fewer than two adapters, of different backbones or options, trained with other
