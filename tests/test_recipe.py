@@ -238,3 +238,11 @@ def test_loading_a_recipe_imports_nothing_heavy(name: str) -> None:
     command = [sys.executable, "-c", code]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert printed.stdout.strip() == "set()"
+
+
+def test_data_and_method_must_name_the_same_words() -> None:
+    with pytest.raises(RecipeError) as error:
+        recipe.load(["recipe=custom_diffusion", "data.token=<v2>"])
+    assert "data.token=<v2>: methods.new_token adds <v1>" in str(error.value)
+    both = ["data.token=<v2>", "methods.new_token.tokens=[<v2>]"]
+    assert recipe.load(["recipe=custom_diffusion", *both]).data.words == ("<v2>",)

@@ -168,8 +168,12 @@ def needs(recipe: Recipe, backbone: StableDiffusion) -> Needs:
         console.print(f"painting {len(prompts)} class images", highlight=False)
         seeds = [seed + i for i in range(len(prompts))]
         look = recipe.preview
+        size = None if recipe.run.resolution is None else (side, side)
         return [
-            to_pil(x) for x in sample_many(backbone, prompts, seeds, 32, look.steps, look.guidance)
+            to_pil(picture)
+            for picture in sample_many(
+                backbone, prompts, seeds, 32, look.steps, look.guidance, size=size
+            )
         ]
 
     side = recipe.run.resolution or backbone.resolution

@@ -1,7 +1,8 @@
 """A recipe: one YAML, `key=value` overrides, and a complete check of both before torch is imported.
 
 Names resolve to files of ours and to nothing else: a backbone to `recipes/backbone/<name>.yaml`, a
-data source to `trainer/data/<name>.py`, a method to `trainer/methods/<level>/<name>.py`.
+data source to `trainer/data/<name>.py`, a method to `trainer/methods/<level>/<name>.py`. A recipe
+that says `base: <recipe>` states only what differs from that one.
 """
 
 from __future__ import annotations
@@ -81,12 +82,14 @@ def resolve(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Re
     tracker = tree.get("tracker", "tensorboard")
     if tracker not in TRACKERS:
         raise RecipeError(f"tracker={tracker}: no such tracker{_hint(str(tracker), TRACKERS)}")
+    data, chosen = _data(tree.get("data")), methods_of(tree.get("methods"))
+    _check_words(data, chosen)
     return Recipe(
         name=name,
         backbone_name=backbone_name,
         backbone=backbone_spec(backbone_name),
-        data=_data(tree.get("data")),
-        methods=methods_of(tree.get("methods")),
+        data=data,
+        methods=chosen,
         tracker=tracker,
         tree=tree,
         **sections,  # type: ignore[arg-type]
@@ -136,14 +139,35 @@ def backbone_names() -> list[str]:
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The tree of a shipped recipe, or of a YAML file of the user's (`recipe=./mine.yaml`)."""
+    """The tree of a shipped recipe, or of a YAML file of the user's (`recipe=./mine.yaml`), laid
+    over that of the recipe it names as its `base`."""
+    return _over_base(_recipe_file(name, f"recipe={name}", Path()), ())
+
+
+def _over_base(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """above: the files that came here by their `base`, the recipe itself first."""
+    tree, chain = read_yaml(path), (*above, path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: base is {base!r}; it takes the name of a recipe, or a file")
+    below = _recipe_file(base, f"{path}: base: {base}", path.parent)
+    if below in chain:
+        circle = " -> ".join(file.name for file in (*chain, below))
+        raise RecipeError(f"{path}: base goes in a circle, {circle}; remove one of them")
+    return merge(_over_base(below, chain), tree)
+
+
+def _recipe_file(name: str, word: str, folder: Path) -> Path:
+    """word: how the name was given; folder: where a relative path begins."""
     if name in recipe_names():
-        return read_yaml(RECIPES / f"{name}.yaml")
-    path = Path(name).expanduser()
+        return RECIPES / f"{name}.yaml"
+    path = (folder / Path(name).expanduser()).resolve()
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         what = "file" if path.suffix in (".yaml", ".yml") else "recipe"
-        raise RecipeError(f"recipe={name}: no such {what}{_hint(path.stem, recipe_names())}")
-    return read_yaml(path)
+        raise RecipeError(f"{word}: no such {what}{_hint(path.stem, recipe_names())}")
+    return path
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -228,6 +252,16 @@ def _data(tree: Any) -> Source:
     cls = Source.find(source)
     refuse_unknown(tree, ("source", *cls.model_fields), "data")
     return build(cls, values, "data")
+
+
+def _check_words(data: Source, chosen: Mapping[str, Method]) -> None:
+    """Captions and methods must speak of the same new words, or a method trains what none uses."""
+    added = {word: name for name, method in chosen.items() for word in method.words}
+    if added and (lacking := [word for word in data.words if word not in added]):
+        raise RecipeError(
+            f"data.token={lacking[0]}: methods.{next(iter(added.values()))} adds "
+            f"{', '.join(added)}; name the same words in both"
+        )
 
 
 def methods_of(tree: Any) -> dict[str, Method]:

@@ -108,6 +108,7 @@ def sample_many(
     steps: int = 25,
     guidance: float = 5.0,
     negative: str = "",
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
     """`sample` in batches: (n, 3, H, W) on the CPU."""
     parts = [
@@ -118,6 +119,7 @@ def sample_many(
             steps,
             guidance,
             negative,
+            size,
         ).cpu()
         for i in range(0, len(prompts), batch_size)
     ]

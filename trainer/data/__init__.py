@@ -77,6 +77,11 @@ class Source(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The new words its captions are written with."""
+        return ()
+
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
         """The training samples, and the held-out ones for the validation loss where the source has
         some."""

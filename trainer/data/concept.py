@@ -61,6 +61,10 @@ class Concept(Source):
     prior_seed: int = Field(0, ge=0)
 
     @property
+    def words(self) -> tuple[str, ...]:
+        return _listed(self.token)
+
+    @property
     def concepts(self) -> list[tuple[str, str, str | None]]:
         """(concept, token, class word) of each."""
         places = _listed(self.concept)

@@ -51,6 +51,11 @@ class Method(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     kind: ClassVar[Literal["structure", "attention", "storage", "adapt", "select"]]
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words it adds to the vocabulary."""
+        return ()
+
     def apply(self, model: AttentionModel) -> Edit:
         """Edits `model` in place. Raises ValueError where nothing matches."""
         raise NotImplementedError

@@ -51,6 +51,10 @@ class NewToken(Method):
             raise ValueError(f"task={self.task} is beyond the {tokens} tokens; count from 0")
         return self
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        return self.tokens if self.task is None else self.tokens[: self.task + 1]
+
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.tokens import extend
 
