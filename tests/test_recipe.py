@@ -67,7 +67,7 @@ data.concept=./nowhere -> data.concept='./nowhere': nowhere: no such folder
 data.concept=sprite:pengin -> data.concept='sprite:pengin': no sprite is called pengin; did you
 data.prior_folder=./nowhere -> data.prior_folder='./nowhere': nowhere: no such folder
 data.prior_prompts=[] -> data: class images need class_word, as in data.class_word=dog
-methods=null -> methods is empty, so nothing would train; methods: full,
+methods=null -> methods is empty, so nothing would train; methods: 
 methods=3 -> methods is 3; it maps method names to their options
 methods.selectiv.sites=all -> methods.selectiv: no such method; did you mean selective?
 methods.selectiv=null -> methods.selectiv: no such method; did you mean selective?
