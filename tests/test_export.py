@@ -1,4 +1,5 @@
-"""Export: a folder that stock diffusers loads by itself, giving our sampler's picture."""
+"""Export: a folder that stock diffusers loads by itself, giving our sampler's picture; and what
+every form owes. The forms are tested one by one in `formats/`."""
 
 from __future__ import annotations
 
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from trainer import adapter, methods
+from trainer import adapter, formats, methods
+from trainer import export as exports
 from trainer.export import export, merge
+from trainer.formats._proof import Probe
 from trainer.recipe import methods_of
 from trainer.sampler import sample
 
@@ -105,10 +108,11 @@ def test_nothing_is_written_over(trained: tuple[Path, Any], tmp_path: Path) -> N
     [
         pytest.param({"form": "ckpt"}, "format=ckpt: no such format", id="format"),
         pytest.param({"dtype": "int4"}, "dtype=int4: no such dtype", id="dtype"),
+        pytest.param({"rank": 2}, "rank=2 is for the forms comfyui, diffusers,", id="rank"),
     ],
 )
 def test_unknown_options_are_refused_before_loading(
-    options: dict[str, str], message: str, tmp_path: Path
+    options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
         export(tmp_path / "no adapter here", tmp_path / "out", **options)
@@ -121,3 +125,102 @@ def test_what_stock_cannot_hold_is_refused(tiny: Any) -> None:
     tiny.unet.add_module("extra", ExtendedEmbedding(table, [torch.zeros(3)]))
     with pytest.raises(ValueError, match=r"cannot carry unet\.extra \(ExtendedEmbedding\)"):
         merge(tiny)
+
+
+def test_every_form_is_listed_in_the_refusal(tmp_path: Path) -> None:
+    listed = ", ".join(formats.names())
+    assert listed == "comfyui, custom_diffusion, diff, diffusers, kohya, merged, peft"
+    with pytest.raises(ValueError, match=f"format=ckpt: no such format; there are: {listed}"):
+        export(tmp_path / "none", tmp_path / "out", "ckpt")
+
+
+def test_what_was_proven_is_said(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    said: list[str] = []
+    export(trained[0], tmp_path / "out", say=said.append)
+    (line,) = said
+    assert line.startswith("merged, read back by from_pretrained: largest difference ")
+    assert "(allowed 1e-05; the adapter itself makes " in line
+
+
+def test_a_file_that_loads_and_does_nothing_is_refused(
+    trained: tuple[Path, Any], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path, model = trained
+    out = export(path, tmp_path / "out", "kohya", say=lambda line: None)
+    file = out / "out.safetensors"
+    save_file({key: value * 0 for key, value in load_file(file).items()}, file)
+    probe = Probe(model, ["<v1>", "sks"])
+    tree, _ = adapter.header(path)
+
+    def fresh() -> Any:
+        return exports.base_of(tree)
+
+    with pytest.raises(ValueError, match=r"an output \S+ from the model's, where \S+ is allowed"):
+        exports._prove(
+            formats.find("kohya"), "kohya", out, fresh, probe, probe(model), (), lambda line: None
+        )
+
+
+class Louder:
+    """An op that acts when the model paints."""
+
+    name = "louder"
+
+    def kv(self, q: Any, k: Any, v: Any, site: Any, ctx: Any) -> Any:
+        return q, k, 2 * v
+
+
+def test_an_op_that_only_trains_is_left_out(tiny: Any) -> None:
+    from trainer.attention.ops import DetachFirstToken
+
+    tiny.host.install(DetachFirstToken(), tiny.sites)
+    probe = Probe(tiny, ())
+    exports._refuse_ops(tiny, "kohya", probe, probe(tiny))
+    assert not any(processor.ops for processor in tiny.host.processors.values())
+
+
+def test_an_op_that_acts_at_inference_is_named(
+    tiny_folder: Path, open_folder: Callable[[Path], Any]
+) -> None:
+    model = open_folder(tiny_folder)
+    model.host.install(Louder(), model.sites[:2])
+    probe = Probe(model, ())
+    with pytest.raises(ValueError, match=r"format=kohya cannot carry louder \(on down_blocks\S+"):
+        exports._refuse_ops(model, "kohya", probe, probe(model))
+
+
+@pytest.mark.parametrize("form", ["diffusers", "comfyui"])
+def test_a_cut_to_a_rank_says_what_it_keeps(
+    form: str, trained: tuple[Path, Any], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    out = export(trained[0], tmp_path / "out", form, rank=2, say=said.append)
+    assert said[0].startswith("rank 2: every layer keeps ")
+    assert "the output differs from the trained model's by" in said[0]
+    assert "read back by" in said[1]
+    from safetensors.torch import load_file
+
+    (file,) = out.glob("*.safetensors")
+    downs = [v for k, v in load_file(file).items() if ".lora_A." in k or ".lora_down." in k]
+    assert {len(value) for value in downs} == {2}
+
+
+def test_a_base_in_four_bits_is_proven_in_four_bits(
+    tiny: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    tree = {"nf4": {"min_size": 1024}, "lora": {"sites": "all", "rank": 2}}
+    plan = methods.apply(tiny, methods_of(tree))
+    own = dict(tiny.named_parameters())
+    with torch.no_grad():
+        for name in plan.names:
+            own[name] += 0.05
+    path = tmp_path / "adapter.safetensors"
+    header = {"backbone": str(tiny_folder), "methods": tree}
+    adapter.save(path, {name: own[name] for name in plan.stored}, header, tiny.identity())
+    said: list[str] = []
+    export(path, tmp_path / "out", "kohya", say=said.append)
+    assert said[0].startswith("proven on the base as methods.nf4 stores it")
+    assert len(said) == 3

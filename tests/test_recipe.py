@@ -34,7 +34,8 @@ lr=1 -> lr: no such key; did you mean optim.lr?
 steps=1 -> steps: no such key; did you mean run.steps or preview.steps?
 xyz=1 -> xyz: no such key; there are: recipe, backbone, data, methods, objective, optim
 backbones.tiny.run.steps=1 -> backbones: no such key; did you mean backbone?
-optim=3 -> optim is 3; it takes lr, scale_lr, betas
+optim=3 -> optim is 3; it takes name, lr, scale_lr, betas
+optim.name=adamw8 -> optim.name='adamw8': Input should be 'adamw', 'adamw8bit' or
 optim.lr=abc -> optim.lr='abc': Input should be a valid number
 optim.lr.x=1 -> optim.lr: Input should be a valid number
 optim.lr=true -> optim.lr=True: a number is needed
@@ -120,7 +121,7 @@ def test_mistake_in_an_override(words: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ((), "recipe=<name> is missing; recipes: custom_diffusion,"),
+        ((), "recipe=<name> is missing; recipes: "),
         (("recipe=3",), "recipe=<name> is missing"),
         (("recipe=custom_difusion",), "no such recipe; did you mean custom_diffusion?"),
         (("recipe=backbone/tiny",), "recipe=backbone/tiny: no such recipe"),
@@ -206,6 +207,54 @@ def test_overrides_lie_over_the_backbone_over_the_recipe(tmp_path: Path) -> None
     assert (other.run.steps, other.run.batch_size, other.run.log_every) == (5, 4, 9)
     assert other.backbone.hub == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert other.data.model_dump()["seed"] == 0
+
+
+def test_a_recipe_lies_over_its_base(tmp_path: Path) -> None:
+    mine = {
+        "base": "custom_diffusion",
+        "methods": {"selective": None, "lora": {"rank": 2}},
+        "backbones": {"tiny": {"run": {"steps": 3}}},
+    }
+    loaded, base = recipe.load([write(tmp_path, mine)]), recipe.load([CUSTOM])
+    assert list(loaded.methods) == ["new_token", "lora"]
+    assert loaded.run == base.run.model_copy(update={"steps": 3})
+    assert loaded.data == base.data
+    assert loaded.optim == base.optim
+    assert "base" not in loaded.tree
+
+
+def test_a_base_is_found_beside_the_recipe_and_has_a_base_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "low.yaml").write_text(yaml.safe_dump({**SMALL, "run": {"steps": 5, "seed": 1}}))
+    (tmp_path / "middle.yaml").write_text("{base: low.yaml, run: {steps: 6, log_every: 2}}")
+    loaded = recipe.load([write(tmp_path, "{base: ./middle.yaml, run: {log_every: 3}}")])
+    assert (loaded.run.seed, loaded.run.steps, loaded.run.log_every) == (1, 6, 3)
+    assert recipe.load([write(tmp_path, "base: null\n" + yaml.safe_dump(SMALL))]).data
+
+
+@pytest.mark.parametrize(
+    ("base", "says"),
+    [
+        (
+            "custom_difusion",
+            "base: custom_difusion: no such recipe; did you mean custom_diffusion?",
+        ),
+        ("other.yaml", "base: other.yaml: no such file"),
+        ("mine.yaml", "base goes in a circle, mine.yaml -> mine.yaml; remove one of them"),
+        ("via.yaml", "base goes in a circle, mine.yaml -> via.yaml -> mine.yaml; remove one"),
+        ([1], "base is [1]; it takes the name of a recipe, or a file"),
+        ("bad.yaml", "bad.yaml: a recipe is a mapping of"),
+    ],
+)
+def test_mistake_in_a_base(tmp_path: Path, base: Any, says: str) -> None:
+    (tmp_path / "via.yaml").write_text("base: mine.yaml")
+    (tmp_path / "bad.yaml").write_text("- data")
+    message = refusal(write(tmp_path, {"base": base}))
+    assert says in message
+    assert "\n" not in message
+
+
+def test_base_is_no_override() -> None:
+    assert refusal(CUSTOM, "base=lora").startswith("base: no such key")
 
 
 def test_methods_are_removed_and_added_by_override() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 BAD_RECIPE = 78
-VERBS = ("fit", "check", "sample", "evaluate", "export", "data")
+VERBS = ("fit", "check", "sample", "evaluate", "export", "import", "data")
 USAGE = """usage: python -m trainer <verb> [key=value ...]
 
   fit recipe=<name> [backbone=<name or folder>] [section.key=value ...]
@@ -18,8 +18,11 @@ USAGE = """usage: python -m trainer <verb> [key=value ...]
                          write PNGs
   evaluate run=<run folder> [judge=<CLIP folder>]
                          base beside adapted, in numbers
-  export run=<run folder> out=<folder> [format=merged dtype=float32]
-                         a whole pipeline folder for stock diffusers
+  export run=<run folder> | adapter=<file>   out=<folder> [format=merged dtype=float32 rank=...]
+                         write for other tools, and prove it: merged, diffusers, custom_diffusion,
+                         kohya, comfyui, diff, peft
+  import file=<file or folder> backbone=<name or folder> out=<adapter.safetensors> [format=auto]
+                         an adapter of ours from a file made elsewhere, for run.start_from
   data world out=<folder> [count=1000 seed=0 sprites=known per_shard=1000]
                          write scenes of the embedded world as webdataset shards with a manifest
   list [recipes|backbones|methods|data]
@@ -49,7 +52,8 @@ def main(words: list[str]) -> int:
     try:
         from trainer import verbs
 
-        return int(getattr(verbs, verb)(rest) or 0)
+        name = "import_" if verb == "import" else verb  # a word of Python's own
+        return int(getattr(verbs, name)(rest) or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

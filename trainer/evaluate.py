@@ -99,6 +99,11 @@ class Examiner:
             )
         return scores
 
+    def accuracy(self, model: StableDiffusion) -> float | None:
+        """Concept accuracy alone."""
+        pictures, _ = self._paint(model, self.recipe.evaluate.alone, self.num_images)
+        return self._concept_accuracy(pictures)
+
     def _concept_accuracy(self, pictures: Tensor) -> float | None:
         """Named right among all sprites; for photographs, nearer to the concept's photos than to
         the class images."""

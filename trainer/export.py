@@ -1,67 +1,194 @@
-"""Adapters for other tools. `merged`: the whole pipeline in diffusers layout, which stock diffusers
-loads by itself."""
+"""Adapters for other tools: written, read back by the tool's own loader, and kept only if that
+gives the model's own output. `trainer/formats/` has one file a form."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor
 
-from trainer import adapter
-from trainer.attention.inject import fold
-from trainer.attention.tokens import ExtendedEmbedding
-from trainer.backbones.sd import StableDiffusion
+from trainer import adapter, backbones, formats, recipe
+from trainer.attention.processor import Host
+from trainer.formats._apply import add_to
+from trainer.formats._factor import truncated
+from trainer.formats._job import Job
+from trainer.formats._proof import LIMIT, NOISE, Probe, difference
+from trainer.formats.merged import merge
+
+__all__ = ["export", "merge"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LOW_RANK = ("comfyui", "diffusers", "kohya", "peft")
+Say = Callable[[str], None]
 
 
-def export(path: Path, out: Path, form: str = "merged", dtype: str = "float32") -> Path:
-    """Writes the adapted pipeline to `out`, a folder that must not exist yet.
+def export(
+    path: Path,
+    out: Path,
+    form: str = "merged",
+    dtype: str = "float32",
+    rank: int | None = None,
+    say: Say = print,
+) -> Path:
+    """Writes an adapter in another form to `out`, a folder that must not exist yet.
+
+    dtype: what the file holds; it is proven in float32 first. rank: cut every layer's change to its
+    largest singular directions, which loses something, and how much is said.
 
     Raises:
-        ValueError: an unknown format or dtype, or the folder exists.
+        ValueError: an unknown format or dtype, the folder exists, the form cannot carry the
+        adapter, or what its loader gives differs from the model by more than `LIMIT`.
     """
-    if form != "merged":
-        raise ValueError(f"format={form}: no such format; there is: merged")
+    kind = formats.find(form)
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}: no such dtype; there are: {', '.join(DTYPES)}")
+    if rank is not None and form not in LOW_RANK:
+        raise ValueError(f"rank={rank} is for the forms {', '.join(LOW_RANK)}, not for {form}")
     if out.exists():
         raise ValueError(f"out={out} exists; name a folder that does not, nothing is written over")
-    backbone, _ = adapter.load(path)
+    live, tree = adapter.load(path)
+    with safe_open(path, "pt") as file:
+        stored = tuple(file.keys())
+    fresh = partial(base_of, tree)
+    storage = [name for name, method in _methods(tree).items() if method.kind == "storage"]
+    if storage and form != "merged":
+        say(f"proven on the base as methods.{storage[0]} stores it; stored otherwise it rounds so")
+    probe = Probe(live, _words(live))
+    wanted = probe(live)
+    _refuse_ops(live, form, probe, wanted)
+    job = Job(live, fresh, stored, out.name)
+    if rank is not None:
+        wanted = _cut(job, rank, probe, wanted, say)
     part = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        merge(backbone).to(DTYPES[dtype]).pipeline().save_pretrained(part, safe_serialization=True)
-        os.replace(part, out)
+        with torch.no_grad():
+            _write(kind, job, part, dtype)
+        dropped = job.bundle.dropped if "bundle" in vars(job) else ()
+        del live, job
+        _prove(kind, form, part / "exact", fresh, probe, wanted, dropped, say)
+        if dtype != "float32":
+            _measure(kind, part / dtype, fresh, probe, wanted, dtype, say)
+        os.replace(part / (dtype if dtype != "float32" else "exact"), out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out
 
 
-def merge(backbone: StableDiffusion) -> StableDiffusion:
-    """Folds everything a stock pipeline has no name for into plain layers, in place."""
-    backbone.host.detach()
-    fold(backbone)
-    for encoder in backbone.text_encoders.values():
-        table = encoder.get_input_embeddings()  # type: ignore[operator]
-        if isinstance(table, ExtendedEmbedding):
-            encoder.set_input_embeddings(table.merged())  # type: ignore[operator]
-            encoder.config.vocab_size = table.num_embeddings  # type: ignore[union-attr]
-    _refuse_foreign(backbone)
-    return backbone
+def base_of(tree: dict[str, Any]) -> Any:
+    """The backbone a recipe names, plain but for how it stores its frozen weights."""
+    name = tree["backbone"]
+    base = backbones.load(recipe.backbone_spec(name), name)
+    for method in _methods(tree).values():
+        if method.kind == "storage":
+            method.apply(base)
+    return base.eval().requires_grad_(False)
 
 
-def _refuse_foreign(backbone: nn.Module) -> None:
-    """Every module left must be one that diffusers or transformers build by themselves."""
-    for name, module in backbone.named_modules():
-        if name and type(module).__module__.split(".")[0] not in (
-            "torch",
-            "diffusers",
-            "transformers",
-        ):
+def _methods(tree: dict[str, Any]) -> dict[str, Any]:
+    return recipe.methods_of(tree["methods"])
+
+
+def _words(model: Any) -> list[str]:
+    """The words a model has learned, in the first text encoder's tokenizer."""
+    for part, encoder in model.text_encoders.items():
+        table = encoder.get_input_embeddings()
+        old = getattr(table, "table", table).num_embeddings
+        return list(model.tokenizers[part].convert_ids_to_tokens(range(old, table.num_embeddings)))
+    return []
+
+
+def _refuse_ops(live: Any, form: str, probe: Probe, wanted: Tensor) -> None:
+    """Ops that only train leave the output as it is without them; the others stay behind."""
+    ops = {
+        op.name: site for site, item in live.host.processors.items() for op in item.ops
+    }  # one site of each is enough to name it
+    Host.attach(live.denoiser).detach()
+    lost = difference(probe(live), wanted)
+    if lost > LIMIT:
+        what = ", ".join(f"{name} (on {site})" for name, site in ops.items())
+        raise ValueError(
+            f"format={form} cannot carry {what}: it acts in attention when the model paints, and a "
+            f"file of weights has no place for it (without it the output differs by {lost:.1e}); "
+            "paint with `python -m trainer sample adapter=...`"
+        )
+
+
+def _cut(job: Job, rank: int, probe: Probe, wanted: Tensor, say: Say) -> Tensor:
+    """Cuts the job's bundle to a rank; the output of the model that is left."""
+    job.bundle, kept = truncated(job.bundle, rank)
+    answer = probe(add_to(job.fresh(), job.bundle))
+    say(
+        f"rank {rank}: every layer keeps {kept:.1%} of its change's energy or more; the output "
+        f"differs from the trained model's by {difference(answer, wanted):.1e}"
+    )
+    return answer
+
+
+def _write(kind: Any, job: Job, part: Path, dtype: str) -> None:
+    """The file in float32, in `exact`, and beside it the one that was asked for."""
+    for name, chosen in {"exact": torch.float32, dtype: DTYPES[dtype]}.items():
+        if name != "float32":
+            (part / name).mkdir(parents=True)
+            kind.write(job, part / name, chosen)
+    if not any((part / "exact").iterdir()):
+        raise ValueError("the adapter changes nothing; there is nothing to write")
+
+
+def _prove(
+    kind: Any,
+    form: str,
+    folder: Path,
+    fresh: Callable[[], Any],
+    probe: Probe,
+    wanted: Tensor,
+    dropped: tuple[str, ...],
+    say: Say,
+) -> None:
+    """Every reader must give the model's output; a small change to the base less than a tenth of
+    itself away, so that a file which loads and does nothing never passes."""
+    for reader, load in kind.READERS.items():
+        base = fresh()
+        effect = difference(probe(base), wanted)
+        allowed = min(LIMIT, max(effect / 10, NOISE))
+        try:
+            model = load(folder, base)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"format={form}: {reader} does not read the file: {error}") from error
+        if model is None:
+            continue
+        apart = difference(probe(model), wanted)
+        if apart > allowed:
+            also = f"; it has no place for {dropped[0]}, {len(dropped)} tensors" if dropped else ""
             raise ValueError(
-                f"format=merged cannot carry {name} ({type(module).__name__}): a stock pipeline "
-                "has no place for it"
+                f"format={form} cannot carry this adapter: read back by {reader}, the file gives "
+                f"an output {apart:.1e} from the model's, where {allowed:.0e} is allowed{also}; "
+                "nothing was written. format=merged folds everything into the weights"
             )
+        say(
+            f"{form}, read back by {reader}: largest difference {apart:.1e} (allowed "
+            f"{allowed:.0e}; the adapter itself makes {effect:.1e})"
+        )
+
+
+def _measure(
+    kind: Any,
+    folder: Path,
+    fresh: Callable[[], Any],
+    probe: Probe,
+    wanted: Tensor,
+    dtype: str,
+    say: Say,
+) -> None:
+    """What rounding to the chosen dtype costs; ValueError where numbers leave its range."""
+    reader, load = next(iter(kind.READERS.items()))
+    apart = difference(probe(load(folder, fresh())), wanted)
+    if apart == float("inf"):
+        raise ValueError(f"dtype={dtype}: some numbers are beyond its range; take bfloat16")
+    say(f"rounded to {dtype}, read back by {reader}: largest difference {apart:.1e}")

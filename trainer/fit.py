@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,18 @@ PREPARING = 16  # batches that a start which depends on the data may see
 WHERE = ("id", "out", "resume", "start_from")
 
 
-def fit(recipe: Recipe) -> Path:
-    """Trains what the recipe says and returns the run folder, with `adapter.safetensors` in it."""
+def fit(recipe: Recipe, folder: Path | None = None) -> Path:
+    """Trains what the recipe says and returns the run folder, with `adapter.safetensors` in it.
+
+    folder: where, instead of `run_folder`'s choice; goes on from a checkpoint that is there.
+    """
+    if recipe.continual.concepts:
+        from trainer import continual  # which calls this function for every concept
+
+        return continual.run(recipe)
     run = recipe.run
-    folder = run_folder(recipe)
+    folder = folder or run_folder(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(run.seed)  # parts made from scratch, dropout of methods
     backbone = backbones.load(recipe.backbone, recipe.backbone_name)
     backbone.eval().requires_grad_(False)
@@ -68,6 +76,7 @@ def fit(recipe: Recipe) -> Path:
         recipe.objective.caption_dropout,
         [edit.loss for edit in plan.edits.values() if edit.loss is not None],
         plan.keeps,
+        lrs(recipe, plan),
     )
     ema = EMA(recipe.optim.ema) if recipe.optim.ema else None
     trainer = make_trainer(recipe, folder, ema)
@@ -75,8 +84,11 @@ def fit(recipe: Recipe) -> Path:
         announce(recipe, backbone, plan, train, folder)
     checkpoint, start = resume_point(folder)
     cached, order = latents(recipe, backbone, train), step_plan(recipe, train)
+    look = looker(module, Planned(train, order, cached, 0, 1))
     if checkpoint is None:
-        prepare(plan, module, Planned(train, order, cached, 0, 1))
+        for edit in plan.edits.values():
+            if edit.prepare is not None:
+                edit.prepare(look)
     batches = loader(
         Planned(train, order, cached, trainer.global_rank, trainer.world_size),
         run.steps * run.accumulate,
@@ -91,14 +103,17 @@ def fit(recipe: Recipe) -> Path:
     if trainer.is_global_zero:
         path = folder / "adapter.safetensors"
         with ema.swapped(module) if ema else nullcontext():
+            for edit in plan.edits.values():
+                if edit.finish is not None:
+                    edit.finish(look)
             adapter.save(path, module.stored(), header(recipe), backbone.identity())
         console.print(f"adapter: {path}", highlight=False)
     return folder
 
 
-def prepare(plan: methods.Plan, module: DiffusionModule, batches: Planned) -> None:
-    """Lets methods whose start depends on the data see the first batches, all of every batch on
-    every rank."""
+def looker(module: DiffusionModule, batches: Planned) -> Callable[[], None]:
+    """What methods that look at the data call: the first batches, all of every batch on every
+    rank."""
 
     @torch.no_grad()
     def look() -> None:
@@ -106,9 +121,7 @@ def prepare(plan: methods.Plan, module: DiffusionModule, batches: Planned) -> No
             for step in range(PREPARING):
                 module.sample_losses(batches[step], "prepare", 0.0)
 
-    for edit in plan.edits.values():
-        if edit.prepare is not None:
-            edit.prepare(look)
+    return look
 
 
 def make_trainer(recipe: Recipe, folder: Path, ema: EMA | None) -> lightning.Trainer:
@@ -219,7 +232,18 @@ def optim(recipe: Recipe) -> Optim:
         chosen.warmup,
         chosen.schedule,
         chosen.final_lr,
+        chosen.name,
     )
+
+
+def lrs(recipe: Recipe, plan: methods.Plan) -> dict[str, float]:
+    """Parameters whose method has an lr of its own, by name."""
+    factor = optim(recipe).lr / recipe.optim.lr  # what scale_lr makes of every lr
+    return {
+        name: lr * factor
+        for method, lr in recipe.optim.lrs.items()
+        for name in plan.edits[method].trains
+    }
 
 
 def latents(recipe: Recipe, backbone: StableDiffusion, data: Dataset) -> np.ndarray | None:

@@ -4,7 +4,7 @@ is in use."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from trainer.attention.nf4 import bitsandbytes
 from trainer.backbones.sd import StableDiffusion
 from trainer.data.loader import Batch
 from trainer.data.plan import quantiles
@@ -19,13 +20,15 @@ from trainer.objective import Objective, add_noise, draw_timesteps, loss_weight,
 from trainer.seeds import seed_of
 
 LEVELS = quantiles(8)  # of the timesteps, where the validation loss is taken
+# optimisers of bitsandbytes (arXiv 2110.02861); a tensor below 4096 values keeps 32-bit moments
+EIGHT_BIT = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
 Seed = tuple[int, str, int, int]
 
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW with a linear warm-up over `warmup` of `steps`, then constant or cosine to `final_lr`
-    of lr."""
+    """AdamW, or one of `EIGHT_BIT`: a linear warm-up over `warmup` of `steps`, then constant or
+    cosine to `final_lr` of lr."""
 
     lr: float
     steps: int
@@ -35,6 +38,7 @@ class Optim:
     warmup: int = 0
     schedule: str = "constant"
     final_lr: float = 0.0
+    name: str = "adamw"
 
     def factor(self, step: int) -> float:
         """What lr is multiplied by at optimiser step `step`."""
@@ -48,7 +52,10 @@ class Optim:
 
 class DiffusionModule(lightning.LightningModule):
     """loss = mean over samples of weight * w(t) * |f(x_t, t, text) - target|^2 over the latents
-    that count."""
+    that count.
+
+    kept: frozen tensors stored beside the trained ones; lrs: parameters with an lr of their own.
+    """
 
     def __init__(
         self,
@@ -60,13 +67,15 @@ class DiffusionModule(lightning.LightningModule):
         caption_dropout: float = 0.0,
         extra_losses: Sequence[Callable[[], Tensor]] = (),
         kept: Sequence[str] = (),
+        lrs: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.objective, self.optim = backbone, objective, optim
         self.trained, self.kept = tuple(trained), tuple(kept)
         self.seed, self.caption_dropout = seed, caption_dropout
-        self.extra_losses = tuple(extra_losses)
+        self.extra_losses, self.lrs = tuple(extra_losses), dict(lrs or {})
         self.val_losses: dict[int, list[float]] = {}
+        self.strict_loading = False  # `on_load_checkpoint` compares the names itself, both ways
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by the names adapters use."""
@@ -146,8 +155,11 @@ class DiffusionModule(lightning.LightningModule):
         return batch.to(device)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(
-            list(self.trainable().values()),
+        by_lr: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.trainable().items():
+            by_lr.setdefault(self.lrs.get(name, self.optim.lr), []).append(parameter)
+        optimizer = optimizer_class(self.optim.name, self.device.type)(
+            [{"params": group, "lr": lr} for lr, group in by_lr.items()],
             lr=self.optim.lr,
             betas=self.optim.betas,
             eps=self.optim.eps,
@@ -172,9 +184,23 @@ class DiffusionModule(lightning.LightningModule):
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(stored[name])
-        checkpoint["state_dict"] = (
-            self.state_dict()
-        )  # Lightning loads strictly; everything is in place already
+        checkpoint["state_dict"] = {}  # everything is in place already
+
+
+def optimizer_class(name: str, device: str) -> Any:
+    """The class `optim.name` stands for.
+
+    Raises:
+        ValueError: bitsandbytes is not installed, or a paged optimiser is to run on a CPU.
+    """
+    if name not in EIGHT_BIT:
+        return torch.optim.AdamW
+    if name.startswith("paged") and device != "cuda":
+        raise ValueError(
+            f"optim.name={name} pages between a GPU and main memory, and this run is on {device}; "
+            "set optim.name=adamw8bit"
+        )
+    return getattr(bitsandbytes(f"optim.name={name}").optim, EIGHT_BIT[name])
 
 
 def _draw(seed: int, shape: Sequence[int]) -> Tensor:

@@ -18,11 +18,13 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
+from trainer import tasks
 from trainer.data import Source
 from trainer.methods import Method, find, names
 from trainer.resources import BACKBONES, DATA, RECIPES
 from trainer.schema import (
     BackboneSpec,
+    ContinualSpec,
     EvaluateSpec,
     ObjectiveSpec,
     OptimSpec,
@@ -40,6 +42,7 @@ SECTIONS: dict[str, type[Section]] = {
     "run": RunSpec,
     "preview": PreviewSpec,
     "evaluate": EvaluateSpec,
+    "continual": ContinualSpec,
 }
 KEYS = ("recipe", "backbone", "data", "methods", *SECTIONS, "tracker")
 T = TypeVar("T", bound=BaseModel)
@@ -84,7 +87,10 @@ def resolve(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Re
         raise RecipeError(f"tracker={tracker}: no such tracker{_hint(str(tracker), TRACKERS)}")
     data, chosen = _data(tree.get("data")), methods_of(tree.get("methods"))
     _check_words(data, chosen)
-    return Recipe(
+    optim = sections["optim"]
+    assert isinstance(optim, OptimSpec)
+    refuse_unknown(optim.lrs, chosen, "optim.lrs")
+    whole = Recipe(
         name=name,
         backbone_name=backbone_name,
         backbone=backbone_spec(backbone_name),
@@ -94,6 +100,21 @@ def resolve(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Re
         tree=tree,
         **sections,  # type: ignore[arg-type]
     )
+    if whole.continual.concepts:
+        tasks.check(whole)
+        for number in range(len(whole.continual.concepts)):
+            task(whole, number)
+    return whole
+
+
+def task(whole: Recipe, number: int, start_from: Path | None = None) -> Recipe:
+    """The ordinary recipe of concept `number` of a continual one; it goes on from an adapter."""
+    tree = merge(whole.tree, tasks.overlay(whole, number))
+    start = {"run": {"start_from": str(start_from)}} if start_from else {}
+    try:
+        return resolve(whole.name, tree, start)
+    except RecipeError as error:
+        raise RecipeError(f"continual.concepts.{number}: {error}") from None
 
 
 def parse(arguments: Iterable[str]) -> dict[str, Any]:

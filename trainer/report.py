@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
+from trainer.attention.nf4 import numel, scales
 from trainer.backbones.sd import StableDiffusion
 from trainer.methods import Method, Plan
 from trainer.schema import Recipe
@@ -37,7 +38,7 @@ def describe(
             for name, edit in plan.edits.items()
         },
         "trained": plan.trained,
-        "total": plan.total,
+        "total": sum(map(numel, backbone.parameters())),
         "adapter_bytes": plan.trained_bytes,
         "peak_memory_bytes": memory,
         "trains": list(plan.names),
@@ -82,7 +83,8 @@ def peak_memory(recipe: Recipe, backbone: StableDiffusion, plan: Plan) -> int:
     Weights, gradients, two AdamW moments and EMA of what trains, and what one forward saves for the
     backward, counted on fake tensors that hold no memory.
     """
-    weights = sum(value.numel() * value.element_size() for value in backbone.parameters())
+    stored = [part for value in backbone.parameters() for part in (value, *scales(value))]
+    weights = sum(part.numel() * part.element_size() for part in stored)
     state = plan.trained_bytes * (3 + (recipe.optim.ema is not None))
     rows = recipe.run.batch_size // (recipe.run.devices * recipe.run.nodes)
     return weights + state + saved_bytes(recipe, backbone, rows)
@@ -102,10 +104,12 @@ def saved_bytes(recipe: Recipe, backbone: StableDiffusion, rows: int) -> int:
 
     denoiser = backbone.denoiser
     real = {
-        name: (value.detach(), value.requires_grad) for name, value in denoiser.named_parameters()
+        name: (value.detach(), value.requires_grad)
+        for name, value in denoiser.named_parameters()
+        if not scales(value)  # 4-bit weights stay real: a fake one would lose its scales
     }
     real |= {name: (value, False) for name, value in denoiser.named_buffers()}
-    with FakeTensorMode() as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = {
             name: mode.from_tensor(value).requires_grad_(trains)
             for name, (value, trains) in real.items()

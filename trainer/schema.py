@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 from trainer.data import Source
 from trainer.methods import Method
@@ -61,10 +61,14 @@ class ObjectiveSpec(Section):
 
 class OptimSpec(Section):
     """AdamW, a linear warm-up, then constant or cosine. `scale_lr` multiplies lr by the images per
-    step."""
+    step; `lrs` names methods whose parameters take an lr of their own; `adamw8bit` keeps the
+    moments in 8 bits (bitsandbytes), `paged_adamw8bit` also lets them overflow from the GPU.
+    """
 
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
     lr: float = Field(1e-4, gt=0)
     scale_lr: bool = False
+    lrs: dict[str, PositiveFloat] = Field(default_factory=dict)
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
@@ -139,6 +143,38 @@ class EvaluateSpec(Section):
     known: tuple[str, ...] = ()
 
 
+class ContinualSpec(Section):
+    """Concepts learned one after another, each by a run of its own that goes on from the one
+    before.
+
+    concepts: sprites or folders of photos in order; none for a plain run. tokens: the word of each,
+    <v1>, <v2>, ... if empty. class_words, inits: one each, or empty for the recipe's own. images:
+    pictures of every concept seen so far that are judged after each task, 0 for none; judge: a CLIP
+    folder, the backbone's own if null.
+    """
+
+    concepts: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
+    class_words: tuple[str, ...] = ()
+    inits: tuple[str, ...] = ()
+    images: int = Field(32, ge=0)
+    judge: Path | None = None
+
+    @model_validator(mode="after")
+    def _one_each(self) -> ContinualSpec:
+        for name in ("tokens", "class_words", "inits"):
+            given = getattr(self, name)
+            if given and len(given) != len(self.concepts):
+                raise ValueError(
+                    f"{name}={list(given)} for {len(self.concepts)} concepts; give one each"
+                )
+        return self
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return self.tokens or tuple(f"<v{number + 1}>" for number in range(len(self.concepts)))
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The resolved recipe; `tree` is the plain mapping it was made from, as it is written into
@@ -154,5 +190,6 @@ class Recipe:
     run: RunSpec
     preview: PreviewSpec
     evaluate: EvaluateSpec
+    continual: ContinualSpec
     tracker: str
     tree: dict[str, Any]

@@ -108,8 +108,10 @@ def evaluate(words: list[str]) -> int:
 
 def export(words: list[str]) -> int:
     options = _options(
-        words, {"run": None, "adapter": None, "out": None, "format": "merged", "dtype": "float32"}
-    )
+        words,
+        {"run": None, "adapter": None, "out": None, "format": "merged", "dtype": "float32",
+         "rank": None},
+    )  # fmt: skip
     source = options["adapter"] or options["run"]
     if not source or not options["out"]:
         raise RecipeError("give run=<run folder> (or adapter=<file>) and out=<folder>")
@@ -117,7 +119,22 @@ def export(words: list[str]) -> int:
     from trainer.adapter import file_of
     from trainer.export import export as write
 
-    print(write(file_of(source), Path(options["out"]), options["format"], options["dtype"]))
+    form, dtype, rank = options["format"], options["dtype"], options["rank"]
+    print(write(file_of(source), Path(options["out"]), form, dtype, rank))
+    return 0
+
+
+def import_(words: list[str]) -> int:
+    options = _options(words, {"file": None, "backbone": None, "out": None, "format": "auto"})
+    if not (options["file"] and options["backbone"] and options["out"]):
+        raise RecipeError(
+            "give file=<file or folder>, backbone=<name or folder> and out=<adapter.safetensors>"
+        )
+    _quiet()
+    from trainer.formats._import import import_file
+
+    source, out = Path(options["file"]).expanduser(), Path(options["out"]).expanduser()
+    print(import_file(source, options["backbone"], out, options["format"]))
     return 0
 
 
@@ -147,7 +164,7 @@ def _options(words: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
     for key, value in given.items():
         whole = isinstance(value, int) and not isinstance(value, bool)
         least = 0 if key == "seed" else 1
-        if isinstance(defaults[key], int) or key == "steps":
+        if isinstance(defaults[key], int) or key in ("steps", "rank"):
             if not whole or value < least:
                 raise RecipeError(f"{key}={value!r}: a whole number is needed, at least {least}")
         elif key == "guidance":
@@ -172,6 +189,7 @@ def _quiet() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", module="lightning")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of an optional kernel, at import
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)  # GPU: no, TPU: no, and advertisements
     import diffusers

@@ -174,7 +174,8 @@ def main() -> None:
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    if options.start_from:
+    if options.start_from:  # with its tokenizer: pieces of equal rank come out in another order
+        tokenizer = CLIPTokenizer.from_pretrained(options.start_from / "clip")
         model = CLIPModel.from_pretrained(options.start_from / "clip", dtype=torch.float32)
     model.train()
     reader = torch.nn.Linear(128, len(tokenizer))

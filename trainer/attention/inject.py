@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from trainer.attention.model import TakenError
+from trainer.attention.nf4 import is_packed, unpacked
 from trainer.attention.sites import require
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ TEXT_LAYERS = {
     "q": ("q_proj", "q"), "k": ("k_proj", "k"), "v": ("v_proj", "v"), "out": ("out_proj", "o"),
 }  # fmt: skip
 ADAPTABLE = (nn.Linear, nn.Conv2d)
+TASK = "-"  # between a method's name and the task's number; no method's name has it
 
 
 @dataclass(frozen=True)
@@ -138,18 +140,49 @@ def inject(
     for target in targets:
         layer = layer_of(model, target)
         if isinstance(layer, BaseTunerLayer):
-            raise TakenError(target.path, "the adapter", layer.active_adapters[0])
+            other = layer.active_adapters[0].partition(TASK)[0]
+            raise TakenError(target.path, "the adapter", other)
+    return _add(model, targets, config, owner)
+
+
+def stack(
+    model: AttentionModel,
+    targets: Sequence[Target],
+    config: Callable[[Sequence[Target]], PeftConfig],
+    owner: str,
+    count: int,
+) -> list[tuple[str, ...]]:
+    """Puts `count` adapters on each target, one a task, called `owner-0` and on; their deltas add
+    up. Returns the names of each one's parameters; raises as `inject` does."""
+    tasks = [f"{owner}{TASK}{task}" for task in range(count)]
+    found = [inject(model, targets, config, tasks[0])]
+    found += [_add(model, targets, config, task) for task in tasks[1:]]
+    for target in targets:
+        layer_of(model, target).set_adapter(tasks)
+    return found
+
+
+def _add(
+    model: AttentionModel,
+    targets: Sequence[Target],
+    config: Callable[[Sequence[Target]], PeftConfig],
+    name: str,
+) -> tuple[str, ...]:
     before = {id(parameter) for _, parameter in model.named_parameters()}
     for part in dict.fromkeys(target.part for target in targets):
         own = [target for target in targets if target.part == part]
+        earlier = [x for x in part_of(model, part).modules() if isinstance(x, BaseTunerLayer)]
+        acting = [list(layer.active_adapters) for layer in earlier]
         try:
             with warnings.catch_warnings():
                 # two methods on one model are two configurations; that is intended here
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
                 warnings.filterwarnings("ignore", message="You are trying to modify a model with")
-                inject_adapter_in_model(config(own), part_of(model, part), adapter_name=owner)
+                inject_adapter_in_model(config(own), part_of(model, part), adapter_name=name)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ValueError(f"peft cannot adapt these layers so: {error}") from error
+        for layer, adapters in zip(earlier, acting, strict=True):
+            layer.set_adapter(adapters)  # peft has silenced them all but the new one
     found = [name for name, parameter in model.named_parameters() if id(parameter) not in before]
     return tuple(found)
 
@@ -177,13 +210,45 @@ def claims(targets: Sequence[Target], trains: Sequence[str]) -> tuple[tuple[str,
 
 @torch.no_grad()
 def fold(model: nn.Module) -> None:
-    """Folds every adapter into the layer under it, in place: W <- W + the adapter's delta."""
-    from trainer.attention.nf4 import unpacked
+    """Folds every adapter into the layer under it, in place: W <- W + the adapter's delta. Layers
+    in 4 bits become plain ones.
 
+    Raises:
+        ValueError: an adapter does what no weight can do.
+    """
     adapted = [item for item in model.named_modules() if isinstance(item[1], BaseTunerLayer)]
     layer: Any
     for name, layer in adapted:
-        layer.base_layer = unpacked(layer.get_base_layer())
-        layer.merge(safe_merge=True)
-        owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, layer.get_base_layer())
+        if reason := getattr(layer, "unfoldable", None):
+            raise ValueError(f"{name} cannot be folded into a weight: {reason}")
+        if is_packed(layer.get_base_layer()):
+            layer.base_layer = _seen_through(layer)
+        else:
+            layer.merge(safe_merge=True)
+        _replace(model, name, layer.get_base_layer())
+    for name, layer in list(model.named_modules()):
+        if is_packed(layer):
+            _replace(model, name, unpacked(layer))
+
+
+def _seen_through(layer: Any) -> nn.Module:
+    """What an adapted 4-bit linear layer does, as a plain one: peft merges these into 4 bits only.
+
+    Row i of layer(1) is column i of its matrix.
+    """
+    packed = layer.eval().get_base_layer()
+    bias, packed.bias = packed.bias, None
+    unit = torch.eye(packed.in_features, device=packed.weight.device)
+    weight = layer(unit).T
+    packed.bias = bias
+    outputs, inputs = weight.shape
+    plain = nn.Linear(inputs, outputs, bias=bias is not None, device=weight.device)
+    plain.weight.copy_(weight)
+    if bias is not None:
+        plain.bias.copy_(layer(torch.zeros_like(unit[:1]))[0])
+    return plain.requires_grad_(False)
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    owner, _, last = name.rpartition(".")
+    setattr(model.get_submodule(owner), last, layer)

@@ -33,7 +33,9 @@ class Edit:
     other method may claim. trains: names of the parameters it trains. keeps: names of frozen
     tensors the base cannot give back, stored beside the trained ones. loss: an extra term added to
     the objective, without arguments. prepare: called once before the first step of a new run with a
-    function that runs a few training batches forward, for starts that look at the data.
+    function that runs a few training batches forward, for starts that look at the data. finish:
+    called with the same function once after the last step, before the adapter is stored, for what
+    is kept about the data.
     """
 
     sites: tuple[str, ...] = ()
@@ -42,6 +44,7 @@ class Edit:
     keeps: tuple[str, ...] = ()
     loss: Callable[[], Tensor] | None = None
     prepare: Callable[[Callable[[], None]], None] | None = None
+    finish: Callable[[Callable[[], None]], None] | None = None
 
 
 class Method(BaseModel):

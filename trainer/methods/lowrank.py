@@ -1,5 +1,5 @@
-"""What all methods that put small matrices on layers have in common: which layers, which rank,
-which strength."""
+"""What all methods that put adapters on layers have in common: which layers; and those of low rank:
+which rank, which strength."""
 
 from __future__ import annotations
 
@@ -20,27 +20,17 @@ if TYPE_CHECKING:
 Role = Literal["q", "k", "v", "out"]
 
 
-class LowRank(Method):
-    """rank, alpha: the delta is alpha / rank * B A; alpha null is alpha = rank, strength 1.
-
-    sites, projections: a selector of attention sites and which of their layers. layers: globs over
-    further linear and convolution layers of the denoiser, as in `*ff.net.2`; text_encoder:
-    projections of the text encoders. ranks, alphas: globs over layer names to values of their own,
-    the last match counts. rslora: strength alpha / sqrt(rank) (arXiv 2312.03732). dropout: on the
-    input of A.
+class Targeted(Method):
+    """sites, projections: a selector of attention sites and which of their layers. layers: globs
+    over further linear and convolution layers of the denoiser, as in `*ff.net.2`; text_encoder:
+    projections of the text encoders.
     """
 
     kind: ClassVar[Literal["adapt"]] = "adapt"
-    rank: int = Field(4, gt=0)
-    alpha: float | None = Field(None, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
     sites: str | None = "all"
     projections: tuple[Role, ...] = ("q", "k", "v", "out")
     layers: tuple[str, ...] = ()
     text_encoder: tuple[Role, ...] = ()
-    ranks: dict[str, int] = Field(default_factory=dict)
-    alphas: dict[str, float] = Field(default_factory=dict)
-    rslora: bool = False
 
     @field_validator("sites")
     @classmethod
@@ -48,6 +38,40 @@ class LowRank(Method):
         if text is not None:
             parse_selector(text)
         return text
+
+    def targets(self, model: AttentionModel) -> list[Target]:
+        """The layers these options name; ValueError if they name none."""
+        from trainer.attention.inject import named_targets, site_targets, text_targets
+
+        found: list[Target] = []
+        if self.sites is not None and self.projections:
+            found += site_targets(model, self.sites, self.projections)
+        if self.layers:
+            found += named_targets(model, self.layers)
+        if self.text_encoder:
+            found += text_targets(model, self.text_encoder)
+        unique = list({target.path: target for target in reversed(found)}.values())[::-1]
+        if not unique:
+            raise ValueError(
+                "sites, layers and text_encoder name no layer; give one of them, as in sites=cross"
+            )
+        return unique
+
+
+class LowRank(Targeted):
+    """Options of `Targeted`; rank, alpha: the delta is alpha / rank * B A; alpha null is alpha =
+    rank, strength 1.
+
+    ranks, alphas: globs over layer names to values of their own, the last match counts. rslora:
+    strength alpha / sqrt(rank) (arXiv 2312.03732). dropout: on the input of A.
+    """
+
+    rank: int = Field(4, gt=0)
+    alpha: float | None = Field(None, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    ranks: dict[str, int] = Field(default_factory=dict)
+    alphas: dict[str, float] = Field(default_factory=dict)
+    rslora: bool = False
 
     @field_validator("ranks", "alphas")
     @classmethod
@@ -63,40 +87,23 @@ class LowRank(Method):
         Raises:
             ValueError: they name none, or a rank is above what a layer can have.
         """
-        from trainer.attention.inject import (
-            layer_of,
-            named_targets,
-            site_targets,
-            sizes,
-            text_targets,
-        )
+        from trainer.attention.inject import layer_of, sizes
 
-        found: list[Target] = []
-        if self.sites is not None and self.projections:
-            found += site_targets(model, self.sites, self.projections)
-        if self.layers:
-            found += named_targets(model, self.layers)
-        if self.text_encoder:
-            found += text_targets(model, self.text_encoder)
-        unique = list({target.path: target for target in reversed(found)}.values())[::-1]
-        if not unique:
-            raise ValueError(
-                "sites, layers and text_encoder name no layer; give one of them, as in sites=cross"
-            )
+        found = super().targets(model)
         for pattern in (*self.ranks, *self.alphas):
-            if not any(fnmatchcase(target.path, pattern) for target in unique):
+            if not any(fnmatchcase(target.path, pattern) for target in found):
                 raise ValueError(
                     f"{pattern!r} in ranks or alphas matches none of the chosen layers; they have "
-                    f"names like {unique[0].path}"
+                    f"names like {found[0].path}"
                 )
-        for target in unique:
+        for target in found:
             most = min(sizes(layer_of(model, target)))
             if self.rank_of(target) > most:
                 raise ValueError(
                     f"rank {self.rank_of(target)} is above the {most} that {target.path} can have; "
                     "lower rank, or give that layer its own in ranks"
                 )
-        return unique
+        return found
 
     def rank_of(self, target: Target) -> int:
         own = [value for glob, value in self.ranks.items() if fnmatchcase(target.path, glob)]

@@ -43,6 +43,7 @@ class Lora(LowRank):
         from trainer.attention.inject import claims, inject
 
         targets = self.targets(model)
+        self._refuse(model, targets)
         kept: tuple[str, ...] = ()
         if self.init in ("pissa", "olora"):
             trains, kept = self._subtracted(model, targets)
@@ -57,6 +58,27 @@ class Lora(LowRank):
             keeps=kept,
             prepare=self._eva(model, targets) if self.init == "eva" else None,
         )
+
+    def _refuse(self, model: AttentionModel, targets: Sequence[Target]) -> None:
+        """Raises ValueError where a layer has no matrix to start from."""
+        from torch import nn
+
+        from trainer.attention.inject import base, layer_of
+        from trainer.attention.nf4 import is_packed
+
+        for target in targets:
+            layer = base(layer_of(model, target))
+            if self.init in ("pissa", "olora", "eva") and not isinstance(layer, nn.Linear):
+                raise ValueError(
+                    f"init={self.init} is for linear layers, and {target.path} is a convolution; "
+                    "set init=default, or leave it out"
+                )
+            if self.init in ("pissa", "olora") and is_packed(layer):
+                raise ValueError(
+                    f"init={self.init} starts from W0 itself, and methods.nf4 stores that of "
+                    f"{target.path} in 4 bits; set init=default, or leave it out with "
+                    "methods.nf4.skip"
+                )
 
     def _subtracted(
         self, model: AttentionModel, targets: Sequence[Target]

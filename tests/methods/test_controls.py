@@ -1,0 +1,157 @@
+"""PEFT with Controls: the equation token by token, forward and gradient; folding is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer import adapter, methods
+from trainer.attention.controls import ControlledLinear, cross_attention_of
+from trainer.attention.inject import fold
+from trainer.export import merge
+from trainer.methods.weight.controls import Controls
+from trainer.recipe import methods_of
+
+UP = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+TREE: dict[str, Any] = {"controls": {"sites": "cross", "rank": 3, "alpha": 6.0}}
+
+
+def randomise(backbone: Any, plan: methods.Plan) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parameters = dict(backbone.named_parameters())
+    with torch.no_grad():
+        for name in plan.names:
+            parameters[name].add_(0.3 * torch.randn(parameters[name].shape, generator=generator))
+
+
+def predict(backbone: Any) -> Tensor:
+    x_t = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(3))
+    condition = backbone.encode_prompts(["a fox on a red background", ""])
+    output: Tensor = backbone.predict(x_t, torch.tensor([3, 900]), condition)
+    return output
+
+
+def naive(y: Tensor) -> Tensor:
+    """CPA(y)_j = sum_i softmax_i(<y_j, y_i>) y_i, token by token."""
+    rows = []
+    for row in y:
+        for token in row:
+            weights = torch.stack([token @ other for other in row]).softmax(0)
+            rows.append(sum(weight * other for weight, other in zip(weights, row, strict=True)))
+    return torch.stack(rows).view(y.shape)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 5), (3, 1, 4), (1, 13, 8)], ids=str)
+def test_cpa_is_the_sum_it_says(shape: tuple[int, ...]) -> None:
+    y = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    own, wanted = cross_attention_of(y), naive(y)
+    torch.testing.assert_close(own, wanted)
+    (found,) = torch.autograd.grad(own.square().sum(), y)
+    (reference,) = torch.autograd.grad(wanted.square().sum(), y)
+    torch.testing.assert_close(found, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_without_tokens_are_one_token_each() -> None:
+    y = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(cross_attention_of(y), y)
+
+
+def test_a_grid_of_tokens_attends_as_a_sequence() -> None:
+    y = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    flat = cross_attention_of(y.flatten(1, 2))
+    torch.testing.assert_close(cross_attention_of(y), flat.view(y.shape))
+
+
+def test_the_equation(tiny: Any) -> None:
+    plan = methods.apply(tiny, methods_of(TREE))
+    randomise(tiny, plan)
+    layer = dict(tiny.named_modules())[UP]
+    assert isinstance(layer, ControlledLinear)
+    a, b = layer.lora_A["controls"].weight, layer.lora_B["controls"].weight
+    x = 0.1 * torch.randn(3, 7, 128, generator=torch.Generator().manual_seed(1))
+    x.requires_grad_()
+    y = 2 * x @ a.T @ b.T
+    wanted = x @ layer.base_layer.weight.T + y + naive(y)
+    own = layer(x)
+    torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-5)
+    found = torch.autograd.grad(own.square().sum(), [a, b, x])
+    reference = torch.autograd.grad(wanted.square().sum(), [a, b, x])
+    for mine, other in zip(found, reference, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
+
+
+def test_it_trains_as_many_parameters_as_lora(
+    tiny: Any, open_folder: Callable[[Path], Any], tiny_folder: Path
+) -> None:
+    plan = methods.apply(tiny, methods_of(TREE))
+    lora = methods.apply(open_folder(tiny_folder), methods_of({"lora": TREE["controls"]}))
+    assert plan.trained == lora.trained
+    assert [name.replace(".controls.", ".lora.") for name in plan.names] == list(lora.names)
+
+
+def test_tokens_hear_of_each_other_but_rows_do_not(tiny: Any) -> None:
+    """LoRA alone is a function of single tokens."""
+    plan = methods.apply(tiny, methods_of(TREE))
+    randomise(tiny, plan)
+    layer: Any = dict(tiny.named_modules())[UP]
+    x = 0.05 * torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(1))
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(layer(x)[0, 0].sum(), x)
+    assert grad[0].abs().sum(-1).gt(0).all()
+    assert not grad[1].any()
+
+
+def test_without_its_adapter_it_is_the_base_layer(tiny: Any) -> None:
+    base = predict(tiny).detach()
+    plan = methods.apply(tiny, methods_of(TREE))
+    randomise(tiny, plan)
+    assert not torch.allclose(predict(tiny), base, atol=1e-3)
+    for layer in tiny.modules():
+        if isinstance(layer, ControlledLinear):
+            layer.enable_adapters(False)
+    assert torch.equal(predict(tiny), base)
+
+
+def test_a_copy_does_the_same_and_is_its_own(tiny: Any) -> None:
+    plan = methods.apply(tiny, methods_of(TREE))
+    randomise(tiny, plan)
+    copied = copy.deepcopy(tiny)
+    live = predict(tiny).detach()
+    assert torch.equal(predict(copied), live)
+    randomise(copied, plan)
+    assert torch.equal(predict(tiny), live)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "over-4-bits"])
+def test_folding_is_refused_by_name(packed: bool, tiny: Any) -> None:
+    tree = TREE | ({"nf4": {"min_size": 256}} if packed else {})
+    methods.apply(tiny, methods_of(tree))
+    for refuse in (fold, merge):
+        with pytest.raises(ValueError, match=r"cannot be folded into a weight: methods\.controls"):
+            refuse(tiny)
+
+
+def test_export_writes_nothing(tiny: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    from trainer.export import export
+
+    plan = methods.apply(tiny, methods_of(TREE))
+    parameters = dict(tiny.named_parameters())
+    path, out = tmp_path / "adapter.safetensors", tmp_path / "out"
+    stored = {name: parameters[name] for name in plan.stored}
+    facts = {"backbone": str(tiny_folder), "methods": TREE}
+    adapter.save(path, stored, facts, tiny.identity())
+    with pytest.raises(ValueError, match=r"methods\.controls"):
+        export(path, out)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_convolutions_are_refused(tiny: Any) -> None:
+    method = Controls(sites=None, layers=("conv_in",))
+    with pytest.raises(ValueError, match=r"methods\.controls: unet\.conv_in is a convolution"):
+        methods.apply(tiny, {"controls": method})

@@ -1,0 +1,147 @@
+"""Concepts one after another: a run for each that goes on from the one before, and after each, how
+much is left of every concept so far.
+
+    runs/<recipe>/<id>/task-0, task-1, ...     the run folder of each concept
+    runs/<recipe>/<id>/continual.json          accuracy[t][s]: concept s after task t
+
+Started again with the same `run.id` it goes on where it was: a finished task is not trained again,
+an unfinished one goes on from its last checkpoint, what has been judged is not judged again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer import adapter, backbones
+from trainer.evaluate import Examiner
+from trainer.fit import console, fit, needs, run_folder
+from trainer.judge import Judge
+from trainer.recipe import task
+from trainer.schema import Recipe
+
+BATCH = 32  # pictures painted at once
+Rows = list[list[float | None]]
+
+
+def run(whole: Recipe) -> Path:
+    """Learns the concepts of `continual.concepts` in order and returns the folder of all of them.
+
+    Raises:
+        ValueError: the folder holds another sequence, or there is no judge.
+    """
+    spec, folder = whole.continual, run_folder(whole)
+    rows = _read(folder / "continual.json", whole)
+    judge = Judge(_judge_folder(whole)) if spec.images else None
+    learned: Path | None = None
+    for number in range(len(spec.concepts)):
+        place, own = folder / f"task-{number}", task(whole, number, learned)
+        learned = place / "adapter.safetensors"
+        if learned.is_file():
+            _check_same(learned, own)
+        else:
+            console.print(f"task {number}: {spec.concepts[number]}", highlight=False)
+            fit(own, place)
+        if judge is not None and number == len(rows):
+            rows.append(accuracies(whole, learned, number, judge))
+            _write(folder / "continual.json", whole, rows)
+    if rows:
+        show(whole, rows, console)
+    return folder
+
+
+def accuracies(whole: Recipe, path: Path, last: int, judge: Judge) -> list[float | None]:
+    """Concept accuracy of concepts 0 to `last` in pictures by the adapter at `path`."""
+    adapted, _ = adapter.load(path)
+    base = backbones.load(whole.backbone, whole.backbone_name).eval().requires_grad_(False)
+    found = []
+    for number in range(last + 1):
+        own = task(whole, number)
+        train, _ = own.data.open(needs(own, base))
+        examiner = Examiner(own, judge, train, whole.continual.images, BATCH)
+        found.append(examiner.accuracy(adapted))
+    return found
+
+
+def summary(rows: Rows) -> dict[str, float | None]:
+    """The mean accuracy after the last task, and forgetting: what the concepts before the last have
+    lost since each was learned, mean over s of accuracy[s][s] - accuracy[T - 1][s]."""
+    last = rows[-1]
+    pairs = [(rows[s][s], last[s]) for s in range(len(last) - 1)]
+    lost = [None if then is None or now is None else then - now for then, now in pairs]
+    return {"mean final accuracy": _mean(last), "forgetting": _mean(lost)}
+
+
+def show(whole: Recipe, rows: Rows, to: Console) -> None:
+    sheet = Table(title=f"{whole.name}: concept accuracy after each task", title_justify="left")
+    for name in ("after", *whole.continual.concepts):
+        sheet.add_column(name, justify="left" if name == "after" else "right")
+    for number, row in enumerate(rows):
+        sheet.add_row(whole.continual.concepts[number], *map(_percent, row))
+    to.print(sheet)
+    facts = ", ".join(f"{name} {_percent(value)}" for name, value in summary(rows).items())
+    to.print(facts, highlight=False)
+
+
+def _check_same(finished: Path, own: Recipe) -> None:
+    tree, _ = adapter.header(finished)
+    for key in ("backbone", "data", "methods", "objective", "optim"):
+        if tree.get(key) != own.tree.get(key):
+            raise ValueError(
+                f"{finished} was trained with another {key} than this recipe has; choose another "
+                "run.id"
+            )
+
+
+def _read(path: Path, whole: Recipe) -> Rows:
+    """The rows judged so far."""
+    if not path.is_file():
+        return []
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in _asked(whole).items():
+        if facts.get(name) != value:
+            raise ValueError(
+                f"{path} was made with continual.{name}={facts.get(name)}, and this run has "
+                f"{value}; choose another run.id"
+            )
+    rows: Rows = facts["accuracy"]
+    return rows
+
+
+def _write(path: Path, whole: Recipe, rows: Rows) -> None:
+    facts = {**_asked(whole), "accuracy": rows, **summary(rows)}
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    os.replace(part, path)
+
+
+def _asked(whole: Recipe) -> dict[str, Any]:
+    spec = whole.continual
+    return {"concepts": list(spec.concepts), "tokens": list(spec.words), "images": spec.images}
+
+
+def _judge_folder(whole: Recipe) -> Path:
+    if whole.continual.judge is not None:
+        return whole.continual.judge.expanduser()
+    own = Path(whole.backbone.folder or "", "clip")
+    if whole.backbone.folder is None or not own.is_dir():
+        raise ValueError(
+            f"backbone {whole.backbone_name} has no judge of its own; give "
+            "continual.judge=<CLIP folder>, or continual.images=0 to judge nothing"
+        )
+    return own
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"

@@ -1,0 +1,61 @@
+"""Which form a file or folder has, by what is in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trainer import adapter
+from trainer.formats import _files as files
+from trainer.formats import _tokens as tokens
+
+
+def detect(path: Path) -> str:
+    """The form of a file or folder by what is in it.
+
+    Raises:
+        ValueError: it is a whole pipeline, an adapter of ours, or nothing we know.
+    """
+    if path.is_dir():
+        return _detect_folder(path)
+    if (path.parent / "adapter_config.json").is_file() and path.suffix not in files.PICKLES:
+        return "peft"
+    loaded, metadata = files.load(path)
+    keys = list(loaded)
+    if adapter.HEADER in metadata:
+        raise ValueError(
+            f"file={path} is an adapter of ours already; give it to run.start_from as it is"
+        )
+    if tokens.is_embedding(loaded):
+        return "embedding"
+    if any("_custom_diffusion." in key for key in keys):
+        return "custom_diffusion"
+    if any(key.endswith((".diff", ".diff_b")) for key in keys):
+        return "diff"
+    if any(key.startswith(("lora_unet_", "lora_te", "lycoris_")) for key in keys):
+        return "kohya"
+    if any(key.startswith("diffusion_model.") for key in keys):
+        return "comfyui"
+    if any("lora" in key for key in keys):
+        return "diffusers"
+    raise ValueError(
+        f"file={path}: its keys, like {keys[0] if keys else '(none)'}, are of no form we read; "
+        "there are LoRA and DoRA of diffusers, peft, sd-scripts and ComfyUI, Custom Diffusion of "
+        "diffusers, and embeddings"
+    )
+
+
+def _detect_folder(path: Path) -> str:
+    if (path / "model_index.json").is_file():
+        raise ValueError(
+            f"file={path} is a whole pipeline; train on it as it is, with backbone={path}"
+        )
+    if (path / "adapter_config.json").is_file() or list(path.glob("*/adapter_config.json")):
+        return "peft"
+    found = sorted(path.glob("*.safetensors"))
+    if not found and tokens.files(path):
+        return "diffusers"
+    if not found:
+        found = sorted(item for item in path.iterdir() if item.suffix in files.PICKLES)
+    if len(found) != 1:
+        raise ValueError(f"file={path}: {len(found)} files of weights are here; give one of them")
+    return detect(found[0])

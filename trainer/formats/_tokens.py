@@ -1,0 +1,95 @@
+"""New words, one file each in `embeddings/`: `{"<v1>": row}` as diffusers and ComfyUI read it, with
+`clip_l` and `clip_g` where there are two text encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from trainer.formats import Bundle
+from trainer.formats._apply import add_to
+from trainer.formats._files import load, save
+
+FOLDER = "embeddings"
+CLIPS = ("clip_l", "clip_g")  # the text encoders of SDXL in their order
+UNNAMED = ("emb_params", "*")  # keys that do not say the word; the file's name does
+WORD = "attention_trainer_token"  # the header entry that does, where the keys name encoders
+
+
+def write(bundle: Bundle, folder: Path, dtype: torch.dtype) -> None:
+    """`<` and `>` are no letters of a file name on Windows: `<v1>` is in `v1.safetensors`."""
+    taken: set[str] = set()
+    for word, rows in bundle.tokens.items():
+        letters = "".join(letter if letter.isalnum() else " " for letter in word).split()
+        name = "-".join(letters) or "token"
+        while name.lower() in taken:
+            name += "-2"
+        taken.add(name.lower())
+        tensors = dict(zip(CLIPS, rows.values(), strict=False)) if len(rows) > 1 else {}
+        own = tensors or {word: next(iter(rows.values()))}
+        save(own, folder / FOLDER / f"{name}.safetensors", dtype, {WORD: word})
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted((folder / FOLDER).glob("*.safetensors"))
+
+
+def load_stock(folder: Path, base: Any) -> None:
+    """Through `load_textual_inversion` of the stock pipeline, which the parts of `base` make up."""
+    pipeline = base.pipeline()
+    for path in files(folder):
+        tensors = load_file(path)
+        if set(tensors) <= set(CLIPS):
+            word = load(path)[1][WORD]
+            for key, part in zip(CLIPS, base.text_encoders, strict=False):
+                pipeline.load_textual_inversion(
+                    {word: tensors[key]}, token=word, text_encoder=base.text_encoders[part],
+                    tokenizer=base.tokenizers[part],
+                )  # fmt: skip
+        else:
+            pipeline.load_textual_inversion(path.parent, weight_name=path.name)
+
+
+def load_own(folder: Path, base: Any) -> None:
+    add_to(base, Bundle({}, read(files(folder), base)))
+
+
+def read(paths: list[Path], base: Any) -> dict[str, dict[str, Tensor]]:
+    """Rows of files in any of these shapes; several rows under one word are `word`, `word_1`, ...
+
+    Raises:
+        ValueError: a row that is not as wide as the text encoder's.
+    """
+    tokens: dict[str, dict[str, Tensor]] = {}
+    for path in paths:
+        tensors, metadata = load(path)
+        encoders = list(base.text_encoders)
+        if set(tensors) <= set(CLIPS):
+            word = metadata.get(WORD, f"<{path.stem}>")
+            rows = {part: tensors[key] for key, part in zip(CLIPS, encoders, strict=False)}
+        else:
+            ((key, row),) = tensors.items()
+            word, rows = f"<{path.stem}>" if key in UNNAMED else key, {encoders[0]: row}
+        for part, value in rows.items():
+            width = base.text_encoders[part].get_input_embeddings().embedding_dim
+            if value.shape[-1] != width:
+                raise ValueError(
+                    f"file={path}: the row of {word} is {value.shape[-1]} wide; the {part} of "
+                    f"backbone {base.name} has rows of {width}, so it was made for another"
+                )
+            for place, vector in enumerate(value.reshape(-1, width)):
+                name = word if place == 0 else f"{word}_{place}"
+                tokens.setdefault(name, {})[part] = vector
+    return tokens
+
+
+def is_embedding(tensors: Mapping[str, Tensor]) -> bool:
+    """One row, or few, under one key that is no layer's; or one a text encoder."""
+    if set(tensors) <= set(CLIPS):
+        return bool(tensors)
+    return len(tensors) == 1 and all("." not in k and v.ndim <= 2 for k, v in tensors.items())

@@ -1,0 +1,25 @@
+"""`diff`: every change as a whole delta, W + diff, under ComfyUI's names: larger than low-rank
+matrices, and the same in every version, DoRA too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from trainer.formats._apply import full, layer_at
+from trainer.formats._job import Job
+from trainer.formats.comfyui import READERS, read, save
+
+__all__ = ["READERS", "read", "write"]
+
+
+@torch.no_grad()
+def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
+    from trainer.attention.nf4 import unpacked
+
+    layers = {
+        path: full(delta, unpacked(layer_at(job.base, path)))
+        for path, delta in job.bundle.layers.items()
+    }
+    save(job, layers, folder, dtype, "diff")

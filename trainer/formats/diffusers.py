@@ -1,0 +1,143 @@
+"""`diffusers`: `pytorch_lora_weights.safetensors` for `load_lora_weights`, DoRA in peft's style.
+
+The scale is folded into B and alpha is the rank, so that every reader takes it at strength 1; the
+header still says so in the fewest fields, since a field an older peft does not know stops it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from trainer.formats import Bundle, Delta, DoRA, LowRank
+from trainer.formats import _files as files
+from trainer.formats import _tokens as tokens
+from trainer.formats._factor import factored, folded
+from trainer.formats._job import Job
+from trainer.formats._names import long_name
+
+FILE = "pytorch_lora_weights.safetensors"
+METADATA = "lora_adapter_metadata"
+OLD = re.compile(r"\.(?:processor|self_attn)\.to_(q|k|v|out)_lora\.")
+
+
+def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
+    layers = factored(job.bundle, "diffusers")
+    _refuse_unloadable(job, layers)
+    tensors: dict[str, Tensor] = {}
+    for path, delta in layers.items():
+        key = long_name(path)
+        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = folded(delta)
+        if isinstance(delta, DoRA):
+            tensors[f"{key}.{magnitude_of(path)}"] = delta.magnitude
+    if tensors:
+        metadata = {METADATA: json.dumps(config(layers), indent=2, sort_keys=True)}
+        files.save(tensors, folder / FILE, dtype, metadata)
+    tokens.write(job.bundle, folder, dtype)
+
+
+def magnitude_of(path: str) -> str:
+    """transformers 5 wants `.weight` behind it, and without it leaves the magnitudes as they are,
+    in silence; peft takes both, and writes the short one."""
+    name = "lora_magnitude_vector"
+    return f"{name}.weight" if path.startswith("text_encoder") else name
+
+
+def config(layers: Mapping[str, LowRank | DoRA]) -> dict[str, Any]:
+    """The fewest fields of a peft `LoraConfig` for each part, with the part before each."""
+    fields: dict[str, Any] = {}
+    for part in dict.fromkeys(path.partition(".")[0] for path in layers):
+        own = {p.partition(".")[2]: d for p, d in layers.items() if p.partition(".")[0] == part}
+        fields |= {f"{part}.{key}": value for key, value in part_config(part, own).items()}
+    return fields
+
+
+def part_config(part: str, layers: Mapping[str, LowRank | DoRA]) -> dict[str, Any]:
+    """peft tries every pattern on every layer: a denoiser's begins at the start of the name, a text
+    encoder's does not, since older transformers have one more level there."""
+    rank = Counter(delta.rank for delta in layers.values()).most_common(1)[0][0]
+    start = "" if part.startswith("text_encoder") else "^"
+    ranks = {f"{start}{re.escape(n)}": d.rank for n, d in layers.items() if d.rank != rank}
+    fields: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": sorted(layers)}
+    if ranks:
+        fields |= {"rank_pattern": ranks, "alpha_pattern": ranks}
+    dora = [isinstance(delta, DoRA) for delta in layers.values()]
+    if any(dora) and not all(dora):
+        raise ValueError(
+            f"LoRA and DoRA on different layers of {part} cannot be in one peft file, which is one "
+            "or the other; format=merged or format=diff carries both"
+        )
+    return fields | ({"use_dora": True} if any(dora) else {})
+
+
+def _refuse_unloadable(job: Job, layers: Mapping[str, object]) -> None:
+    stock = type(job.base.pipeline())
+    takes = getattr(stock, "_lora_loadable_modules", ())
+    for part in dict.fromkeys(path.partition(".")[0] for path in layers):
+        if part not in takes or not hasattr(stock, "load_lora_weights"):
+            raise ValueError(
+                f"format=diffusers cannot carry a LoRA of the {part}: diffusers' {stock.__name__} "
+                "loads none there; format=peft or format=merged carries it"
+            )
+
+
+def _load_lora_weights(folder: Path, base: Any) -> Any:
+    tokens.load_stock(folder, base)
+    if (folder / FILE).is_file():
+        base.pipeline().load_lora_weights(folder, weight_name=FILE)
+    return base
+
+
+READERS = {"load_lora_weights": _load_lora_weights}
+
+
+def read(path: Path, base: Any) -> Bundle:
+    """A file, or a folder with `FILE` and `embeddings/`, in diffusers' present spelling or the
+    former ones."""
+    file = path / FILE if path.is_dir() else path
+    layers: dict[str, Delta] = {}
+    notes: tuple[str, ...] = ()
+    if file.is_file() or not path.is_dir():
+        tensors, metadata = files.load(file)
+        known = json.loads(metadata[METADATA]) if METADATA in metadata else {}
+        renamed = {_modern(key): value for key, value in tensors.items()}
+
+        def scale(name: str, delta: LowRank | DoRA) -> float:
+            return strength(_of_part(known, name.partition(".")[0]), name, delta.rank)
+
+        layers, notes = files.deltas(renamed, base, scale)
+    found = tokens.read(tokens.files(path), base) if path.is_dir() else {}
+    return Bundle(layers, found, notes=notes)
+
+
+def strength(fields: Mapping[str, Any], name: str, rank: int) -> float:
+    """alpha / r as a peft configuration says it for a layer; 1 where there is none."""
+    if "lora_alpha" not in fields:
+        return 1.0
+    patterns = fields.get("alpha_pattern") or {}
+    module = name.partition(".")[2]
+    alpha = patterns.get(get_pattern_key(list(patterns), module), fields["lora_alpha"])
+    return float(alpha) / (rank**0.5 if fields.get("use_rslora") else rank)
+
+
+def _of_part(known: Mapping[str, Any], part: str) -> dict[str, Any]:
+    return {k.partition(".")[2]: v for k, v in known.items() if k.partition(".")[0] == part}
+
+
+def _modern(key: str) -> str:
+    """`attn1.processor.to_q_lora.down` and the text encoder's `self_attn.to_q_lora.down`."""
+    match = OLD.search(key)
+    if match is None:
+        return key
+    if key[match.start() :].startswith(".processor"):
+        layer = "to_out.0" if match[1] == "out" else f"to_{match[1]}"
+        return f"{key[: match.start()]}.{layer}.lora.{key[match.end() :]}"
+    return f"{key[: match.start()]}.self_attn.{match[1]}_proj.lora.{key[match.end() :]}"

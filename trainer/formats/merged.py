@@ -1,0 +1,53 @@
+"""`merged`: the whole pipeline in diffusers layout, which stock diffusers loads by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.attention.inject import fold
+from trainer.attention.processor import Host
+from trainer.attention.tokens import ExtendedEmbedding
+from trainer.formats._job import Job
+
+STOCK = ("torch", "diffusers", "transformers")
+
+
+def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
+    merge(job.live).to(dtype).pipeline().save_pretrained(folder, safe_serialization=True)
+
+
+def merge(backbone: Any) -> Any:
+    """Folds everything a stock pipeline has no name for into plain layers, in place.
+
+    Raises:
+        ValueError: something is left that a stock pipeline has no place for.
+    """
+    Host.attach(backbone.denoiser).detach()
+    fold(backbone)
+    for encoder in backbone.text_encoders.values():
+        table = encoder.get_input_embeddings()
+        if isinstance(table, ExtendedEmbedding):
+            encoder.set_input_embeddings(table.merged())
+            encoder.config.vocab_size = table.num_embeddings
+    for name, module in backbone.named_modules():
+        if name and type(module).__module__.split(".")[0] not in STOCK:
+            raise ValueError(
+                f"format=merged cannot carry {name} ({type(module).__name__}): a stock pipeline "
+                "has no place for it"
+            )
+    return backbone
+
+
+def _from_pretrained(folder: Path, base: Any) -> Any:
+    """The parts of the stock pipeline, under the names the backbone has for them."""
+    pipeline = type(base.pipeline()).from_pretrained(folder, dtype=torch.float32)
+    for name, part in pipeline.components.items():
+        if hasattr(base, name) and part is not None:
+            setattr(base, name, part.eval() if isinstance(part, torch.nn.Module) else part)
+    return base
+
+
+READERS = {"from_pretrained": _from_pretrained}

@@ -1,0 +1,73 @@
+"""C-LoRA: a LoRA for every concept of a sequence, each kept off the weights that the ones before
+it changed.
+
+    W_t = W_0 + sum_{t' < t} A_t' B_t' + A_t B_t
+    L = L_diffusion + lambda * sum over layers of |  |sum_{t' < t} A_t' B_t'| (.) A_t B_t  |_F^2
+
+Smith et al., Continual Diffusion, arXiv 2304.06027, section 3; on K and V of cross-attention. The
+first concept has no penalty. The paper's prompts have a new token with a random start for every
+concept and no class word; that is `new_token` with `init: null` and data without `class_word`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from trainer.methods import Edit
+from trainer.methods.lowrank import LowRank, Role
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.attention.model import AttentionModel
+
+
+class CLora(LowRank):
+    """Options of `LowRank`; task: the concept's number, from 0: earlier ones are kept as they are.
+
+    penalty: lambda. It weighs a fourth power of weight changes, so it is a large number, and
+    another one for another rank, learning rate or backbone.
+    """
+
+    rank: int = Field(16, gt=0)
+    sites: str | None = "cross"
+    projections: tuple[Role, ...] = ("k", "v")
+    task: int = Field(0, ge=0)
+    penalty: float = Field(1e6, ge=0)
+
+    def apply(self, model: AttentionModel) -> Edit:
+        from trainer.attention.inject import claims, layer_of, stack
+
+        targets = self.targets(model)
+        *past, trains = stack(model, targets, self.config, "c_lora", self.task + 1)
+        keeps = tuple(name for names in past for name in names)
+        layers = [layer_of(model, target) for target in targets]
+        return Edit(
+            sites=tuple(dict.fromkeys(target.site for target in targets if target.site)),
+            claims=claims(targets, (*trains, *keeps)),
+            trains=trains,
+            keeps=keeps,
+            loss=self._penalty(layers) if past and self.penalty else None,
+        )
+
+    def _penalty(self, layers: list[Any]) -> Callable[[], Tensor]:
+        def penalty() -> Tensor:
+            import torch
+
+            return self.penalty * torch.stack([_overlap(layer) for layer in layers]).sum()
+
+        return penalty
+
+
+def _overlap(layer: Any) -> Tensor:
+    """|  |sum_{t' < t} A_t' B_t'| (.) A_t B_t  |_F^2 of one layer."""
+    import torch
+
+    *past, own = layer.active_adapters
+    with torch.no_grad():
+        changed = sum(layer.get_delta_weight(name) for name in past).abs()
+    overlap: Tensor = (changed * layer.get_delta_weight(own)).float().square().sum()
+    return overlap

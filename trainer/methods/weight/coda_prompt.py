@@ -1,0 +1,102 @@
+"""CODA-Prompt: keys and values put together from a pool of parts by attention to the prompt, each
+task training its own slice of the pool.
+
+    alpha_m = cos(q (.) A_m, K_m),  p = sum_m alpha_m P_m,  keys <- [keys; p_K], values likewise
+    L = L_diffusion + ortho * sum over sites of |P P^T - I|^2 + |K K^T - I|^2 + |A A^T - I|^2
+
+Smith et al., CVPR 2023, arXiv 2211.13218, section 4. There q is the image's class token and the
+prompts are prefixes of self-attention; here q is the mean text feature and the prefixes are those
+of cross-attention (`trainer/attention/prompts.py`). Training does not start at the base model:
+the prompts take part from the first step. Task t has parts [t M / T, (t + 1) M / T) of the M; those
+of earlier tasks are kept, those of later ones do not exist yet. The authors' code scales the
+penalty by 1e-6 and takes its mean; this is the paper's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from trainer.attention.selector import parse_selector
+from trainer.methods import Edit, Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.attention.model import AttentionModel
+    from trainer.attention.prompts import PromptPool
+
+
+class CodaPrompt(Method):
+    """pool: M, the parts of all tasks at a site; length: tokens of a prompt, half keys and half
+    values; sites: a selector of cross-attention.
+
+    task: its number, from 0, of `num_tasks` in all; ortho: weight of the orthogonality penalty.
+    """
+
+    kind: ClassVar[Literal["attention"]] = "attention"
+    pool: int = Field(100, gt=0)
+    length: int = Field(8, gt=0, multiple_of=2)
+    sites: str = "cross"
+    task: int = Field(0, ge=0)
+    num_tasks: int = Field(5, gt=0)
+    ortho: float = Field(0.1, ge=0)
+
+    @field_validator("sites")
+    @classmethod
+    def _parses(cls, text: str) -> str:
+        parse_selector(text)
+        return text
+
+    @model_validator(mode="after")
+    def _in_range(self) -> CodaPrompt:
+        if self.task >= self.num_tasks:
+            raise ValueError(f"task={self.task} is beyond num_tasks={self.num_tasks}; count from 0")
+        if self.pool < self.num_tasks:
+            raise ValueError(
+                f"pool={self.pool} has no part for each of num_tasks={self.num_tasks}; raise it"
+            )
+        return self
+
+    def apply(self, model: AttentionModel) -> Edit:
+        from trainer.attention.prompts import PromptPool
+        from trainer.attention.sites import require
+
+        sites = require(model.sites, self.sites, "sites")
+        if other := [site for site in sites if site.kind != "cross"]:
+            raise ValueError(
+                f"sites: {other[0].name} is {other[0].kind} attention, which gets no text to "
+                "choose prompts by; select cross-attention, as in sites=cross"
+            )
+        bounds = [task * self.pool // self.num_tasks for task in range(self.task + 2)]
+        counts = [end - start for start, end in pairwise(bounds)]
+        pools = []
+        trains: list[str] = []
+        keeps: list[str] = []
+        for site in sites:
+            text = site.projection("k").in_features
+            pool = PromptPool(counts, self.length, site.heads * site.head_dim, text)
+            model.host.install(pool, [site])
+            pools.append(pool)
+            for task, components in enumerate(pool.tasks):
+                path = f"{model.denoiser_name}.{site.name}.{pool.name}.tasks.{task}"
+                names = [f"{path}.{name}" for name, _ in components.named_parameters()]
+                (trains if task == self.task else keeps).extend(names)
+        return Edit(
+            sites=tuple(site.name for site in sites),
+            claims=tuple((name, "weight") for name in (*trains, *keeps)),
+            trains=tuple(trains),
+            keeps=tuple(keeps),
+            loss=self._penalty(pools) if self.ortho else None,
+        )
+
+    def _penalty(self, pools: Sequence[PromptPool]) -> Callable[[], Tensor]:
+        def penalty() -> Tensor:
+            import torch
+
+            return self.ortho * torch.stack([pool.orthogonality() for pool in pools]).sum()
+
+        return penalty

@@ -1,0 +1,50 @@
+"""PEFT with Controls: beside each frozen layer a low-rank controller whose tokens attend to each
+other, h = W0 x + g(x), at no parameters more than LoRA's.
+
+    g(x) = LoRA(x) + CPA(LoRA(x)),  CPA(y)_j = sum_i softmax_i(<y_j, y_i>) y_i  over the tokens
+
+ICML 2024. LoRA(x) = alpha / rank * B A x with B zero, so g = 0 at the start. CPA works on LoRA's
+output, not on the `rank` values between A and B, and costs O(n^2) for n tokens; what it does is no
+function of single tokens, so that no weight can take it over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainer.methods import Edit
+from trainer.methods.lowrank import LowRank
+
+if TYPE_CHECKING:
+    from trainer.attention.inject import Target
+    from trainer.attention.model import AttentionModel
+
+
+class Controls(LowRank):
+    """Options of `LowRank`, on linear layers only."""
+
+    def apply(self, model: AttentionModel) -> Edit:
+        from torch import nn
+
+        from trainer.attention.controls import ControlledLinear
+        from trainer.attention.inject import base, claims, inject, layer_of
+
+        targets = self.targets(model)
+        for target in targets:
+            if not isinstance(base(layer_of(model, target)), nn.Linear):
+                raise ValueError(
+                    f"{target.path} is a convolution, which has no tokens; name linear layers"
+                )
+
+        def config(own: Sequence[Target]) -> Any:
+            made = self.config(own)
+            made._register_custom_module({nn.Linear: ControlledLinear})
+            return made
+
+        trains = inject(model, targets, config, "controls")
+        return Edit(
+            sites=tuple(dict.fromkeys(target.site for target in targets if target.site)),
+            claims=claims(targets, trains),
+            trains=trains,
+        )

@@ -1,0 +1,129 @@
+"""InfLoRA: a LoRA for every task of a sequence that reads only input directions no earlier task
+uses, so that learning the new leaves the old as it was.
+
+    W_t = W_0 + sum_{t' <= t} B_t' A_t',  A_t' fixed, B_t trained from zero
+    A_t = the r directions in which the new task's inputs H_t, less their part in M_t, vary most
+    A_t x = 0 for every x in span(M_t), the subspace of the earlier tasks' inputs
+
+Liang and Li, arXiv 2404.00228 (the paper calls the fixed matrix B and the trained one A). After
+task t, M grows until it holds the share eps_t of that task's input energy, eps_t going from
+`energy[0]` towards `energy[1]` (`trainer/attention/subspace.py`). Energy is |H|_F^2 as in the
+paper; the authors' code squares the eigenvalues of the covariance, which takes fewer directions,
+and divides A by sqrt(3), which here is left to alpha.
+
+The new task's inputs are seen before its first step, and again after its last for M: by then the
+new tokens have moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, model_validator
+
+from trainer.methods import Edit
+from trainer.methods.lowrank import LowRank, Role
+
+if TYPE_CHECKING:
+    from trainer.attention.model import AttentionModel
+
+KEPT, COMPLEMENT = "inflora_kept", "inflora_complement"
+
+
+class Inflora(LowRank):
+    """Options of `LowRank`, on linear layers; task: its number, from 0, of `num_tasks` in all.
+
+    energy: eps of the first task, and what it would be after the last, linear in between.
+    """
+
+    rank: int = Field(10, gt=0)
+    sites: str | None = "cross"
+    projections: tuple[Role, ...] = ("k", "v")
+    task: int = Field(0, ge=0)
+    num_tasks: int = Field(5, gt=0)
+    energy: tuple[float, float] = (0.95, 1.0)
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Inflora:
+        if self.task >= self.num_tasks:
+            raise ValueError(f"task={self.task} is beyond num_tasks={self.num_tasks}; count from 0")
+        if not 0 < self.energy[0] <= self.energy[1] <= 1:
+            raise ValueError(f"energy={list(self.energy)} must rise within 0 and 1")
+        return self
+
+    def apply(self, model: AttentionModel) -> Edit:
+        from torch import nn
+
+        from trainer.attention.inject import base, claims, layer_of, stack
+
+        targets = self.targets(model)
+        for target in targets:
+            if isinstance(base(layer_of(model, target)), nn.Conv2d):
+                raise ValueError(f"layers: {target.path} is a convolution; name linear layers")
+        tasks = stack(model, targets, self.config, "inflora", self.task + 1)
+        trains = tuple(name for name in tasks[-1] if ".lora_B." in name)
+        keeps = [name for names in tasks for name in names if name not in trains]
+        layers = {target.path: layer_of(model, target) for target in targets}
+        for path, layer in layers.items():
+            keeps += _add_memory(layer, path)
+        return Edit(
+            sites=tuple(dict.fromkeys(target.site for target in targets if target.site)),
+            claims=claims(targets, (*trains, *keeps)),
+            trains=trains,
+            keeps=tuple(keeps),
+            prepare=self._design(layers),
+            finish=self._remember(layers),
+        )
+
+    def _design(self, layers: Mapping[str, Any]) -> Callable[[Callable[[], None]], None]:
+        def prepare(run: Callable[[], None]) -> None:
+            import torch
+
+            from trainer.attention.statistics import input_moments
+            from trainer.attention.subspace import design, unpack
+
+            moments = input_moments(layers, run)
+            for path, layer in layers.items():
+                free = unpack(getattr(layer, KEPT), bool(getattr(layer, COMPLEMENT)))
+                if not free.shape[1]:
+                    raise ValueError(
+                        f"methods.inflora: earlier tasks use all {len(free)} input directions of "
+                        f"{path}, so nothing is left to learn with; train them with a lower energy"
+                    )
+                matrix = layer.lora_A[layer.active_adapters[-1]].weight
+                with torch.no_grad():
+                    matrix.copy_(design(free, moments[path], len(matrix)))
+
+        return prepare
+
+    def _remember(self, layers: Mapping[str, Any]) -> Callable[[Callable[[], None]], None]:
+        first, last = self.energy
+        energy = first + (last - first) * self.task / self.num_tasks
+
+        def finish(run: Callable[[], None]) -> None:
+            import torch
+
+            from trainer.attention.statistics import input_moments
+            from trainer.attention.subspace import claim, pack, unpack
+
+            moments = input_moments(layers, run)
+            for path, layer in layers.items():
+                free = unpack(getattr(layer, KEPT), bool(getattr(layer, COMPLEMENT)))
+                kept, complement = pack(claim(free, moments[path], energy))
+                with torch.no_grad():
+                    getattr(layer, KEPT).copy_(kept)
+                    getattr(layer, COMPLEMENT).fill_(complement)
+
+        return finish
+
+
+def _add_memory(layer: Any, path: str) -> list[str]:
+    """An empty M beside the adapters of a layer; the names of its two buffers."""
+    import torch
+
+    weight = layer.lora_A[layer.active_adapters[0]].weight
+    width = weight.shape[1]
+    layer.register_buffer(KEPT, weight.new_zeros(width, width // 2))
+    layer.register_buffer(COMPLEMENT, torch.zeros((), dtype=torch.bool, device=weight.device))
+    return [f"{path}.{KEPT}", f"{path}.{COMPLEMENT}"]

@@ -1,0 +1,162 @@
+"""peft's other adapters: one method for every kind of it that can stand by itself on a layer.
+
+    loha       W0 + (B1 A1) * (B2 A2)                      arXiv 2108.06098
+    lokr       W0 + C (x) B A, a Kronecker product         arXiv 2309.14859
+    oft        W0 R, R orthogonal in blocks                arXiv 2306.07280
+    hra        W0 H1 ... Hr, Householder reflections       arXiv 2405.17484
+    ia3        diag(l) W0                                  arXiv 2205.05638
+    fourierft  W0 + the inverse FFT of a few frequencies   arXiv 2405.03003
+    waveft     W0 + the inverse wavelets of a few places   arXiv 2505.12532
+    c3a        W0 + circulant blocks                       arXiv 2407.19342
+    miss       W0 + one small matrix, repeated (Bone)      arXiv 2409.15371
+    hira       W0 * (1 + B A)                              ICLR 2025
+    delora     W0 + B A, normalised, of strength lambda    arXiv 2503.18225
+    gralora    W0 + B A in each of k x k blocks            arXiv 2505.20355
+    road       rotations and scales of pairs of outputs    arXiv 2409.00119
+
+All start at the base model, exactly but for the rounding of hra, unless `options` set their start
+otherwise. What they fix at random comes from seeds among the options, and the rest from the base,
+so that the trained tensors are all there is to store.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
+
+from trainer.methods import Edit
+from trainer.methods.lowrank import Targeted
+
+if TYPE_CHECKING:
+    from trainer.attention.inject import Target
+    from trainer.attention.model import AttentionModel
+
+# peft's configuration, and what it takes to start at the base model
+TYPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "loha": ("LoHaConfig", {}),
+    "lokr": ("LoKrConfig", {}),
+    "oft": ("OFTConfig", {}),
+    "hra": ("HRAConfig", {}),
+    "ia3": ("IA3Config", {"feedforward_modules": []}),
+    "fourierft": ("FourierFTConfig", {"init_weights": True}),
+    "waveft": ("WaveFTConfig", {}),
+    "c3a": ("C3AConfig", {"init_weights": True}),
+    "miss": ("MissConfig", {}),
+    "hira": ("HiraConfig", {}),
+    "delora": ("DeloraConfig", {}),
+    "gralora": ("GraloraConfig", {}),
+    "road": ("RoadConfig", {}),
+}
+# those that leave W0 to the layer under them, which may then be in 4 bits
+OVER_4_BITS = ("oft", "ia3", "fourierft", "waveft", "miss", "hira", "road")
+SHARED = "shares tensors between layers, which peft cannot inject into a model that is not its own"
+INSTEAD = {
+    "lora": "is a method of its own; use methods.lora",
+    "dora": "is a method of its own; use methods.dora",
+    "boft": "is oft unless peft can compile CUDA code of its own on the spot; use oft",
+    "bone": "is called miss",
+    "vera": f"{SHARED}; the nearest here is fourierft",
+    "pvera": f"{SHARED}; the nearest here is fourierft",
+    "vblora": f"{SHARED}; the nearest here is fourierft",
+    "unilora": f"{SHARED}; the nearest here is fourierft",
+    "tinylora": f"{SHARED}; the nearest here is fourierft",
+    "frod": f"{SHARED}; the nearest here is fourierft",
+    "randlora": "keeps large random tensors that no adapter file holds; the nearest here is loha",
+    "shira": "trains places drawn at random, which no adapter file holds; use waveft",
+    "adalora": "needs a budget set at every step; the nearest here is methods.lora with ranks",
+}
+# options that sites, projections, layers and text_encoder stand for, or that train the base
+OURS = (
+    "target_modules",
+    "exclude_modules",
+    "feedforward_modules",
+    "layers_to_transform",
+    "modules_to_save",
+    "bias",
+    "fan_in_fan_out",
+)
+
+
+class PeftAdapter(Targeted):
+    """Options of `Targeted`; type: see this file's head; options: of peft's configuration of that
+    type, as in `{r: 8, alpha: 8}`."""
+
+    type: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("type")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name in INSTEAD:
+            raise ValueError(f"{name} {INSTEAD[name]}")
+        if name not in TYPES:
+            raise ValueError(f"no such adapter{_nearest(name, TYPES)}")
+        return name
+
+    def apply(self, model: AttentionModel) -> Edit:
+        from trainer.attention.inject import base, claims, inject, layer_of
+        from trainer.attention.nf4 import is_packed
+
+        targets = self.targets(model)
+        for target in targets:
+            if self.type not in OVER_4_BITS and is_packed(base(layer_of(model, target))):
+                raise ValueError(
+                    f"{self.type} calculates with W0, and methods.nf4 stores that of {target.path} "
+                    f"in 4 bits; use {', '.join(OVER_4_BITS)}, or methods.nf4.skip"
+                )
+        added = inject(model, targets, self._config(), "peft_adapter")
+        parameters = dict(model.named_parameters())
+        trains = tuple(name for name in added if parameters[name].requires_grad)
+        return Edit(
+            sites=tuple(dict.fromkeys(target.site for target in targets if target.site)),
+            claims=claims(targets, added),
+            trains=trains,
+        )
+
+    def _config(self) -> Callable[[Sequence[Target]], Any]:
+        """From targets to their configuration, the options checked against its fields."""
+        import dataclasses
+        import typing
+
+        import peft
+
+        name, defaults = TYPES[self.type]
+        cls = getattr(peft, name)
+        general = {field.name for field in dataclasses.fields(peft.PeftConfig)}
+        own = [
+            field.name
+            for field in dataclasses.fields(cls)
+            if field.name not in {*general, *OURS} and not field.name.endswith("_pattern")
+        ]
+        hints = typing.get_type_hints(cls)
+        checked = {
+            key: _checked(key, value, hints, own)
+            for key, value in self.options.items()
+            if value is not None  # options.r=null removes it
+        }
+        return lambda targets: cls(
+            target_modules=[target.name for target in targets], **(defaults | checked)
+        )
+
+
+def _checked(key: str, value: Any, hints: Mapping[str, Any], known: Iterable[str]) -> Any:
+    if key in OURS or key.endswith("_pattern"):
+        raise ValueError(
+            f"options.{key}: layers are chosen by sites, projections, layers and text_encoder, and "
+            "nothing else of the base is trained; remove it"
+        )
+    if key not in known:
+        raise ValueError(f"options.{key}: no such option{_nearest(key, known)}")
+    try:
+        return TypeAdapter(hints[key]).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"options.{key}={value!r}: {error.errors()[0]['msg']}") from None
+
+
+def _nearest(wrong: str, right: Iterable[str]) -> str:
+    right = list(right)
+    near = difflib.get_close_matches(wrong, right, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(right)}"
