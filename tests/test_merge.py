@@ -114,3 +114,22 @@ def test_what_cannot_be_merged_is_refused(
     with pytest.raises(ValueError, match="nothing is written over"):
         merge([first, first], out)
     assert out.read_text() == "mine"
+
+
+def test_the_verb_says_which_words_there_are(
+    tiny_folder: Path, tmp_path: Path, open_folder: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trainer.__main__ import main
+
+    one, _ = made(tiny_folder, tmp_path / "1.safetensors", 1, open_folder)
+    two, _ = made(tiny_folder, tmp_path / "2.safetensors", 2, open_folder)
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a cat on a mat\n\na dog left of a fox\n")
+    out = tmp_path / "both.safetensors"
+    assert main(["merge", f"adapter=[{one},{two}]", f"out={out}", f"captions={captions}"]) == 0
+    assert capsys.readouterr().out.strip().endswith("both.safetensors: <v1>, <v2>")
+    assert adapter.load(out)[1]["methods"]["new_token"]["tokens"] == ["<v1>", "<v2>"]
+    captions.write_text("\n")
+    again = ["merge", f"adapter=[{one},{two}]", f"out={tmp_path / 'x'}", f"captions={captions}"]
+    assert main(again) == 78
+    assert main(["merge", f"adapter={one}", f"out={tmp_path / 'x'}"]) == 78

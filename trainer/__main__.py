@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 BAD_RECIPE = 78
-VERBS = ("fit", "check", "sample", "evaluate", "export", "import", "data")
+VERBS = ("fit", "check", "sample", "evaluate", "export", "import", "merge", "data")
 USAGE = """usage: python -m trainer <verb> [key=value ...]
 
   fit recipe=<name> [backbone=<name or folder>] [section.key=value ...]
@@ -23,6 +23,8 @@ USAGE = """usage: python -m trainer <verb> [key=value ...]
                          kohya, comfyui, diff, peft
   import file=<file or folder> backbone=<name or folder> out=<adapter.safetensors> [format=auto]
                          an adapter of ours from a file made elsewhere, for run.start_from
+  merge adapter=[<run folder or file>,...] out=<adapter.safetensors> [captions=<text file>]
+                         Custom Diffusion concepts trained apart into one adapter, in closed form
   data world out=<folder> [count=1000 seed=0 sprites=known per_shard=1000]
                          write scenes of the embedded world as webdataset shards with a manifest
   list [recipes|backbones|methods|data]

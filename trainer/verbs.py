@@ -138,6 +138,28 @@ def import_(words: list[str]) -> int:
     return 0
 
 
+def merge(words: list[str]) -> int:
+    """Captions, if given, are a text file with one ordinary caption a line."""
+    given = recipes.parse(words)
+    recipes.refuse_unknown(given, ("adapter", "out", "captions"), "")
+    sources, out, captions = (given.get(key) for key in ("adapter", "out", "captions"))
+    if not isinstance(sources, list) or not isinstance(out, str):
+        raise RecipeError("give adapter=[<run>,<run>] and out=<adapter.safetensors>")
+    lines = None
+    if captions is not None:
+        text = Path(str(captions)).expanduser().read_text(encoding="utf-8")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if not lines:
+            raise RecipeError(f"captions={captions}: no caption in it; write one a line")
+    _quiet()
+    from trainer.adapter import file_of
+    from trainer.merge import merge as write
+
+    tokens = write([file_of(str(source)) for source in sources], Path(out).expanduser(), lines)
+    print(f"{out}: {', '.join(tokens)}")
+    return 0
+
+
 def data(words: list[str]) -> int:
     """`data world out=<folder>`: scenes as shards."""
     if words[:1] != ["world"]:
