@@ -191,7 +191,7 @@ def test_evaluate_sets_base_beside_adapted(first: Path) -> None:
     [
         ("data.concept=nowhere", "nowhere"),
         ("methods.selective.sites=temporal", "matches no attention site"),
-        ("methods.new_token.tokens=[fox]", "exists already"),
+        ("methods.new_token.tokens=[fox] data.token=fox", "exists already"),
         ("methods.new_token.init=xylophone", "tokens; choose a word that is one"),
     ],
     ids=["missing-folder", "no-site", "known-token", "long-init"],
@@ -199,7 +199,7 @@ def test_evaluate_sets_base_beside_adapted(first: Path) -> None:
 def test_mistakes_end_before_training(
     word: str, says: str, tmp_path: Path, tiny_folder: Path
 ) -> None:
-    result = fit(tmp_path, tiny_folder, word, "run.id=bad", code=78)
+    result = fit(tmp_path, tiny_folder, *word.split(), "run.id=bad", code=78)
     assert says in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "runs" / "custom_diffusion" / "bad" / "adapter.safetensors").exists()

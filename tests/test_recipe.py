@@ -34,7 +34,7 @@ lr=1 -> lr: no such key; did you mean optim.lr?
 steps=1 -> steps: no such key; did you mean run.steps or preview.steps?
 xyz=1 -> xyz: no such key; there are: recipe, backbone, data, methods, objective, optim
 backbones.tiny.run.steps=1 -> backbones: no such key; did you mean backbone?
-optim=3 -> optim is 3; it takes name, lr, scale_lr, betas
+optim=3 -> optim is 3; it takes name, lr, scale_lr, lrs, betas
 optim.name=adamw8 -> optim.name='adamw8': Input should be 'adamw', 'adamw8bit' or
 optim.lr=abc -> optim.lr='abc': Input should be a valid number
 optim.lr.x=1 -> optim.lr: Input should be a valid number
@@ -295,3 +295,13 @@ def test_data_and_method_must_name_the_same_words() -> None:
     assert "data.token=<v2>: methods.new_token adds <v1>" in str(error.value)
     both = ["data.token=<v2>", "methods.new_token.tokens=[<v2>]"]
     assert recipe.load(["recipe=custom_diffusion", *both]).data.words == ("<v2>",)
+
+
+def test_an_lr_is_for_a_method_of_the_recipe() -> None:
+    with pytest.raises(RecipeError) as error:
+        recipe.load(["recipe=custom_diffusion", "optim.lrs.new_tokens=1e-3"])
+    assert "optim.lrs.new_tokens: no such key; did you mean optim.lrs.new_token?" in str(
+        error.value
+    )
+    with pytest.raises(RecipeError, match=r"optim\.lrs\.new_token=0"):
+        recipe.load(["recipe=custom_diffusion", "optim.lrs.new_token=0"])

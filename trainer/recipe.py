@@ -343,10 +343,17 @@ def _hint(wrong: str, right: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{near[0]}?" if near else f"; there are: {', '.join(right)}"
 
 
+def _is_key(part: str) -> bool:
+    """Whether a place in a pydantic error is a key of the user's; a branch is called by its
+    type."""
+    return part.isidentifier() and part not in ("str", "int", "float", "bool", "none", "dict")
+
+
 def _sentence(error: Any, key: str) -> str:
     kind, given = error["type"], error["input"]
-    # behind the field come places in a list, and names of a union's branches, which say nothing
-    places = [str(part) for part in error["loc"][1:] if isinstance(part, int)]
+    # behind the field come places in a list, keys of a mapping, and names of a union's branches,
+    # which say nothing
+    places = [str(part) for part in error["loc"][1:] if isinstance(part, int) or _is_key(part)]
     where = ".".join([key, *map(str, error["loc"][:1]), *places])
     message = error["msg"].removeprefix("Value error, ")
     if not error["loc"] and re.match(r"\w+=", message):
