@@ -50,7 +50,7 @@ run.precision=bf15 -> run.precision='bf15': Input should be 'fp32' or 'bf16'; di
 run.resolution=8 -> run.resolution=8: Input should be greater than or equal to 16
 run.seed=9223372036854775808 -> run.seed=9223372036854775808: Input should be less than
 run.id=../x -> run.id='../x': String should match pattern
-run.devices=3 -> run.batch_size=16 does not divide by run.devices x run.nodes = 3
+run.devices=3 -> run.batch_size=8 does not divide by run.devices x run.nodes = 3
 run.devices=2 & run.nodes=16 -> run.devices x run.nodes = 32; give a multiple of 32
 run.steps=0 & run.log_every=0 -> run.log_every=0: Input should be greater than 0
 objective.target=epss -> objective.target='epss': Input should be 'eps', 'v', 'x0' or 'flow'; did
