@@ -35,6 +35,16 @@ UNET: dict[str, Any] = {
     "attention_head_dim": 2,
     "norm_num_groups": 8,
 }
+DIT: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 8,
+    "out_channels": 8,
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 32,
+    "caption_channels": 128,
+}
 
 Train = Callable[..., list[float]]
 
@@ -81,6 +91,30 @@ def make_folder(folder: Path, **changes: Any) -> Path:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("backbone") / "tiny")
+
+
+def make_dit_folder(folder: Path, **changes: Any) -> Path:
+    """The shipped parts with a seeded random transformer, trained as a flow or so it says."""
+    from diffusers import PixArtTransformer2DModel
+
+    for part in ("text_encoder", "tokenizer", "vae"):
+        shutil.copytree(DATA / part, folder / part)
+    shutil.copytree(DATA.parent / "tiny_dit" / "scheduler", folder / "scheduler")
+    shutil.copy(DATA.parent / "tiny_dit" / "model_index.json", folder)
+    torch.manual_seed(0)
+    PixArtTransformer2DModel(**(DIT | changes)).save_pretrained(folder / "transformer")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dit_folder(tmp_path_factory.mktemp("backbone") / "dit")
+
+
+@pytest.fixture
+def dit(dit_folder: Path, open_folder: Callable[[Path], Any]) -> Any:
+    """A fresh `PixArt` that a test may edit."""
+    return open_folder(dit_folder)
 
 
 @pytest.fixture(scope="session")

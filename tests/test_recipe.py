@@ -295,6 +295,10 @@ def test_data_and_method_must_name_the_same_words() -> None:
     assert "data.token=<v2>: methods.new_token adds <v1>" in str(error.value)
     both = ["data.token=<v2>", "methods.new_token.tokens=[<v2>]"]
     assert recipe.load(["recipe=custom_diffusion", *both]).data.words == ("<v2>",)
+    none = ["recipe=lora", "methods.new_token=null", "data.token=sks"]
+    assert recipe.load(none).data.words == ("sks",)
+    more = recipe.load(["recipe=custom_diffusion", "methods.new_token.tokens=[<v1>, <style>]"])
+    assert more.methods["new_token"].words == ("<v1>", "<style>")
 
 
 def test_an_lr_is_for_a_method_of_the_recipe() -> None:

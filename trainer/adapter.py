@@ -19,7 +19,7 @@ from torch import Tensor
 from trainer import backbones, methods, recipe
 
 if TYPE_CHECKING:
-    from trainer.backbones.sd import StableDiffusion
+    from trainer.backbones.base import Backbone
 
 FORMAT = "attention-trainer-adapter-1"
 HEADER = "attention_trainer"
@@ -130,7 +130,7 @@ def check(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor
             )
 
 
-def load(path: Path, backbone: str | None = None) -> tuple[StableDiffusion, dict[str, Any]]:
+def load(path: Path, backbone: str | None = None) -> tuple[Backbone, dict[str, Any]]:
     """The backbone an adapter was trained on, adapted, and the recipe it carries.
 
     Args:
@@ -152,7 +152,7 @@ def load(path: Path, backbone: str | None = None) -> tuple[StableDiffusion, dict
     return loaded.eval().requires_grad_(False), tree
 
 
-def start(path: Path, backbone: StableDiffusion) -> None:
+def start(path: Path, backbone: Backbone) -> None:
     """Copies every tensor of an earlier adapter into a model that has more: what it learned stands
     where it stood, the rest keeps its own start.
 
@@ -172,7 +172,7 @@ def start(path: Path, backbone: StableDiffusion) -> None:
     _copy(tensors, wanted)
 
 
-def _tensors(model: StableDiffusion) -> dict[str, Tensor]:
+def _tensors(model: Backbone) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer import adapter, backbones
-from trainer.evaluate import Examiner
+from trainer.evaluate import Examiner, mean, percent
 from trainer.fit import console, fit, needs, run_folder
-from trainer.judge import Judge
+from trainer.judge import Judge, judge_folder
 from trainer.recipe import task
 from trainer.schema import Recipe
 
@@ -39,6 +38,9 @@ def run(whole: Recipe) -> Path:
     spec, folder = whole.continual, run_folder(whole)
     rows = _read(folder / "continual.json", whole)
     judge = Judge(_judge_folder(whole)) if spec.images else None
+    examiners: list[Examiner] = []
+    if judge is not None and len(rows) < len(spec.concepts):
+        examiners = _examiners(whole, judge)
     learned: Path | None = None
     for number in range(len(spec.concepts)):
         place, own = folder / f"task-{number}", task(whole, number, learned)
@@ -48,24 +50,23 @@ def run(whole: Recipe) -> Path:
         else:
             console.print(f"task {number}: {spec.concepts[number]}", highlight=False)
             fit(own, place)
-        if judge is not None and number == len(rows):
-            rows.append(accuracies(whole, learned, number, judge))
+        if examiners and number == len(rows):
+            adapted, _ = adapter.load(learned)
+            rows.append([each.accuracy(adapted) for each in examiners[: number + 1]])
             _write(folder / "continual.json", whole, rows)
     if rows:
         show(whole, rows, console)
     return folder
 
 
-def accuracies(whole: Recipe, path: Path, last: int, judge: Judge) -> list[float | None]:
-    """Concept accuracy of concepts 0 to `last` in pictures by the adapter at `path`."""
-    adapted, _ = adapter.load(path)
+def _examiners(whole: Recipe, judge: Judge) -> list[Examiner]:
+    """One for each concept. The base is here for the class images its data may ask for."""
     base = backbones.load(whole.backbone, whole.backbone_name).eval().requires_grad_(False)
     found = []
-    for number in range(last + 1):
+    for number in range(len(whole.continual.concepts)):
         own = task(whole, number)
         train, _ = own.data.open(needs(own, base))
-        examiner = Examiner(own, judge, train, whole.continual.images, BATCH)
-        found.append(examiner.accuracy(adapted))
+        found.append(Examiner(own, judge, train, whole.continual.images, BATCH))
     return found
 
 
@@ -75,7 +76,7 @@ def summary(rows: Rows) -> dict[str, float | None]:
     last = rows[-1]
     pairs = [(rows[s][s], last[s]) for s in range(len(last) - 1)]
     lost = [None if then is None or now is None else then - now for then, now in pairs]
-    return {"mean final accuracy": _mean(last), "forgetting": _mean(lost)}
+    return {"mean final accuracy": mean(last), "forgetting": mean(lost)}
 
 
 def show(whole: Recipe, rows: Rows, to: Console) -> None:
@@ -83,9 +84,9 @@ def show(whole: Recipe, rows: Rows, to: Console) -> None:
     for name in ("after", *whole.continual.concepts):
         sheet.add_column(name, justify="left" if name == "after" else "right")
     for number, row in enumerate(rows):
-        sheet.add_row(whole.continual.concepts[number], *map(_percent, row))
+        sheet.add_row(whole.continual.concepts[number], *map(percent, row))
     to.print(sheet)
-    facts = ", ".join(f"{name} {_percent(value)}" for name, value in summary(rows).items())
+    facts = ", ".join(f"{name} {percent(value)}" for name, value in summary(rows).items())
     to.print(facts, highlight=False)
 
 
@@ -127,21 +128,9 @@ def _asked(whole: Recipe) -> dict[str, Any]:
 
 
 def _judge_folder(whole: Recipe) -> Path:
-    if whole.continual.judge is not None:
-        return whole.continual.judge.expanduser()
-    own = Path(whole.backbone.folder or "", "clip")
-    if whole.backbone.folder is None or not own.is_dir():
-        raise ValueError(
-            f"backbone {whole.backbone_name} has no judge of its own; give "
-            "continual.judge=<CLIP folder>, or continual.images=0 to judge nothing"
-        )
-    return own
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
+    return judge_folder(
+        whole.continual.judge,
+        whole.backbone.folder,
+        "continual.judge",
+        ", or continual.images=0 to judge nothing",
+    )

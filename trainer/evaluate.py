@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ from torchmetrics.functional.pairwise import pairwise_cosine_similarity
 from torchmetrics.multimodal import CLIPScore
 
 from trainer import adapter, backbones, recipe
-from trainer.backbones.sd import StableDiffusion
+from trainer.backbones.base import Backbone
 from trainer.data import Dataset
+from trainer.data.concept import SPRITE
 from trainer.data.loader import Fixed
 from trainer.data.scenes import article
 from trainer.data.sprites import ALL, KNOWN
 from trainer.fit import needs, objective, optim
-from trainer.judge import Judge, Metric
+from trainer.judge import Judge, Metric, judge_folder
 from trainer.module import LEVELS, DiffusionModule
 from trainer.sampler import sample_many
 from trainer.schema import Recipe
@@ -32,7 +35,7 @@ SEED = 10_000  # pictures no preview has shown
 
 
 def evaluate(
-    run: Path, judge_folder: str | None, images: int, batch: int
+    run: Path, judge_at: str | None, images: int, batch: int
 ) -> dict[str, dict[str, float | None]]:
     """Judges a run folder, prints the table and keeps it as `evaluation.json` in the folder.
 
@@ -45,7 +48,7 @@ def evaluate(
     base = (
         backbones.load(run_recipe.backbone, run_recipe.backbone_name).eval().requires_grad_(False)
     )
-    judge = Judge(_judge_folder(judge_folder, base))
+    judge = Judge(judge_folder(judge_at, base.folder, "judge"))
     train, held_out = run_recipe.data.open(needs(run_recipe, base))
     examiner = Examiner(run_recipe, judge, train, images, batch)
     table = {"base": examiner.examine(base), "adapted": examiner.examine(adapted)}
@@ -57,38 +60,50 @@ def evaluate(
     return table
 
 
+@dataclass(frozen=True)
+class Subject:
+    """One learned concept: its token, the plain word for it, the sprite it is of, and what the
+    judge makes of its photos (n, d)."""
+
+    token: str
+    word: str | None
+    sprite: str | None
+    photos: Tensor
+
+
 class Examiner:
-    """Paints the recipe's evaluation prompts with a model and reads the pictures with the judge."""
+    """Paints the recipe's evaluation prompts with a model and reads the pictures with the judge.
+
+    Of several concepts each is asked for alone and beside a known sprite by prompts in which its
+    token (and class word) stands in the place of the first one's, and every two together.
+    """
 
     def __init__(
         self, chosen: Recipe, judge: Judge, train: Dataset, images: int, batch: int
     ) -> None:
         self.recipe, self.judge, self.num_images, self.batch = chosen, judge, images, batch
-        self.token = str(getattr(chosen.data, "token", ""))
-        concept = str(getattr(chosen.data, "concept", ""))
-        self.sprite = concept.removeprefix("sprite:") if concept.startswith("sprite:") else None
-        rows = {number: list(group) for number, group in enumerate(train.groups)}
-        self.photos = judge.images(_pictures(train, rows[0]))
-        self.others = judge.images(_pictures(train, rows[1][:32])) if len(rows) > 1 else None
+        learned = getattr(chosen.data, "concepts", [("", "", None)])
+        groups = [list(group) for group in train.groups]
+        self.subjects = []
+        for (concept, token, class_word), rows in zip(learned, groups, strict=False):
+            sprite = concept.removeprefix(SPRITE) if concept.startswith(SPRITE) else None
+            photos = judge.images(_pictures(train, rows))
+            self.subjects.append(Subject(token, sprite or class_word, sprite, photos))
+        prior = groups[len(learned) :]
+        self.others = judge.images(_pictures(train, prior[0][:32])) if prior else None
 
-    def examine(self, model: StableDiffusion) -> dict[str, float | None]:
-        asked = self.recipe.evaluate
+    def examine(self, model: Backbone) -> dict[str, float | None]:
+        asked, subjects = self.recipe.evaluate, self.subjects
+        named = self.judge.names_patches and all(subject.sprite for subject in subjects)
         scores: dict[str, float | None] = {}
         if asked.alone:
-            pictures, prompts = self._paint(model, asked.alone, self.num_images)
-            scores["concept accuracy"] = self._concept_accuracy(pictures)
-            scores["image similarity"] = float(
-                pairwise_cosine_similarity(self.judge.images(pictures), self.photos).mean()
-            )
-            scores["text alignment"] = self._alignment(pictures, prompts)
-        if asked.beside and self.sprite and self.judge.names_patches:
-            pictures, prompts = self._paint(model, asked.beside, self.num_images)
-            seen = self.judge.found(pictures, ALL).top(2)
-            others = [_sprite_in(prompt) for prompt in prompts]
-            scores["concept beside another"] = _share(self.sprite in pair for pair in seen)
-            scores["the other beside it"] = _share(
-                word in pair for word, pair in zip(others, seen, strict=True)
-            )
+            scores |= self._alone(model)
+        if asked.beside and named:
+            pairs = [self._beside(model, subject) for subject in subjects]
+            one, other = (mean(shares) for shares in zip(*pairs, strict=True))
+            scores["concept beside another"], scores["the other beside it"] = one, other
+        if asked.together and named and len(subjects) > 1:
+            scores["two concepts together"] = self._together(model)
         if asked.known and self.judge.names_patches:
             prompts = [
                 template.replace("{}", article(word)) for template in asked.known for word in KNOWN
@@ -99,43 +114,97 @@ class Examiner:
             )
         return scores
 
-    def accuracy(self, model: StableDiffusion) -> float | None:
-        """Concept accuracy alone."""
-        pictures, _ = self._paint(model, self.recipe.evaluate.alone, self.num_images)
-        return self._concept_accuracy(pictures)
+    def accuracy(self, model: Backbone) -> float | None:
+        """Concept accuracy alone, the mean of several concepts'."""
+        found = []
+        for subject in self.subjects:
+            pictures, _ = self._paint(model, self._asked(subject, self.recipe.evaluate.alone))
+            found.append(self._concept_accuracy(subject, pictures))
+        return mean(found)
 
-    def _concept_accuracy(self, pictures: Tensor) -> float | None:
-        """Named right among all sprites; for photographs, nearer to the concept's photos than to
-        the class images."""
-        if self.sprite is not None and self.judge.names_patches:
-            return _accuracy(self.judge.named(pictures, ALL), [self.sprite] * len(pictures))
-        if self.others is None:
-            return None
-        embeds = self.judge.images(pictures)
-        return float(
-            ((embeds @ self.photos.mean(0)) > (embeds @ self.others.mean(0))).float().mean()
+    def _alone(self, model: Backbone) -> dict[str, float | None]:
+        """Every score is the mean of the concepts'; of several, accuracy is also told one by
+        one."""
+        accuracy, similarity, alignment = [], [], []
+        for subject in self.subjects:
+            pictures, prompts = self._paint(model, self._asked(subject, self.recipe.evaluate.alone))
+            accuracy.append(self._concept_accuracy(subject, pictures))
+            alike = pairwise_cosine_similarity(self.judge.images(pictures), subject.photos)
+            similarity.append(float(alike.mean()))
+            alignment.append(self._alignment(subject, pictures, prompts))
+        scores: dict[str, float | None] = {"concept accuracy": mean(accuracy)}
+        if len(self.subjects) > 1:
+            for subject, share in zip(self.subjects, accuracy, strict=True):
+                scores[f"concept accuracy of {subject.token}"] = share
+        scores["image similarity"] = mean(similarity)
+        scores["text alignment"] = mean(alignment)
+        return scores
+
+    def _beside(self, model: Backbone, subject: Subject) -> tuple[float, float]:
+        """Shares of pictures that show the concept, and the known sprite it was asked for with."""
+        pictures, prompts = self._paint(model, self._asked(subject, self.recipe.evaluate.beside))
+        seen = self.judge.found(pictures, ALL).top(2)
+        others = [_sprite_in(prompt) for prompt in prompts]
+        return (
+            _share(subject.sprite in pair for pair in seen),
+            _share(word in pair for word, pair in zip(others, seen, strict=True)),
         )
 
-    def _alignment(self, pictures: Tensor, prompts: Sequence[str]) -> float | None:
-        """CLIPScore (0 to 100) of the prompt with the token's word in plain text."""
-        word = self.sprite or getattr(self.recipe.data, "class_word", None)
-        if word is None:
-            return None
-        texts = [
-            prompt.replace(f"{self.token} {word}", word).replace(self.token, word)
+    def _together(self, model: Backbone) -> float:
+        """The share of pictures that show both concepts they were asked for, over every two."""
+        shares = []
+        for one, other in combinations(self.subjects, 2):
+            prompts = [
+                prompt.replace("{}", one.token, 1).replace("{}", other.token, 1)
+                for prompt in self.recipe.evaluate.together
+            ]
+            pictures, _ = self._paint(model, prompts)
+            seen = self.judge.found(pictures, ALL).top(2)
+            shares.append(_share({one.sprite, other.sprite} == set(pair) for pair in seen))
+        return sum(shares) / len(shares)
+
+    def _asked(self, subject: Subject, prompts: Sequence[str]) -> list[str]:
+        """The recipe's prompts, which name the first concept, about any of them."""
+        first = self.subjects[0]
+        if subject is first:
+            return list(prompts)
+        return [
+            prompt.replace(
+                f"{first.token} {first.word}", f"{subject.token} {subject.word}"
+            ).replace(first.token, subject.token)
             for prompt in prompts
         ]
+
+    def _concept_accuracy(self, subject: Subject, pictures: Tensor) -> float | None:
+        """Named right among all sprites; for photographs, nearer to the concept's photos than to
+        the class images and the other concepts' photos."""
+        if subject.sprite is not None and self.judge.names_patches:
+            return _accuracy(self.judge.named(pictures, ALL), [subject.sprite] * len(pictures))
+        rest = [other.photos for other in self.subjects if other is not subject]
+        rest += [] if self.others is None else [self.others]
+        if not rest:
+            return None
+        centres = torch.stack([photos.mean(0) for photos in (subject.photos, *rest)])
+        nearest = (self.judge.images(pictures) @ centres.T).argmax(1)
+        return float((nearest == 0).float().mean())
+
+    def _alignment(
+        self, subject: Subject, pictures: Tensor, prompts: Sequence[str]
+    ) -> float | None:
+        """CLIPScore (0 to 100) of the prompt with the token's word in plain text."""
+        word, token = subject.word, subject.token
+        if word is None:
+            return None
+        texts = [prompt.replace(f"{token} {word}", word).replace(token, word) for prompt in prompts]
         metric = Metric(self.judge)
         score = CLIPScore(model_name_or_path=lambda: (metric, metric))  # type: ignore[arg-type, return-value]
         return float(score([((picture + 1) * 127.5).round().byte() for picture in pictures], texts))
 
-    def _paint(
-        self, model: StableDiffusion, prompts: Sequence[str], count: int
-    ) -> tuple[Tensor, list[str]]:
-        every = [prompts[i % len(prompts)] for i in range(count)]
+    def _paint(self, model: Backbone, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
+        every = [prompts[i % len(prompts)] for i in range(self.num_images)]
         return self._sample(model, every), every
 
-    def _sample(self, model: StableDiffusion, prompts: Sequence[str]) -> Tensor:
+    def _sample(self, model: Backbone, prompts: Sequence[str]) -> Tensor:
         look = self.recipe.preview
         seeds = [SEED + i for i in range(len(prompts))]
         return sample_many(
@@ -145,7 +214,7 @@ class Examiner:
 
 @torch.no_grad()
 def validation_loss(
-    chosen: Recipe, model: StableDiffusion, held_out: Dataset | None
+    chosen: Recipe, model: Backbone, held_out: Dataset | None
 ) -> float | None:
     """The validation loss of training, on the same noise: `val/loss` of the run's tracker."""
     if held_out is None:
@@ -166,16 +235,18 @@ def show(table: dict[str, dict[str, float | None]], title: str, console: Console
     console.print(sheet)
 
 
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
 def _written(line: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    percent = line in (
-        "concept accuracy",
+    share = line in (
         "concept beside another",
         "the other beside it",
+        "two concepts together",
         "known sprites",
-    )
-    return f"{100 * value:.1f} %" if percent else f"{value:.4g}"
+    ) or line.startswith("concept accuracy")
+    return percent(value) if share or value is None else f"{value:.4g}"
 
 
 def _accuracy(said: Sequence[str], right: Sequence[str]) -> float:
@@ -184,6 +255,12 @@ def _accuracy(said: Sequence[str], right: Sequence[str]) -> float:
     return float(
         metric(torch.tensor([numbers[w] for w in said]), torch.tensor([numbers[w] for w in right]))
     )
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """None where one of the values is not known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def _share(hits: Any) -> float:
@@ -203,12 +280,3 @@ def _sprite_in(prompt: str) -> str:
 
 def _pictures(data: Dataset, rows: Sequence[int]) -> Tensor:
     return torch.stack([data.image(row) for row in rows])
-
-
-def _judge_folder(given: str | None, base: StableDiffusion) -> Path:
-    folder = Path(given).expanduser() if given else base.folder / "clip"
-    if not folder.is_dir():
-        raise ValueError(
-            f"judge={folder}: no such folder; give judge=<CLIP folder> in transformers layout"
-        )
-    return folder

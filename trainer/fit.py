@@ -18,10 +18,11 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL.Image import Image
 from rich.console import Console
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from trainer import adapter, backbones, methods, report
-from trainer.backbones.sd import StableDiffusion
+from trainer.backbones.base import Backbone
 from trainer.callbacks.ema import EMA
 from trainer.callbacks.preview import Preview
 from trainer.callbacks.progress import Bar
@@ -64,20 +65,10 @@ def fit(recipe: Recipe, folder: Path | None = None) -> Path:
     if run.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     if run.channels_last:
-        backbone.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        backbone.denoiser.to(memory_format=torch.channels_last)
     if run.compile:
         backbone.compile_blocks()
-    module = DiffusionModule(
-        backbone,
-        objective(recipe, backbone),
-        optim(recipe),
-        plan.names,
-        run.seed,
-        recipe.objective.caption_dropout,
-        [edit.loss for edit in plan.edits.values() if edit.loss is not None],
-        plan.keeps,
-        lrs(recipe, plan),
-    )
+    module = module_of(recipe, backbone, plan)
     ema = EMA(recipe.optim.ema) if recipe.optim.ema else None
     trainer = make_trainer(recipe, folder, ema)
     if trainer.is_global_zero:
@@ -95,9 +86,14 @@ def fit(recipe: Recipe, folder: Path | None = None) -> Path:
         start,
         run.workers,
     )
-    trainer.fit(
-        module, batches, checks(recipe, backbone, held_out), ckpt_path=checkpoint, weights_only=True
-    )
+    with sdpa_kernel(SDPBackend.MATH) if run.sdpa == "math" else nullcontext():
+        trainer.fit(
+            module,
+            batches,
+            checks(recipe, backbone, held_out),
+            ckpt_path=checkpoint,
+            weights_only=True,
+        )
     if trainer.interrupted:
         raise KeyboardInterrupt
     if trainer.is_global_zero:
@@ -109,6 +105,22 @@ def fit(recipe: Recipe, folder: Path | None = None) -> Path:
             adapter.save(path, module.stored(), header(recipe), backbone.identity())
         console.print(f"adapter: {path}", highlight=False)
     return folder
+
+
+def module_of(recipe: Recipe, backbone: Backbone, plan: methods.Plan) -> DiffusionModule:
+    """What trains: the backbone as its methods have left it, the objective and the optimiser."""
+    return DiffusionModule(
+        backbone,
+        objective(recipe, backbone),
+        optim(recipe),
+        plan.names,
+        recipe.run.seed,
+        recipe.objective.caption_dropout,
+        [edit.loss for edit in plan.edits.values() if edit.loss is not None],
+        plan.keeps,
+        lrs(recipe, plan),
+        [edit.schedule for edit in plan.edits.values() if edit.schedule is not None],
+    )
 
 
 def looker(module: DiffusionModule, batches: Planned) -> Callable[[], None]:
@@ -173,7 +185,7 @@ def make_trainer(recipe: Recipe, folder: Path, ema: EMA | None) -> lightning.Tra
     )
 
 
-def needs(recipe: Recipe, backbone: StableDiffusion) -> Needs:
+def needs(recipe: Recipe, backbone: Backbone) -> Needs:
     """What the data may ask of the run; class images are painted with the recipe's preview
     sampler."""
 
@@ -200,7 +212,7 @@ def step_plan(recipe: Recipe, data: Dataset) -> Plan:
     )
 
 
-def checks(recipe: Recipe, backbone: StableDiffusion, held_out: Dataset | None) -> Any:
+def checks(recipe: Recipe, backbone: Backbone, held_out: Dataset | None) -> Any:
     """The batches of the validation loss, or None."""
     if held_out is None or not recipe.run.validate_every:
         return None
@@ -208,11 +220,16 @@ def checks(recipe: Recipe, backbone: StableDiffusion, held_out: Dataset | None) 
     return DataLoader(fixed, batch_size=None)
 
 
-def objective(recipe: Recipe, backbone: StableDiffusion) -> Objective:
+def objective(recipe: Recipe, backbone: Backbone) -> Objective:
     """The recipe's objective on the backbone's path; target and path default to what it was trained
     with."""
     chosen = recipe.objective
     alphas = None if chosen.path == "flow" else backbone.alphas_cumprod
+    if chosen.path == "vp" and alphas is None:
+        raise ValueError(
+            f"objective.path=vp: {backbone.name} was trained on the flow path and says nothing of "
+            "another; leave objective.path out"
+        )
     target = chosen.target or ("flow" if chosen.path == "flow" else backbone.target)
     return Objective(
         target, alphas, chosen.timesteps, chosen.logit_mean, chosen.logit_std, chosen.weighting,
@@ -246,7 +263,7 @@ def lrs(recipe: Recipe, plan: methods.Plan) -> dict[str, float]:
     }
 
 
-def latents(recipe: Recipe, backbone: StableDiffusion, data: Dataset) -> np.ndarray | None:
+def latents(recipe: Recipe, backbone: Backbone, data: Dataset) -> np.ndarray | None:
     """Cached VAE posteriors where the images never change and the recipe wants them."""
     if not (recipe.run.cache_latents and data.fixed):
         return None
@@ -257,7 +274,7 @@ def latents(recipe: Recipe, backbone: StableDiffusion, data: Dataset) -> np.ndar
 
 
 def announce(
-    recipe: Recipe, backbone: StableDiffusion, plan: methods.Plan, train: Dataset, folder: Path
+    recipe: Recipe, backbone: Backbone, plan: methods.Plan, train: Dataset, folder: Path
 ) -> None:
     """Prints the plan and keeps it, with the resolved recipe, in the run folder."""
     facts = report.describe(recipe, backbone, plan, None)

@@ -151,6 +151,24 @@ class Metric:
         return self.judge.model.text_projection(hidden)
 
 
+def judge_folder(
+    given: str | Path | None, backbone: str | Path | None, key: str, instead: str = ""
+) -> Path:
+    """The CLIP folder that is given, or the backbone's own, `clip` in its folder.
+
+    key: what a user gives it with; instead: what else a user could do.
+
+    Raises:
+        ValueError: there is none.
+    """
+    own = Path(backbone, "clip") if backbone else None
+    folder = Path(given).expanduser() if given else own
+    if folder is None or not folder.is_dir():
+        what = f"{key}={given}: no such folder" if given else "the backbone has no judge of its own"
+        raise ValueError(f"{what}; give {key}=<CLIP folder> in transformers layout{instead}")
+    return folder
+
+
 def stands(
     found: Found, row: int, first: str, second: str, relation: tuple[int, int], margin: float = 0.1
 ) -> bool:

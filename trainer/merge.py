@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from trainer import adapter, backbones, methods, recipe
-from trainer.backbones.sd import StableDiffusion
+from trainer.backbones.base import Backbone
 
 CONCEPT_PROMPTS = ("{}", "a photo of {}")  # as the official code asks for them
 NUM_CAPTIONS = 200
@@ -56,6 +56,11 @@ def merge(paths: Sequence[Path], out: Path, captions: Sequence[str] | None = Non
     base = {name: value.detach().clone() for name, value in merged.named_parameters()}
     sources = [dict(model.named_parameters()) for model, _ in parts]
     rows = [name for name in plan.names if ".rows." in name]
+    if biased := [name for name in plan.names if name.endswith(".bias")]:
+        raise ValueError(
+            f"merge solves for matrices alone, and {biased[0]} was trained beside its matrix; "
+            "train the concepts together, in one run"
+        )
     _copy_rows(base, rows, merged, sources)
     ordinary = features(merged, list(captions or _world_captions()), None)
     own = [
@@ -103,7 +108,7 @@ def closed_form(weight: Tensor, ordinary: Tensor, targets: Tensor, values: Tenso
 
 
 @torch.no_grad()
-def features(model: StableDiffusion, prompts: Sequence[str], word: str | None) -> Tensor:
+def features(model: Backbone, prompts: Sequence[str], word: str | None) -> Tensor:
     """Text features (n, d) in float64 of the prompts' tokens up to the end of text, from `word` on
     if one is given, from the second token otherwise; repeated rows once."""
     found = []
@@ -191,7 +196,7 @@ def _tree(
 def _copy_rows(
     base: dict[str, Tensor],
     rows: Sequence[str],
-    merged: StableDiffusion,
+    merged: Backbone,
     sources: Sequence[dict[str, Any]],
 ) -> None:
     """Every source's token rows, in order, into the merged model's."""

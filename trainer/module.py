@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.attention.nf4 import bitsandbytes
-from trainer.backbones.sd import StableDiffusion
+from trainer.backbones.base import Backbone
 from trainer.data.loader import Batch
 from trainer.data.plan import quantiles
 from trainer.objective import Objective, add_noise, draw_timesteps, loss_weight, target_of
@@ -59,7 +59,7 @@ class DiffusionModule(lightning.LightningModule):
 
     def __init__(
         self,
-        backbone: StableDiffusion,
+        backbone: Backbone,
         objective: Objective,
         optim: Optim,
         trained: Sequence[str],
@@ -68,12 +68,14 @@ class DiffusionModule(lightning.LightningModule):
         extra_losses: Sequence[Callable[[], Tensor]] = (),
         kept: Sequence[str] = (),
         lrs: Mapping[str, float] | None = None,
+        schedules: Sequence[Callable[[float], None]] = (),
     ) -> None:
         super().__init__()
         self.backbone, self.objective, self.optim = backbone, objective, optim
         self.trained, self.kept = tuple(trained), tuple(kept)
         self.seed, self.caption_dropout = seed, caption_dropout
         self.extra_losses, self.lrs = tuple(extra_losses), dict(lrs or {})
+        self.schedules = tuple(schedules)
         self.val_losses: dict[int, list[float]] = {}
         self.strict_loading = False  # `on_load_checkpoint` compares the names itself, both ways
 
@@ -127,6 +129,8 @@ class DiffusionModule(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         # dropout inside the model draws from the global state: it is a function of the step, too
         torch.manual_seed(seed_of(self.seed, "dropout", batch.step, *batch.places[:1]))
+        for schedule in self.schedules:
+            schedule(self.global_step / self.optim.steps)
         losses, _ = self.sample_losses(batch, "train", self.caption_dropout)
         loss = (losses * batch.weights).mean()
         for extra in self.extra_losses:

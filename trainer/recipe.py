@@ -19,7 +19,9 @@ from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
 from trainer import tasks
+from trainer.backbones import family_of
 from trainer.data import Source
+from trainer.hints import nearest
 from trainer.methods import Method, find, names
 from trainer.resources import BACKBONES, DATA, RECIPES
 from trainer.schema import (
@@ -84,12 +86,14 @@ def resolve(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Re
     sections = {key: build(cls, tree.get(key), key) for key, cls in SECTIONS.items()}
     tracker = tree.get("tracker", "tensorboard")
     if tracker not in TRACKERS:
-        raise RecipeError(f"tracker={tracker}: no such tracker{_hint(str(tracker), TRACKERS)}")
+        raise RecipeError(f"tracker={tracker}: no such tracker{nearest(str(tracker), TRACKERS)}")
     data, chosen = _data(tree.get("data")), methods_of(tree.get("methods"))
     _check_words(data, chosen)
     optim = sections["optim"]
     assert isinstance(optim, OptimSpec)
-    refuse_unknown(optim.lrs, chosen, "optim.lrs")
+    refuse_unknown(optim.lrs, tree["methods"], "optim.lrs")
+    kept = {method: lr for method, lr in optim.lrs.items() if method in chosen}
+    sections["optim"] = optim.model_copy(update={"lrs": kept})  # methods.x=null takes its lr along
     whole = Recipe(
         name=name,
         backbone_name=backbone_name,
@@ -187,7 +191,7 @@ def _recipe_file(name: str, word: str, folder: Path) -> Path:
     path = (folder / Path(name).expanduser()).resolve()
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         what = "file" if path.suffix in (".yaml", ".yml") else "recipe"
-        raise RecipeError(f"{word}: no such {what}{_hint(path.stem, recipe_names())}")
+        raise RecipeError(f"{word}: no such {what}{nearest(path.stem, recipe_names())}")
     return path
 
 
@@ -208,16 +212,20 @@ def backbone_spec(name: str) -> BackboneSpec:
         tree = read_yaml(BACKBONES / f"{name}.yaml")
         spec = build(BackboneSpec, tree, f"backbone {name}")
         if spec.folder is not None:
-            spec = spec.model_copy(update={"folder": str(DATA / spec.folder)})
+            places = {"folder": spec.folder, "overlay": spec.overlay}
+            spec = spec.model_copy(
+                update={key: str(DATA / place) for key, place in places.items() if place}
+            )
     elif (Path(name).expanduser() / "model_index.json").is_file():
-        spec = BackboneSpec(folder=str(Path(name).expanduser()))
+        folder = Path(name).expanduser()
+        spec = BackboneSpec(folder=str(folder), family=family_of(folder))
     elif Path(name).expanduser().is_dir():
         raise RecipeError(
             f"backbone={name}: the folder has no model_index.json; a diffusers pipeline folder "
             "is needed"
         )
     else:
-        hint = _hint(name, backbone_names())
+        hint = nearest(name, backbone_names())
         raise RecipeError(f"backbone={name}: neither a backbone of ours nor a folder{hint}")
     if spec.folder is not None and not (Path(spec.folder) / "model_index.json").is_file():
         raise RecipeError(f"backbone={name}: {spec.folder} is missing or has no model_index.json")
@@ -257,7 +265,9 @@ def _check_overlays(tree: Any) -> None:
         raise RecipeError(f"backbones is {tree!r}; it maps backbone names to values for each")
     for name, values in tree.items():
         if name not in backbone_names() and "/" not in name:  # a folder has a slash
-            raise RecipeError(f"backbones.{name}: no such backbone{_hint(name, backbone_names())}")
+            raise RecipeError(
+                f"backbones.{name}: no such backbone{nearest(name, backbone_names())}"
+            )
         if not isinstance(values, dict):
             raise RecipeError(f"backbones.{name} is {values!r}; it takes {', '.join(KEYS[2:])}")
         refuse_unknown(values, KEYS[2:], f"backbones.{name}")
@@ -269,14 +279,15 @@ def _data(tree: Any) -> Source:
     values = dict(tree)
     source = values.pop("source")
     if source not in Source.names():
-        raise RecipeError(f"data.source={source}: no such source{_hint(source, Source.names())}")
+        raise RecipeError(f"data.source={source}: no such source{nearest(source, Source.names())}")
     cls = Source.find(source)
     refuse_unknown(tree, ("source", *cls.model_fields), "data")
     return build(cls, values, "data")
 
 
 def _check_words(data: Source, chosen: Mapping[str, Method]) -> None:
-    """Captions and methods must speak of the same new words, or a method trains what none uses."""
+    """Where methods add words, the data's own are among them, or a method trains what no caption
+    holds. They may add more: a caption beside a photo can hold others."""
     added = {word: name for name, method in chosen.items() for word in method.words}
     if added and (lacking := [word for word in data.words if word not in added]):
         raise RecipeError(
@@ -294,7 +305,7 @@ def methods_of(tree: Any) -> dict[str, Method]:
     result = {}
     for name, values in tree.items():
         if name not in names():
-            raise RecipeError(f"methods.{name}: no such method{_hint(str(name), names())}")
+            raise RecipeError(f"methods.{name}: no such method{nearest(str(name), names())}")
         if values is None:
             continue  # methods.lora=null removes it
         result[name] = build(find(name), values, f"methods.{name}")
@@ -334,13 +345,7 @@ def refuse_unknown(values: Mapping[str, Any], known: Iterable[str], prefix: str)
     for name in values:
         if name not in known:
             dotted = f"{prefix}." if prefix else ""
-            raise RecipeError(f"{dotted}{name}: no such key{_hint(name, known, dotted)}")
-
-
-def _hint(wrong: str, right: Iterable[str], prefix: str = "") -> str:
-    right = list(right)
-    near = difflib.get_close_matches(wrong, right, n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{near[0]}?" if near else f"; there are: {', '.join(right)}"
+            raise RecipeError(f"{dotted}{name}: no such key{nearest(name, known, dotted)}")
 
 
 def _is_key(part: str) -> bool:

@@ -16,15 +16,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from trainer.attention.nf4 import numel, scales
-from trainer.backbones.sd import StableDiffusion
+from trainer.attention.nf4 import scales
+from trainer.backbones.base import Backbone
 from trainer.methods import Method, Plan
 from trainer.schema import Recipe
 
 
-def describe(
-    recipe: Recipe, backbone: StableDiffusion, plan: Plan, memory: int | None
-) -> dict[str, Any]:
+def describe(recipe: Recipe, backbone: Backbone, plan: Plan, memory: int | None) -> dict[str, Any]:
     """The plan as plain data, as it is kept in the run folder."""
     return {
         "recipe": recipe.name,
@@ -38,7 +36,7 @@ def describe(
             for name, edit in plan.edits.items()
         },
         "trained": plan.trained,
-        "total": sum(map(numel, backbone.parameters())),
+        "total": plan.total,
         "adapter_bytes": plan.trained_bytes,
         "peak_memory_bytes": memory,
         "trains": list(plan.names),
@@ -77,7 +75,7 @@ def save(plan: Mapping[str, Any], folder: Path) -> None:
     (folder / "plan.json").write_text(json.dumps(plan, indent=1), encoding="utf-8")
 
 
-def peak_memory(recipe: Recipe, backbone: StableDiffusion, plan: Plan) -> int:
+def peak_memory(recipe: Recipe, backbone: Backbone, plan: Plan) -> int:
     """Bytes at the peak of a training step on one device, estimated.
 
     Weights, gradients, two AdamW moments and EMA of what trains, and what one forward saves for the
@@ -90,7 +88,7 @@ def peak_memory(recipe: Recipe, backbone: StableDiffusion, plan: Plan) -> int:
     return weights + state + saved_bytes(recipe, backbone, rows)
 
 
-def saved_bytes(recipe: Recipe, backbone: StableDiffusion, rows: int) -> int:
+def saved_bytes(recipe: Recipe, backbone: Backbone, rows: int) -> int:
     """What one training forward of the denoiser keeps for its backward, each storage counted
     once."""
     side = (recipe.run.resolution or backbone.resolution) // backbone.divisor
@@ -116,16 +114,16 @@ def saved_bytes(recipe: Recipe, backbone: StableDiffusion, rows: int) -> int:
         }
         own = {id(value.untyped_storage()) for value in fakes.values()}
         width = backbone.text_width
-        inputs = (torch.empty(rows, backbone.latent_channels, side, side), torch.zeros(rows))
-        text = {
-            "encoder_hidden_states": torch.empty(rows, backbone.tokenizer.model_max_length, width)
-        }
+        text = {"encoder_hidden_states": torch.empty(rows, backbone.text_length, width)}
+        inputs = backbone.inputs(
+            torch.empty(rows, backbone.latent_channels, side, side), torch.zeros(rows), text
+        )
         dtype = torch.bfloat16 if recipe.run.precision == "bf16" else torch.float32
         with (
             torch.autograd.graph.saved_tensors_hooks(count, lambda value: value),
             torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
         ):
-            functional_call(denoiser, fakes, inputs, text)
+            functional_call(denoiser, fakes, (), inputs)
     return sum(size for storage, size in seen.items() if storage not in own)
 
 
@@ -140,7 +138,7 @@ def size(count: int) -> str:
     )
 
 
-def _count(backbone: StableDiffusion, names: tuple[str, ...]) -> int:
+def _count(backbone: Backbone, names: tuple[str, ...]) -> int:
     parameters = dict(backbone.named_parameters())
     return sum(parameters[name].numel() for name in names)
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from trainer.attention.context import StepContext, use
-from trainer.backbones.sd import StableDiffusion
+from trainer.backbones.base import Backbone
 
 
 @torch.no_grad()
 def sample(
-    backbone: StableDiffusion,
+    backbone: Backbone,
     prompts: Sequence[str],
     seeds: Sequence[int],
     steps: int = 25,
@@ -37,55 +37,49 @@ def sample(
         raise ValueError(
             f"{len(prompts)} prompts and {len(seeds)} seeds; give one seed to each prompt"
         )
-    height, width = size or (backbone.resolution, backbone.resolution)
-    if any(side < 1 or side % backbone.divisor for side in (height, width)):
-        raise ValueError(
-            f"size {height}x{width} must be a multiple of {backbone.divisor}, and not nothing"
-        )
-    with evaluating(backbone):
-        return _sample(
-            backbone, prompts, seeds, steps, guidance, negative, (height, width), on_step
-        )
-
-
-def _sample(
-    backbone: StableDiffusion,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    steps: int,
-    guidance: float,
-    negative: str,
-    size: tuple[int, int],
-    on_step: Callable[[int, Tensor], None] | None,
-) -> Tensor:
-    height, width = size
+    noise = _noise(backbone, seeds, size or (backbone.resolution, backbone.resolution))
     device = next(backbone.denoiser.parameters()).device
     scheduler = backbone.scheduler()
     scheduler.set_timesteps(steps, device=device)
+    # a flow's scheduler has neither of the two: it starts from unit noise and takes it as it is
+    x_t = noise.to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
+    scaled = getattr(scheduler, "scale_model_input", lambda latents, t: latents)
+    guided, count = guidance > 1, len(prompts)
+    roles = {"cond": slice(0, count)}
+    if guided:
+        roles = {"uncond": slice(0, count), "cond": slice(count, 2 * count)}
+        prompts = [*[negative] * count, *prompts]
+    with evaluating(backbone):
+        condition = backbone.encode_prompts(prompts)
+        for step, t in enumerate(scheduler.timesteps):
+            model_input = scaled(torch.cat([x_t, x_t]) if guided else x_t, t)
+            with use(StepContext(step, steps, t, roles=roles)):
+                output = backbone.predict(model_input, t.expand(len(model_input)), condition)
+            if guided:
+                uncond, cond = output.chunk(2)  # the order of `roles`
+                output = uncond + guidance * (cond - uncond)
+            x_t = scheduler.step(output, t, x_t).prev_sample
+            if on_step is not None:
+                on_step(step, x_t)
+        return backbone.decode(x_t)
+
+
+def _noise(backbone: Backbone, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
+    """A latent (b, c, h, w) of unit noise, each row by its seed; size: of the pictures, (height,
+    width).
+
+    Raises:
+        ValueError: a size the VAE cannot make.
+    """
+    height, width = size
+    if any(side < 1 or side % backbone.divisor for side in size):
+        raise ValueError(
+            f"size {height}x{width} must be a multiple of {backbone.divisor}, and not nothing"
+        )
     shape = (1, backbone.latent_channels, height // backbone.divisor, width // backbone.divisor)
-    x_t = torch.cat(
+    return torch.cat(
         [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     )
-    x_t = x_t.to(device) * scheduler.init_noise_sigma
-    guided = guidance > 1
-    count = len(prompts)
-    condition = backbone.encode_prompts([negative] * count + list(prompts) if guided else prompts)
-    roles = (
-        {"uncond": slice(0, count), "cond": slice(count, 2 * count)}
-        if guided
-        else {"cond": slice(0, count)}
-    )
-    for step, t in enumerate(scheduler.timesteps):
-        model_input = scheduler.scale_model_input(torch.cat([x_t, x_t]) if guided else x_t, t)
-        with use(StepContext(step, steps, t, roles=roles)):
-            output = backbone.predict(model_input, t.expand(len(model_input)), condition)
-        if guided:
-            uncond, cond = output.chunk(2)  # the order `roles` states, made three lines above
-            output = uncond + guidance * (cond - uncond)
-        x_t = scheduler.step(output, t, x_t).prev_sample
-        if on_step is not None:
-            on_step(step, x_t)
-    return backbone.decode(x_t)
 
 
 @contextmanager
@@ -101,7 +95,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def sample_many(
-    backbone: StableDiffusion,
+    backbone: Backbone,
     prompts: Sequence[str],
     seeds: Sequence[int],
     batch_size: int = 32,

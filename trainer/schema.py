@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
 
 from trainer.data import Source
 from trainer.methods import Method
@@ -27,13 +27,15 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 class BackboneSpec(Section):
     """A diffusers folder (`folder`, relative to `data/` when shipped) or a pinned hub checkpoint
-    (`hub`, `revision`)."""
+    (`hub`, `revision`). overlay: a folder whose parts stand before those of `folder`, for two
+    backbones that share a VAE and a text encoder."""
 
     family: str = "sd"
     folder: str | None = None
+    overlay: str | None = None
     hub: str | None = None
     revision: str | None = None
-    scratch: tuple[Literal["unet", "vae"], ...] = ()
+    scratch: tuple[Literal["unet", "transformer", "vae"], ...] = ()
 
     @model_validator(mode="after")
     def _one_origin(self) -> BackboneSpec:
@@ -41,6 +43,8 @@ class BackboneSpec(Section):
             raise ValueError("give either folder or hub")
         if self.hub is not None and self.revision is None:
             raise ValueError("a hub checkpoint needs revision, the commit it is pinned to")
+        if self.overlay is not None and self.folder is None:
+            raise ValueError("overlay goes over a folder; give folder, not hub")
         return self
 
 
@@ -98,6 +102,9 @@ class RunSpec(Section):
     gradient_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False
+    sdpa: Literal["auto", "math"] = Field(
+        "auto", description="math: plain matrix products, faster for few tokens on a CPU"
+    )
     cache_latents: bool = True
     validate_every: int = Field(200, ge=0)
     checkpoint_every: int = Field(500, ge=0)
@@ -135,12 +142,27 @@ class PreviewSpec(Section):
 
 
 class EvaluateSpec(Section):
-    """Prompts `evaluate` paints: the concept alone, beside one known sprite, and known sprites
-    (`{}` is each with its article)."""
+    """Prompts `evaluate` paints: the concept alone, beside one known sprite, two concepts of
+    several together (`{}` is the token of each), and known sprites (`{}` is each with its article).
+
+    alone and beside name the first token; each other concept's is put in its place.
+    """
 
     alone: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    together: tuple[str, ...] = ()
     known: tuple[str, ...] = ()
+
+    @field_validator("together")
+    @classmethod
+    def _name_two(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        for prompt in prompts:
+            if prompt.count("{}") != 2:
+                raise ValueError(
+                    f"{prompt!r} must hold {{}} twice, once for each concept, as in 'a {{}} left "
+                    "of a {}'"
+                )
+        return prompts
 
 
 class ContinualSpec(Section):

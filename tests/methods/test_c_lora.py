@@ -95,6 +95,7 @@ def test_three_concepts_one_after_another(
     open_folder: Callable[[Path], Any],
     train: Callable[..., list[float]],
     tmp_path: Path,
+    save: Callable[..., dict[str, Tensor]],
 ) -> None:
     """Each run starts from the one before: its tensors stand, nothing of them changes, the output
     before training is the same."""
@@ -113,10 +114,8 @@ def test_three_concepts_one_after_another(
         own = dict(backbone.named_parameters())
         for name, value in stored.items():
             assert torch.equal(own[name], value)
-        stored = {name: own[name].detach().clone() for name in plan.stored}
         before = tmp_path / f"{task}.safetensors"
-        tree = {"backbone": "x", "methods": {}}
-        adapter.save(before, stored, tree, backbone.identity())
+        stored = save(before, backbone, plan)
         output = layers(backbone)[0](x).detach()
     assert len(stored) == 3 * 2 * 14
 
@@ -140,14 +139,15 @@ def test_an_adapter_of_another_method_is_named(tiny: Any) -> None:
 
 
 def test_a_first_adapter_cannot_start_from_a_second(
-    tiny_folder: Path, open_folder: Callable[[Path], Any], tmp_path: Path
+    tiny_folder: Path,
+    open_folder: Callable[[Path], Any],
+    tmp_path: Path,
+    save: Callable[..., dict[str, Tensor]],
 ) -> None:
     later, earlier = open_folder(tiny_folder), open_folder(tiny_folder)
     plan = apply(later, 1)
-    own = dict(later.named_parameters())
     path = tmp_path / "1.safetensors"
-    tree = {"backbone": "x", "methods": {}}
-    adapter.save(path, {name: own[name] for name in plan.stored}, tree, later.identity())
+    save(path, later, plan)
     apply(earlier, 0)
     with pytest.raises(ValueError, match=r"this recipe's model has no .*c_lora-1"):
         adapter.start(path, earlier)

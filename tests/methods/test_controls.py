@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import adapter, methods
+from trainer import methods
 from trainer.attention.controls import ControlledLinear, cross_attention_of
 from trainer.attention.inject import fold
 from trainer.export import merge
@@ -20,21 +20,6 @@ from trainer.recipe import methods_of
 
 UP = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 TREE: dict[str, Any] = {"controls": {"sites": "cross", "rank": 3, "alpha": 6.0}}
-
-
-def randomise(backbone: Any, plan: methods.Plan) -> None:
-    generator = torch.Generator().manual_seed(0)
-    parameters = dict(backbone.named_parameters())
-    with torch.no_grad():
-        for name in plan.names:
-            parameters[name].add_(0.3 * torch.randn(parameters[name].shape, generator=generator))
-
-
-def predict(backbone: Any) -> Tensor:
-    x_t = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(3))
-    condition = backbone.encode_prompts(["a fox on a red background", ""])
-    output: Tensor = backbone.predict(x_t, torch.tensor([3, 900]), condition)
-    return output
 
 
 def naive(y: Tensor) -> Tensor:
@@ -68,9 +53,9 @@ def test_a_grid_of_tokens_attends_as_a_sequence() -> None:
     torch.testing.assert_close(cross_attention_of(y), flat.view(y.shape))
 
 
-def test_the_equation(tiny: Any) -> None:
+def test_the_equation(tiny: Any, randomise: Callable[..., None]) -> None:
     plan = methods.apply(tiny, methods_of(TREE))
-    randomise(tiny, plan)
+    randomise(tiny, plan, 0.3)
     layer = dict(tiny.named_modules())[UP]
     assert isinstance(layer, ControlledLinear)
     a, b = layer.lora_A["controls"].weight, layer.lora_B["controls"].weight
@@ -95,10 +80,12 @@ def test_it_trains_as_many_parameters_as_lora(
     assert [name.replace(".controls.", ".lora.") for name in plan.names] == list(lora.names)
 
 
-def test_tokens_hear_of_each_other_but_rows_do_not(tiny: Any) -> None:
+def test_tokens_hear_of_each_other_but_rows_do_not(
+    tiny: Any, randomise: Callable[..., None]
+) -> None:
     """LoRA alone is a function of single tokens."""
     plan = methods.apply(tiny, methods_of(TREE))
-    randomise(tiny, plan)
+    randomise(tiny, plan, 0.3)
     layer: Any = dict(tiny.named_modules())[UP]
     x = 0.05 * torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(1))
     x.requires_grad_()
@@ -107,10 +94,12 @@ def test_tokens_hear_of_each_other_but_rows_do_not(tiny: Any) -> None:
     assert not grad[1].any()
 
 
-def test_without_its_adapter_it_is_the_base_layer(tiny: Any) -> None:
+def test_without_its_adapter_it_is_the_base_layer(
+    tiny: Any, predict: Callable[[Any], Tensor], randomise: Callable[..., None]
+) -> None:
     base = predict(tiny).detach()
     plan = methods.apply(tiny, methods_of(TREE))
-    randomise(tiny, plan)
+    randomise(tiny, plan, 0.3)
     assert not torch.allclose(predict(tiny), base, atol=1e-3)
     for layer in tiny.modules():
         if isinstance(layer, ControlledLinear):
@@ -118,13 +107,15 @@ def test_without_its_adapter_it_is_the_base_layer(tiny: Any) -> None:
     assert torch.equal(predict(tiny), base)
 
 
-def test_a_copy_does_the_same_and_is_its_own(tiny: Any) -> None:
+def test_a_copy_does_the_same_and_is_its_own(
+    tiny: Any, predict: Callable[[Any], Tensor], randomise: Callable[..., None]
+) -> None:
     plan = methods.apply(tiny, methods_of(TREE))
-    randomise(tiny, plan)
+    randomise(tiny, plan, 0.3)
     copied = copy.deepcopy(tiny)
     live = predict(tiny).detach()
     assert torch.equal(predict(copied), live)
-    randomise(copied, plan)
+    randomise(copied, plan, 0.3)
     assert torch.equal(predict(tiny), live)
 
 
@@ -137,15 +128,14 @@ def test_folding_is_refused_by_name(packed: bool, tiny: Any) -> None:
             refuse(tiny)
 
 
-def test_export_writes_nothing(tiny: Any, tiny_folder: Path, tmp_path: Path) -> None:
+def test_export_writes_nothing(
+    tiny: Any, tiny_folder: Path, tmp_path: Path, save: Callable[..., dict[str, Tensor]]
+) -> None:
     from trainer.export import export
 
     plan = methods.apply(tiny, methods_of(TREE))
-    parameters = dict(tiny.named_parameters())
     path, out = tmp_path / "adapter.safetensors", tmp_path / "out"
-    stored = {name: parameters[name] for name in plan.stored}
-    facts = {"backbone": str(tiny_folder), "methods": TREE}
-    adapter.save(path, stored, facts, tiny.identity())
+    save(path, tiny, plan, {"backbone": str(tiny_folder), "methods": TREE})
     with pytest.raises(ValueError, match=r"methods\.controls"):
         export(path, out)
     assert list(tmp_path.iterdir()) == [path]

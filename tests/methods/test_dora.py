@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from trainer import methods
@@ -22,22 +23,9 @@ def add(backbone: Any, **options: Any) -> methods.Plan:
     return methods.apply(backbone, {"dora": Dora(**options)})
 
 
-def randomise(backbone: Any, plan: methods.Plan) -> None:
-    generator = torch.Generator().manual_seed(0)
-    parameters = dict(backbone.named_parameters())
-    with torch.no_grad():
-        for name in plan.names:
-            parameters[name].add_(0.1 * torch.randn(parameters[name].shape, generator=generator))
-
-
-def predict(backbone: Any) -> Tensor:
-    x_t = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(3))
-    condition = backbone.encode_prompts(["a fox on a red background", ""])
-    output: Tensor = backbone.predict(x_t, torch.tensor([3, 900]), condition)
-    return output
-
-
-def test_the_equation_with_a_norm_that_is_constant_to_the_gradient(tiny: Any) -> None:
+def test_the_equation_with_a_norm_that_is_constant_to_the_gradient(
+    tiny: Any, randomise: Callable[..., None]
+) -> None:
     randomise(tiny, add(tiny, sites="cross", rank=3, alpha=6.0))
     layer = dict(tiny.named_modules())[UP]
     a, b = layer.lora_A["dora"].weight, layer.lora_B["dora"].weight
@@ -63,31 +51,14 @@ def test_magnitude_starts_as_the_norm_of_each_row(tiny: Any) -> None:
         torch.testing.assert_close(parameters[name], weight.norm(dim=1))
 
 
-def test_output_and_gradients_are_those_of_peft(tiny: Any) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    reference = copy.deepcopy(tiny)
+def test_output_and_gradients_are_those_of_peft(
+    tiny: Any, randomise: Callable[..., None], same_as_peft: Callable[..., None]
+) -> None:
+    plain = copy.deepcopy(tiny)
     plan = add(tiny, sites="all", projections=("q", "v"), rank=4)
     randomise(tiny, plan)
     config = LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"], use_dora=True)
-    reference.unet = get_peft_model(reference.unet, config)
-    others = {
-        name.replace("base_model.model.", "").replace(".default.", ".dora."): parameter
-        for name, parameter in reference.named_parameters()
-        if parameter.requires_grad and "lora_" in name
-    }
-    assert set(others) == set(plan.names)
-    parameters = dict(tiny.named_parameters())
-    with torch.no_grad():
-        for name, parameter in others.items():
-            parameter.copy_(parameters[name])
-    own, wanted = predict(tiny), predict(reference)
-    assert torch.equal(own, wanted)
-    own.square().sum().backward()
-    wanted.square().sum().backward()
-    for name, parameter in others.items():
-        assert parameter.grad is not None
-        assert torch.equal(parameters[name].grad, parameter.grad), name
+    same_as_peft(tiny, plan, "dora", plain, config)
 
 
 def test_base_weights_stay_through_training(tiny: Any, train: Callable[..., list[float]]) -> None:
@@ -98,7 +69,9 @@ def test_base_weights_stay_through_training(tiny: Any, train: Callable[..., list
         assert plain not in weights or torch.equal(parameter, weights[plain]), name
 
 
-def test_folded_into_weights_it_does_the_same(tiny: Any) -> None:
+def test_folded_into_weights_it_does_the_same(
+    tiny: Any, predict: Callable[[Any], Tensor], randomise: Callable[..., None]
+) -> None:
     randomise(tiny, add(tiny, sites="all", rank=2, text_encoder=("q",)))
     live = predict(tiny).detach()
     fold(tiny)

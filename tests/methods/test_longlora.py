@@ -115,15 +115,9 @@ def test_a_group_is_a_share_or_a_number(group: float, tokens: int, size: int) ->
     assert ShiftedSparse(group).size(tokens) == size
 
 
-def predict(backbone: Any) -> Tensor:
-    x_t = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        condition = backbone.encode_prompts(["a fox on a red background", ""])
-    output: Tensor = backbone.predict(x_t, torch.tensor([3, 900]), condition)
-    return output
-
-
-def test_groups_in_training_and_full_attention_otherwise(tiny: Any) -> None:
+def test_groups_in_training_and_full_attention_otherwise(
+    tiny: Any, predict: Callable[[Any], Tensor]
+) -> None:
     base = predict(tiny).detach()
     methods.apply(tiny, {"longlora": Longlora()})
     assert not torch.allclose(predict(tiny), base, atol=1e-4)
@@ -132,14 +126,14 @@ def test_groups_in_training_and_full_attention_otherwise(tiny: Any) -> None:
     assert torch.equal(predict(tiny.eval()), base)
 
 
-def test_one_group_trains_with_full_attention(tiny: Any) -> None:
+def test_one_group_trains_with_full_attention(tiny: Any, predict: Callable[[Any], Tensor]) -> None:
     base = predict(tiny).detach()
     methods.apply(tiny, {"longlora": Longlora(group=1)})
     assert torch.equal(predict(tiny), base)
 
 
 def test_gradient_checkpointing_groups_both_times(
-    tiny: Any, open_folder: Callable[..., Any], tiny_folder: Any
+    tiny: Any, open_folder: Callable[..., Any], tiny_folder: Any, predict: Callable[[Any], Tensor]
 ) -> None:
     other = open_folder(tiny_folder)
     found = []
@@ -174,7 +168,9 @@ def test_sites_all_puts_lora_on_cross_attention_too_but_no_groups(tiny: Any) -> 
     assert {p.site.kind for p in tiny.host.processors.values() if p.ops} == {"self"}
 
 
-def test_keys_appended_by_another_op_are_refused(tiny: Any) -> None:
+def test_keys_appended_by_another_op_are_refused(
+    tiny: Any, predict: Callable[[Any], Tensor]
+) -> None:
     class Append:
         name = "append"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from trainer import methods
@@ -33,22 +34,6 @@ def layers(backbone: Any, suffix: str = ".to_k") -> dict[str, Any]:
     }
 
 
-def randomise(backbone: Any, plan: methods.Plan, seed: int = 0) -> None:
-    """As after training: nothing trained is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    parameters = dict(backbone.named_parameters())
-    with torch.no_grad():
-        for name in plan.names:
-            parameters[name].add_(0.3 * torch.randn(parameters[name].shape, generator=generator))
-
-
-def predict(backbone: Any) -> Tensor:
-    x_t = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(3))
-    condition = backbone.encode_prompts(["a fox on a red background", ""])
-    output: Tensor = backbone.predict(x_t, torch.tensor([3, 900]), condition)
-    return output
-
-
 @pytest.mark.parametrize(
     ("rank", "alpha", "rslora", "strength"),
     [
@@ -58,10 +43,15 @@ def predict(backbone: Any) -> Tensor:
     ],
 )
 def test_the_equation(
-    rank: int, alpha: float | None, rslora: bool, strength: float, tiny: Any
+    rank: int,
+    alpha: float | None,
+    rslora: bool,
+    strength: float,
+    tiny: Any,
+    randomise: Callable[..., None],
 ) -> None:
     plan = add(tiny, sites="cross", rank=rank, alpha=alpha, rslora=rslora)
-    randomise(tiny, plan)
+    randomise(tiny, plan, 0.3)
     layer = dict(tiny.named_modules())[UP]
     a, b = layer.lora_A["lora"].weight, layer.lora_B["lora"].weight
     x = torch.randn(3, 7, 128, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -74,36 +64,21 @@ def test_the_equation(
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-4)
 
 
-def test_output_and_gradients_are_those_of_peft(tiny: Any) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    reference = copy.deepcopy(tiny)
+def test_output_and_gradients_are_those_of_peft(
+    tiny: Any, randomise: Callable[..., None], same_as_peft: Callable[..., None]
+) -> None:
+    plain = copy.deepcopy(tiny)
     plan = add(tiny, sites="all", rank=4, alpha=8.0)
-    randomise(tiny, plan)
+    randomise(tiny, plan, 0.3)
     names = ["to_q", "to_k", "to_v", "to_out.0"]
     config = LoraConfig(r=4, lora_alpha=8, target_modules=names)
-    reference.unet = get_peft_model(reference.unet, config)
-    others = {
-        name.replace("base_model.model.", "").replace(".default.", ".lora."): parameter
-        for name, parameter in reference.named_parameters()
-        if parameter.requires_grad and "lora_" in name
-    }
-    assert set(others) == set(plan.names)
-    parameters = dict(tiny.named_parameters())
-    with torch.no_grad():
-        for name, parameter in others.items():
-            parameter.copy_(parameters[name])
-    own, wanted = predict(tiny), predict(reference)
-    assert torch.equal(own, wanted)
-    own.square().sum().backward()
-    wanted.square().sum().backward()
-    for name, parameter in others.items():
-        assert parameter.grad is not None
-        assert torch.equal(parameters[name].grad, parameter.grad), name
+    same_as_peft(tiny, plan, "lora", plain, config)
 
 
 @pytest.mark.parametrize("init", ["default", "gaussian", "pissa", "olora", "eva"])
-def test_every_start_is_the_base_model_and_leaves_its_weights(init: str, tiny: Any) -> None:
+def test_every_start_is_the_base_model_and_leaves_its_weights(
+    init: str, tiny: Any, predict: Callable[[Any], Tensor]
+) -> None:
     weights = {name: p.detach().clone() for name, p in tiny.named_parameters()}
     base = predict(tiny)
     add(tiny, sites="cross", rank=3, init=init)
@@ -149,7 +124,9 @@ def test_what_pissa_subtracts_stays_while_it_trains(
     assert all(torch.equal(parameters[name], value) for name, value in kept.items())
 
 
-def test_eva_starts_at_what_the_inputs_vary_in_most(tiny: Any) -> None:
+def test_eva_starts_at_what_the_inputs_vary_in_most(
+    tiny: Any, predict: Callable[[Any], Tensor]
+) -> None:
     plan = add(tiny, sites="cross", projections=("k",), rank=3, init="eva")
     prepare = plan.edits["lora"].prepare
     assert prepare is not None
@@ -193,9 +170,11 @@ def test_further_layers_and_the_text_encoder(tiny: Any) -> None:
     }
 
 
-def test_folded_into_weights_it_does_the_same(tiny: Any) -> None:
+def test_folded_into_weights_it_does_the_same(
+    tiny: Any, predict: Callable[[Any], Tensor], randomise: Callable[..., None]
+) -> None:
     plan = add(tiny, sites="all", layers=("conv_in",), text_encoder=("v",), rank=2)
-    randomise(tiny, plan)
+    randomise(tiny, plan, 0.3)
     live = predict(tiny).detach()
     fold(tiny)
     assert not layers(tiny)
@@ -203,7 +182,9 @@ def test_folded_into_weights_it_does_the_same(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("init", ["default", "pissa"])
-def test_a_second_method_of_peft_silences_nothing(init: str, tiny: Any) -> None:
+def test_a_second_method_of_peft_silences_nothing(
+    init: str, tiny: Any, predict: Callable[[Any], Tensor]
+) -> None:
     tree = {"lora": {"sites": "cross", "rank": 2, "init": init}, "dora": {"sites": "self"}}
     base = predict(tiny)
     plan = methods.apply(tiny, methods_of(tree))

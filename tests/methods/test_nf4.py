@@ -34,13 +34,6 @@ CODES = (
 QLORA: dict[str, Any] = {"nf4": {"min_size": 1024}, "lora": {"rank": 2}}
 
 
-def predict(backbone: Any) -> Tensor:
-    x_t = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(3))
-    condition = backbone.encode_prompts(["a fox on a red background", ""])
-    output: Tensor = backbone.predict(x_t, torch.tensor([3, 900]), condition)
-    return output
-
-
 def packed(backbone: Any) -> dict[str, Any]:
     return {name: layer for name, layer in backbone.named_modules() if nf4.is_packed(layer)}
 
@@ -145,7 +138,7 @@ def test_bits_need_a_packed_layer(tiny: Any) -> None:
 
 @pytest.mark.parametrize("beside", ["lora", "dora"])
 def test_adapters_train_over_it_and_no_bit_of_it_moves(
-    beside: str, tiny: Any, train: Callable[..., list[float]]
+    beside: str, tiny: Any, train: Callable[..., list[float]], predict: Callable[[Any], Tensor]
 ) -> None:
     plan = methods.apply(tiny, methods_of({"nf4": {"min_size": 1024}, beside: {"rank": 2}}))
     before = storage(tiny)
@@ -161,7 +154,9 @@ def test_adapters_train_over_it_and_no_bit_of_it_moves(
     assert all(layer.weight.grad is None for layer in packed(tiny).values())
 
 
-def test_gradients_of_lora_are_those_over_the_same_values_unpacked(tiny: Any) -> None:
+def test_gradients_of_lora_are_those_over_the_same_values_unpacked(
+    tiny: Any, predict: Callable[[Any], Tensor]
+) -> None:
     plan = methods.apply(tiny, methods_of(QLORA))
     plain = copy.deepcopy(tiny)
     for name, layer in packed(plain).items():
@@ -182,7 +177,10 @@ def test_gradients_of_lora_are_those_over_the_same_values_unpacked(tiny: Any) ->
 
 
 def test_copies_and_reloads_are_bit_identical(
-    tiny: Any, tiny_folder: Path, open_folder: Callable[[Path], Any]
+    tiny: Any,
+    tiny_folder: Path,
+    open_folder: Callable[[Path], Any],
+    predict: Callable[[Any], Tensor],
 ) -> None:
     methods.apply(tiny, methods_of(QLORA))
     with torch.no_grad():
@@ -197,7 +195,11 @@ def test_copies_and_reloads_are_bit_identical(
 
 @pytest.mark.parametrize("beside", ["lora", "dora"])
 def test_folded_it_is_plain_and_does_the_same(
-    beside: str, tiny: Any, train: Callable[..., list[float]], tmp_path: Path
+    beside: str,
+    tiny: Any,
+    train: Callable[..., list[float]],
+    tmp_path: Path,
+    predict: Callable[[Any], Tensor],
 ) -> None:
     from diffusers import UNet2DConditionModel
 

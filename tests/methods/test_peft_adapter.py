@@ -41,22 +41,6 @@ def tree(kind: str, **more: Any) -> dict[str, Any]:
     return {"peft_adapter": {"type": kind, "sites": "self", "options": OPTIONS[kind], **more}}
 
 
-def randomise(backbone: Any, plan: methods.Plan) -> None:
-    generator = torch.Generator().manual_seed(0)
-    parameters = dict(backbone.named_parameters())
-    with torch.no_grad():
-        for name in plan.names:
-            parameters[name].add_(0.1 * torch.randn(parameters[name].shape, generator=generator))
-
-
-def predict(backbone: Any) -> Tensor:
-    x_t = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(3))
-    condition = backbone.encode_prompts(["a fox on a red background", ""])
-    with torch.no_grad():
-        output: Tensor = backbone.predict(x_t, torch.tensor([3, 900]), condition)
-    return output
-
-
 def test_every_type_has_options_here() -> None:
     assert set(OPTIONS) == set(TYPES)
     assert set(OVER_4_BITS) <= set(TYPES)
@@ -65,7 +49,7 @@ def test_every_type_has_options_here() -> None:
 
 @each_type
 def test_starts_at_the_base_model_and_trains(
-    kind: str, tiny: Any, train: Callable[..., list[float]]
+    kind: str, tiny: Any, train: Callable[..., list[float]], predict: Callable[[Any], Tensor]
 ) -> None:
     weights = {name: p.detach().clone() for name, p in tiny.named_parameters()}
     base = predict(tiny)
@@ -86,23 +70,28 @@ def test_starts_at_the_base_model_and_trains(
 
 @each_type
 def test_what_is_stored_is_all_there_is(
-    kind: str, tiny: Any, tiny_folder: Path, tmp_path: Path
+    kind: str,
+    tiny: Any,
+    tiny_folder: Path,
+    tmp_path: Path,
+    predict: Callable[[Any], Tensor],
+    randomise: Callable[..., None],
+    save: Callable[..., dict[str, Tensor]],
 ) -> None:
     """Made under one seed, loaded under another: nothing drawn at random is left out."""
     plan = methods.apply(tiny, methods_of(tree(kind)), seed=5)
     randomise(tiny, plan)
     live = predict(tiny)
-    parameters = dict(tiny.named_parameters())
-    stored = {name: parameters[name] for name in plan.stored}
     path = tmp_path / "adapter.safetensors"
-    facts = {"backbone": str(tiny_folder), "methods": tree(kind)}
-    adapter.save(path, stored, facts, tiny.identity())
+    save(path, tiny, plan, {"backbone": str(tiny_folder), "methods": tree(kind)})
     loaded, _ = adapter.load(path)
     assert torch.equal(predict(loaded), live)
 
 
 @each_type
-def test_folded_into_weights_it_does_the_same(kind: str, tiny: Any) -> None:
+def test_folded_into_weights_it_does_the_same(
+    kind: str, tiny: Any, predict: Callable[[Any], Tensor], randomise: Callable[..., None]
+) -> None:
     base = predict(tiny)
     randomise(tiny, methods.apply(tiny, methods_of(tree(kind))))
     live = predict(tiny)
@@ -114,7 +103,12 @@ def test_folded_into_weights_it_does_the_same(kind: str, tiny: Any) -> None:
 
 @pytest.mark.parametrize("kind", OVER_4_BITS)
 def test_over_4_bits_it_does_what_it_does_over_the_same_values(
-    kind: str, tiny: Any, open_folder: Callable[[Path], Any], tiny_folder: Path
+    kind: str,
+    tiny: Any,
+    open_folder: Callable[[Path], Any],
+    tiny_folder: Path,
+    predict: Callable[[Any], Tensor],
+    randomise: Callable[..., None],
 ) -> None:
     packing = {"nf4": {"min_size": 256}}
     plan = methods.apply(tiny, methods_of(packing | tree(kind)))
@@ -137,7 +131,9 @@ def test_others_are_refused_over_4_bits(kind: str, tiny: Any) -> None:
         methods.apply(tiny, methods_of({"nf4": {"min_size": 256}} | tree(kind)))
 
 
-def test_the_text_encoder_and_convolutions(tiny: Any) -> None:
+def test_the_text_encoder_and_convolutions(
+    tiny: Any, predict: Callable[[Any], Tensor], randomise: Callable[..., None]
+) -> None:
     options = {"sites": None, "layers": ["conv_in"], "text_encoder": ["v"]}
     plan = methods.apply(tiny, methods_of(tree("loha", **options)))
     randomise(tiny, plan)

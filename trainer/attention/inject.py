@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -191,8 +191,6 @@ def _add(
 def add_copy(layer: Any, owner: str, name: str, sign: int, path: str) -> list[str]:
     """A second, frozen adapter `name` beside `owner` on a LoRA layer, with sign * B; the names of
     its parameters."""
-    from peft import LoraConfig
-
     rank, scale = layer.r[owner], layer.scaling[owner]
     layer.update_layer(name, rank, rank, LoraConfig(r=rank, lora_alpha=rank))
     layer.lora_A[name].weight.copy_(layer.lora_A[owner].weight)
@@ -200,6 +198,11 @@ def add_copy(layer: Any, owner: str, name: str, sign: int, path: str) -> list[st
     layer.scaling[name] = scale
     layer.set_adapter([owner, name])
     return [f"{path}.lora_{matrix}.{name}.weight" for matrix in ("A", "B")]
+
+
+def sites_of(targets: Sequence[Target]) -> tuple[str, ...]:
+    """The sites that targets belong to, each once."""
+    return tuple(dict.fromkeys(target.site for target in targets if target.site))
 
 
 def claims(targets: Sequence[Target], trains: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -225,10 +228,10 @@ def fold(model: nn.Module) -> None:
             layer.base_layer = _seen_through(layer)
         else:
             layer.merge(safe_merge=True)
-        _replace(model, name, layer.get_base_layer())
+        model.set_submodule(name, layer.get_base_layer())
     for name, layer in list(model.named_modules()):
         if is_packed(layer):
-            _replace(model, name, unpacked(layer))
+            model.set_submodule(name, unpacked(layer))
 
 
 def _seen_through(layer: Any) -> nn.Module:
@@ -247,8 +250,3 @@ def _seen_through(layer: Any) -> nn.Module:
     if bias is not None:
         plain.bias.copy_(layer(torch.zeros_like(unit[:1]))[0])
     return plain.requires_grad_(False)
-
-
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    owner, _, last = name.rpartition(".")
-    setattr(model.get_submodule(owner), last, layer)

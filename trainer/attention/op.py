@@ -18,7 +18,8 @@ Ops of one site run in the order in which they were installed, but `restore`, wh
 runs in the reverse order. An op with `scores` or `probs` costs its sites the fused kernel; with a
 method `gate(q, site, ctx) -> bool` it pays only where that returns True. An op that trains is an
 `nn.Module`; it is registered under its site as `name`. A stage counts only if the op's class
-defines it as a method: a submodule called `mask` is none.
+defines it as a method: a submodule called `mask` is none. A kernel that has no place for a mask
+says so with `masks = False`. `owner` is the method an op belongs to, for refusals that name both.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from trainer.attention.sites import Site
 
 STAGES = (
@@ -75,11 +78,42 @@ def refuse_conflicts(ops: tuple[Op, ...], site: Site) -> None:
     first, *others = table["kernel"]
     if others:
         raise ValueError(
-            f"ops {first.name!r} and {others[0].name!r} both replace the kernel of {site.name!r}; "
+            f"{_who(first)} and {_who(others[0])} both replace the kernel of {site.name!r}; "
             "install one of them, or choose other sites for the second"
         )
     for op in table["scores"] + table["probs"]:
         raise ValueError(
-            f"op {op.name!r} asks for scores or probabilities of {site.name!r}, where the kernel "
-            f"of {first.name!r} computes none; choose other sites for one of them"
+            f"{_who(op)} asks for scores or probabilities of {site.name!r}, where the kernel of "
+            f"{_who(first)} computes none; choose other sites for one of them"
         )
+    if getattr(first, "masks", True):
+        return
+    for op in table["mask"]:
+        raise ValueError(
+            f"{_who(op)} has a mask for {site.name!r}, where the kernel of {_who(first)} has no "
+            "place for one; choose other sites for one of them"
+        )
+
+
+def refuse_mask(mask: Tensor | None, op: Op, site: Site) -> None:
+    """What a kernel without masks does about one that comes with the model's own call."""
+    if mask is not None:
+        raise ValueError(
+            f"the model masks keys at {site.name!r}, and the kernel of {_who(op)} has no place for "
+            "a mask; choose other sites, or inputs of one length"
+        )
+
+
+def refuse_other_keys(q: Tensor, k: Tensor, op: Op, site: Site) -> None:
+    """What a kernel for which tokens have a place among each other does about further keys."""
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(
+            f"{_who(op)} needs the tokens of {site.name!r} to look at themselves, and there are "
+            f"{k.shape[2]} keys for {q.shape[2]} queries; choose sites of self-attention to which "
+            "no other method appends keys"
+        )
+
+
+def _who(op: Any) -> str:
+    owner = getattr(op, "owner", None)
+    return f"op {op.name!r}" if owner is None else f"methods.{owner}"

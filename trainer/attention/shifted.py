@@ -30,6 +30,7 @@ class ShiftedSparse(nn.Module):
     """
 
     name = "shifted_sparse"
+    owner = "longlora"
 
     def __init__(self, group: float) -> None:
         super().__init__()

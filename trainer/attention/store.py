@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.attention.grid import token_grid
+
 if TYPE_CHECKING:
     from trainer.attention.context import StepContext
     from trainer.attention.sites import Site
@@ -48,7 +50,7 @@ class MapStore:
     def probs(self, probs: Tensor, site: Site, ctx: StepContext) -> Tensor:
         if probs.shape[2] <= self.max_queries:
             columns = self._columns(probs.detach().mean(dim=1))  # b t n
-            size = _grid(columns.shape[-1], site, ctx)
+            size = token_grid(columns.shape[-1], site, ctx, "MapStore")
             self.maps[ctx.step, site.name] = columns.unflatten(-1, size).float().cpu()
         return probs
 
@@ -79,18 +81,3 @@ class MapStore:
             )
         index = self.tokens.to(probs.device).expand(rows, -1)  # b t
         return probs.gather(2, index[:, None].expand(-1, queries, -1)).transpose(1, 2)
-
-
-def _grid(queries: int, site: Site, ctx: StepContext) -> tuple[int, int]:
-    """Height and width of the token grid; strided convolutions round up at odd sizes."""
-    if ctx.latent_size is not None and site.divisor is not None:
-        height, width = (-(-length // site.divisor) for length in ctx.latent_size)
-        if height * width == queries:
-            return height, width
-    side = round(queries**0.5)
-    if side * side != queries:
-        raise ValueError(
-            f"MapStore cannot tell the grid of {queries} tokens at {site.name!r}; give the "
-            "StepContext the latent_size the denoiser is called with"
-        )
-    return side, side

@@ -4,14 +4,28 @@ its name."""
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.backbones.sd import StableDiffusion
+    from trainer.backbones.base import Backbone
     from trainer.schema import BackboneSpec
 
+# the family of a folder by the pipeline it says it is
+FAMILIES = {"PixArtAlphaPipeline": "pixart", "PixArtSigmaPipeline": "pixart"}
 
-def load(spec: BackboneSpec, name: str) -> StableDiffusion:
+
+def family_of(folder: Path) -> str:
+    """The family that loads a pipeline folder; `sd`, which says what is wrong, if none does."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "sd"
+    return FAMILIES.get(str(index.get("_class_name")), "sd") if isinstance(index, dict) else "sd"
+
+
+def load(spec: BackboneSpec, name: str) -> Backbone:
     """The backbone a spec describes, frozen nowhere and fp32.
 
     Raises:
@@ -19,8 +33,10 @@ def load(spec: BackboneSpec, name: str) -> StableDiffusion:
         safetensors.
     """
     try:
-        family = importlib.import_module(f"trainer.backbones.{spec.family}")
+        family: Any = importlib.import_module(f"trainer.backbones.{spec.family}")
     except ModuleNotFoundError:
-        raise ValueError(f"backbone {name}: no family is called {spec.family!r}") from None
-    backbone: StableDiffusion = family.load(spec, name)
+        family = None
+    if not hasattr(family, "load"):
+        raise ValueError(f"backbone {name}: no family is called {spec.family!r}")
+    backbone: Backbone = family.load(spec, name)
     return backbone

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer.attention.sites import select
 from trainer.attention.store import MapStore
-from trainer.backbones.sd import StableDiffusion
+from trainer.backbones.base import Backbone
 from trainer.callbacks.ema import EMA
 from trainer.module import DiffusionModule
 from trainer.pictures import grid, overlay
@@ -87,7 +87,7 @@ class Preview(lightning.Callback):
         sheet.save(self.folder / "grid.png")
         show(trainer, "preview", grid([(label, pictures)], self.prompts), trainer.global_step)
 
-    def _paint(self, backbone: StableDiffusion) -> tuple[Tensor, Tensor | None]:
+    def _paint(self, backbone: Backbone) -> tuple[Tensor, Tensor | None]:
         where = positions(backbone, self.prompts, self.maps) if self.maps else None
         if where is None:
             return sample(backbone, self.prompts, self.seeds, **self.options).cpu(), None
@@ -106,7 +106,7 @@ class Preview(lightning.Callback):
 
 
 def positions(
-    backbone: StableDiffusion, prompts: Sequence[str], token: str
+    backbone: Backbone, prompts: Sequence[str], token: str
 ) -> list[list[int]] | None:
     """Where `token` stands in each tokenised prompt, or None if one lacks it."""
     wanted = backbone.tokenizer.convert_tokens_to_ids(token)

@@ -15,7 +15,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,6 +24,7 @@ from pydantic import Field, field_validator, model_validator
 from trainer.data import Dataset, Needs, Sample, Source
 from trainer.data.images import list_images, read_folder
 from trainer.data.templates import TEMPLATES, render
+from trainer.hints import nearest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,8 +32,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SPRITE = "sprite:"
-NUM_SCENES = 5
-UNSEEN = 16
+# what one would take photos of: the thing alone and near, then in company; each an index in the
+# world 77 and what stands beside the sprite
+SCENES: tuple[tuple[int, str | None], ...] = (
+    (0, None),
+    (11, None),
+    (9, None),
+    (26, "clock"),
+    (21, "car"),
+)
+UNSEEN = range(505, 521)
 
 
 class Concept(Source):
@@ -90,9 +98,7 @@ class Concept(Source):
 
         word = concept.removeprefix(SPRITE)
         if word not in ALL:
-            near = get_close_matches(word, ALL, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(ALL)}"
-            raise ValueError(f"no sprite is called {word}; {hint}")
+            raise ValueError(f"no sprite is called {word}{nearest(word, ALL)}")
         return concept
 
     @field_validator("prior_folder")
@@ -150,8 +156,9 @@ class Concept(Source):
         """Training photos, the skipped ones with the reason, and held-out ones where there are
         some."""
         if concept.startswith(SPRITE):
-            drawn = _scenes(concept.removeprefix(SPRITE), token, NUM_SCENES + UNSEEN)
-            return drawn[:NUM_SCENES], [], drawn[NUM_SCENES:]
+            word = concept.removeprefix(SPRITE)
+            unseen = [(index, None) for index in UNSEEN]
+            return _scenes(word, token, SCENES), [], _scenes(word, token, unseen)
         photos, skipped = read_folder(concept, self.on_bad)
         phrase = f"{token} {class_word}" if class_word else token
         pairs = []
@@ -283,16 +290,16 @@ def _listed(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if value is None else (value,) if isinstance(value, str) else value
 
 
-def _scenes(word: str, token: str, count: int) -> list[Pair]:
-    """One-sprite scenes of a world no backbone was trained on, the sprite's word replaced by the
-    token."""
+def _scenes(word: str, token: str, chosen: Sequence[tuple[int, str | None]]) -> list[Pair]:
+    """Scenes of a world no backbone was trained on, the sprite's word replaced by the token."""
     from PIL import Image
 
     from trainer.data.scenes import draw
 
     pairs = []
-    for index in range(count):
-        scene = draw(77, index, (word,), count=1)
+    for index, other in chosen:
+        words = (word,) if other in (None, word) else (word, other)
+        scene = draw(77, index, words, count=len(words))
         caption = scene.caption.replace(f"an {word}", f"a {word}").replace(word, token)
         pairs.append(Pair(Image.fromarray(scene.image), (caption,), f"{word}-{index}"))
     return pairs

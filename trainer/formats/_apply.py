@@ -45,10 +45,9 @@ def full(delta: Delta, layer: nn.Module) -> Full:
 def add_to(base: Any, bundle: Bundle) -> Any:
     """Adds every delta and every new word to a plain model, in place; returns it."""
     for path, delta in bundle.layers.items():
-        part, _, name = path.partition(".")
         layer: Any = unpacked(layer_at(base, path))
-        owner, _, last = name.rpartition(".")
-        setattr(part_of(base, part).get_submodule(owner), last, layer)
+        part, _, name = path.partition(".")
+        part_of(base, part).set_submodule(name, layer)
         change = full(delta, layer)
         if change.weight is not None:
             layer.weight.add_(change.weight)

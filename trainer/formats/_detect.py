@@ -51,11 +51,11 @@ def _detect_folder(path: Path) -> str:
         )
     if (path / "adapter_config.json").is_file() or list(path.glob("*/adapter_config.json")):
         return "peft"
-    found = sorted(path.glob("*.safetensors"))
-    if not found and tokens.files(path):
-        return "diffusers"
-    if not found:
-        found = sorted(item for item in path.iterdir() if item.suffix in files.PICKLES)
-    if len(found) != 1:
-        raise ValueError(f"file={path}: {len(found)} files of weights are here; give one of them")
-    return detect(found[0])
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        if tokens.files(path):  # an export of nothing but words
+            return "diffusers"
+        weights = sorted(item for item in path.iterdir() if item.suffix in files.PICKLES)
+    if len(weights) != 1:
+        raise ValueError(f"file={path}: {len(weights)} files of weights are here; give one of them")
+    return detect(weights[0])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from trainer.attention.nf4 import unpacked
 from trainer.formats._apply import full, layer_at
 from trainer.formats._job import Job
 from trainer.formats.comfyui import READERS, read, save
@@ -16,8 +17,6 @@ __all__ = ["READERS", "read", "write"]
 
 @torch.no_grad()
 def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
-    from trainer.attention.nf4 import unpacked
-
     layers = {
         path: full(delta, unpacked(layer_at(job.base, path)))
         for path, delta in job.bundle.layers.items()

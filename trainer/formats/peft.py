@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from trainer.attention.inject import part_of
@@ -40,8 +41,6 @@ def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
 
 def _peft_model(folder: Path, base: Any) -> Any:
     """`PeftModel` puts the adapter on the very module it is given."""
-    from peft import PeftModel
-
     tokens.load_own(folder, base)
     for path in sorted(folder.glob(f"*/{CONFIG}")):
         PeftModel.from_pretrained(part_of(base, path.parent.name), path.parent)

@@ -32,10 +32,11 @@ class Edit:
     sites: names of the attention sites it touched. claims: `(module or parameter path, aspect)` no
     other method may claim. trains: names of the parameters it trains. keeps: names of frozen
     tensors the base cannot give back, stored beside the trained ones. loss: an extra term added to
-    the objective, without arguments. prepare: called once before the first step of a new run with a
-    function that runs a few training batches forward, for starts that look at the data. finish:
-    called with the same function once after the last step, before the adapter is stored, for what
-    is kept about the data.
+    the objective, without arguments. schedule: called before every training step with the share of
+    the run's steps that is done, from 0. prepare: called once before the first step of a new run
+    with a function that runs a few training batches forward, for starts that look at the data.
+    finish: called with the same function once after the last step, before the adapter is stored,
+    for what is kept about the data.
     """
 
     sites: tuple[str, ...] = ()
@@ -43,6 +44,7 @@ class Edit:
     trains: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
     loss: Callable[[], Tensor] | None = None
+    schedule: Callable[[float], None] | None = None
     prepare: Callable[[Callable[[], None]], None] | None = None
     finish: Callable[[Callable[[], None]], None] | None = None
 
@@ -66,7 +68,10 @@ class Method(BaseModel):
 
 @dataclass(frozen=True)
 class Plan:
-    """What applying a recipe's methods did; edits in the order they were applied."""
+    """What applying a recipe's methods did; edits in the order they were applied.
+
+    trained, total: how many values train, and how many the model has, those in 4 bits too.
+    """
 
     edits: Mapping[str, Edit]
     trained: int
@@ -101,6 +106,8 @@ def apply(model: AttentionModel, methods: Mapping[str, Method], seed: int = 0) -
     Raises:
         ValueError: two methods claim one thing, a method matches nothing, or nothing trains.
     """
+    from trainer.attention.nf4 import numel
+
     edits: dict[str, Edit] = {}
     owners: dict[tuple[str, str], str] = {}
     for name, method in sorted(methods.items(), key=lambda item: ORDER.index(item[1].kind)):
@@ -129,7 +136,7 @@ def apply(model: AttentionModel, methods: Mapping[str, Method], seed: int = 0) -
     return Plan(
         edits=edits,
         trained=sum(item.numel() for item in chosen),
-        total=sum(item.numel() for item in parameters.values()),
+        total=sum(map(numel, parameters.values())),
         trained_bytes=sum(item.numel() * item.element_size() for item in chosen),
         names=tuple(sorted(trained)),
         keeps=tuple(sorted({kept for edit in edits.values() for kept in edit.keeps})),

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from trainer.attention.selector import parse_selector
-from trainer.methods import Method
+from trainer.attention.sites import Role
+from trainer.methods import Edit, Method
+from trainer.methods.options import SiteSelector
 
 if TYPE_CHECKING:
     from trainer.attention.inject import Target
     from trainer.attention.model import AttentionModel
-
-Role = Literal["q", "k", "v", "out"]
 
 
 class Targeted(Method):
@@ -27,17 +26,10 @@ class Targeted(Method):
     """
 
     kind: ClassVar[Literal["adapt"]] = "adapt"
-    sites: str | None = "all"
+    sites: SiteSelector | None = "all"
     projections: tuple[Role, ...] = ("q", "k", "v", "out")
     layers: tuple[str, ...] = ()
     text_encoder: tuple[Role, ...] = ()
-
-    @field_validator("sites")
-    @classmethod
-    def _parses(cls, text: str | None) -> str | None:
-        if text is not None:
-            parse_selector(text)
-        return text
 
     def targets(self, model: AttentionModel) -> list[Target]:
         """The layers these options name; ValueError if they name none."""
@@ -128,6 +120,26 @@ class LowRank(Targeted):
             use_rslora=self.rslora,
             **options,
         )
+
+
+def edit_of(
+    targets: Sequence[Target],
+    trains: Sequence[str],
+    keeps: Sequence[str] = (),
+    also: Sequence[tuple[str, str]] = (),
+    **more: Any,
+) -> Edit:
+    """What a method did that put adapters on `targets`. It claims these places, the parameters it
+    trains and keeps, and `also`; more: further fields of the `Edit`."""
+    from trainer.attention.inject import claims, sites_of
+
+    return Edit(
+        sites=sites_of(targets),
+        claims=(*claims(targets, (*trains, *keeps)), *also),
+        trains=tuple(trains),
+        keeps=tuple(keeps),
+        **more,
+    )
 
 
 def _exceptions(

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from trainer.attention.sites import Role
 from trainer.methods import Edit
-from trainer.methods.lowrank import LowRank, Role
+from trainer.methods.lowrank import LowRank, edit_of
+from trainer.methods.options import SiteSelector
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,25 +35,20 @@ class CLora(LowRank):
     """
 
     rank: int = Field(16, gt=0)
-    sites: str | None = "cross"
+    sites: SiteSelector | None = "cross"
     projections: tuple[Role, ...] = ("k", "v")
     task: int = Field(0, ge=0)
     penalty: float = Field(1e6, ge=0)
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.inject import claims, layer_of, stack
+        from trainer.attention.inject import layer_of, stack
 
         targets = self.targets(model)
         *past, trains = stack(model, targets, self.config, "c_lora", self.task + 1)
-        keeps = tuple(name for names in past for name in names)
+        keeps = [name for names in past for name in names]
         layers = [layer_of(model, target) for target in targets]
-        return Edit(
-            sites=tuple(dict.fromkeys(target.site for target in targets if target.site)),
-            claims=claims(targets, (*trains, *keeps)),
-            trains=trains,
-            keeps=keeps,
-            loss=self._penalty(layers) if past and self.penalty else None,
-        )
+        loss = self._penalty(layers) if past and self.penalty else None
+        return edit_of(targets, trains, keeps, loss=loss)
 
     def _penalty(self, layers: list[Any]) -> Callable[[], Tensor]:
         def penalty() -> Tensor:

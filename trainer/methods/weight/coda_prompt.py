@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from trainer.attention.selector import parse_selector
 from trainer.methods import Edit, Method
+from trainer.methods.options import SiteSelector, check_task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,21 +40,14 @@ class CodaPrompt(Method):
     kind: ClassVar[Literal["attention"]] = "attention"
     pool: int = Field(100, gt=0)
     length: int = Field(8, gt=0, multiple_of=2)
-    sites: str = "cross"
+    sites: SiteSelector = "cross"
     task: int = Field(0, ge=0)
     num_tasks: int = Field(5, gt=0)
     ortho: float = Field(0.1, ge=0)
 
-    @field_validator("sites")
-    @classmethod
-    def _parses(cls, text: str) -> str:
-        parse_selector(text)
-        return text
-
     @model_validator(mode="after")
     def _in_range(self) -> CodaPrompt:
-        if self.task >= self.num_tasks:
-            raise ValueError(f"task={self.task} is beyond num_tasks={self.num_tasks}; count from 0")
+        check_task(self.task, self.num_tasks)
         if self.pool < self.num_tasks:
             raise ValueError(
                 f"pool={self.pool} has no part for each of num_tasks={self.num_tasks}; raise it"

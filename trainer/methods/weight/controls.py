@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.methods import Edit
-from trainer.methods.lowrank import LowRank
+from trainer.methods.lowrank import LowRank, edit_of
 
 if TYPE_CHECKING:
     from trainer.attention.inject import Target
@@ -28,7 +28,7 @@ class Controls(LowRank):
         from torch import nn
 
         from trainer.attention.controls import ControlledLinear
-        from trainer.attention.inject import base, claims, inject, layer_of
+        from trainer.attention.inject import base, inject, layer_of
 
         targets = self.targets(model)
         for target in targets:
@@ -43,8 +43,4 @@ class Controls(LowRank):
             return made
 
         trains = inject(model, targets, config, "controls")
-        return Edit(
-            sites=tuple(dict.fromkeys(target.site for target in targets if target.site)),
-            claims=claims(targets, trains),
-            trains=trains,
-        )
+        return edit_of(targets, trains)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from trainer.methods import Edit
-from trainer.methods.lowrank import LowRank
+from trainer.methods.lowrank import LowRank, edit_of
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -21,15 +21,11 @@ class Dora(LowRank):
     init: Literal["default", "gaussian"] = "default"
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.inject import claims, inject
+        from trainer.attention.inject import inject
 
         targets = self.targets(model)
         start = True if self.init == "default" else self.init
         trains = inject(
             model, targets, lambda t: self.config(t, init_lora_weights=start, use_dora=True), "dora"
         )
-        return Edit(
-            sites=tuple(dict.fromkeys(target.site for target in targets if target.site)),
-            claims=claims(targets, trains),
-            trains=trains,
-        )
+        return edit_of(targets, trains)

@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
+from trainer.attention.sites import Role
 from trainer.methods import Edit
-from trainer.methods.lowrank import LowRank, Role
+from trainer.methods.lowrank import LowRank, edit_of
+from trainer.methods.options import SiteSelector, check_task
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -38,7 +40,7 @@ class Inflora(LowRank):
     """
 
     rank: int = Field(10, gt=0)
-    sites: str | None = "cross"
+    sites: SiteSelector | None = "cross"
     projections: tuple[Role, ...] = ("k", "v")
     task: int = Field(0, ge=0)
     num_tasks: int = Field(5, gt=0)
@@ -46,8 +48,7 @@ class Inflora(LowRank):
 
     @model_validator(mode="after")
     def _in_range(self) -> Inflora:
-        if self.task >= self.num_tasks:
-            raise ValueError(f"task={self.task} is beyond num_tasks={self.num_tasks}; count from 0")
+        check_task(self.task, self.num_tasks)
         if not 0 < self.energy[0] <= self.energy[1] <= 1:
             raise ValueError(f"energy={list(self.energy)} must rise within 0 and 1")
         return self
@@ -55,7 +56,7 @@ class Inflora(LowRank):
     def apply(self, model: AttentionModel) -> Edit:
         from torch import nn
 
-        from trainer.attention.inject import base, claims, layer_of, stack
+        from trainer.attention.inject import base, layer_of, stack
 
         targets = self.targets(model)
         for target in targets:
@@ -67,14 +68,8 @@ class Inflora(LowRank):
         layers = {target.path: layer_of(model, target) for target in targets}
         for path, layer in layers.items():
             keeps += _add_memory(layer, path)
-        return Edit(
-            sites=tuple(dict.fromkeys(target.site for target in targets if target.site)),
-            claims=claims(targets, (*trains, *keeps)),
-            trains=trains,
-            keeps=tuple(keeps),
-            prepare=self._design(layers),
-            finish=self._remember(layers),
-        )
+        prepare, finish = self._design(layers), self._remember(layers)
+        return edit_of(targets, trains, keeps, prepare=prepare, finish=finish)
 
     def _design(self, layers: Mapping[str, Any]) -> Callable[[Callable[[], None]], None]:
         def prepare(run: Callable[[], None]) -> None:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, field_validator
 
 from trainer.methods import Edit
-from trainer.methods.lowrank import LowRank
+from trainer.methods.lowrank import LowRank, edit_of
+from trainer.methods.options import SiteSelector
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -30,7 +31,7 @@ class Longlora(LowRank):
 
     rank: int = Field(8, gt=0)
     alpha: float | None = Field(16.0, gt=0)
-    sites: str | None = "self"
+    sites: SiteSelector | None = "self"
     group: float = Field(0.25, gt=0)
     whole: tuple[Literal["norms", "embeddings"], ...] = ("norms", "embeddings")
 
@@ -42,7 +43,7 @@ class Longlora(LowRank):
         return group
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.inject import claims, inject
+        from trainer.attention.inject import inject
         from trainer.attention.shifted import ShiftedSparse
         from trainer.attention.sites import require
 
@@ -60,14 +61,8 @@ class Longlora(LowRank):
         whole = self._whole(model)
         trains = (*inject(model, targets, self.config, "longlora"), *whole)
         model.host.install(ShiftedSparse(self.group), grouped)
-        return Edit(
-            sites=tuple(dict.fromkeys(target.site for target in targets if target.site)),
-            claims=(
-                *claims(targets, trains),
-                *((f"{model.denoiser_name}.{site.name}", "the kernel") for site in grouped),
-            ),
-            trains=trains,
-        )
+        kernels = [(f"{model.denoiser_name}.{site.name}", "the kernel") for site in grouped]
+        return edit_of(targets, trains, also=kernels)
 
     def _whole(self, model: AttentionModel) -> list[str]:
         """Names of what trains whole; the layers that scale norms by the time are no norms."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import model_validator
 
 from trainer.methods import Edit
-from trainer.methods.lowrank import LowRank
+from trainer.methods.lowrank import LowRank, edit_of
 
 if TYPE_CHECKING:
     from trainer.attention.inject import Target
@@ -40,7 +40,7 @@ class Lora(LowRank):
         return self
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.inject import claims, inject
+        from trainer.attention.inject import inject
 
         targets = self.targets(model)
         self._refuse(model, targets)
@@ -51,13 +51,8 @@ class Lora(LowRank):
             start = "gaussian" if self.init == "gaussian" else True
             config = lambda t: self.config(t, init_lora_weights=start)  # noqa: E731
             trains = inject(model, targets, config, "lora")
-        return Edit(
-            sites=tuple(dict.fromkeys(target.site for target in targets if target.site)),
-            claims=claims(targets, (*trains, *kept)),
-            trains=trains,
-            keeps=kept,
-            prepare=self._eva(model, targets) if self.init == "eva" else None,
-        )
+        prepare = self._eva(model, targets) if self.init == "eva" else None
+        return edit_of(targets, trains, kept, prepare=prepare)
 
     def _refuse(self, model: AttentionModel, targets: Sequence[Target]) -> None:
         """Raises ValueError where a layer has no matrix to start from."""

@@ -47,8 +47,7 @@ class Nf4(Method):
         packed = [pack(layer, compute) for layer in chosen.values()]
         share_tables(packed)
         for name, layer in zip(chosen, packed, strict=True):
-            owner, _, last = name.rpartition(".")
-            setattr(model.denoiser.get_submodule(owner), last, layer)
+            model.denoiser.set_submodule(name, layer)
         model.denoiser.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft asks for it
         changed = ("weight",) if self.compute == "fp32" else ("weight", "bias")
         return Edit(

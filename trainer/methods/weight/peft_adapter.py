@@ -21,14 +21,14 @@ so that the trained tensors are all there is to store.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
+from trainer.hints import nearest
 from trainer.methods import Edit
-from trainer.methods.lowrank import Targeted
+from trainer.methods.lowrank import Targeted, edit_of
 
 if TYPE_CHECKING:
     from trainer.attention.inject import Target
@@ -93,11 +93,11 @@ class PeftAdapter(Targeted):
         if name in INSTEAD:
             raise ValueError(f"{name} {INSTEAD[name]}")
         if name not in TYPES:
-            raise ValueError(f"no such adapter{_nearest(name, TYPES)}")
+            raise ValueError(f"no such adapter{nearest(name, TYPES)}")
         return name
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.inject import base, claims, inject, layer_of
+        from trainer.attention.inject import base, inject, layer_of
         from trainer.attention.nf4 import is_packed
 
         targets = self.targets(model)
@@ -110,11 +110,8 @@ class PeftAdapter(Targeted):
         added = inject(model, targets, self._config(), "peft_adapter")
         parameters = dict(model.named_parameters())
         trains = tuple(name for name in added if parameters[name].requires_grad)
-        return Edit(
-            sites=tuple(dict.fromkeys(target.site for target in targets if target.site)),
-            claims=claims(targets, added),
-            trains=trains,
-        )
+        frozen = [(name, "weight") for name in added if name not in trains]
+        return edit_of(targets, trains, also=frozen)
 
     def _config(self) -> Callable[[Sequence[Target]], Any]:
         """From targets to their configuration, the options checked against its fields."""
@@ -149,14 +146,8 @@ def _checked(key: str, value: Any, hints: Mapping[str, Any], known: Iterable[str
             "nothing else of the base is trained; remove it"
         )
     if key not in known:
-        raise ValueError(f"options.{key}: no such option{_nearest(key, known)}")
+        raise ValueError(f"options.{key}: no such option{nearest(key, known)}")
     try:
         return TypeAdapter(hints[key]).validate_python(value)
     except ValidationError as error:
         raise ValueError(f"options.{key}={value!r}: {error.errors()[0]['msg']}") from None
-
-
-def _nearest(wrong: str, right: Iterable[str]) -> str:
-    right = list(right)
-    near = difflib.get_close_matches(wrong, right, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(right)}"

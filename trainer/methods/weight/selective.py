@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from trainer.attention.selector import parse_selector
+from trainer.attention.sites import Role
 from trainer.methods import Edit, Method
+from trainer.methods.options import SiteSelector
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -23,15 +24,9 @@ class Selective(Method):
     detach_first_token: as in the paper."""
 
     kind: ClassVar[Literal["select"]] = "select"
-    sites: str = "cross"
-    projections: tuple[Literal["q", "k", "v", "out"], ...] = Field(("k", "v"), min_length=1)
+    sites: SiteSelector = "cross"
+    projections: tuple[Role, ...] = Field(("k", "v"), min_length=1)
     detach_first_token: bool = False
-
-    @field_validator("sites")
-    @classmethod
-    def _parses(cls, text: str) -> str:
-        parse_selector(text)
-        return text
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.ops import DetachFirstToken

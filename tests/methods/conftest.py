@@ -1,0 +1,91 @@
+"""What the tests of single methods share: a prediction to compare, weights as if trained, a stored
+adapter, peft's own model beside ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer import adapter
+from trainer.methods import Plan
+
+
+@pytest.fixture(scope="session")
+def predict() -> Callable[[Any], Tensor]:
+    """The output of a backbone for two prompts, one of them empty."""
+
+    def run(backbone: Any) -> Tensor:
+        x_t = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(3))
+        condition = backbone.encode_prompts(["a fox on a red background", ""])
+        output: Tensor = backbone.predict(x_t, torch.tensor([3, 900]), condition)
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def randomise() -> Callable[..., None]:
+    """`randomise(backbone, plan, spread=0.1)`: as after training, nothing that trains is zero."""
+
+    def run(backbone: Any, plan: Plan, spread: float = 0.1) -> None:
+        generator = torch.Generator().manual_seed(0)
+        parameters = dict(backbone.named_parameters())
+        with torch.no_grad():
+            for name in plan.names:
+                shape = parameters[name].shape
+                parameters[name].add_(spread * torch.randn(shape, generator=generator))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def save() -> Callable[..., dict[str, Tensor]]:
+    """`save(path, backbone, plan, tree)` stores an adapter and returns its tensors. tree: of the
+    recipe, where it is to be loaded again."""
+
+    def run(
+        path: Path, backbone: Any, plan: Plan, tree: Mapping[str, Any] | None = None
+    ) -> dict[str, Tensor]:
+        own = dict(backbone.named_parameters()) | dict(backbone.named_buffers())
+        stored = {name: own[name].detach().clone() for name in plan.stored}
+        header = dict(tree or {"backbone": "x", "methods": {}})
+        adapter.save(path, stored, header, backbone.identity())
+        return stored
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def same_as_peft(predict: Callable[[Any], Tensor]) -> Callable[..., None]:
+    """`same_as_peft(backbone, plan, name, plain, config)`: the adapter called `name` does what
+    `get_peft_model` with that configuration does on a plain copy: output and gradients bit for
+    bit."""
+
+    def check(backbone: Any, plan: Plan, name: str, plain: Any, config: Any) -> None:
+        from peft import get_peft_model
+
+        plain.unet = get_peft_model(plain.unet, config)
+        others = {
+            key.replace("base_model.model.", "").replace(".default.", f".{name}."): parameter
+            for key, parameter in plain.named_parameters()
+            if parameter.requires_grad and "lora_" in key
+        }
+        assert set(others) == set(plan.names)
+        parameters = dict(backbone.named_parameters())
+        with torch.no_grad():
+            for key, parameter in others.items():
+                parameter.copy_(parameters[key])
+        own, wanted = predict(backbone), predict(plain)
+        assert torch.equal(own, wanted)
+        own.square().sum().backward()
+        wanted.square().sum().backward()
+        for key, parameter in others.items():
+            assert parameter.grad is not None
+            assert torch.equal(parameters[key].grad, parameter.grad), key
+
+    return check

@@ -1,0 +1,323 @@
+"""What every backbone is, and how its parts are read: one denoiser, one text encoder, a VAE and a
+scheduler, in diffusers folder layout. A family is a file beside this one."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from trainer.attention.processor import Host
+from trainer.attention.sites import Site
+
+if TYPE_CHECKING:
+    from trainer.schema import BackboneSpec
+
+SCHEDULER = "scheduler_config.json"
+TARGETS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+
+
+class Backbone(nn.Module):
+    """denoiser(x_t, t, text) with text (b, tokens, d), on latents (b, c, H/f, W/f) of a VAE.
+
+    Parameter names start with `denoiser_name`, `text_encoder.` or `vae.`, as adapters store them.
+    """
+
+    family: str
+    denoiser_name: str
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        denoiser: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        vae: Any,
+        scheduler: Any,
+    ) -> None:
+        super().__init__()
+        self.name, self.folder = name, folder
+        self.add_module(self.denoiser_name, denoiser)
+        self.text_encoder: Any = text_encoder
+        self.vae: Any = vae
+        self.tokenizer, self.scheduler_config = tokenizer, dict(scheduler.config)
+        self.scheduler_class = type(scheduler)
+        flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        # None: trained on the flow path x_t = (1 - t) x0 + t noise
+        self.alphas_cumprod: Tensor | None = None if flow else scheduler.alphas_cumprod.clone()
+        self.target: str = "flow" if flow else TARGETS[scheduler.config.prediction_type]
+        self._identity = {
+            "family": self.family,
+            "name": name,
+            self.denoiser_name: shapes(denoiser),
+            "text_encoder": shapes(text_encoder),
+            "target": self.target,
+        }
+
+    @property
+    def denoiser(self) -> Any:
+        return getattr(self, self.denoiser_name)
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        return {"text_encoder": self.text_encoder}
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        return {"text_encoder": self.tokenizer}
+
+    @cached_property
+    def host(self) -> Host:
+        return Host.attach(self.denoiser)
+
+    @property
+    def sites(self) -> list[Site]:
+        return self.host.sites
+
+    @property
+    def divisor(self) -> int:
+        """Pixels along an edge per latent."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def resolution(self) -> int:
+        """The side in pixels the backbone was trained at."""
+        return int(self.denoiser.config.sample_size) * self.divisor
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.denoiser.config.in_channels)
+
+    @property
+    def text_width(self) -> int:
+        return int(self.text_encoder.config.hidden_size)
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a prompt, with padding."""
+        return int(self.tokenizer.model_max_length)
+
+    def scheduler(self) -> Any:
+        return self.scheduler_class.from_config(self.scheduler_config)
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Pixels (b, 3, H, W) in [-1, 1] to the posterior's mean and log-variance (b, 2c, h, w)."""
+        parameters: Tensor = self.vae.encode(pixels).latent_dist.parameters
+        return parameters
+
+    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """A draw (b, c, h, w) from the posterior, scaled to what the denoiser was trained on."""
+        mean, log_variance = moments.chunk(2, dim=1)
+        drawn = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
+        return drawn * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (b, c, h, w) to pixels (b, 3, H, W) in [-1, 1]."""
+        pixels: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        return pixels.clamp(-1, 1)
+
+    def tokens(self, prompts: Sequence[str]) -> Any:
+        """Prompts to input_ids and attention_mask (b, text_length)."""
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.text_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        return tokens.to(self.text_encoder.device)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Prompts to what `predict` takes: encoder_hidden_states (b, tokens, d), and what goes with
+        them."""
+        raise NotImplementedError
+
+    def inputs(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> dict[str, Any]:
+        """The denoiser's own arguments for x_t (b, c, h, w) at timesteps t (b,)."""
+        raise NotImplementedError
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """The network's output (b, c, h, w) at x_t (b, c, h, w) and timesteps t (b,)."""
+        output: Tensor = self.denoiser(**self.inputs(x_t, t, condition)).sample
+        return output
+
+    def identity(self) -> dict[str, str]:
+        """What an adapter was trained on: the family and the shapes of the parts, as they were
+        before any edit."""
+        return dict(self._identity)
+
+    def vae_fingerprint(self) -> str:
+        """Changes with any weight of the VAE; keys cached latents."""
+        return contents(self.vae)
+
+    def fingerprint(self) -> str:
+        """Changes with any weight; keys what the backbone has painted."""
+        return hashlib.sha256(
+            " ".join(map(contents, (self.denoiser, self.text_encoder, self.vae))).encode()
+        ).hexdigest()[:16]
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.denoiser.enable_gradient_checkpointing()
+        if any(parameter.requires_grad for parameter in self.text_encoder.parameters()):
+            self.text_encoder.gradient_checkpointing_enable()
+
+    def compile_blocks(self) -> None:
+        """torch.compile for each block of the denoiser by itself: hooks on the whole stay Python.
+
+        Static shapes: blocks share their code, and inductor fails on what they have in common.
+        """
+        for block in self.blocks():
+            block.compile(dynamic=False)
+
+    def blocks(self) -> list[Any]:
+        raise NotImplementedError
+
+    def pipeline(self) -> Any:
+        """The parts as a stock pipeline; they are shared, not copied."""
+        raise NotImplementedError
+
+
+def shapes(module: nn.Module) -> str:
+    """A short hash of all parameter shapes; names are left out, since transformers renames them
+    between versions."""
+    found = sorted(str(tuple(parameter.shape)) for parameter in module.parameters())
+    return hashlib.sha256(" ".join(found).encode()).hexdigest()[:16]
+
+
+def contents(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A pipeline folder, and perhaps one whose parts stand before its own."""
+
+    path: Path
+    overlay: Path | None
+    scratch: tuple[str, ...]
+
+    def of(self, part: str) -> Path:
+        """Where a part lies, `model_index.json` among them."""
+        over = self.overlay / part if self.overlay else None
+        return over if over is not None and over.exists() else self.path / part
+
+    def index(self, name: str, pipelines: Sequence[str]) -> dict[str, Any]:
+        """model_index.json, if it is of one of these pipelines."""
+        index: dict[str, Any] = json.loads(self.of("model_index.json").read_text(encoding="utf-8"))
+        if index.get("_class_name") not in pipelines:
+            raise ValueError(
+                f"backbone {name}: {self.of('model_index.json').parent} is a "
+                f"{index.get('_class_name')}; this family loads {' and '.join(pipelines)} folders"
+            )
+        for part, file in (("tokenizer", "tokenizer_config.json"), ("scheduler", SCHEDULER)):
+            if not (self.of(part) / file).is_file():
+                raise ValueError(_missing(self.of(part), file))
+        return index
+
+    def load(self, part: str, kind: Any) -> Any:
+        """A part in fp32, or with new random weights where it is to start from scratch."""
+        where = self.of(part)
+        if not (where / "config.json").is_file():
+            raise ValueError(_missing(where, "config.json"))
+        if part in self.scratch:
+            config = json.loads((where / "config.json").read_text(encoding="utf-8"))
+            return kind.from_config(config)
+        if not list(where.glob("*.safetensors")):
+            found = ", ".join(
+                path.name for path in where.glob("*") if path.suffix in (".bin", ".pt", ".ckpt")
+            )
+            raise ValueError(
+                f"{where}: no safetensors "
+                f"file{f' (found {found}; pickles are never loaded)' if found else ''}; "
+                "save the pipeline with safe_serialization=True"
+            )
+        ours = kind.__module__.startswith("diffusers.")
+        dtype = {"torch_dtype" if ours else "dtype": torch.float32}
+        try:
+            model, notes = kind.from_pretrained(
+                where,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **dtype,
+            )
+        except SafetensorError as error:
+            raise ValueError(f"{where}: its safetensors file is damaged: {error}") from None
+        # they would stay random, and nothing would say so
+        if missing := sorted(notes["missing_keys"]):
+            raise ValueError(
+                f"{where}: the weights lack {', '.join(missing[:3])}, {len(missing)} in all; they "
+                "are not of this config.json"
+            )
+        return model
+
+    def scheduler_config(self) -> dict[str, Any]:
+        path = self.of("scheduler") / SCHEDULER
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return config
+
+
+def _missing(where: Path, file: str) -> str:
+    return f"{where}: {file} is missing; the folder is not a whole pipeline"
+
+
+def folder_of(spec: BackboneSpec, name: str, parts: Sequence[str]) -> Folder:
+    """The folder a spec names, fetched first if it is on the hub; parts: those with weights."""
+    path = Path(spec.folder) if spec.folder else _download(spec, name, parts)
+    return Folder(path, Path(spec.overlay) if spec.overlay else None, spec.scratch)
+
+
+def vp_scheduler(config: dict[str, Any], where: Path) -> DDIMScheduler:
+    """Any of diffusers' VP schedulers describes the same training path; sampling is DDIM.
+
+    What another scheduler does not say is what its own class does, not DDIM's default: no clipping
+    of latents, and a last step to the first alpha, as PNDM's.
+    """
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in TARGETS:
+        raise ValueError(
+            f"{where / SCHEDULER}: prediction_type is {prediction!r}; this family has "
+            f"{', '.join(TARGETS)}"
+        )
+    if config.get("_class_name") != DDIMScheduler.__name__:
+        config = {"clip_sample": False, "set_alpha_to_one": False} | config
+    own = inspect.signature(DDIMScheduler.__init__).parameters
+    return DDIMScheduler(**{key: value for key, value in config.items() if key in own})
+
+
+def _download(spec: BackboneSpec, name: str, parts: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["model_index.json", "*/*.json", "*/merges.txt", "*/vocab.json", "*/spiece.model"]
+    patterns += [f"{part}/*.safetensors" for part in parts]
+    try:
+        return Path(
+            snapshot_download(
+                spec.hub,  # type: ignore[arg-type]
+                revision=spec.revision,
+                allow_patterns=patterns,
+                ignore_patterns=["*.fp16.*", "*.non_ema.*", "safety_checker/*"],
+            )
+        )
+    except Exception as error:  # the hub raises a dozen kinds; each means: not to be had from here
+        raise ValueError(
+            f"backbone {name}: {spec.hub} could not be fetched ({type(error).__name__}); "
+            "download the folder on a "
+            f"machine with access and pass backbone=<folder>"
+        ) from error

@@ -1,0 +1,176 @@
+"""PixArt-alpha and -sigma (arXiv 2310.00426, 2403.04692), and every pipeline of the same parts: a
+diffusion transformer with self- and cross-attention, one text encoder, VAE, scheduler.
+
+The scheduler says what the transformer predicts: noise on a VP path as in PixArt, or the flow
+noise - x0 on the path x_t = (1 - t) x0 + t noise (arXiv 2209.03003), to which it is told 1000 t.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+)
+from torch import Tensor, nn
+
+from trainer.backbones.base import SCHEDULER, Backbone, folder_of, vp_scheduler
+
+if TYPE_CHECKING:
+    from trainer.schema import BackboneSpec
+
+# tokens of a prompt: the defaults of diffusers' two pipelines
+LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
+TEXT = {
+    "text_encoder": ("CLIPTextModel", "T5EncoderModel"),
+    "tokenizer": ("CLIPTokenizer", "T5Tokenizer", "T5TokenizerFast"),
+}
+FLOW = "flow_prediction"
+
+
+class PixArt(Backbone):
+    """transformer(x_t, t, text) with text (b, tokens, d) and its mask, on latents of a VAE."""
+
+    family = "pixart"
+    denoiser_name = "transformer"
+    transformer: Any
+    length = LENGTHS["PixArtAlphaPipeline"]
+
+    @property
+    def text_length(self) -> int:
+        return min(self.length, super().text_length)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Prompts to encoder_hidden_states (b, tokens, d) and encoder_attention_mask (b, tokens), 0
+        at padding. In lower case, as PixArt's own; added words stay as they are."""
+        added = self.tokenizer.get_added_vocab()
+        tokens = self.tokens(
+            [
+                " ".join(word if word in added else word.lower() for word in prompt.split())
+                for prompt in prompts
+            ]
+        )
+        ids, mask = tokens.input_ids, tokens.attention_mask
+        states: Tensor = self.text_encoder(ids, attention_mask=mask)[0]
+        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+
+    def inputs(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> dict[str, Any]:
+        size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if self.transformer.use_additional_conditions:  # the picture's size, in pixels
+            height, width = (side * self.divisor for side in x_t.shape[-2:])
+            size["resolution"] = x_t.new_tensor([[height, width]]).expand(len(x_t), 2)
+            size["aspect_ratio"] = x_t.new_tensor([[height / width]]).expand(len(x_t), 1)
+        return {"hidden_states": x_t, "timestep": t, "added_cond_kwargs": size, **condition}
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """The network's output (b, c, h, w); a learned variance behind it is left out."""
+        return super().predict(x_t, t, condition)[:, : self.latent_channels]
+
+    def blocks(self) -> list[Any]:
+        return list(self.transformer.transformer_blocks)
+
+    def pipeline(self) -> Any:
+        """A flow is sampled with a solver that the stock pipeline knows how to call."""
+        scheduler = self.scheduler()
+        if self.alphas_cumprod is None:
+            scheduler = DPMSolverMultistepScheduler(
+                num_train_timesteps=scheduler.config.num_train_timesteps,
+                prediction_type=FLOW,
+                use_flow_sigmas=True,
+                flow_shift=scheduler.config.shift,
+            )
+        return PixArtAlphaPipeline(
+            self.tokenizer, self.text_encoder, self.vae, self.transformer, scheduler
+        )
+
+
+def load(spec: BackboneSpec, name: str) -> PixArt:
+    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision.
+
+    Raises:
+        ValueError: the folder holds another pipeline or a text encoder of another kind, a part is
+        missing, or its weights are not safetensors.
+    """
+    folder = folder_of(spec, name, ["transformer", "text_encoder", "vae"])
+    index = folder.index(name, list(LENGTHS))
+    encoder, tokenizer = (_text_class(index, part, name) for part in TEXT)
+    transformer = folder.load("transformer", PixArtTransformer2DModel)
+    if "transformer" in spec.scratch:
+        initialise(transformer)
+    backbone = PixArt(
+        name,
+        folder.path,
+        transformer,
+        folder.load("text_encoder", encoder),
+        tokenizer.from_pretrained(folder.of("tokenizer"), local_files_only=True),
+        folder.load("vae", AutoencoderKL),
+        _scheduler(folder.scheduler_config(), folder.of("scheduler")),
+    )
+    backbone.length = LENGTHS[index["_class_name"]]
+    return backbone
+
+
+def _text_class(index: dict[str, Any], part: str, name: str) -> Any:
+    """The class of transformers that model_index.json names for a part, out of those we know."""
+    library, kind = index.get(part) or (None, None)
+    if library != "transformers" or kind not in TEXT[part]:
+        raise ValueError(
+            f"backbone {name}: {part} is a {kind} of {library}; this family has "
+            f"{', '.join(TEXT[part])}"
+        )
+    return getattr(transformers, kind)
+
+
+def _scheduler(
+    config: dict[str, Any], where: Path
+) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
+    """Euler steps on a flow path, DDIM on a VP one, whatever solver the folder names."""
+    euler = config.get("_class_name") == FlowMatchEulerDiscreteScheduler.__name__
+    if not euler and config.get("prediction_type") != FLOW:
+        return vp_scheduler(config, where)
+    if config.get("use_dynamic_shifting"):
+        raise ValueError(
+            f"{where / SCHEDULER}: use_dynamic_shifting is not known here; set it to false and "
+            "give shift"
+        )
+    own = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+    if not euler:  # a solver of flows; its other options are its own
+        steps = config.get("num_train_timesteps", 1000)
+        config = {"num_train_timesteps": steps, "shift": config.get("flow_shift", 1.0)}
+    return FlowMatchEulerDiscreteScheduler(
+        **{key: value for key, value in config.items() if key in own}
+    )
+
+
+@torch.no_grad()
+def initialise(transformer: Any) -> None:
+    """A start for training from nothing, as DiT's and PixArt's (arXiv 2212.09748, section 3.2):
+    every block adds nothing of the text at first, and the output is 0."""
+    for module in transformer.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    patches = transformer.pos_embed.proj
+    nn.init.xavier_uniform_(patches.weight.flatten(1))
+    nn.init.zeros_(patches.bias)
+    time = transformer.adaln_single
+    for layer in (
+        time.emb.timestep_embedder.linear_1,
+        time.emb.timestep_embedder.linear_2,
+        time.linear,
+    ):
+        nn.init.normal_(layer.weight, std=0.02)
+    for block in transformer.transformer_blocks:
+        nn.init.zeros_(block.attn2.to_out[0].weight)
+    nn.init.zeros_(transformer.proj_out.weight)
