@@ -213,9 +213,7 @@ class Examiner:
 
 
 @torch.no_grad()
-def validation_loss(
-    chosen: Recipe, model: Backbone, held_out: Dataset | None
-) -> float | None:
+def validation_loss(chosen: Recipe, model: Backbone, held_out: Dataset | None) -> float | None:
     """The validation loss of training, on the same noise: `val/loss` of the run's tracker."""
     if held_out is None:
         return None

@@ -233,7 +233,7 @@ def test_refused_install_changes_nothing(tiny_unet: nn.Module, run_unet: Run) ->
     host = Host.attach(tiny_unet)
     host.install(Kernel("linear"), host.sites[-1:])
     expected = run_unet(tiny_unet)
-    with pytest.raises(ValueError, match="'linear' and 'agent' both replace the kernel") as caught:
+    with pytest.raises(ValueError, match="op 'linear' and op 'agent' both replace") as caught:
         host.install(Kernel("agent"), host.sites)
     assert host.sites[-1].name in str(caught.value)
     assert torch.equal(run_unet(tiny_unet), expected)

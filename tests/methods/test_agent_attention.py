@@ -1,0 +1,87 @@
+"""Agent attention in a denoiser: trained with pooled agents, untrained with merged tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer import methods
+from trainer.attention.context import StepContext, use
+from trainer.recipe import methods_of
+from trainer.schema import RecipeError
+
+Predict = Callable[[Any], Tensor]
+TRAIN = {"selective": {}}
+
+
+def add(backbone: Any, **options: Any) -> methods.Plan:
+    return methods.apply(backbone, methods_of({"agent_attention": options, **TRAIN}))
+
+
+def test_as_many_agents_as_tokens_start_as_two_softmaxes(tiny: Any, predict: Predict) -> None:
+    """softmax(q q^T) softmax(q k^T) v where side is that of the grid."""
+    sites = [site for site in tiny.sites if site.kind == "self" and site.divisor == 1]
+    add(tiny, sites="self & /1", side=8)
+    seen: list[tuple[Tensor, ...]] = []
+    for site in sites:
+        (op,) = tiny.host.processors[site.name].ops
+
+        def kernel(*given: Any, run: Any = op.kernel) -> Tensor:
+            seen.append((*given[:3], run(*given)))
+            return seen[-1][3]
+
+        op.kernel = kernel
+    predict(tiny)
+    assert len(seen) == len(sites)
+    for q, k, v, o in seen:
+        scale = q.shape[-1] ** -0.5
+        hops = [(q @ x.transpose(2, 3) * scale).softmax(-1) for x in (q, k)]
+        torch.testing.assert_close(o, hops[0] @ (hops[1] @ v), atol=1e-5, rtol=1e-4)
+
+
+def test_biases_and_shortcut_train(tiny: Any, predict: Predict) -> None:
+    plan = add(tiny, side=2)
+    own = [name for name in plan.names if ".agent_attention." in name]
+    assert len(own) == 8 * sum(site.kind == "self" for site in tiny.sites)
+    predict(tiny).square().sum().backward()
+    parameters = dict(tiny.named_parameters())
+    assert all(bool(parameters[name].grad.any()) for name in own)
+
+
+def test_merged_agents_serve_early_steps_of_a_sampler_only(tiny: Any, predict: Predict) -> None:
+    base = predict(tiny)
+    plan = add(tiny, agents="merged", cell=2, ratio=0.75, share=0.5)
+    assert not any("agent_attention" in name for name in plan.names)
+    assert torch.equal(predict(tiny), base)
+
+    def at(step: int, of: int) -> Tensor:
+        with use(StepContext(step, of, torch.tensor(0))):
+            return predict(tiny)
+
+    early = at(0, 10)
+    assert bool(early.isfinite().all()) and not torch.allclose(early, base, atol=1e-5)
+    assert not torch.equal(at(4, 10), base)
+    assert torch.equal(at(5, 10), base)
+
+
+def test_merged_agents_that_save_nothing_are_not_used(tiny: Any, predict: Predict) -> None:
+    base = predict(tiny)
+    add(tiny, agents="merged", ratio=0.5)
+    with use(StepContext(0, 10, torch.tensor(0))):
+        assert torch.equal(predict(tiny), base)
+
+
+def test_keys_of_others_are_refused(tiny: Any, predict: Predict) -> None:
+    add(tiny, sites="cross", side=2)
+    with pytest.raises(ValueError, match=r"methods\.agent_attention needs the tokens of .* choose"):
+        predict(tiny)
+
+
+def test_merged_agents_cannot_be_distilled() -> None:
+    with pytest.raises(RecipeError) as error:
+        methods_of({"agent_attention": {"agents": "merged", "distill": 1}})
+    assert "merged agents learn nothing, so distill has no use; leave it out" in str(error.value)

@@ -1,0 +1,167 @@
+"""Linear attention in a denoiser: what runs, what distillation teaches, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer import methods
+from trainer.attention.kernels.linear import FEATURES, linear_attention
+from trainer.recipe import load, methods_of
+from trainer.schema import RecipeError
+
+Predict = Callable[[Any], Tensor]
+TRAIN = {"selective": {"sites": "self", "projections": ["q", "k", "v", "out"]}}
+
+
+def add(backbone: Any, **options: Any) -> methods.Plan:
+    return methods.apply(backbone, methods_of({"linear_attention": options, **TRAIN}))
+
+
+def test_the_chosen_sites_run_the_kernel_and_no_others(tiny: Any, predict: Predict) -> None:
+    add(tiny, sites="self & up", features="elu")
+    seen: dict[str, tuple[Tensor, ...]] = {}
+    for name, processor in tiny.host.processors.items():
+        for op in processor.ops:
+            run = op.kernel
+
+            def kernel(*given: Any, run: Any = run, name: str = name) -> Tensor:
+                seen[name] = (*given[:3], run(*given))
+                return seen[name][3]
+
+            op.kernel = kernel
+    predict(tiny)
+    assert set(seen) == {s.name for s in tiny.sites if s.kind == "self" and s.place == "up"}
+    for q, k, v, o in seen.values():
+        assert torch.equal(o, linear_attention(q, k, v, FEATURES["elu"]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"features": "focused", "shortcut": 3},
+        {"features": "cos"},
+        {"features": "efficient", "sites": "all"},
+        {"features": "random", "num_features": 12, "seed": 5},
+    ],
+    ids=str,
+)
+def test_every_choice_trains(options: dict[str, Any], tiny: Any, predict: Predict) -> None:
+    base = predict(tiny).detach()
+    plan = add(tiny, **options)
+    output = predict(tiny)
+    assert bool(output.isfinite().all()) and not torch.equal(output, base)
+    output.square().sum().backward()
+    parameters = dict(tiny.named_parameters())
+    for name in plan.names:
+        grad = parameters[name].grad
+        assert grad is not None and bool(grad.isfinite().all()), name
+    own = [name for name in plan.names if ".linear_attention." in name]
+    assert bool(own) == ("shortcut" in options)
+
+
+def test_random_features_are_those_of_the_seed(
+    tiny: Any, tiny_folder: Path, open_folder: Callable[..., Any], predict: Predict
+) -> None:
+    found = []
+    for seed in (1, 1, 2):
+        backbone = open_folder(tiny_folder)
+        add(backbone, features="random", seed=seed)
+        found.append(predict(backbone).detach())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_distillation_teaches_the_sites_what_they_did(tiny: Any, predict: Predict) -> None:
+    plan = add(tiny, distill=1.0)
+    loss = plan.edits["linear_attention"].loss
+    assert loss is not None
+    parameters = dict(tiny.named_parameters())
+    optimizer = torch.optim.AdamW([parameters[name] for name in plan.names], lr=3e-3)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        predict(tiny)
+        found = loss()
+        found.backward()
+        optimizer.step()
+        losses.append(float(found.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_run_distils_first_and_then_no_more(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps with, two without: seen where the loss is taken."""
+    from trainer.attention.distilled import Distillation
+    from trainer.fit import fit
+
+    seen: list[tuple[float, bool]] = []
+    loss = Distillation.loss
+
+    def looked(self: Distillation) -> Tensor:
+        seen.append((self.done, bool(self.terms)))
+        return loss(self)
+
+    monkeypatch.setattr(Distillation, "loss", looked)
+    words = ["recipe=linear_swap", f"backbone={tiny_folder}", "run.steps=4", "run.batch_size=2"]
+    words += ["data.count=8", "data.validation=0", "preview.prompts=[]", "run.checkpoint_every=0"]
+    words += ["tracker=none", "optim.ema=null", "run.accelerator=cpu"]
+    folder = fit(load(words), tmp_path / "run")
+    assert (folder / "adapter.safetensors").exists()
+    assert seen == [(0.0, True), (0.25, True), (0.5, False), (0.75, False)]
+
+
+def test_masks_of_the_model_are_refused_when_they_come(dit: Any, predict: Predict) -> None:
+    add(dit, sites="cross")
+    with pytest.raises(ValueError) as error:
+        predict(dit)
+    assert "the model masks keys at" in str(error.value)
+    assert "the kernel of methods.linear_attention has no place for a mask" in str(error.value)
+
+
+@pytest.mark.parametrize("stage", ["mask", "scores", "probs"])
+@pytest.mark.parametrize("kernel_first", [False, True])
+def test_masks_and_readers_of_maps_are_refused_by_name(
+    stage: str, kernel_first: bool, tiny: Any
+) -> None:
+    def run(self: Any, x: Tensor, *_: Any) -> Tensor:
+        return x
+
+    op = type("Reader", (), {"name": "reader", stage: run})()
+    sites = [site for site in tiny.sites if site.kind == "self"]
+    steps = [lambda: add(tiny), lambda: tiny.host.install(op, sites)]
+    first, second = steps if kernel_first else steps[::-1]
+    first()
+    with pytest.raises(ValueError) as error:
+        second()
+    for part in ("op 'reader'", "methods.linear_attention", sites[0].name):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("other", ["agent_attention", "gated_linear", "longlora"])
+def test_two_kernels_of_one_site_are_refused_by_name(other: str, tiny: Any) -> None:
+    with pytest.raises(ValueError) as error:
+        methods.apply(tiny, methods_of({"linear_attention": {}, other: {}}))
+    assert "methods.linear_attention" in str(error.value)
+    assert f"methods.{other}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"features": "reluu"}, "did you mean relu?"),
+        ({"shortcut": 2}, "a convolution keeps the grid with an odd size, as in 3; 0 is none"),
+        ({"distill": -1}, "methods.linear_attention.distill=-1"),
+        ({"distill_until": 0}, "methods.linear_attention.distill_until=0"),
+    ],
+)
+def test_refused_before_loading(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        methods_of({"linear_attention": options})
+    assert message in str(error.value)

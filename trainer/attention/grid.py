@@ -1,0 +1,28 @@
+"""Where the tokens of a site lie in the image."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer.attention.context import StepContext
+    from trainer.attention.sites import Site
+
+
+def token_grid(tokens: int, site: Site, ctx: StepContext, who: str) -> tuple[int, int]:
+    """Height and width of the token grid; strided convolutions round up at odd sizes.
+
+    Raises:
+        ValueError: neither the latent's size nor a square explains the number; says who asked.
+    """
+    if ctx.latent_size is not None and site.divisor is not None:
+        height, width = (-(-length // site.divisor) for length in ctx.latent_size)
+        if height * width == tokens:
+            return height, width
+    side = round(tokens**0.5)
+    if side * side != tokens:
+        raise ValueError(
+            f"{who} cannot tell the grid of {tokens} tokens at {site.name!r}; give the "
+            "StepContext the latent_size the denoiser is called with"
+        )
+    return side, side

@@ -1,0 +1,128 @@
+"""Linear attention: softmax(q k^T) replaced by a product of features, O(n) in the tokens.
+
+    o_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) sum_j phi(k_j)^T)
+
+Every query looks at every key; there is no place for a mask. q is (b, h, n, d), k and v (b, h, m,
+d); a feature map turns q and k into (b, h, n, f) and (b, h, m, f) without negative values. All of
+it runs in at least float32, under autocast too: the sums are over all keys. A query whose features
+are all zero gets zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# q, k and the scale of q k^T to phi(q), phi(k); only a map that stands for exp(q k^T) needs a scale
+Features = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+EPS = 1e-15  # of the denominator, as in Sana
+
+
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, features: Features, scale: float | None = None
+) -> Tensor:
+    """o (b, h, n, d) in the dtype of v."""
+    with torch.autocast(q.device.type, enabled=False):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        phi_q, phi_k = features(at_least_float32(q), at_least_float32(k), scale)
+        # the sum of the features is a last column beside the sum of values: one pass for both
+        total = phi_k.sum(dim=-2).unsqueeze(-1)
+        state = torch.cat([phi_k.transpose(-2, -1) @ v.to(phi_k.dtype), total], dim=-1)  # b h f d+1
+        o = phi_q @ state
+        o = o[..., :-1] / (o[..., -1:] + EPS)
+    return o.clamp(-65504, 65504).half() if v.dtype == torch.float16 else o.to(v.dtype)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def relu(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """max(x, 0): Sana, arXiv 2410.10629, equation 2."""
+    return F.relu(q), F.relu(k)
+
+
+def elu(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """elu(x) + 1: Katharopoulos et al., arXiv 2006.16236, equation 7."""
+    return F.elu(q) + 1, F.elu(k) + 1
+
+
+def focused(q: Tensor, k: Tensor, scale: float, power: float = 3.0) -> tuple[Tensor, Tensor]:
+    """|x| / |x^p| x^p of x = ReLU, which turns vectors towards their nearest axis and keeps their
+    length: FLatten, arXiv 2308.00442, equation 5, p = 3; without its learned scale."""
+
+    def sharpen(x: Tensor) -> Tensor:
+        x = F.relu(x) + 1e-6
+        # by the largest entry, so that x^p cannot overflow
+        x = x / (peak := x.amax(dim=-1, keepdim=True))
+        raised = x**power
+        return raised * (peak * x.norm(dim=-1, keepdim=True) / raised.norm(dim=-1, keepdim=True))
+
+    return sharpen(q), sharpen(k)
+
+
+def cos_weighted(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """ReLU(q_i) ReLU(k_j)^T cos(pi/2 (i - j) / M), M the longer of the two: cosFormer, arXiv
+    2202.08791, equation 9. The cosine of a difference is two products, so features are 2 d."""
+    longest = max(q.shape[-2], k.shape[-2])
+
+    def weigh(x: Tensor) -> Tensor:
+        place = torch.arange(x.shape[-2], device=x.device, dtype=x.dtype)
+        angle = (math.pi / 2 / longest * place)[:, None]
+        x = F.relu(x)
+        return torch.cat([x * angle.cos(), x * angle.sin()], dim=-1)
+
+    return weigh(q), weigh(k)
+
+
+def efficient(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax over the d of a query, and over the m keys: Efficient Attention, arXiv 1812.01243,
+    equation 6. The denominator is then 1."""
+    return q.softmax(dim=-1), k.softmax(dim=-2)
+
+
+def random_features(projection: Tensor) -> Features:
+    """FAVOR+ of the Performer, arXiv 2009.14794, lemma 1: exp(w x - |x|^2 / 2) for rows w of
+    `projection` (f, d), whose products have the mean exp(q k^T * scale).
+
+    The largest exponent is taken off, per query and over all keys: that cancels in the fraction.
+    """
+
+    def exponents(x: Tensor, scale: float) -> Tensor:
+        x = x * math.sqrt(scale)
+        return x @ projection.to(x).T - x.square().sum(dim=-1, keepdim=True) / 2
+
+    def features(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        of_q, of_k = exponents(q, scale), exponents(k, scale)
+        of_q = of_q - of_q.detach().amax(dim=-1, keepdim=True)
+        of_k = of_k - of_k.detach().amax(dim=(-2, -1), keepdim=True)
+        return of_q.exp() + 1e-6, of_k.exp() + 1e-6
+
+    return features
+
+
+def orthogonal_gaussian(count: int, dim: int, seed: int) -> Tensor:
+    """(count, dim) float32: rows distributed as standard normal vectors, orthogonal in blocks of
+    `dim` (Performer, section 2.4); a function of its arguments only."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = []
+    for _ in range(-(-count // dim)):
+        square = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+        basis, upper = torch.linalg.qr(square)
+        blocks.append((basis * upper.diagonal().sign()).T)  # without the signs it is not uniform
+    lengths = torch.randn(count, dim, generator=generator, dtype=torch.float64).norm(dim=1)
+    return (torch.cat(blocks)[:count] * lengths[:, None]).float()
+
+
+FEATURES: dict[str, Features] = {
+    "relu": relu,
+    "elu": elu,
+    "focused": focused,
+    "cos": cos_weighted,
+    "efficient": efficient,
+}

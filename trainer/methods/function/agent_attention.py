@@ -1,0 +1,56 @@
+"""Agent attention in the place of softmax attention: queries ask a few agents, which ask the keys.
+
+    o = softmax(q a^T + B2) softmax(a k^T + B1) v + DWC(v)
+
+Han et al., arXiv 2312.08874. `pooled`: agents are means of the queries over the parts of the grid,
+biases and the depthwise convolution train, from zero. `merged` is AgentSD, which trains nothing:
+agents are the queries of merged tokens, in the first part of sampling only; a model is trained
+beside it with softmax attention.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from trainer.methods import Edit
+from trainer.methods.swap import Swap
+
+if TYPE_CHECKING:
+    from trainer.attention.model import AttentionModel
+
+
+class AgentAttention(Swap):
+    """Options of `Swap`; agents: `pooled`, side * side of them, or `merged`.
+
+    Of merged ones: cell, ratio: one token in cell * cell stays, `ratio` of all are merged at most;
+    share: the part of the sampler's steps; query_power: the scale of q a^T is d^-0.5 to the power
+    of it; shortcut: what of v is added.
+    """
+
+    agents: Literal["pooled", "merged"] = "pooled"
+    side: int = Field(7, gt=1)
+    cell: int = Field(4, gt=1)
+    ratio: float = Field(0.95, gt=0, le=1)
+    share: float = Field(0.4, gt=0, le=1)
+    query_power: float = Field(0.3, ge=0)
+    shortcut: float = Field(0.075, ge=0)
+
+    @model_validator(mode="after")
+    def _has_something_to_learn(self) -> AgentAttention:
+        if self.agents == "merged" and self.distill:
+            raise ValueError("merged agents learn nothing, so distill has no use; leave it out")
+        return self
+
+    def apply(self, model: AttentionModel) -> Edit:
+        from trainer.attention.agents import MergedAgents, PooledAgents
+
+        if self.agents == "pooled":
+            return self.swap(model, lambda _, site: PooledAgents(site, self.side))
+        return self.swap(
+            model,
+            lambda *_: MergedAgents(
+                self.cell, self.ratio, self.share, self.query_power, self.shortcut
+            ),
+        )

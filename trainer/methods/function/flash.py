@@ -1,0 +1,33 @@
+"""Flash: PyTorch's fused attention by a chosen backend, with a report of the one that really ran.
+
+FlashAttention-2, Dao, arXiv 2307.08691, as PyTorch has it. Without this method PyTorch chooses
+anyway, but falls back to plain matrix products in silence; here that is an error, and what ran at
+each site is logged (`trainer.attention.kernels.flash`, level INFO) and kept by the op.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from trainer.methods import Edit, Method
+from trainer.methods.kernel import installed
+from trainer.methods.options import SiteSelector
+
+if TYPE_CHECKING:
+    from trainer.attention.model import AttentionModel
+
+
+class Flash(Method):
+    """backend: the one that must run; auto leaves the choice to PyTorch and reports it. On a CPU
+    there are flash and math. It trains nothing by itself."""
+
+    kind: ClassVar[Literal["attention"]] = "attention"
+    sites: SiteSelector = "all"
+    backend: Literal["auto", "flash", "efficient", "cudnn", "math"] = "flash"
+
+    def apply(self, model: AttentionModel) -> Edit:
+        from trainer.attention.kernels.flash import Flash as Op
+        from trainer.attention.sites import require
+
+        chosen = require(model.sites, self.sites, "sites")
+        return installed(model, Op(None if self.backend == "auto" else self.backend), chosen)

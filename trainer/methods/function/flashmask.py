@@ -1,0 +1,90 @@
+"""FlashMask: attention under a mask of column intervals, whose hidden tiles are never computed.
+
+Wang et al., arXiv 2410.01359: each key is hidden from at most two runs of queries, four numbers a
+key in place of a row of the mask. Tokens count in the order of the site, row by row for an image,
+frame by frame for a clip in one sequence.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from trainer.methods import Edit, Method
+from trainer.methods.kernel import installed
+from trainer.methods.options import SiteSelector
+
+if TYPE_CHECKING:
+    from trainer.attention.kernels.flashmask import MaskSpec
+    from trainer.attention.model import AttentionModel
+
+
+class Flashmask(Method):
+    """mask: which tokens see each other. size: of a window, to either side of a token where it
+    slides, whole where windows stand side by side; a share of the tokens up to 1, or a number of
+    them. seen: tokens at the start that see all and are seen by all. backend: blockwise on any
+    device, flex on CUDA, dense where tokens are few; auto is the fastest there is. It trains
+    nothing by itself."""
+
+    kind: ClassVar[Literal["attention"]] = "attention"
+    sites: SiteSelector = "self"
+    mask: Literal["sliding_window", "windows", "causal", "frames", "causal_frames"] = (
+        "sliding_window"
+    )
+    size: float = Field(0.125, gt=0)
+    seen: int = Field(0, ge=0)
+    backend: Literal["auto", "blockwise", "flex", "dense"] = "auto"
+
+    @field_validator("size")
+    @classmethod
+    def _share_or_number(cls, size: float) -> float:
+        if size > 1 and size != int(size):
+            raise ValueError("a share is at most 1, a number of tokens is whole")
+        return size
+
+    @model_validator(mode="after")
+    def _seen_by_a_window(self) -> Flashmask:
+        if self.seen and self.mask != "sliding_window":
+            raise ValueError(f"seen={self.seen} belongs to mask=sliding_window; leave it at 0")
+        return self
+
+    def apply(self, model: AttentionModel) -> Edit:
+        from trainer.attention.kernels.flashmask import FlashMask as Op
+        from trainer.attention.sites import require
+
+        chosen = require(model.sites, self.sites, "sites")
+        for site in chosen:
+            if site.kind == "cross":
+                raise ValueError(
+                    f"{site.name} is cross-attention, whose tokens are not those that look; choose "
+                    "sites=self"
+                )
+        return installed(
+            model, Op(self.spec, None if self.backend == "auto" else self.backend), chosen
+        )
+
+    def spec(self, tokens: int, frames: int) -> MaskSpec:
+        """The mask of this many tokens, `frames` frames of them.
+
+        Raises:
+            ValueError: the tokens are no whole number in each frame.
+        """
+        from trainer.attention.kernels import flashmask as masks
+
+        width = max(1, round(self.size * tokens if self.size <= 1 else self.size))
+        if self.mask == "causal":
+            return masks.causal(tokens)
+        if self.mask == "windows":
+            return masks.windows(tokens, width)
+        if self.mask == "sliding_window":
+            return masks.global_sliding_window(tokens, self.seen, width, width)
+        if tokens % frames:
+            raise ValueError(
+                f"methods.flashmask: mask={self.mask} needs the tokens of all frames in one "
+                f"sequence, and {tokens} tokens are no multiple of {frames} frames"
+            )
+        sees = masks.sparse_causal(frames)
+        if self.mask == "causal_frames":
+            sees = [list(range(frame + 1)) for frame in range(frames)]
+        return masks.frames(tokens // frames, sees)
