@@ -1,9 +1,12 @@
-"""What every measurement shares: `BAR` lines and a result file."""
+"""What every measurement shares: `BAR` lines, a result file, and the command line itself."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +16,27 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Bars:
-    """Prints `BAR <name> <measured> <bar> ok|short` for each bar and keeps them all in one JSON."""
+    """Prints `BAR <name> <measured> <bar> ok|short` for each bar and keeps them all in one JSON.
 
-    def __init__(self, name: str, quick: bool) -> None:
+    update: figures of an earlier run that this one does not take again stay in the file.
+    """
+
+    def __init__(self, name: str, quick: bool, update: bool = False) -> None:
         self.name, self.quick = name, quick
-        self.found: dict[str, Any] = {}
+        self.path = RESULTS / f"{name}.json"
+        earlier = update and self.path.is_file()
+        self.found: dict[str, Any] = (
+            json.loads(self.path.read_text(encoding="utf-8"))["figures"] if earlier else {}
+        )
 
     def at_least(self, name: str, measured: float, bar: float) -> None:
-        self._line(name, measured, f">={bar:g}", measured >= bar)
+        self._line(name, measured, f">={bar:.4g}", measured >= bar)
 
     def at_most(self, name: str, measured: float, bar: float) -> None:
-        self._line(name, measured, f"<={bar:g}", measured <= bar)
+        self._line(name, measured, f"<={bar:.4g}", measured <= bar)
+
+    def exactly(self, name: str, measured: float, bar: float) -> None:
+        self._line(name, measured, f"=={bar}", measured == bar)
 
     def note(self, name: str, value: Any) -> None:
         """A figure without a bar, for reading the others by."""
@@ -32,7 +45,8 @@ class Bars:
 
     def _line(self, name: str, measured: float, bar: str, reached: bool) -> None:
         verdict = "ok" if reached else "short"
-        print(f"BAR {name} {measured:.4g} {bar} {verdict}", flush=True)
+        shown = str(measured) if isinstance(measured, int) else f"{measured:.4g}"
+        print(f"BAR {name} {shown} {bar} {verdict}", flush=True)
         self.found[name] = {"measured": measured, "bar": bar, "verdict": verdict}
 
     def write(self) -> None:
@@ -47,4 +61,21 @@ class Bars:
             "torch": torch.__version__,
         }
         text = json.dumps({"bench": self.name, **facts, "figures": self.found}, indent=1)
-        (RESULTS / f"{self.name}.json").write_text(text + "\n", encoding="utf-8")
+        self.path.write_text(text + "\n", encoding="utf-8")
+
+
+def command(verb: str, *words: str, folder: Path, cache: Path, threads: int | None = None) -> str:
+    """Runs the real command line in `folder` and returns what it printed.
+
+    Raises:
+        SystemExit: it failed; the message ends as its own did.
+    """
+    line = [sys.executable, "-m", "trainer", verb, *words]
+    environment = {**os.environ, "TRAINER_CACHE": str(cache), "TRANSFORMERS_VERBOSITY": "error"}
+    environment.pop("TRAINER_RUN_ID", None)
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(line)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    return done.stdout

@@ -10,25 +10,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from _common import Bars
-
-
-def command(verb: str, *words: str, folder: Path, cache: Path) -> str:
-    """Runs the real command line and returns what it printed."""
-    line = [sys.executable, "-m", "trainer", verb, *words]
-    environment = {**os.environ, "TRAINER_CACHE": str(cache), "TRANSFORMERS_VERBOSITY": "error"}
-    environment.pop("TRAINER_RUN_ID", None)
-    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(line)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
-    return done.stdout
+from _common import Bars, command
 
 
 def main() -> None:
