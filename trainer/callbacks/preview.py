@@ -105,9 +105,7 @@ class Preview(lightning.Callback):
         return pictures, maps[-len(self.prompts) :, 0]
 
 
-def positions(
-    backbone: Backbone, prompts: Sequence[str], token: str
-) -> list[list[int]] | None:
+def positions(backbone: Backbone, prompts: Sequence[str], token: str) -> list[list[int]] | None:
     """Where `token` stands in each tokenised prompt, or None if one lacks it."""
     wanted = backbone.tokenizer.convert_tokens_to_ids(token)
     found = []
