@@ -145,7 +145,7 @@ def photos() -> Any:
     from trainer.data import Needs
     from trainer.data.concept import Concept
 
-    def paint(prompts: Sequence[str], seed: int) -> Any:
+    def paint(prompts: Sequence[str], seed: int, guidance: float | None) -> Any:
         raise AssertionError("no class images are asked for")
 
     source = Concept(concept="sprite:penguin", augment=False, prior_weight=0)

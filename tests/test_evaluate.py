@@ -55,7 +55,7 @@ class Drawn(Examiner):
 
 
 def examined(words: Sequence[str], folder: Path, **shows: str) -> tuple[dict[str, Any], list[str]]:
-    def paint(prompts: Sequence[str], seed: int) -> Any:
+    def paint(prompts: Sequence[str], seed: int, guidance: float | None) -> Any:
         raise AssertionError("no class images are asked for")
 
     chosen = load(words)

@@ -189,20 +189,19 @@ def needs(recipe: Recipe, backbone: Backbone) -> Needs:
     """What the data may ask of the run; class images are painted with the recipe's preview
     sampler."""
 
-    def paint(prompts: Sequence[str], seed: int) -> list[Image]:
+    def paint(prompts: Sequence[str], seed: int, guidance: float | None) -> list[Image]:
         console.print(f"painting {len(prompts)} class images", highlight=False)
         seeds = [seed + i for i in range(len(prompts))]
-        look = recipe.preview
+        guidance = look.guidance if guidance is None else guidance
         size = None if recipe.run.resolution is None else (side, side)
-        return [
-            to_pil(picture)
-            for picture in sample_many(
-                backbone, prompts, seeds, 32, look.steps, look.guidance, size=size
-            )
-        ]
+        pictures = sample_many(backbone, prompts, seeds, 32, look.steps, guidance, size=size)
+        return [to_pil(picture) for picture in pictures]
 
-    side = recipe.run.resolution or backbone.resolution
-    return Needs(side, backbone.divisor, paint, cache_folder(), backbone.fingerprint)
+    def painter() -> str:
+        return f"{backbone.fingerprint()}, {look.steps} steps, guidance {look.guidance}"
+
+    look, side = recipe.preview, recipe.run.resolution or backbone.resolution
+    return Needs(side, backbone.divisor, paint, cache_folder(), painter)
 
 
 def step_plan(recipe: Recipe, data: Dataset) -> Plan:

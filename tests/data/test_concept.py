@@ -30,7 +30,7 @@ def folders(tmp_path: Path) -> list[Path]:
 
 
 def opened(tmp_path: Path, **options: Any) -> Any:
-    def paint(prompts: Any, seed: int) -> Any:
+    def paint(prompts: Any, seed: int, guidance: float | None) -> Any:
         return [Image.new("RGB", (32, 32)) for _ in prompts]
 
     source = Concept(augment=False, **options)
@@ -104,3 +104,24 @@ def test_lists_that_do_not_agree_are_refused(changes: dict[str, Any], message: s
     with pytest.raises(RecipeError) as error:
         build(Concept, tree | changes, "data")
     assert message in str(error.value)
+
+
+def test_class_images_are_painted_once_for_each_sampler(tmp_path: Path) -> None:
+    asked: list[float | None] = []
+
+    def paint(prompts: Any, seed: int, guidance: float | None) -> Any:
+        asked.append(guidance)
+        return [Image.new("RGB", (32, 32)) for _ in prompts]
+
+    def open_with(painter: str, guidance: float | None) -> None:
+        source = Concept(
+            concept="sprite:penguin",
+            prior_images=1,
+            prior_prompts=("a fox",),
+            prior_guidance=guidance,
+        )
+        source.open(Needs(32, 4, paint, tmp_path, lambda: painter))
+
+    for painter, guidance in (("a", None), ("a", None), ("a", 2.0), ("a", 2.0), ("b", None)):
+        open_with(painter, guidance)
+    assert asked == [None, 2.0, None]

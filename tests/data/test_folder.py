@@ -27,7 +27,7 @@ def noise(seed: int = 0, width: int = 40, height: int = 24) -> Image.Image:
 
 
 def needs(path: Path, resolution: int = 16) -> Needs:
-    return Needs(resolution, 4, lambda prompts, seed: (), path / "cache", lambda: "tiny")
+    return Needs(resolution, 4, lambda prompts, seed, guidance: (), path / "cache", lambda: "tiny")
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ FIRST, SECOND = "world-000000.tar", "world-000001.tar"
 
 def open_shards(path: Path, **options: Any) -> Any:
     cache = (path if path.is_dir() else path.parent).parent / "cache"
-    needs = Needs(64, 4, lambda prompts, seed: (), cache, lambda: "tiny")
+    needs = Needs(64, 4, lambda prompts, seed, guidance: (), cache, lambda: "tiny")
     return Shards(shards=path, **options).open(needs)
 
 

@@ -62,14 +62,14 @@ class Dataset(Protocol):
 @dataclass(frozen=True)
 class Needs:
     """What a source may ask of the run: the side of an image, pixels per latent, and a painter of
-    class images. backbone() names the weights that paint; it reads them all, so only painting
-    asks."""
+    class images from prompts, a seed and a guidance scale (None: the previews'). painter() names
+    the weights and the sampler that paint; it reads them all, so only painting asks."""
 
     resolution: int
     divisor: int
-    paint: Callable[[Sequence[str], int], Sequence[Image]]
+    paint: Callable[[Sequence[str], int, float | None], Sequence[Image]]
     cache: Path
-    backbone: Callable[[], str]
+    painter: Callable[[], str]
 
 
 class Source(BaseModel):

@@ -53,7 +53,8 @@ class Concept(Source):
     (`a photo of a <v1> dog`) and fills the class prompts where `prior_prompts` is empty. A `.txt`
     beside a photo is its caption and must hold the token. augment: Custom Diffusion's resizing with
     its prompt edits and loss mask. prior_images: how many class images; prior_folder: take them
-    from there; prior_weight 0 does without.
+    from there; prior_weight 0 does without. prior_guidance: the guidance they are painted with, if
+    not the previews'; what is learned from guided images is guided again when it paints.
     """
 
     concept: str | tuple[str, ...]
@@ -67,6 +68,7 @@ class Concept(Source):
     prior_folder: Path | None = None
     prior_weight: float = Field(1.0, ge=0)
     prior_seed: int = Field(0, ge=0)
+    prior_guidance: float | None = Field(None, ge=0)
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -182,9 +184,8 @@ class Concept(Source):
                 for photo in photos
             ]
         prompts = self.prior_prompts or self._class_prompts()
-        return painted(
-            [prompts[i % len(prompts)] for i in range(self.prior_images)], self.prior_seed, needs
-        )
+        every = [prompts[i % len(prompts)] for i in range(self.prior_images)]
+        return painted(every, self.prior_seed, self.prior_guidance, needs)
 
     def _class_prompts(self) -> tuple[str, ...]:
         return tuple(f"a photo of a {word}" for _, _, word in self.concepts if word)
@@ -261,18 +262,18 @@ class ConceptData:
         return digest.hexdigest()
 
 
-def painted(prompts: Sequence[str], seed: int, needs: Needs) -> list[Pair]:
+def painted(prompts: Sequence[str], seed: int, guidance: float | None, needs: Needs) -> list[Pair]:
     """One class image per prompt, painted by the frozen backbone once and kept in the cache as
     PNG."""
     from trainer.data.images import read_image
 
-    identity = json.dumps([needs.backbone(), needs.resolution, seed, list(prompts)])
+    identity = json.dumps([needs.painter(), needs.resolution, seed, guidance, list(prompts)])
     folder = needs.cache / "prior" / hashlib.sha256(identity.encode()).hexdigest()[:24]
     if not folder.is_dir():
         part = folder.with_name(f".{folder.name}.{os.getpid()}")
         try:
             part.mkdir(parents=True)
-            for number, image in enumerate(needs.paint(prompts, seed)):
+            for number, image in enumerate(needs.paint(prompts, seed, guidance)):
                 image.save(part / f"{number:05d}.png")
             os.replace(part, folder)  # the name appears only when every image is there
         except OSError:
