@@ -97,8 +97,8 @@ def test_an_overlay_stands_before_the_folder(tiny_folder: Path, dit_folder: Path
         BackboneSpec(hub="nobody/nothing", revision="0" * 40, overlay="here")
 
 
-def test_the_shipped_transformer_shares_parts_with_the_unet() -> None:
-    unet, transformer = backbone_spec("tiny"), backbone_spec("tiny_dit")
+def test_the_tiny_transformer_shares_parts_with_the_unet() -> None:
+    unet, transformer = backbone_spec("tiny"), backbone_spec("tiny_dit_scratch")
     assert transformer.folder == unet.folder
     assert transformer.overlay is not None
     assert {path.name for path in Path(transformer.overlay).iterdir() if path.is_dir()} == {
@@ -280,5 +280,5 @@ def test_the_vp_path_is_refused_on_a_flow(dit_folder: Path, dit: Any) -> None:
 
 
 def test_an_unknown_backbone_names_ours() -> None:
-    with pytest.raises(RecipeError, match="did you mean tiny_dit"):
-        backbone_spec("tiny_dti")
+    with pytest.raises(RecipeError, match="did you mean tiny_dit_scratch"):
+        backbone_spec("tiny_dit_scrach")
