@@ -21,14 +21,25 @@ from torch import Tensor
 Features = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 EPS = 1e-15  # of the denominator, as in Sana
+# values of q that a CPU takes at once: more fall out of its caches, and every operation then waits
+# for new pages
+CPU_BLOCK = 2**18
 
 
 def linear_attention(
     q: Tensor, k: Tensor, v: Tensor, features: Features, scale: float | None = None
 ) -> Tensor:
     """o (b, h, n, d) in the dtype of v."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    heads = max(1, CPU_BLOCK * q.shape[1] // max(1, q.numel()))
+    if q.device.type == "cpu" and heads < q.shape[1]:
+        parts = zip(q.split(heads, 1), k.split(heads, 1), v.split(heads, 1), strict=True)
+        return torch.cat([_attend(*part, features, scale) for part in parts], dim=1)
+    return _attend(q, k, v, features, scale)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, features: Features, scale: float) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
         phi_q, phi_k = features(at_least_float32(q), at_least_float32(k), scale)
         # the sum of the features is a last column beside the sum of values: one pass for both
         total = phi_k.sum(dim=-2).unsqueeze(-1)
