@@ -1,8 +1,8 @@
 """The weight level, measured on the embedded world by one command: what each method costs, learns
 and forgets, beside full fine-tuning, and what can be said exactly.
 
-    python bench/weight_level.py --keep /tmp/weight_level
-    python bench/weight_level.py --keep /tmp/weight_level --only steps,fits
+    python bench/weight_level.py --keep ./kept
+    python bench/weight_level.py --keep ./kept --only steps,fits
     python bench/weight_level.py --quick
 
 The parts are `PARTS`. Runs stay under --keep: one that is finished is not made again unless

@@ -15,6 +15,20 @@ from trainer import adapter
 from trainer.methods import Plan
 
 
+class AppendKey:
+    """An op that appends the first key and its value once more."""
+
+    name = "append"
+
+    def kv(self, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return q, torch.cat([k, k[:, :, :1]], 2), torch.cat([v, v[:, :, :1]], 2)
+
+
+@pytest.fixture
+def append_key() -> AppendKey:
+    return AppendKey()
+
+
 @pytest.fixture(scope="session")
 def predict() -> Callable[[Any], Tensor]:
     """The output of a backbone for two prompts, one of them empty."""

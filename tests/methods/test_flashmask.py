@@ -92,16 +92,10 @@ def test_cross_attention_is_refused(tiny: Any) -> None:
 
 
 def test_keys_appended_by_another_op_are_refused(
-    tiny: Any, predict: Callable[[Any], Tensor]
+    tiny: Any, predict: Callable[[Any], Tensor], append_key: Any
 ) -> None:
-    class Append:
-        name = "append"
-
-        def kv(self, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-            return q, torch.cat([k, k[:, :, :1]], 2), torch.cat([v, v[:, :, :1]], 2)
-
     methods.apply(tiny, {"flashmask": Flashmask(), "lora": Lora()})
-    tiny.host.install(Append(), [site for site in tiny.sites if site.kind == "self"])
+    tiny.host.install(append_key, [site for site in tiny.sites if site.kind == "self"])
     with pytest.raises(ValueError, match=r"methods\.flashmask needs the tokens of .* keys for"):
         predict(tiny)
 

@@ -169,16 +169,10 @@ def test_sites_all_puts_lora_on_cross_attention_too_but_no_groups(tiny: Any) -> 
 
 
 def test_keys_appended_by_another_op_are_refused(
-    tiny: Any, predict: Callable[[Any], Tensor]
+    tiny: Any, predict: Callable[[Any], Tensor], append_key: Any
 ) -> None:
-    class Append:
-        name = "append"
-
-        def kv(self, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-            return q, torch.cat([k, k[:, :, :1]], 2), torch.cat([v, v[:, :, :1]], 2)
-
     methods.apply(tiny, {"longlora": Longlora()})
-    tiny.host.install(Append(), [site for site in tiny.sites if site.kind == "self"])
+    tiny.host.install(append_key, [site for site in tiny.sites if site.kind == "self"])
     with pytest.raises(ValueError, match=r"methods\.longlora groups the tokens of .* appends keys"):
         predict(tiny)
 

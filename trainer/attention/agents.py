@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -44,7 +44,7 @@ class PooledAgents(nn.Module):
         refuse_other_keys(q, k, self, site)
         grid = token_grid(q.shape[2], site, ctx, f"methods.{self.owner}")
         bias = self.of_keys(grid), self.of_queries(grid).transpose(1, 2)
-        o = agent_attention(q, pooled(q, grid, self.side), k, v, _scale(site), None, bias)
+        o = agent_attention(q, pooled(q, grid, self.side), k, v, site.scale, None, bias)
         return o + self.shortcut(v, grid)
 
 
@@ -83,7 +83,7 @@ class MergedAgents:
     ) -> Tensor:
         refuse_mask(mask, self, site)
         x, self.x = self.x, None
-        scale = _scale(site)
+        scale = site.scale
         if x is None:
             return sdpa(q, k, v, None, scale)
         refuse_other_keys(q, k, self, site)
@@ -96,8 +96,3 @@ class MergedAgents:
 
     def early(self, ctx: StepContext) -> bool:
         return ctx.num_steps > 1 and ctx.step < self.share * ctx.num_steps
-
-
-def _scale(site: Site) -> float | None:
-    attn: Any = site.module
-    return None if attn.scale_qk else float(attn.scale)

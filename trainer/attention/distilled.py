@@ -106,7 +106,7 @@ class Original(nn.Module):
         q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in projected)
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
-        o = sdpa(q, k, v, None, None if attn.scale_qk else attn.scale)
+        o = sdpa(q, k, v, None, site.scale)
         return self._project("out", o.transpose(1, 2).flatten(2))
 
     def _project(self, role: Role, x: Tensor) -> Tensor:

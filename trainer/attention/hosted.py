@@ -61,7 +61,7 @@ class HostedProcessor:
             q, k, v = op.kv(q, k, v, site, ctx)
         for op in stages["mask"]:
             mask = op.mask(mask, q, k, site, ctx)
-        o = self._attend(q, k, v, mask, None if attn.scale_qk else attn.scale, ctx)
+        o = self._attend(q, k, v, mask, self.site.scale, ctx)
         for op in stages["branch"]:
             o = op.branch(o, q, site, ctx)
         for op in stages["output"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -46,10 +46,9 @@ class LinearAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: Site, ctx: StepContext
     ) -> Tensor:
         refuse_mask(mask, self, site)
-        attn: Any = site.module
         random = self.features == "random"
         features = random_features(self.projection) if random else FEATURES[self.features]
-        o = linear_attention(q, k, v, features, None if attn.scale_qk else attn.scale)
+        o = linear_attention(q, k, v, features, site.scale)
         if self.shortcut is None:
             return o
         refuse_other_keys(q, k, self, site)

@@ -10,7 +10,7 @@ and nothing is rolled.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,7 @@ class ShiftedSparse(nn.Module):
     def kernel(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: Site, ctx: StepContext
     ) -> Tensor:
-        attn: Any = site.module
-        scale = None if attn.scale_qk else attn.scale
+        scale = site.scale
         if self.training and torch.is_grad_enabled():
             if k.shape[2] != q.shape[2]:
                 raise ValueError(

@@ -47,6 +47,11 @@ class Site:
     heads: int
     head_dim: int
 
+    @property
+    def scale(self) -> float | None:
+        """What q k^T is multiplied with; None: head_dim ** -0.5, as kernels do by themselves."""
+        return None if self.module.scale_qk else cast(float, self.module.scale)
+
     def projection(self, role: Role) -> nn.Linear:
         """The layer now in the place of q, k, v or out: after LoRA or NF4, their wrapper."""
         if role == "out":

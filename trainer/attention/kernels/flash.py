@@ -147,8 +147,7 @@ class Flash:
     def kernel(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: Site, ctx: StepContext
     ) -> Tensor:
-        attn: Any = site.module
-        scale = None if attn.scale_qk else attn.scale
+        scale = site.scale
         known = self.ran.setdefault(site.name, {})
         kind = tuple(_kind(x) for x in (q, k, v, mask))
         if kind in known:

@@ -478,8 +478,7 @@ class FlashMask:
     def kernel(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: Site, ctx: StepContext
     ) -> Tensor:
-        attn: Any = site.module
-        scale = None if attn.scale_qk else attn.scale
+        scale = site.scale
         refuse_other_keys(q, k, self, site)
         spec = self._spec(q, ctx.frames)
         if mask is not None:

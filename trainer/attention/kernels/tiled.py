@@ -311,6 +311,5 @@ class Tiled:
     def kernel(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: Site, ctx: StepContext
     ) -> Tensor:
-        attn: Any = site.module
-        scale = None if attn.scale_qk else attn.scale
+        scale = site.scale
         return tiled(q, k, v, mask, scale, self.rows, self.columns)
