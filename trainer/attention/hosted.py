@@ -139,7 +139,8 @@ def _leave(attn: Attention, y: Tensor, hidden: Tensor) -> Tensor:
         y = y.transpose(-1, -2).reshape(hidden.shape)
     if attn.residual_connection:
         y = y + hidden
-    return y / attn.rescale_output_factor
+    # a division by 1 changes nothing, and is a pass forward and one back
+    return y if attn.rescale_output_factor == 1 else y / attn.rescale_output_factor
 
 
 def _open(ops: tuple[Any, ...], q: Tensor, site: Site, ctx: StepContext) -> list[Any]:

@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from trainer.attention.lowrank import quicken
 from trainer.attention.model import TakenError
 from trainer.attention.nf4 import is_packed, unpacked
 from trainer.attention.sites import require
@@ -181,6 +182,8 @@ def _add(
                 inject_adapter_in_model(config(own), part_of(model, part), adapter_name=name)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ValueError(f"peft cannot adapt these layers so: {error}") from error
+        for target in own:
+            quicken(layer_of(model, target))
         for layer, adapters in zip(earlier, acting, strict=True):
             layer.set_adapter(adapters)  # peft has silenced them all but the new one
     found = [name for name, parameter in model.named_parameters() if id(parameter) not in before]
