@@ -22,6 +22,7 @@ PRIOR = Plan(((0, 5), (5, 16)), (0.5, 0.5), (1.0, 0.3), batch_size=8, seed=5)
 ODD = Plan(((0, 5), (5, 16)), (0.5, 0.5), (1.0, 0.3), batch_size=7, seed=5)
 UNEVEN = Plan(((0, 3), (3, 30)), (0.25, 0.75), (2.0, 0.5), batch_size=8, seed=1)
 THREE = Plan(((0, 4), (4, 9), (9, 30)), (0.5, 0.3, 0.2), (1.0, 1.0, 0.5), batch_size=10, seed=1)
+TURNS = Plan(((0, 9), (9, 16), (16, 30)), (0.5, 0.2, 0.3), (1.0, 1.0, 0.5), 6, 5, (8, 8, 1))
 PLANS = {"one": ONE, "prior": PRIOR, "odd": ODD, "uneven": UNEVEN, "three": THREE}
 
 PINNED = 8152229475673358684  # seed_of(7, "noise", 3, 0)
@@ -57,6 +58,34 @@ def test_each_epoch_visits_every_sample_of_a_group_once(plan: Plan) -> None:
         assert len(epochs) >= 2
         assert all(sorted(epoch) == list(range(start, stop)) for epoch in epochs)
         assert len({tuple(epoch) for epoch in epochs}) > 1  # shuffled anew
+
+
+def test_groups_of_unlike_frames_take_turns_by_their_shares() -> None:
+    for step in range(300):
+        assert len({TURNS.frames[group_of(TURNS, slot.index)] for slot in TURNS.batch(step)}) == 1
+    stills = [TURNS.frames[group_of(TURNS, TURNS.batch(step)[0].index)] == 1 for step in range(300)]
+    assert [sum(stills[i : i + 100]) for i in (0, 100, 200)] == [30] * 3
+    assert stills[:100] != stills[100:200]
+    assert all(any(stills[i : i + 25]) for i in range(275))  # they are spread
+    groups = Counter(group_of(TURNS, slot.index) for slot in TURNS.batch(stills.index(False)))
+    assert groups == {0: 4, 1: 2}  # 0.5 and 0.2 of 0.7
+    assert [slot.weight for slot in TURNS.batch(stills.index(True))] == [0.5] * 6
+
+
+def test_an_epoch_of_those_whose_turn_it_is_misses_none() -> None:
+    drawn = [slot.index for step in range(200) for slot in TURNS.batch(step)]
+    for group, (start, stop) in enumerate(TURNS.groups):
+        mine = [index for index in drawn if group_of(TURNS, index) == group]
+        epochs = [mine[i : i + stop - start] for i in range(0, len(mine), stop - start)][:-1]
+        assert len(epochs) >= 5
+        assert all(sorted(epoch) == list(range(start, stop)) for epoch in epochs)
+    again = changed(TURNS)
+    assert [again.batch(step) for step in (150, 3)] == [TURNS.batch(150), TURNS.batch(3)]
+    assert [changed(TURNS, seed=6).turn(step) for step in range(9)] != [
+        TURNS.turn(step) for step in range(9)
+    ]
+    alike = changed(PRIOR, frames=(8, 8))
+    assert [alike.batch(step) for step in range(5)] == [PRIOR.batch(step) for step in range(5)]
 
 
 @every

@@ -1,5 +1,5 @@
-"""Data: sources of captioned images, the plan of which samples make a batch, and caches. A source
-is one file here."""
+"""Data: sources of captioned images and clips, the plan of which samples make a batch, and caches.
+A source is one file here."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """image (3, H, W) float32 in [-1, 1]; mask (1, H/f, W/f) of latents that count, or None for
-    all; key names it."""
+    """image (3, H, W) float32 in [-1, 1], of a clip (frames, 3, H, W); mask (1, H/f, W/f) of an
+    image's latents that count, or None for all; key names it."""
 
     image: Tensor
     caption: str
@@ -31,11 +31,17 @@ class Sample:
 
 class Dataset(Protocol):
     """Random access to samples, in groups that share every batch by `shares` (instance and prior,
-    say)."""
+    say).
+
+    frames: of a sample of each group, 1 for images; groups of unlike numbers take turns. rates:
+    frames a second of each clip by index, empty for images.
+    """
 
     groups: Sequence[range]
     shares: Sequence[float]
     weights: Sequence[float]
+    frames: Sequence[int]
+    rates: Sequence[float]
     fixed: bool
     skipped: Sequence[str]
 
@@ -47,7 +53,7 @@ class Dataset(Protocol):
         ...
 
     def image(self, index: int) -> Tensor:
-        """The picture (3, H, W) without augmentation."""
+        """The picture (3, H, W), or clip (frames, 3, H, W), without augmentation."""
         ...
 
     def caption(self, index: int, rng: np.random.Generator) -> str:

@@ -1,11 +1,11 @@
-"""A cache of VAE posteriors: every image encoded once, kept as one fp16 array that several runs and
-ranks can map."""
+"""Caches: VAE posteriors, every image encoded once and kept as one fp16 array that several runs and
+ranks can map; pictures that an unchanging model paints."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ def moments(
     batch_size: int = 32,
 ) -> np.ndarray:
     """Posterior moments (n, 2c, h, w) float16 of a dataset whose images never change, read from the
-    cache or made.
+    cache or made; `rows` tells which are those of a sample.
 
     Args:
         encode: pixels (b, 3, H, W) to moments (b, 2c, h, w).
@@ -33,15 +33,39 @@ def moments(
     key = hashlib.sha256(f"{dataset.fingerprint()}|{encoder}|fp16".encode()).hexdigest()[:24]
     path = folder / "latents" / f"{key}.npy"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{key}.{os.getpid()}.npy")
-        try:
-            _write(part, dataset, encode, batch_size)
-            os.replace(part, path)  # a name appears only when its file is whole
-        finally:
-            part.unlink(missing_ok=True)
+        _whole(path, lambda part: _write(part, dataset, encode, batch_size))
     array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
+
+
+def painted(key: str, paint: Callable[[], Tensor], folder: Path) -> Tensor:
+    """Pictures (n, 3, H, W) float32, read from the cache or painted. key: all they depend on."""
+    path = folder / "painted" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
+    if not path.is_file():
+        _whole(path, lambda part: np.save(part, paint().float().cpu().numpy()))
+    return torch.from_numpy(np.load(path, allow_pickle=False))
+
+
+def _whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Has a file written under another name: its own appears only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.stem}.{os.getpid()}.npy")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def rows(dataset: Dataset, index: int) -> slice:
+    """Where the moments of sample `index` lie: one row a frame, sample after sample."""
+    start = 0
+    for group, frames in zip(dataset.groups, dataset.frames, strict=True):
+        if index in group:
+            start += (index - group.start) * frames
+            return slice(start, start + frames)
+        start += len(group) * frames
+    raise IndexError(f"sample {index} is in no group")
 
 
 def _write(
@@ -50,14 +74,31 @@ def _write(
     encode: Callable[[Tensor], Tensor],
     batch_size: int,
 ) -> None:
-    array = None
-    for start in range(0, len(dataset), batch_size):
-        rows = range(start, min(start + batch_size, len(dataset)))
-        found = encode(torch.stack([dataset.image(i) for i in rows])).half().cpu().numpy()
+    array, start = None, 0
+    total = rows(dataset, len(dataset) - 1).stop
+    for images in _batches(dataset, batch_size):
+        found = encode(images).half().cpu().numpy()
         if array is None:
-            array = np.lib.format.open_memmap(
-                path, "w+", np.float16, (len(dataset), *found.shape[1:])
-            )
-        array[rows.start : rows.stop] = found
-    assert array is not None
+            array = np.lib.format.open_memmap(path, "w+", np.float16, (total, *found.shape[1:]))
+        array[start : start + len(found)] = found
+        start += len(found)
+    assert array is not None and start == total
     array.flush()
+
+
+def _batches(dataset: Dataset, batch_size: int) -> Iterator[Tensor]:
+    """Every frame in order, (b, 3, H, W) at a time: b is `batch_size`, or one clip that is
+    longer."""
+    held: list[Tensor] = []
+    for index in range(len(dataset)):
+        frames = frames_of(dataset.image(index))
+        if held and sum(map(len, held)) + len(frames) > batch_size:
+            yield torch.cat(held)
+            held = []
+        held.append(frames)
+    yield torch.cat(held)
+
+
+def frames_of(image: Tensor) -> Tensor:
+    """A clip (frames, 3, H, W) as it is; an image (3, H, W) as a clip of one frame."""
+    return image if image.ndim == 4 else image[None]

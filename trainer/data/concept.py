@@ -204,6 +204,8 @@ class ConceptData:
     """The photos of each concept first, class images after them; each group fills its share of
     every batch, the class images a half."""
 
+    rates: Sequence[float] = ()
+
     def __init__(
         self,
         photos: Sequence[Sequence[Pair]],
@@ -222,6 +224,7 @@ class ConceptData:
         half = (0.5,) if prior else ()
         self.shares: Sequence[float] = (own * (0.5 if prior else 1),) * len(photos) + half
         self.weights: Sequence[float] = (own,) * len(photos) + ((prior_weight,) if prior else ())
+        self.frames: Sequence[int] = (1,) * len(each)
         self.num_photos = ends[len(photos) - 1]
         self.fixed = not (self.augment or self.flip)
         self.skipped: Sequence[str] = tuple(skipped)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from trainer.data import Dataset, Needs, Sample, Source
+from trainer.data.buckets import arrange, check_step, cover, upright_size
 from trainer.data.images import (
     READABLE,
     ImageError,
@@ -32,13 +33,16 @@ CHECKED_SIDE = 16  # photos are decoded whole to check them, and only this much 
 class Folder(Source):
     """folder: JPEG, PNG or WebP photos, subfolders are not read; template: caption of photos
     without a .txt; validation: the last so many in natural order are held out; flip: mirror every
-    second time, which makes captions that say left or right wrong and latents uncacheable."""
+    second time, which makes captions that say left or right wrong and latents uncacheable; buckets:
+    cut to aspect-ratio buckets whose sides are multiples of so many pixels, 0 for squares. Latents
+    of more than one size are not cached."""
 
     folder: Path
     template: str | None = None
     on_bad: Literal["raise", "skip"] = "raise"
     validation: int = Field(default=0, ge=0)
     flip: bool = False
+    buckets: int = Field(default=0, ge=0)
 
     @field_validator("folder")
     @classmethod
@@ -74,6 +78,7 @@ class Folder(Source):
             ImageError: photos or captions that cannot be used, all of them in one message.
             ValueError: what is left after skipping is no more than `validation`.
         """
+        check_step(self.buckets, needs.divisor)
         photos, bad = read_folder(self.folder, self.on_bad, CHECKED_SIDE)
         pairs = []
         for photo in photos:
@@ -84,24 +89,36 @@ class Folder(Source):
         check_split(self.validation, len(pairs), f"usable images in {self.folder}")
         skipped = [f"{path.name}: {text.removeprefix(f'{path}: ')}" for path, text in bad]
         cut = len(pairs) - self.validation
-        train = Photos(pairs[:cut], needs.resolution, self.flip, skipped)
+        train = Photos(pairs[:cut], needs.resolution, self.flip, skipped, self.buckets)
         if not self.validation:
             return train, None
-        return train, Photos(pairs[cut:], needs.resolution, False, ())
+        return train, Photos(pairs[cut:], needs.resolution, False, (), self.buckets)
 
 
 class Photos:
-    """Photo i of a folder as sample i, its shorter side scaled to `side` and its centre cut out."""
+    """Photos of a folder, scaled until they cover their size, its centre cut out: a square of
+    `side`, or with `step` a bucket of as many pixels, see `buckets.py`."""
 
-    shares: Sequence[float] = (1.0,)
-    weights: Sequence[float] = (1.0,)
+    rates: Sequence[float] = ()
 
     def __init__(
-        self, pairs: Sequence[tuple[Path, str]], side: int, flip: bool, skipped: Sequence[str]
+        self,
+        pairs: Sequence[tuple[Path, str]],
+        side: int,
+        flip: bool,
+        skipped: Sequence[str],
+        step: int = 0,
     ) -> None:
-        self.pairs, self.side, self.flip, self.skipped = list(pairs), side, flip, skipped
-        self.fixed = not flip
-        self.groups: Sequence[range] = (range(len(self.pairs)),)
+        self.side, self.flip, self.skipped, self.step = side, flip, skipped, step
+        shapes = [upright_size(path) for path, _ in pairs] if step else [(side, side)] * len(pairs)
+        order, groups, sizes = arrange(shapes, side, step)
+        self.pairs = [pairs[i] for i in order]
+        self.groups: Sequence[range] = tuple(groups)
+        self.sizes = sizes
+        self.shares: Sequence[float] = tuple(len(group) / len(pairs) for group in groups)
+        self.weights: Sequence[float] = (1.0,) * len(groups)
+        self.frames: Sequence[int] = (1,) * len(groups)
+        self.fixed = not flip and len(sizes) == 1
         self._kept: dict[int, Image] = {}
 
     def __len__(self) -> int:
@@ -116,7 +133,7 @@ class Photos:
         return Sample(image, caption, path.name)
 
     def image(self, index: int) -> Tensor:
-        """The photo as it is, float32 (3, side, side) in [-1, 1]; raises ImageError as `sample`."""
+        """The photo as it is, float32 (3, H, W) in [-1, 1]; raises ImageError as `sample`."""
         from trainer.data.images import to_tensor
 
         return to_tensor(self._cut(index))
@@ -126,7 +143,8 @@ class Photos:
 
     def fingerprint(self) -> str:
         """SHA-256 of every file's bytes, in order, and of what is done to them."""
-        digest = hashlib.sha256(f"folder-1-{self.side}-{self.flip}".encode())
+        cut = f"-{self.sizes}" if self.step else ""
+        digest = hashlib.sha256(f"folder-1-{self.side}-{self.flip}{cut}".encode())
         for path, _ in self.pairs:
             with path.open("rb") as file:
                 # A digest of digests: bytes moved from one file to the next would go unseen.
@@ -134,11 +152,12 @@ class Photos:
         return digest.hexdigest()
 
     def _cut(self, index: int) -> Image:
-        from trainer.data.images import resize_cover
-
         if index in self._kept:
             return self._kept[index]
-        image = resize_cover(read_image(self.pairs[index][0]), self.side)
+        size = next(
+            size for group, size in zip(self.groups, self.sizes, strict=True) if index in group
+        )
+        image = cover(read_image(self.pairs[index][0]), size)
         if len(self.pairs) * self.side**2 * 3 <= KEEP_BYTES:
             self._kept[index] = image
         return image

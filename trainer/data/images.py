@@ -139,7 +139,7 @@ def list_images(folder: str | Path) -> list[Path]:
     paths = [path for path in folder.iterdir() if _is_listed(path)]
     if not paths:
         raise ValueError(f"{folder}: no image in this folder; {expected}, subfolders are not read")
-    return sorted(paths, key=_natural)
+    return sorted(paths, key=natural)
 
 
 def read_folder(
@@ -330,6 +330,7 @@ def _is_listed(path: Path) -> bool:
     return not hidden and path.suffix.lower() in LISTED and not path.is_dir()
 
 
-def _natural(path: Path) -> tuple[list[str | int], str]:
+def natural(path: Path) -> tuple[list[str | int], str]:
+    """Sorts names as people count, 2 before 10."""
     parts = re.split(r"([0-9]+)", path.name.casefold())  # every second part is a number
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from trainer.data import Dataset
+from trainer.data.buckets import Bucketed
+from trainer.data.cache import frames_of, rows
 from trainer.data.plan import Cursor, Plan, Slot
 from trainer.seeds import seed_of
 
@@ -21,9 +23,10 @@ from trainer.seeds import seed_of
 class Batch:
     """One rank's part of a global micro-batch.
 
-    pixels (b, 3, H, W) in [-1, 1] or moments (b, 2c, h, w), never both; masks (b, 1, h, w); weights
-    (b,) of each sample in the loss; places (b,) in the global micro-batch `step`, which seed the
-    sample's noise.
+    pixels (b * frames, 3, H, W) in [-1, 1] or moments (b * frames, 2c, h, w), never both, the
+    frames of a clip adjacent; images are clips of one frame. masks (b, 1, h, w), of images only;
+    weights (b,) of each sample in the loss; places (b,) in the global micro-batch `step`, which
+    seed the sample's noise; fps (b,) frames a second of each clip, None for images.
     """
 
     step: int
@@ -35,6 +38,8 @@ class Batch:
     moments: Tensor | None = None
     masks: Tensor | None = None
     u: list[float] | None = None
+    frames: int = 1
+    fps: list[float] | None = None
 
     def to(self, device: torch.device) -> Batch:
         for name in ("weights", "pixels", "moments", "masks"):
@@ -45,11 +50,14 @@ class Batch:
 
 
 class Planned(TorchDataset[Batch]):
-    """Item k is this rank's part of global micro-batch k."""
+    """Item k is this rank's part of global micro-batch k. Which groups make no batch together, a
+    dataset of several sizes says itself."""
 
     def __init__(
         self, dataset: Dataset, plan: Plan, moments: np.ndarray | None, rank: int, world_size: int
     ) -> None:
+        if isinstance(dataset, Bucketed):
+            plan = replace(plan, sizes=tuple(dataset.sizes))
         self.dataset, self.plan, self.moments = dataset, plan, moments
         self.rank, self.world_size = rank, world_size
 
@@ -59,25 +67,29 @@ class Planned(TorchDataset[Batch]):
 
 
 class Fixed(TorchDataset[Batch]):
-    """Held-out samples in order, each met at fixed noise and a fixed quantile of the timesteps."""
+    """Held-out samples in order, each met at fixed noise and a fixed quantile of the timesteps.
+
+    batch_size: frames in a batch, hence images; of clips as many as that holds, at least one. A
+    batch is of one group.
+    """
 
     def __init__(
         self, dataset: Dataset, batch_size: int, levels: Sequence[float], moments: np.ndarray | None
     ) -> None:
-        self.dataset, self.batch_size, self.levels, self.moments = (
-            dataset,
-            batch_size,
-            levels,
-            moments,
-        )
+        assert len(set(dataset.frames)) == 1, "held-out samples have one number of frames"
+        self.dataset, self.levels, self.moments = dataset, levels, moments
+        most = max(1, batch_size // dataset.frames[0])
+        self.batches = [
+            range(start, min(start + most, group.stop))
+            for group in dataset.groups
+            for start in range(group.start, group.stop, most)
+        ]
 
     def __len__(self) -> int:
-        return -(-len(self.dataset) // self.batch_size)
+        return len(self.batches)
 
     def __getitem__(self, number: int) -> Batch:
-        rows = range(
-            number * self.batch_size, min((number + 1) * self.batch_size, len(self.dataset))
-        )
+        rows = self.batches[number]
         batch = collate(self.dataset, [Slot(i, i, 1.0) for i in rows], 0, 0, self.moments)
         batch.u = [self.levels[i % len(self.levels)] for i in rows]
         return batch
@@ -98,13 +110,17 @@ def collate(
         weights=torch.tensor([slot.weight for slot in slots], dtype=torch.float32),
     )
     pairs = list(zip(slots, generators, strict=True))
+    places = [rows(dataset, slot.index) for slot in slots]
+    batch.frames = places[0].stop - places[0].start
+    if batch.frames > 1:
+        batch.fps = [dataset.rates[slot.index] for slot in slots]
     if moments is not None:
-        batch.moments = torch.from_numpy(np.stack([moments[slot.index] for slot in slots])).float()
+        batch.moments = torch.from_numpy(np.concatenate([moments[each] for each in places])).float()
         batch.captions = [dataset.caption(slot.index, rng) for slot, rng in pairs]
         batch.keys = [str(slot.index) for slot in slots]
         return batch
     samples = [dataset.sample(slot.index, rng) for slot, rng in pairs]
-    batch.pixels = torch.stack([sample.image for sample in samples])
+    batch.pixels = torch.cat([frames_of(sample.image) for sample in samples])
     batch.captions = [sample.caption for sample in samples]
     batch.keys = [sample.key for sample in samples]
     masks = [sample.mask for sample in samples]

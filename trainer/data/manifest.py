@@ -1,6 +1,7 @@
 """The index of a tar in webdataset layout: where members lie, their CRC-32, and what is wrong.
 
-Each tar is read once, every image decoded; the manifest keeps the result beside the shards.
+Each tar is read once, every image and video decoded; the manifest keeps the result beside the
+shards.
 """
 
 from __future__ import annotations
@@ -19,14 +20,22 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
+from trainer.data.decode import Film, examine
 from trainer.data.images import DAMAGED, READABLE, ImageError, decode_caption, decode_image
 
 MAX_MEMBER = 64 * 2**20
 IMAGES = frozenset(suffix[1:] for suffix in READABLE)
-CAPTION, METADATA, MASK = "txt", "json", "mask.png"
-KNOWN = IMAGES | {CAPTION, METADATA, MASK}
+CAPTION, METADATA, MASK, VIDEO = "txt", "json", "mask.png", "mp4"
+KNOWN = IMAGES | {CAPTION, METADATA, MASK, VIDEO}
 PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")  # what webdataset's own decoders would execute
 MANIFEST = "manifest.json"
 
@@ -44,20 +53,29 @@ class Listed(BaseModel):
 
 
 class Entry(Listed):
-    """One sample: its members by extension, and the size of its upright image in pixels."""
+    """One sample: its members by extension, the size of its upright image or frames in pixels, and
+    what is known of its video."""
 
     key: str
-    width: int
-    height: int
+    width: PositiveInt
+    height: PositiveInt
     members: dict[str, Part]
+    film: Film | None = None
 
     @field_validator("members")
     @classmethod
     def _is_whole(cls, members: dict[str, Part]) -> dict[str, Part]:
         # Manifests are read from outside, with the shards they come along with.
-        if len(members.keys() & IMAGES) != 1 or not members.keys() & {CAPTION, METADATA}:
-            raise ValueError("a sample has one image and a caption")
+        media = members.keys() & (IMAGES | {VIDEO})
+        if len(media) != 1 or not members.keys() & {CAPTION, METADATA}:
+            raise ValueError("a sample has one image or video, and a caption")
         return members
+
+    @model_validator(mode="after")
+    def _knows_its_video(self) -> Entry:
+        if (VIDEO in self.members) != (self.film is not None):
+            raise ValueError("what is known of a video stands beside it")
+        return self
 
 
 class Shard(Listed):
@@ -76,7 +94,7 @@ class Manifest(Listed):
 
 
 def index(paths: Sequence[Path], ignore: Collection[str] = ()) -> list[Shard]:
-    """Reads tars from end to end: every member checked, every image decoded once.
+    """Reads tars from end to end: every member checked, every image and video decoded once.
 
     Raises:
         ValueError: a cut or compressed tar; links, absolute or upward names, pickles, unknown
@@ -91,7 +109,7 @@ def save(found: Manifest, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     part = place.with_name(f".{place.name}.{os.getpid()}.part")
     try:
-        part.write_text(found.model_dump_json() + "\n", encoding="utf-8")
+        part.write_text(found.model_dump_json(exclude_none=True) + "\n", encoding="utf-8")
         os.replace(part, place)
     finally:
         part.unlink(missing_ok=True)
@@ -218,17 +236,20 @@ def _entry(
         if len(data[extension]) != info.size:
             raise _cut(path, f"the file ends within {info.name}")
         parts[extension] = Part(info.offset_data, info.size, zlib.crc32(data[extension]))
-    images = sorted(data.keys() & IMAGES)
-    if len(images) != 1:
+    media = sorted(data.keys() & (IMAGES | {VIDEO}))
+    if len(media) != 1:
         held = ", ".join(f".{extension}" for extension in sorted(data))
-        raise ImageError(f"{key}: {len(images)} images among {held}; a sample has one image")
-    image = decode_image(data[images[0]], f"{key}.{images[0]}")
+        raise ImageError(
+            f"{key}: {len(media)} images among {held}; a sample has one image, or one video"
+        )
+    film = examine(data[VIDEO], f"{key}.{VIDEO}") if VIDEO in data else None
+    size = film[:2] if film else decode_image(data[media[0]], f"{key}.{media[0]}").size
     caption_of(data, key)
     if MASK in data:
-        mask_of(data[MASK], key, image.size)
+        mask_of(data[MASK], key, size)
     if METADATA in data:
         metadata_of(data[METADATA], key)
-    return Entry(key=key, width=image.width, height=image.height, members=parts)
+    return Entry(key=key, width=size[0], height=size[1], members=parts, film=film)
 
 
 def _cut(path: Path, why: str) -> ValueError:

@@ -13,6 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 
+CYCLE = 100  # batches in which every kind has its share of the turns, if sizes do not part them
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -31,6 +33,10 @@ class Plan:
 
     Each group runs through its own shuffled epochs. The loss is sum over groups of weight * mean
     over its samples, whatever the shares.
+
+    frames, sizes: of the samples of each group, empty if all are alike. Samples that are not make
+    no batch together: such groups take turns, each kind as often as its share says. Buckets of
+    sizes are planned by the epoch of all of them: what does not fill a batch waits for the next.
     """
 
     groups: tuple[tuple[int, int], ...]
@@ -38,34 +44,57 @@ class Plan:
     weights: tuple[float, ...]
     batch_size: int
     seed: int
+    frames: tuple[int, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
 
     def counts(self) -> list[int]:
-        """Samples of each group in a batch: rounded shares, at least one of each, together
-        `batch_size`."""
-        counts = [max(1, round(share * self.batch_size)) for share in self.shares]
-        if self.batch_size < len(self.groups):
-            raise ValueError(
-                f"run.batch_size={self.batch_size} is too small for {len(self.groups)} groups of "
-                "data; "
-                f"give at least {len(self.groups)}"
-            )
-        while sum(counts) != self.batch_size:  # the largest group takes what rounding left over
-            counts[counts.index(max(counts))] += 1 if sum(counts) < self.batch_size else -1
-        return counts
+        """Samples of each group in a batch that all of them share, see `_counts`."""
+        return _counts(self.shares, self.batch_size)
+
+    def turn(self, step: int) -> tuple[list[int], int]:
+        """The groups that make batch `step`, and how many batches they have made before."""
+        own = self._kinds()
+        kinds = sorted(set(own))
+        if len(kinds) < 2:
+            return list(range(len(self.groups))), step
+        groups = [[g for g, kind in enumerate(own) if kind == each] for each in kinds]
+        samples = self.groups[-1][1] - self.groups[0][0]
+        length = samples / self.batch_size if self.sizes else CYCLE
+        rates = [sum(self.shares[g] for g in those) * length for those in groups]
+        cycle = int(step / length)
+        while sum(_turns(rate, cycle + 1) for rate in rates) <= step:
+            cycle += 1
+        before = [_turns(rate, cycle) for rate in rates]
+        turns = [_turns(rate, cycle + 1) - had for rate, had in zip(rates, before, strict=True)]
+        order = np.repeat(range(len(kinds)), turns)
+        order = order[_permutation(self.seed, len(self.groups), cycle, len(order))]
+        place = step - sum(before)
+        now = int(order[place])
+        return groups[now], before[now] + int((order[:place] == now).sum())
 
     def batch(self, step: int) -> list[Slot]:
         """The global micro-batch number `step`, groups interleaved so that every rank gets its part
         of each."""
         slots: list[tuple[float, int, float]] = []
-        for group, ((start, stop), count, weight) in enumerate(
-            zip(self.groups, self.counts(), self.weights, strict=True)
-        ):
+        groups, turn = self.turn(step)
+        shares = [self.shares[group] for group in groups]
+        if len(groups) < len(self.groups):  # they have the whole batch to themselves
+            shares = [share / sum(shares) for share in shares]
+        counts = _counts(shares, self.batch_size)
+        for group, count in zip(groups, counts, strict=True):
+            (start, stop), weight = self.groups[group], self.weights[group]
             for i in range(count):
-                epoch, position = divmod(step * count + i, stop - start)
+                epoch, position = divmod(turn * count + i, stop - start)
                 index = start + int(_permutation(self.seed, group, epoch, stop - start)[position])
                 slots.append(((i + 0.5) / count, index, weight * self.batch_size / count))
         slots.sort(key=lambda slot: slot[0])
         return [Slot(index, place, weight) for place, (_, index, weight) in enumerate(slots)]
+
+    def _kinds(self) -> list[tuple[int, tuple[int, int]]]:
+        """Frames and size of each group."""
+        frames = self.frames or (1,) * len(self.groups)
+        sizes = self.sizes or ((0, 0),) * len(self.groups)
+        return list(zip(frames, sizes, strict=True))
 
     def local(self, step: int, rank: int, world_size: int) -> list[Slot]:
         """Rank `rank`'s part of the global micro-batch."""
@@ -73,7 +102,29 @@ class Plan:
         return self.batch(step)[first:end]
 
 
-@lru_cache(maxsize=8)
+def _counts(shares: Sequence[float], total: int) -> list[int]:
+    """`total` parted by shares: rounded, at least one of each.
+
+    Raises:
+        ValueError: there are more shares than things to part.
+    """
+    if total < len(shares):
+        raise ValueError(
+            f"run.batch_size={total} is too small for {len(shares)} groups of data; "
+            f"give at least {len(shares)}"
+        )
+    counts = [max(1, round(share * total)) for share in shares]
+    while sum(counts) != total:  # the largest group takes what rounding left over
+        counts[counts.index(max(counts))] += 1 if sum(counts) < total else -1
+    return counts
+
+
+def _turns(rate: float, cycles: int) -> int:
+    """Whole batches of a kind in so many cycles; what is left over is made up for in later ones."""
+    return int(rate * cycles + 1e-6)
+
+
+@lru_cache(maxsize=16)
 def _permutation(seed: int, group: int, epoch: int, size: int) -> np.ndarray:
     return np.random.default_rng((seed, group, epoch)).permutation(size)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.data.sprites import KNOWN, scaled
+from trainer.data.sprites import KNOWN, turned
 
 SIDE = 64
 
@@ -72,12 +72,13 @@ class Scene:
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a sprite goes: centre and longer side, in pixels."""
+    """Where a sprite goes: centre and longer side in pixels, and degrees it is turned clockwise."""
 
     word: str
     x: float
     y: float
     size: int
+    angle: int = 0
 
 
 def article(words: str) -> str:
@@ -105,7 +106,7 @@ def compose(spots: Sequence[Spot], canvas: np.ndarray) -> tuple[np.ndarray, tupl
     owner = np.full((side, side), -1, np.int16)
     boxes = []
     for number, spot in enumerate(spots):
-        pixels = scaled(spot.word, spot.size)
+        pixels = turned(spot.word, spot.size, spot.angle)
         height, width = pixels.shape[:2]
         x0, y0 = round(spot.x - width / 2), round(spot.y - height / 2)
         left, top, right, bottom = (
@@ -178,7 +179,7 @@ def layout(
     if number > len(names):
         raise ValueError(f"{number} objects asked for, {len(names)} names given")
     words = [names[i] for i in rng.choice(len(names), number, replace=False)]
-    backdrop = _pick_background(rng)
+    backdrop = pick_background(rng)
     if number == 1:
         spots, text = _one(rng, words[0], SIDE)
     elif number == 2:
@@ -193,7 +194,7 @@ def layout(
     return Layout(ordered, text, backdrop, relation if number == 2 else None)
 
 
-def _pick_background(rng: np.random.Generator) -> str:
+def pick_background(rng: np.random.Generator) -> str:
     names = list(COLOURS)
     first, second = rng.choice(len(names), 2, replace=False)
     return names[first] if rng.random() < 0.75 else f"{names[first]} to {names[second]} gradient"

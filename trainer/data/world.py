@@ -39,6 +39,8 @@ class Scenes:
 
     shares: Sequence[float] = (1.0,)
     weights: Sequence[float] = (1.0,)
+    frames: Sequence[int] = (1,)
+    rates: Sequence[float] = ()
     fixed = True
     skipped: Sequence[str] = ()
 

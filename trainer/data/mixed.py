@@ -1,0 +1,85 @@
+"""Clips and still images as one dataset: they take turns by whole batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from trainer.data import Dataset, Sample
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+class Mixed:
+    """The samples of `clips`, then those of `stills`, which make `images` of the batches."""
+
+    def __init__(self, clips: Dataset, stills: Dataset, images: float) -> None:
+        self.parts = (clips, stills)
+        shares = ([(1 - images) * share for share in clips.shares], stills.shares)
+        self.shares: Sequence[float] = [*shares[0], *(images * share for share in shares[1])]
+        self.weights: Sequence[float] = [*clips.weights, *stills.weights]
+        self.frames: Sequence[int] = [*clips.frames, *stills.frames]
+        self.rates = clips.rates
+        moved = (range(len(clips) + g.start, len(clips) + g.stop) for g in stills.groups)
+        self.groups: Sequence[range] = [*clips.groups, *moved]
+        self.fixed = clips.fixed and stills.fixed
+        self.skipped: Sequence[str] = list(chain(clips.skipped, stills.skipped))
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        part, own = self._part(index)
+        return part.sample(own, rng)
+
+    def image(self, index: int) -> Tensor:
+        part, own = self._part(index)
+        return part.image(own)
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        part, own = self._part(index)
+        return part.caption(own, rng)
+
+    def fingerprint(self) -> str:
+        both = [part.fingerprint() for part in self.parts]
+        return hashlib.sha256(repr(("mixed-1", both)).encode()).hexdigest()
+
+    def _part(self, index: int) -> tuple[Dataset, int]:
+        clips, stills = self.parts
+        return (clips, index) if index < len(clips) else (stills, index - len(clips))
+
+
+class Stills:
+    """The middle frame of every clip as an image."""
+
+    rates: Sequence[float] = ()
+    skipped: Sequence[str] = ()
+
+    def __init__(self, clips: Dataset) -> None:
+        self.clips, self.fixed = clips, clips.fixed
+        self.groups, self.shares, self.weights = clips.groups, clips.shares, clips.weights
+        self.frames: Sequence[int] = (1,) * len(clips.groups)
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        found = self.clips.sample(index, rng)
+        return Sample(_middle(found.image), found.caption, found.key)
+
+    def image(self, index: int) -> Tensor:
+        return _middle(self.clips.image(index))
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        return self.clips.caption(index, rng)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr(("stills-1", self.clips.fingerprint())).encode()).hexdigest()
+
+
+def _middle(frames: Tensor) -> Tensor:
+    return frames[len(frames) // 2].clone()  # a view would keep the whole clip
