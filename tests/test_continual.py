@@ -100,7 +100,7 @@ def test_killed_inside_the_second_task_it_goes_on_there(tmp_path: Path, tiny_fol
     place = folder / "task-1"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 240
-        while not (place / "checkpoints" / "last.ckpt").is_file():
+        while not list(place.glob("checkpoints/step-*")):
             assert process.poll() is None, process.communicate()[1][-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -132,7 +132,7 @@ def test_judged_tasks_are_not_judged_again(tmp_path: Path, tiny_folder: Path) ->
     assert len(again["accuracy"]) == 2
     with pytest.raises(ValueError, match=r"was made with continual\.images=2, and this run has 3"):
         fit(recipe.load([*words, "continual.images=3"]))
-    with pytest.raises(ValueError, match="was trained with another optim than this recipe has"):
+    with pytest.raises(ValueError, match="holds a finished run, with another optim"):
         fit(recipe.load([*words, "optim.lr=0.5"]))
 
 
@@ -190,7 +190,6 @@ def test_each_task_is_an_ordinary_recipe(tmp_path: Path, tiny_folder: Path) -> N
             id="twice",
         ),
         pytest.param(["run.devices=2"], "learned on one device; set run.devices=1", id="devices"),
-        pytest.param(["run.resume=x"], "leave run.resume out", id="resume"),
         pytest.param(["evaluate.alone=[]"], "evaluate.alone is empty", id="prompts"),
     ],
 )
@@ -216,4 +215,4 @@ def test_a_backbone_without_a_judge_is_told_before_training(
     words = [write(tmp_path, tiny_folder, METHODS["lora"], continual={"judge": None})]
     with pytest.raises(ValueError, match=r"has no judge of its own; give continual\.judge"):
         fit(recipe.load(words))
-    assert not list(tmp_path.rglob("*.ckpt"))
+    assert not list(tmp_path.rglob("checkpoints"))

@@ -120,21 +120,26 @@ def test_resumed_run_is_the_same_run(first: Path, tmp_path: Path, tiny_folder: P
     """Stopped after two of four steps by a shorter recipe, then continued in its folder."""
     fit(tmp_path, tiny_folder, "run.id=half", "run.steps=2")
     half = tmp_path / "runs" / "custom_diffusion" / "half"
-    fit(tmp_path, tiny_folder, f"run.resume={half}")
+    fit(tmp_path, tiny_folder, f"run={half}")
     one, other = load_file(first / "adapter.safetensors"), load_file(half / "adapter.safetensors")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_finished_run_is_not_written_over(first: Path, tiny_folder: Path) -> None:
     before = digest(first)
-    result = fit(first.parents[2], tiny_folder, "run.id=first", code=78)
-    assert "choose another id" in result.stderr
+    result = fit(first.parents[2], tiny_folder, "run.id=first")
+    assert "this run is finished" in result.stderr
+    assert result.stdout.strip() == "runs/custom_diffusion/first"
+    result = fit(first.parents[2], tiny_folder, f"run={first}", "optim.lr=1", code=78)
+    assert "with another optim; choose another id" in result.stderr
     assert digest(first) == before
 
 
-def test_resuming_needs_a_checkpoint(tmp_path: Path, tiny_folder: Path) -> None:
-    result = fit(tmp_path, tiny_folder, "run.resume=nowhere", code=78)
-    assert "run.resume=nowhere: no checkpoint there" in result.stderr
+def test_a_folder_is_named_once(tmp_path: Path, tiny_folder: Path) -> None:
+    result = fit(tmp_path, tiny_folder, "run=here", "run.id=there", code=78)
+    assert "run=here and run.id=there both name a folder" in result.stderr
+    result = fit(tmp_path, tiny_folder, "run=", code=78)
+    assert "run=<folder> is given once" in result.stderr
 
 
 def test_accumulation_sees_as_many_images(tmp_path: Path, tiny_folder: Path) -> None:

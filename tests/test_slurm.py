@@ -16,6 +16,9 @@ printf '%s\\0' "$@" > "$RECORD.arguments"
 printf '%s\\0' "$TRAINER_RUN_ID" "$SRUN_CPUS_PER_TASK" "$OMP_NUM_THREADS" > "$RECORD.environment"
 exit "${SRUN_EXIT:-0}"
 """
+SCONTROL = """#!/usr/bin/env bash
+printf '%s\\0' "$@" > "$RECORD.requeued"
+"""
 JOB = {
     "SLURM_JOB_ID": "4711",
     "SLURM_NNODES": "2",
@@ -26,12 +29,15 @@ JOB = {
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 
-def submit(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def submit(
+    folder: Path, *words: str, scontrol: bool = True, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Runs the script in `folder` as Slurm would: under bash, in the environment of a job."""
     tools = folder / "bin"
     tools.mkdir()
-    (tools / "srun").write_text(SRUN, encoding="utf-8")
-    (tools / "srun").chmod(0o755)
+    for name, text in {"srun": SRUN, **({"scontrol": SCONTROL} if scontrol else {})}.items():
+        (tools / name).write_text(text, encoding="utf-8")
+        (tools / name).chmod(0o755)
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
     environment = {"PATH": path, "RECORD": str(folder / "record"), **JOB, **variables}
     return subprocess.run(
@@ -89,6 +95,38 @@ def test_one_task_a_device() -> None:
     text = SCRIPT.read_text(encoding="utf-8")
     assert len(re.findall(r"^srun ", text, re.M)) == 1
     assert 'run.devices="$SLURM_NTASKS_PER_NODE"' in text
+
+
+@pytest.mark.parametrize(
+    ("variables", "job"),
+    [({}, "4711"), ({"SLURM_ARRAY_JOB_ID": "4700", "SLURM_ARRAY_TASK_ID": "11"}, "4700_11")],
+    ids=["job", "array"],
+)
+def test_a_run_that_was_saved_in_time_is_requeued(
+    variables: dict[str, str], job: str, tmp_path: Path
+) -> None:
+    assert submit(tmp_path, SRUN_EXIT="75", **variables).returncode == 75
+    assert recorded(tmp_path, "requeued") == ["requeue", job]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"SRUN_EXIT": "143"}, {"SRUN_EXIT": "0"}, {"SRUN_EXIT": "75", "SLURM_RESTART_COUNT": "20"}],
+    ids=["cancelled", "finished", "often-enough"],
+)
+def test_any_other_is_not(variables: dict[str, str], tmp_path: Path) -> None:
+    assert submit(tmp_path, **variables).returncode == int(variables["SRUN_EXIT"])
+    assert not (tmp_path / "record.requeued").exists()
+
+
+def test_without_scontrol_the_job_says_so(tmp_path: Path) -> None:
+    result = submit(tmp_path, SRUN_EXIT="75", scontrol=False)
+    assert result.returncode == 75
+    assert "not requeued: submit the same words again" in result.stderr
+
+
+def test_the_signal_comes_before_the_limit_and_to_the_tasks() -> None:
+    assert options()["signal"] == "USR1@180"  # with B: only the batch shell would get it
 
 
 def test_a_failed_run_fails_the_job(tmp_path: Path) -> None:

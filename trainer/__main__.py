@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
-BAD_RECIPE = 78
+from trainer.exits import BAD_RECIPE, DISK, INTERRUPTED, LeaveError
+
 VERBS = ("fit", "check", "sample", "evaluate", "export", "import", "merge", "data")
 USAGE = """usage: python -m trainer <verb> [key=value ...]
 
-  fit recipe=<name> [backbone=<name or folder>] [section.key=value ...]
-                         train; the run folder with the adapter is printed at the end
+  fit recipe=<name> [backbone=<name or folder>] [run=<folder>] [section.key=value ...]
+                         train; the run folder with the adapter is printed at the end. A run that
+                         is in the folder already goes on where it was
   check recipe=<name> [plan=true] [...]
                          check a recipe completely; plan=true loads the backbone and shows what
                          would train
   sample adapter=<file or run folder> | backbone=<name or folder>   prompt="..."
          [count=1 seed=0 steps=25 guidance=5 negative="" out=samples]
-                         write PNGs
+         [frames=1 fps=8 source=<video> start=source|noise methods.<name>={}]
+                         write PNGs, or of frames=8 an MP4 and a GIF; source begins from the noise
+                         of a video, which the prompt then edits; methods: those that train nothing
   evaluate run=<run folder> [judge=<CLIP folder>]
                          base beside adapted, in numbers
   export run=<run folder> | adapter=<file>   out=<folder> [format=merged dtype=float32 rank=...]
@@ -27,6 +32,14 @@ USAGE = """usage: python -m trainer <verb> [key=value ...]
                          Custom Diffusion concepts trained apart into one adapter, in closed form
   data world out=<folder> [count=1000 seed=0 sprites=known per_shard=1000]
                          write scenes of the embedded world as webdataset shards with a manifest
+       build shards=<folder or .tar> [ignore=[...]]
+                         read every shard once and write the manifest beside them
+       verify shards=<folder or .tar> | folder=<photos>
+                         hold every byte against the manifest, or decode every photo, and name what
+                         is wrong; the exit code is 65 if anything is
+       inspect recipe=<name> [count=16 step=0 out=inspect.png] [section.key=value ...]
+                         draw what the trainer sees from a step on: the cut, the caption, the mask,
+                         the bucket; and count sizes and buckets
   list [recipes|backbones|methods|data]
                          what there is
 
@@ -58,12 +71,16 @@ def main(words: list[str]) -> int:
         return int(getattr(verbs, name)(rest) or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+    except LeaveError as leaving:
+        if leaving.code:  # a rank that another has started says nothing
+            print(leaving, file=sys.stderr)
+        return leaving.code
     except OSError as error:
         import errno
 
         print(f"error: {error}", file=sys.stderr)
-        return 74 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 1
+        return DISK if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else 1
     except (ValueError, ModuleNotFoundError) as error:
         # what a user can mend; anything else is ours and keeps its traceback
         print(f"error: {error}", file=sys.stderr)
@@ -98,4 +115,7 @@ def _list(rest: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    finally:
+        gc.freeze()  # to collect what the process is about to give back takes Python seconds

@@ -4,23 +4,22 @@ much is left of every concept so far.
     runs/<recipe>/<id>/task-0, task-1, ...     the run folder of each concept
     runs/<recipe>/<id>/continual.json          accuracy[t][s]: concept s after task t
 
-Started again with the same `run.id` it goes on where it was: a finished task is not trained again,
+Started again in the same folder it goes on where it was: a finished task is not trained again,
 an unfinished one goes on from its last checkpoint, what has been judged is not judged again.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from trainer import adapter, backbones
+from trainer import adapter, backbones, runs
 from trainer.evaluate import Examiner, mean, percent
-from trainer.fit import console, fit, needs, run_folder
+from trainer.fit import console, fit, needs
 from trainer.judge import Judge, judge_folder
 from trainer.recipe import task
 from trainer.schema import Recipe
@@ -29,13 +28,15 @@ BATCH = 32  # pictures painted at once
 Rows = list[list[float | None]]
 
 
-def run(whole: Recipe) -> Path:
-    """Learns the concepts of `continual.concepts` in order and returns the folder of all of them.
+def run(whole: Recipe, folder: Path | None = None) -> Path:
+    """Learns the concepts of `continual.concepts` in order and returns the folder of all of them:
+    `folder`, or the one of the recipe's id.
 
     Raises:
         ValueError: the folder holds another sequence, or there is no judge.
     """
-    spec, folder = whole.continual, run_folder(whole)
+    spec, folder = whole.continual, folder or runs.folder_of(whole)
+    folder.mkdir(parents=True, exist_ok=True)
     rows = _read(folder / "continual.json", whole)
     judge = Judge(_judge_folder(whole)) if spec.images else None
     examiners: list[Examiner] = []
@@ -45,10 +46,8 @@ def run(whole: Recipe) -> Path:
     for number in range(len(spec.concepts)):
         place, own = folder / f"task-{number}", task(whole, number, learned)
         learned = place / "adapter.safetensors"
-        if learned.is_file():
-            _check_same(learned, own)
-        else:
-            console.print(f"task {number}: {spec.concepts[number]}", highlight=False)
+        if not runs.finished(place, own):
+            console.print(f"task {number}: {spec.concepts[number]}", highlight=False, markup=False)
             fit(own, place)
         if examiners and number == len(rows):
             adapted, _ = adapter.load(learned)
@@ -90,16 +89,6 @@ def show(whole: Recipe, rows: Rows, to: Console) -> None:
     to.print(facts, highlight=False)
 
 
-def _check_same(finished: Path, own: Recipe) -> None:
-    tree, _ = adapter.header(finished)
-    for key in ("backbone", "data", "methods", "objective", "optim"):
-        if tree.get(key) != own.tree.get(key):
-            raise ValueError(
-                f"{finished} was trained with another {key} than this recipe has; choose another "
-                "run.id"
-            )
-
-
 def _read(path: Path, whole: Recipe) -> Rows:
     """The rows judged so far."""
     if not path.is_file():
@@ -117,9 +106,7 @@ def _read(path: Path, whole: Recipe) -> Rows:
 
 def _write(path: Path, whole: Recipe, rows: Rows) -> None:
     facts = {**_asked(whole), "accuracy": rows, **summary(rows)}
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    os.replace(part, path)
+    runs.write(path, json.dumps(facts, indent=1))
 
 
 def _asked(whole: Recipe) -> dict[str, Any]:

@@ -3,10 +3,10 @@ adapter."""
 
 from __future__ import annotations
 
-import os
-import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,31 @@ import lightning
 import numpy as np
 import torch
 import yaml
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from PIL.Image import Image
 from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
-from trainer import adapter, backbones, methods, report
+from trainer import adapter, backbones, checkpoint, methods, report, runs
 from trainer.backbones.base import Backbone
+from trainer.callbacks.checkpoints import Checkpoints
 from trainer.callbacks.ema import EMA
+from trainer.callbacks.hang import HangGuard, vanish
 from trainer.callbacks.preview import Preview
 from trainer.callbacks.progress import Bar
-from trainer.callbacks.state import MicroStep, resume_point
+from trainer.callbacks.ran import Ran
+from trainer.callbacks.signals import Signals, calm, keep_lightning_out
 from trainer.callbacks.trackers import make_trackers
+from trainer.callbacks.watch import Watch
+from trainer.checkpoint import Checkpoint
 from trainer.data import Dataset, Needs, cache
 from trainer.data.images import to_pil
 from trainer.data.loader import Fixed, Planned, loader
 from trainer.data.plan import Plan
+from trainer.exits import LeaveError
 from trainer.module import LEVELS, DiffusionModule, Optim
 from trainer.objective import Objective
 from trainer.resources import cache_folder
@@ -40,21 +47,28 @@ from trainer.schema import Recipe
 
 console = Console(stderr=True)
 PREPARING = 16  # batches that a start which depends on the data may see
-WHERE = ("id", "out", "resume", "start_from")
 
 
 def fit(recipe: Recipe, folder: Path | None = None) -> Path:
     """Trains what the recipe says and returns the run folder, with `adapter.safetensors` in it.
 
-    folder: where, instead of `run_folder`'s choice; goes on from a checkpoint that is there.
+    folder: where, instead of `runs.folder_of`'s choice. A run that is there goes on from its last
+    whole checkpoint; one that is finished is left as it is.
+
+    Raises:
+        LeaveError: it ended early, with what it has reached on disk; see `exits.py`.
     """
     if recipe.continual.concepts:
         from trainer import continual  # which calls this function for every concept
 
-        return continual.run(recipe)
+        return continual.run(recipe, folder)
     run = recipe.run
-    folder = folder or run_folder(recipe)
+    folder = folder or runs.folder_of(recipe)
+    if runs.finished(folder, recipe):
+        say(f"{folder}: this run is finished; another run.id or run= starts a new one")
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
+    found = last_checkpoint(recipe, folder)
     torch.manual_seed(run.seed)  # parts made from scratch, dropout of methods
     backbone = backbones.load(recipe.backbone, recipe.backbone_name)
     backbone.eval().requires_grad_(False)
@@ -70,41 +84,65 @@ def fit(recipe: Recipe, folder: Path | None = None) -> Path:
         backbone.compile_blocks()
     module = module_of(recipe, backbone, plan)
     ema = EMA(recipe.optim.ema) if recipe.optim.ema else None
-    trainer = make_trainer(recipe, folder, ema)
+    signals = Signals(first_rank())
+    ran = Ran(partial(report.ran, plan, folder, console))
+    trainer = make_trainer(recipe, folder, [ran, *callbacks(recipe, folder, ema, found, signals)])
     if trainer.is_global_zero:
         announce(recipe, backbone, plan, train, folder)
-    checkpoint, start = resume_point(folder)
     cached, order = latents(recipe, backbone, train), step_plan(recipe, train)
     look = looker(module, Planned(train, order, cached, 0, 1))
-    if checkpoint is None:
+    if found is None:
         for edit in plan.edits.values():
             if edit.prepare is not None:
                 edit.prepare(look)
     batches = loader(
         Planned(train, order, cached, trainer.global_rank, trainer.world_size),
         run.steps * run.accumulate,
-        start,
+        found.micro_step if found else 0,
         run.workers,
     )
-    with sdpa_kernel(SDPBackend.MATH) if run.sdpa == "math" else nullcontext():
-        trainer.fit(
-            module,
-            batches,
-            checks(recipe, backbone, held_out),
-            ckpt_path=checkpoint,
-            weights_only=True,
-        )
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    if run.workers:
+        batches.worker_init_fn = calm
+    with signals, sdpa_kernel(SDPBackend.MATH) if run.sdpa == "math" else nullcontext():
+        try:
+            trainer.fit(module, batches, checks(recipe, backbone, held_out))
+        except LeaveError as leaving:
+            if is_child(trainer):  # whose code would have Lightning kill the first rank
+                leaving.code = 0
+            raise
+        except Exception:
+            if trainer.global_rank:  # the others wait for it until it is gone
+                traceback.print_exc()
+                vanish(1)
+            raise
     if trainer.is_global_zero:
         path = folder / "adapter.safetensors"
         with ema.swapped(module) if ema else nullcontext():
             for edit in plan.edits.values():
                 if edit.finish is not None:
                     edit.finish(look)
-            adapter.save(path, module.stored(), header(recipe), backbone.identity())
-        console.print(f"adapter: {path}", highlight=False)
+            adapter.save(path, module.stored(), runs.header(recipe), backbone.identity())
+        runs.note(folder, "finished", step=run.steps)
+        say(f"adapter: {path}")
     return folder
+
+
+def last_checkpoint(recipe: Recipe, folder: Path) -> Checkpoint | None:
+    """Where a run goes on; damaged checkpoints and another recipe than it began with are told."""
+
+    def passed_over(text: str) -> None:
+        say(text, "bold red")
+        if first_rank():
+            runs.note(folder, "fallback", reason=text)
+
+    found = checkpoint.newest(folder / "checkpoints", passed_over, tidy=first_rank())
+    if found is not None:
+        say(f"{folder}: goes on after step {found.step}")
+        for key in runs.differing(found.manifest["recipe"], recipe):
+            say(f"{folder}: goes on with another {key} than it began with", "yellow")
+    if first_rank():
+        runs.note(folder, "started", step=found.step if found else 0, steps=recipe.run.steps)
+    return found
 
 
 def module_of(recipe: Recipe, backbone: Backbone, plan: methods.Plan) -> DiffusionModule:
@@ -136,32 +174,42 @@ def looker(module: DiffusionModule, batches: Planned) -> Callable[[], None]:
     return look
 
 
-def make_trainer(recipe: Recipe, folder: Path, ema: EMA | None) -> lightning.Trainer:
+def callbacks(
+    recipe: Recipe, folder: Path, ema: EMA | None, found: Checkpoint | None, signals: Signals
+) -> list[lightning.Callback]:
+    """In the order they act at the end of a step: what a checkpoint holds is done before it is
+    saved, what only looks comes after."""
     run, preview = recipe.run, recipe.preview
-    callbacks: list[lightning.Callback] = [ema] if ema else []
+    hang = HangGuard({str(key): limit for key, limit in run.timeouts.items()}, folder)
+    saver = Checkpoints(
+        folder, run.checkpoint_every, run.checkpoint_keep, found,
+        {"recipe": runs.header(recipe)}, run.on_disk_full, hang, ema, partial(say, style="red"),
+    )  # fmt: skip
+    watch = Watch(
+        signals, saver, run.on_nonfinite, run.nonfinite_in_a_row, run.nonfinite_total,
+        partial(say, style="yellow"),
+    )  # fmt: skip
+    saver.parts["watch"] = watch
+    bar = Bar(run.batch_size * run.accumulate, max(1, run.steps // 20), console)
+    chosen: list[lightning.Callback] = [*([ema] if ema else []), bar, saver, watch]
     if preview.prompts and preview.every:
-        callbacks.append(
+        chosen.append(
             Preview(
                 folder / "previews", preview.prompts, preview.every, preview.steps,
                 preview.guidance, preview.seed,
-                preview.negative, preview.maps, ema,
+                preview.negative, preview.maps, ema, hang,
             )
         )  # fmt: skip
-    callbacks += [
-        Bar(run.batch_size * run.accumulate, max(1, run.steps // 20), console),
-        MicroStep(),
-    ]
-    if run.checkpoint_every:
-        last = ModelCheckpoint(
-            folder / "checkpoints",
-            save_last=True,
-            save_top_k=0,
-            every_n_train_steps=run.checkpoint_every,
-        )
-        callbacks.append(last)
+    return [*chosen, hang]
+
+
+def make_trainer(
+    recipe: Recipe, folder: Path, callbacks: list[lightning.Callback]
+) -> lightning.Trainer:
+    run = recipe.run
     # requeueing from Lightning's signal handler trains on and rewinds finished runs
     plugins: Any = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-    return lightning.Trainer(
+    trainer = lightning.Trainer(
         plugins=plugins,
         accelerator=run.accelerator,
         devices=run.devices,
@@ -178,11 +226,30 @@ def make_trainer(recipe: Recipe, folder: Path, ema: EMA | None) -> lightning.Tra
         callbacks=callbacks,
         logger=make_trackers(recipe.tracker, folder, recipe.tree),
         use_distributed_sampler=False,
-        enable_checkpointing=bool(run.checkpoint_every),
+        enable_checkpointing=False,  # `Checkpoints` does that
         enable_model_summary=False,
         enable_progress_bar=False,
         default_root_dir=folder,
     )
+    keep_lightning_out(trainer)
+    return trainer
+
+
+def first_rank() -> bool:
+    """Known from the environment, before there is a trainer."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
+
+
+def is_child(trainer: lightning.Trainer) -> bool:
+    """Whether this rank was started by the first one."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
+
+
+def say(text: str, style: str | None = None) -> None:
+    """A line for the user, from the first rank."""
+    if first_rank():
+        console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def needs(recipe: Recipe, backbone: Backbone) -> Needs:
@@ -206,9 +273,8 @@ def needs(recipe: Recipe, backbone: Backbone) -> Needs:
 
 def step_plan(recipe: Recipe, data: Dataset) -> Plan:
     groups = tuple((group.start, group.stop) for group in data.groups)
-    return Plan(
-        groups, tuple(data.shares), tuple(data.weights), recipe.run.batch_size, recipe.run.seed
-    )
+    shares, weights, frames = tuple(data.shares), tuple(data.weights), tuple(data.frames)
+    return Plan(groups, shares, weights, recipe.run.batch_size, recipe.run.seed, frames)
 
 
 def checks(recipe: Recipe, backbone: Backbone, held_out: Dataset | None) -> Any:
@@ -282,29 +348,6 @@ def announce(
     text = yaml.safe_dump(
         {"recipe": recipe.name, **recipe.tree}, sort_keys=False, allow_unicode=True
     )
-    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    runs.write(folder / "recipe.yaml", text)
     for skipped in train.skipped:
-        console.print(f"skipped {skipped}", style="yellow", highlight=False)
-
-
-def header(recipe: Recipe) -> dict[str, Any]:
-    """The recipe an adapter carries: what was trained, not where it was written."""
-    run = {k: v for k, v in (recipe.tree.get("run") or {}).items() if k not in WHERE}
-    return {"recipe": recipe.name, **recipe.tree, "run": run}
-
-
-def run_folder(recipe: Recipe) -> Path:
-    """`runs/<recipe>/<id>`; every rank of a run finds the same one."""
-    if recipe.run.resume is not None:
-        if resume_point(recipe.run.resume)[0] is None:
-            raise ValueError(
-                f"run.resume={recipe.run.resume}: no checkpoint there; a run keeps them with "
-                "run.checkpoint_every=<steps>"
-            )
-        return recipe.run.resume
-    name = recipe.run.id or os.environ.setdefault("TRAINER_RUN_ID", time.strftime("%Y%m%d-%H%M%S"))
-    folder = recipe.run.out / Path(recipe.name).stem / name
-    if (folder / "adapter.safetensors").exists():
-        raise ValueError(f"run.id={name}: {folder} holds a finished run; choose another id")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+        console.print(f"skipped {skipped}", style="yellow", highlight=False, markup=False)

@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
-from yaml import YAMLError
+from yaml import AliasToken, YAMLError, scan
 
-from trainer import tasks
+from trainer import leaks, tasks
 from trainer.backbones import family_of
+from trainer.backbones.scratch import DENOISERS, TransformerSpec, UNetSpec
 from trainer.data import Source
 from trainer.hints import nearest
 from trainer.methods import Method, find, names
@@ -46,7 +47,7 @@ SECTIONS: dict[str, type[Section]] = {
     "evaluate": EvaluateSpec,
     "continual": ContinualSpec,
 }
-KEYS = ("recipe", "backbone", "data", "methods", *SECTIONS, "tracker")
+KEYS = ("recipe", "backbone", "data", "methods", *SECTIONS, "tracker", "denoiser")
 T = TypeVar("T", bound=BaseModel)
 KEY = re.compile(r"\w[\w-]*(\.\w[\w-]*)*")
 
@@ -94,10 +95,13 @@ def resolve(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Re
     refuse_unknown(optim.lrs, tree["methods"], "optim.lrs")
     kept = {method: lr for method, lr in optim.lrs.items() if method in chosen}
     sections["optim"] = optim.model_copy(update={"lrs": kept})  # methods.x=null takes its lr along
+    spec = backbone_spec(backbone_name, tree.pop("denoiser", None))
+    if spec.denoiser is not None:  # whole, so that an adapter does not hang on our defaults
+        tree["denoiser"] = spec.denoiser.model_dump(mode="json")
     whole = Recipe(
         name=name,
         backbone_name=backbone_name,
-        backbone=backbone_spec(backbone_name),
+        backbone=spec,
         data=data,
         methods=chosen,
         tracker=tracker,
@@ -163,6 +167,11 @@ def backbone_names() -> list[str]:
     return sorted(path.stem for path in BACKBONES.glob("*.yaml"))
 
 
+def read_backbone(name: str) -> dict[str, Any]:
+    """The tree of a backbone of ours."""
+    return read_yaml(BACKBONES / f"{name}.yaml")
+
+
 def read_recipe(name: str) -> dict[str, Any]:
     """The tree of a shipped recipe, or of a YAML file of the user's (`recipe=./mine.yaml`), laid
     over that of the recipe it names as its `base`."""
@@ -197,6 +206,7 @@ def _recipe_file(name: str, word: str, folder: Path) -> Path:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
+        _refuse_aliases(path)
         tree = OmegaConf.to_container(OmegaConf.load(path))
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
         reason = " ".join(str(error).split())
@@ -206,10 +216,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return _plain(tree, "")
 
 
-def backbone_spec(name: str) -> BackboneSpec:
-    """A named backbone, or a local folder in diffusers layout."""
+def _refuse_aliases(path: Path) -> None:
+    """A few lines of them, each naming the one before several times, would fill the memory."""
+    text = path.read_text(encoding="utf-8")
+    if "*" in text and any(isinstance(token, AliasToken) for token in scan(text)):
+        raise RecipeError(
+            f"{path}: YAML aliases (*name) are not read; write the value out, or use base: <recipe>"
+        )
+
+
+def spec_of(tree: Mapping[str, Any], instead: str | None = None) -> BackboneSpec:
+    """The backbone of a resolved recipe; or another, which brings a denoiser of its own."""
+    name = instead or tree["backbone"]
+    return backbone_spec(name, tree.get("denoiser") if name == tree["backbone"] else None)
+
+
+def backbone_spec(name: str, denoiser: Any = None) -> BackboneSpec:
+    """A named backbone, or a local folder in diffusers layout. denoiser: a recipe's values over
+    those of a backbone whose denoiser is made from nothing."""
+    own = None
     if name in backbone_names():
-        tree = read_yaml(BACKBONES / f"{name}.yaml")
+        tree = read_backbone(name)
+        own = tree.pop("denoiser", None)
         spec = build(BackboneSpec, tree, f"backbone {name}")
         if spec.folder is not None:
             places = {"folder": spec.folder, "overlay": spec.overlay}
@@ -229,7 +257,21 @@ def backbone_spec(name: str) -> BackboneSpec:
         raise RecipeError(f"backbone={name}: neither a backbone of ours nor a folder{hint}")
     if spec.folder is not None and not (Path(spec.folder) / "model_index.json").is_file():
         raise RecipeError(f"backbone={name}: {spec.folder} is missing or has no model_index.json")
-    return spec
+    return spec.model_copy(update={"denoiser": _denoiser(spec.family, name, own, denoiser)})
+
+
+def _denoiser(family: str, name: str, own: Any, given: Any) -> UNetSpec | TransformerSpec | None:
+    """own: what the backbone's file says; given: what the recipe does."""
+    if own is None:
+        if given is None:
+            return None
+        made = [each for each in backbone_names() if "denoiser" in read_backbone(each)]
+        raise RecipeError(
+            f"denoiser: backbone {name} has a network of its own, which denoiser=null keeps; one "
+            f"is made from nothing with backbone={' or backbone='.join(made)}"
+        )
+    values = merge(own, given) if isinstance(given, dict) else own if given is None else given
+    return build(DENOISERS[family], values, "denoiser")
 
 
 def build(cls: type[T], values: Any, key: str) -> T:
@@ -281,7 +323,9 @@ def _data(tree: Any) -> Source:
     if source not in Source.names():
         raise RecipeError(f"data.source={source}: no such source{nearest(source, Source.names())}")
     cls = Source.find(source)
-    refuse_unknown(tree, ("source", *cls.model_fields), "data")
+    # what a recipe says for another source goes away with null
+    values = {k: value for k, value in values.items() if value is not None or k in cls.model_fields}
+    refuse_unknown(values, ("source", *cls.model_fields), "data")
     return build(cls, values, "data")
 
 
@@ -318,7 +362,8 @@ def methods_of(tree: Any) -> dict[str, Method]:
 
 
 def _plain(value: Any, key: str) -> Any:
-    """Only plain data passes: no interpolation, no `_target_`, nothing that JSON has not."""
+    """Only plain data passes: no interpolation, no `_target_`, nothing that JSON has not, and no
+    access token."""
     if isinstance(value, dict):
         if "_target_" in value:
             where = f"{key}._target_" if key else "_target_"
@@ -332,6 +377,11 @@ def _plain(value: Any, key: str) -> Any:
     if isinstance(value, str) and "${" in value:
         raise RecipeError(
             f"{key}: interpolation (${{...}}) is not allowed in recipes; write the value"
+        )
+    if isinstance(value, str) and (token := leaks.kind_of(value)):
+        raise RecipeError(
+            f"{key}: an access token ({token}...); a recipe is written into the run folder, the "
+            "adapter and the tracker, so keep the token in the environment, and renew this one"
         )
     if not isinstance(value, str | int | float | None):
         raise RecipeError(

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
 
+from trainer.backbones.scratch import DENOISERS, TransformerSpec, UNetSpec
 from trainer.data import Source
 from trainer.methods import Method
 
@@ -23,12 +24,14 @@ class Section(BaseModel):
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Seconds = Annotated[float, Field(ge=0)]
 
 
 class BackboneSpec(Section):
     """A diffusers folder (`folder`, relative to `data/` when shipped) or a pinned hub checkpoint
     (`hub`, `revision`). overlay: a folder whose parts stand before those of `folder`, for two
-    backbones that share a VAE and a text encoder."""
+    backbones that share a VAE and a text encoder. denoiser: the network to make in the place of the
+    folder's; it goes with the VAE and the text encoder there."""
 
     family: str = "sd"
     folder: str | None = None
@@ -36,6 +39,7 @@ class BackboneSpec(Section):
     hub: str | None = None
     revision: str | None = None
     scratch: tuple[Literal["unet", "transformer", "vae"], ...] = ()
+    denoiser: UNetSpec | TransformerSpec | None = None
 
     @model_validator(mode="after")
     def _one_origin(self) -> BackboneSpec:
@@ -45,6 +49,11 @@ class BackboneSpec(Section):
             raise ValueError("a hub checkpoint needs revision, the commit it is pinned to")
         if self.overlay is not None and self.folder is None:
             raise ValueError("overlay goes over a folder; give folder, not hub")
+        if self.denoiser is not None and type(self.denoiser) is not DENOISERS.get(self.family):
+            raise ValueError(
+                f"denoiser is a {type(self.denoiser).__name__}, which the family {self.family} "
+                "does not make"
+            )
         return self
 
 
@@ -107,11 +116,22 @@ class RunSpec(Section):
     )
     cache_latents: bool = True
     validate_every: int = Field(200, ge=0)
-    checkpoint_every: int = Field(500, ge=0)
+    checkpoint_every: int = Field(500, ge=0, description="steps; 0 for none but at an early end")
+    checkpoint_keep: int = Field(2, gt=0, description="checkpoints that stay, the newest")
+    on_disk_full: Literal["stop", "continue"] = Field(
+        "stop", description="what a checkpoint that cannot be written does to the run"
+    )
+    on_nonfinite: Literal["raise", "skip", "rollback"] = Field(
+        "raise", description="what a loss or a gradient that is no number does to the run"
+    )
+    nonfinite_in_a_row: int = Field(3, gt=0, description="steps that skip or rollback leave out")
+    nonfinite_total: int = Field(20, gt=0)
+    timeouts: dict[Literal["data", "step", "validate", "save", "preview"], Seconds] = Field(
+        default_factory=dict, description="after which a section counts as hung; 0 for never"
+    )
     log_every: int = Field(10, gt=0)
     out: Path = Path("runs")
     id: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    resume: Path | None = None
     start_from: Path | None = Field(
         None, description="an earlier adapter whose tensors this run goes on from"
     )
@@ -123,6 +143,10 @@ class RunSpec(Section):
             raise ValueError(
                 f"batch_size={self.batch_size} does not divide by run.devices x run.nodes = "
                 f"{ranks}; give a multiple of {ranks}"
+            )
+        if self.on_nonfinite == "rollback" and not self.checkpoint_every:
+            raise ValueError(
+                "on_nonfinite=rollback goes back to a checkpoint; set run.checkpoint_every"
             )
         return self
 

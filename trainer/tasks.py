@@ -18,11 +18,6 @@ def check(whole: Recipe) -> None:
         )
     if whole.run.devices * whole.run.nodes > 1:
         raise RecipeError("continual.concepts are learned on one device; set run.devices=1")
-    if whole.run.resume is not None:
-        raise RecipeError(
-            f"run.resume={whole.run.resume}: a continual run goes on where it was when it is "
-            "started again with its run.id; leave run.resume out"
-        )
     if whole.continual.images and not whole.evaluate.alone:
         raise RecipeError(
             "evaluate.alone is empty, so no concept can be judged; give prompts, or "

@@ -89,8 +89,9 @@ def look_inside(ema: EMA, module: DiffusionModule) -> None:
 
 def test_its_state_survives_saving(tiny: Any, photos: Any) -> None:
     ema = EMA(0.9)
-    train(tiny, photos, ema, Watch(), 1)
+    module = train(tiny, photos, ema, Watch(), 1)
     again = EMA(0.9)
+    again.on_fit_start(None, module)  # type: ignore[arg-type]
     again.load_state_dict(ema.state_dict())
     assert again.steps == ema.steps == 4
     assert all(torch.equal(again.averaged[name], value) for name, value in ema.averaged.items())

@@ -273,7 +273,7 @@ def step(weight: nn.Parameter, optimizer: torch.optim.Optimizer, seed: int) -> N
 
 
 def test_8_bit_moments_survive_a_checkpoint_bit_for_bit() -> None:
-    """Its file as Lightning writes and reads it: by torch, weights only."""
+    """Its file as a checkpoint is written and read: by torch, weights only."""
     make = optimizer_class("adamw8bit", "cpu")
     one = nn.Parameter(torch.ones(80, 100))
     optimizer = make([one], lr=1e-2, weight_decay=0.1)
@@ -325,7 +325,7 @@ def test_a_resumed_qlora_run_is_the_same_run(tmp_path: Path, tiny_folder: Path) 
     fit("run.id=whole", "run.steps=4")
     fit("run.id=half", "run.steps=2")
     (runs / "half" / "adapter.safetensors").unlink()
-    fit(f"run.resume={runs / 'half'}", "run.steps=4")
+    fit(f"run={runs / 'half'}", "run.steps=4")
     one, other = (load_file(runs / run / "adapter.safetensors") for run in ("whole", "half"))
     assert sorted(one) == json.loads((runs / "whole" / "plan.json").read_text())["trains"]
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -31,9 +31,7 @@ class EMA(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         own = _module(pl_module).trainable()
-        if not self.averaged:
-            self.averaged = {name: value.detach().float().clone() for name, value in own.items()}
-        self.averaged = {name: value.to(own[name].device) for name, value in self.averaged.items()}
+        self.averaged = {name: value.detach().float().clone() for name, value in own.items()}
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -57,7 +55,7 @@ class EMA(lightning.Callback):
         try:
             yield
         finally:
-            self._restore(module)
+            self.take_back(module)
 
     def on_validation_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -67,7 +65,7 @@ class EMA(lightning.Callback):
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        self._restore(_module(pl_module))
+        self.take_back(_module(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -75,8 +73,13 @@ class EMA(lightning.Callback):
             "averaged": {name: value.cpu() for name, value in self.averaged.items()},
         }
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.steps, self.averaged = state_dict["steps"], dict(state_dict["averaged"])
+        """Into what `on_fit_start` has made."""
+        self.steps, stored = state_dict["steps"], state_dict["averaged"]
+        assert stored.keys() == self.averaged.keys()
+        for name, value in self.averaged.items():
+            value.copy_(stored[name])
 
     @torch.no_grad()
     def _swap(self, module: DiffusionModule) -> None:
@@ -87,7 +90,8 @@ class EMA(lightning.Callback):
             parameter.copy_(self.averaged[name])
 
     @torch.no_grad()
-    def _restore(self, module: DiffusionModule) -> None:
+    def take_back(self, module: DiffusionModule) -> None:
+        """The module with its own weights, if it has the averaged ones."""
         for name, parameter in module.trainable().items():
             if name in self._stored:
                 parameter.copy_(self._stored[name])

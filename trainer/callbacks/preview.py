@@ -18,6 +18,7 @@ from trainer.attention.sites import select
 from trainer.attention.store import MapStore
 from trainer.backbones.base import Backbone
 from trainer.callbacks.ema import EMA
+from trainer.callbacks.hang import HangGuard
 from trainer.module import DiffusionModule
 from trainer.pictures import grid, overlay
 from trainer.sampler import sample
@@ -38,14 +39,10 @@ class Preview(lightning.Callback):
         negative: str = "",
         maps: str | None = None,
         ema: EMA | None = None,
+        hang: HangGuard | None = None,
     ) -> None:
-        self.folder, self.prompts, self.every, self.maps, self.ema = (
-            folder,
-            list(prompts),
-            every,
-            maps,
-            ema,
-        )
+        self.folder, self.prompts, self.every = folder, list(prompts), every
+        self.maps, self.ema, self.hang = maps, ema, hang
         self.options: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative": negative}
         self.seeds = [seed + i for i in range(len(self.prompts))]
         self.rows: list[tuple[str, Tensor]] = []
@@ -77,7 +74,10 @@ class Preview(lightning.Callback):
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, DiffusionModule)
-        with self.ema.swapped(pl_module) if self.ema else nullcontext():
+        with (
+            self.hang.inside("preview") if self.hang else nullcontext(),
+            self.ema.swapped(pl_module) if self.ema else nullcontext(),
+        ):
             pictures, maps = self._paint(pl_module.backbone)
         self.rows.append((label, pictures))
         if maps is not None and label != "base":

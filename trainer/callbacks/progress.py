@@ -3,6 +3,7 @@ terminal."""
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -49,19 +50,19 @@ class Bar(lightning.Callback):
             return
         self.seen = step
         loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
-        self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
+        if math.isfinite(loss):  # a step that was left out
+            self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
         spent = time.monotonic() - self.started
+        shown = "-" if self.smooth is None else f"{self.smooth:.4f}"
         rate = (step - self.first) * self.images / max(spent, 1e-9)
         if self.progress is not None:
-            self.progress.update(
-                self.task, completed=step, loss=f"{self.smooth:.4f}", rate=f"{rate:.1f}"
-            )
+            self.progress.update(self.task, completed=step, loss=shown, rate=f"{rate:.1f}")
         elif step % self.every == 0 or step == trainer.max_steps:
             left = (trainer.max_steps - step) * spent / (step - self.first)
             validation = trainer.callback_metrics.get("val/loss")
             held_out = f"  val {float(validation):.4f}" if validation is not None else ""
             self.console.print(
-                f"step {step}/{trainer.max_steps}  loss {self.smooth:.4f}{held_out}  {rate:.1f} "
+                f"step {step}/{trainer.max_steps}  loss {shown}{held_out}  {rate:.1f} "
                 "images/s  "
                 f"{left / 60:.1f} min left",
                 highlight=False,

@@ -1,0 +1,161 @@
+"""Runs of a second, in this process, in a forked one or in new ones, and what they leave."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # `driver` is imported by name, in forked processes too
+
+import driver
+
+from trainer import checkpoint, recipe
+from trainer.checkpoint import Checkpoint
+from trainer.exits import LeaveError
+from trainer.fit import fit
+
+QUICK = (
+    "recipe=custom_diffusion", "run.batch_size=2", "data.prior_weight=0", "data.class_word=null",
+    "data.augment=false", "methods.new_token.init=animal", "optim.ema=0.9", "run.steps=5",
+    "run.checkpoint_every=1", "run.checkpoint_keep=99", "run.validate_every=0", "preview.every=0",
+    "tracker=none", "optim.lr=1e-3",
+)  # fmt: skip
+STATE = ("optimizer", "schedule", "parts", "draws")
+Words = Callable[..., list[str]]
+Run = Callable[..., int]
+
+
+@pytest.fixture(scope="session")
+def words(tiny_folder: Path) -> Words:
+    """The words of a run of five steps; given ones replace those of the same key."""
+
+    def words(*own: str) -> list[str]:
+        every = [*QUICK, f"backbone={tiny_folder}", *own]
+        return list({word.split("=")[0]: word for word in every}.values())
+
+    return words
+
+
+@pytest.fixture
+def run(words: Words) -> Run:
+    """`run(folder, *words)`: in this process; the exit code."""
+
+    def run(folder: Path, *own: str) -> int:
+        try:
+            fit(recipe.load(words(*own)), folder)
+        except LeaveError as leaving:
+            return leaving.code
+        return 0
+
+    return run
+
+
+@pytest.fixture
+def fault(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`with fault(nan={"step": 1}):` in this process."""
+
+    @contextmanager
+    def fault(**faults: Any) -> Any:
+        with monkeypatch.context() as patch:
+            driver.install(faults, patch.setattr)
+            yield
+
+    return fault
+
+
+@pytest.fixture(scope="session")
+def forkserver() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer.fit", "trainer.verbs"])  # `driver` is not on its path
+    return context
+
+
+@pytest.fixture
+def forked(forkserver: Any, words: Words) -> Any:
+    """`forked(folder, faults, *words)`: a process of its own, forked where all is imported."""
+    processes: list[Any] = []
+
+    def start(folder: Path, faults: Any = None, *own: str) -> Any:
+        arguments = (faults or {}, [*words(*own), f"run={folder}"])
+        process = forkserver.Process(target=driver.run, args=arguments)
+        processes.append(process)
+        process.start()
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+@pytest.fixture
+def started(words: Words) -> Any:
+    """`started(folder, faults, *words)`: a new process, which starts others for more ranks."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(folder: Path, faults: Any, *own: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(HERE / "driver.py"), json.dumps(faults)]
+        environment = {k: v for k, v in os.environ.items() if k != "TRAINER_RUN_ID"}
+        process = subprocess.Popen(
+            [*command, *words(*own), f"run={folder}"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+
+
+def checkpoints(folder: Path) -> list[Checkpoint]:
+    """All of a run, the oldest first, each verified."""
+    return [
+        checkpoint.verified(path) for path in reversed(checkpoint.every(folder / "checkpoints"))
+    ]
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two trees of plain values and tensors are equal to the last bit."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def differing(one: Checkpoint, other: Checkpoint) -> list[str]:
+    """What two checkpoints of one step do not share: weights, optimiser, average, draws."""
+    (weights, state), (others, of_other) = checkpoint.read(one), checkpoint.read(other)
+    unlike = [name for name in weights if not same(weights[name], others.get(name))]
+    return unlike + [name for name in STATE if not same(state[name], of_other[name])]
+
+
+@pytest.fixture(scope="session")
+def look() -> Any:
+    """The functions above, for tests that cannot import this file."""
+    functions = (checkpoints, events, same, differing, checkpoint.read)
+    return SimpleNamespace(**{function.__name__: function for function in functions})

@@ -1,0 +1,161 @@
+"""`fit` with a fault in it, in a process of its own:
+
+    python tests/faults/driver.py '{"nan": {"step": 1, "rank": 1}}' recipe=custom_diffusion ...
+
+Each function below is a fault by its name; what is between a fault and the exit code is the real
+program.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from trainer import checkpoint
+from trainer.__main__ import main
+from trainer.data.loader import Planned
+from trainer.module import DiffusionModule
+
+Patch = Callable[[Any, str, Any], None]
+
+
+def install(faults: Mapping[str, Mapping[str, Any]], patch: Patch = setattr) -> None:
+    for name, options in faults.items():
+        globals()[name](patch, **options)
+
+
+def nan(patch: Patch, **where: int) -> None:
+    """The loss is no number."""
+    _in_step(patch, lambda module, loss: loss * float("nan"), **where)
+
+
+def inf(patch: Patch, **where: int) -> None:
+    """The loss is fine, one gradient is infinite."""
+
+    def act(module: DiffusionModule, loss: torch.Tensor) -> torch.Tensor:
+        parameter = next(iter(module.trainable().values()))
+        handle = parameter.register_hook(lambda gradient: _spoiled(gradient, handle))
+        return loss
+
+    _in_step(patch, act, **where)
+
+
+def _spoiled(gradient: torch.Tensor, handle: Any) -> torch.Tensor:
+    handle.remove()
+    spoiled = gradient.clone()
+    spoiled.view(-1)[0] = float("inf")
+    return spoiled
+
+
+def signals(patch: Patch, numbers: list[int], **where: int) -> None:
+    """The process gets signals inside a step."""
+
+    def act(module: DiffusionModule, loss: torch.Tensor) -> torch.Tensor:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        return loss
+
+    _in_step(patch, act, **where)
+
+
+def signal_in_validation(patch: Patch, number: int, step: int) -> None:
+    original = DiffusionModule.validation_step
+
+    def validation_step(self: DiffusionModule, batch: Any, batch_index: int) -> None:
+        original(self, batch, batch_index)
+        if self.global_step == step:
+            os.kill(os.getpid(), number)
+
+    patch(DiffusionModule, "validation_step", validation_step)
+
+
+def signal_in_save(patch: Patch, number: int, save: int) -> None:
+    _before(patch, "_write_state", save, number)
+
+
+def kill_in_save(patch: Patch, function: str, call: int) -> None:
+    """SIGKILL right before a part of a save; call: which one, from 1."""
+    _before(patch, function, call, signal.SIGKILL)
+
+
+def sleep(patch: Patch, seconds: float, **where: int) -> None:
+    def act(module: DiffusionModule, loss: torch.Tensor) -> torch.Tensor:
+        time.sleep(seconds)
+        return loss
+
+    _in_step(patch, act, **where)
+
+
+def sleep_in_data(patch: Patch, seconds: float, step: int) -> None:
+    original = Planned.__getitem__
+
+    def getitem(self: Planned, index: int) -> Any:
+        if index == step:
+            time.sleep(seconds)
+        return original(self, index)
+
+    patch(Planned, "__getitem__", getitem)
+
+
+def lead(patch: Patch) -> None:
+    """The process and what it starts are a group of their own, as under a terminal."""
+    os.setpgid(0, 0)
+
+
+def fail(patch: Patch, **where: int) -> None:
+    def act(module: DiffusionModule, loss: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(f"a fault of this rank alone, at {time.monotonic()}")
+
+    _in_step(patch, act, **where)
+
+
+def _in_step(
+    patch: Patch,
+    act: Callable[[DiffusionModule, torch.Tensor], torch.Tensor],
+    step: int,
+    rank: int = 0,
+    last: int | None = None,
+) -> None:
+    """act: called with the loss of optimiser steps `step` to `last`, on one rank."""
+    original = DiffusionModule.training_step
+
+    def training_step(self: DiffusionModule, batch: Any, batch_index: int) -> torch.Tensor:
+        loss = original(self, batch, batch_index)
+        here = step <= self.global_step <= (step if last is None else last)
+        return act(self, loss) if here and self.global_rank == rank else loss
+
+    patch(DiffusionModule, "training_step", training_step)
+
+
+def _before(patch: Patch, function: str, call: int, number: int) -> None:
+    original, calls = getattr(checkpoint, function), [0]
+
+    def wrapped(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    patch(checkpoint, function, wrapped)
+
+
+def run(faults: Mapping[str, Mapping[str, Any]], words: list[str]) -> None:
+    install(faults)
+    code = main(["fit", *words])
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    try:
+        run(json.loads(sys.argv[1]), sys.argv[2:])
+    finally:
+        gc.freeze()  # as `python -m trainer` does

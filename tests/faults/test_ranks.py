@@ -1,0 +1,55 @@
+"""Two ranks agree: on a signal to one of them, on a batch of one of them; and end together."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.faults, pytest.mark.ddp]
+TWO = ("run.devices=2", "run.accelerator=cpu")
+
+
+def test_one_rank_meets_nonsense_and_a_signal(
+    tmp_path: Path, run: Any, started: Any, fault: Any, look: Any
+) -> None:
+    """NaN in the second step of rank 1, SIGTERM to rank 1 in its third. What both saved is gone on
+    with by one rank: the same samples, noise and timesteps."""
+    faults = {
+        "nan": {"step": 1, "rank": 1},
+        "signals": {"numbers": [signal.SIGTERM], "step": 2, "rank": 1},
+    }
+    own = ("run.on_nonfinite=skip", "run.checkpoint_every=0")
+    process = started(tmp_path / "run", faults, *TWO, *own)
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 143, said[-3000:]
+    assert said.count("SIGTERM: saved after step 3") == 1
+    (made,) = look.checkpoints(tmp_path / "run")
+    assert made.step == 3 and made.manifest["world_size"] == 2
+    (event,) = look.events(tmp_path / "run", "nonfinite")
+    assert [batch["rank"] for batch in event["batches"] if batch["loss"] == "nan"] == [1]
+    assert run(tmp_path / "run", "run.on_nonfinite=skip") == 0
+
+    with fault(nan={"step": 1}):
+        assert run(tmp_path / "whole", "run.on_nonfinite=skip") == 0
+    first, *_, last = look.checkpoints(tmp_path / "whole")
+    start, whole, broken = (
+        torch.cat([value.flatten() for value in look.read(each)[0].values()])
+        for each in (first, last, look.checkpoints(tmp_path / "run")[-1])
+    )
+    assert (whole - broken).norm() < 0.01 * (whole - start).norm()
+
+
+def test_an_error_of_one_rank_ends_all(tmp_path: Path, started: Any, look: Any) -> None:
+    process = started(tmp_path / "run", {"fail": {"step": 1, "rank": 1}}, *TWO)
+    _, said = process.communicate(timeout=240)
+    ended = time.monotonic()  # of one clock for all processes
+    assert process.returncode != 0
+    (began,) = re.findall(r"a fault of this rank alone, at ([\d.]+)", said)[:1]
+    assert ended - float(began) < 15
+    assert [each.step for each in look.checkpoints(tmp_path / "run")] == [1]

@@ -1,0 +1,115 @@
+"""A run that is stopped and goes on is, at every later step, the run that was not stopped."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.faults
+BUSY = ("run.validate_every=2", "preview.every=2", "preview.steps=1", "preview.prompts=[a <v1>]")
+
+
+def compared(whole: Path, broken: Path, look: Any) -> int:
+    """How many checkpoints of two runs were found equal."""
+    pairs = zip(look.checkpoints(whole), look.checkpoints(broken), strict=True)
+    unlike = {one.step: look.differing(one, other) for one, other in pairs}
+    assert not any(unlike.values()), unlike
+    return len(unlike)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [(), ("run.accumulate=2", *BUSY), ("optim.schedule=cosine", "run.precision=bf16")],
+    ids=["plain", "accumulated-validated-painted", "cosine-bf16"],
+)
+def test_stopped_at_any_step_it_goes_on_bit_for_bit(
+    own: tuple[str, ...], tmp_path: Path, run: Any, fault: Any, look: Any
+) -> None:
+    assert run(tmp_path / "whole", *own) == 0
+    for step in range(4):
+        folder = tmp_path / f"after-{step}"
+        with fault(signals={"numbers": [signal.SIGTERM], "step": step}):
+            assert run(folder, *own) == 143
+        assert [each.step for each in look.checkpoints(folder)] == list(range(1, step + 2))
+        assert run(folder, *own) == 0
+        assert compared(tmp_path / "whole", folder, look) == 5
+
+
+def test_stopped_at_every_step_of_one_run(tmp_path: Path, run: Any, fault: Any, look: Any) -> None:
+    """The second, third and fourth resume, too."""
+    assert run(tmp_path / "whole", *BUSY) == 0
+    for step in range(4):
+        with fault(signals={"numbers": [signal.SIGTERM], "step": step}):
+            assert run(tmp_path / "broken", *BUSY) == 143
+    assert run(tmp_path / "broken", *BUSY) == 0
+    assert compared(tmp_path / "whole", tmp_path / "broken", look) == 5
+    assert len(look.events(tmp_path / "broken", "started")) == 5
+
+
+def test_workers_change_nothing(tmp_path: Path, run: Any, fault: Any, look: Any) -> None:
+    assert run(tmp_path / "whole") == 0
+    for step, workers in enumerate((1, 2)):
+        with fault(signals={"numbers": [signal.SIGTERM], "step": step}):
+            assert run(tmp_path / "broken", f"run.workers={workers}") == 143
+    assert run(tmp_path / "broken") == 0
+    assert compared(tmp_path / "whole", tmp_path / "broken", look) == 5
+
+
+def test_only_periodic_checkpoints_are_enough(
+    tmp_path: Path, run: Any, fault: Any, look: Any
+) -> None:
+    """Killed by an exception two steps after the last save: those two are trained again."""
+    assert run(tmp_path / "whole", "run.checkpoint_every=3") == 0
+    with fault(fail={"step": 4}), pytest.raises(RuntimeError, match="this rank alone"):
+        run(tmp_path / "broken", "run.checkpoint_every=3")
+    assert [each.step for each in look.checkpoints(tmp_path / "broken")] == [3]
+    assert run(tmp_path / "broken", "run.checkpoint_every=3") == 0
+    assert compared(tmp_path / "whole", tmp_path / "broken", look) == 2  # of steps 3 and 5
+
+
+def test_a_finished_run_says_so_and_stays(
+    tmp_path: Path, run: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "run") == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    capfd.readouterr()
+    assert run(tmp_path / "run") == 0
+    assert "this run is finished" in capfd.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    with pytest.raises(ValueError, match="holds a finished run, with another optim"):
+        run(tmp_path / "run", "optim.lr=0.5")
+
+
+def test_more_steps_go_on(tmp_path: Path, run: Any, look: Any) -> None:
+    assert run(tmp_path / "whole") == 0
+    assert run(tmp_path / "longer", "run.steps=3") == 0
+    assert run(tmp_path / "longer") == 0
+    assert compared(tmp_path / "whole", tmp_path / "longer", look) == 5
+
+
+def test_killed_before_the_adapter_only_that_is_written(
+    tmp_path: Path, run: Any, fault: Any
+) -> None:
+    assert run(tmp_path / "run") == 0
+    whole = (tmp_path / "run" / "adapter.safetensors").read_bytes()
+    (tmp_path / "run" / "adapter.safetensors").unlink()
+    with fault(fail={"step": 0, "last": 99}):  # no step is trained
+        assert run(tmp_path / "run") == 0
+    assert (tmp_path / "run" / "adapter.safetensors").read_bytes() == whole
+
+
+def test_another_recipe_is_refused_or_told(
+    tmp_path: Path, run: Any, fault: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with fault(signals={"numbers": [signal.SIGTERM], "step": 0}):
+        run(tmp_path / "run")
+    with pytest.raises(ValueError, match="another recipe: it lacks"):
+        run(tmp_path / "run", "methods.selective.projections=[k,v,q]")
+    with pytest.raises(ValueError, match=r"keep optim\.ema as it was"):
+        run(tmp_path / "run", "optim.ema=null")
+    capfd.readouterr()
+    assert run(tmp_path / "run", "optim.lr=1e-4") == 0
+    assert "goes on with another optim than it began with" in capfd.readouterr().err

@@ -1,0 +1,82 @@
+"""A run folder: where it is, whether its run is finished, and what happened in it.
+
+    recipe.yaml, plan.json, adapter.safetensors   what was asked, what trains, what came of it
+    checkpoints/step-000120/                      see `checkpoint.py`
+    events.jsonl                                  a line for each start and end, each checkpoint
+                                                  passed over or not written, each step left out
+
+Previews, the tracker's files and `evaluation.json` lie beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from trainer import adapter
+from trainer.schema import Recipe, RunSpec
+
+WHERE = ("id", "out", "start_from")
+SECTIONS = ("backbone", "denoiser", "data", "methods", "objective", "optim")
+# of `run`, what decides which numbers are computed
+SAME = ("batch_size", "accumulate", "seed", "resolution", "precision", "cache_latents")
+
+
+def folder_of(recipe: Recipe) -> Path:
+    """`runs/<recipe>/<id>`; every rank of a run finds the same one."""
+    name = recipe.run.id or os.environ.setdefault("TRAINER_RUN_ID", time.strftime("%Y%m%d-%H%M%S"))
+    return recipe.run.out / Path(recipe.name).stem / name
+
+
+def header(recipe: Recipe) -> dict[str, Any]:
+    """The recipe an adapter and a checkpoint carry: what was trained, not where it was written."""
+    run = {k: v for k, v in (recipe.tree.get("run") or {}).items() if k not in WHERE}
+    return {"recipe": recipe.name, **recipe.tree, "run": run}
+
+
+def finished(folder: Path, recipe: Recipe) -> bool:
+    """Whether the run there has done all its steps; more steps than it was made with go on.
+
+    Raises:
+        ValueError: it is the finished run of another recipe.
+    """
+    path = folder / "adapter.safetensors"
+    if not path.is_file():
+        return False
+    tree, _ = adapter.header(path)
+    if unlike := differing(tree, recipe):
+        raise ValueError(
+            f"{folder} holds a finished run, with another {unlike[0]}; choose another id"
+        )
+    return bool(_run(tree, "steps") >= recipe.run.steps)
+
+
+def differing(tree: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """The sections, and the keys of `run`, in which a stored recipe is another than this one."""
+    sections = [key for key in SECTIONS if tree.get(key) != recipe.tree.get(key)]
+    keys = [key for key in SAME if _run(tree, key) != _run(recipe.tree, key)]
+    return [*sections, *(f"run.{key}" for key in keys)]
+
+
+def note(folder: Path, event: str, **facts: Any) -> None:
+    """Adds a line to `events.jsonl`. A disk without room for it does not end a run."""
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    with suppress(OSError), (folder / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": when, "event": event, **facts}) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Writes beside the name and renames: a full disk or a kill leaves what was there before."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _run(tree: Mapping[str, Any], key: str) -> Any:
+    return (tree.get("run") or {}).get(key, RunSpec.model_fields[key].default)
