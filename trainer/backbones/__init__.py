@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from trainer.schema import BackboneSpec
 
 # the family of a folder by the pipeline it says it is
-FAMILIES = {"PixArtAlphaPipeline": "pixart", "PixArtSigmaPipeline": "pixart"}
+FAMILIES = {
+    "PixArtAlphaPipeline": "pixart",
+    "PixArtSigmaPipeline": "pixart",
+    "SanaPipeline": "sana",
+}
 
 
 def family_of(folder: Path) -> str:

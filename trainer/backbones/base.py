@@ -6,7 +6,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainer.attention.processor import Host
-from trainer.attention.sites import Site
+from trainer.attention.sites import Site, scan
 
 if TYPE_CHECKING:
     from trainer.schema import BackboneSpec
@@ -188,6 +189,22 @@ class Backbone(nn.Module):
     def pipeline(self) -> Any:
         """The parts as a stock pipeline; they are shared, not copied."""
         raise NotImplementedError
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draws inside are a function of `seed`, and those after are as if there had been none."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def zero_outputs(denoiser: nn.Module) -> None:
+    """Every attention layer adds nothing: its output projection is 0, weight and bias."""
+    for site in scan(denoiser):
+        for parameter in site.projection("out").parameters():
+            nn.init.zeros_(parameter)
 
 
 def shapes(module: nn.Module) -> str:

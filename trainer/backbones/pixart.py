@@ -24,7 +24,15 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from trainer.backbones.base import SCHEDULER, Backbone, folder_of, vp_scheduler
+from trainer.backbones.base import (
+    SCHEDULER,
+    Backbone,
+    folder_of,
+    seeded,
+    vp_scheduler,
+    zero_outputs,
+)
+from trainer.backbones.scratch import TransformerSpec
 
 if TYPE_CHECKING:
     from trainer.schema import BackboneSpec
@@ -101,37 +109,43 @@ def load(spec: BackboneSpec, name: str) -> PixArt:
         ValueError: the folder holds another pipeline or a text encoder of another kind, a part is
         missing, or its weights are not safetensors.
     """
-    folder = folder_of(spec, name, ["transformer", "text_encoder", "vae"])
+    made = spec.denoiser
+    own = ["transformer"] if made is None else []
+    folder = folder_of(spec, name, [*own, "text_encoder", "vae"])
     index = folder.index(name, list(LENGTHS))
-    encoder, tokenizer = (_text_class(index, part, name) for part in TEXT)
-    transformer = folder.load("transformer", PixArtTransformer2DModel)
-    if "transformer" in spec.scratch:
-        initialise(transformer)
+    encoder, tokenizer = (text_class(index, part, name, TEXT[part]) for part in TEXT)
+    if made is None:
+        transformer = folder.load("transformer", PixArtTransformer2DModel)
+        if "transformer" in spec.scratch:
+            initialise(transformer)
+    text_encoder, vae = folder.load("text_encoder", encoder), folder.load("vae", AutoencoderKL)
+    if isinstance(made, TransformerSpec):
+        width = text_encoder.config.hidden_size
+        transformer = make(made, vae.config.latent_channels, width)
     backbone = PixArt(
         name,
         folder.path,
         transformer,
-        folder.load("text_encoder", encoder),
+        text_encoder,
         tokenizer.from_pretrained(folder.of("tokenizer"), local_files_only=True),
-        folder.load("vae", AutoencoderKL),
-        _scheduler(folder.scheduler_config(), folder.of("scheduler")),
+        vae,
+        flow_or_vp(folder.scheduler_config(), folder.of("scheduler")),
     )
     backbone.length = LENGTHS[index["_class_name"]]
     return backbone
 
 
-def _text_class(index: dict[str, Any], part: str, name: str) -> Any:
-    """The class of transformers that model_index.json names for a part, out of those we know."""
+def text_class(index: dict[str, Any], part: str, name: str, known: tuple[str, ...]) -> Any:
+    """The class of transformers that model_index.json names for a part, out of the `known`."""
     library, kind = index.get(part) or (None, None)
-    if library != "transformers" or kind not in TEXT[part]:
+    if library != "transformers" or kind not in known:
         raise ValueError(
-            f"backbone {name}: {part} is a {kind} of {library}; this family has "
-            f"{', '.join(TEXT[part])}"
+            f"backbone {name}: {part} is a {kind} of {library}; this family has {', '.join(known)}"
         )
     return getattr(transformers, kind)
 
 
-def _scheduler(
+def flow_or_vp(
     config: dict[str, Any], where: Path
 ) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
     """Euler steps on a flow path, DDIM on a VP one, whatever solver the folder names."""
@@ -150,6 +164,29 @@ def _scheduler(
     return FlowMatchEulerDiscreteScheduler(
         **{key: value for key, value in config.items() if key in own}
     )
+
+
+def make(spec: TransformerSpec, channels: int, text_width: int) -> Any:
+    """An untrained transformer on latents of `channels` that reads text of `text_width`."""
+    reads = spec.cross_attention
+    with seeded(spec.seed):
+        transformer: Any = PixArtTransformer2DModel(
+            sample_size=spec.sample_size,
+            patch_size=spec.patch,
+            in_channels=channels,
+            out_channels=channels,
+            num_layers=spec.depth,
+            num_attention_heads=spec.heads,
+            attention_head_dim=spec.width // spec.heads,
+            # without them there is no cross-attention, and no layer that projects the text for it
+            cross_attention_dim=spec.width if reads else None,
+            caption_channels=text_width if reads else None,
+            use_additional_conditions=False,
+        )
+        initialise(transformer)
+    if spec.zero_init:
+        zero_outputs(transformer)
+    return transformer
 
 
 @torch.no_grad()
@@ -172,5 +209,6 @@ def initialise(transformer: Any) -> None:
     ):
         nn.init.normal_(layer.weight, std=0.02)
     for block in transformer.transformer_blocks:
-        nn.init.zeros_(block.attn2.to_out[0].weight)
+        if block.attn2 is not None:
+            nn.init.zeros_(block.attn2.to_out[0].weight)
     nn.init.zeros_(transformer.proj_out.weight)

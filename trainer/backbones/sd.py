@@ -4,13 +4,22 @@ VAE, scheduler."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+import torch
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionPipeline,
+    Transformer2DModel,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention import BasicTransformerBlock
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from trainer.backbones.base import Backbone, folder_of, vp_scheduler
+from trainer.backbones.base import Backbone, folder_of, seeded, vp_scheduler, zero_outputs
+from trainer.backbones.scratch import UNetSpec
+from trainer.seeds import seed_of
 
 if TYPE_CHECKING:
     from trainer.schema import BackboneSpec
@@ -51,9 +60,71 @@ def load(spec: BackboneSpec, name: str) -> StableDiffusion:
         ValueError: the folder holds another pipeline, a part is missing, or its weights are not
         safetensors.
     """
-    folder = folder_of(spec, name, list(PARTS))
+    made = spec.denoiser
+    folder = folder_of(spec, name, [part for part in PARTS if part != "unet" or made is None])
     folder.index(name, ["StableDiffusionPipeline"])
-    unet, text_encoder, vae = (folder.load(part, kind) for part, kind in PARTS.items())
+    if made is None:
+        unet = folder.load("unet", PARTS["unet"])
+    text_encoder, vae = (folder.load(part, PARTS[part]) for part in ("text_encoder", "vae"))
+    if isinstance(made, UNetSpec):
+        unet = make(made, vae.config.latent_channels, text_encoder.config.hidden_size)
     tokenizer = CLIPTokenizer.from_pretrained(folder.of("tokenizer"), local_files_only=True)
     scheduler = vp_scheduler(folder.scheduler_config(), folder.of("scheduler"))
     return StableDiffusion(name, folder.path, unet, text_encoder, tokenizer, vae, scheduler)
+
+
+def make(spec: UNetSpec, channels: int, text_width: int) -> Any:
+    """An untrained U-Net on latents of `channels` that reads text of `text_width`."""
+    attend = {*spec.self_attention, *spec.cross_attention}
+    kinds = ["CrossAttn" if grid in attend else "" for grid in spec.grids]
+    with seeded(spec.seed):
+        unet: Any = UNet2DConditionModel(
+            sample_size=spec.sample_size,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=spec.width,
+            layers_per_block=spec.layers,
+            norm_num_groups=spec.groups,
+            attention_head_dim=spec.heads,  # diffusers' name for their number
+            cross_attention_dim=text_width,
+            down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+            mid_block_type="UNetMidBlock2DCrossAttn" if "mid" in attend else "UNetMidBlock2D",
+            up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        )
+        stages = [
+            *zip(spec.grids, unet.down_blocks, strict=True),
+            *zip(reversed(spec.grids), unet.up_blocks, strict=True),
+            ("mid", unet.mid_block),
+        ]
+        for place, stage in stages:
+            for block in stage.modules():
+                if isinstance(block, BasicTransformerBlock):
+                    keep(block, place in spec.self_attention, place in spec.cross_attention)
+        initialise(unet, spec.seed, spec.zero_init)
+    return unet
+
+
+def keep(block: Any, over_itself: bool, over_text: bool) -> None:
+    """Takes from a transformer block, which a U-Net has with both layers, the one that is not
+    wanted. What is left is a state that the block's own forward knows."""
+    if not over_itself:
+        block.attn1, block.only_cross_attention = block.attn2, True
+    if not (over_itself and over_text):
+        block.attn2 = block.norm2 = None
+
+
+@torch.no_grad()
+def initialise(unet: nn.Module, seed: int, zero: bool) -> None:
+    """Each layer as torch starts it, from a seed of its own name. zero: but the outputs of
+    attention, and of the transformer around it (as in Latent Diffusion, arXiv 2112.10752), are 0:
+    the network begins as the one without them."""
+    for name, module in unet.named_modules():
+        if hasattr(module, "reset_parameters"):
+            torch.manual_seed(seed_of(seed, name))
+            module.reset_parameters()
+    if zero:
+        zero_outputs(unet)
+        for module in unet.modules():
+            if isinstance(module, Transformer2DModel):
+                for parameter in cast(nn.Module, module.proj_out).parameters():
+                    nn.init.zeros_(parameter)
