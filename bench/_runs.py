@@ -34,10 +34,12 @@ PRIOR = Run("prior", ("recipe=custom_diffusion", "run.steps=1"), judged=False)
 
 
 class Runs:
-    """Run folders and the cache below `folder`. words: laid over those of every run."""
+    """Run folders and the cache below `folder`. words: laid over those of every run. first: made
+    by itself, before those at once, for the cache they share."""
 
-    def __init__(self, folder: Path, words: Sequence[str], images: int) -> None:
+    def __init__(self, folder: Path, words: Sequence[str], images: int, first: Run = PRIOR) -> None:
         self.folder, self.words, self.images = folder.resolve(), tuple(words), images
+        self.first = first
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def words_of(self, run: Run, *more: str) -> list[str]:
@@ -72,8 +74,8 @@ class Runs:
     def make(self, runs: Iterable[Run]) -> None:
         """Makes those that are not there, the longest first, `AT_ONCE` at a time."""
         missing = [run for run in dict.fromkeys(runs) if not self.finished(run)]
-        if any(not self.fitted(run) for run in missing) and not self.fitted(PRIOR):
-            self._make(PRIOR)
+        if any(not self.fitted(run) for run in missing) and not self.fitted(self.first):
+            self._make(self.first)
         missing.sort(key=lambda run: -self._steps(run))
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for run in pool.map(self._make, missing):

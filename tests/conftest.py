@@ -12,6 +12,7 @@ THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +156,8 @@ def photos() -> Any:
 
 @pytest.fixture(scope="session")
 def train(photos: Any) -> Train:
-    """`train(backbone, plan, steps=2)`: AdamW with weight decay on real batches; returns the
-    losses."""
+    """`train(backbone, plan, steps=2, frames=1)`: AdamW with weight decay on real batches of two
+    images, or of one clip that shows the two; returns the losses."""
     from trainer.data.loader import Planned
     from trainer.data.plan import Plan
     from trainer.module import DiffusionModule, Optim
@@ -165,7 +166,14 @@ def train(photos: Any) -> Train:
     groups = tuple((group.start, group.stop) for group in photos.groups)
     batches = Planned(photos, Plan(groups, (1.0,), (1.0,), 2, 0), None, 0, 1)
 
-    def run(backbone: Any, plan: Any, steps: int = 2) -> list[float]:
+    def batch(step: int, frames: int) -> Any:
+        found = batches[step]
+        if frames == 1:
+            return found
+        own = {name: getattr(found, name)[:1] for name in ("places", "captions", "keys", "weights")}
+        return replace(found, **own, frames=frames, fps=[8.0])
+
+    def run(backbone: Any, plan: Any, steps: int = 2, frames: int = 1) -> list[float]:
         objective = Objective(backbone.target, backbone.alphas_cumprod)
         module = DiffusionModule(
             backbone, objective, Optim(1e-2, steps, weight_decay=0.1), plan.names
@@ -175,7 +183,7 @@ def train(photos: Any) -> Train:
         for step in range(steps):
             optimizer.zero_grad()
             torch.manual_seed(step)  # dropout
-            loss = module.sample_losses(batches[step], "train", 0.0)[0].mean()
+            loss = module.sample_losses(batch(step, frames), "train", 0.0)[0].mean()
             loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))

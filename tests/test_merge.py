@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from trainer import adapter, methods
-from trainer.merge import closed_form, features, merge
+from trainer.data.scenes import layout
+from trainer.merge import CONCEPT_PROMPTS, closed_form, features, merge
 from trainer.recipe import methods_of
 
+CAPTIONS = [layout(9, index).caption for index in range(200)]
 SELECTIVE = {"sites": "cross", "projections": ["k", "v"]}
 
 
@@ -65,33 +67,94 @@ def test_contradicting_targets_are_refused() -> None:
         )
 
 
+@pytest.fixture(params=["unet", "dit"])
+def either_folder(request: pytest.FixtureRequest, tiny_folder: Path, dit_folder: Path) -> Path:
+    return tiny_folder if request.param == "unet" else dit_folder
+
+
+def test_features_are_what_the_layers_read(either_folder: Path, open_folder: Any) -> None:
+    model = open_folder(either_folder)
+    read: dict[str, Any] = {}
+    for site in model.sites:
+        if site.kind == "cross":
+            for role in ("k", "v"):
+                site.projection(role).register_forward_hook(
+                    lambda _, given, __, key=(site.name, role): read.update({key: given[0]})
+                )
+    prompts = ["a fox on a red background"]
+    with torch.no_grad():
+        x_t = torch.randn(1, 8, 16, 16)
+        model.predict(x_t, torch.tensor([900]), model.encode_prompts(prompts))
+    wanted = features(model, prompts, None)
+    tokens = len(model.tokenizer(prompts[0]).input_ids)
+    assert len(read) >= 4
+    for found in read.values():
+        assert torch.equal(found[0, 1:tokens].double(), wanted)
+
+
+def test_layers_that_read_the_text_each_in_its_own_way_are_refused(tiny: Any) -> None:
+    first, *_ = [site for site in tiny.sites if site.kind == "cross"]
+    first.projection("k").register_forward_pre_hook(lambda _, given: (given[0] * 2,))
+    with pytest.raises(ValueError, match="each in a way of its own"):
+        features(tiny, ["a fox"], None)
+
+
+def affine(tensors: dict[str, Any], name: str) -> Any:
+    """A layer's matrix in float64, with its bias as a last column where it has one."""
+    bias = tensors.get(f"{name.removesuffix('weight')}bias")
+    parts = [tensors[name]] if bias is None else [tensors[name], bias[:, None]]
+    return torch.cat(parts, 1).detach().double()
+
+
+def output(matrix: Any, features: Any) -> Any:
+    ones = features.new_ones(len(features), matrix.shape[1] - features.shape[1])
+    return torch.cat([features, ones], 1) @ matrix.T
+
+
 def test_each_concept_keeps_its_values_and_captions_stay(
-    tiny_folder: Path, tmp_path: Path, open_folder: Any
+    either_folder: Path, tiny_folder: Path, tmp_path: Path, open_folder: Any
 ) -> None:
     (first, one), (second, two) = (
-        made(tiny_folder, tmp_path / f"{seed}.safetensors", seed, open_folder) for seed in (1, 2)
+        made(either_folder, tmp_path / f"{seed}.safetensors", seed, open_folder) for seed in (1, 2)
     )
     out = tmp_path / "both.safetensors"
-    assert merge([first, second], out) == ["<v1>", "<v2>"]
+    assert merge([first, second], out, CAPTIONS) == ["<v1>", "<v2>"]
     both, tree = adapter.load(out)
     assert tree["methods"]["new_token"]["tokens"] == ["<v1>", "<v2>"]
-    base = dict(open_folder(tiny_folder).named_parameters())
+    base = dict(open_folder(either_folder).named_parameters())
     merged = dict(both.named_parameters())
     names = [name for name in merged if "attn2.to_k.weight" in name or "attn2.to_v.weight" in name]
     assert names
-    ordinary = features(both, ["a cat left of a dog on a red background"], None)
+    ordinary, unseen = (
+        features(both, prompts, None)
+        for prompts in (CAPTIONS, ["a cat left of a dog on a red background"])
+    )
+    targets: list[Any] = []
+    values: dict[str, list[Any]] = {name: [] for name in names}
     for model, word in ((one, "<v1>"), (two, "<v2>")):
-        alone = features(model, ["a photo of <v1>"], "<v1>")
-        here = features(both, [f"a photo of {word}"], word)
-        torch.testing.assert_close(here, alone, rtol=0, atol=1e-5)
-        own = dict(model.named_parameters())
-        for name in names:
-            wanted = alone @ own[name].double().T
-            found = here @ merged[name].double().T
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-            moved = (ordinary @ (merged[name] - base[name]).double().T).norm()
-            trained = (ordinary @ (own[name] - base[name]).double().T).norm()
-            assert moved < 0.5 * trained
+        for prompt in CONCEPT_PROMPTS:
+            alone = features(model, [prompt.format("<v1>")], "<v1>")
+            here = features(both, [prompt.format(word)], word)
+            torch.testing.assert_close(here, alone, rtol=0, atol=1e-5)
+            targets.append(here)
+            own = dict(model.named_parameters())
+            for name in names:
+                wanted = output(affine(own, name), alone)
+                found = output(affine(merged, name), here)
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+                values[name].append(wanted)
+                if either_folder == tiny_folder:
+                    moved = output(affine(merged, name) - affine(base, name), unseen).norm()
+                    trained = output(affine(own, name) - affine(base, name), unseen).norm()
+                    assert moved < 0.5 * trained
+    for name in names:
+        before = affine(base, name)
+        width = before.shape[1]
+        seen = output(torch.eye(width).double(), torch.cat(targets))
+        # another matrix that gives the concepts the same, with the smallest change there is
+        other = closed_form(before, torch.eye(width).double(), seen, torch.cat(values[name]))
+        moved = [output(w - before, ordinary).norm() for w in (affine(merged, name), other)]
+        assert moved[0] < moved[1]
 
 
 def test_what_cannot_be_merged_is_refused(

@@ -151,3 +151,61 @@ def test_a_size_of_nothing_is_refused(size: tuple[int, int], tiny: Any) -> None:
 def test_one_seed_to_each_prompt(tiny: Any) -> None:
     with pytest.raises(ValueError, match="3 prompts and 2 seeds"):
         sample(tiny, PROMPTS, SEEDS[:2], 1)
+
+
+def test_a_clip_of_frames_that_do_not_mix_is_that_many_pictures(tiny: Any) -> None:
+    """A model of images paints the frames one by one, from the noise of the clip's seed."""
+    clips = sample(tiny, PROMPTS[:2], SEEDS[:2], steps=2, frames=3)
+    assert clips.shape == (6, 3, 32, 32)
+    alone = sample(tiny, PROMPTS[1:2], SEEDS[1:2], steps=2, frames=3)
+    torch.testing.assert_close(clips[3:], alone, rtol=0, atol=1e-4)
+    apart = (clips[0] - clips[1]).abs().max()
+    assert apart > 0.05
+    noise = torch.randn(3, 8, 8, 8, generator=torch.Generator().manual_seed(SEEDS[0]))
+    shown: list[Tensor] = []
+    sample(tiny, PROMPTS[:1], SEEDS[:1], steps=1, frames=3, on_step=lambda _, x: shown.append(x))
+    scheduler = tiny.scheduler()
+    scheduler.set_timesteps(1)
+    (t,) = scheduler.timesteps
+    with torch.no_grad():
+        text = tiny.encode_prompts(["", PROMPTS[0]])
+        null, own = (
+            tiny.predict(
+                noise, t.expand(3), {k: v[i : i + 1].expand(3, -1, -1) for k, v in text.items()}
+            )
+            for i in range(2)
+        )
+    wanted = scheduler.step(null + 5 * (own - null), t, noise).prev_sample
+    torch.testing.assert_close(shown[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_many_clips_are_the_batches_in_order(tiny: Any) -> None:
+    many = sample_many(tiny, PROMPTS, SEEDS, batch_size=2, steps=1, frames=2)
+    assert many.shape == (6, 3, 32, 32)
+    assert torch.equal(many[4:], sample(tiny, PROMPTS[2:], SEEDS[2:], steps=1, frames=2))
+
+
+def test_ops_are_told_of_frames_their_rate_and_all_their_rows(tiny: Any) -> None:
+    watch = Watch()
+    tiny.host.install(watch, select(tiny.sites, "cross")[:1])
+    sample(tiny, PROMPTS[:2], SEEDS[:2], steps=1, frames=3, fps=12)
+    (ctx,), (text,) = watch.seen, watch.texts
+    assert (ctx.frames, len(text)) == (3, 12)
+    assert ctx.fps is not None and ctx.fps.tolist() == [12.0] * 4
+    assert ctx.rows("uncond") == slice(0, 6) and ctx.rows("cond") == slice(6, 12)
+    with torch.no_grad():
+        cond = tiny.encode_prompts(PROMPTS[:2])["encoder_hidden_states"]
+    torch.testing.assert_close(text[ctx.rows("cond")], cond.repeat_interleave(3, 0))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"frames": 0}, "frames=0: a clip has one at least"),
+        ({"temporal_guidance": 2.0}, "temporal_guidance=2 is for clips that are guided"),
+        ({"temporal_guidance": 2.0, "frames": 2, "guidance": 1.0}, "and a guidance above 1"),
+    ],
+)
+def test_what_is_no_clip_is_refused(options: dict[str, Any], says: str, tiny: Any) -> None:
+    with pytest.raises(ValueError, match=says):
+        sample(tiny, PROMPTS[:1], [3], 1, **options)

@@ -141,7 +141,7 @@ def load(path: Path, backbone: str | None = None) -> tuple[Backbone, dict[str, A
     """
     tree, stored = header(path)
     name = backbone or tree["backbone"]
-    loaded = backbones.load(recipe.backbone_spec(name), name)
+    loaded = backbones.load(recipe.spec_of(tree, backbone), name)
     check_backbone(path, stored, loaded.identity())
     plan = methods.apply(loaded, recipe.methods_of(tree["methods"]))
     own = _tensors(loaded)

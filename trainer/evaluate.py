@@ -21,6 +21,7 @@ from torchmetrics.multimodal import CLIPScore
 from trainer import adapter, backbones, recipe
 from trainer.backbones.base import Backbone
 from trainer.data import Dataset
+from trainer.data.cache import painted
 from trainer.data.concept import SPRITE
 from trainer.data.loader import Fixed
 from trainer.data.scenes import article
@@ -28,6 +29,7 @@ from trainer.data.sprites import ALL, KNOWN
 from trainer.fit import needs, objective, optim
 from trainer.judge import Judge, Metric, judge_folder
 from trainer.module import LEVELS, DiffusionModule
+from trainer.resources import cache_folder
 from trainer.sampler import sample_many
 from trainer.schema import Recipe
 
@@ -50,7 +52,7 @@ def evaluate(
     )
     judge = Judge(judge_folder(judge_at, base.folder, "judge"))
     train, held_out = run_recipe.data.open(needs(run_recipe, base))
-    examiner = Examiner(run_recipe, judge, train, images, batch)
+    examiner = Examiner(run_recipe, judge, train, images, batch, base)
     table = {"base": examiner.examine(base), "adapted": examiner.examine(adapted)}
     for name, model in (("base", base), ("adapted", adapted)):
         table[name]["validation loss"] = validation_loss(run_recipe, model, held_out)
@@ -75,13 +77,21 @@ class Examiner:
     """Paints the recipe's evaluation prompts with a model and reads the pictures with the judge.
 
     Of several concepts each is asked for alone and beside a known sprite by prompts in which its
-    token (and class word) stands in the place of the first one's, and every two together.
+    token (and class word) stands in the place of the first one's, and every two together. What the
+    base paints is kept in the cache: it is the same for every run on it.
     """
 
     def __init__(
-        self, chosen: Recipe, judge: Judge, train: Dataset, images: int, batch: int
+        self,
+        chosen: Recipe,
+        judge: Judge,
+        train: Dataset,
+        images: int,
+        batch: int,
+        base: Backbone | None = None,
     ) -> None:
         self.recipe, self.judge, self.num_images, self.batch = chosen, judge, images, batch
+        self.base = base
         learned = getattr(chosen.data, "concepts", [("", "", None)])
         groups = [list(group) for group in train.groups]
         self.subjects = []
@@ -207,9 +217,16 @@ class Examiner:
     def _sample(self, model: Backbone, prompts: Sequence[str]) -> Tensor:
         look = self.recipe.preview
         seeds = [SEED + i for i in range(len(prompts))]
-        return sample_many(
-            model, prompts, seeds, self.batch, look.steps, look.guidance, look.negative
-        )
+        how = (self.batch, look.steps, look.guidance, look.negative)
+
+        def paint() -> Tensor:
+            return sample_many(model, prompts, seeds, *how)
+
+        if model is not self.base:
+            return paint()
+        device = next(model.denoiser.parameters()).device.type
+        key = repr((model.fingerprint(), device, list(prompts), seeds, how))
+        return painted(key, paint, cache_folder())
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ def export(
 def base_of(tree: dict[str, Any]) -> Any:
     """The backbone a recipe names, plain but for how it stores its frozen weights."""
     name = tree["backbone"]
-    base = backbones.load(recipe.backbone_spec(name), name)
+    base = backbones.load(recipe.spec_of(tree), name)
     for method in _methods(tree).values():
         if method.kind == "storage":
             method.apply(base)

@@ -10,15 +10,19 @@ own, C_reg (m, d): features of ordinary captions, which are to stay as they were
 multipliers (Custom Diffusion, arXiv 2212.04488, equations 5 and 6):
 
     W = W0 + v^T D,   D = C (C_reg^T C_reg)^-1,   v^T = (V^T - W0 C^T) (D C^T)^-1
+
+A DiT whose cross-attention has K and V is solved the same way. Its features are the text as it has
+projected it for all layers, and a bias is one more column of W, for a feature that is always 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trainer import adapter, backbones, methods, recipe
@@ -26,6 +30,7 @@ from trainer.backbones.base import Backbone
 
 CONCEPT_PROMPTS = ("{}", "a photo of {}")  # as the official code asks for them
 NUM_CAPTIONS = 200
+SIDE = 8  # of the latent, where only the text matters
 ALLOWED = {"selective", "new_token"}
 
 
@@ -51,16 +56,11 @@ def merge(paths: Sequence[Path], out: Path, captions: Sequence[str] | None = Non
     names = _tokens([other for _, other in parts])
     merged_tree = _tree(tree, parts, names)
     name = tree["backbone"]
-    merged = backbones.load(recipe.backbone_spec(name), name).eval()
+    merged = backbones.load(recipe.spec_of(tree), name).eval()
     plan = methods.apply(merged, recipe.methods_of(merged_tree["methods"]))
     base = {name: value.detach().clone() for name, value in merged.named_parameters()}
     sources = [dict(model.named_parameters()) for model, _ in parts]
     rows = [name for name in plan.names if ".rows." in name]
-    if biased := [name for name in plan.names if name.endswith(".bias")]:
-        raise ValueError(
-            f"merge solves for matrices alone, and {biased[0]} was trained beside its matrix; "
-            "train the concepts together, in one run"
-        )
     _copy_rows(base, rows, merged, sources)
     ordinary = features(merged, list(captions or _world_captions()), None)
     own = [
@@ -70,16 +70,13 @@ def merge(paths: Sequence[Path], out: Path, captions: Sequence[str] | None = Non
         ]
         for new in names
     ]
+    targets = [torch.cat(each) for each in own]
     tensors = {name: base[name] for name in rows}
-    for name in sorted(set(plan.names) - set(rows)):
-        targets = [torch.cat(each) for each in own]
-        values = [
-            target @ source[name].double().T
-            for target, source in zip(targets, sources, strict=True)
-        ]
-        tensors[name] = closed_form(
-            base[name].double(), ordinary, torch.cat(targets), torch.cat(values)
-        ).float()
+    for name in sorted(plan.names):
+        if name.endswith(".weight"):
+            bias = f"{name.removesuffix('weight')}bias"
+            layer = [name, bias] if bias in plan.names else [name]
+            tensors |= _solved(layer, base, sources, targets, ordinary)
     adapter.save(out, tensors, merged_tree, merged.identity())
     return [name for new in names for name in new]
 
@@ -107,19 +104,72 @@ def closed_form(weight: Tensor, ordinary: Tensor, targets: Tensor, values: Tenso
     return weight + change @ directions
 
 
+def _solved(
+    layer: Sequence[str],
+    base: Mapping[str, Tensor],
+    sources: Sequence[Mapping[str, Tensor]],
+    targets: Sequence[Tensor],
+    ordinary: Tensor,
+) -> dict[str, Tensor]:
+    """The merged tensors of one layer: of its weight, and of its bias if that is named behind.
+
+    targets: (s, d) of each source.
+    """
+    biased = len(layer) - 1
+
+    def matrix(tensors: Mapping[str, Tensor]) -> Tensor:
+        parts = [tensors[name].detach().double() for name in layer]
+        return torch.cat([part.view(len(part), -1) for part in parts], dim=1)
+
+    def seen(features: Tensor) -> Tensor:
+        return F.pad(features, (0, biased), value=1.0)
+
+    own = [seen(each) for each in targets]
+    values = [each @ matrix(source).T for each, source in zip(own, sources, strict=True)]
+    found = closed_form(matrix(base), seen(ordinary), torch.cat(own), torch.cat(values)).float()
+    width = found.shape[1] - biased
+    return dict(zip(layer, (found[:, :width], found[:, -1]), strict=False))
+
+
 @torch.no_grad()
 def features(model: Backbone, prompts: Sequence[str], word: str | None) -> Tensor:
-    """Text features (n, d) in float64 of the prompts' tokens up to the end of text, from `word` on
-    if one is given, from the second token otherwise; repeated rows once."""
+    """What K and V read (n, d), in float64, of the prompts' tokens up to the end of text, from
+    `word` on if one is given, from the second token otherwise."""
     found = []
     tokenizer = model.tokenizer
-    states = model.encode_prompts(prompts)["encoder_hidden_states"].double()
+    states = _read(model, prompts).double()
     wanted = None if word is None else tokenizer.convert_tokens_to_ids(word)
     for prompt, state in zip(prompts, states, strict=True):
         ids = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
         begin = 1 if wanted is None else ids.index(wanted)
         found.append(state[begin : len(ids)])
     return torch.cat(found)
+
+
+def _read(model: Backbone, prompts: Sequence[str]) -> Tensor:
+    """What reaches K of the cross-attention layers (b, tokens, d), seen in a forward of a small
+    latent.
+
+    Raises:
+        ValueError: it is not the same for all layers, so that no one solution is right for all.
+    """
+    seen: list[Tensor] = []
+    layers = [site.projection("k") for site in model.sites if site.kind == "cross"]
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for layer in layers
+    ]
+    x_t = torch.zeros(len(prompts), model.latent_channels, SIDE, SIDE)
+    try:
+        model.predict(x_t, torch.zeros(len(prompts)), model.encode_prompts(prompts))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not all(torch.equal(seen[0], other) for other in seen[1:]):
+        raise ValueError(
+            "the cross-attention layers of this backbone read the text each in a way of its own; "
+            "merge is for those that read the same, train the concepts together, in one run"
+        )
+    return seen[0]
 
 
 def _independent(rows: Tensor) -> list[int]:

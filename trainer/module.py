@@ -12,6 +12,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from trainer.attention.context import StepContext, per_frame, use
 from trainer.attention.nf4 import bitsandbytes
 from trainer.backbones.base import Backbone
 from trainer.data.loader import Batch
@@ -52,7 +53,7 @@ class Optim:
 
 class DiffusionModule(lightning.LightningModule):
     """loss = mean over samples of weight * w(t) * |f(x_t, t, text) - target|^2 over the latents
-    that count.
+    that count. A sample is an image or a clip, which has one text, timestep and seed.
 
     kept: frozen tensors stored beside the trained ones; lrs: parameters with an lr of their own.
     """
@@ -77,7 +78,6 @@ class DiffusionModule(lightning.LightningModule):
         self.extra_losses, self.lrs = tuple(extra_losses), dict(lrs or {})
         self.schedules = tuple(schedules)
         self.val_losses: dict[int, list[float]] = {}
-        self.strict_loading = False  # `on_load_checkpoint` compares the names itself, both ways
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by the names adapters use."""
@@ -91,30 +91,33 @@ class DiffusionModule(lightning.LightningModule):
         return {name: tensors[name] for name in (*self.trained, *self.kept)}
 
     def sample_losses(self, batch: Batch, purpose: str, dropout: float) -> tuple[Tensor, Tensor]:
-        """Losses (b,) before the batch's own weights, and the timesteps (b,) they were taken at."""
+        """Losses (b,) before the batch's own weights, and the timesteps (b,) they were taken at; a
+        clip's is the mean over its frames."""
+        frames = batch.frames
         seeds = [(self.seed, purpose, batch.step, place) for place in batch.places]
         moments = (
             batch.moments if batch.moments is not None else self.backbone.moments(_pixels(batch))
         )
-        shape = (len(seeds), moments.shape[1] // 2, *moments.shape[2:])
-        draws = torch.stack([_draw(seed_of(*seed), shape[1:]) for seed in seeds]).to(moments)
-        x0 = self.backbone.latents(moments, draws[:, 0])
-        noise = draws[:, 1] + self.objective.offset_noise * draws[:, 2, :, :1, :1]
-        t = self._timesteps(batch, seeds).to(moments.device)
+        shape = (frames, moments.shape[1] // 2, *moments.shape[2:])
+        draws = torch.stack([_draw(seed_of(*seed), shape) for seed in seeds], 1).to(moments)
+        posterior, noise, offset = draws.flatten(1, 2)  # (b f) c h w
+        x0 = self.backbone.latents(moments, posterior)
+        noise = noise + self.objective.offset_noise * offset[..., :1, :1]
+        each = self._timesteps(batch, seeds).to(moments.device)
+        t = each.repeat_interleave(frames)
         captions = [
             "" if dropout and _uniform(seed_of(*seed, "caption")) < dropout else caption
             for seed, caption in zip(seeds, batch.captions, strict=True)
         ]
         x_t = add_noise(self.objective, x0, noise, t)
-        output = self.backbone.predict(x_t, t, self.backbone.encode_prompts(captions))
+        condition = per_frame(self.backbone.encode_prompts(captions), frames)
+        fps = None if batch.fps is None else torch.tensor(batch.fps, device=x0.device)
+        training = self.backbone.denoiser.training
+        with use(StepContext(0, 1, t, frames, training=training, fps=fps, source=x0)):
+            output = self.backbone.predict(x_t, t, condition)
         error = (output.float() - target_of(self.objective, x0, noise, t).float()).square()
-        if batch.masks is None:
-            per_sample = error.mean(dim=(1, 2, 3))
-        else:
-            per_sample = (error * batch.masks).sum(dim=(1, 2, 3)) / (
-                batch.masks.sum(dim=(1, 2, 3)) * shape[1]
-            )
-        return per_sample * loss_weight(self.objective, t), t
+        per_sample = _per_sample(error, batch.masks, frames)
+        return per_sample * loss_weight(self.objective, each), each
 
     def _timesteps(self, batch: Batch, seeds: Sequence[Seed]) -> Tensor:
         """Drawn as the objective says; a validation batch brings its own quantiles, taken as they
@@ -172,24 +175,6 @@ class DiffusionModule(lightning.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.optim.factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Only what the base cannot give back: the rest is known by the recipe."""
-        checkpoint["state_dict"] = {
-            name: value.detach().cpu() for name, value in self.stored().items()
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        stored, own = checkpoint["state_dict"], self.stored()
-        if set(stored) != set(own):
-            missing, extra = sorted(set(own) - set(stored))[:3], sorted(set(stored) - set(own))[:3]
-            raise ValueError(
-                f"the checkpoint is of another recipe: it lacks {missing}, and has unasked {extra}"
-            )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(stored[name])
-        checkpoint["state_dict"] = {}  # everything is in place already
-
 
 def optimizer_class(name: str, device: str) -> Any:
     """The class `optim.name` stands for.
@@ -205,6 +190,16 @@ def optimizer_class(name: str, device: str) -> Any:
             "set optim.name=adamw8bit"
         )
     return getattr(bitsandbytes(f"optim.name={name}").optim, EIGHT_BIT[name])
+
+
+def _per_sample(error: Tensor, masks: Tensor | None, frames: int) -> Tensor:
+    """Squared errors (b f, c, h, w) to their means over the latents that count and over the frames
+    of a clip (b,)."""
+    if masks is None:
+        rows = error.mean(dim=(1, 2, 3))
+    else:
+        rows = (error * masks).sum(dim=(1, 2, 3)) / (masks.sum(dim=(1, 2, 3)) * error.shape[1])
+    return rows.unflatten(0, (-1, frames)).mean(1) if frames > 1 else rows
 
 
 def _draw(seed: int, shape: Sequence[int]) -> Tensor:

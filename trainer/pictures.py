@@ -19,7 +19,7 @@ def grid(
     """Rows of (label, pictures (n, 3, H, W) in [-1, 1]) as one image, titles above the columns."""
     columns = max(len(pictures) for _, pictures in rows)
     left = 8 + max((_width(label) for label, _ in rows), default=0)
-    lines = [_wrap(title, side) for title in titles]
+    lines = [wrap(title, side) for title in titles]
     top = LABEL * max((len(line) for line in lines), default=0) + (4 if lines else 0)
     sheet = Image.new("RGB", (left + columns * (side + 2), top + len(rows) * (side + 2)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -56,7 +56,7 @@ def _width(text: str) -> int:
     return int(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(text))
 
 
-def _wrap(text: str, width: int) -> list[str]:
+def wrap(text: str, width: int) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -1,5 +1,5 @@
 """The plan as people read it: what each method touched, what trains, how large the adapter gets,
-memory at the peak."""
+memory at the peak, and what really ran."""
 
 from __future__ import annotations
 
@@ -73,6 +73,25 @@ def show(plan: Mapping[str, Any], methods: Mapping[str, Method], console: Consol
 
 def save(plan: Mapping[str, Any], folder: Path) -> None:
     (folder / "plan.json").write_text(json.dumps(plan, indent=1), encoding="utf-8")
+
+
+def ran(plan: Plan, folder: Path, console: Console) -> None:
+    """Prints what methods say really ran at their sites, and adds it to the kept plan as
+    `methods.<name>.ran`, site by site. Before the first batch nothing has."""
+    told = {name: edit.report() for name, edit in plan.edits.items() if edit.report is not None}
+    if not told:
+        return
+    kept = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    for name, sites in told.items():
+        kept["methods"][name]["ran"] = {site: list(what) for site, what in sites.items()}
+        alike: dict[str, list[str]] = {}
+        for site, what in sites.items():
+            alike.setdefault(" and ".join(what), []).append(site)
+        for what, names in alike.items():
+            where = f"all {len(names)} sites" if len(alike) == 1 else ", ".join(names)
+            line = f"methods.{name}: {what} ran at {where}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    save(kept, folder)
 
 
 def peak_memory(recipe: Recipe, backbone: Backbone, plan: Plan) -> int:

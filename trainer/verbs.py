@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer import recipe as recipes
+from trainer.exits import DAMAGED
+from trainer.methods import Method
 from trainer.schema import RecipeError
+
+if TYPE_CHECKING:
+    from trainer.data.shards import Shards
+
+AT_ONCE = 16  # pictures that `sample` paints in one batch, at least one clip
+INVERTING = 3  # calls of the network for each step of an inversion
+PLAYED = 8.0  # frames a second of a clip that is written, where nobody says
 
 
 def fit(words: list[str]) -> int:
-    loaded = recipes.load(words)
+    """`run=<folder>` is where: a run there goes on, one that is finished is left as it is."""
+    places = [word for word in words if word.startswith("run=") and word[4:5] != "{"]
+    loaded = recipes.load(word for word in words if word not in places)
+    if len(places) > 1 or "run=" in places:
+        raise RecipeError("run=<folder> is given once, as in run=runs/custom_diffusion/<id>")
+    if places and loaded.run.id is not None:
+        raise RecipeError(f"{places[0]} and run.id={loaded.run.id} both name a folder; give one")
     _quiet()
+    from trainer.fit import first_rank
     from trainer.fit import fit as run
 
-    folder = run(loaded)
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
-
-    if getattr(rank_zero_only, "rank", 0) == 0:
+    folder = run(loaded, Path(places[0].removeprefix("run=")).expanduser() if places else None)
+    if first_rank():
         print(folder)
     return 0
 
@@ -53,46 +69,75 @@ def check(words: list[str]) -> int:
 
 
 def sample(words: list[str]) -> int:
+    """Methods that train nothing go with a backbone, by `methods.<name>={}`."""
+    named = [word for word in words if word.startswith(("methods.", "methods="))]
     options = _options(
-        words,
+        [word for word in words if word not in named],
         {"adapter": None, "backbone": None, "prompt": None, "count": 1, "seed": 0, "steps": None,
-        "guidance": None,
+        "guidance": None, "frames": None, "fps": None, "source": None, "start": "source",
          "negative": "", "out": "samples"},
     )  # fmt: skip
     if not options["prompt"]:
         raise RecipeError('prompt is missing, as in prompt="a <v1> on a blue background"')
     if not (options["adapter"] or options["backbone"]):
         raise RecipeError("give adapter=<file or run folder>, or backbone=<name or folder>")
+    if named and options["adapter"]:
+        raise RecipeError("an adapter brings its methods along; methods go with backbone= alone")
+    if options["start"] not in ("source", "noise"):
+        raise RecipeError(f"start={options['start']}: source or noise")
+    if options["fps"] is not None and options["fps"] <= 0:
+        raise RecipeError(f"fps={options['fps']}: frames a second, above 0")
+    if options["count"] > 1 and options["source"] and options["start"] == "source":
+        raise RecipeError("start=source paints the same with every seed; leave count at 1")
+    chosen = recipes.methods_of(recipes.parse(named)["methods"]) if named else {}
     _quiet()
-    from trainer import adapter, backbones
-    from trainer.data.images import to_pil
-    from trainer.sampler import sample_many
-
-    look: dict[str, Any] = {}
-    if options["adapter"]:
-        backbone, tree = adapter.load(adapter.file_of(options["adapter"]), options["backbone"])
-        look = tree.get("preview") or {}
-    else:
-        backbone = backbones.load(recipes.backbone_spec(options["backbone"]), options["backbone"])
-    steps = options["steps"] or look.get("steps", 25)
-    guidance = look.get("guidance", 5.0) if options["guidance"] is None else options["guidance"]
-    seeds = [options["seed"] + i for i in range(options["count"])]
-    pictures = sample_many(
-        backbone,
-        [options["prompt"]] * len(seeds),
-        seeds,
-        16,
-        int(steps),
-        float(guidance),
-        str(options["negative"]),
-    )
-    out = Path(options["out"])
-    out.mkdir(parents=True, exist_ok=True)
-    for seed, picture in zip(seeds, pictures, strict=True):
-        path = out / f"{_slug(options['prompt'])}-{seed}.png"
-        to_pil(picture).save(path)
+    for path in _sampled(options, chosen):
         print(path)
     return 0
+
+
+def _sampled(options: Mapping[str, Any], chosen: Mapping[str, Method]) -> Iterator[Path]:
+    """The files of `sample`, each when it is written."""
+    from trainer import adapter, backbones, methods
+    from trainer.films import source_latents, write
+    from trainer.inversion import invert
+    from trainer.sampler import sample as paint
+
+    tree: dict[str, Any] = {}
+    if options["adapter"]:
+        backbone, tree = adapter.load(adapter.file_of(options["adapter"]), options["backbone"])
+    else:
+        backbone = backbones.load(recipes.backbone_spec(options["backbone"]), options["backbone"])
+        if chosen:
+            methods.apply(backbone, chosen, trains=False)
+    look, data = tree.get("preview") or {}, tree.get("data") or {}
+    steps = int(options["steps"] or look.get("steps", 25))
+    guidance = look.get("guidance", 5.0) if options["guidance"] is None else options["guidance"]
+    frames, fps = int(options["frames"] or data.get("frames", 1)), options["fps"]
+    source = start = None
+    if options["source"]:
+        source = source_latents(backbone, Path(options["source"]), frames, fps, data)
+        if options["start"] == "source":
+            start = invert(backbone, source, [""], steps, frames, fps, INVERTING)
+    out, name = Path(options["out"]), _slug(options["prompt"])
+    out.mkdir(parents=True, exist_ok=True)
+    seeds = range(options["seed"], options["seed"] + options["count"])
+    at_once = max(1, AT_ONCE // frames)
+    for part in (seeds[i : i + at_once] for i in range(0, len(seeds), at_once)):
+        pictures = paint(
+            backbone,
+            [options["prompt"]] * len(part),
+            part,
+            steps,
+            float(guidance),
+            str(options["negative"]),
+            frames=frames,
+            fps=fps,
+            source=None if source is None else source.repeat(len(part), 1, 1, 1),
+            start=start,
+        )
+        for seed, clip in zip(part, pictures.split(frames), strict=True):
+            yield from write(clip, out / f"{name}-{seed}", fps or PLAYED)
 
 
 def evaluate(words: list[str]) -> int:
@@ -161,11 +206,21 @@ def merge(words: list[str]) -> int:
 
 
 def data(words: list[str]) -> int:
-    """`data world out=<folder>`: scenes as shards."""
-    if words[:1] != ["world"]:
-        raise RecipeError("data world out=<folder>: the embedded world is what can be written")
+    """`data world`, `build`, `verify` or `inspect`, and what each of them takes."""
+    kinds = {
+        "world": _data_world, "build": _data_build, "verify": _data_verify,
+        "inspect": _data_inspect,
+    }  # fmt: skip
+    kind, rest = (words[0], words[1:]) if words else ("", [])
+    if kind not in kinds:
+        said = f"{kind!r} is none of them" if kind else "one of them is needed"
+        raise RecipeError(f"data {', '.join(kinds)}: {said}, as in data verify shards=./shards")
+    return kinds[kind](rest)
+
+
+def _data_world(words: list[str]) -> int:
     options = _options(
-        words[1:], {"out": None, "count": 1000, "seed": 0, "sprites": "known", "per_shard": 1000}
+        words, {"out": None, "count": 1000, "seed": 0, "sprites": "known", "per_shard": 1000}
     )
     if not options["out"]:
         raise RecipeError("out is missing, as in out=./world")
@@ -178,6 +233,69 @@ def data(words: list[str]) -> int:
     return 0
 
 
+def _data_build(words: list[str]) -> int:
+    """Never over a manifest that is there: it may be the one witness of a damage."""
+    source = _shards(words)
+    from trainer.data.shards import build, kept_manifest
+    from trainer.resources import cache_folder
+
+    if (kept := kept_manifest(source.shards, cache_folder())) is not None:
+        raise ValueError(
+            f"{kept[0]} is there already; `data verify shards={source.shards}` holds the shards "
+            "against it, and if they are meant to differ, remove it first"
+        )
+    place, made = build(source.shards, cache_folder(), source.ignore)
+    for shard in made:
+        for reason in shard.bad:
+            print(f"cannot be used: {shard.name}: {reason}", file=sys.stderr)
+    samples, size = sum(len(each.samples) for each in made), sum(each.size for each in made)
+    print(f"{place}: {len(made)} shards, {samples} samples, {size:,} bytes")
+    return 0
+
+
+def _data_verify(words: list[str]) -> int:
+    from trainer.data import verify
+    from trainer.resources import cache_folder
+
+    given = recipes.parse(words)
+    if "folder" in given:
+        recipes.refuse_unknown(given, ("folder",), "")
+        found, whole = verify.photos(Path(str(given["folder"])).expanduser())
+    else:
+        source = _shards(words)
+        found, whole = verify.shards(source.shards, cache_folder(), source.ignore)
+    for reason in found:
+        print(reason)
+    if found:
+        print(f"{len(found)} things are wrong; {whole}", file=sys.stderr)
+        return DAMAGED
+    print(f"all as it should be: {whole}")
+    return 0
+
+
+def _data_inspect(words: list[str]) -> int:
+    own = [word for word in words if word.startswith(("count=", "out=", "step="))]
+    options = _options(own, {"count": 16, "step": 0, "out": "inspect.png"})
+    loaded = recipes.load(word for word in words if word not in own)
+    _quiet()
+    from trainer.contact import inspect
+
+    for line in inspect(loaded, options["count"], options["step"], Path(options["out"])):
+        print(line)
+    return 0
+
+
+def _shards(words: list[str]) -> Shards:
+    """`shards=` and `ignore=`, as the source of that name takes them."""
+    from trainer.data.shards import Shards
+
+    given = recipes.parse(words)
+    recipes.refuse_unknown(given, ("shards", "ignore"), "")
+    if "shards" not in given:
+        raise RecipeError("shards is missing, as in shards=./shards, a folder of .tar files")
+    return recipes.build(Shards, given, "data")
+
+
 def _options(words: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
     """A verb's words over its defaults, checked; `key=null` is as if it were not given."""
     given = recipes.parse(words)
@@ -185,11 +303,11 @@ def _options(words: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in given.items() if value is not None}
     for key, value in given.items():
         whole = isinstance(value, int) and not isinstance(value, bool)
-        least = 0 if key == "seed" else 1
-        if isinstance(defaults[key], int) or key in ("steps", "rank"):
+        least = 0 if key in ("seed", "step") else 1
+        if isinstance(defaults[key], int) or key in ("steps", "rank", "frames"):
             if not whole or value < least:
                 raise RecipeError(f"{key}={value!r}: a whole number is needed, at least {least}")
-        elif key == "guidance":
+        elif key in ("guidance", "fps"):
             if not (whole or isinstance(value, float)):
                 raise RecipeError(f"{key}={value!r}: a number is needed")
         elif not isinstance(value, str):

@@ -76,6 +76,36 @@ def dit() -> nn.Module:
     ).eval()
 
 
+def sana(**changes: Any) -> nn.Module:
+    from diffusers import SanaTransformer2DModel
+
+    torch.manual_seed(0)
+    model: nn.Module = SanaTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=4,
+        cross_attention_head_dim=4,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        cross_attention_dim=16,
+        caption_channels=12,
+        sample_size=8,
+        patch_size=2,
+        **changes,
+    ).eval()
+    return model
+
+
+def normed_sana() -> nn.Module:
+    """As Sana 1.5: q and k are normed over all heads; not by ones, which would hide a lost norm."""
+    model = sana(qk_norm="rms_norm_across_heads")
+    for name, parameter in model.named_parameters():
+        if "norm_q" in name or "norm_k" in name:
+            nn.init.normal_(parameter, mean=1.0, std=0.5)
+    return model
+
+
 def inputs(seed: int = 1) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -117,7 +147,24 @@ def call_dit(model: nn.Module, seed: int = 1) -> Tensor:
     return output.sample
 
 
-BACKBONES = {"unet": (unet, call_unet), "pixart": (pixart, call_pixart), "dit": (dit, call_dit)}
+def call_sana(model: nn.Module, seed: int = 1) -> Tensor:
+    given = inputs(seed)
+    output: Any = model(
+        given["x_t"],
+        encoder_hidden_states=given["text"],
+        encoder_attention_mask=given["text_mask"],
+        timestep=torch.tensor([7, 3]),
+    )
+    return output.sample
+
+
+BACKBONES = {
+    "unet": (unet, call_unet),
+    "pixart": (pixart, call_pixart),
+    "dit": (dit, call_dit),
+    "sana": (sana, call_sana),
+    "normed_sana": (normed_sana, call_sana),
+}
 
 
 @pytest.fixture(params=sorted(BACKBONES))

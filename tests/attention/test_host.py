@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from trainer.attention.processor import Host, HostedProcessor
@@ -238,6 +238,67 @@ def test_refused_install_changes_nothing(tiny_unet: nn.Module, run_unet: Run) ->
     assert host.sites[-1].name in str(caught.value)
     assert torch.equal(run_unet(tiny_unet), expected)
     assert [len(p.ops) for p in host.processors.values()] == [0] * (len(host.sites) - 1) + [1]
+
+
+class AfterBlock:
+    """Doubles what a block puts out."""
+
+    name = "after_block"
+
+    def block(self, x: Tensor, site: Site, ctx: Any) -> Tensor:
+        self.seen = (x.shape, site.name, ctx.latent_size)
+        return 2 * x
+
+
+def test_a_block_stage_runs_after_the_block_around_its_site(
+    tiny_unet: nn.Module, run_unet: Run
+) -> None:
+    expected = run_unet(tiny_unet)
+    host = Host.attach(tiny_unet)
+    (site,) = require(host.sites, "self & mid", "test")
+    block = tiny_unet.get_submodule(site.name.rpartition(".")[0])
+    given: list[Tensor] = []
+    block.register_forward_hook(lambda module, args, output: given.append(output))
+    op = AfterBlock()
+    host.install(op, [site])
+    after: list[Tensor] = []
+    block.register_forward_hook(lambda module, args, output: after.append(output))
+    doubled = run_unet(tiny_unet)
+    assert not torch.allclose(doubled, expected, atol=1e-3)
+    assert op.seen == ((2, 16, 32), site.name, (8, 8))
+    assert torch.equal(after[0], 2 * given[0])
+    assert torch.equal(run_unet(copy.deepcopy(tiny_unet)), doubled)
+    twin: Any = copy.deepcopy(tiny_unet)
+    Host.attach(twin).detach()
+    assert torch.equal(run_unet(twin), expected)
+    Host.attach(tiny_unet)
+    assert torch.equal(run_unet(tiny_unet), doubled)
+    host.remove(op)
+    assert torch.equal(run_unet(tiny_unet), expected)
+
+
+def test_a_block_stage_needs_a_block(tiny_unet: nn.Module) -> None:
+    bare = nn.ModuleDict({"attn": Attention(8, heads=2, dim_head=4)})
+    for model in (bare, nn.ModuleDict({"blocks": nn.ModuleList([bare["attn"]])})):
+        host = Host.attach(model)
+        with pytest.raises(ValueError, match=r"'after_block' acts after the block.*stands in none"):
+            host.install(AfterBlock(), host.sites)
+        assert not any(processor.ops for processor in host.processors.values())
+        host.detach()
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = bare["attn"]
+
+        def forward(self, x: Tensor) -> Any:
+            return self.attn(x), x
+
+    model = nn.ModuleDict({"pair": Pair()})
+    host = Host.attach(model)
+    host.install(AfterBlock(), host.sites)
+    with pytest.raises(ValueError, match=r"Pair around 'pair\.attn' does not put out tokens"):
+        model["pair"](torch.randn(1, 4, 8))
 
 
 def test_mistaken_installs_are_refused(tiny_unet: nn.Module) -> None:

@@ -360,7 +360,7 @@ def test_bf16(backbone: tuple[nn.Module, Call], autocast: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected, output = call(model), call(hosted)
         assert torch.equal(output, expected)
-        host.install(Recorder(), host.sites)
+        host.install(Recorder(), [site for site in host.sites if not site.linear])
         explicit = call(hosted)
     assert explicit.dtype == expected.dtype
     torch.testing.assert_close(explicit, expected, atol=5e-2 if autocast else 1e-5, rtol=0)

@@ -1,4 +1,5 @@
-"""Gated linear attention in a denoiser: the gates, the scans, the start."""
+"""Gated linear attention in a denoiser: the gates, the scans, the start, and the convolution after
+its blocks."""
 
 from __future__ import annotations
 
@@ -11,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer import methods
-from trainer.attention.kernels.gated import ORDERS, recurrent
+from trainer.attention.kernels.gated import ORDERS, ordered, recurrent, restored
+from trainer.attention.local import BlockConvolution
 from trainer.attention.scanned import OPEN
 from trainer.recipe import methods_of
+from trainer.schema import RecipeError
 
 Predict = Callable[[Any], Tensor]
 
@@ -71,20 +74,108 @@ def test_all_of_it_trains(tiny: Any, predict: Predict) -> None:
         assert grad is not None and bool(grad.any()) and bool(grad.isfinite().all()), name
 
 
-def test_a_token_is_scanned_after_those_before_it(tiny: Any) -> None:
-    """One scan from the first row on: what a token says does not reach those before it."""
+GRID = torch.arange(12).unflatten(0, (3, 4))
+# the tokens of a grid of 3 x 4 as each scan meets them
+SCANS = {
+    "row": GRID.flatten(),
+    "row_back": GRID.flatten().flip(0),
+    "column": GRID.T.flatten(),
+    "column_back": GRID.T.flatten().flip(0),
+}
+
+
+def test_scans_are_four_permutations_that_alternate() -> None:
+    """As a token stands in the sequence of DiG's i-th block, which flips it after every block and
+    transposes the grid after every second one."""
+    tokens, grid = torch.arange(12.0)[:, None], (3, 4)
+    dig, shape = torch.arange(12), grid
+    for i, order in enumerate([*ORDERS, ORDERS[0]]):
+        seen = ordered(tokens, order, grid)
+        assert torch.equal(seen.flatten().long(), SCANS[order])
+        assert torch.equal(dig, SCANS[order])
+        assert torch.equal(restored(seen, order, grid), tokens)
+        dig = dig.flip(0)
+        if i % 2:
+            dig, shape = dig.unflatten(0, shape).T.flatten(), shape[::-1]
+    assert len({tuple(scan.tolist()) for scan in SCANS.values()}) == 4
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_token_is_scanned_after_those_before_it(order: str, tiny: Any) -> None:
+    """What a token says does not reach those that its scan meets before it."""
     add(tiny)
-    op = next(op for op in ops(tiny) if op.orders == ("row",))
+    op = next(op for op in ops(tiny) if op.orders == (order,))
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 12, 4, generator=generator) for _ in range(3))
     g = torch.full_like(q, -0.1)
     v.requires_grad_()
-    o = op.scan(q, k, v, g, "row", (3, 4))
-    (grad,) = torch.autograd.grad(o[:, :, 5].sum(), v)
-    assert grad.abs().sum((0, 1, 3)).nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    o = op.scan(q, k, v, g, order, (3, 4))
+    for place, token in enumerate(SCANS[order].tolist()):
+        (grad,) = torch.autograd.grad(o[:, :, token].sum(), v, retain_graph=True)
+        reached = grad.abs().sum((0, 1, 3)).nonzero().flatten().tolist()
+        assert reached == sorted(SCANS[order][: place + 1].tolist())
 
 
 def test_keys_of_others_are_refused(tiny: Any, predict: Predict) -> None:
     add(tiny, sites="cross")
     with pytest.raises(ValueError, match=r"methods\.gated_linear needs the tokens of .* choose"):
         predict(tiny)
+
+
+def convolutions(backbone: Any) -> list[BlockConvolution]:
+    return [op for op in ops(backbone) if isinstance(op, BlockConvolution)]
+
+
+def test_the_convolution_starts_as_the_identity(
+    dit: Any, dit_folder: Any, open_folder: Any
+) -> None:
+    """To the bit, under autocast too: the tokens that go through it are not rounded."""
+    other = open_folder(dit_folder)
+    with torch.random.fork_rng():
+        add(dit)
+    add(other, convolution=3)
+    assert [c.depthwise.weight.shape for c in convolutions(other)] == 2 * [(32, 1, 3, 3)]
+    x_t, t = torch.randn(2, 8, 8, 12), torch.tensor([3, 900])
+    for autocast in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            plain, convolved = (
+                model.predict(x_t, t, model.encode_prompts(["a fox", ""])) for model in (dit, other)
+            )
+        assert torch.equal(convolved, plain)
+
+
+def test_the_convolution_follows_the_whole_block(dit: Any, randomise: Callable[..., None]) -> None:
+    """On the grid of tokens, after attention and feed-forward layer, as in DiG."""
+    plan = add(dit, convolution=3)
+    randomise(dit, plan)
+    block, convolution = dit.transformer.transformer_blocks[1], convolutions(dit)[1]
+    given: list[Tensor] = []  # what the block itself puts out: this hook runs before the host's
+    block.register_forward_hook(lambda module, args, x: given.append(x), prepend=True)
+    after: list[Tensor] = []
+    dit.transformer.norm_out.register_forward_pre_hook(lambda module, args: after.append(args[0]))
+    with torch.no_grad():
+        dit.predict(torch.randn(1, 8, 8, 12), torch.tensor([3]), dit.encode_prompts(["a fox"]))
+    ((x,), (y,)) = given, after
+    assert x.shape == (1, 24, 32)  # 4 x 6 tokens
+    weight, bias = convolution.depthwise.weight, convolution.depthwise.bias
+    wanted = torch.zeros(1, 4, 6, 32)
+    image = F.pad(x.unflatten(1, (4, 6)), (0, 0, 1, 1, 1, 1))
+    for row in range(3):
+        for column in range(3):
+            wanted += image[:, row : row + 4, column : column + 6] * weight[:, 0, row, column]
+    torch.testing.assert_close(y, (wanted + bias).flatten(1, 2), atol=1e-5, rtol=1e-5)
+
+
+def test_it_trains_beside_all_of_the_denoiser(dit: Any, train: Callable[..., list[float]]) -> None:
+    """What `recipe=dig_scratch` does: neither method claims what the other trains."""
+    plan = methods.apply(dit, methods_of({"gated_linear": {"convolution": 3}, "full": {}}))
+    assert set(plan.names) == {f"transformer.{n}" for n, _ in dit.transformer.named_parameters()}
+    before = {name: value.detach().clone() for name, value in dit.named_parameters()}
+    train(dit, plan)
+    after = dict(dit.named_parameters())
+    assert {name for name in after if not after[name].equal(before[name])} == set(plan.names)
+
+
+def test_an_even_convolution_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"methods\.gated_linear\.convolution=2: .*an odd size"):
+        methods_of({"gated_linear": {"convolution": 2}})

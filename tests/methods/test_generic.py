@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from trainer import adapter, methods, resources
+from trainer.attention.context import StepContext, use
+from trainer.attention.store import MapStore
+from trainer.methods.swap import Swap
 from trainer.recipe import methods_of
 from trainer.sampler import sample
 from trainer.schema import RecipeError
@@ -22,6 +25,7 @@ from trainer.schema import RecipeError
 # one row a method: options under which it trains something on the tiny backbone
 EXAMPLES: dict[str, dict[str, Any]] = {
     "agent_attention": {"side": 2},
+    "animatediff": {"heads": 2},
     "c_lora": {"rank": 2, "task": 1},
     "coda_prompt": {"pool": 5, "length": 4, "task": 1, "num_tasks": 2},
     "controls": {"sites": "up | block & self", "projections": ["q", "v"], "rank": 2},
@@ -29,7 +33,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "flash": {},
     "flashmask": {"size": 0.25},
     "full": {},
-    "gated_linear": {"rank": 2, "scans": 2},
+    "gated_linear": {"rank": 2, "scans": 2, "convolution": 3},
+    "gen1": {"heads": 2, "structure": 1},
+    "imagen_video": {"heads": 2},
     "inflora": {"rank": 2, "task": 1, "num_tasks": 2},
     "linear_attention": {"sites": "self", "distill": 1.0},
     "lora": {
@@ -39,11 +45,18 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "dropout": 0.1,
     },
     "longlora": {"rank": 2},
+    "magicvideo": {"heads": 2},
+    "make_a_video": {"heads": 2},
     "new_token": {"tokens": ["<v1>"], "init": "fox"},
     "nf4": {"min_size": 1024},
     "peft_adapter": {"type": "loha", "options": {"r": 2}, "sites": "self & down | self & block"},
+    "pix2video": {"weight": 1},
     "selective": {"sites": "cross", "projections": ["k", "v"], "detach_first_token": True},
+    "text2video_zero": {"motion": [0.25, 0], "alone": 0.5, "until": 0.5},
     "tiled": {"rows": 16, "columns": 24},
+    "tune_a_video": {},
+    "vdm": {"heads": 2},
+    "videop2p": {},
 }
 # methods that train nothing by themselves, with one that trains beside them
 COMPANIONS: dict[str, str] = {
@@ -51,6 +64,8 @@ COMPANIONS: dict[str, str] = {
     "flashmask": "lora",
     "linear_attention": "lora",
     "nf4": "lora",
+    "pix2video": "lora",
+    "text2video_zero": "lora",
     "tiled": "lora",
 }
 # methods whose paper does not start from the base model's own output
@@ -62,11 +77,23 @@ NOT_EXACT_AT_START: set[str] = {
     "linear_attention",
     "nf4",
 }
+# methods under which the frames of a clip read each other from the start, exact for images alone
+ALIGNED: set[str] = {"pix2video", "text2video_zero", "tune_a_video", "videop2p"}
 # methods that compute the same in another order
 ROUNDED_AT_START: set[str] = {"tiled"}
 NAMES = methods.names()
 PAIRS = [pytest.param(*pair, id="+".join(pair)) for pair in itertools.combinations(NAMES, 2)]
+SWAPS = [name for name in NAMES if issubclass(methods.find(name), Swap)]
+# what a swap is to go with, by the options that differ from EXAMPLES
+STACKS: dict[str, dict[str, dict[str, Any]]] = {
+    "lora": {"lora": {"sites": "self", "dropout": 0}},
+    "nf4+lora": {"nf4": {}, "lora": {"sites": "all", "dropout": 0}},
+    "new_token+selective": {"new_token": {}, "selective": {}},
+    "new_token+nf4+dora": {"new_token": {}, "nf4": {}, "dora": {}},
+    "coda_prompt": {"coda_prompt": {}},
+}
 each_method = pytest.mark.parametrize("name", NAMES)
+each_swap = pytest.mark.parametrize("swap", SWAPS)
 
 
 @pytest.fixture(params=["unet", "dit"])
@@ -96,13 +123,33 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     return {name for name, value in after.items() if not torch.equal(value, before[name])}
 
 
-def predictions(backbone: Any) -> Tensor:
+def frames(*names: str) -> int:
+    """Of the clips that methods are tested with: 1, images, unless one is about time."""
+    inserts = any(methods.find(name).kind == "structure" for name in names)
+    return 2 if inserts or ALIGNED & set(names) else 1
+
+
+def predictions(backbone: Any, frames: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     x_t = torch.randn(2, backbone.latent_channels, 8, 8, generator=generator)
     condition = backbone.encode_prompts(["a fox on a red background", ""])
-    with torch.no_grad():
-        output: Tensor = backbone.predict(x_t, torch.tensor([20, 700]), condition)
+    t = torch.tensor([20, 700])
+    with torch.no_grad(), use(StepContext(0, 1, t, frames)):
+        output: Tensor = backbone.predict(x_t, t, condition)
     return output
+
+
+def painted(backbone: Any, frames: int = 1) -> Tensor:
+    return sample(backbone, ["a <v1> on a red background"], [3], steps=2, guidance=3, frames=frames)
+
+
+def reloaded(backbone: Any, plan: methods.Plan, tree: Any, folder: Path, where: Path) -> Any:
+    """The same from its adapter's file."""
+    own = state(backbone)
+    tensors = {key: own[key] for key in plan.stored}
+    header = {"backbone": str(folder), "methods": tree}
+    adapter.save(where / "adapter.safetensors", tensors, header, backbone.identity())
+    return adapter.load(where / "adapter.safetensors")[0]
 
 
 def test_there_is_a_method_to_test() -> None:
@@ -122,7 +169,7 @@ def test_only_what_it_claims_changes(
         assert set(edit.trains) <= {path for path, _ in edit.claims}
     assert set(plan.names) == {path for edit in plan.edits.values() for path in edit.trains}
     before = state(tiny)
-    train(tiny, plan)
+    train(tiny, plan, frames=frames(name))
     assert changed(before, state(tiny)) == set(plan.names)
 
 
@@ -149,6 +196,8 @@ def test_exact_at_start(name: str, tiny: Any) -> None:
         torch.testing.assert_close(predictions(tiny), base, rtol=1e-5, atol=1e-5)
     else:
         assert torch.equal(predictions(tiny), base)
+        on_clips = torch.equal(predictions(tiny, frames(name)), base)
+        assert on_clips == (name not in ALIGNED)
 
 
 @each_method
@@ -157,17 +206,13 @@ def test_saved_and_loaded_is_the_same(
 ) -> None:
     tree = tree_of(name)
     plan = methods.apply(tiny, methods_of(tree))
-    untrained = sample(tiny, ["a <v1> on a red background"], [3], steps=2, guidance=3)
-    train(tiny, plan)
-    trained = sample(tiny, ["a <v1> on a red background"], [3], steps=2, guidance=3)
+    count = frames(name)
+    untrained = painted(tiny, count)
+    train(tiny, plan, frames=count)
+    trained = painted(tiny, count)
     assert not torch.equal(trained, untrained)
-    own = state(tiny)
-    tensors = {key: own[key] for key in plan.stored}
-    path = tmp_path / "adapter.safetensors"
-    adapter.save(path, tensors, {"backbone": str(tiny_folder), "methods": tree}, tiny.identity())
-    loaded, _ = adapter.load(path)
-    again = sample(loaded, ["a <v1> on a red background"], [3], steps=2, guidance=3)
-    assert torch.equal(again, trained)
+    again = reloaded(tiny, plan, tree, tiny_folder, tmp_path)
+    assert torch.equal(painted(again, count), trained)
 
 
 @each_method
@@ -223,10 +268,75 @@ def test_pairs_compose_or_are_refused_by_name(
         name: edit.trains for name, edit in plan.edits.items()
     }
     before = state(backbone)
-    losses = train(backbone, plan)
+    losses = train(backbone, plan, frames=frames(first, second))
     assert all(torch.isfinite(torch.tensor(losses)))
     for name in (first, second):
         assert plan.edits[name].claims
         assert set(plan.edits[name].trains) <= set(plan.names)
     assert changed(before, state(backbone)) == set(plan.names)
-    assert train(reversed_backbone, other) == losses
+    assert train(reversed_backbone, other, frames=frames(first, second)) == losses
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@each_swap
+def test_a_swap_goes_with(
+    swap: str,
+    stack: str,
+    tiny: Any,
+    tiny_folder: Path,
+    tmp_path: Path,
+    train: Callable[..., list[float]],
+) -> None:
+    """Distilled or not, with adapters on the same layers in 4 bits, with new words and prompts."""
+    others = {name: EXAMPLES[name] | more for name, more in STACKS[stack].items()}
+    tree = {swap: EXAMPLES[swap] | {"sites": "self", "distill": 1.0}} | others
+    plan = methods.apply(tiny, methods_of(tree))
+    assert set(plan.edits) == set(tree)
+    before = state(tiny)
+    assert all(torch.isfinite(torch.tensor(train(tiny, plan))))
+    assert changed(before, state(tiny)) == set(plan.names)
+    loss = plan.edits[swap].loss
+    assert loss is not None
+    tiny.zero_grad()
+    condition = tiny.encode_prompts(["a <v1> on a red background"])
+    tiny.predict(torch.ones(1, tiny.latent_channels, 8, 8), torch.tensor([700]), condition)
+    distilled = loss()
+    distilled.backward()
+    parameters = dict(tiny.named_parameters())
+    found = {name: parameters[name].grad for name in plan.names}
+    taught = [grad for grad in found.values() if grad is not None and bool(grad.any())]
+    assert float(distilled.detach()) > 0
+    assert taught and all(bool(grad.isfinite().all()) for grad in taught)
+    trained = painted(tiny)
+    assert torch.equal(painted(reloaded(tiny, plan, tree, tiny_folder, tmp_path)), trained)
+
+
+class Windows:
+    name = "windows"
+
+    def mask(self, mask: Tensor | None, *_: Any) -> Tensor | None:
+        return mask
+
+
+class Sharper:
+    name = "sharper"
+
+    def scores(self, scores: Tensor, *_: Any) -> Tensor:
+        return 2 * scores
+
+
+@pytest.mark.parametrize("reader", [Windows(), Sharper(), MapStore([1])], ids=lambda op: op.name)
+@pytest.mark.parametrize("swap_first", [False, True])
+@each_swap
+def test_masks_scores_and_maps_are_refused_where_a_swap_runs(
+    swap: str, swap_first: bool, reader: Any, tiny: Any
+) -> None:
+    sites = [site for site in tiny.sites if site.kind == "self"]
+    chosen = methods_of({swap: EXAMPLES[swap] | {"sites": "self"}})[swap]
+    steps = [lambda: chosen.apply(tiny), lambda: tiny.host.install(reader, sites)]
+    first, second = steps if swap_first else steps[::-1]
+    first()
+    with pytest.raises(ValueError) as error:
+        second()
+    for part in (f"op {reader.name!r}", f"methods.{swap}", sites[0].name, "choose other sites"):
+        assert part in str(error.value)

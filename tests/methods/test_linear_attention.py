@@ -125,25 +125,6 @@ def test_masks_of_the_model_are_refused_when_they_come(dit: Any, predict: Predic
     assert "the kernel of methods.linear_attention has no place for a mask" in str(error.value)
 
 
-@pytest.mark.parametrize("stage", ["mask", "scores", "probs"])
-@pytest.mark.parametrize("kernel_first", [False, True])
-def test_masks_and_readers_of_maps_are_refused_by_name(
-    stage: str, kernel_first: bool, tiny: Any
-) -> None:
-    def run(self: Any, x: Tensor, *_: Any) -> Tensor:
-        return x
-
-    op = type("Reader", (), {"name": "reader", stage: run})()
-    sites = [site for site in tiny.sites if site.kind == "self"]
-    steps = [lambda: add(tiny), lambda: tiny.host.install(op, sites)]
-    first, second = steps if kernel_first else steps[::-1]
-    first()
-    with pytest.raises(ValueError) as error:
-        second()
-    for part in ("op 'reader'", "methods.linear_attention", sites[0].name):
-        assert part in str(error.value)
-
-
 @pytest.mark.parametrize("other", ["agent_attention", "gated_linear", "longlora"])
 def test_two_kernels_of_one_site_are_refused_by_name(other: str, tiny: Any) -> None:
     with pytest.raises(ValueError) as error:

@@ -29,6 +29,8 @@ class PooledAgents(nn.Module):
 
     name = owner = "agent_attention"
     masks = False
+    more_keys = False
+    swaps = True
 
     def __init__(self, site: Site, side: int) -> None:
         super().__init__()
@@ -59,6 +61,7 @@ class MergedAgents:
 
     name = owner = "agent_attention"
     masks = False
+    more_keys = False
 
     def __init__(
         self,

@@ -32,7 +32,11 @@ class StepContext:
     """One call of the denoiser. Frozen: a later change must not reach back into a recompute.
 
     `timestep` is what the denoiser was called with, `roles` names batch rows, `latent_size` is the
-    (height, width) of the denoiser's input; left None it is filled in from the call.
+    (height, width) of the denoiser's input; left None it is filled in from the call. The rows are
+    clips times `frames`, the frames of a clip adjacent; `fps` (clips,) are its frames a second,
+    None where nobody says. `source` (rows, c, h, w) are the clean latents whose structure the
+    output is to have: in training those that noise was added to, in sampling another clip's, or
+    None.
     """
 
     step: int
@@ -42,6 +46,8 @@ class StepContext:
     roles: Mapping[str, slice | Tensor] = field(default_factory=dict)
     training: bool = False
     latent_size: tuple[int, int] | None = None
+    fps: Tensor | None = None
+    source: Tensor | None = None
 
     def rows(self, role: str) -> slice | Tensor:
         """The batch rows of a role, usable as an index; an unknown role is a `ValueError`."""
@@ -62,6 +68,13 @@ def use(ctx: StepContext) -> Iterator[StepContext]:
         yield ctx
     finally:
         _current.reset(token)
+
+
+def per_frame(condition: Mapping[str, Tensor], frames: int) -> dict[str, Tensor]:
+    """A text encoded once for each clip (b, ...), once for each frame of it (b f, ...)."""
+    if frames == 1:
+        return dict(condition)
+    return {name: value.repeat_interleave(frames, 0) for name, value in condition.items()}
 
 
 def current() -> StepContext | None:

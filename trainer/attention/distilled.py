@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.attention.kernels import sdpa
+from trainer.attention.frames import FrameKeys
+from trainer.attention.native import attend, split_heads
 from trainer.attention.sites import ROLES
 
 if TYPE_CHECKING:
@@ -91,22 +92,25 @@ class Original(nn.Module):
         x, contexts = self.x, self.contexts
         self.x = self.contexts = None
         if x is not None and contexts is not None:
-            wanted = self.as_before(x, *contexts, site).float()
+            wanted = self.as_before(x, *contexts, site, ctx).float()
             size = wanted.square().mean().clamp(min=1e-12)
             self.distillation.add(site, ctx, (y.float() - wanted).square().mean() / size)
         return y
 
     @torch.no_grad()
-    def as_before(self, x: Tensor, k_ctx: Tensor, v_ctx: Tensor, site: Site) -> Tensor:
-        """y0 (b, n, c)"""
+    def as_before(
+        self, x: Tensor, k_ctx: Tensor, v_ctx: Tensor, site: Site, ctx: StepContext
+    ) -> Tensor:
+        """y0 (b, n, c); frames of a clip read the frames they read now."""
         attn: Any = site.module
         if site.kind == "cross" and attn.norm_cross is not None:
             k_ctx, v_ctx = (attn.norm_encoder_hidden_states(c) for c in (k_ctx, v_ctx))
         projected = (self._project("q", x), self._project("k", k_ctx), self._project("v", v_ctx))
-        q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in projected)
-        q = q if attn.norm_q is None else attn.norm_q(q)
-        k = k if attn.norm_k is None else attn.norm_k(k)
-        o = sdpa(q, k, v, None, site.scale)
+        q, k, v = split_heads(site, *projected)
+        for op in attn.processor.stages["kv"]:
+            if isinstance(op, FrameKeys):
+                q, k, v = op.kv(q, k, v, site, ctx)
+        o = attend(site, q, k, v, None)
         return self._project("out", o.transpose(1, 2).flatten(2))
 
     def _project(self, role: Role, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where the tokens of a site lie in the image."""
+"""Where the tokens of a site lie in the image, or in time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ if TYPE_CHECKING:
 
 
 def token_grid(tokens: int, site: Site, ctx: StepContext, who: str) -> tuple[int, int]:
-    """Height and width of the token grid; strided convolutions round up at odd sizes.
+    """Height and width of the token grid; strided convolutions round up at odd sizes. The tokens of
+    a temporal site are frames, in one line.
 
     Raises:
         ValueError: neither the latent's size nor a square explains the number; says who asked.
     """
+    if site.kind == "temporal":
+        return 1, tokens
     if ctx.latent_size is not None and site.divisor is not None:
         height, width = (-(-length // site.divisor) for length in ctx.latent_size)
         if height * width == tokens:

@@ -3,21 +3,27 @@
     tokens -> context -> project q, k, v -> kv -> mask -> kernel -> branch -> output -> restore
                                                 (scores, probs: only where an op asks for them)
 
-With no op installed it is bit-identical to diffusers' `AttnProcessor2_0`.
+and after the whole block around the layer, `block`.
+
+With no op installed it is bit-identical to the processor of diffusers it stands for:
+`AttnProcessor2_0`, or one of Sana's two.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from trainer.attention.context import ContextHolder
-from trainer.attention.kernels import attention_probs, attention_scores, sdpa
+from trainer.attention.kernels import attention_probs, attention_scores
+from trainer.attention.native import attend, split_heads
 from trainer.attention.op import Op, by_stage, has_stage
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
+    from torch.utils.hooks import RemovableHandle
 
     from trainer.attention.context import StepContext
     from trainer.attention.sites import Site
@@ -36,6 +42,7 @@ class HostedProcessor:
         self.holder = holder
         self.previous = previous
         self.reached = False
+        self.hook: RemovableHandle | None = None  # of `after_block`, where an op has that stage
         self.set_ops(())
 
     def set_ops(self, ops: tuple[Op, ...]) -> None:
@@ -61,15 +68,28 @@ class HostedProcessor:
             q, k, v = op.kv(q, k, v, site, ctx)
         for op in stages["mask"]:
             mask = op.mask(mask, q, k, site, ctx)
-        o = self._attend(q, k, v, mask, self.site.scale, ctx)
+        o = self._attend(q, k, v, mask, ctx)
         for op in stages["branch"]:
             o = op.branch(o, q, site, ctx)
         for op in stages["output"]:
             o = op.output(o, site, ctx)
         y = attn.to_out[1](attn.to_out[0](o.transpose(1, 2).flatten(2).to(q.dtype)))
+        if site.linear and x.dtype == torch.float16:
+            y = y.clip(-65504, 65504)
         for op in stages["restore"]:
             y = op.restore(y, site, ctx)
         return _leave(attn, y, hidden_states)
+
+    def after_block(self, block: object, args: object, output: Any) -> Any:
+        """A forward hook of the block around the site."""
+        if not isinstance(output, Tensor) or output.ndim != 3:
+            raise ValueError(
+                f"{type(block).__name__} around {self.site.name!r} does not put out tokens alone; "
+                f"op {self.stages['block'][0].name!r} needs sites inside transformer blocks"
+            )
+        for op in self.stages["block"]:
+            output = op.block(output, self.site, self.holder.ctx)
+        return output
 
     def _project(
         self, attn: Attention, x: Tensor, encoder: Tensor | None, ctx: StepContext
@@ -82,20 +102,10 @@ class HostedProcessor:
             same = k_ctx is v_ctx
             k_ctx = attn.norm_encoder_hidden_states(k_ctx)
             v_ctx = k_ctx if same else attn.norm_encoder_hidden_states(v_ctx)
-        k, v = attn.to_k(k_ctx), attn.to_v(v_ctx)
-        q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))  # b h . d
-        q = q if attn.norm_q is None else attn.norm_q(q)
-        k = k if attn.norm_k is None else attn.norm_k(k)
-        return q, k, v
+        return split_heads(self.site, q, attn.to_k(k_ctx), attn.to_v(v_ctx))
 
     def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-        ctx: StepContext,
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ctx: StepContext
     ) -> Tensor:
         site = self.site
         if self.stages["kernel"]:
@@ -104,8 +114,8 @@ class HostedProcessor:
         on_scores = _open(self.stages["scores"], q, site, ctx)
         on_probs = _open(self.stages["probs"], q, site, ctx)
         if not on_scores and not on_probs:
-            return sdpa(q, k, v, mask, scale)
-        scores = attention_scores(q, k, scale)
+            return attend(site, q, k, v, mask)
+        scores = attention_scores(q, k, site.scale)
         for op in on_scores:
             scores = op.scores(scores, site, ctx)
         probs = attention_probs(scores, mask).to(v.dtype)

@@ -7,6 +7,7 @@ none.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from trainer.attention.insert import hand_over
 from trainer.attention.lowrank import quicken
 from trainer.attention.model import TakenError
 from trainer.attention.nf4 import is_packed, unpacked
@@ -183,7 +185,9 @@ def _add(
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ValueError(f"peft cannot adapt these layers so: {error}") from error
         for target in own:
-            quicken(layer_of(model, target))
+            layer = layer_of(model, target)
+            quicken(layer)
+            hand_over(base(layer), layer)
         for layer, adapters in zip(earlier, acting, strict=True):
             layer.set_adapter(adapters)  # peft has silenced them all but the new one
     found = [name for name, parameter in model.named_parameters() if id(parameter) not in before]
@@ -201,6 +205,12 @@ def add_copy(layer: Any, owner: str, name: str, sign: int, path: str) -> list[st
     layer.scaling[name] = scale
     layer.set_adapter([owner, name])
     return [f"{path}.lora_{matrix}.{name}.weight" for matrix in ("A", "B")]
+
+
+def exactly(targets: Sequence[Target]) -> str:
+    """The targets as peft's `target_modules`. A list of names would also take every layer whose
+    name ends in one of them, as those of a block that is inserted into another of its kind do."""
+    return "|".join(re.escape(target.name) for target in targets)
 
 
 def sites_of(targets: Sequence[Target]) -> tuple[str, ...]:
@@ -231,6 +241,7 @@ def fold(model: nn.Module) -> None:
             layer.base_layer = _seen_through(layer)
         else:
             layer.merge(safe_merge=True)
+        hand_over(layer, layer.get_base_layer())
         model.set_submodule(name, layer.get_base_layer())
     for name, layer in list(model.named_modules()):
         if is_packed(layer):

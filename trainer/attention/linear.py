@@ -30,6 +30,7 @@ class LinearAttention(nn.Module):
 
     name = owner = "linear_attention"
     masks = False
+    swaps = True
     projection: Tensor
 
     def __init__(
@@ -41,6 +42,7 @@ class LinearAttention(nn.Module):
             self.register_buffer("projection", projection, persistent=False)
         self.features = features
         self.shortcut = Shortcut(site.heads * site.head_dim, shortcut) if shortcut else None
+        self.more_keys = not shortcut
 
     def kernel(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: Site, ctx: StepContext

@@ -78,6 +78,13 @@ def unpacked(layer: nn.Module) -> nn.Module:
     return plain.to(weight.device).requires_grad_(False)
 
 
+def inside_ops(denoiser: nn.Module) -> set[int]:
+    """Ids of the modules inside attention ops, which are a method's own and train."""
+    hosts = [getattr(module, "processor", None) for module in denoiser.modules()]
+    ops = [op for host in hosts for op in getattr(host, "ops", ()) if isinstance(op, nn.Module)]
+    return {id(module) for op in ops for module in op.modules()}
+
+
 def numel(parameter: Tensor) -> int:
     """Values in a parameter; one in 4 bits holds two in a byte."""
     state = getattr(parameter, "quant_state", None)

@@ -13,13 +13,17 @@ Stages in running order; b batch rows, h heads, n query tokens, m key tokens, d 
     branch(o, q, site, ctx) -> o            b h n d  adds what the same queries find elsewhere
     output(o, site, ctx) -> o               b h n d  before to_out
     restore(y, site, ctx) -> y              b n c    after to_out, before the residual
+    block(x, site, ctx) -> x                b n c    what the block around the site puts out
 
 Ops of one site run in the order in which they were installed, but `restore`, which undoes `tokens`,
 runs in the reverse order. An op with `scores` or `probs` costs its sites the fused kernel; with a
 method `gate(q, site, ctx) -> bool` it pays only where that returns True. An op that trains is an
 `nn.Module`; it is registered under its site as `name`. A stage counts only if the op's class
 defines it as a method: a submodule called `mask` is none. A kernel that has no place for a mask
-says so with `masks = False`. `owner` is the method an op belongs to, for refusals that name both.
+says so with `masks = False`; one that needs a key for each query with `more_keys = False`, and an
+op whose `kv` gives more with `appends = True`; a kernel that may stand for attention other than
+softmax attention, as it is trained to, with `swaps = True`. `owner` is the method an op belongs to,
+for refusals that name both.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ STAGES = (
     "branch",
     "output",
     "restore",
+    "block",
 )
 
 
@@ -74,8 +79,15 @@ def refuse_conflicts(ops: tuple[Op, ...], site: Site) -> None:
             )
     table = by_stage(ops)
     if not table["kernel"]:
+        if site.linear:
+            _refuse_on_linear(table, site)
         return
     first, *others = table["kernel"]
+    if site.linear and not getattr(first, "swaps", False):
+        raise ValueError(
+            f"{_who(first)} computes softmax attention, and that of {site.name!r} is linear, as "
+            "its model was trained; choose other sites, as in sites=cross"
+        )
     if others:
         raise ValueError(
             f"{_who(first)} and {_who(others[0])} both replace the kernel of {site.name!r}; "
@@ -86,6 +98,12 @@ def refuse_conflicts(ops: tuple[Op, ...], site: Site) -> None:
             f"{_who(op)} asks for scores or probabilities of {site.name!r}, where the kernel of "
             f"{_who(first)} computes none; choose other sites for one of them"
         )
+    for op in table["kv"]:
+        if getattr(op, "appends", False) and not getattr(first, "more_keys", True):
+            raise ValueError(
+                f"{_who(op)} gives {site.name!r} further keys, and the kernel of {_who(first)} "
+                "needs one for each query; choose other sites for one of them"
+            )
     if getattr(first, "masks", True):
         return
     for op in table["mask"]:
@@ -93,6 +111,15 @@ def refuse_conflicts(ops: tuple[Op, ...], site: Site) -> None:
             f"{_who(op)} has a mask for {site.name!r}, where the kernel of {_who(first)} has no "
             "place for one; choose other sites for one of them"
         )
+
+
+def _refuse_on_linear(table: dict[str, tuple[Any, ...]], site: Site) -> None:
+    for stage, what in (("mask", "a mask"), ("scores", "scores"), ("probs", "probabilities")):
+        for op in table[stage]:
+            raise ValueError(
+                f"{_who(op)} needs {what} at {site.name!r}, whose attention is linear, as its "
+                "model was trained, and has none; choose other sites, as in sites=cross"
+            )
 
 
 def refuse_mask(mask: Tensor | None, op: Op, site: Site) -> None:

@@ -6,18 +6,27 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    SanaLinearAttnProcessor2_0,
+)
+from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import nn
 
 from trainer.attention.context import BoundCheckpoint, ContextHolder, bound, completed, current
 from trainer.attention.hosted import HostedProcessor
-from trainer.attention.op import Op, refuse_conflicts
+from trainer.attention.insert import insertions
+from trainer.attention.motion import Guide, Start
+from trainer.attention.op import Op, has_stage, refuse_conflicts
 from trainer.attention.sites import Site, scan
 
 __all__ = ["Host", "HostedProcessor", "Op"]
 
 _HOST = "_attention_host"
 _CHECKPOINT = "_gradient_checkpointing_func"  # where diffusers keeps it on every block
+# what a layer may have around its projections, and Sana's processors leave out
+_AROUND = ("spatial_norm", "group_norm", "norm_cross")
 
 
 class Host:
@@ -33,6 +42,9 @@ class Host:
         self.sites: list[Site] = []
         self.processors: dict[str, HostedProcessor] = {}
         self.unproven = False
+        # of a clip's latents, by a method that has something to do with them; see `motion.py`
+        self.start: Start | None = None
+        self.guide: Guide | None = None
         self.parameters = list(inspect.signature(denoiser.forward).parameters)
         self.handles = [
             denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -61,8 +73,10 @@ class Host:
         for processor in hosted:
             _refuse_name(op, processor)
             refuse_conflicts((*processor.ops, op), processor.site)
+            if has_stage(op, "block"):
+                self._block(processor.site, op)
         for processor in hosted:
-            processor.set_ops((*processor.ops, op))
+            self._set_ops(processor, (*processor.ops, op))
             if isinstance(op, nn.Module):
                 processor.site.module.add_module(op.name, op)
         self.unproven = True
@@ -73,12 +87,13 @@ class Host:
         if not hosted:
             raise ValueError(f"op {op.name!r} is installed on no site of this denoiser")
         for processor in hosted:
-            processor.set_ops(tuple(o for o in processor.ops if o is not op))
+            self._set_ops(processor, tuple(o for o in processor.ops if o is not op))
             if isinstance(op, nn.Module):
                 delattr(processor.site.module, op.name)
 
     def detach(self) -> None:
-        """Removes all ops and hooks and puts back the processors that were there before."""
+        """Removes all ops and hooks and puts back the processors that were there before. What is
+        inserted stays, and takes every batch for images until there is a host again."""
         for op in {id(op): op for p in self.processors.values() for op in p.ops}.values():
             self.remove(op)
         for processor in self.processors.values():
@@ -89,6 +104,8 @@ class Host:
             function = module.__dict__.get(_CHECKPOINT)
             if isinstance(function, BoundCheckpoint):
                 module.__dict__[_CHECKPOINT] = function.inner
+        for inserted in insertions(self.denoiser):
+            inserted.holder = ContextHolder()
         for handle in self.handles:
             handle.remove()
         del self.denoiser.__dict__[_HOST]
@@ -101,20 +118,43 @@ class Host:
             processor = known.get(site.name)
             if isinstance(module.processor, HostedProcessor):
                 processor = module.processor
-            elif type(module.processor) not in (AttnProcessor, AttnProcessor2_0):
+            elif not _hostable(module):
                 continue
             elif processor is None or processor.site.module is not module:
                 processor = HostedProcessor(site, self.holder, module.processor)
             # a block copied from elsewhere in the model brings its processor along: adopt that
             processor.site, processor.holder = site, self.holder
             module.set_processor(processor)
+            self._set_ops(processor, processor.ops)
             self.processors[site.name] = processor
+        for inserted in insertions(self.denoiser):
+            inserted.holder = self.holder
         # a site that lost its processor stays listed while it has ops: reported as never reached
         self.processors |= {n: p for n, p in known.items() if p.ops and n not in self.processors}
         self.unproven = any(p.ops for p in self.processors.values())
         self.checkpointing = [
             m for m in self.denoiser.modules() if hasattr(m, "gradient_checkpointing")
         ]
+
+    def _set_ops(self, processor: HostedProcessor, ops: tuple[Op, ...]) -> None:
+        """Sets them, and hooks the block around the site while one of them needs it."""
+        if processor.hook is not None:
+            processor.hook.remove()
+            processor.hook = None
+        processor.set_ops(ops)
+        if after := processor.stages["block"]:
+            block = self._block(processor.site, after[0])
+            processor.hook = block.register_forward_hook(processor.after_block)
+
+    def _block(self, site: Site, op: Op) -> nn.Module:
+        """The module that runs the site: its parent, if that is no mere list."""
+        block = self.denoiser.get_submodule(site.name.rpartition(".")[0])
+        if block is self.denoiser or type(block).forward is nn.Module.forward:
+            raise ValueError(
+                f"op {op.name!r} acts after the block around a site, and {site.name!r} stands in "
+                "none; choose sites inside transformer blocks"
+            )
+        return block
 
     def _hosted(self, site: Site) -> HostedProcessor:
         processor = self.processors.get(site.name)
@@ -143,7 +183,10 @@ class Host:
     def _after(self, module: nn.Module, args: object, output: object) -> None:
         if not self.unproven:
             return
-        missed = [p.site.name for p in self.processors.values() if p.ops and not p.reached]
+        unseen = [p.site for p in self.processors.values() if p.ops and not p.reached]
+        # images have no time: layers that look through it may be passed by
+        still = self.holder.ctx.frames == 1
+        missed = [site.name for site in unseen if not (still and site.kind == "temporal")]
         if missed:
             raise RuntimeError(
                 "attention ops are installed on sites that the forward of "
@@ -151,7 +194,20 @@ class Host:
                 "skips them, then choose other sites, or their processors were replaced after "
                 "Host.attach (set_attn_processor, xformers, fused projections), then attach last"
             )
-        self.unproven = False
+        self.unproven = bool(unseen)
+
+
+def _hostable(module: Any) -> bool:
+    """Whether `HostedProcessor` does to the bit what the layer's own processor does."""
+    own = type(module.processor)
+    if own in (AttnProcessor, AttnProcessor2_0):
+        return True
+    return (
+        own in (SanaAttnProcessor2_0, SanaLinearAttnProcessor2_0)
+        and all(getattr(module, name) is None for name in _AROUND)
+        and not module.residual_connection
+        and (own is SanaAttnProcessor2_0 or module.rescale_output_factor == 1)
+    )
 
 
 def _refuse_name(op: Op, processor: HostedProcessor) -> None:

@@ -31,6 +31,8 @@ class GatedLinear(nn.Module):
 
     name = owner = "gated_linear"
     masks = False
+    more_keys = False
+    swaps = True
 
     def __init__(self, site: Site, orders: Sequence[str], rank: int = 16, tau: float = 16) -> None:
         super().__init__()

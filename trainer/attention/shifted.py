@@ -31,6 +31,7 @@ class ShiftedSparse(nn.Module):
 
     name = "shifted_sparse"
     owner = "longlora"
+    more_keys = False
 
     def __init__(self, group: float) -> None:
         super().__init__()

@@ -26,6 +26,9 @@ TEMPORAL_MARKS = ("motion_modules", "temp_attentions", "attn_temp", "transformer
 UNET_PLACES: dict[str, Place] = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
 # `transformer_in` of the video U-Nets runs before the first down block, hence "block" first
 FORWARD_ORDER: tuple[Place, ...] = ("block", "down", "mid", "up")
+# processors by which diffusers' layers say that they are not as all others
+LINEAR = "SanaLinearAttnProcessor2_0"
+NORMS_FIRST = (LINEAR, "SanaAttnProcessor2_0")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Site:
 
     `divisor` says how much coarser the token grid is than the latent (2: half the height and
     width), None where the model does not say. A temporal site has the divisor of the frames it
-    looks through.
+    looks through. linear: the model's own attention here is linear, not softmax; norms_first: it
+    norms q and k before it splits them into heads. Both as in Sana.
     """
 
     name: str
@@ -46,6 +50,8 @@ class Site:
     divisor: int | None
     heads: int
     head_dim: int
+    linear: bool = False
+    norms_first: bool = False
 
     @property
     def scale(self) -> float | None:
@@ -73,8 +79,8 @@ def scan(model: nn.Module) -> list[Site]:
     rank = _registration_order(model)
     names = sorted(found, key=lambda name: _forward_key(name, rank))
     last = max(len(names) - 1, 1)
-    divisors = _unet_divisors(model)
-    patch = _patch_size(model)
+    divisors = unet_divisors(model)
+    patch = patch_size(model)
     sites = []
     for index, name in enumerate(names):
         divisor = divisors.get(_unet_block(name), patch)
@@ -107,8 +113,24 @@ def require(sites: Sequence[Site], selector: str | Selector, who: str) -> list[S
 
 def _site(name: str, module: nn.Module, depth: float, divisor: int | None) -> Site:
     heads = cast(int, module.heads)
-    head_dim = cast(int, module.inner_dim) // heads
-    return Site(name, module, _kind(name, module), _place(name), depth, divisor, heads, head_dim)
+    return Site(
+        name=name,
+        module=module,
+        kind=_kind(name, module),
+        place=_place(name),
+        depth=depth,
+        divisor=divisor,
+        heads=heads,
+        head_dim=cast(int, module.inner_dim) // heads,
+        linear=_own_processor(module) == LINEAR,
+        norms_first=_own_processor(module) in NORMS_FIRST,
+    )
+
+
+def _own_processor(module: nn.Module) -> str:
+    """Class name of the processor a layer came with, hosted by now or not."""
+    processor = getattr(module, "processor", None)
+    return type(getattr(processor, "previous", processor)).__name__
 
 
 def _attentions(model: nn.Module) -> dict[str, nn.Module]:
@@ -147,7 +169,7 @@ def _refuse_joint(name: str, module: nn.Module) -> None:
 def _not_hosted(name: str, what: str) -> str:
     return (
         f"{what} at {name!r} is not hosted yet; choose a backbone with classic self and cross "
-        "attention: U-Nets, DiT, PixArt"
+        "attention: U-Nets, DiT, PixArt, Sana"
     )
 
 
@@ -167,8 +189,10 @@ def _unet_block(name: str) -> str:
     return f"{first}.{rest[0]}" if first in ("down_blocks", "up_blocks") and rest else first
 
 
-def _unet_divisors(model: nn.Module) -> dict[str, int]:
-    """A block's own down- or upsampler comes after its attention and counts for the next block."""
+def unet_divisors(model: nn.Module) -> dict[str, int]:
+    """How much coarser than the latent the grid of each block of a U-Net is; nothing for others.
+
+    A block's own down- or upsampler comes after its attention and counts for the next block."""
     divisors: dict[str, int] = {}
     if not (hasattr(model, "down_blocks") and hasattr(model, "up_blocks")):
         return divisors
@@ -184,7 +208,8 @@ def _unet_divisors(model: nn.Module) -> dict[str, int]:
     return divisors
 
 
-def _patch_size(model: nn.Module) -> int | None:
+def patch_size(model: nn.Module) -> int | None:
+    """Latents along an edge of a transformer's token."""
     patch = getattr(getattr(model, "config", None), "patch_size", None)
     return patch if isinstance(patch, int) else None
 

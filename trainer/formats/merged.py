@@ -38,7 +38,21 @@ def merge(backbone: Any) -> Any:
                 f"format=merged cannot carry {name} ({type(module).__name__}): a stock pipeline "
                 "has no place for it"
             )
+    _refuse_unwritten(backbone.denoiser)
     return backbone
+
+
+def _refuse_unwritten(denoiser: Any) -> None:
+    """A folder holds a network as its config, from which a layer more or less cannot be known."""
+    with torch.device("meta"):
+        stock = type(denoiser).from_config(dict(denoiser.config)).state_dict().keys()
+    if apart := sorted(stock ^ denoiser.state_dict().keys()):
+        have = "has" if apart[0] in stock else "lacks"
+        raise ValueError(
+            f"format=merged cannot carry this network: made again from its config it {have} "
+            f"{apart[0]}, {len(apart)} tensors in all; paint, or train on with run.start_from, "
+            "from the adapter, which says how it was made"
+        )
 
 
 def _from_pretrained(folder: Path, base: Any) -> Any:

@@ -7,9 +7,9 @@ compose or refuse.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +19,7 @@ from trainer.attention.model import TakenError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Parameter
 
     from trainer.attention.model import AttentionModel
 
@@ -36,7 +37,8 @@ class Edit:
     the run's steps that is done, from 0. prepare: called once before the first step of a new run
     with a function that runs a few training batches forward, for starts that look at the data.
     finish: called with the same function once after the last step, before the adapter is stored,
-    for what is kept about the data.
+    for what is kept about the data. report: what really ran at each site so far, by its name; asked
+    once, after the first training batch.
     """
 
     sites: tuple[str, ...] = ()
@@ -47,6 +49,17 @@ class Edit:
     schedule: Callable[[float], None] | None = None
     prepare: Callable[[Callable[[], None]], None] | None = None
     finish: Callable[[Callable[[], None]], None] | None = None
+    report: Callable[[], Mapping[str, Sequence[str]]] | None = None
+
+    def renamed(self, names: Mapping[str, str]) -> Edit:
+        """With new names of its tensors that a later method has moved, old name to new."""
+        own = {name: names.get(name, name) for name in (*self.trains, *self.keeps)}
+        return replace(
+            self,
+            claims=tuple((own.get(thing, thing), aspect) for thing, aspect in self.claims),
+            trains=tuple(own[name] for name in self.trains),
+            keeps=tuple(own[name] for name in self.keeps),
+        )
 
 
 class Method(BaseModel):
@@ -98,19 +111,24 @@ def find(name: str) -> type[Method]:
     return found
 
 
-def apply(model: AttentionModel, methods: Mapping[str, Method], seed: int = 0) -> Plan:
+def apply(
+    model: AttentionModel, methods: Mapping[str, Method], seed: int = 0, trains: bool = True
+) -> Plan:
     """Freezes the model, applies the methods in the order of `ORDER`, and marks what trains.
 
     What a method draws at random depends on `seed` and its own name, not on what came before it.
+    trains: False for a model that is used as it is, where nothing may be left to train.
 
     Raises:
-        ValueError: two methods claim one thing, a method matches nothing, or nothing trains.
+        ValueError: two methods claim one thing, a method matches nothing, or nothing trains, or
+        something does without `trains`.
     """
     from trainer.attention.nf4 import numel
 
     edits: dict[str, Edit] = {}
     owners: dict[tuple[str, str], str] = {}
     for name, method in sorted(methods.items(), key=lambda item: ORDER.index(item[1].kind)):
+        before = dict(model.named_parameters())
         try:
             with _seeded(seed, name):
                 edit = method.apply(model)
@@ -118,13 +136,23 @@ def apply(model: AttentionModel, methods: Mapping[str, Method], seed: int = 0) -
             raise ValueError(_both_claim(taken.owner, name, taken.aspect, taken.thing)) from taken
         except ValueError as error:
             raise ValueError(f"methods.{name}: {error}") from error
+        if moved := _moved(before, model):
+            edits = {other: earlier.renamed(moved) for other, earlier in edits.items()}
+            owners |= {claim: own for own, earlier in edits.items() for claim in earlier.claims}
         for thing, aspect in edit.claims:
             other = owners.setdefault((thing, aspect), name)
             if other != name:
                 raise ValueError(_both_claim(other, name, aspect, thing))
         edits[name] = edit
     trained = {parameter for edit in edits.values() for parameter in edit.trains}
-    if not trained:
+    if not trains:
+        for name, edit in edits.items():
+            if edit.trains:
+                raise ValueError(
+                    f"methods.{name} has weights to train, which nothing has trained; fit a recipe "
+                    "with it, and give what that made as adapter="
+                )
+    elif not trained:
         raise ValueError(
             f"nothing would train with methods {', '.join(edits)}; add one that trains weights"
         )
@@ -141,6 +169,14 @@ def apply(model: AttentionModel, methods: Mapping[str, Method], seed: int = 0) -
         names=tuple(sorted(trained)),
         keeps=tuple(sorted({kept for edit in edits.values() for kept in edit.keeps})),
     )
+
+
+def _moved(before: Mapping[str, Parameter], model: AttentionModel) -> dict[str, str]:
+    """Old name to new of the parameters that have another name now: an adapter put a layer of its
+    own around theirs."""
+    after = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = ((old, after.get(id(parameter), old)) for old, parameter in before.items())
+    return {old: new for old, new in names if old != new}
 
 
 def _both_claim(first: str, second: str, aspect: str, thing: str) -> str:

@@ -109,12 +109,14 @@ class LowRank(Targeted):
         """A peft `LoraConfig` for targets of one part."""
         from peft import LoraConfig
 
+        from trainer.attention.inject import exactly
+
         default = self.rank if self.alpha is None else self.alpha
         return LoraConfig(
             r=self.rank,
             lora_alpha=default,  # type: ignore[arg-type]  # any number does
             lora_dropout=self.dropout,
-            target_modules=[target.name for target in targets],
+            target_modules=exactly(targets),
             rank_pattern=_exceptions(targets, self.rank_of, self.rank),
             alpha_pattern=_exceptions(targets, self.alpha_of, default),
             use_rslora=self.rslora,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from trainer.attention.selector import parse_selector
 
@@ -16,6 +16,16 @@ def _parses(text: str) -> str:
 
 # names attention sites, as in `cross & up`; the grammar is that of `trainer/attention/selector.py`
 SiteSelector = Annotated[str, AfterValidator(_parses)]
+
+
+def _odd(size: int) -> int:
+    if size and size % 2 == 0:
+        raise ValueError("a convolution keeps the grid with an odd size, as in 3; 0 is none")
+    return size
+
+
+# of a convolution over a token grid
+OddSize = Annotated[int, Field(ge=0), AfterValidator(_odd)]
 
 
 def check_task(task: int, num_tasks: int) -> None:

@@ -29,8 +29,14 @@ class Swap(Method):
     distill: float = Field(0.0, ge=0)
     distill_until: float = Field(1.0, gt=0, le=1)
 
-    def swap(self, model: AttentionModel, op_of: Callable[[int, Site], Any]) -> Edit:
-        """Puts `op_of(index, site)`, a kernel op, on every site."""
+    def swap(
+        self,
+        model: AttentionModel,
+        op_of: Callable[[int, Site], Any],
+        beside: Callable[[int, Site], Any] | None = None,
+    ) -> Edit:
+        """Puts `op_of(index, site)`, a kernel op, on every site, and with it what `beside` makes,
+        an op of another stage."""
         from torch import nn
 
         from trainer.attention.distilled import Distillation, Original
@@ -40,11 +46,11 @@ class Swap(Method):
         distillation = Distillation(self.distill, self.distill_until) if self.distill else None
         trains: list[str] = []
         for index, site in enumerate(sites):
-            op = op_of(index, site)
-            model.host.install(op, [site])
-            if isinstance(op, nn.Module):
-                path = f"{model.denoiser_name}.{site.name}.{op.name}"
-                trains += [f"{path}.{name}" for name, _ in op.named_parameters()]
+            for op in [op_of(index, site), *([beside(index, site)] if beside else ())]:
+                model.host.install(op, [site])
+                if isinstance(op, nn.Module):
+                    path = f"{model.denoiser_name}.{site.name}.{op.name}"
+                    trains += [f"{path}.{name}" for name, _ in op.named_parameters()]
             if distillation is not None:
                 model.host.install(Original(site, distillation), [site])
         return Edit(

@@ -469,6 +469,7 @@ class FlashMask:
     """
 
     name = owner = "flashmask"
+    more_keys = False
 
     def __init__(self, make: Callable[[int, int], MaskSpec], backend: str | None = None) -> None:
         self.make, self.backend = make, backend

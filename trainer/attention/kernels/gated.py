@@ -16,6 +16,7 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from trainer.attention.kernels.linear import at_least_float32
 
@@ -78,7 +79,8 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float | None = No
 def chunk_size(g: Tensor) -> int:
     """`CHUNK`, or less for fewer tokens, or where half a chunk of the strongest gate there is would
     lose digits; not below `LEAST`."""
-    strongest = -float(g.detach().amin())
+    # a fake tensor, on which a plan counts memory, has no values
+    strongest = 0.0 if isinstance(g, FakeTensor) else -float(g.detach().amin())
     chunk = LEAST
     while chunk < min(CHUNK, g.shape[-2]) and strongest * chunk <= SAFE:
         chunk *= 2

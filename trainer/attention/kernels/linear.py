@@ -49,6 +49,19 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, features: Features, scale: float) -
     return o.clamp(-65504, 65504).half() if v.dtype == torch.float16 else o.to(v.dtype)
 
 
+def sana_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`linear_attention` with `relu`, o (b, h, n, d) in the dtype of v, to the bit as diffusers has
+    it in a Sana: channels before tokens, and the sum of the features as that of one more value.
+
+    Under autocast its products are in the lower precision, as there.
+    """
+    phi_q, phi_k, v32 = (at_least_float32(x) for x in (F.relu(q), F.relu(k), v))
+    state = F.pad(v32.transpose(-2, -1), (0, 0, 0, 1), value=1.0) @ phi_k  # b h d+1 d
+    o = state @ phi_q.transpose(-2, -1)  # b h d+1 n
+    o = o[..., :-1, :] / (o[..., -1:, :] + EPS)
+    return o.transpose(-2, -1).to(v.dtype)
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

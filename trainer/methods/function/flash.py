@@ -2,11 +2,13 @@
 
 FlashAttention-2, Dao, arXiv 2307.08691, as PyTorch has it. Without this method PyTorch chooses
 anyway, but falls back to plain matrix products in silence; here that is an error, and what ran at
-each site is logged (`trainer.attention.kernels.flash`, level INFO) and kept by the op.
+each site is printed after the first batch and kept in the run's plan.json. What later tensors of
+another kind get is logged (`trainer.attention.kernels.flash`, level INFO).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from trainer.methods import Edit, Method
@@ -30,4 +32,5 @@ class Flash(Method):
         from trainer.attention.sites import require
 
         chosen = require(model.sites, self.sites, "sites")
-        return installed(model, Op(None if self.backend == "auto" else self.backend), chosen)
+        op = Op(None if self.backend == "auto" else self.backend)
+        return replace(installed(model, op, chosen), report=op.report)

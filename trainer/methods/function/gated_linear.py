@@ -5,8 +5,8 @@ forgets channel by channel.
     alpha_t = sigmoid(x_t W1 W2 + b)^(1 / tau),  o <- swish(x Wr) (.) RMSNorm(o)
 
 GLA, Yang et al., arXiv 2312.06635; led over images from four sides in turn as in DiG, Zhu et al.,
-arXiv 2405.18428, whose depthwise convolution after each block is not here. The site's own q, k and
-v stay; `selective` or `lora` trains them.
+arXiv 2405.18428, with its depthwise convolution after each block if asked for. The site's own q, k
+and v stay; `selective` or `lora` trains them, or `full` all of the denoiser.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from trainer.methods import Edit
+from trainer.methods.options import OddSize
 from trainer.methods.swap import Swap
 
 if TYPE_CHECKING:
@@ -27,16 +28,20 @@ class GatedLinear(Swap):
     """Options of `Swap`; rank: columns of W1; tau: the larger, the longer the memory.
 
     scans: over how many of the four directions a site takes the mean; with 1 and 2 the sites take
-    turns, one direction each, or rows and columns both ways.
+    turns, one direction each, or rows and columns both ways. convolution: size of a depthwise
+    convolution over the tokens after the block around each site, the identity at the start; 3 in
+    DiG, 0 for none.
     """
 
     rank: int = Field(16, gt=0)
     tau: float = Field(16.0, gt=0)
     scans: Literal[1, 2, 4] = 1
+    convolution: OddSize = 0
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention import scanned
         from trainer.attention.kernels.gated import ORDERS
+        from trainer.attention.local import BlockConvolution
 
         def op(index: int, site: Site) -> scanned.GatedLinear:
             first = index * self.scans % len(ORDERS)
@@ -44,4 +49,7 @@ class GatedLinear(Swap):
                 site, ORDERS[first : first + self.scans], self.rank, self.tau
             )
 
-        return self.swap(model, op)
+        def convolution(_: int, site: Site) -> BlockConvolution:
+            return BlockConvolution(site, self.convolution, "gated_linear")
+
+        return self.swap(model, op, convolution if self.convolution else None)

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from trainer.methods import Edit
+from trainer.methods.options import OddSize
 from trainer.methods.swap import Swap
 
 if TYPE_CHECKING:
@@ -31,14 +32,7 @@ class LinearAttention(Swap):
     features: Literal["relu", "elu", "focused", "cos", "efficient", "random"] = "relu"
     num_features: int = Field(64, gt=0)
     seed: int = Field(0, ge=0)
-    shortcut: int = Field(0, ge=0)
-
-    @field_validator("shortcut")
-    @classmethod
-    def _odd(cls, size: int) -> int:
-        if size and size % 2 == 0:
-            raise ValueError("a convolution keeps the grid with an odd size, as in 3; 0 is none")
-        return size
+    shortcut: OddSize = 0
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention import linear

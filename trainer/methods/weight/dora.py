@@ -6,12 +6,14 @@ base model. The norm is a constant to the gradient (section 4.3 of the paper), a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.methods import Edit
 from trainer.methods.lowrank import LowRank, edit_of
 
 if TYPE_CHECKING:
+    from trainer.attention.inject import Target
     from trainer.attention.model import AttentionModel
 
 
@@ -24,8 +26,23 @@ class Dora(LowRank):
         from trainer.attention.inject import inject
 
         targets = self.targets(model)
+        _refuse_nothing(model, targets)
         start = True if self.init == "default" else self.init
         trains = inject(
             model, targets, lambda t: self.config(t, init_lora_weights=start, use_dora=True), "dora"
         )
         return edit_of(targets, trains)
+
+
+def _refuse_nothing(model: AttentionModel, targets: Sequence[Target]) -> None:
+    """Raises ValueError where a row of W0 is zero: it has no direction."""
+    from trainer.attention.inject import base, layer_of
+    from trainer.attention.nf4 import unpacked
+
+    for target in targets:
+        weight: Any = unpacked(base(layer_of(model, target))).weight
+        if not weight.flatten(1).any(dim=1).all():
+            raise ValueError(
+                f"{target.path} holds rows of zeros, which have a length and no direction; leave "
+                "it out, as in projections=[q,k,v], or take methods.lora"
+            )

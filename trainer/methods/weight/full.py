@@ -1,6 +1,7 @@
 """Full training: every parameter of the denoiser, and of the text encoders if asked.
 
 theta <- theta - lr * grad, for all theta: the upper line every smaller method is held against.
+What another method has put into the sites, or inserted and trains, trains as that method says.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ class Full(Method):
         parts: list[str] = [model.denoiser_name] if self.denoiser else []
         if self.text_encoder:
             parts += list(model.text_encoders)
-        trains = [name for name, _ in model.named_parameters() if name.split(".")[0] in parts]
+        others = _of_others(model) if self.denoiser else set()
+        trains = [
+            name
+            for name, parameter in model.named_parameters()
+            if name.split(".")[0] in parts and id(parameter) not in others
+        ]
         if not trains:
             raise ValueError(
                 "denoiser and text_encoder are both false, so it trains nothing; set one to true"
@@ -34,3 +40,15 @@ class Full(Method):
             claims=tuple((name, "weight") for name in trains),
             trains=tuple(trains),
         )
+
+
+def _of_others(model: AttentionModel) -> set[int]:
+    """The parameters of ops at the sites, and of inserted blocks that train already."""
+    from torch import nn
+
+    from trainer.attention.insert import insertions
+
+    ops = [op for processor in model.host.processors.values() for op in processor.ops]
+    modules: list[nn.Module] = [op for op in ops if isinstance(op, nn.Module)]
+    modules += [found.block for found in insertions(model.denoiser) if found.trains]
+    return {id(parameter) for module in modules for parameter in module.parameters()}

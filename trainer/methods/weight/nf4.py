@@ -28,7 +28,8 @@ class Nf4(Method):
     """min_size: layers with fewer weights stay as they are; skip: globs over names of layers that
     stay; compute: what the layers calculate in, bf16 with run.precision=bf16.
 
-    Only linear layers are packed, never convolutions, embeddings or norms.
+    Only linear layers are packed, never convolutions, embeddings or norms, nor a layer that another
+    method has inserted and trains.
     """
 
     kind: ClassVar[Literal["storage"]] = "storage"
@@ -67,7 +68,15 @@ class Nf4(Method):
         """
         from torch import nn
 
-        linear = {n: layer for n, layer in denoiser.named_modules() if type(layer) is nn.Linear}
+        from trainer.attention.insert import trained_inside
+        from trainer.attention.nf4 import inside_ops
+
+        training = trained_inside(denoiser) | inside_ops(denoiser)
+        linear = {
+            name: layer
+            for name, layer in denoiser.named_modules()
+            if type(layer) is nn.Linear and id(layer) not in training
+        }
         for pattern in self.skip:
             if pattern not in KEPT and not any(fnmatchcase(name, pattern) for name in linear):
                 raise ValueError(

@@ -120,6 +120,8 @@ class PeftAdapter(Targeted):
 
         import peft
 
+        from trainer.attention.inject import exactly
+
         name, defaults = TYPES[self.type]
         cls = getattr(peft, name)
         general = {field.name for field in dataclasses.fields(peft.PeftConfig)}
@@ -134,9 +136,7 @@ class PeftAdapter(Targeted):
             for key, value in self.options.items()
             if value is not None  # options.r=null removes it
         }
-        return lambda targets: cls(
-            target_modules=[target.name for target in targets], **(defaults | checked)
-        )
+        return lambda targets: cls(target_modules=exactly(targets), **(defaults | checked))
 
 
 def _checked(key: str, value: Any, hints: Mapping[str, Any], known: Iterable[str]) -> Any:

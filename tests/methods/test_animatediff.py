@@ -1,0 +1,204 @@
+"""AnimateDiff: diffusers' own motion U-Net on the same weights, its MotionAdapter's parameters, the
+paper's three stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer import methods
+from trainer.attention.context import StepContext, use
+from trainer.attention.nf4 import is_packed
+from trainer.attention.processor import Host
+from trainer.methods.feature.animatediff import AnimateDiff
+from trainer.recipe import methods_of
+from trainer.schema import RecipeError
+
+
+class Bare:
+    """A denoiser as methods see it, with nothing around it."""
+
+    denoiser_name = "unet"
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.denoiser = denoiser
+
+    @property
+    def host(self) -> Host:
+        return Host.attach(self.denoiser)
+
+    @property
+    def sites(self) -> Any:
+        return self.host.sites
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.denoiser.named_parameters(prefix="unet")
+
+
+def motion_adapter(backbone: Any, heads: int = 2) -> Any:
+    """diffusers' container with our weights, found by name; every name of one is one of the
+    other's."""
+    from diffusers import MotionAdapter
+
+    config = backbone.unet.config
+    adapter = MotionAdapter(
+        block_out_channels=config.block_out_channels,
+        motion_layers_per_block=config.layers_per_block,
+        motion_num_attention_heads=heads,
+        motion_norm_num_groups=config.norm_num_groups,
+    )
+    state = {k: v for k, v in backbone.unet.state_dict().items() if "motion_modules" in k}
+    adapter.load_state_dict(state)
+    return adapter
+
+
+def predict(backbone: Any, frames: int) -> Tensor:
+    """Four rows: two clips of two frames, one of four, or four images."""
+    x_t = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(3))
+    condition = backbone.encode_prompts(["a fox moving left", "a fox", "a cat", ""])
+    t = torch.tensor(300)
+    with torch.no_grad(), use(StepContext(0, 1, t, frames)):
+        output: Tensor = backbone.predict(x_t, t.expand(4), condition)
+    return output
+
+
+def test_it_computes_what_diffusers_motion_unet_does(
+    tiny: Any, open_folder: Callable[[Path], Any], tiny_folder: Path, randomise: Any
+) -> None:
+    from diffusers import UNetMotionModel
+
+    plain = open_folder(tiny_folder)
+    plan = methods.apply(tiny, {"animatediff": AnimateDiff(heads=2)})
+    randomise(tiny, plan, 0.2)
+    reference: Any = UNetMotionModel.from_unet2d(plain.unet, motion_adapter(tiny)).eval()
+    x_t = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(3))
+    text = tiny.encode_prompts(["a fox moving left", "a fox", "a cat", ""])
+    for frames in (2, 4):
+        clips = x_t.unflatten(0, (-1, frames)).transpose(1, 2)  # b c f h w
+        with torch.no_grad():
+            wanted = reference(clips, 300, text["encoder_hidden_states"]).sample
+        own = predict(tiny, frames)
+        torch.testing.assert_close(own, wanted.transpose(1, 2).flatten(0, 1), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(own, predict(plain, frames), atol=1e-2)
+    assert torch.equal(predict(tiny, 1), predict(plain, 1))
+
+
+SD15: dict[str, Any] = {"cross_attention_dim": 768, "sample_size": 64}
+
+
+@pytest.mark.parametrize("mid", [True, False], ids=["v2", "v1"])
+def test_on_sd15_it_has_the_parameters_of_diffusers_motion_adapter(mid: bool) -> None:
+    from diffusers import MotionAdapter, UNet2DConditionModel
+
+    with torch.device("meta"):
+        model: Any = Bare(UNet2DConditionModel(**SD15))
+        wanted = MotionAdapter(use_motion_mid_block=mid)
+        edit = AnimateDiff(mid=mid).apply(model)
+    own = {
+        name.removeprefix("unet."): value.shape
+        for name, value in model.named_parameters()
+        if name in edit.trains
+    }
+    assert own == {name: value.shape for name, value in wanted.named_parameters()}
+    count = sum(shape.numel() for shape in own.values())
+    places = sum(32 * value.shape[-1] for name, value in wanted.named_buffers())
+    # 453.8 M and 417.7 M with the sines, which are counted where a file's values are
+    assert count == (453_209_280 if mid else 417_137_600)
+    assert count + places == (453_813_440 if mid else 417_700_800)
+    assert len(edit.sites) == 2 * (8 + 12 + mid)
+
+
+def test_a_transformer_has_a_module_after_every_block(dit: Any, randomise: Any) -> None:
+    base = predict(dit, 2)
+    plan = methods.apply(dit, {"animatediff": AnimateDiff(heads=2)})
+    assert torch.equal(predict(dit, 2), base)
+    randomise(dit, plan, 0.2)
+    blocks = dit.transformer.transformer_blocks
+    assert [len(block.motion_modules) for block in blocks] == [1, 1]
+    assert not torch.allclose(predict(dit, 2), base, atol=1e-2)
+    assert torch.equal(predict(dit, 1), base)
+
+
+def test_a_clip_longer_than_its_places_is_refused(tiny: Any) -> None:
+    methods.apply(tiny, {"animatediff": AnimateDiff(heads=2, max_frames=3)})
+    with pytest.raises(ValueError, match=r"methods\.animatediff has places for 3 frames, and this"):
+        predict(tiny, 4)
+
+
+def test_heads_that_do_not_divide_are_refused(tiny: Any) -> None:
+    with pytest.raises(ValueError, match=r"methods\.animatediff: heads=3 does not divide 16"):
+        methods.apply(tiny, {"animatediff": AnimateDiff(heads=3)})
+
+
+def test_layers_that_neither_train_nor_are_read_are_refused() -> None:
+    with pytest.raises(RecipeError, match="train=false without weights leaves layers that add"):
+        methods_of({"animatediff": {"train": False}})
+
+
+def test_motion_lora_trains_over_a_motion_adapter_in_4_bits(
+    tiny: Any,
+    open_folder: Callable[[Path], Any],
+    tiny_folder: Path,
+    tmp_path: Path,
+    randomise: Any,
+    train: Callable[..., list[float]],
+) -> None:
+    """The paper's last stage: the modules frozen, LoRA on their attention, read from the folder
+    that diffusers writes."""
+    source = open_folder(tiny_folder)
+    randomise(source, methods.apply(source, {"animatediff": AnimateDiff(heads=2)}), 0.2)
+    motion_adapter(source).save_pretrained(tmp_path)
+    tree = {
+        "animatediff": {"heads": 2, "train": False, "weights": str(tmp_path)},
+        "lora": {"sites": "temporal", "rank": 2, "layers": ["*motion_modules.?.proj_in"]},
+    }
+    plan = methods.apply(tiny, methods_of(tree))
+    assert torch.equal(predict(tiny, 2), predict(source, 2))
+    assert all("motion_modules" in name and ".lora." in name for name in plan.names)
+    assert len(plan.names) == 2 * (4 * 14 + 7)
+    before = {name: value.detach().clone() for name, value in tiny.named_parameters()}
+    train(tiny, plan, frames=2)
+    after = dict(tiny.named_parameters())
+    assert {name for name in before if not torch.equal(before[name], after[name])} == set(
+        plan.names
+    )
+    packed = open_folder(tiny_folder)
+    methods.apply(packed, methods_of(tree | {"nf4": {"min_size": 256}}))
+    layer = packed.unet.mid_block.motion_modules[0].transformer_blocks[0].attn1.to_q.base_layer
+    assert is_packed(layer)
+    torch.testing.assert_close(predict(packed, 2), predict(source, 2), rtol=0, atol=0.5)
+
+
+def test_weights_that_do_not_fit_are_refused(
+    tiny: Any, open_folder: Callable[[Path], Any], tiny_folder: Path, tmp_path: Path
+) -> None:
+    methods.apply(tiny, {"animatediff": AnimateDiff(heads=2)})
+    motion_adapter(tiny).save_pretrained(tmp_path)
+    unet = "down_blocks.0.motion_modules.0.norm.weight"
+    for options, says in (
+        ({"weights": str(tmp_path), "mid": False}, r"weights=.*: it holds mid_block\.motion_mod"),
+        ({"weights": str(tmp_path / "none")}, "no such file, nor a folder with adapter"),
+        ({"weights": __file__}, "not a safetensors file"),
+    ):
+        with pytest.raises(ValueError, match=rf"methods\.animatediff: .*{says}"):
+            methods.apply(
+                open_folder(tiny_folder), {"animatediff": AnimateDiff(heads=2, **options)}
+            )
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {unet: torch.zeros(3)}, tmp_path / "wide.safetensors")
+    del tensors[unet]
+    save_file(tensors, tmp_path / "short.safetensors")
+    for name, says in (("wide", r"norm\.weight is \(3,\) there"), ("short", r"it lacks .*, 1 ten")):
+        where = str(tmp_path / f"{name}.safetensors")
+        with pytest.raises(ValueError, match=says):
+            methods.apply(
+                open_folder(tiny_folder), {"animatediff": AnimateDiff(heads=2, weights=where)}
+            )

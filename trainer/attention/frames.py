@@ -1,0 +1,64 @@
+"""Self-attention of a clip's frame that reads keys and values of other frames: each frame is asked
+for, as if it were one picture with them, what they show.
+
+    o_i = softmax(q_i [k_a; k_b]^T / sqrt(d)) [v_a; v_b],    a, b: frames in the place of frame i
+
+`FRAMES` says which by name. first and previous together are the sparse-causal attention of
+Tune-A-Video (arXiv 2212.11565, equation 2), O(f n^2) for f frames of n tokens where attention
+between all tokens of all frames is O(f^2 n^2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from trainer.attention.context import StepContext
+    from trainer.attention.sites import Site
+
+FRAMES: dict[str, Callable[[int], int]] = {
+    "own": lambda i: i,
+    "first": lambda i: 0,
+    "previous": lambda i: max(i - 1, 0),
+}
+
+
+class FrameKeys:
+    """An op of a self-attention site: frame i gets the keys and values of the frames `reads` names,
+    one after another. A clip of one frame, an image, stays as it is to the bit.
+
+    Its own name is that of the method it belongs to, so that two of them are told apart.
+    """
+
+    def __init__(self, reads: Sequence[str], owner: str) -> None:
+        self.name = self.owner = owner
+        self.reads = tuple(reads)
+        self.appends = len(self.reads) > 1
+
+    def kv(
+        self, q: Tensor, k: Tensor, v: Tensor, site: Site, ctx: StepContext
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if ctx.frames == 1:
+            return q, k, v
+        if len(k) % ctx.frames:
+            raise ValueError(
+                f"methods.{self.owner} sees clips of {ctx.frames} frames, and a batch of {len(k)} "
+                "rows is no whole number of them; give every frame of a clip a row"
+            )
+        return q, gathered(k, ctx.frames, self.reads), gathered(v, ctx.frames, self.reads)
+
+
+def gathered(x: Tensor, frames: int, reads: Sequence[str]) -> Tensor:
+    """x (b f, h, n, d) of each frame to (b f, h, n * len(reads), d) of those it reads."""
+    clips = x.unflatten(0, (-1, frames))
+    parts = [clips[:, places(frames, name)] for name in reads]
+    return torch.cat(parts, dim=3).flatten(0, 1)
+
+
+def places(frames: int, name: str) -> list[int]:
+    """The frame that each of `frames` frames reads."""
+    return [FRAMES[name](i) for i in range(frames)]

@@ -1,0 +1,42 @@
+"""What the model's own layers do between their projections, without any op: softmax attention in
+most, in Sana's self-attention linear attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from trainer.attention.kernels import sdpa
+from trainer.attention.kernels.linear import sana_attention
+
+if TYPE_CHECKING:
+    from trainer.attention.sites import Site
+
+
+def split_heads(site: Site, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the projections give, (b, . , h * d), as normed heads (b, h, . , d)."""
+    attn: Any = site.module
+    if site.norms_first:
+        q, k = _normed(attn, q, k)
+    q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
+    if not site.norms_first:
+        q, k = _normed(attn, q, k)
+    return q, k, v
+
+
+def _normed(attn: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    q = q if attn.norm_q is None else attn.norm_q(q)
+    return q, k if attn.norm_k is None else attn.norm_k(k)
+
+
+def attend(site: Site, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """o (b, h, n, d) of q (b, h, n, d), k and v (b, h, m, d)."""
+    if not site.linear:
+        return sdpa(q, k, v, mask, site.scale)
+    if mask is not None:
+        raise ValueError(
+            f"attention at {site.name!r} is linear, as its model was trained, and has no place for "
+            "the mask it was called with; call it without one"
+        )
+    return sana_attention(q, k, v)

@@ -1,0 +1,52 @@
+"""AnimateDiff: a motion module after every block, trained on clips while the image model stays
+frozen.
+
+    x <- x + W_out block(W_in groupnorm(x)),  block: attention over frames twice, then feed-forward
+    attention(z) = W_o softmax(q k^T / sqrt(d)) v  of  layernorm(z) + sines of the frame's number
+
+Guo et al., ICLR 2024, arXiv 2307.04725, section 4.2 and the released code: after each ResNet and
+attention of the down and up blocks (the middle block too from version 2 on), W_out zero, so that
+training starts at the image model. An image never meets the modules, which can be taken out: it is
+painted by the image model.
+
+The paper's other two stages are LoRA: a domain adapter on spatial attention before (`lora` with
+`sites=all`), trained on stills, and MotionLoRA after (`lora` with `sites=temporal`, these modules
+with train=false). Its noise schedule is linear; here it stays the backbone's own. Parameters have
+the names and shapes of diffusers' MotionAdapter.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from trainer.methods import Edit
+from trainer.methods.temporal import Attending, item
+
+if TYPE_CHECKING:
+    from trainer.attention.model import AttentionModel
+
+NAME = "animatediff"
+
+
+class AnimateDiff(Attending):
+    """Options of `Attending`; max_frames: the longest clip there are places for; mid: also in the
+    middle block of a U-Net."""
+
+    max_frames: int = Field(32, gt=0)
+    mid: bool = True
+
+    def apply(self, model: AttentionModel) -> Edit:
+        from trainer.attention.places import blocks, norm_groups
+        from trainer.attention.temporal import MotionModule
+
+        items = []
+        for place in blocks(model.denoiser):
+            if place.parent == "mid_block" and not self.mid:
+                continue
+            groups = norm_groups(model.denoiser, place.width)
+            heads = self.check_heads(place.width)
+            module = MotionModule(place.width, heads, groups, self.max_frames, NAME)
+            items.append(item(place, "motion_modules", module))
+        return self.inserted(model, items, NAME)

@@ -1,0 +1,55 @@
+"""Gen-1: a convolution over frames after each spatial one, attention over frames after each spatial
+attention, and the structure of a source clip as one more input channel.
+
+    x <- conv1d(x), the identity at first;  x <- x + W_o attention(norm(x) + p_i), p_i learned
+    output = image + w_t (uncond - image) + w (cond - uncond)
+
+Esser et al., arXiv 2302.03011, sections 3.2 and 3.4. `image` is the network with the layers through
+time passed by, every frame an image of its own: w_t is `temporal_guidance` of the sampler. The
+paper takes an image for a clip of one frame and passes the layers by for it; here too.
+
+The paper's structure is depth, as MiDaS estimates it, made coarser up to 7 times at random in
+training. Here no depth network is at hand: the mean over the channels of the clip's own clean
+latent stands for it, and shows more than depth does, the less the higher `structure`. In sampling
+it is that of `source`; without one nothing is added. Content enters by the text alone: the paper
+trains cross-attention on CLIP image embeddings.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from trainer.methods import Edit
+from trainer.methods.temporal import Attending, item
+
+if TYPE_CHECKING:
+    from trainer.attention.model import AttentionModel
+
+NAME = "gen1"
+
+
+class Gen1(Attending):
+    """Options of `Attending`; kernel: frames a convolution sees; max_frames: the longest clip there
+    are places for; structure: how often the structure is halved at most, null for no structure."""
+
+    kernel: int = Field(3, gt=0)
+    max_frames: int = Field(32, gt=0)
+    structure: int | None = Field(2, ge=0)
+
+    def apply(self, model: AttentionModel) -> Edit:
+        from trainer.attention.places import attentions, convolutions, input_convolution
+        from trainer.attention.temporal import Structure, TemporalAttention, TemporalConv
+
+        items = []
+        if self.structure is not None:
+            place, first = input_convolution(model.denoiser)
+            items.append(item(place, "structure", Structure(first, self.structure), many=False))
+        for place in convolutions(model.denoiser):
+            items.append(item(place, "temporal_convs", TemporalConv(place.width, self.kernel)))
+        for place in attentions(model.denoiser):
+            heads = self.check_heads(place.width)
+            block = TemporalAttention(place.width, heads, NAME, "learned", self.max_frames)
+            items.append(item(place, "temporal", block))
+        return self.inserted(model, items, NAME)

@@ -1,0 +1,62 @@
+"""Imagen Video: attention over frames after the spatial attention of coarse grids, a convolution
+over frames where attention is too dear.
+
+    x <- x + W_o softmax(q k^T / sqrt(d) + bias(j - i)) v    on coarse grids, as in vdm
+    x <- conv1d(x)                                           on fine ones, the identity at first
+
+Ho et al., arXiv 2210.02303, section 2.2: the base model is vdm's, the super-resolution models have
+convolutions in the place of its temporal attention. In one network: `attention_from` parts the two.
+Of images the paper masks the attention, so that each attends to itself alone, and passes the
+convolution by; here so do clips of one frame. The paper predicts v (`objective.target=v`) with
+noise conditioning in a cascade of seven models; the cascade is not here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from trainer.methods import Edit
+from trainer.methods.temporal import Attending, item
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from trainer.attention.model import AttentionModel
+    from trainer.attention.places import Place
+    from trainer.attention.sites import Site
+    from trainer.attention.temporal import RelativeBias
+
+NAME = "imagen_video"
+
+
+class ImagenVideo(Attending):
+    """Options of `Attending`; attention_from: grids that many times coarser than the latent and
+    more have attention, finer ones the convolution; 1 is attention everywhere. kernel: frames a
+    convolution sees. reach: frames apart up to which distances are told apart."""
+
+    attention_from: int = Field(2, gt=0)
+    kernel: int = Field(3, gt=0)
+    reach: int = Field(32, gt=0)
+
+    def apply(self, model: AttentionModel) -> Edit:
+        from trainer.attention import temporal
+        from trainer.attention.places import attentions
+
+        items = []
+        for place in attentions(model.denoiser):
+            attends = self.attends(place)
+            block: nn.Module = temporal.TemporalConv(place.width, self.kernel)
+            if attends:
+                heads = self.check_heads(place.width)
+                block = temporal.TemporalAttention(place.width, heads, NAME)
+            items.append(item(place, "temporal", block, stills=attends))
+
+        def bias(site: Site) -> RelativeBias:
+            return temporal.RelativeBias(site.heads, self.reach, NAME)
+
+        return self.inserted(model, items, NAME, bias)
+
+    def attends(self, place: Place) -> bool:
+        return place.divisor is None or place.divisor >= self.attention_from

@@ -1,0 +1,51 @@
+"""Make-A-Video: pseudo-3D layers, a convolution over frames after each spatial one and attention
+over frames after each spatial attention; only these learn from clips.
+
+    ConvP3D(h) = Conv1D(Conv2D(h)),  Conv1D the identity at first
+    AttnP3D(h) = h' + W_o attention(h') over frames,  h' = Attn2D(h), W_o zero at first
+
+Singer et al., arXiv 2209.14792, section 3.2, equations 2 and 3, and section 3.3: frames a second
+are one more condition, embedded and added as the timestep is, zero at first here. Clips need no
+captions. The paper trains on no images after the layers are inserted and says nothing of them;
+here an image passes all of it by and stays the image model's.
+
+A transformer has no convolutions between its blocks and gets the attention and the frame rate
+alone; in a U-Net the convolutions of shortcuts and of resampling are left as they are. What is
+published does not say how the attention tells frames apart: here by sines of their number.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from trainer.methods import Edit
+from trainer.methods.temporal import Attending, frame_rate, item
+
+if TYPE_CHECKING:
+    from trainer.attention.model import AttentionModel
+
+NAME = "make_a_video"
+
+
+class MakeAVideo(Attending):
+    """Options of `Attending`; kernel: frames a convolution sees; max_frames: the longest clip there
+    are places for; fps: frames a second where nobody says."""
+
+    kernel: int = Field(3, gt=0)
+    max_frames: int = Field(32, gt=0)
+    fps: float = Field(8.0, gt=0)
+
+    def apply(self, model: AttentionModel) -> Edit:
+        from trainer.attention.places import attentions, convolutions
+        from trainer.attention.temporal import TemporalAttention, TemporalConv
+
+        items = [frame_rate(model, self.fps)]
+        for place in convolutions(model.denoiser):
+            items.append(item(place, "temporal_convs", TemporalConv(place.width, self.kernel)))
+        for place in attentions(model.denoiser):
+            heads = self.check_heads(place.width)
+            block = TemporalAttention(place.width, heads, NAME, "sines", self.max_frames)
+            items.append(item(place, "temporal", block))
+        return self.inserted(model, items, NAME)

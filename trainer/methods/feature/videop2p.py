@@ -1,0 +1,25 @@
+"""Video-P2P: Tune-A-Video whose frames read the first frame alone, so that what is edited there is
+edited in all.
+
+    o_i = softmax(q_i k_0^T / sqrt(d)) v_0    in self-attention, frame i
+
+Liu et al., arXiv 2303.04761, section 3.1: the model that its editing is built on. Beside it train
+the queries, as in `tune_a_video`: `selective` with `sites=all projections=[q]`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trainer.methods import Edit
+from trainer.methods.aligned import Inflated
+
+if TYPE_CHECKING:
+    from trainer.attention.model import AttentionModel
+
+
+class VideoP2P(Inflated):
+    """Options of `Inflated`."""
+
+    def apply(self, model: AttentionModel) -> Edit:
+        return self.inflated(model, ("first",), "videop2p")

@@ -1,0 +1,114 @@
+"""What all methods that insert layers through time into a model of images have in common: who
+trains them, and where trained ones come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from trainer.methods import Edit, Method
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from trainer.attention.insert import Item
+    from trainer.attention.model import AttentionModel
+    from trainer.attention.places import Place
+    from trainer.attention.sites import Site
+
+
+class Temporal(Method):
+    """train: whether the inserted layers train; weights: where trained ones are read from, a run
+    folder or adapter of ours or the folder of a diffusers MotionAdapter; null starts new ones,
+    which add nothing at first.
+
+    With train=false they stay as in `weights`, which an adapter then names and does not hold:
+    another method trains beside or inside them, as LoRA on `sites=temporal` does, and `nf4` stores
+    them in 4 bits. Layers that train keep their precision.
+    """
+
+    kind: ClassVar[Literal["structure"]] = "structure"
+    train: bool = True
+    weights: str | None = None
+
+    @model_validator(mode="after")
+    def _learns_somewhere(self) -> Temporal:
+        if not self.train and self.weights is None:
+            raise ValueError(
+                "train=false without weights leaves layers that add nothing; name trained ones, as "
+                "in weights=runs/animatediff/mine"
+            )
+        return self
+
+    def inserted(
+        self,
+        model: AttentionModel,
+        items: Sequence[Item],
+        owner: str,
+        op_of: Callable[[Site], Any] | None = None,
+    ) -> Edit:
+        """Inserts the blocks, puts `op_of(site)` on every attention inside them, and reads the
+        weights."""
+        from torch import nn
+
+        from trainer.attention.insert import ASPECT, insert, read_weights
+
+        sites = insert(model, items, owner, self.train)
+        if op_of is not None:
+            for site in model.sites:
+                if site.name in sites:
+                    op = op_of(site)
+                    if isinstance(op, nn.Module):
+                        op.to(site.projection("q").weight)
+                    model.host.install(op, [site])
+        paths = [item.path for item in items]
+        if self.weights is not None:
+            read_weights(model, paths, self.weights)
+        part = model.denoiser_name
+        inside = tuple(f"{part}.{path}." for path in paths)
+        names = [name for name, _ in model.named_parameters() if name.startswith(inside)]
+        trains = tuple(names) if self.train else ()
+        return Edit(
+            sites=tuple(sites),
+            claims=(
+                *((f"{part}.{item.after}", ASPECT) for item in items),
+                *((name, "weight") for name in trains),
+            ),
+            trains=trains,
+        )
+
+
+class Attending(Temporal):
+    """Options of `Temporal`; heads: of the attention over frames."""
+
+    heads: int = Field(8, gt=0)
+
+    def check_heads(self, width: int) -> int:
+        """`heads`; ValueError where they do not divide a width."""
+        if width % self.heads:
+            raise ValueError(
+                f"heads={self.heads} does not divide {width}, the width of a block; give a divisor"
+            )
+        return self.heads
+
+
+def item(
+    place: Place, name: str, block: nn.Module, stills: bool = False, many: bool = True
+) -> Item:
+    """`block` after a place, under the module around it as `name`, or as one of a list of that name
+    where several places may be in that module."""
+    from trainer.attention.insert import Item
+
+    path = ".".join(filter(None, (place.parent, name, str(place.index) if many else "")))
+    return Item(place.after, path, block, stills, checkpoint=not place.reruns)
+
+
+def frame_rate(model: AttentionModel, default: float) -> Item:
+    """The embedding of frames a second, added to that of the timestep."""
+    from trainer.attention.places import time_embedding
+    from trainer.attention.temporal import FrameRate
+
+    place = time_embedding(model.denoiser)
+    return item(place, "frame_rate", FrameRate(place.width, default), many=False)
