@@ -181,6 +181,22 @@ def test_an_op_that_only_trains_is_left_out(tiny: Any) -> None:
     assert not any(processor.ops for processor in tiny.host.processors.values())
 
 
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "merged"])
+def test_layers_that_look_through_time_are_not_left_out_unsaid(
+    form: str, tiny: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """A file is proven by pictures, which such layers let pass."""
+    chosen: dict[str, Any] = {"animatediff": {}, "lora": {"sites": "cross", "rank": 2}}
+    plan = methods.apply(tiny, methods_of(chosen))
+    parameters = dict(tiny.named_parameters())
+    path = tmp_path / "adapter.safetensors"
+    tree = {"backbone": str(tiny_folder), "methods": chosen}
+    adapter.save(path, {name: parameters[name] for name in plan.names}, tree, tiny.identity())
+    with pytest.raises(ValueError, match=f"format={form} cannot carry the .* through time"):
+        export(path, tmp_path / "out", form)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_op_that_acts_at_inference_is_named(
     tiny_folder: Path, open_folder: Callable[[Path], Any]
 ) -> None:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trainer import adapter, backbones, formats, recipe
+from trainer.attention.insert import insertions
 from trainer.attention.processor import Host
 from trainer.formats._apply import add_to
 from trainer.formats._factor import truncated
@@ -62,6 +63,7 @@ def export(
         say(f"proven on the base as methods.{storage[0]} stores it; stored otherwise it rounds so")
     probe = Probe(live, _words(live))
     wanted = probe(live)
+    _refuse_inserted(live, form)
     _refuse_ops(live, form, probe, wanted)
     job = Job(live, fresh, stored, out.name)
     if rank is not None:
@@ -102,6 +104,15 @@ def _words(model: Any) -> list[str]:
         old = getattr(table, "table", table).num_embeddings
         return list(model.tokenizers[part].convert_ids_to_tokens(range(old, table.num_embeddings)))
     return []
+
+
+def _refuse_inserted(live: Any, form: str) -> None:
+    """Layers that look through time: the proof paints images, and would not miss them."""
+    if blocks := [type(found.block).__name__ for found in insertions(live.denoiser)]:
+        raise ValueError(
+            f"format={form} cannot carry the {len(blocks)} layers that look through time "
+            f"({blocks[0]}); paint with `python -m trainer sample adapter=... frames=...`"
+        )
 
 
 def _refuse_ops(live: Any, form: str, probe: Probe, wanted: Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from trainer import checkpoint, recipe
+from trainer.exits import DAMAGED, LeaveError
 from trainer.fit import fit
 
 pytestmark = pytest.mark.faults
@@ -128,6 +128,7 @@ def test_no_code_in_a_checkpoint_is_run(folder: Path, whole: Path, tmp_path: Pat
     manifest["files"]["state.pt"] = checkpoint._sync(place / "state.pt")
     sealed = {**manifest, "sha256": checkpoint._seal(manifest)}
     (place / "manifest.json").write_text(json.dumps(sealed))
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(LeaveError, match="holds more than tensors and plain values") as refused:
         checkpoint.read(checkpoint.verified(place))
+    assert refused.value.code == DAMAGED
     assert not (tmp_path / "opened").exists()

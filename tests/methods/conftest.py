@@ -77,8 +77,8 @@ def save() -> Callable[..., dict[str, Tensor]]:
 @pytest.fixture(scope="session")
 def same_as_peft(predict: Callable[[Any], Tensor]) -> Callable[..., None]:
     """`same_as_peft(backbone, plan, name, plain, config)`: the adapter called `name` does what
-    `get_peft_model` with that configuration does on a plain copy: output and gradients bit for
-    bit."""
+    `get_peft_model` with that configuration does on a plain copy: output and gradients but for
+    the rounding of sums taken in another order."""
 
     def check(backbone: Any, plan: Plan, name: str, plain: Any, config: Any) -> None:
         from peft import get_peft_model
@@ -95,11 +95,14 @@ def same_as_peft(predict: Callable[[Any], Tensor]) -> Callable[..., None]:
             for key, parameter in others.items():
                 parameter.copy_(parameters[key])
         own, wanted = predict(backbone), predict(plain)
-        assert torch.equal(own, wanted)
+        same(own, wanted, "output")
         own.square().sum().backward()
         wanted.square().sum().backward()
         for key, parameter in others.items():
             assert parameter.grad is not None
-            assert torch.equal(parameters[key].grad, parameter.grad), key
+            same(parameters[key].grad, parameter.grad, key)
+
+    def same(own: Tensor, wanted: Tensor, what: str) -> None:
+        assert float((own - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max()), what
 
     return check

@@ -171,7 +171,11 @@ def test_motion_lora_trains_over_a_motion_adapter_in_4_bits(
     methods.apply(packed, methods_of(tree | {"nf4": {"min_size": 256}}))
     layer = packed.unet.mid_block.motion_modules[0].transformer_blocks[0].attn1.to_q.base_layer
     assert is_packed(layer)
-    torch.testing.assert_close(predict(packed, 2), predict(source, 2), rtol=0, atol=0.5)
+    wanted = predict(source, 2)
+    rounded, without = (predict(model, 2) - wanted for model in (packed, open_folder(tiny_folder)))
+    assert float(rounded.norm()) < 0.5 * float(
+        without.norm()
+    )  # rounded, and its motion still there
 
 
 def test_weights_that_do_not_fit_are_refused(
