@@ -245,7 +245,18 @@ def header(name: str, kind: bytes = tarfile.REGTYPE, target: str = "", **pax: st
         (header("b.png", path="../b.png"), "an absolute or upward name"),
         (header("b.png", **{"GNU.sparse.size": str(2**40)}), "a link or a special file|bytes, the"),
     ],
-    ids=str,
+    ids=[
+        "symlink",
+        "hard link",
+        "device",
+        "up",
+        "absolute",
+        "backslash",
+        "control",
+        "size",
+        "renamed",
+        "sparse",
+    ],  # fmt: skip
 )
 def test_members_of_a_tar(member: Any, says: str, tmp_path: Path) -> None:
     inside = tmp_path / "in" / "deep"
