@@ -256,7 +256,7 @@ def header(name: str, kind: bytes = tarfile.REGTYPE, target: str = "", **pax: st
         "size",
         "renamed",
         "sparse",
-    ],  # fmt: skip
+    ],
 )
 def test_members_of_a_tar(member: Any, says: str, tmp_path: Path) -> None:
     inside = tmp_path / "in" / "deep"
