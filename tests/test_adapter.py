@@ -236,7 +236,7 @@ def test_a_full_disk_leaves_the_old_adapter(saved: tuple[Path, dict[str, Tensor]
     run = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=False
     )
-    assert run.returncode == 1
+    assert run.returncode == 74
     assert run.stderr.startswith("error: ")
     assert "the adapter was not written" in run.stderr and str(path) in run.stderr
     assert "Traceback" not in run.stderr
