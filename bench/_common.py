@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def chosen_of(text: str, known: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The words of `--only a,b`, all of the known ones without any; an unknown one is an error."""
+    chosen = [word for word in text.split(",") if word]
+    if unknown := sorted(set(chosen) - set(known)):
+        parser.error(f"there is no {', '.join(unknown)}; there are: {', '.join(known)}")
+    return chosen or list(known)
 
 
 class Bars:

@@ -27,7 +27,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from _common import Bars, command
+from _common import Bars, chosen_of, command
 from _networks import SD15, Network
 from _runs import PLAIN
 from attention_kernels import Clock, interleaved
@@ -287,13 +287,6 @@ PARTS: dict[str, Callable[[Job], None]] = {
     "swap": swap,
     "tuned": tuned,
 }
-
-
-def chosen_of(text: str, known: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
-    chosen = [word for word in text.split(",") if word]
-    if unknown := sorted(set(chosen) - set(known)):
-        parser.error(f"there is no {', '.join(unknown)}; there are: {', '.join(known)}")
-    return chosen or list(known)
 
 
 def shipped(names: Sequence[str]) -> list[str]:

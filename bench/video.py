@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from _common import Bars
+from _common import Bars, chosen_of
 from attention_kernels import Clock, interleaved
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
@@ -43,6 +43,10 @@ class Timer:
         """Seconds of each."""
         found = interleaved(calls, self.clock, self.seconds)
         return {name: median(rounds) for name, rounds in found.items()}
+
+
+def milliseconds(seconds: dict[str, float]) -> dict[str, float]:
+    return {f"{name}_ms": 1e3 * value for name, value in seconds.items()}
 
 
 def heads(rows: int, tokens: int) -> list[Tensor]:
@@ -73,7 +77,7 @@ def sparse_causal(bars: Bars, timer: Timer) -> None:
             {
                 "faster": faster,
                 "over_own_frame": seconds["sparse"] / seconds["own"],
-                **{f"{name}_ms": 1e3 * value for name, value in seconds.items()},
+                **milliseconds(seconds),
             },
         )
 
@@ -118,7 +122,7 @@ def temporal_cost(bars: Bars, timer: Timer) -> None:
             {
                 "share": share,
                 "share_of_layer": seconds["time_layer"] / seconds["space_layer"],
-                **{f"{name}_ms": 1e3 * value for name, value in seconds.items()},
+                **milliseconds(seconds),
             },
         )
 
@@ -137,12 +141,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help=f"parts, of {','.join(PARTS)}")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     options = parser.parse_args()
-    chosen = [part for part in options.only.split(",") if part]
-    if unknown := set(chosen) - set(PARTS):
-        parser.error(f"no such part: {', '.join(unknown)}; there are: {', '.join(PARTS)}")
-    bars = Bars("video", options.quick, update=bool(chosen))
+    chosen = chosen_of(options.only, list(PARTS), parser)
+    bars = Bars("video", options.quick, update=bool(options.only))
     timer = Timer(Clock("cpu", options.clock), 2 if options.quick else 20)
-    for part in chosen or PARTS:
+    for part in chosen:
         PARTS[part](bars, timer)
         bars.write()
 

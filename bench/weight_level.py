@@ -23,7 +23,7 @@ from statistics import mean
 from typing import Any
 
 import diffusers
-from _common import RESULTS, Bars
+from _common import RESULTS, Bars, chosen_of
 from _runs import Run, Runs
 
 from trainer import recipe
@@ -309,11 +309,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help=f"parts, of {','.join(PARTS)}")
     parser.add_argument("words", nargs="*", help="overrides of the recipes")
     options = parser.parse_args()
-    chosen = [part for part in options.only.split(",") if part]
-    if unknown := set(chosen) - set(PARTS):
-        parser.error(f"no such part: {', '.join(unknown)}; there are: {', '.join(PARTS)}")
-    parts = chosen or (QUICK_PARTS if options.quick else tuple(PARTS))
-    bars = Bars("weight_level", options.quick, update=bool(chosen))
+    quick_parts = options.quick and not options.only
+    parts = QUICK_PARTS if quick_parts else chosen_of(options.only, list(PARTS), parser)
+    bars = Bars("weight_level", options.quick, update=bool(options.only))
     words = (*(QUICK if options.quick else ()), *options.words)
     with tempfile.TemporaryDirectory() as scratch:
         runs = Runs(options.keep or Path(scratch), words, 4 if options.quick else 32)

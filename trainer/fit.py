@@ -187,7 +187,7 @@ def callbacks(
     )  # fmt: skip
     watch = Watch(
         signals, saver, run.on_nonfinite, run.nonfinite_in_a_row, run.nonfinite_total,
-        partial(say, style="yellow"),
+        recipe.optim.clip, partial(say, style="yellow"),
     )  # fmt: skip
     saver.parts["watch"] = watch
     bar = Bar(run.batch_size * run.accumulate, max(1, run.steps // 20), console)
@@ -218,7 +218,6 @@ def make_trainer(
         precision="bf16-mixed" if run.precision == "bf16" else "32-true",
         max_steps=run.steps,
         accumulate_grad_batches=run.accumulate,
-        gradient_clip_val=recipe.optim.clip,
         val_check_interval=run.validate_every * run.accumulate if run.validate_every else None,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,

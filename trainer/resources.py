@@ -1,10 +1,12 @@
-"""Where the recipes and the shipped backbones lie: beside the package in a checkout, inside it in a
-wheel."""
+"""Where the recipes and the shipped backbones lie, beside the package in a checkout, inside it in a
+wheel; and how a file is written whole."""
 
 from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,18 @@ def cache_folder() -> Path:
     """Where latents and prior images are kept between runs; `TRAINER_CACHE` moves it."""
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "attention-trainer"
     return Path(os.environ.get("TRAINER_CACHE", default)).expanduser()
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Another name to write a file under, which gets its own when the block ends well: it is there
+    whole or not at all, and what was there before stays until then."""
+    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 LEVELS = ("weight", "function", "feature", "map", "application")

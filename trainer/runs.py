@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import adapter
+from trainer.resources import whole
 from trainer.schema import Recipe, RunSpec
 
 WHERE = ("id", "out", "start_from")
@@ -73,9 +74,8 @@ def note(folder: Path, event: str, **facts: Any) -> None:
 
 def write(path: Path, text: str) -> None:
     """Writes beside the name and renames: a full disk or a kill leaves what was there before."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def _run(tree: Mapping[str, Any], key: str) -> Any:

@@ -189,24 +189,25 @@ def make(spec: TransformerSpec, channels: int, text_width: int) -> Any:
     return transformer
 
 
-@torch.no_grad()
 def initialise(transformer: Any) -> None:
-    """A start for training from nothing, as DiT's and PixArt's (arXiv 2212.09748, section 3.2):
-    every block adds nothing of the text at first, and the output is 0."""
+    """A start for training from nothing, see `initialise_as_dit`."""
+    time = transformer.adaln_single
+    initialise_as_dit(transformer, transformer.pos_embed.proj, time.emb, time.linear)
+
+
+@torch.no_grad()
+def initialise_as_dit(transformer: Any, patches: Any, time: Any, *narrow: nn.Linear) -> None:
+    """As DiT and PixArt start (arXiv 2212.09748, section 3.2): every block adds nothing of the text
+    at first, and the output is 0. patches: the convolution that reads the latent; time: the
+    embedding of the timestep; narrow: further layers that start as narrowly spread as it."""
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    patches = transformer.pos_embed.proj
     nn.init.xavier_uniform_(patches.weight.flatten(1))
     nn.init.zeros_(patches.bias)
-    time = transformer.adaln_single
-    for layer in (
-        time.emb.timestep_embedder.linear_1,
-        time.emb.timestep_embedder.linear_2,
-        time.linear,
-    ):
+    for layer in (time.timestep_embedder.linear_1, time.timestep_embedder.linear_2, *narrow):
         nn.init.normal_(layer.weight, std=0.02)
     for block in transformer.transformer_blocks:
         if block.attn2 is not None:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, SanaPipeline, SanaTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.backbones.base import folder_of
-from trainer.backbones.pixart import PixArt, flow_or_vp, text_class
+from trainer.backbones.pixart import PixArt, flow_or_vp, initialise_as_dit, text_class
 
 if TYPE_CHECKING:
     from trainer.schema import BackboneSpec
@@ -99,27 +99,9 @@ def load(spec: BackboneSpec, name: str) -> Sana:
     )
 
 
-@torch.no_grad()
 def initialise(transformer: Any) -> None:
     """A start for training from nothing: Sana's own, and cross-attention and the output at 0 as in
     PixArt. Convolutions in the feed-forward layers keep PyTorch's."""
-    for module in transformer.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    patches = transformer.patch_embed.proj
-    nn.init.xavier_uniform_(patches.weight.flatten(1))
-    nn.init.zeros_(patches.bias)
     time, caption = transformer.time_embed, transformer.caption_projection
-    for layer in (
-        time.emb.timestep_embedder.linear_1,
-        time.emb.timestep_embedder.linear_2,
-        time.linear,
-        caption.linear_1,
-        caption.linear_2,
-    ):
-        nn.init.normal_(layer.weight, std=0.02)
-    for block in transformer.transformer_blocks:
-        nn.init.zeros_(block.attn2.to_out[0].weight)
-    nn.init.zeros_(transformer.proj_out.weight)
+    narrow = (time.linear, caption.linear_1, caption.linear_2)
+    initialise_as_dit(transformer, transformer.patch_embed.proj, time.emb, *narrow)

@@ -27,7 +27,8 @@ SIGNALS = {TERMINATED: "SIGTERM", INTERRUPTED: "SIGINT", REQUEUE: "SIGUSR1"}
 
 
 class Watch(lightning.Callback):
-    """in_a_row, total: how many steps `skip` and `rollback` may leave out. Stands behind
+    """in_a_row, total: how many steps `skip` and `rollback` may leave out. clip: the norm that
+    gradients are cut to, or None. Stands behind
     `Checkpoints`, whose place it saves. say: prints a line, on the first rank."""
 
     def __init__(
@@ -37,10 +38,11 @@ class Watch(lightning.Callback):
         policy: Policy,
         in_a_row: int,
         total: int,
+        clip: float | None,
         say: Callable[[str], None],
     ) -> None:
         self.signals, self.checkpoints, self.policy, self.say = signals, checkpoints, policy, say
-        self.in_a_row, self.total = in_a_row, total
+        self.in_a_row, self.total, self.clip = in_a_row, total, clip
         self.row = self.spent = self.stop = 0
         self.voted = checkpoints.saved
         self.batches: list[tuple[int, list[str]]] = []
@@ -72,13 +74,15 @@ class Watch(lightning.Callback):
     ) -> None:
         values = [value for group in optimizer.param_groups for value in group["params"]]
         gradients = [value.grad for value in values if value.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).float()
+        norm = torch.nn.utils.get_total_norm(gradients)
         sound = torch.isfinite(torch.stack(self.losses).float().sum() + norm.to(self.losses[0]))
         self.stop, unsound = self._agree(trainer, sound)
         if unsound:
             self._leave_out(trainer, pl_module, optimizer, float(norm))
         else:
             self.row = 0
+            if self.clip is not None:  # here, where the norm is known already
+                torch.nn.utils.clip_grads_with_norm_(values, self.clip, norm)
         self.batches.clear()
         self.losses.clear()
 

@@ -4,7 +4,6 @@ ranks can map; pictures that an unchanging model paints."""
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer.data import Dataset
+from trainer.resources import whole
 
 
 def moments(
@@ -33,7 +33,9 @@ def moments(
     key = hashlib.sha256(f"{dataset.fingerprint()}|{encoder}|fp16".encode()).hexdigest()[:24]
     path = folder / "latents" / f"{key}.npy"
     if not path.is_file():
-        _whole(path, lambda part: _write(part, dataset, encode, batch_size))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as part:
+            _write(part, dataset, encode, batch_size)
     array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
 
@@ -42,19 +44,10 @@ def painted(key: str, paint: Callable[[], Tensor], folder: Path) -> Tensor:
     """Pictures (n, 3, H, W) float32, read from the cache or painted. key: all they depend on."""
     path = folder / "painted" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
     if not path.is_file():
-        _whole(path, lambda part: np.save(part, paint().float().cpu().numpy()))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as part:
+            np.save(part, paint().float().cpu().numpy())
     return torch.from_numpy(np.load(path, allow_pickle=False))
-
-
-def _whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Has a file written under another name: its own appears only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.npy")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def rows(dataset: Dataset, index: int) -> slice:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,7 +67,7 @@ class Folder(Source):
         check_split(self.validation, len(paths), f"images in {self.folder}")
         for path in paths:
             # The others are refused or skipped in `open`, whatever stands beside them.
-            if self.template is None and path.suffix.lower() in READABLE and not _is_told(path):
+            if self.template is None and path.suffix.lower() in READABLE and not is_told(path):
                 raise _no_caption(path)
         return self
 
@@ -176,9 +176,10 @@ def check_split(validation: int, count: int, what: str) -> None:
         )
 
 
-def _is_told(path: Path) -> bool:
+def is_told(path: Path, caption: Callable[[Path], str | None] = read_caption) -> bool:
+    """Whether there is a caption for a file, usable or not; caption: how it is read."""
     try:
-        return read_caption(path) is not None
+        return caption(path) is not None
     except ImageError:
         return True  # there is one, and `open` says what is wrong with it
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import tarfile
 import zlib
@@ -31,6 +30,7 @@ from pydantic import (
 
 from trainer.data.decode import Film, examine
 from trainer.data.images import DAMAGED, READABLE, ImageError, decode_caption, decode_image
+from trainer.resources import whole
 
 MAX_MEMBER = 64 * 2**20
 IMAGES = frozenset(suffix[1:] for suffix in READABLE)
@@ -107,12 +107,8 @@ def index(paths: Sequence[Path], ignore: Collection[str] = ()) -> list[Shard]:
 def save(found: Manifest, place: Path) -> None:
     """Writes a manifest beside its place and renames it: it is there whole or not at all."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    part = place.with_name(f".{place.name}.{os.getpid()}.part")
-    try:
+    with whole(place) as part:
         part.write_text(found.model_dump_json(exclude_none=True) + "\n", encoding="utf-8")
-        os.replace(part, place)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def caption_of(members: Mapping[str, bytes], name: str) -> str:

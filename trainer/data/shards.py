@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import zlib
 from collections.abc import Callable, Collection, Sequence
@@ -45,6 +44,7 @@ from trainer.data.manifest import (
     metadata_of,
     save,
 )
+from trainer.resources import whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -322,11 +322,10 @@ class Hashed:
     def __exit__(self, *_: object) -> None:
         if self.known == self.before:
             return
-        part = self.place.with_name(f".{self.place.name}.{os.getpid()}.part")
         with suppress(OSError):  # without it the next run hashes once more
             self.place.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(self.known), encoding="utf-8")
-            os.replace(part, self.place)
+            with whole(self.place) as part:
+                part.write_text(json.dumps(self.known), encoding="utf-8")
 
     @staticmethod
     def stamp(path: Path) -> list[int]:

@@ -19,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 
 from trainer.data import Dataset, Needs, Source
 from trainer.data.decode import Film, examine, list_videos
-from trainer.data.folder import Folder, check_split
+from trainer.data.folder import Folder, check_split, is_told
 from trainer.data.images import ImageError, read_caption
 from trainer.data.manifest import metadata_of
 from trainer.data.mixed import Mixed, Stills
@@ -92,7 +92,7 @@ class Video(Source):
         paths = list_videos(self.video)
         check_split(self.validation, len(paths), f"videos in {self.video}")
         for path in paths:
-            if self.prompt is None and not _is_told(path):
+            if self.prompt is None and not is_told(path, _beside):
                 raise _no_caption(path)
         return self
 
@@ -185,13 +185,6 @@ def _beside(path: Path) -> str | None:
     if not isinstance(found, str):
         raise ImageError(f"{data.name}: no caption in it; write one, or {path.stem}.txt beside it")
     return found.strip()
-
-
-def _is_told(path: Path) -> bool:
-    try:
-        return _beside(path) is not None
-    except ImageError:
-        return True  # there is one, and `open` says what is wrong with it
 
 
 def _no_caption(path: Path) -> ValueError:

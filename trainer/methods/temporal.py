@@ -94,6 +94,32 @@ class Attending(Temporal):
         return self.heads
 
 
+class PseudoThreeD(Attending):
+    """Options of `Attending`; kernel: frames a convolution sees; max_frames: the longest clip there
+    are places for.
+
+    A convolution over frames after every spatial one, and attention over frames after every spatial
+    attention.
+    """
+
+    kernel: int = Field(3, gt=0)
+    max_frames: int = Field(32, gt=0)
+
+    def layers(self, model: AttentionModel, owner: str, positions: str) -> list[Item]:
+        """positions: how the attention tells frames apart."""
+        from trainer.attention.places import attentions, convolutions
+        from trainer.attention.temporal import TemporalAttention, TemporalConv
+
+        items = []
+        for place in convolutions(model.denoiser):
+            items.append(item(place, "temporal_convs", TemporalConv(place.width, self.kernel)))
+        for place in attentions(model.denoiser):
+            heads = self.check_heads(place.width)
+            block = TemporalAttention(place.width, heads, owner, positions, self.max_frames)
+            items.append(item(place, "temporal", block))
+        return items
+
+
 def item(
     place: Place, name: str, block: nn.Module, stills: bool = False, many: bool = True
 ) -> Item:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from trainer.methods import Edit
-from trainer.methods.temporal import Attending, item
+from trainer.methods.temporal import PseudoThreeD, item
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -30,26 +30,18 @@ if TYPE_CHECKING:
 NAME = "gen1"
 
 
-class Gen1(Attending):
-    """Options of `Attending`; kernel: frames a convolution sees; max_frames: the longest clip there
-    are places for; structure: how often the structure is halved at most, null for no structure."""
+class Gen1(PseudoThreeD):
+    """Options of `PseudoThreeD`; structure: how often the structure is halved at most, null for no
+    structure."""
 
-    kernel: int = Field(3, gt=0)
-    max_frames: int = Field(32, gt=0)
     structure: int | None = Field(2, ge=0)
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.places import attentions, convolutions, input_convolution
-        from trainer.attention.temporal import Structure, TemporalAttention, TemporalConv
+        from trainer.attention.places import input_convolution
+        from trainer.attention.temporal import Structure
 
         items = []
         if self.structure is not None:
             place, first = input_convolution(model.denoiser)
             items.append(item(place, "structure", Structure(first, self.structure), many=False))
-        for place in convolutions(model.denoiser):
-            items.append(item(place, "temporal_convs", TemporalConv(place.width, self.kernel)))
-        for place in attentions(model.denoiser):
-            heads = self.check_heads(place.width)
-            block = TemporalAttention(place.width, heads, NAME, "learned", self.max_frames)
-            items.append(item(place, "temporal", block))
-        return self.inserted(model, items, NAME)
+        return self.inserted(model, items + self.layers(model, NAME, "learned"), NAME)

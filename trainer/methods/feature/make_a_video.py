@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from trainer.methods import Edit
-from trainer.methods.temporal import Attending, frame_rate, item
+from trainer.methods.temporal import PseudoThreeD, frame_rate
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -29,23 +29,11 @@ if TYPE_CHECKING:
 NAME = "make_a_video"
 
 
-class MakeAVideo(Attending):
-    """Options of `Attending`; kernel: frames a convolution sees; max_frames: the longest clip there
-    are places for; fps: frames a second where nobody says."""
+class MakeAVideo(PseudoThreeD):
+    """Options of `PseudoThreeD`; fps: frames a second where nobody says."""
 
-    kernel: int = Field(3, gt=0)
-    max_frames: int = Field(32, gt=0)
     fps: float = Field(8.0, gt=0)
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.places import attentions, convolutions
-        from trainer.attention.temporal import TemporalAttention, TemporalConv
-
-        items = [frame_rate(model, self.fps)]
-        for place in convolutions(model.denoiser):
-            items.append(item(place, "temporal_convs", TemporalConv(place.width, self.kernel)))
-        for place in attentions(model.denoiser):
-            heads = self.check_heads(place.width)
-            block = TemporalAttention(place.width, heads, NAME, "sines", self.max_frames)
-            items.append(item(place, "temporal", block))
+        items = [frame_rate(model, self.fps), *self.layers(model, NAME, "sines")]
         return self.inserted(model, items, NAME)
