@@ -177,7 +177,7 @@ def fits(bars: Bars, runs: Runs) -> None:
 
 def ranks(bars: Bars, runs: Runs) -> None:
     """DoRA beside LoRA at low ranks, Controls beside LoRA at the recipes' equal rank."""
-    low = {f"{name} rank {rank}": judged(runs, rank_run(name, rank)) for name, rank in LOW_RANKS}
+    low = {f"{name}, rank {rank}": judged(runs, rank_run(name, rank)) for name, rank in LOW_RANKS}
     bars.note("ranks", low | {name: judged(runs, fit_run(name)) for name in ("lora", "controls")})
 
 
@@ -289,6 +289,24 @@ def table(figures: dict[str, Any]) -> str:
         for name, row in later.items():
             shares = [row["just_learned"], row["mean_final"], row["forgetting"]]
             lines.append(f"| `{name}` | " + " | ".join(f"{100 * x:.0f} %" for x in shares) + " |")
+    low = figures.get("ranks", {})
+    if low:
+        lines += [
+            "",
+            "| at equal rank | trains | concept | beside another | known sprites lost "
+            "| validation loss |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name, row in low.items():
+            cells = [
+                f"`{name}`",
+                _cell(row, "parameters", "{:,}"),
+                _cell(row, "concept", "{:.0f} %", scale=100),
+                _cell(row, "concept_beside", "{:.0f} %", scale=100),
+                _cell(row, "known_lost_points", "{:.1f} points"),
+                _cell(row, "validation_loss", "{:.4f}"),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

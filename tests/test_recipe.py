@@ -163,6 +163,11 @@ def test_held_out_images_that_are_all_there_are(tmp_path: Path) -> None:
         ("backbones: {tinny: {}}", "backbones.tinny: no such backbone; did you mean tiny?"),
         ("backbones: {sd15: 3}", "backbones.sd15 is 3; it takes data, methods, objective"),
         ("backbones: {sd15: {rum: {}}}", "backbones.sd15.rum: no such key; did you mean backb"),
+        (
+            "backbones: {sd15: {base: tiny}, sd21: {}}",
+            "base is 'tiny'; it takes another of this ta",
+        ),
+        ("backbones: {sd15: {base: sd15}}", "no base itself: there is none"),
     ],
     ids=str,
 )
@@ -207,6 +212,15 @@ def test_overrides_lie_over_the_backbone_over_the_recipe(tmp_path: Path) -> None
     assert (other.run.steps, other.run.batch_size, other.run.log_every) == (5, 4, 9)
     assert other.backbone.hub == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert other.data.model_dump()["seed"] == 0
+
+
+def test_values_of_a_backbone_lie_over_those_of_its_base(tmp_path: Path) -> None:
+    own = {"base": "tiny", "run": {"batch_size": 3}}
+    backbones = {"tiny": {"run": {"steps": 7, "batch_size": 2}}, "sd15": own}
+    word = write(tmp_path, {**SMALL, "run": {"log_every": 9}, "backbones": backbones})
+    loaded = recipe.load([word, "backbone=sd15"])
+    assert loaded.tree["run"] == {"steps": 7, "batch_size": 3, "log_every": 9}
+    assert "base" not in loaded.tree
 
 
 def test_a_recipe_lies_over_its_base(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def resolve(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Re
         raise RecipeError(
             f"backbone is {backbone_name!r}; it is a name or a folder, as in backbone=tiny"
         )
-    tree = merge(merge(tree, per_backbone.get(backbone_name) or {}), overrides)
+    tree = merge(merge(tree, _own_values(per_backbone, backbone_name)), overrides)
     tree["backbone"] = backbone_name
     for key in tree:
         homes = [f"{name}.{key}" for name, cls in SECTIONS.items() if key in cls.model_fields]
@@ -312,7 +312,22 @@ def _check_overlays(tree: Any) -> None:
             )
         if not isinstance(values, dict):
             raise RecipeError(f"backbones.{name} is {values!r}; it takes {', '.join(KEYS[2:])}")
-        refuse_unknown(values, KEYS[2:], f"backbones.{name}")
+        refuse_unknown(values, ("base", *KEYS[2:]), f"backbones.{name}")
+        if "base" in values and values["base"] not in (whole := _without_base(tree)):
+            raise RecipeError(
+                f"backbones.{name}.base is {values['base']!r}; it takes another of this table that "
+                f"has no base itself: {', '.join(whole) or 'there is none'}"
+            )
+
+
+def _without_base(table: Mapping[str, Any]) -> list[str]:
+    return [name for name, own in table.items() if isinstance(own, dict) and "base" not in own]
+
+
+def _own_values(table: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The values of `backbones:` for one backbone, over those of the one it names as its `base`."""
+    values = dict(table.get(name) or {})
+    return merge(table.get(values.pop("base", None)) or {}, values)
 
 
 def _data(tree: Any) -> Source:
