@@ -177,7 +177,7 @@ def fits(bars: Bars, runs: Runs) -> None:
 
 def ranks(bars: Bars, runs: Runs) -> None:
     """DoRA beside LoRA at low ranks, Controls beside LoRA at the recipes' equal rank."""
-    low = {f"{name}, rank {rank}": judged(runs, rank_run(name, rank)) for name, rank in LOW_RANKS}
+    low = {f"{name} rank {rank}": judged(runs, rank_run(name, rank)) for name, rank in LOW_RANKS}
     bars.note("ranks", low | {name: judged(runs, fit_run(name)) for name in ("lora", "controls")})
 
 
