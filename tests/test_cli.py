@@ -138,7 +138,7 @@ def test_unknown_verb(verb: str, hint: str, capsys: Printed) -> None:
         (("evaluate",), "run is missing, as in run=runs/custom_diffusion/<id>"),
         (("evaluate", "run=x", "images=0"), "images=0: a whole number is needed, at least 1"),
         (("export", "run=x"), "give run=<run folder> (or adapter=<file>) and out=<folder>"),
-        (("data", "wrld"), "data world, build, verify, inspect: 'wrld' is none of them"),
+        (("data", "wrld"), "data world, clips, build, verify, inspect: 'wrld' is none of them"),
         (("data", "world"), "out is missing, as in out=./world"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -32,6 +32,8 @@ USAGE = """usage: python -m trainer <verb> [key=value ...]
                          Custom Diffusion concepts trained apart into one adapter, in closed form
   data world out=<folder> [count=1000 seed=0 sprites=known per_shard=1000]
                          write scenes of the embedded world as webdataset shards with a manifest
+       clips out=<folder> [count=1000 frames=8 fps=... seed=0 sprites=known per_shard=1000]
+                         the same with sprites that move, as MP4
        build shards=<folder or .tar> [ignore=[...]]
                          read every shard once and write the manifest beside them
        verify shards=<folder or .tar> | folder=<photos>

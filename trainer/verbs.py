@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 AT_ONCE = 16  # pictures that `sample` paints in one batch, at least one clip
 INVERTING = 3  # calls of the network for each step of an inversion
-PLAYED = 8.0  # frames a second of a clip that is written, where nobody says
 
 
 def fit(words: list[str]) -> int:
@@ -99,7 +98,7 @@ def sample(words: list[str]) -> int:
 def _sampled(options: Mapping[str, Any], chosen: Mapping[str, Method]) -> Iterator[Path]:
     """The files of `sample`, each when it is written."""
     from trainer import adapter, backbones, methods
-    from trainer.films import source_latents, write
+    from trainer.films import PLAYED, source_latents, write
     from trainer.inversion import invert
     from trainer.sampler import sample as paint
 
@@ -206,9 +205,9 @@ def merge(words: list[str]) -> int:
 
 
 def data(words: list[str]) -> int:
-    """`data world`, `build`, `verify` or `inspect`, and what each of them takes."""
+    """`data world`, `clips`, `build`, `verify` or `inspect`, and what each of them takes."""
     kinds = {
-        "world": _data_world, "build": _data_build, "verify": _data_verify,
+        "world": _data_world, "clips": _data_clips, "build": _data_build, "verify": _data_verify,
         "inspect": _data_inspect,
     }  # fmt: skip
     kind, rest = (words[0], words[1:]) if words else ("", [])
@@ -218,17 +217,26 @@ def data(words: list[str]) -> int:
     return kinds[kind](rest)
 
 
+WORLD = {"out": None, "count": 1000, "seed": 0, "sprites": "known", "per_shard": 1000}
+
+
 def _data_world(words: list[str]) -> int:
-    options = _options(
-        words, {"out": None, "count": 1000, "seed": 0, "sprites": "known", "per_shard": 1000}
-    )
-    if not options["out"]:
-        raise RecipeError("out is missing, as in out=./world")
     from trainer.data.write_shards import write_world
 
-    for path in write_world(
-        options["out"], options["count"], options["seed"], options["sprites"], options["per_shard"]
-    ):
+    return _written(write_world, _options(words, WORLD))
+
+
+def _data_clips(words: list[str]) -> int:
+    options = _options(words, {**WORLD, "frames": 8, "fps": None})
+    from trainer.data.write_clips import write_clips
+
+    return _written(write_clips, options)
+
+
+def _written(write: Callable[..., list[Path]], options: dict[str, Any]) -> int:
+    if not (out := options.pop("out")):
+        raise RecipeError("out is missing, as in out=./world")
+    for path in write(out, **options):
         print(path)
     return 0
 

@@ -14,6 +14,7 @@ from PIL import Image
 from trainer.__main__ import main
 from trainer.data import Needs, shards
 from trainer.data.shards import Shards
+from trainer.data.video import Video
 from trainer.data.write_shards import write
 
 FIRST = "shard-000000.tar"
@@ -53,6 +54,25 @@ def open_shards(place: Path) -> Any:
     cache = place.parent / "cache"
     needs = Needs(32, 4, lambda prompts, seed, guidance: (), cache, lambda: "tiny")
     return Shards(shards=place).open(needs)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "shape"),
+    [("world", [], (1, 3, 64, 64)), ("clips", ["frames=4"], (4, 3, 64, 64))],
+)
+def test_the_world_written_is_whole_and_read(
+    tmp_path: Path, capsys: Any, kind: str, words: list[str], shape: tuple[int, ...]
+) -> None:
+    out = tmp_path / "made"
+    words = ["data", kind, f"out={out}", "count=3", "per_shard=2", "seed=5", *words]
+    assert main(words) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main(["data", "verify", f"shards={out}"]) == 0
+    needs = Needs(64, 4, lambda prompts, seed, guidance: (), tmp_path, lambda: "tiny")
+    source = Shards(shards=out) if kind == "world" else Video(video=out, frames=4)
+    dataset = source.open(needs)[0]
+    assert len(dataset) == 3
+    assert dataset.image(0).reshape(-1, 3, 64, 64).shape == shape
 
 
 def test_a_shard_is_hashed_once_until_its_size_or_time_changes(
@@ -159,7 +179,7 @@ def test_photos_are_verified_too(tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "data world, build, verify, inspect: one of them is needed"),
+        ([], "data world, clips, build, verify, inspect: one of them is needed"),
         (["check"], "'check' is none of them"),
         (["build"], "shards is missing, as in shards=./shards"),
         (["verify", "shard=x"], "shard: no such key; did you mean shards?"),
