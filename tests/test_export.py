@@ -129,7 +129,7 @@ def test_what_stock_cannot_hold_is_refused(tiny: Any) -> None:
 
 def test_every_form_is_listed_in_the_refusal(tmp_path: Path) -> None:
     listed = ", ".join(formats.names())
-    assert listed == "comfyui, custom_diffusion, diff, diffusers, kohya, merged, peft"
+    assert listed == "animatediff, comfyui, custom_diffusion, diff, diffusers, kohya, merged, peft"
     with pytest.raises(ValueError, match=f"format=ckpt: no such format; there are: {listed}"):
         export(tmp_path / "none", tmp_path / "out", "ckpt")
 
@@ -181,7 +181,7 @@ def test_an_op_that_only_trains_is_left_out(tiny: Any) -> None:
     assert not any(processor.ops for processor in tiny.host.processors.values())
 
 
-@pytest.mark.parametrize("form", ["diffusers", "kohya", "merged"])
+@pytest.mark.parametrize("form", ["kohya", "merged"])
 def test_layers_that_look_through_time_are_not_left_out_unsaid(
     form: str, tiny: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:

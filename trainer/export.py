@@ -20,8 +20,10 @@ from trainer.attention.processor import Host
 from trainer.formats._apply import add_to
 from trainer.formats._factor import truncated
 from trainer.formats._job import Job
-from trainer.formats._proof import LIMIT, NOISE, Probe, difference
+from trainer.formats._proof import FRAMES, LIMIT, NOISE, Probe, difference
 from trainer.formats.merged import merge
+from trainer.methods import ORDER, Method
+from trainer.methods.temporal import Temporal
 
 __all__ = ["export", "merge"]
 
@@ -58,13 +60,13 @@ def export(
     with safe_open(path, "pt") as file:
         stored = tuple(file.keys())
     fresh = partial(base_of, tree)
-    storage = [name for name, method in _methods(tree).items() if method.kind == "storage"]
-    if storage and form != "merged":
-        say(f"proven on the base as methods.{storage[0]} stores it; stored otherwise it rounds so")
-    probe = Probe(live, _words(live))
-    wanted = probe(live)
     _refuse_inserted(live, form)
+    _say_base(tree, form, say)
+    probe = Probe(live, _words(live), _frames(live))
+    wanted = probe(live)
     _refuse_ops(live, form, probe, wanted)
+    if text := getattr(kind, "remark", lambda *_: None)(live, probe, wanted):
+        say(text)
     job = Job(live, fresh, stored, out.name)
     if rank is not None:
         wanted = _cut(job, rank, probe, wanted, say)
@@ -84,17 +86,34 @@ def export(
 
 
 def base_of(tree: dict[str, Any]) -> Any:
-    """The backbone a recipe names, plain but for how it stores its frozen weights."""
+    """The backbone a recipe names, plain but for how it stores its frozen weights, and for layers
+    inserted that did not train, which an adapter names and does not hold."""
     name = tree["backbone"]
     base = backbones.load(recipe.spec_of(tree), name)
     for method in _methods(tree).values():
-        if method.kind == "storage":
+        if method.kind == "storage" or _given(method):
             method.apply(base)
     return base.eval().requires_grad_(False)
 
 
-def _methods(tree: dict[str, Any]) -> dict[str, Any]:
-    return recipe.methods_of(tree["methods"])
+def _methods(tree: dict[str, Any]) -> dict[str, Method]:
+    """In the order they are applied in."""
+    found = recipe.methods_of(tree["methods"])
+    return dict(sorted(found.items(), key=lambda item: ORDER.index(item[1].kind)))
+
+
+def _given(method: Method) -> bool:
+    """Whether it inserts layers that another run has trained."""
+    return isinstance(method, Temporal) and not method.train
+
+
+def _say_base(tree: dict[str, Any], form: str, say: Say) -> None:
+    """What a reader must have beside the backbone."""
+    for name, method in _methods(tree).items():
+        if method.kind == "storage" and form != "merged":
+            say(f"proven on the base as methods.{name} stores it; stored otherwise it rounds so")
+        if isinstance(method, Temporal) and not method.train:
+            say(f"methods.{name} did not train: its layers are those of weights={method.weights}")
 
 
 def _words(model: Any) -> list[str]:
@@ -106,13 +125,29 @@ def _words(model: Any) -> list[str]:
     return []
 
 
+def _frames(live: Any) -> int:
+    """Of the clips a model is asked for; 1, images, where it has no layers that look through
+    time."""
+    longest: list[Any] = [found.block.max_frames for found in insertions(live.denoiser)]
+    return min(FRAMES, *longest) if longest else 1
+
+
 def _refuse_inserted(live: Any, form: str) -> None:
-    """Layers that look through time: the proof paints images, and would not miss them."""
-    if blocks := [type(found.block).__name__ for found in insertions(live.denoiser)]:
-        raise ValueError(
-            f"format={form} cannot carry the {len(blocks)} layers that look through time "
-            f"({blocks[0]}); paint with `python -m trainer sample adapter=... frames=...`"
-        )
+    """Layers that look through time, where a form has no place for them."""
+    blocks = [type(found.block).__name__ for found in insertions(live.denoiser)]
+    if not blocks or _carries(form, live):
+        return
+    able = " and ".join(f"format={name}" for name in formats.names() if _carries(name, live))
+    raise ValueError(
+        f"format={form} cannot carry the {len(blocks)} layers that look through time "
+        f"({blocks[0]}); {f'{able} can, or ' if able else ''}"
+        "paint with `python -m trainer sample adapter=... frames=...`"
+    )
+
+
+def _carries(form: str, live: Any) -> bool:
+    carries = getattr(formats.find(form), "carries", None)
+    return carries is not None and bool(carries(live))
 
 
 def _refuse_ops(live: Any, form: str, probe: Probe, wanted: Tensor) -> None:
@@ -121,6 +156,7 @@ def _refuse_ops(live: Any, form: str, probe: Probe, wanted: Tensor) -> None:
         op.name: site for site, item in live.host.processors.items() for op in item.ops
     }  # one site of each is enough to name it
     Host.attach(live.denoiser).detach()
+    Host.attach(live.denoiser)  # which tells what is inserted of a clip's frames
     lost = difference(probe(live), wanted)
     if lost > LIMIT:
         what = ", ".join(f"{name} (on {site})" for name, site in ops.items())
@@ -133,6 +169,11 @@ def _refuse_ops(live: Any, form: str, probe: Probe, wanted: Tensor) -> None:
 
 def _cut(job: Job, rank: int, probe: Probe, wanted: Tensor, say: Say) -> Tensor:
     """Cuts the job's bundle to a rank; the output of the model that is left."""
+    if job.inserts:
+        raise ValueError(
+            f"rank={rank} cuts the change of layers, and the layers this adapter inserts are none; "
+            "leave it out"
+        )
     job.bundle, kept = truncated(job.bundle, rank)
     answer = probe(add_to(job.fresh(), job.bundle))
     say(
@@ -198,8 +239,9 @@ def _measure(
     say: Say,
 ) -> None:
     """What rounding to the chosen dtype costs; ValueError where numbers leave its range."""
-    reader, load = next(iter(kind.READERS.items()))
-    apart = difference(probe(load(folder, fresh())), wanted)
+    read = ((reader, load(folder, fresh())) for reader, load in kind.READERS.items())
+    reader, model = next((reader, model) for reader, model in read if model is not None)
+    apart = difference(probe(model), wanted)
     if apart == float("inf"):
         raise ValueError(f"dtype={dtype}: some numbers are beyond its range; take bfloat16")
     say(f"rounded to {dtype}, read back by {reader}: largest difference {apart:.1e}")

@@ -13,7 +13,7 @@ transformer, and ctx.frames says f. A block meets no clip of one frame, an image
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from trainer import pickles
 from trainer.attention.context import ContextHolder
 from trainer.attention.model import TakenError
 
@@ -161,14 +162,23 @@ def _register(denoiser: nn.Module, path: str, block: nn.Module) -> None:
 
 
 @torch.no_grad()
-def read_weights(model: AttentionModel, paths: Sequence[str], where: str) -> None:
+def read_weights(
+    model: AttentionModel,
+    paths: Sequence[str],
+    where: str,
+    spelling: Callable[[str], str] | None = None,
+) -> None:
     """Copies trained blocks into those at `paths` from an adapter of ours or the folder of a
     MotionAdapter; what else an adapter of ours holds stays behind.
+
+    spelling: from what another writer calls a tensor to our name of it.
 
     Raises:
         ValueError: there is no such file, or it holds other blocks than these.
     """
     file = weights_file(where)
+    if file.suffix in pickles.SUFFIXES:
+        raise ValueError(f"weights={where}: {pickles.refusal(file)}")
     try:
         stored = load_file(file)
     except (SafetensorError, OSError) as error:
@@ -176,6 +186,8 @@ def read_weights(model: AttentionModel, paths: Sequence[str], where: str) -> Non
             f"weights={where}: not a safetensors file ({error}); pickles are never loaded"
         ) from None
     stored = {key.removeprefix(f"{model.denoiser_name}."): value for key, value in stored.items()}
+    if spelling is not None:
+        stored = {spelling(key): value for key, value in stored.items()}
     inside = tuple(f"{path}." for path in paths)
     wanted = {n: p for n, p in model.denoiser.named_parameters() if n.startswith(inside)}
     buffers = {name for name, _ in model.denoiser.named_buffers()}

@@ -3,8 +3,10 @@ name.
 
 A form's file has `write(job, folder, dtype)`, a table `READERS` of the loaders that must read the
 files back (`(folder, base) -> model`, or None where a tool has no loader for this kind of network),
-and where other tools write it too `read(path, base)`. Between an adapter and a form stands a
-`Bundle`. Files that begin with `_` are no forms.
+and where other tools write it too `read(path, base)`. A form that has a place for what methods
+insert into a denoiser says for which by `carries(model)`, and one whose readers are known to differ
+says by how much in `remark(model, probe, answer)`. Between an adapter and a form stands a `Bundle`.
+Files that begin with `_` are no forms.
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer import adapter
+from trainer import adapter, pickles
 from trainer.formats import _files as files
 from trainer.formats import _tokens as tokens
+from trainer.formats.diffusers import FILE
 
 
 def detect(path: Path) -> str:
@@ -17,7 +18,7 @@ def detect(path: Path) -> str:
     """
     if path.is_dir():
         return _detect_folder(path)
-    if (path.parent / "adapter_config.json").is_file() and path.suffix not in files.PICKLES:
+    if (path.parent / "adapter_config.json").is_file() and path.suffix not in pickles.SUFFIXES:
         return "peft"
     loaded, metadata = files.load(path)
     keys = list(loaded)
@@ -25,6 +26,13 @@ def detect(path: Path) -> str:
         raise ValueError(
             f"file={path} is an adapter of ours already; give it to run.start_from as it is"
         )
+    if any("motion_modules." in key and "lora" in key for key in keys):
+        raise ValueError(
+            f"file={path} is a MotionLoRA, a change of motion modules, and a backbone has none; "
+            "only whole modules are read, by methods.animatediff.weights=<file or folder>"
+        )
+    if any("motion_modules." in key for key in keys):
+        return "animatediff"
     if tokens.is_embedding(loaded):
         return "embedding"
     if any("_custom_diffusion." in key for key in keys):
@@ -51,11 +59,13 @@ def _detect_folder(path: Path) -> str:
         )
     if (path / "adapter_config.json").is_file() or list(path.glob("*/adapter_config.json")):
         return "peft"
+    if (path / FILE).is_file():  # motion modules may lie beside it
+        return detect(path / FILE)
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
         if tokens.files(path):  # an export of nothing but words
             return "diffusers"
-        weights = sorted(item for item in path.iterdir() if item.suffix in files.PICKLES)
+        weights = sorted(item for item in path.iterdir() if item.suffix in pickles.SUFFIXES)
     if len(weights) != 1:
         raise ValueError(f"file={path}: {len(weights)} files of weights are here; give one of them")
     return detect(weights[0])

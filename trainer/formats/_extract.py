@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from trainer.attention.inject import fold
+from trainer.attention.insert import insertions
 from trainer.attention.nf4 import unpacked
 from trainer.attention.tokens import ExtendedEmbedding
 from trainer.formats import Bundle, Delta, DoRA, Full, LowRank
@@ -23,16 +24,19 @@ DORA = (DoraLinearVariant, DoraConv2dVariant)
 
 @torch.no_grad()
 def extract(live: Any, base: Any, stored: Iterable[str]) -> Bundle:
-    """The bundle that turns `base` into `live`.
+    """The bundle that turns `base` into `live`, but for what is inserted into it.
 
     stored: names of the tensors the adapter holds; nothing else of the model may differ.
 
     Raises:
         ValueError: an adapter does what no weight can do.
     """
-    left = set(stored)
+    new = inserted(live, base)
+    left = {name for name in stored if not name.startswith(new)}
     layers: dict[str, Delta] = {}
     for path, layer in _adapted(live):
+        if path.startswith(new):
+            continue
         if reason := getattr(layer, "unfoldable", None):
             raise ValueError(f"no file of weights can carry {path}: {reason}")
         own = {name for name in left if name.startswith(f"{path}.")}
@@ -43,6 +47,17 @@ def extract(live: Any, base: Any, stored: Iterable[str]) -> Bundle:
     left -= rows
     full, dropped = _whole(live, base, left)
     return Bundle(layers | full, tokens, dropped)
+
+
+def inserted(live: Any, base: Any) -> tuple[str, ...]:
+    """How the names begin of all that is inserted into the denoiser and its base lacks."""
+    blocks = {id(found.block) for found in insertions(live.denoiser)}
+    known = {name for name, _ in base.denoiser.named_modules()}
+    return tuple(
+        f"{live.denoiser_name}.{name}."
+        for name, module in live.denoiser.named_modules()
+        if id(module) in blocks and name not in known
+    )
 
 
 def _adapted(model: Any) -> Iterator[tuple[str, Any]]:

@@ -12,12 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trainer import pickles
 from trainer.attention.nf4 import unpacked
 from trainer.formats import Delta, DoRA, Full, LowRank
 from trainer.formats._apply import layer_at
 from trainer.formats._names import readable
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # how the tools spell what stands behind a layer's name
 KINDS = {
     "lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down",
@@ -59,13 +59,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if not path.is_file():
         raise ValueError(f"file={path}: no such file")
-    if path.suffix in PICKLES:
-        raise ValueError(
-            f"file={path}: a pickle, which can run code when it is opened, so it is never loaded; "
-            'where you trust it, convert it once: python -c "import torch, safetensors.torch as '
-            f"s; s.save_file({{k: v.contiguous() for k, v in torch.load('{path.name}', "
-            f"weights_only=True).items() if hasattr(v, 'shape')}}, '{path.stem}.safetensors')\""
-        )
+    if path.suffix in pickles.SUFFIXES:
+        raise ValueError(f"file={path}: {pickles.refusal(path)}")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

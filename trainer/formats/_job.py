@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from trainer.formats import Bundle
-from trainer.formats._extract import extract
+from trainer.formats._extract import extract, inserted
 
 
 @dataclass
@@ -29,3 +29,8 @@ class Job:
     @cached_property
     def bundle(self) -> Bundle:
         return extract(self.live, self.base, self.stored)
+
+    @property
+    def inserts(self) -> bool:
+        """Whether the adapter brings layers that its base lacks."""
+        return bool(inserted(self.live, self.base))

@@ -27,6 +27,7 @@ def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
             "axes; format=diff writes the same change as whole deltas, which all of them read"
         )
     save(job, job.bundle.layers, folder, dtype, "comfyui")
+    tokens.write(job.bundle, folder, dtype)
 
 
 def save(
@@ -41,7 +42,6 @@ def save(
         tensors |= _tensors(keys[path], delta, alpha)
     if tensors:
         files.save(tensors, folder / f"{job.title}.safetensors", dtype, {})
-    tokens.write(job.bundle, folder, dtype)
 
 
 def _refuse_nameless(

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from trainer.attention.nf4 import unpacked
+from trainer.formats import _tokens as tokens
 from trainer.formats._apply import full, layer_at
 from trainer.formats._job import Job
 from trainer.formats.comfyui import READERS, read, save
@@ -22,3 +23,4 @@ def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
         for path, delta in job.bundle.layers.items()
     }
     save(job, layers, folder, dtype, "diff")
+    tokens.write(job.bundle, folder, dtype)

@@ -2,6 +2,8 @@
 
 The scale is folded into B and alpha is the rank, so that every reader takes it at strength 1; the
 header still says so in the fewest fields, since a field an older peft does not know stops it.
+Motion modules that trained are a `MotionAdapter` in the same folder. A clip of one frame meets them
+in diffusers, and here it is an image, which does not.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import MotionAdapter
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from trainer.formats import Bundle, Delta, DoRA, LowRank
 from trainer.formats import _files as files
+from trainer.formats import _motion as motion
 from trainer.formats import _tokens as tokens
 from trainer.formats._factor import factored, folded
 from trainer.formats._job import Job
@@ -26,12 +30,17 @@ from trainer.formats._names import long_name
 
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
+MODULES = "diffusion_pytorch_model.safetensors"  # of a `MotionAdapter`
 OLD = re.compile(r"\.(?:processor|self_attn)\.to_(q|k|v|out)_lora\.")
+
+carries = motion.carries
 
 
 def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
     layers = factored(job.bundle, "diffusers")
     _refuse_unloadable(job, layers)
+    if job.inserts:
+        motion.adapter(job.live, dtype).save_pretrained(folder, safe_serialization=True)
     tensors: dict[str, Tensor] = {}
     for path, delta in layers.items():
         key = long_name(path)
@@ -87,16 +96,43 @@ def _refuse_unloadable(job: Job, layers: Mapping[str, object]) -> None:
                 f"format=diffusers cannot carry a LoRA of the {part}: diffusers' {stock.__name__} "
                 "loads none there; format=peft or format=merged carries it"
             )
+    for path in layers:
+        if ".motion_modules." in path and path.rpartition(".")[2] in motion.NAMED:
+            raise ValueError(
+                f"format=diffusers cannot carry a LoRA of {path}: diffusers gives this layer its "
+                "input by a name that peft's layer does not have; format=animatediff writes the "
+                "motion modules with it folded in"
+            )
 
 
 def _load_lora_weights(folder: Path, base: Any) -> Any:
+    if _moves(folder, base):
+        return None
     tokens.load_stock(folder, base)
     if (folder / FILE).is_file():
         base.pipeline().load_lora_weights(folder, weight_name=FILE)
     return base
 
 
-READERS = {"load_lora_weights": _load_lora_weights}
+def _moves(folder: Path, base: Any) -> bool:
+    return (folder / MODULES).is_file() or bool(motion.modules(base))
+
+
+def _animate(folder: Path, base: Any) -> Any:
+    """The pipeline of clips with the folder's motion modules, or with those the base has; None
+    where there are none."""
+    if not _moves(folder, base):
+        return None
+    tokens.load_stock(folder, base)
+    trained = (folder / MODULES).is_file()
+    given = MotionAdapter.from_pretrained(folder) if trained else motion.adapter(base)
+    model = motion.Stock(base, given)
+    if (folder / FILE).is_file():
+        model.pipeline.load_lora_weights(folder, weight_name=FILE)
+    return model
+
+
+READERS = {"load_lora_weights": _load_lora_weights, "AnimateDiffPipeline": _animate}
 
 
 def read(path: Path, base: Any) -> Bundle:
@@ -114,6 +150,8 @@ def read(path: Path, base: Any) -> Bundle:
             return strength(_of_part(known, name.partition(".")[0]), name, delta.rank)
 
         layers, notes = files.deltas(renamed, base, scale)
+    if path.is_dir() and (path / MODULES).is_file():
+        notes += (f"its motion modules are read by methods.animatediff.weights={path}",)
     found = tokens.read(tokens.files(path), base) if path.is_dir() else {}
     return Bundle(layers, found, notes=notes)
 

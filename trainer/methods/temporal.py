@@ -48,9 +48,10 @@ class Temporal(Method):
         items: Sequence[Item],
         owner: str,
         op_of: Callable[[Site], Any] | None = None,
+        spelling: Callable[[str], str] | None = None,
     ) -> Edit:
         """Inserts the blocks, puts `op_of(site)` on every attention inside them, and reads the
-        weights."""
+        weights, whose names `spelling` makes ours."""
         from torch import nn
 
         from trainer.attention.insert import ASPECT, insert, read_weights
@@ -65,7 +66,7 @@ class Temporal(Method):
                     model.host.install(op, [site])
         paths = [item.path for item in items]
         if self.weights is not None:
-            read_weights(model, paths, self.weights)
+            read_weights(model, paths, self.weights, spelling)
         part = model.denoiser_name
         inside = tuple(f"{part}.{path}." for path in paths)
         names = [name for name, _ in model.named_parameters() if name.startswith(inside)]

@@ -12,7 +12,8 @@ painted by the image model.
 The paper's other two stages are LoRA: a domain adapter on spatial attention before (`lora` with
 `sites=all`), trained on stills, and MotionLoRA after (`lora` with `sites=temporal`, these modules
 with train=false). Its noise schedule is linear; here it stays the backbone's own. Parameters have
-the names and shapes of diffusers' MotionAdapter.
+the names and shapes of diffusers' MotionAdapter; `weights` may also be a safetensors file under the
+names of the released code (motion modules of versions 1 and 3 with mid=false).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class AnimateDiff(Attending):
     mid: bool = True
 
     def apply(self, model: AttentionModel) -> Edit:
+        from trainer.attention.motion_names import ours
         from trainer.attention.places import blocks, norm_groups
         from trainer.attention.temporal import MotionModule
 
@@ -49,4 +51,4 @@ class AnimateDiff(Attending):
             heads = self.check_heads(place.width)
             module = MotionModule(place.width, heads, groups, self.max_frames, NAME)
             items.append(item(place, "motion_modules", module))
-        return self.inserted(model, items, NAME)
+        return self.inserted(model, items, NAME, spelling=ours)
