@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from trainer.schema import Recipe
 
 # nothing that is measured depends on these, and they cost time
 PLAIN = ("preview.every=0", "run.validate_every=0", "tracker=none")
-AT_ONCE = 2  # runs, each on one thread
+AT_ONCE = 2  # threads of all runs together, or one run of more
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,18 @@ PRIOR = Run("prior", ("recipe=custom_diffusion", "run.steps=1"), judged=False)
 
 class Runs:
     """Run folders and the cache below `folder`. words: laid over those of every run. first: made
-    by itself, before those at once, for the cache they share."""
+    by itself, before those at once, for the cache they share. threads: of each run."""
 
-    def __init__(self, folder: Path, words: Sequence[str], images: int, first: Run = PRIOR) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        words: Sequence[str],
+        images: int,
+        first: Run | None = PRIOR,
+        threads: int = 1,
+    ) -> None:
         self.folder, self.words, self.images = folder.resolve(), tuple(words), images
-        self.first = first
+        self.first, self.threads = first, threads
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def words_of(self, run: Run, *more: str) -> list[str]:
@@ -72,12 +80,13 @@ class Runs:
         return self.fitted(run) and (not run.judged or self.evaluated(self.place(run)))
 
     def make(self, runs: Iterable[Run]) -> None:
-        """Makes those that are not there, the longest first, `AT_ONCE` at a time."""
+        """Makes those that are not there, the longest first, on `AT_ONCE` threads."""
         missing = [run for run in dict.fromkeys(runs) if not self.finished(run)]
-        if any(not self.fitted(run) for run in missing) and not self.fitted(self.first):
+        unfitted = any(not self.fitted(run) for run in missing)
+        if self.first is not None and unfitted and not self.fitted(self.first):
             self._make(self.first)
         missing.sort(key=lambda run: -self._steps(run))
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        with ThreadPoolExecutor(max(1, AT_ONCE // self.threads)) as pool:
             for run in pool.map(self._make, missing):
                 print(f"made {run.name}", flush=True)
 
@@ -99,7 +108,18 @@ class Runs:
             (place / f"judged-{self.images}").touch()
 
     def command(self, verb: str, *words: str) -> str:
-        return command(verb, *words, folder=self.folder, cache=self.folder / "cache", threads=1)
+        cache = self.folder / "cache"
+        return command(verb, *words, folder=self.folder, cache=cache, threads=self.threads)
+
+    def minutes(self, run: Run) -> float:
+        """Of a fit, from its first start to its end, with all that it prepares."""
+        lines = (self.place(run) / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        events = [json.loads(line) for line in lines]
+        begin, end = (
+            datetime.fromisoformat(next(each["time"] for each in found if each["event"] == event))
+            for event, found in (("started", events), ("finished", reversed(events)))
+        )
+        return (end - begin).total_seconds() / 60
 
     def read(self, run: Run, file: str) -> Any:
         return json.loads((self.place(run) / file).read_text(encoding="utf-8"))

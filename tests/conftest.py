@@ -160,8 +160,9 @@ def train(photos: Any) -> Train:
     images, or of one clip that shows the two; returns the losses."""
     from trainer.data.loader import Planned
     from trainer.data.plan import Plan
-    from trainer.module import DiffusionModule, Optim
+    from trainer.module import DiffusionModule
     from trainer.objective import Objective
+    from trainer.optim import Optim
 
     groups = tuple((group.start, group.stop) for group in photos.groups)
     batches = Planned(photos, Plan(groups, (1.0,), (1.0,), 2, 0), None, 0, 1)

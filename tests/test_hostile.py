@@ -554,7 +554,7 @@ def resealed(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     manifest.pop("sha256")
     change(manifest)
     manifest["files"] = {
-        name: checkpoint._sync(place / name) for name in (checkpoint.WEIGHTS, checkpoint.STATE)
+        name: checkpoint._facts(place / name) for name in (checkpoint.WEIGHTS, checkpoint.STATE)
     }
     sealed = {**manifest, "sha256": checkpoint._seal(manifest)}
     (place / checkpoint.MANIFEST).write_text(json.dumps(sealed))

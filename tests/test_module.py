@@ -13,8 +13,9 @@ from torch import Tensor
 from trainer import methods
 from trainer.attention.context import current
 from trainer.data.loader import Batch
-from trainer.module import DiffusionModule, Optim
+from trainer.module import DiffusionModule
 from trainer.objective import Objective, add_noise, alpha_sigma, loss_weight, target_of
+from trainer.optim import Optim
 from trainer.recipe import methods_of
 from trainer.seeds import seed_of
 

@@ -1,5 +1,5 @@
 """Base beside adapted, in numbers: is the concept there, does it keep company, is the rest still
-known?"""
+known? Do clips show what is to move, and does it go where it should?"""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from rich.table import Table
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional.pairwise import pairwise_cosine_similarity
-from torchmetrics.multimodal import CLIPScore
 
 from trainer import adapter, backbones, recipe
 from trainer.backbones.base import Backbone
-from trainer.data import Dataset
+from trainer.data import Dataset, shape_of_clips
 from trainer.data.cache import painted
 from trainer.data.concept import SPRITE
 from trainer.data.loader import Fixed
 from trainer.data.scenes import article
 from trainer.data.sprites import ALL, KNOWN
 from trainer.fit import needs, objective, optim
-from trainer.judge import Judge, Metric, judge_folder
+from trainer.footage import Footage
+from trainer.judge import Judge, clip_score, judge_folder
 from trainer.module import LEVELS, DiffusionModule
 from trainer.resources import cache_folder
 from trainer.sampler import sample_many
@@ -39,7 +39,9 @@ SEED = 10_000  # pictures no preview has shown
 def evaluate(
     run: Path, judge_at: str | None, images: int, batch: int
 ) -> dict[str, dict[str, float | None]]:
-    """Judges a run folder, prints the table and keeps it as `evaluation.json` in the folder.
+    """Judges a run folder, prints the table and keeps it as `evaluation.json` in the folder. A run
+    on clips is asked for clips too, by the captions of held-out ones; what is said of these stands
+    beside it as `real`.
 
     Raises:
         ValueError: no adapter there, or no judge for this backbone.
@@ -53,10 +55,18 @@ def evaluate(
     judge = Judge(judge_folder(judge_at, base.folder, "judge"))
     train, held_out = run_recipe.data.open(needs(run_recipe, base))
     examiner = Examiner(run_recipe, judge, train, images, batch, base)
-    table = {"base": examiner.examine(base), "adapted": examiner.examine(adapted)}
-    for name, model in (("base", base), ("adapted", adapted)):
+    models = {"base": base, "adapted": adapted}
+    table = {name: examiner.examine(model) for name, model in models.items()}
+    frames, fps = shape_of_clips(train)
+    footage = Footage.of(judge, held_out or train, images) if frames > 1 else None
+    for name, model in models.items():
+        if footage:
+            table[name] |= footage.scores(examiner.film(model, footage.captions, frames, fps))
         table[name]["validation loss"] = validation_loss(run_recipe, model, held_out)
-    show(table, f"{run}, judged by {judge.folder.name}, {images} pictures a line", Console())
+    if footage:
+        table["real"] = dict.fromkeys(table["base"]) | footage.scores(footage.real)
+    what = "pictures or clips" if footage else "pictures"
+    show(table, f"{run}, judged by {judge.folder.name}, {images} {what} a line", Console())
     target = path.parent / "evaluation.json"
     target.write_text(json.dumps(table, indent=1), encoding="utf-8")
     return table
@@ -78,7 +88,8 @@ class Examiner:
 
     Of several concepts each is asked for alone and beside a known sprite by prompts in which its
     token (and class word) stands in the place of the first one's, and every two together. What the
-    base paints is kept in the cache: it is the same for every run on it.
+    base paints is kept in the cache: it is the same for every run on it. Clips are no photos of a
+    concept.
     """
 
     def __init__(
@@ -93,7 +104,7 @@ class Examiner:
         self.recipe, self.judge, self.num_images, self.batch = chosen, judge, images, batch
         self.base = base
         learned = getattr(chosen.data, "concepts", [("", "", None)])
-        groups = [list(group) for group in train.groups]
+        groups = [] if max(train.frames) > 1 else [list(group) for group in train.groups]
         self.subjects = []
         for (concept, token, class_word), rows in zip(learned, groups, strict=False):
             sprite = concept.removeprefix(SPRITE) if concept.startswith(SPRITE) else None
@@ -206,26 +217,33 @@ class Examiner:
         if word is None:
             return None
         texts = [prompt.replace(f"{token} {word}", word).replace(token, word) for prompt in prompts]
-        metric = Metric(self.judge)
-        score = CLIPScore(model_name_or_path=lambda: (metric, metric))  # type: ignore[arg-type, return-value]
-        return float(score([((picture + 1) * 127.5).round().byte() for picture in pictures], texts))
+        return clip_score(self.judge, pictures, texts)
 
     def _paint(self, model: Backbone, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
         every = [prompts[i % len(prompts)] for i in range(self.num_images)]
         return self._sample(model, every), every
 
-    def _sample(self, model: Backbone, prompts: Sequence[str]) -> Tensor:
+    def film(
+        self, model: Backbone, prompts: Sequence[str], frames: int, fps: float | None
+    ) -> Tensor:
+        """A clip a prompt, (n, frames, 3, H, W)."""
+        return self._sample(model, prompts, frames, fps).unflatten(0, (-1, frames))
+
+    def _sample(
+        self, model: Backbone, prompts: Sequence[str], frames: int = 1, fps: float | None = None
+    ) -> Tensor:
         look = self.recipe.preview
         seeds = [SEED + i for i in range(len(prompts))]
-        how = (self.batch, look.steps, look.guidance, look.negative)
+        how = (max(1, self.batch // frames), look.steps, look.guidance, look.negative)
+        clip = {"frames": frames, "fps": fps} if frames > 1 else {}
 
         def paint() -> Tensor:
-            return sample_many(model, prompts, seeds, *how)
+            return sample_many(model, prompts, seeds, *how, **clip)  # type: ignore[arg-type]
 
         if model is not self.base:
             return paint()
         device = next(model.denoiser.parameters()).device.type
-        key = repr((model.fingerprint(), device, list(prompts), seeds, how))
+        key = repr((model.fingerprint(), device, list(prompts), seeds, how, *clip.values()))
         return painted(key, paint, cache_folder())
 
 
@@ -260,6 +278,8 @@ def _written(line: str, value: float | None) -> str:
         "the other beside it",
         "two concepts together",
         "known sprites",
+        "direction right",
+        "object right",
     ) or line.startswith("concept accuracy")
     return percent(value) if share or value is None else f"{value:.4g}"
 

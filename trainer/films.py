@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from trainer.data.decode import examine
@@ -16,6 +18,8 @@ from trainer.data.takes import Clips, Take, Window
 
 if TYPE_CHECKING:
     from trainer.backbones.base import Backbone
+
+PLAYED = 8.0  # frames a second of a clip that is written, where nobody says
 
 
 def source_latents(
@@ -42,17 +46,25 @@ def source_latents(
 
 
 def write(pictures: Tensor, place: Path, fps: float) -> list[Path]:
-    """One picture (1, 3, H, W) in [-1, 1] as `<place>.png`; a clip (frames, 3, H, W) as
-    `<place>.mp4`, of even sides, and `<place>.gif`."""
+    """One picture (1, 3, H, W) in [-1, 1] as `<place>.png`; a clip (frames, 3, H, W) as `play`
+    writes it."""
     images = [to_pil(picture) for picture in pictures]
     if len(images) == 1:
         images[0].save(path := place.with_name(f"{place.name}.png"))
         return [path]
-    from trainer.data.write_clips import encode
+    return play(images, place, fps)
 
+
+def play(images: Sequence[Image], place: Path, fps: float) -> list[Path]:
+    """Pictures of one size as `<place>.mp4`, where PyAV is installed, and `<place>.gif`. Sides that
+    are not even are kept, by a format of colours that fewer players know."""
     film, loop = (place.with_name(f"{place.name}.{kind}") for kind in ("mp4", "gif"))
-    even = "yuv420p" if all(side % 2 == 0 for side in images[0].size) else "yuv444p"
-    film.write_bytes(encode([np.asarray(image) for image in images], fps, even))
     shown = round(1000 / fps)  # milliseconds
     images[0].save(loop, save_all=True, append_images=images[1:], duration=shown, loop=0)
+    if find_spec("av") is None:
+        return [loop]
+    from trainer.data.write_clips import encode
+
+    even = "yuv420p" if all(side % 2 == 0 for side in images[0].size) else "yuv444p"
+    film.write_bytes(encode([np.asarray(image) for image in images], fps, even))
     return [film, loop]

@@ -3,6 +3,7 @@ adapter."""
 
 from __future__ import annotations
 
+import random
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -34,13 +35,15 @@ from trainer.callbacks.signals import Signals, calm, keep_lightning_out
 from trainer.callbacks.trackers import make_trackers
 from trainer.callbacks.watch import Watch
 from trainer.checkpoint import Checkpoint
-from trainer.data import Dataset, Needs, cache
+from trainer.data import Dataset, Needs, cache, shape_of_clips
+from trainer.data.buckets import Bucketed
 from trainer.data.images import to_pil
 from trainer.data.loader import Fixed, Planned, loader
 from trainer.data.plan import Plan
 from trainer.exits import LeaveError
-from trainer.module import LEVELS, DiffusionModule, Optim
+from trainer.module import LEVELS, DiffusionModule
 from trainer.objective import Objective
+from trainer.optim import Optim
 from trainer.resources import cache_folder
 from trainer.sampler import evaluating, sample_many
 from trainer.schema import Recipe
@@ -57,18 +60,27 @@ def fit(recipe: Recipe, folder: Path | None = None) -> Path:
 
     Raises:
         LeaveError: it ended early, with what it has reached on disk; see `exits.py`.
+        ValueError: what the user can mend; another program training there, say.
     """
     if recipe.continual.concepts:
         from trainer import continual  # which calls this function for every concept
 
         return continual.run(recipe, folder)
-    run = recipe.run
     folder = folder or runs.folder_of(recipe)
     if runs.finished(folder, recipe):
         say(f"{folder}: this run is finished; another run.id or run= starts a new one")
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    found = last_checkpoint(recipe, folder)
+    with runs.held(folder) if first_rank() else nullcontext():
+        _fit(recipe, folder)
+    return folder
+
+
+def _fit(recipe: Recipe, folder: Path) -> None:
+    """The run itself, from its last whole checkpoint on."""
+    run, found = recipe.run, last_checkpoint(recipe, folder)
+    random.seed(run.seed)
+    np.random.seed(run.seed % 2**32)
     torch.manual_seed(run.seed)  # parts made from scratch, dropout of methods
     backbone = backbones.load(recipe.backbone, recipe.backbone_name)
     backbone.eval().requires_grad_(False)
@@ -86,7 +98,8 @@ def fit(recipe: Recipe, folder: Path | None = None) -> Path:
     ema = EMA(recipe.optim.ema) if recipe.optim.ema else None
     signals = Signals(first_rank())
     ran = Ran(partial(report.ran, plan, folder, console))
-    trainer = make_trainer(recipe, folder, [ran, *callbacks(recipe, folder, ema, found, signals)])
+    own = callbacks(recipe, folder, ema, found, signals, train)
+    trainer = make_trainer(recipe, folder, [ran, *own])
     if trainer.is_global_zero:
         announce(recipe, backbone, plan, train, folder)
     cached, order = latents(recipe, backbone, train), step_plan(recipe, train)
@@ -124,7 +137,6 @@ def fit(recipe: Recipe, folder: Path | None = None) -> Path:
             adapter.save(path, module.stored(), runs.header(recipe), backbone.identity())
         runs.note(folder, "finished", step=run.steps)
         say(f"adapter: {path}")
-    return folder
 
 
 def last_checkpoint(recipe: Recipe, folder: Path) -> Checkpoint | None:
@@ -175,7 +187,12 @@ def looker(module: DiffusionModule, batches: Planned) -> Callable[[], None]:
 
 
 def callbacks(
-    recipe: Recipe, folder: Path, ema: EMA | None, found: Checkpoint | None, signals: Signals
+    recipe: Recipe,
+    folder: Path,
+    ema: EMA | None,
+    found: Checkpoint | None,
+    signals: Signals,
+    train: Dataset,
 ) -> list[lightning.Callback]:
     """In the order they act at the end of a step: what a checkpoint holds is done before it is
     saved, what only looks comes after."""
@@ -197,7 +214,7 @@ def callbacks(
             Preview(
                 folder / "previews", preview.prompts, preview.every, preview.steps,
                 preview.guidance, preview.seed,
-                preview.negative, preview.maps, ema, hang,
+                preview.negative, preview.maps, ema, hang, *shape_of_clips(train),
             )
         )  # fmt: skip
     return [*chosen, hang]
@@ -223,7 +240,7 @@ def make_trainer(
         num_sanity_val_steps=0,
         log_every_n_steps=run.log_every,
         callbacks=callbacks,
-        logger=make_trackers(recipe.tracker, folder, recipe.tree),
+        logger=make_trackers(recipe.tracker, folder, recipe.tree, partial(say, style="yellow")),
         use_distributed_sampler=False,
         enable_checkpointing=False,  # `Checkpoints` does that
         enable_model_summary=False,
@@ -273,7 +290,8 @@ def needs(recipe: Recipe, backbone: Backbone) -> Needs:
 def step_plan(recipe: Recipe, data: Dataset) -> Plan:
     groups = tuple((group.start, group.stop) for group in data.groups)
     shares, weights, frames = tuple(data.shares), tuple(data.weights), tuple(data.frames)
-    return Plan(groups, shares, weights, recipe.run.batch_size, recipe.run.seed, frames)
+    sizes = tuple(data.sizes) if isinstance(data, Bucketed) else ()
+    return Plan(groups, shares, weights, recipe.run.batch_size, recipe.run.seed, frames, sizes)
 
 
 def checks(recipe: Recipe, backbone: Backbone, held_out: Dataset | None) -> Any:
@@ -303,9 +321,9 @@ def objective(recipe: Recipe, backbone: Backbone) -> Objective:
 
 def optim(recipe: Recipe) -> Optim:
     chosen, run = recipe.optim, recipe.run
-    lr = chosen.lr * (run.batch_size * run.accumulate if chosen.scale_lr else 1)
+    factor = run.batch_size * run.accumulate if chosen.scale_lr else 1
     return Optim(
-        lr,
+        chosen.lr * factor,
         run.steps,
         chosen.betas,
         chosen.eps,
@@ -314,6 +332,7 @@ def optim(recipe: Recipe) -> Optim:
         chosen.schedule,
         chosen.final_lr,
         chosen.name,
+        None if chosen.muon_lr is None else chosen.muon_lr * factor,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics.multimodal import CLIPScore
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from trainer.data.images import to_pil
@@ -149,6 +150,14 @@ class Metric:
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.judge.model.text_model(input_ids=input_ids).pooler_output
         return self.judge.model.text_projection(hidden)
+
+
+def clip_score(judge: Judge, pictures: Tensor, texts: Sequence[str]) -> float:
+    """CLIPScore (arXiv 2104.08718), 0 to 100: the mean over pictures (n, 3, H, W) and their
+    texts."""
+    metric = Metric(judge)
+    score = CLIPScore(model_name_or_path=lambda: (metric, metric))  # type: ignore[arg-type, return-value]
+    return float(score([((picture + 1) * 127.5).round().byte() for picture in pictures], texts))
 
 
 def judge_folder(

@@ -3,9 +3,8 @@ is in use."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import lightning
@@ -13,42 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from trainer.attention.context import StepContext, per_frame, use
-from trainer.attention.nf4 import bitsandbytes
 from trainer.backbones.base import Backbone
 from trainer.data.loader import Batch
 from trainer.data.plan import quantiles
 from trainer.objective import Objective, add_noise, draw_timesteps, loss_weight, target_of
+from trainer.optim import Optim, make
 from trainer.seeds import seed_of
 
 LEVELS = quantiles(8)  # of the timesteps, where the validation loss is taken
-# optimisers of bitsandbytes (arXiv 2110.02861); a tensor below 4096 values keeps 32-bit moments
-EIGHT_BIT = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
 Seed = tuple[int, str, int, int]
-
-
-@dataclass(frozen=True)
-class Optim:
-    """AdamW, or one of `EIGHT_BIT`: a linear warm-up over `warmup` of `steps`, then constant or
-    cosine to `final_lr` of lr."""
-
-    lr: float
-    steps: int
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 1e-2
-    warmup: int = 0
-    schedule: str = "constant"
-    final_lr: float = 0.0
-    name: str = "adamw"
-
-    def factor(self, step: int) -> float:
-        """What lr is multiplied by at optimiser step `step`."""
-        if step < self.warmup:
-            return (step + 1) / (self.warmup + 1)
-        if self.schedule == "constant":
-            return 1.0
-        done = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
-        return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class DiffusionModule(lightning.LightningModule):
@@ -81,14 +53,18 @@ class DiffusionModule(lightning.LightningModule):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by the names adapters use."""
-        parameters = dict(self.backbone.named_parameters())
-        return {name: parameters[name] for name in self.trained}
+        return {name: self.backbone.get_parameter(name) for name in self.trained}
 
     def stored(self) -> dict[str, Tensor]:
         """What the base cannot give back: the trained parameters and what methods keep beside
         them."""
-        tensors = dict(self.backbone.named_parameters()) | dict(self.backbone.named_buffers())
-        return {name: tensors[name] for name in (*self.trained, *self.kept)}
+        return {name: self._tensor(name) for name in (*self.trained, *self.kept)}
+
+    def _tensor(self, name: str) -> Tensor:
+        """A parameter or a buffer; going there by name is many times faster than listing all."""
+        module, _, own = name.rpartition(".")
+        tensor: Tensor = getattr(self.backbone.get_submodule(module), own)
+        return tensor
 
     def sample_losses(self, batch: Batch, purpose: str, dropout: float) -> tuple[Tensor, Tensor]:
         """Losses (b,) before the batch's own weights, and the timesteps (b,) they were taken at; a
@@ -161,35 +137,16 @@ class DiffusionModule(lightning.LightningModule):
     ) -> Batch:
         return batch.to(device)
 
+    def _blocks(self) -> list[str]:
+        """How the names begin of what lies in the blocks that hold attention."""
+        part = self.backbone.denoiser_name
+        found = {site.name.rpartition(".")[0] for site in self.backbone.sites}
+        return [f"{part}.{block}." for block in sorted(found)]
+
     def configure_optimizers(self) -> Any:
-        by_lr: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in self.trainable().items():
-            by_lr.setdefault(self.lrs.get(name, self.optim.lr), []).append(parameter)
-        optimizer = optimizer_class(self.optim.name, self.device.type)(
-            [{"params": group, "lr": lr} for lr, group in by_lr.items()],
-            lr=self.optim.lr,
-            betas=self.optim.betas,
-            eps=self.optim.eps,
-            weight_decay=self.optim.weight_decay,
-        )
+        optimizer = make(self.optim, self.trainable(), self.lrs, self._blocks(), self.device.type)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.optim.factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def optimizer_class(name: str, device: str) -> Any:
-    """The class `optim.name` stands for.
-
-    Raises:
-        ValueError: bitsandbytes is not installed, or a paged optimiser is to run on a CPU.
-    """
-    if name not in EIGHT_BIT:
-        return torch.optim.AdamW
-    if name.startswith("paged") and device != "cuda":
-        raise ValueError(
-            f"optim.name={name} pages between a GPU and main memory, and this run is on {device}; "
-            "set optim.name=adamw8bit"
-        )
-    return getattr(bitsandbytes(f"optim.name={name}").optim, EIGHT_BIT[name])
 
 
 def _per_sample(error: Tensor, masks: Tensor | None, frames: int) -> Tensor:

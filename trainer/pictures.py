@@ -16,9 +16,13 @@ LABEL = 14
 def grid(
     rows: Sequence[tuple[str, Tensor]], titles: Sequence[str] = (), side: int = 96
 ) -> Image.Image:
-    """Rows of (label, pictures (n, 3, H, W) in [-1, 1]) as one image, titles above the columns."""
+    """Rows of (label, pictures (n, 3, H, W) in [-1, 1]) as one image, titles above the columns. A
+    label wider than a picture goes over several lines. The image has even sides if `side` is even,
+    as films want."""
     columns = max(len(pictures) for _, pictures in rows)
-    left = 8 + max((_width(label) for label, _ in rows), default=0)
+    labels = [wrap(label, side) for label, _ in rows]
+    left = 8 + max(_width(line) for label in labels for line in label)
+    left += left % 2
     lines = [wrap(title, side) for title in titles]
     top = LABEL * max((len(line) for line in lines), default=0) + (4 if lines else 0)
     sheet = Image.new("RGB", (left + columns * (side + 2), top + len(rows) * (side + 2)), "white")
@@ -26,9 +30,11 @@ def grid(
     for column, line in enumerate(lines):
         for number, words in enumerate(line):
             pen.text((left + column * (side + 2), number * LABEL), words, fill="black")
-    for row, (label, pictures) in enumerate(rows):
+    for row, (label, (_, pictures)) in enumerate(zip(labels, rows, strict=True)):
         y = top + row * (side + 2)
-        pen.text((2, y + side // 2 - 6), label, fill="black")
+        for number, words in enumerate(label):
+            middle = y + side // 2 - 6 + LABEL * number - LABEL * (len(label) - 1) // 2
+            pen.text((2, middle), words, fill="black")
         for column, picture in enumerate(pictures):
             sheet.paste(_scaled(to_pil(picture), side), (left + column * (side + 2), y))
     return sheet

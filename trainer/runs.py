@@ -4,17 +4,21 @@
     checkpoints/step-000120/                      see `checkpoint.py`
     events.jsonl                                  a line for each start and end, each checkpoint
                                                   passed over or not written, each step left out
+    metrics.jsonl                                 a line for each time numbers are logged
+    .lock                                         the program that trains here
 
 Previews, the tracker's files and `evaluation.json` lie beside them.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import platform
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -65,11 +69,47 @@ def differing(tree: Mapping[str, Any], recipe: Recipe) -> list[str]:
     return [*sections, *(f"run.{key}" for key in keys)]
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other programs out of the folder inside the block.
+
+    The system takes the lock back when the process ends, however it ends; a file system that knows
+    no locks keeps nobody out.
+
+    Raises:
+        ValueError: another program is in there; names it.
+    """
+    with (folder / ".lock").open("ab+", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read().decode() or "another program"
+            raise ValueError(
+                f"{folder}: {who} is training there; wait for its end, or choose another run.id"
+            ) from None
+        except OSError:
+            pass
+        with suppress(OSError):  # a full disk
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}".encode())
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                file.truncate(0)
+
+
 def note(folder: Path, event: str, **facts: Any) -> None:
-    """Adds a line to `events.jsonl`. A disk without room for it does not end a run."""
+    """Adds a line to `events.jsonl`."""
+    append(folder / "events.jsonl", {"event": event, **facts})
+
+
+def append(path: Path, facts: Mapping[str, Any]) -> None:
+    """Adds a line of JSON, with the time. A disk without room for it does not end a run."""
     when = datetime.now(UTC).isoformat(timespec="seconds")
-    with suppress(OSError), (folder / "events.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": when, "event": event, **facts}) + "\n")
+    with suppress(OSError), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": when, **facts}) + "\n")
 
 
 def write(path: Path, text: str) -> None:

@@ -75,10 +75,13 @@ class ObjectiveSpec(Section):
 class OptimSpec(Section):
     """AdamW, a linear warm-up, then constant or cosine. `scale_lr` multiplies lr by the images per
     step; `lrs` names methods whose parameters take an lr of their own; `adamw8bit` keeps the
-    moments in 8 bits (bitsandbytes), `paged_adamw8bit` also lets them overflow from the GPU.
+    moments in 8 bits (bitsandbytes), `paged_adamw8bit` also lets them overflow from the GPU; `muon`
+    moves the matrices in blocks with attention, at `muon_lr`, and AdamW all else: for training from
+    nothing.
     """
 
-    name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "muon"] = "adamw"
+    muon_lr: float | None = Field(None, gt=0, description="four times lr is a good start")
     lr: float = Field(1e-4, gt=0)
     scale_lr: bool = False
     lrs: dict[str, PositiveFloat] = Field(default_factory=dict)
@@ -92,6 +95,12 @@ class OptimSpec(Section):
     )
     clip: float | None = Field(1.0, gt=0)
     ema: float | None = Field(None, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _muon_has_its_own_lr(self) -> OptimSpec:
+        if self.muon_lr is not None and self.name != "muon":
+            raise ValueError(f"muon_lr={self.muon_lr:g} is for name=muon, and name is {self.name}")
+        return self
 
 
 class RunSpec(Section):

@@ -14,8 +14,9 @@ from trainer.callbacks.ema import EMA
 from trainer.data.loader import Planned, loader
 from trainer.data.plan import Plan
 from trainer.methods.weight.selective import Selective
-from trainer.module import DiffusionModule, Optim
+from trainer.module import DiffusionModule
 from trainer.objective import Objective
+from trainer.optim import Optim
 
 
 class Watch(lightning.Callback):

@@ -140,7 +140,8 @@ def test_sources_cut_each_picture_to_its_bucket(kind: str, photos: Path) -> None
     assert [len(group) for group in train.groups] == [3, 3, 3]
     assert train.sizes == [(24, 40), (32, 32), (40, 24)]
     assert not train.fixed  # one array of latents has one size
-    order = Plan(tuple((g.start, g.stop) for g in train.groups), train.shares, train.weights, 2, 1)
+    groups, sizes = tuple((g.start, g.stop) for g in train.groups), tuple(train.sizes)
+    order = Plan(groups, train.shares, train.weights, 2, 1, train.frames, sizes)
     batches = Planned(train, order, None, 0, 1)
     shapes = Counter()
     for step in range(9):

@@ -21,7 +21,7 @@ from trainer import methods, report
 from trainer.attention import nf4
 from trainer.attention.inject import fold
 from trainer.methods.weight.nf4 import Nf4
-from trainer.module import Optim, optimizer_class
+from trainer.optim import Optim, optimizer_class
 from trainer.recipe import load, methods_of
 
 # QLoRA, appendix E

@@ -197,7 +197,7 @@ class Checkpoints(lightning.Callback):
     ) -> tuple[int, str] | None:
         """What went wrong: an exit code and a sentence."""
         weights = module.stored()
-        if unsound := [name for name, value in weights.items() if not _finite(value)]:
+        if unsound := _unsound(weights):
             return NONFINITE, (
                 f"{unsound[0]} holds values that are not finite after step {place.step}, "
                 f"{len(unsound)} tensors in all; nothing was saved, the last checkpoint stands"
@@ -270,8 +270,12 @@ def _validates(trainer: lightning.Trainer) -> bool:
     return bool(trainer.enable_validation and interval and seen % interval == 0)
 
 
-def _finite(value: Tensor) -> bool:
-    return not value.is_floating_point() or bool(torch.isfinite(value).all())
+def _unsound(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of those that hold values that are not finite."""
+    real = {name: value.detach() for name, value in tensors.items() if value.is_floating_point()}
+    largest = torch._foreach_norm(list(real.values()), float("inf"))
+    sound = torch.isfinite(torch.stack([value.float() for value in largest])).tolist()
+    return [name for name, each in zip(real, sound, strict=True) if not each]
 
 
 @torch.no_grad()

@@ -1,5 +1,4 @@
-"""Pictures at fixed prompts and seeds while training: one row per look, the base model's row
-first."""
+"""Pictures, or clips, at fixed prompts and seeds while training, the base model's first."""
 
 from __future__ import annotations
 
@@ -9,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from trainer.attention.sites import select
@@ -19,14 +16,20 @@ from trainer.attention.store import MapStore
 from trainer.backbones.base import Backbone
 from trainer.callbacks.ema import EMA
 from trainer.callbacks.hang import HangGuard
+from trainer.callbacks.trackers import show, show_film
+from trainer.films import PLAYED, play
 from trainer.module import DiffusionModule
 from trainer.pictures import grid, overlay
 from trainer.sampler import sample
 
 
 class Preview(lightning.Callback):
-    """Writes `previews/grid.png` and one picture a look to every tracker; with `maps`, where that
-    token looks."""
+    """Writes `previews/grid.png`, a row a look, and each look to every tracker; with `maps`, where
+    that token looks.
+
+    With `frames` above 1 a look is of clips: `previews/<look>.png`, a row a prompt and a column a
+    frame, and `<look>.gif` and `.mp4`, which play all of them side by side. fps: of these clips.
+    """
 
     def __init__(
         self,
@@ -40,10 +43,15 @@ class Preview(lightning.Callback):
         maps: str | None = None,
         ema: EMA | None = None,
         hang: HangGuard | None = None,
+        frames: int = 1,
+        fps: float | None = None,
     ) -> None:
         self.folder, self.prompts, self.every = folder, list(prompts), every
         self.maps, self.ema, self.hang = maps, ema, hang
         self.options: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative": negative}
+        self.frames, self.fps = frames, fps
+        if frames > 1:
+            self.options |= {"frames": frames, "fps": fps}
         self.seeds = [seed + i for i in range(len(self.prompts))]
         self.rows: list[tuple[str, Tensor]] = []
         self.last = -1
@@ -79,30 +87,71 @@ class Preview(lightning.Callback):
             self.ema.swapped(pl_module) if self.ema else nullcontext(),
         ):
             pictures, maps = self._paint(pl_module.backbone)
-        self.rows.append((label, pictures))
+        rows = [(label, pictures)]
         if maps is not None and label != "base":
-            self.rows.append((f"{self.maps}", overlay(pictures, maps)))
+            rows.append((f"{self.maps}", overlay(pictures, maps)))
         self.folder.mkdir(parents=True, exist_ok=True)
-        sheet = grid(self.rows, self.prompts)
-        sheet.save(self.folder / "grid.png")
-        show(trainer, "preview", grid([(label, pictures)], self.prompts), trainer.global_step)
+        if self.frames > 1:
+            self._show_clips(trainer, rows)
+            return
+        self.rows += rows
+        grid(self.rows, self.prompts).save(self.folder / "grid.png")
+        show(trainer, "preview", grid(rows[:1], self.prompts), trainer.global_step)
+
+    def _show_clips(self, trainer: lightning.Trainer, rows: list[tuple[str, Tensor]]) -> None:
+        place = self.folder / rows[0][0].replace(" ", "-")
+        own = [(name, pictures.split(self.frames)) for name, pictures in rows]
+        sheet = [
+            (prompt if i == 0 else name, clips[number])
+            for number, prompt in enumerate(self.prompts)
+            for i, (name, clips) in enumerate(own)
+        ]
+        grid(sheet).save(f"{place}.png")
+        images = [
+            grid([(name, pictures[i :: self.frames]) for name, pictures in rows], self.prompts)
+            for i in range(self.frames)
+        ]
+        show_film(trainer, "preview", play(images, place, self.fps or PLAYED), trainer.global_step)
 
     def _paint(self, backbone: Backbone) -> tuple[Tensor, Tensor | None]:
+        """Clips one by one: their frames make the batch."""
         where = positions(backbone, self.prompts, self.maps) if self.maps else None
+        at_once = len(self.prompts) if self.frames == 1 else 1
+        parts = [
+            self._painted(
+                backbone,
+                self.prompts[i : i + at_once],
+                self.seeds[i : i + at_once],
+                where and where[i : i + at_once],
+            )
+            for i in range(0, len(self.prompts), at_once)
+        ]
+        maps = [maps for _, maps in parts if maps is not None]
+        return torch.cat([pictures for pictures, _ in parts]), torch.cat(maps) if maps else None
+
+    def _painted(
+        self,
+        backbone: Backbone,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        where: list[list[int]] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """where: the places of the token in each prompt, for its maps (rows, h, w)."""
         if where is None:
-            return sample(backbone, self.prompts, self.seeds, **self.options).cpu(), None
+            return sample(backbone, prompts, seeds, **self.options).cpu(), None
+        rows = [places for places in where for _ in range(self.frames)]
         # the same columns for the unconditional half; its rows are dropped below
-        store = MapStore([*where, *where] if self.options["guidance"] > 1 else where)
+        store = MapStore([*rows, *rows] if self.options["guidance"] > 1 else rows)
         sites = [site for site in select(backbone.sites, "cross") if site.divisor in (1, 2)]
         backbone.host.install(store, sites)
         try:
-            pictures = sample(backbone, self.prompts, self.seeds, **self.options).cpu()
+            pictures = sample(backbone, prompts, seeds, **self.options).cpu()
         finally:
             backbone.host.remove(store)
         maps = store.average(
             (pictures.shape[-2] // backbone.divisor, pictures.shape[-1] // backbone.divisor)
         )
-        return pictures, maps[-len(self.prompts) :, 0]
+        return pictures, maps[-len(rows) :, 0]
 
 
 def positions(backbone: Backbone, prompts: Sequence[str], token: str) -> list[list[int]] | None:
@@ -115,15 +164,3 @@ def positions(backbone: Backbone, prompts: Sequence[str], token: str) -> list[li
             return None
         found.append([ids.index(wanted)])
     return found
-
-
-def show(trainer: lightning.Trainer, name: str, image: Image.Image, step: int) -> None:
-    """Hands a picture to every tracker of the run."""
-    for logger in trainer.loggers:
-        experiment: Any = getattr(logger, "experiment", None)
-        if hasattr(logger, "log_image"):
-            logger.log_image(name, [image], step=step)
-        elif hasattr(experiment, "add_image"):
-            experiment.add_image(
-                name, torch.from_numpy(np.asarray(image).copy()), step, dataformats="HWC"
-            )

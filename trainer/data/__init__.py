@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median_low
 from typing import TYPE_CHECKING, Protocol
 
 from pydantic import BaseModel, ConfigDict
@@ -63,6 +64,11 @@ class Dataset(Protocol):
     def fingerprint(self) -> str:
         """Changes when any image would; keys caches."""
         ...
+
+
+def shape_of_clips(data: Dataset) -> tuple[int, float | None]:
+    """Frames of its clips, and the middle one of their frames a second; 1 and None for images."""
+    return max(data.frames), median_low(data.rates) if data.rates else None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from trainer.data import Dataset
-from trainer.data.buckets import Bucketed
 from trainer.data.cache import frames_of, rows
 from trainer.data.plan import Cursor, Plan, Slot
 from trainer.seeds import seed_of
@@ -50,14 +49,11 @@ class Batch:
 
 
 class Planned(TorchDataset[Batch]):
-    """Item k is this rank's part of global micro-batch k. Which groups make no batch together, a
-    dataset of several sizes says itself."""
+    """Item k is this rank's part of global micro-batch k."""
 
     def __init__(
         self, dataset: Dataset, plan: Plan, moments: np.ndarray | None, rank: int, world_size: int
     ) -> None:
-        if isinstance(dataset, Bucketed):
-            plan = replace(plan, sizes=tuple(dataset.sizes))
         self.dataset, self.plan, self.moments = dataset, plan, moments
         self.rank, self.world_size = rank, world_size
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from trainer.data import Dataset, Needs, Sample, Source
 from trainer.data.world import HELD_OUT_SEED
@@ -17,16 +17,27 @@ if TYPE_CHECKING:
 
 class WorldClips(Source):
     """count: clips to train on; frames: of each; fps: frames a second of its one second, null to
-    spread them over all of it; sprites: which of them; images: share of the batches that are
-    scenes, as from the source `world`; validation: unseen clips for the validation loss."""
+    spread them over all of it; sprites: which of them; motion: of all of them, one object each,
+    as in `moving left`, null for clips of every kind; images: share of the batches that are scenes,
+    as from the source `world`; validation: unseen clips for the validation loss."""
 
     count: int = Field(4_000, gt=0)
     frames: int = Field(8, gt=0)
     fps: float | None = Field(None, gt=0)
     sprites: Literal["known", "held_out", "all"] = "known"
+    motion: str | None = None
     seed: int = Field(0, ge=0)
     images: float = Field(0.0, ge=0, lt=1)
     validation: int = Field(128, ge=0)
+
+    @field_validator("motion")
+    @classmethod
+    def _is_a_motion(cls, motion: str | None) -> str | None:
+        from trainer.data.scenes import MOTIONS
+
+        if motion is not None and motion not in MOTIONS:
+            raise ValueError(f"choose one of {', '.join(MOTIONS)}")
+        return motion
 
     @model_validator(mode="after")
     def _lasts_a_second(self) -> WorldClips:
@@ -42,7 +53,8 @@ class WorldClips(Source):
         from trainer.data.world import Scenes
 
         def clips(seed: int, count: int) -> Drawn:
-            return Drawn(seed, count, self.sprites, needs.resolution, self.frames, self.fps)
+            side, frames = needs.resolution, self.frames
+            return Drawn(seed, count, self.sprites, side, frames, self.fps, self.motion)
 
         train: Dataset = clips(self.seed, self.count)
         if self.images:
@@ -61,13 +73,21 @@ class Drawn:
     skipped: Sequence[str] = ()
 
     def __init__(
-        self, seed: int, count: int, sprites: str, side: int, frames: int, fps: float | None
+        self,
+        seed: int,
+        count: int,
+        sprites: str,
+        side: int,
+        frames: int,
+        fps: float | None,
+        motion: str | None = None,
     ) -> None:
         from trainer.data import sprites as table
         from trainer.data.clips import check_rate
 
         self.seed, self.count, self.sprites, self.side = seed, count, sprites, side
         self.names = {"known": table.KNOWN, "held_out": table.HELD_OUT, "all": table.ALL}[sprites]
+        self.motion = motion
         self.groups: Sequence[range] = (range(count),)
         self.fps = check_rate(frames, fps)
         self.frames: Sequence[int] = (frames,)
@@ -87,17 +107,17 @@ class Drawn:
         from trainer.data.clips import draw
         from trainer.data.images import resize_cover, to_tensor
 
-        clip = draw(self.seed, index, self.names, self.frames[0], self.fps)
+        clip = draw(self.seed, index, self.names, self.frames[0], self.fps, self.motion)
         frames = (resize_cover(Image.fromarray(frame), self.side) for frame in clip.frames)
         return torch.stack([to_tensor(frame) for frame in frames])
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         from trainer.data.clips import plot
 
-        return plot(self.seed, index, self.names).caption
+        return plot(self.seed, index, self.names, self.motion).caption
 
     def fingerprint(self) -> str:
         return (
             f"world-clips-1-{self.seed}-{self.count}-{self.sprites}-{self.side}-"
-            f"{self.frames[0]}-{self.fps!r}"
+            f"{self.frames[0]}-{self.fps!r}" + (f"-{self.motion}" if self.motion else "")
         )
