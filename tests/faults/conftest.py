@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +22,11 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # `driver` is imported by name, in forked processes too
 
 import driver
+from server import serve
 
 from trainer import checkpoint, recipe
 from trainer.checkpoint import Checkpoint
+from trainer.data.write_shards import write_world
 from trainer.exits import LeaveError
 from trainer.fit import fit
 
@@ -32,20 +36,43 @@ QUICK = (
     "run.checkpoint_every=1", "run.checkpoint_keep=99", "run.validate_every=0", "preview.every=0",
     "tracker=none", "optim.lr=1e-3",
 )  # fmt: skip
+# the same on scenes in tars, read from a server as they are trained on
+STREAMED = """
+data: {{source: remote, url: "{url}"}}
+methods: {{selective: {{sites: cross, projections: [k, v]}}}}
+"""
 STATE = ("optimizer", "schedule", "parts", "draws")
 Words = Callable[..., list[str]]
 Run = Callable[..., int]
 
 
+def words_of(backbone: Path, *own: str) -> list[str]:
+    """The words of a run of five steps; given ones replace those of the same key, and a recipe
+    brings data and methods of its own."""
+    other = any(word.startswith("recipe=") for word in own)
+    quick = [word for word in QUICK if not (other and word.startswith(("data.", "methods.")))]
+    every = [*quick, f"backbone={backbone}", *own]
+    return list({word.split("=")[0]: word for word in every}.values())
+
+
 @pytest.fixture(scope="session")
 def words(tiny_folder: Path) -> Words:
-    """The words of a run of five steps; given ones replace those of the same key."""
+    return partial(words_of, tiny_folder)
 
-    def words(*own: str) -> list[str]:
-        every = [*QUICK, f"backbone={tiny_folder}", *own]
-        return list({word.split("=")[0]: word for word in every}.values())
 
-    return words
+@contextmanager
+def streaming(folder: Path) -> Iterator[str]:
+    """The word that makes it a run on tars of a server, which serves inside the block."""
+    write_world(folder / "world", 14, seed=3, per_shard=5)
+    with serve(folder / "world") as url:
+        (folder / "streamed.yaml").write_text(STREAMED.format(url=url))
+        yield f"recipe={folder / 'streamed.yaml'}"
+
+
+@pytest.fixture
+def streamed(tmp_path: Path) -> Iterator[str]:
+    with streaming(tmp_path) as word:
+        yield word
 
 
 @pytest.fixture
@@ -154,8 +181,17 @@ def differing(one: Checkpoint, other: Checkpoint) -> list[str]:
     return unlike + [name for name in STATE if not same(state[name], of_other[name])]
 
 
+def wait_for(path: Path, process: Any) -> None:
+    """Until the file is there, which a process is about to make."""
+    ended = process.poll if isinstance(process, subprocess.Popen) else lambda: process.exitcode
+    deadline = time.monotonic() + 240
+    while not path.exists():
+        assert ended() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope="session")
 def look() -> Any:
     """The functions above, for tests that cannot import this file."""
-    functions = (checkpoints, events, same, differing, checkpoint.read)
+    functions = (checkpoints, events, same, differing, wait_for, checkpoint.read)
     return SimpleNamespace(**{function.__name__: function for function in functions})

@@ -9,17 +9,22 @@ program.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
+import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainer import checkpoint
+from trainer import module as module_file
 from trainer.__main__ import main
 from trainer.data.loader import Planned
 from trainer.module import DiffusionModule
@@ -103,6 +108,63 @@ def sleep_in_data(patch: Patch, seconds: float, step: int) -> None:
         return original(self, index)
 
     patch(Planned, "__getitem__", getitem)
+
+
+def sleep_in_save(patch: Patch, seconds: float, save: int) -> None:
+    original, calls = checkpoint._write_state, [0]
+
+    def write(*arguments: Any) -> None:
+        original(*arguments)
+        calls[0] += 1
+        if calls[0] == save:
+            time.sleep(seconds)
+
+    patch(checkpoint, "_write_state", write)
+
+
+def signal_worker(patch: Patch, number: int, **where: int) -> None:
+    """One of the data workers gets a signal: SIGKILL ends it, SIGSTOP makes it hang."""
+
+    def act(module: DiffusionModule, loss: torch.Tensor) -> torch.Tensor:
+        pid = multiprocessing.active_children()[0].pid
+        assert pid is not None
+        os.kill(pid, number)
+        return loss
+
+    _in_step(patch, act, **where)
+
+
+def largest_file(patch: Patch, size: int) -> None:
+    """No file of this process gets larger: a write fails as on a full disk."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+
+def trace(patch: Patch, folder: str) -> None:
+    """No fault: each rank writes down what it trains on and meets, a line a sample."""
+    original, noises = DiffusionModule.sample_losses, list[str]()
+
+    def sample_losses(self: DiffusionModule, batch: Any, purpose: str, dropout: float) -> Any:
+        noises.clear()
+        losses, timesteps = original(self, batch, purpose, dropout)
+        if purpose == "train":
+            names = ("place", "key", "timestep", "noise", "loss")
+            values = (batch.places, batch.keys, timesteps.tolist(), noises, losses.tolist())
+            with (Path(folder) / f"seen-{self.global_rank}.jsonl").open("a") as file:
+                for row in zip(*values, strict=True):
+                    facts = {"step": batch.step, **dict(zip(names, row, strict=True))}
+                    file.write(json.dumps(facts) + "\n")
+        return losses, timesteps
+
+    draw = module_file._draw
+
+    def drawn(*arguments: Any) -> torch.Tensor:
+        noise = draw(*arguments)
+        noises.append(hashlib.sha256(noise.numpy().tobytes()).hexdigest()[:16])
+        return noise
+
+    patch(module_file, "_draw", drawn)
+    patch(DiffusionModule, "sample_losses", sample_losses)
 
 
 def lead(patch: Patch) -> None:

@@ -125,7 +125,7 @@ def test_no_code_in_a_checkpoint_is_run(folder: Path, whole: Path, tmp_path: Pat
     torch.save({"parts": Opens()}, place / "state.pt")
     manifest = json.loads((place / "manifest.json").read_text())
     manifest.pop("sha256")
-    manifest["files"]["state.pt"] = checkpoint._sync(place / "state.pt")
+    manifest["files"]["state.pt"] = checkpoint._facts(place / "state.pt")
     sealed = {**manifest, "sha256": checkpoint._seal(manifest)}
     (place / "manifest.json").write_text(json.dumps(sealed))
     with pytest.raises(LeaveError, match="holds more than tensors and plain values") as refused:

@@ -15,11 +15,13 @@ pytestmark = pytest.mark.faults
     [
         ("step", {"sleep": {"seconds": 600, "step": 1}}, "in act"),
         ("data", {"sleep_in_data": {"seconds": 600, "step": 1}}, "in getitem"),
+        ("save", {"sleep_in_save": {"seconds": 600, "save": 2}}, "in write"),
     ],
 )
 def test_it_ends_and_shows_where(
     section: str, faults: Any, frame: str, tmp_path: Path, forked: Any, run: Any, look: Any
 ) -> None:
+    """A save that hangs leaves the one before it, and no half-written one under its name."""
     process = forked(tmp_path / "run", faults, f"run.timeouts.{section}=2")
     process.join(240)
     assert process.exitcode == 124

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.faults
     [
         ("_write_weights", 2, [1]),
         ("_write_state", 2, [1]),
-        ("_sync", 5, [1]),
+        ("_sync", 2, [1]),
         ("_put", 2, [1]),
         ("prune", 2, [1, 2]),
     ],

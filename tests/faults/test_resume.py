@@ -49,12 +49,17 @@ def test_stopped_at_every_step_of_one_run(tmp_path: Path, run: Any, fault: Any, 
     assert len(look.events(tmp_path / "broken", "started")) == 5
 
 
-def test_workers_change_nothing(tmp_path: Path, run: Any, fault: Any, look: Any) -> None:
-    assert run(tmp_path / "whole") == 0
+@pytest.mark.parametrize("source", ["pictures", "streamed"])
+def test_workers_change_nothing(
+    source: str, tmp_path: Path, run: Any, fault: Any, look: Any, request: pytest.FixtureRequest
+) -> None:
+    """1, then 2, then none; as pictures of a folder, and from tars of a server."""
+    own = (request.getfixturevalue("streamed"),) if source == "streamed" else ()
+    assert run(tmp_path / "whole", *own) == 0
     for step, workers in enumerate((1, 2)):
         with fault(signals={"numbers": [signal.SIGTERM], "step": step}):
-            assert run(tmp_path / "broken", f"run.workers={workers}") == 143
-    assert run(tmp_path / "broken") == 0
+            assert run(tmp_path / "broken", f"run.workers={workers}", *own) == 143
+    assert run(tmp_path / "broken", *own) == 0
     assert compared(tmp_path / "whole", tmp_path / "broken", look) == 5
 
 

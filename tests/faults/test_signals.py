@@ -54,6 +54,23 @@ def test_during_a_save_that_save_is_the_one(
     assert [each.step for each in look.checkpoints(tmp_path / "run")] == [1, 2]
 
 
+def test_killed_in_the_save_that_a_signal_asked_for(
+    tmp_path: Path, run: Any, forked: Any, look: Any
+) -> None:
+    """As a cluster does it whose patience ends sooner: the last one stands."""
+    own = ("run.checkpoint_every=2",)
+    numbers = {"numbers": [signal.SIGTERM], "step": 2}
+    kill = {"function": "_put", "call": 2}
+    process = forked(tmp_path / "run", {"signals": numbers, "kill_in_save": kill}, *own)
+    process.join(240)
+    assert process.exitcode == -signal.SIGKILL
+    assert [each.step for each in look.checkpoints(tmp_path / "run")] == [2]
+    assert run(tmp_path / "run", *own) == 0
+    assert run(tmp_path / "whole", *own) == 0
+    one, other = (look.checkpoints(tmp_path / name)[-1] for name in ("whole", "run"))
+    assert look.differing(one, other) == []
+
+
 def test_during_validation_nothing_is_waited_for(
     tmp_path: Path, run: Any, fault: Any, look: Any
 ) -> None:
@@ -85,17 +102,10 @@ def test_workers_outlive_a_signal_to_the_whole_job(tmp_path: Path, forked: Any, 
         tmp_path / "run", {"lead": {}, "sleep": {"seconds": 1, "step": 1, "last": 99}},
         "run.workers=2", "run.steps=60",
     )  # fmt: skip
-    wait_for(tmp_path / "run" / "checkpoints" / "step-000001", process)
+    look.wait_for(tmp_path / "run" / "checkpoints" / "step-000001", process)
     began = time.monotonic()
     os.killpg(process.pid, signal.SIGTERM)
     process.join(50)
     assert process.exitcode == 143
     assert time.monotonic() - began < 10
     assert look.events(tmp_path / "run", "stopped")[0]["saved"]
-
-
-def wait_for(path: Path, process: Any, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert process.is_alive() and time.monotonic() < deadline
-        time.sleep(0.01)
