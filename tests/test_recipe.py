@@ -34,8 +34,8 @@ lr=1 -> lr: no such key; did you mean optim.lr?
 steps=1 -> steps: no such key; did you mean run.steps or preview.steps?
 xyz=1 -> xyz: no such key; there are: recipe, backbone, data, methods, objective, optim
 backbones.tiny.run.steps=1 -> backbones: no such key; did you mean backbone?
-optim=3 -> optim is 3; it takes name, lr, scale_lr, lrs, betas
-optim.name=adamw8 -> optim.name='adamw8': Input should be 'adamw', 'adamw8bit' or
+optim=3 -> optim is 3; it takes name, lr, muon_lr, scale_lr, lrs
+optim.name=adamw8 -> optim.name='adamw8': Input should be 'adamw', 'adamw8bit',
 optim.lr=abc -> optim.lr='abc': Input should be a valid number
 optim.lr.x=1 -> optim.lr: Input should be a valid number
 optim.lr=true -> optim.lr=True: a number is needed

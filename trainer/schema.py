@@ -81,8 +81,8 @@ class OptimSpec(Section):
     """
 
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "muon"] = "adamw"
-    muon_lr: float | None = Field(None, gt=0, description="four times lr is a good start")
     lr: float = Field(1e-4, gt=0)
+    muon_lr: float | None = Field(None, gt=0, description="four times lr is a good start")
     scale_lr: bool = False
     lrs: dict[str, PositiveFloat] = Field(default_factory=dict)
     betas: tuple[Decay, Decay] = (0.9, 0.999)
