@@ -95,7 +95,17 @@ class Steady(Logger):
         self.attempt(lambda tracker: tracker.save())
 
     def finalize(self, status: str) -> None:
-        self.attempt(lambda tracker: tracker.finalize(status))
+        """The end of the run, also wandb's, which else takes the next one of this process for the
+        same."""
+
+        def end(tracker: Logger) -> None:
+            tracker.finalize(status)
+            if isinstance(tracker, WandbLogger):
+                import wandb
+
+                wandb.finish(exit_code=0 if status == "success" else 1)
+
+        self.attempt(end)
 
 
 def make_trackers(
