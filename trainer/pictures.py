@@ -71,3 +71,13 @@ def wrap(text: str, width: int) -> list[str]:
         else:
             lines[-1] = longer
     return lines
+
+
+def stacked(images: Sequence[Image.Image]) -> Image.Image:
+    """One below the other, on white."""
+    size = max(image.width for image in images), sum(image.height for image in images)
+    sheet, top = Image.new("RGB", size, "white"), 0
+    for image in images:
+        sheet.paste(image, (0, top))
+        top += image.height
+    return sheet

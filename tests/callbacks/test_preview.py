@@ -51,6 +51,27 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     return finished(tmp_path_factory.mktemp("run") / "moving", tiny_folder)
 
 
+def test_a_run_that_goes_on_keeps_the_looks_it_had(tmp_path: Path, tiny_folder: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        """
+data: {source: world, count: 4}
+methods: {selective: {}}
+run: {batch_size: 1, validate_every: 0, checkpoint_every: 1}
+preview: {every: 1, steps: 1, prompts: [a fox]}
+"""
+    )
+    words = ["fit", f"recipe={recipe}", f"backbone={tiny_folder}", f"run={tmp_path / 'run'}"]
+    place = tmp_path / "run" / "previews" / "grid.png"
+    assert main([*words, "run.steps=1"]) == 0
+    with Image.open(place) as first:
+        before = first.copy()
+    assert main([*words, "run.steps=2"]) == 0
+    with Image.open(place) as both:
+        assert both.height > before.height
+        assert both.crop((0, 0, *before.size)).tobytes() == before.tobytes()
+
+
 def test_each_look_is_a_sheet_and_a_film(run: Path) -> None:
     looks = ("base", "step-1", "step-2")
     kinds = ["gif", "png"]

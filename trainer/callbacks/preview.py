@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from PIL import Image
 from torch import Tensor
 
 from trainer.attention.sites import select
@@ -19,13 +20,15 @@ from trainer.callbacks.hang import HangGuard
 from trainer.callbacks.trackers import show, show_film
 from trainer.films import PLAYED, play
 from trainer.module import DiffusionModule
-from trainer.pictures import grid, overlay
+from trainer.pictures import grid, overlay, stacked
 from trainer.sampler import sample
+
+GRID = "grid.png"
 
 
 class Preview(lightning.Callback):
     """Writes `previews/grid.png`, a row a look, and each look to every tracker; with `maps`, where
-    that token looks.
+    that token looks. A run that goes on keeps the rows it had.
 
     With `frames` above 1 a look is of clips: `previews/<look>.png`, a row a prompt and a column a
     frame, and `<look>.gif` and `.mp4`, which play all of them side by side. fps: of these clips.
@@ -54,6 +57,7 @@ class Preview(lightning.Callback):
             self.options |= {"frames": frames, "fps": fps}
         self.seeds = [seed + i for i in range(len(self.prompts))]
         self.rows: list[tuple[str, Tensor]] = []
+        self.earlier: list[Image.Image] = []  # the sheet of a run that this one goes on with
         self.last = -1
 
     def on_train_start(
@@ -61,6 +65,9 @@ class Preview(lightning.Callback):
     ) -> None:
         if trainer.global_step == 0:
             self._look(trainer, pl_module, "base")
+        elif trainer.is_global_zero:
+            with suppress(OSError), Image.open(self.folder / GRID) as sheet:
+                self.earlier = [sheet.copy()]
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any, **__: Any
@@ -95,7 +102,7 @@ class Preview(lightning.Callback):
             self._show_clips(trainer, rows)
             return
         self.rows += rows
-        grid(self.rows, self.prompts).save(self.folder / "grid.png")
+        stacked([*self.earlier, grid(self.rows, self.prompts)]).save(self.folder / GRID)
         show(trainer, "preview", grid(rows[:1], self.prompts), trainer.global_step)
 
     def _show_clips(self, trainer: lightning.Trainer, rows: list[tuple[str, Tensor]]) -> None:
