@@ -38,9 +38,8 @@ def resume(bars: Bars, place: Place, quick: bool) -> list[Row]:
             "pictures": ours_resumed(place, steps, ()),
             "tars": ours_resumed(place, steps, (streamed,)),
         }
-    total = sum(len(points) for points in ours.values())
-    good = sum(sum(points) for points in ours.values())
-    bars.exactly("resume_points_equal", good, total)
+    points = [each for kinds in ours.values() for own in kinds.values() for each in own]
+    bars.exactly("resume_points_equal", sum(points), len(points))
     few = range(1, steps) if quick else range(2, steps, 4)
     plain = {
         "pictures": plain_resumed(place, steps, range(1, steps), "--data", str(pictures(place))),
@@ -59,20 +58,26 @@ def resume(bars: Bars, place: Place, quick: bool) -> list[Row]:
             f"the same batches at {order}"
         )
 
-    def tell(name: str) -> str:
-        points = ours[name]
+    def tell(name: str, kind: str) -> str:
+        own = ours[name][kind]
         what = "weights, optimiser, average and generators equal to the last bit"
-        return f"{of(sum(points), len(points))} points: {what}"
+        return f"{of(sum(own), len(own))} points: {what}"
 
     after = f"stopped after each of {steps - 1} steps"
+    chain = "stopped after every step of one run, with no, 1 and 2 data workers by turns"
     return [
-        Row(f"{after}, pictures", tell("pictures"), told(plain["pictures"]), told(loop)),
-        Row("the same, 2 data workers", "among those points", told(plain["pictures, 2 workers"])),
-        Row(f"{after}, streamed tars", tell("tars"), told(plain["tars"])),
+        Row(f"{after}, pictures", tell("pictures", "alone"), told(plain["pictures"]), told(loop)),
+        Row(
+            f"{chain} (plain: stopped once, 2 workers)",
+            tell("pictures", "chain"),
+            told(plain["pictures, 2 workers"]),
+        ),
+        Row(f"{after}, streamed tars", tell("tars", "alone"), told(plain["tars"])),
+        Row(f"{chain}, streamed tars", tell("tars", "chain"), "-"),
     ]
 
 
-def ours_resumed(place: Place, steps: int, own: Sequence[str]) -> list[bool]:
+def ours_resumed(place: Place, steps: int, own: Sequence[str]) -> dict[str, list[bool]]:
     """Each point alone; and one run that is stopped after every step, with no, one and two workers
     by turns."""
     words = (f"run.steps={steps}", "run.validate_every=5", *own)
@@ -97,8 +102,8 @@ def ours_resumed(place: Place, steps: int, own: Sequence[str]) -> list[bool]:
         return [not names for step, names in unlike(place, whole, folder).items() if step > 1]
 
     calls: list[Callable[[], Any]] = [chain, *(lambda k=k: alone(k) for k in range(1, steps))]
-    first, *others = in_turn(calls)
-    return [*others, *first]
+    chained, *others = in_turn(calls)
+    return {"alone": others, "chain": chained}
 
 
 def plain_resumed(

@@ -41,7 +41,7 @@ def guards(bars: Bars, place: Place, quick: bool) -> list[Row]:
     """What they cost; needs the machine to itself."""
     from _guards import ADAPTER, FULL, cost, inside, stall
 
-    added, hooks = cost(*((3, 4) if quick else (24, 12))), inside(4 if quick else 20)
+    added, hooks = cost(*((3, 4) if quick else (20, 12))), inside(4 if quick else 20)
     bars.at_most("guards_percent_of_step", added["percent"], 1)
     saves = 4 if quick else 20
     adapter, full = stall(saves, *ADAPTER), stall(saves // 2, *FULL)
