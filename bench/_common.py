@@ -17,6 +17,24 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
+def parser_of(
+    text: str | None, parts: Sequence[str] = (), keeps: bool = False, words: bool = False
+) -> argparse.ArgumentParser:
+    """The options that measurements share. text: the docstring of one; parts: of --only; keeps:
+    whether it makes runs that can be kept; words: whether more go to the recipes."""
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="short, no result file")
+    if parts:
+        parser.add_argument("--only", default="", help=f"parts, of {','.join(parts)}")
+    if keeps:
+        parser.add_argument("--keep", type=Path, help="run here and keep what it writes")
+    if words:
+        parser.add_argument("words", nargs="*", help="overrides of the recipes")
+    return parser
+
+
 def chosen_of(text: str, known: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     """The words of `--only a,b`, all of the known ones without any; an unknown one is an error."""
     chosen = [word for word in text.split(",") if word]

@@ -23,7 +23,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from _common import RESULTS, Bars
+from _common import RESULTS, Bars, parser_of
 from torch import Tensor
 
 from trainer.attention.kernels import eager, flashmask, gated, linear, sdpa
@@ -382,8 +382,7 @@ def plots(bench: Bench, d: int, dtype: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="short, no result file, no plots")
+    parser = parser_of(__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--memory", nargs=7, help=argparse.SUPPRESS)

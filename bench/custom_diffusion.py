@@ -7,21 +7,17 @@ Quick: one run with fewer pictures judged; full: the run twice, to see that it i
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import tempfile
 import time
 from pathlib import Path
 
-from _common import Bars, command
+from _common import Bars, command, parser_of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one run, no result file")
-    parser.add_argument("--keep", type=Path, help="run here and keep what it writes")
-    parser.add_argument("words", nargs="*", help="overrides of the recipe")
+    parser = parser_of(__doc__, keeps=True, words=True)
     options = parser.parse_args()
     bars = Bars("custom_diffusion", options.quick)
     with tempfile.TemporaryDirectory() as scratch:

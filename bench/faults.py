@@ -22,7 +22,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["no_proxy"] = "127.0.0.1"
 
-import argparse
 import tempfile
 import time
 from dataclasses import asdict
@@ -32,7 +31,7 @@ from typing import Any
 import _fault_data as data
 import _fault_run as run
 import _fault_state as state
-from _common import RESULTS, Bars, chosen_of
+from _common import RESULTS, Bars, chosen_of, parser_of
 from _fault_left import Part, Row
 from _faulty import Place
 
@@ -87,11 +86,7 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer points, no result file")
-    parser.add_argument("--only", default="", help=f"parts, of {','.join(PARTS)}")
+    parser = parser_of(__doc__, list(PARTS))
     options = parser.parse_args()
     bars = Bars("faults", options.quick, update=bool(options.only))
     with tempfile.TemporaryDirectory() as scratch:

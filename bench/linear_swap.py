@@ -13,7 +13,6 @@ training and writes nothing. Further words go to every `fit`.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import os
@@ -27,7 +26,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from _common import Bars, chosen_of, command
+from _common import Bars, chosen_of, command, parser_of
 from _networks import SD15, Network
 from _runs import PLAIN
 from attention_kernels import Clock, interleaved
@@ -298,18 +297,12 @@ def shipped(names: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="short, no result file")
-    parser.add_argument("--only", default="", help=f"parts, of {','.join(PARTS)}")
+    parser = parser_of(__doc__, list(PARTS), keeps=True, words=True)
     parser.add_argument("--backbones", default="", help=f"of {','.join(WORDS)}")
-    parser.add_argument("--keep", type=Path, help="train here and keep the run folders")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--pictures", type=int, help="of either kind for a model, instead of 200")
     parser.add_argument("--heads", type=int, default=HEADS, help="of 8, of the narrowed geometry")
     parser.add_argument("--sides", help="of latents, for the steps, as in 16,32")
-    parser.add_argument("words", nargs="*", help="overrides of the recipes")
     options = parser.parse_args()
     quick = options.quick
     parts = chosen_of(options.only, list(PARTS), parser)

@@ -23,7 +23,6 @@ go to every `fit`.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +30,7 @@ from typing import Any
 
 import diffusers
 import torch
-from _common import RESULTS, Bars
+from _common import RESULTS, Bars, parser_of
 from _runs import Run, Runs
 from tiny_backbone import SEED, one
 from torch import Tensor
@@ -155,12 +154,7 @@ def table(found: Mapping[str, Mapping[str, float]], noise: Mapping[str, float]) 
 
 def main() -> None:
     diffusers.utils.logging.set_verbosity_error()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="short runs, no result file")
-    parser.add_argument("--keep", type=Path, help="run here and keep what it writes")
-    parser.add_argument("words", nargs="*", help="overrides of the recipe")
+    parser = parser_of(__doc__, keeps=True, words=True)
     options = parser.parse_args()
     quick = options.quick
     bars = Bars("placement", quick)

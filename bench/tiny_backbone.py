@@ -8,7 +8,6 @@ file.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _common import RESULTS, Bars
+from _common import RESULTS, Bars, parser_of
 from PIL import Image
 from torch import Tensor
 
@@ -71,8 +70,7 @@ def two(judge: Judge, pictures: Tensor, scenes: Sequence[Scene]) -> tuple[float,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer pictures, no result file")
+    parser = parser_of(__doc__)
     parser.add_argument("--backbone", default="tiny")
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--steps", type=int, default=25)

@@ -21,7 +21,6 @@ the figures. Quick: short rounds, runs of two steps, in some minutes; writes not
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from typing import Any
 
 import torch
 from _clips import Model, Source, film_of, pixels, shots, without_lora
-from _common import RESULTS, Bars, chosen_of
+from _common import RESULTS, Bars, chosen_of, parser_of
 from _networks import SD15, unet
 from _runs import Run, Runs
 from attention_kernels import Clock, interleaved
@@ -311,17 +310,11 @@ PARTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="short rounds and runs, no results")
-    parser.add_argument("--keep", type=Path, help="run here and keep what it writes")
-    parser.add_argument("--only", default="", help=f"parts, of {','.join(PARTS)}")
+    parser = parser_of(__doc__, list(PARTS), keeps=True, words=True)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--film", type=Path, help="of the part real, in the place of the package's")
     parser.add_argument("--prompt", default=FILM[2], help="what the film shows")
-    parser.add_argument("words", nargs="*", help="overrides of the recipes")
     options = parser.parse_args()
     parts, film = chosen_of(options.only, list(PARTS), parser), options.film or film_of(*FILM[:2])
     if "real" in parts and film is None:

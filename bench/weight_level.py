@@ -13,7 +13,6 @@ training to the end, on runs of two steps; writes nothing. Further words go to e
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from statistics import mean
 from typing import Any
 
 import diffusers
-from _common import RESULTS, Bars, chosen_of
+from _common import RESULTS, Bars, chosen_of, parser_of
 from _runs import Run, Runs
 
 from trainer import recipe
@@ -319,13 +318,7 @@ def _cell(row: dict[str, Any], key: str, form: str, none: str = "-", scale: floa
 
 def main() -> None:
     diffusers.utils.logging.set_verbosity_error()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="short runs, no result file")
-    parser.add_argument("--keep", type=Path, help="run here and keep what it writes")
-    parser.add_argument("--only", default="", help=f"parts, of {','.join(PARTS)}")
-    parser.add_argument("words", nargs="*", help="overrides of the recipes")
+    parser = parser_of(__doc__, list(PARTS), keeps=True, words=True)
     options = parser.parse_args()
     quick_parts = options.quick and not options.only
     parts = QUICK_PARTS if quick_parts else chosen_of(options.only, list(PARTS), parser)

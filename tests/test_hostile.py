@@ -22,6 +22,7 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tars import pack
 
 from trainer import adapter, checkpoint, leaks, recipe
 from trainer.__main__ import main
@@ -81,19 +82,6 @@ def png(size: tuple[int, int] = (32, 32)) -> bytes:
     buffer = io.BytesIO()
     Image.effect_noise(size, 80).convert("RGB").save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def pack(path: Path, *members: tuple[str, bytes] | tarfile.TarInfo, pax: bool = False) -> Path:
-    form = tarfile.PAX_FORMAT if pax else tarfile.GNU_FORMAT
-    with tarfile.open(path, "w", format=form) as archive:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                archive.addfile(member)
-            else:
-                info = tarfile.TarInfo(member[0])
-                info.size = len(member[1])
-                archive.addfile(info, io.BytesIO(member[1]))
-    return path
 
 
 def needs(path: Path) -> Needs:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trainer import methods
 from trainer.module import DiffusionModule
 from trainer.objective import Objective
-from trainer.optim import Muon, Optim, make
+from trainer.optim import Muon, Optim, make_optimizer
 from trainer.recipe import RecipeError, load, methods_of
 
 OPTIM = Optim(1e-3, 10, name="muon", muon_lr=4e-3, weight_decay=0.1)
@@ -30,7 +30,7 @@ def parameters() -> dict[str, nn.Parameter]:
 
 
 def made(named: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-    return make(OPTIM, named, {"net.blocks.0.own.weight": 0.5}, BLOCKS, "cpu")
+    return make_optimizer(OPTIM, named, {"net.blocks.0.own.weight": 0.5}, BLOCKS, "cpu")
 
 
 def step(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, seed: int) -> None:
@@ -61,7 +61,7 @@ def test_an_orthogonal_step_is_of_the_size_of_adamws() -> None:
     """Root mean square 0.2 lr whatever the shape, within what five Newton-Schulz steps leave."""
     for shape in ((64, 64), (64, 256), (256, 64)):
         value = nn.Parameter(torch.zeros(shape))
-        optimizer = make(OPTIM, {"net.blocks.0.x": value}, {}, BLOCKS, "cpu")
+        optimizer = make_optimizer(OPTIM, {"net.blocks.0.x": value}, {}, BLOCKS, "cpu")
         step({"x": value}, optimizer, 0)
         assert float(value.detach().square().mean().sqrt()) == pytest.approx(0.2 * 4e-3, rel=0.2)
 
@@ -127,7 +127,9 @@ def test_in_a_backbone_it_moves_the_matrices_beside_attention(
 
 def test_nothing_to_move_is_refused() -> None:
     with pytest.raises(ValueError, match=r"none of them trains; set optim\.name=adamw"):
-        make(OPTIM, {"net.head.weight": nn.Parameter(torch.zeros(2, 2))}, {}, BLOCKS, "cpu")
+        make_optimizer(
+            OPTIM, {"net.head.weight": nn.Parameter(torch.zeros(2, 2))}, {}, BLOCKS, "cpu"
+        )
 
 
 def test_its_lr_is_refused_for_another_optimiser() -> None:

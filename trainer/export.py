@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import safe_open
@@ -22,7 +22,7 @@ from trainer.formats._factor import truncated
 from trainer.formats._job import Job
 from trainer.formats._proof import FRAMES, LIMIT, NOISE, Probe, difference
 from trainer.formats.merged import merge
-from trainer.methods import ORDER, Method
+from trainer.methods import Method, in_order
 from trainer.methods.temporal import Temporal
 
 __all__ = ["export", "merge"]
@@ -97,12 +97,10 @@ def base_of(tree: dict[str, Any]) -> Any:
 
 
 def _methods(tree: dict[str, Any]) -> dict[str, Method]:
-    """In the order they are applied in."""
-    found = recipe.methods_of(tree["methods"])
-    return dict(sorted(found.items(), key=lambda item: ORDER.index(item[1].kind)))
+    return in_order(recipe.methods_of(tree["methods"]))
 
 
-def _given(method: Method) -> bool:
+def _given(method: Method) -> TypeGuard[Temporal]:
     """Whether it inserts layers that another run has trained."""
     return isinstance(method, Temporal) and not method.train
 
@@ -112,7 +110,7 @@ def _say_base(tree: dict[str, Any], form: str, say: Say) -> None:
     for name, method in _methods(tree).items():
         if method.kind == "storage" and form != "merged":
             say(f"proven on the base as methods.{name} stores it; stored otherwise it rounds so")
-        if isinstance(method, Temporal) and not method.train:
+        if _given(method):
             say(f"methods.{name} did not train: its layers are those of weights={method.weights}")
 
 

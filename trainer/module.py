@@ -16,7 +16,7 @@ from trainer.backbones.base import Backbone
 from trainer.data.loader import Batch
 from trainer.data.plan import quantiles
 from trainer.objective import Objective, add_noise, draw_timesteps, loss_weight, target_of
-from trainer.optim import Optim, make
+from trainer.optim import Optim, make_optimizer
 from trainer.seeds import seed_of
 
 LEVELS = quantiles(8)  # of the timesteps, where the validation loss is taken
@@ -144,7 +144,9 @@ class DiffusionModule(lightning.LightningModule):
         return [f"{part}.{block}." for block in sorted(found)]
 
     def configure_optimizers(self) -> Any:
-        optimizer = make(self.optim, self.trainable(), self.lrs, self._blocks(), self.device.type)
+        optimizer = make_optimizer(
+            self.optim, self.trainable(), self.lrs, self._blocks(), self.device.type
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.optim.factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

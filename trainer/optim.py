@@ -44,7 +44,7 @@ class Optim:
         return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def make(
+def make_optimizer(
     optim: Optim,
     named: Mapping[str, nn.Parameter],
     lrs: Mapping[str, float],

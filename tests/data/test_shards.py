@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tars
 from PIL import Image
 
 from trainer.data import Needs, Source, shards
@@ -52,14 +53,7 @@ def png(seed: int = 0) -> bytes:
 def pack(path: Path, *members: tuple[str, bytes] | tarfile.TarInfo) -> Path:
     """A tar with members as they are given, in a folder of its own; returns the folder."""
     path.mkdir(exist_ok=True)
-    with tarfile.open(path / "a.tar", "w", format=tarfile.GNU_FORMAT) as archive:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                archive.addfile(member)
-            else:
-                info = tarfile.TarInfo(member[0])
-                info.size = len(member[1])
-                archive.addfile(info, io.BytesIO(member[1]))
+    tars.pack(path / "a.tar", *members)
     return path
 
 

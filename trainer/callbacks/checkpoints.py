@@ -273,9 +273,9 @@ def _validates(trainer: lightning.Trainer) -> bool:
 def _unsound(tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of those that hold values that are not finite."""
     real = {name: value.detach() for name, value in tensors.items() if value.is_floating_point()}
-    largest = torch._foreach_norm(list(real.values()), float("inf"))
-    sound = torch.isfinite(torch.stack([value.float() for value in largest])).tolist()
-    return [name for name, each in zip(real, sound, strict=True) if not each]
+    if torch.isfinite(torch.nn.utils.get_total_norm(list(real.values()), float("inf"))):
+        return []
+    return [name for name, value in real.items() if not torch.isfinite(value).all()]
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from trainer.formats._apply import add_to
 from trainer.formats._detect import detect
 from trainer.formats._factor import fitted, folded
 from trainer.formats._proof import LIMIT, Probe, difference
+from trainer.resources import whole
 
 ROLES = ("q", "k", "v", "out")
 SITES = ("cross", "self", "all")
@@ -54,8 +55,7 @@ def import_file(
     del base
     tensors, identity = _tensors(bundle, tree, _plain(spec, backbone))
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part.safetensors")
-    try:
+    with whole(out) as part:
         adapter.save(part, tensors, {"backbone": backbone, "methods": tree}, identity)
         apart = difference(probe(adapter.load(part)[0]), wanted)
         if apart > LIMIT:
@@ -63,9 +63,6 @@ def import_file(
                 f"file={path}: as an adapter it gives an output {apart:.1e} from what the file "
                 f"does, where {LIMIT:.0e} is allowed; nothing was written"
             )
-        part.rename(out)
-    finally:
-        part.unlink(missing_ok=True)
     say(f"{kind}: {_counted(bundle)}; largest difference {apart:.1e} (allowed {LIMIT:.0e})")
     say(f"go on from it with run.start_from={out} and methods: {json.dumps(tree)}")
     return out

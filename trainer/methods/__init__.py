@@ -111,6 +111,11 @@ def find(name: str) -> type[Method]:
     return found
 
 
+def in_order(methods: Mapping[str, Method]) -> dict[str, Method]:
+    """As they are applied: by `ORDER`, and those of one kind as they stand."""
+    return dict(sorted(methods.items(), key=lambda item: ORDER.index(item[1].kind)))
+
+
 def apply(
     model: AttentionModel, methods: Mapping[str, Method], seed: int = 0, trains: bool = True
 ) -> Plan:
@@ -127,7 +132,7 @@ def apply(
 
     edits: dict[str, Edit] = {}
     owners: dict[tuple[str, str], str] = {}
-    for name, method in sorted(methods.items(), key=lambda item: ORDER.index(item[1].kind)):
+    for name, method in in_order(methods).items():
         before = dict(model.named_parameters())
         try:
             with _seeded(seed, name):
