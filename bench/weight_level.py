@@ -88,7 +88,7 @@ def steps(bars: Bars, runs: Runs) -> None:
     word."""
     from _steps import Step, facts, interleaved
 
-    rounds = 5 if bars.quick else 15
+    rounds = 5 if bars.quick else 31
     chosen = [fit_run(name) for name in WORDS] + [continual_run(name) for name in CONTINUAL]
     # a batch of the concept alone: class images would first have to be painted
     every = {run.name: runs.words_of(run, "data.prior_weight=0") for run in chosen}

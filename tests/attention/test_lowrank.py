@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from trainer.attention.lowrank import LowRankLinear, quicken
 
-ROWS = {"tall": (3, 7, 10), "short": (2, 10), "one": (1, 10), "four axes": (2, 3, 4, 10)}
+ROWS = {"tall": (3, 9), "short": (2,), "one": (1,), "four axes": (2, 3, 5)}
+SIZES = {"small": (10, 6), "large": (24, 20)}  # below and above 4 r (c + d) elements
 
 
-def adapted(bias: bool = True, **options: Any) -> tuple[Any, Any]:
-    """peft's layer (10 to 6) with an adapter that does something; ours with the same tensors."""
+def adapted(
+    bias: bool = True, size: tuple[int, int] = SIZES["small"], **options: Any
+) -> tuple[Any, Any]:
+    """peft's layer with an adapter of rank 2 that does something; ours with the same tensors."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(10, 6, bias=bias)).requires_grad_(False)
+    model = nn.Sequential(nn.Linear(*size, bias=bias)).requires_grad_(False)
     config = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], **options)
     inject_adapter_in_model(config, model, adapter_name="own")
     with torch.no_grad():
@@ -44,19 +47,23 @@ def results(layer: nn.Module, x: Tensor) -> list[Tensor]:
     return found  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dora", [False, True])
-def test_equals_peft(dora: bool, bias: bool, rows: tuple[int, ...]) -> None:
-    theirs, ours = adapted(bias, use_dora=dora)
-    x = torch.randn(rows)
+def test_equals_peft(dora: bool, bias: bool, rows: tuple[int, ...], size: tuple[int, int]) -> None:
+    theirs, ours = adapted(bias, size, use_dora=dora)
+    x = torch.randn(*rows, size[0])
     for own, other in zip(results(ours, x), results(theirs, x), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [(3, 7, 10), (2, 10)])
-def test_lora_gradients_are_those_of_its_output(rows: tuple[int, ...]) -> None:
-    _, ours = adapted()
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("rows", [(3, 9), (2,)])
+def test_lora_gradients_are_those_of_its_output(
+    rows: tuple[int, ...], size: tuple[int, int]
+) -> None:
+    _, ours = adapted(size=size)
     ours.double()
     trained = [ours.lora_A["own"].weight, ours.lora_B["own"].weight]
 
@@ -64,7 +71,7 @@ def test_lora_gradients_are_those_of_its_output(rows: tuple[int, ...]) -> None:
         found: Tensor = ours(x)
         return found
 
-    x = torch.randn(rows, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(*rows, size[0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(run, (x, *trained))
 
 

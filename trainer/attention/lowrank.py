@@ -4,6 +4,7 @@ and equations, with a backward of our own.
 y = W0 x + b + s B A x (LoRA, arXiv 2106.09685, equation 3) and y = m / |W0 + s B A| (W0 + s B A) x
 + b with the norm a constant (DoRA, arXiv 2402.09353, equation 5 and section 4.3). Products of a
 tall matrix are taken in the order that BLAS is quick at; nothing is added up in a pass of its own.
+W0 + s B A is kept for the backward where it is no larger than x.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ class LowRankLinear(Linear):
             return found
         layer: Any = self.base_layer
         (name,) = self.active_adapters
-        a, b, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        first: Any = self.lora_A[name]
+        second: Any = self.lora_B[name]
+        a, b, scale = first.weight, second.weight, self.scaling[name]
         if name in self.lora_variant:
             length = self.lora_magnitude_vector[name].weight
             result: Tensor = _Dora.apply(x, layer.weight, layer.bias, a, b, length, scale)
+        elif _tall(x, layer.weight) and _small(layer.weight, a):
+            result = linear(x, torch.addmm(layer.weight, b, a, alpha=scale), layer.bias)
         else:
             result = _Lora.apply(x, layer.weight, layer.bias, a, b, scale)
         return result
@@ -67,20 +72,22 @@ class _Lora(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
-        low = _times_columns(a, x)
-        ctx.save_for_backward(x, low, weight, a, b)
         ctx.scale = scale
         if _tall(x, weight):
-            return linear(x, torch.addmm(weight, b, a, alpha=scale), bias)
+            whole = torch.addmm(weight, b, a, alpha=scale)
+            ctx.save_for_backward(x, whole, None, a, b)
+            return linear(x, whole, bias)
+        low = _times_columns(a, x)
+        ctx.save_for_backward(x, weight, low, a, b)
         y = linear(x, weight, bias)
         _rows(y).addmm_(low.T, b.T, alpha=scale)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, low, a, b = ctx.saved_tensors
         need = ctx.needs_input_grad[0]
-        x, low, weight, a, b = ctx.saved_tensors
-        on_x, on_a, on_b = _gradients(_rows(grad), x, low, weight, a, b, ctx.scale, need)
+        on_x, on_a, on_b = _gradients(_rows(grad), x, weight, low, a, b, ctx.scale, need)
         return on_x, None, None, on_a, on_b, None
 
 
@@ -100,48 +107,58 @@ class _Dora(torch.autograd.Function):
     ) -> Tensor:
         whole = torch.addmm(weight, b, a, alpha=scale)
         norm, straight = whole.norm(dim=1), linear(x, whole)
-        ctx.save_for_backward(x, _times_columns(a, x), weight, a, b, straight, norm, length)
+        kept = (whole, None) if _tall(x, weight) else (weight, _times_columns(a, x))
+        ctx.save_for_backward(x, *kept, a, b, straight, norm, length)
         ctx.scale = scale
         factor = length / norm
         return straight * factor if bias is None else torch.addcmul(bias, straight, factor)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, weight, a, b, straight, norm, length = ctx.saved_tensors
+        x, kept, low, a, b, straight, norm, length = ctx.saved_tensors
         rows, need = _rows(grad), ctx.needs_input_grad[0]
         on_length = (rows * _rows(straight)).sum(0) / norm
-        on_x, on_a, on_b = _gradients(rows * (length / norm), x, low, weight, a, b, ctx.scale, need)
+        on_x, on_a, on_b = _gradients(rows * (length / norm), x, kept, low, a, b, ctx.scale, need)
         return on_x, None, None, on_a, on_b, on_length, None
 
 
 def _gradients(
     grad: Tensor,
     x: Tensor,
-    low: Tensor,
     weight: Tensor,
+    low: Tensor | None,
     a: Tensor,
     b: Tensor,
     scale: float,
     need: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Those of (W0 + s B A) x on x, A and B; grad (n, d), x (..., c), low = A x (r, n)."""
+    """Those of (W0 + s B A) x on x, A and B; grad (n, d), x (..., c). weight is W0 where
+    low = A x (r, n) is given, W0 + s B A where it is not."""
     on_low = _times_columns(b.T, grad)
+    on_x = None
+    if need:
+        on_x = grad @ weight
+        if low is not None:
+            on_x.addmm_(on_low.T, a, alpha=scale)
+        on_x = on_x.view(x.shape)
+    if low is None:
+        low = _times_columns(a, x)
     on_a, on_b = on_low @ _rows(x), (low @ grad).T
     if scale != 1:
         on_a, on_b = on_a * scale, on_b * scale
-    if not need:
-        return None, on_a, on_b
-    if _tall(x, weight):
-        on_x = grad @ torch.addmm(weight, b, a, alpha=scale)
-    else:
-        on_x = (grad @ weight).addmm_(on_low.T, a, alpha=scale)
-    return on_x.view(x.shape), on_a, on_b
+    return on_x, on_a, on_b
 
 
 def _tall(x: Tensor, weight: Tensor) -> bool:
     """Whether x has more rows than the matrix: then adding B A to the matrix costs less than to
     what comes out of it."""
     return x.numel() // x.shape[-1] >= max(weight.shape)
+
+
+def _small(weight: Tensor, a: Tensor) -> bool:
+    """Whether the gradient of the matrix itself, from which those of A and B follow, costs less
+    than four products with r columns each, at which BLAS is some four times slower."""
+    return weight.numel() <= 4 * a.shape[0] * sum(weight.shape)
 
 
 def _times_columns(matrix: Tensor, x: Tensor) -> Tensor:
