@@ -26,7 +26,7 @@ import torch
 from _common import RESULTS, Bars, parser_of
 from torch import Tensor
 
-from trainer.attention.kernels import eager, flashmask, gated, linear, sdpa
+from trainer.attention.kernels import eager, flashmask, gated, linear, sdpa, softmax_attention
 from trainer.attention.kernels.agent import agent_attention
 from trainer.attention.kernels.flash import observed
 from trainer.attention.kernels.tiled import tiled
@@ -57,7 +57,17 @@ class Case:
 
 def kernels() -> list[str]:
     maps = [f"linear_{name}" for name in (*linear.FEATURES, "random")]
-    return ["sdpa", "eager", "tiled", *maps, "gla_chunked", "recurrent", "agent", *MASKED]
+    return [
+        "sdpa",
+        "softmax_attention",
+        "eager",
+        "tiled",
+        *maps,
+        "gla_chunked",
+        "recurrent",
+        "agent",
+        *MASKED,
+    ]
 
 
 def kernel(name: str, case: Case) -> Callable[..., Tensor]:
@@ -78,6 +88,7 @@ def kernel(name: str, case: Case) -> Callable[..., Tensor]:
         return lambda q, k, v, g: run(q, k, v, spec)
     table: dict[str, Callable[..., Tensor]] = {
         "sdpa": lambda q, k, v, g: sdpa(q, k, v),
+        "softmax_attention": lambda q, k, v, g: softmax_attention(q, k, v),
         "eager": lambda q, k, v, g: eager(q, k, v),
         "tiled": lambda q, k, v, g: tiled(q, k, v),
         "gla_chunked": lambda q, k, v, g: gated.chunked(q, k, v, g),
@@ -305,6 +316,8 @@ def cpu_bars(bench: Bench) -> None:
     case = Case(16384, 40, 1, backward=True)
     share = bench.memory(case, "tiled") / bench.memory(case, "eager")
     bars.at_most("tiled_memory_of_eager_16k", share, 0.05)
+    for n, d, heads in ((8, 8, 12288), (64, 32, 192), (256, 16, 192)):  # of the tiny backbone
+        bench.compare(Case(n, d, heads, "bf16", True), ["sdpa", "softmax_attention"])
 
 
 LENGTHS = (1024, 4096, 16384)
@@ -330,6 +343,8 @@ def cuda_bars(bench: Bench) -> None:
     memory = Case(16384, 64, 4, "bf16", True, "cuda")
     share = bench.memory(memory, "tiled") / bench.memory(memory, "eager")
     bars.at_most("tiled_memory_of_eager_16k", share, 0.05)
+    for n, d, heads in ((8, 8, 12288), (64, 32, 192), (256, 16, 192)):  # of the tiny backbone
+        bench.compare(Case(n, d, heads, "bf16", True), ["sdpa", "softmax_attention"])
 
 
 def grid(quick: bool, device: str) -> Iterator[Case]:

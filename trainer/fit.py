@@ -20,7 +20,6 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from PIL.Image import Image
 from rich.console import Console
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from trainer import adapter, backbones, checkpoint, methods, report, runs
@@ -116,7 +115,7 @@ def _fit(recipe: Recipe, folder: Path) -> None:
     )
     if run.workers:
         batches.worker_init_fn = calm
-    with signals, sdpa_kernel(SDPBackend.MATH) if run.sdpa == "math" else nullcontext():
+    with signals:
         try:
             trainer.fit(module, batches, checks(recipe, backbone, held_out))
         except LeaveError as leaving:

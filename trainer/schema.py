@@ -120,9 +120,6 @@ class RunSpec(Section):
     gradient_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False
-    sdpa: Literal["auto", "math"] = Field(
-        "auto", description="math: plain matrix products, faster for few tokens on a CPU"
-    )
     cache_latents: bool = True
     validate_every: int = Field(200, ge=0)
     checkpoint_every: int = Field(500, ge=0, description="steps; 0 for none but at an early end")

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.attention.kernels import KERNELS, attention_probs, eager_with_probs
+from trainer.attention.kernels import (
+    FEW,
+    KERNELS,
+    SOME,
+    attention_probs,
+    eager,
+    eager_with_probs,
+    sdpa,
+    softmax_attention,
+)
 
 B, H, N, M, D = 2, 3, 5, 7, 3
 
@@ -107,3 +116,33 @@ def test_half_precision_scores_are_softmaxed_in_float32() -> None:
     assert probs.dtype == torch.float32
     torch.testing.assert_close(probs, scores.float().softmax(-1))
     assert not torch.equal(probs, scores.softmax(-1).float())
+
+
+@pytest.mark.parametrize("masked", ["no", "bool", "added"])
+@pytest.mark.parametrize("keys", [FEW, SOME, SOME + 1])
+def test_half_precision_on_a_cpu_is_softmax_attention_by_any_way(keys: int, masked: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(B, H, N, D), (B, H, keys, D), (B, H, keys, D)]
+    exact = [torch.randn(shape, generator=generator) for shape in shapes]
+    half = [x.to(torch.bfloat16).requires_grad_() for x in exact]
+    exact = [x.detach().float().requires_grad_() for x in half]
+    mask = None
+    if masked != "no":
+        allowed = torch.rand(B, 1, N, keys, generator=generator) > 0.3
+        mask = allowed if masked == "bool" else (~allowed).to(torch.bfloat16) * -1e4
+    with torch.autocast("cpu", torch.bfloat16):
+        o = softmax_attention(*half, mask, 0.5)
+    expected = eager(*exact, mask, 0.5)
+    assert o.dtype == torch.bfloat16
+    torch.testing.assert_close(o.float(), expected, atol=0.02, rtol=0.02)
+    (o.float() ** 2).sum().backward()
+    (expected**2).sum().backward()
+    for mine, theirs in zip(half, exact, strict=True):
+        assert mine.grad is not None and theirs.grad is not None
+        torch.testing.assert_close(mine.grad.float(), theirs.grad, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("keys", [FEW, SOME, SOME + 1])
+def test_in_float32_the_attention_of_a_models_layers_is_pytorchs_to_the_last_bit(keys: int) -> None:
+    q, k, v = (torch.randn(B, H, n, D) for n in (N, keys, keys))
+    assert torch.equal(softmax_attention(q, k, v), sdpa(q, k, v))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from trainer.attention.kernels import sdpa
+from trainer.attention.kernels import softmax_attention
 from trainer.attention.kernels.linear import sana_attention
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def _normed(attn: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 def attend(site: Site, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """o (b, h, n, d) of q (b, h, n, d), k and v (b, h, m, d)."""
     if not site.linear:
-        return sdpa(q, k, v, mask, site.scale)
+        return softmax_attention(q, k, v, mask, site.scale)
     if mask is not None:
         raise ValueError(
             f"attention at {site.name!r} is linear, as its model was trained, and has no place for "

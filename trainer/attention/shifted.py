@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from trainer.attention.kernels import sdpa
+from trainer.attention.kernels import softmax_attention
 
 if TYPE_CHECKING:
     from trainer.attention.context import StepContext
@@ -52,7 +52,7 @@ class ShiftedSparse(nn.Module):
                     "appends keys that are in no group; choose other sites for one of them"
                 )
             return shifted_sparse(q, k, v, mask, scale, self.size(q.shape[2]))
-        return sdpa(q, k, v, mask, scale)
+        return softmax_attention(q, k, v, mask, scale)
 
 
 def shifted_sparse(
@@ -61,7 +61,7 @@ def shifted_sparse(
     """q, k, v and the result (b, h, n, d) of self-attention; n need not divide by `group`, the last
     group is shorter then. One group of all tokens is full attention in every head."""
     if group >= q.shape[2]:
-        return sdpa(q, k, v, mask, scale)
+        return softmax_attention(q, k, v, mask, scale)
     plain = q.shape[1] - q.shape[1] // 2
     heads = [slice(plain), slice(plain, None)]
     parts = []
@@ -84,14 +84,14 @@ def grouped(
     tokens = q.shape[2]
     whole = (tokens - first) // group
     if mask is not None:
-        return sdpa(q, k, v, inside(mask, tokens, group, first), scale)
+        return softmax_attention(q, k, v, inside(mask, tokens, group, first), scale)
     edges = sorted({0, first, first + whole * group, tokens})
     parts = []
     for start, stop in pairwise(edges):
         count = whole if start == first and whole else 1
         # b h (count g) d -> b (h count) g d: every group a head of its own
         cut = [x[:, :, start:stop].unflatten(2, (count, -1)).flatten(1, 2) for x in (q, k, v)]
-        o = sdpa(cut[0], cut[1], cut[2], scale=scale)
+        o = softmax_attention(cut[0], cut[1], cut[2], scale=scale)
         parts.append(o.unflatten(1, (-1, count)).flatten(2, 3))
     return torch.cat(parts, dim=2)
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
 
+FEW, SOME = 64, 256  # keys, in half precision on a CPU
+
 
 def sdpa(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
@@ -25,6 +27,24 @@ def sdpa(
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=False, scale=scale
     )
+
+
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """The attention of a model's own layers: `sdpa`, but for half precision on a CPU. The backward
+    of PyTorch's kernel is many times slower there than in float32 (`python
+    bench/attention_kernels.py` prints how many); with `FEW` keys plain products are used, with
+    `SOME` the kernel in float32."""
+    keys = k.shape[-2]
+    if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16) or keys > SOME:
+        return sdpa(q, k, v, mask, scale)
+    if keys <= FEW:
+        return eager(q, k, v, mask, scale)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.float()
+    with torch.autocast("cpu", enabled=False):
+        return sdpa(q.float(), k.float(), v.float(), mask, scale).to(q.dtype)
 
 
 def eager(
