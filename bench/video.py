@@ -91,7 +91,7 @@ class Job:
 
     def keep(self, name: str, rows: list[tuple[str, Tensor]]) -> None:
         """A contact sheet, a row a clip: with the figures, or where a quick run may write."""
-        sheet: Image.Image = grid(rows, side=64)
+        sheet: Image.Image = grid(rows, side=96)
         folder = self.runs.folder if self.bars.quick else RESULTS
         folder.mkdir(exist_ok=True)
         sheet.quantize(256).save(folder / f"video_{name}.png", optimize=True)

@@ -122,10 +122,18 @@ def _fit(recipe: Recipe, folder: Path) -> None:
             if is_child(trainer):  # whose code would have Lightning kill the first rank
                 leaving.code = 0
             raise
-        except Exception:
+        except Exception as error:
             if trainer.global_rank:  # the others wait for it until it is gone
                 traceback.print_exc()
                 vanish(1)
+            # it is gone; one that raised something is named otherwise
+            if "DataLoader worker (pid" in str(error):
+                raise LeaveError(
+                    1,
+                    f"{str(error).strip()} That is often want of memory: fewer run.workers need "
+                    "less, run.workers=0 has none. The same command goes on from the last "
+                    f"checkpoint in {folder}",
+                ) from error
             raise
     if trainer.is_global_zero:
         path = folder / "adapter.safetensors"
