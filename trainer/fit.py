@@ -30,7 +30,7 @@ from trainer.callbacks.hang import HangGuard, vanish
 from trainer.callbacks.preview import Preview
 from trainer.callbacks.progress import Bar
 from trainer.callbacks.ran import Ran
-from trainer.callbacks.signals import Signals, calm, keep_lightning_out
+from trainer.callbacks.signals import Signals, keep_lightning_out, spare_workers
 from trainer.callbacks.trackers import make_trackers
 from trainer.callbacks.watch import Watch
 from trainer.checkpoint import Checkpoint
@@ -114,7 +114,7 @@ def _fit(recipe: Recipe, folder: Path) -> None:
         run.workers,
     )
     if run.workers:
-        batches.worker_init_fn = calm
+        spare_workers(batches)
     with signals:
         try:
             trainer.fit(module, batches, checks(recipe, backbone, held_out))
