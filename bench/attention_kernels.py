@@ -59,7 +59,6 @@ def kernels() -> list[str]:
     maps = [f"linear_{name}" for name in (*linear.FEATURES, "random")]
     return [
         "sdpa",
-        "softmax_attention",
         "eager",
         "tiled",
         *maps,
@@ -343,8 +342,6 @@ def cuda_bars(bench: Bench) -> None:
     memory = Case(16384, 64, 4, "bf16", True, "cuda")
     share = bench.memory(memory, "tiled") / bench.memory(memory, "eager")
     bars.at_most("tiled_memory_of_eager_16k", share, 0.05)
-    for n, d, heads in ((8, 8, 12288), (64, 32, 192), (256, 16, 192)):  # of the tiny backbone
-        bench.compare(Case(n, d, heads, "bf16", True), ["sdpa", "softmax_attention"])
 
 
 def grid(quick: bool, device: str) -> Iterator[Case]:

@@ -30,7 +30,7 @@ from trainer.callbacks.hang import HangGuard, vanish
 from trainer.callbacks.preview import Preview
 from trainer.callbacks.progress import Bar
 from trainer.callbacks.ran import Ran
-from trainer.callbacks.signals import Signals, keep_lightning_out, spare_workers
+from trainer.callbacks.signals import Signals, keep_lightning_out
 from trainer.callbacks.trackers import make_trackers
 from trainer.callbacks.watch import Watch
 from trainer.checkpoint import Checkpoint
@@ -113,8 +113,6 @@ def _fit(recipe: Recipe, folder: Path) -> None:
         found.micro_step if found else 0,
         run.workers,
     )
-    if run.workers:
-        spare_workers(batches)
     with signals:
         try:
             trainer.fit(module, batches, checks(recipe, backbone, held_out))
@@ -130,7 +128,7 @@ def _fit(recipe: Recipe, folder: Path) -> None:
             if "DataLoader worker (pid" in str(error):
                 raise LeaveError(
                     1,
-                    f"{str(error).strip()} That is often want of memory: fewer run.workers need "
+                    f"{str(error).strip()}; that is often want of memory: fewer run.workers need "
                     "less, run.workers=0 has none. The same command goes on from the last "
                     f"checkpoint in {folder}",
                 ) from error

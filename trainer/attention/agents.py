@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from trainer.attention.grid import token_grid
-from trainer.attention.kernels import sdpa
+from trainer.attention.kernels import softmax_attention
 from trainer.attention.kernels.agent import (
     AgentBias,
     Shortcut,
@@ -88,11 +88,11 @@ class MergedAgents:
         x, self.x = self.x, None
         scale = site.scale
         if x is None:
-            return sdpa(q, k, v, None, scale)
+            return softmax_attention(q, k, v, None, scale)
         refuse_other_keys(q, k, self, site)
         grid = token_grid(q.shape[2], site, ctx, f"methods.{self.owner}")
         if 2 * num_merged(grid, self.cell, self.ratio) >= q.shape[2]:
-            return sdpa(q, k, v, None, scale)
+            return softmax_attention(q, k, v, None, scale)
         agents = merged(q, x, grid, self.cell, self.ratio, seed=ctx.step)
         query_scale = (q.shape[-1] ** -0.5 if scale is None else scale) ** self.query_power
         return agent_attention(q, agents, k, v, scale, query_scale) + self.shortcut * v

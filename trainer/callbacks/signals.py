@@ -13,7 +13,6 @@ from types import FrameType
 from typing import Any
 
 import lightning
-from torch.utils.data import DataLoader
 
 from trainer.exits import INTERRUPTED, REQUEUE, TERMINATED
 
@@ -22,7 +21,6 @@ CODES = {
     signal.SIGINT: INTERRUPTED,
     signal.SIGUSR1: REQUEUE,
 }
-SPARED = 30  # seconds a data worker goes on after a SIGTERM of its own
 
 
 class Signals:
@@ -64,31 +62,3 @@ def keep_lightning_out(trainer: lightning.Trainer) -> None:
     signal to another rank hangs all; it stays out."""
     connector: Any = trainer._signal_connector
     connector.register_signal_handlers = lambda: None
-
-
-def spare_workers(loader: DataLoader[Any]) -> None:
-    """A signal to the whole job is the trainer's to act on, which still needs its batches: it does
-    not end data workers, not even those that are still starting."""
-    begin = loader._get_iterator
-
-    def held_back() -> Any:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, CODES)  # a new process inherits it
-        try:
-            return begin()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    loader._get_iterator = held_back  # type: ignore[method-assign]
-    loader.worker_init_fn = _calm
-
-
-def _calm(worker: int) -> None:
-    """A data worker that is told to end does so, if nobody ends it sooner, after `SPARED`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_later)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, CODES)
-
-
-def _end_later(number: int, frame: FrameType | None) -> None:
-    signal.alarm(SPARED)

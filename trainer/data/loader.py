@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from trainer.callbacks.signals import CODES
 from trainer.data import Dataset
 from trainer.data.cache import frames_of, rows
 from trainer.data.plan import Cursor, Plan, Slot
 from trainer.seeds import seed_of
+
+SPARED = 30  # seconds a data worker goes on after a SIGTERM of its own
 
 
 @dataclass
@@ -126,13 +131,40 @@ def collate(
     return batch
 
 
-def loader(items: TorchDataset[Batch], total: int, start: int, workers: int) -> DataLoader[Any]:
+class Batches(DataLoader[Any]):
+    """A signal to the whole job is the trainer's to act on, which still needs its batches: it does
+    not end data workers, not even those that are still starting."""
+
+    def __iter__(self) -> Any:
+        if not self.num_workers:
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, CODES)  # a new process inherits it
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _calm(worker: int) -> None:
+    """A data worker that is told to end does so, if nobody ends it sooner, after `SPARED`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_later)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, CODES)
+
+
+def _end_later(number: int, frame: FrameType | None) -> None:
+    signal.alarm(SPARED)
+
+
+def loader(items: TorchDataset[Batch], total: int, start: int, workers: int) -> Batches:
     """Micro-batches `start..total-1` in order; workers only prefetch, they change nothing."""
-    return DataLoader(
+    return Batches(
         items,
         batch_size=None,
         sampler=Cursor(total, start),
         num_workers=workers,
         persistent_workers=False,
         multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=_calm,
     )

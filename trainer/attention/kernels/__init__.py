@@ -34,7 +34,7 @@ def softmax_attention(
 ) -> Tensor:
     """The attention of a model's own layers: `sdpa`, but for half precision on a CPU. The backward
     of PyTorch's kernel is many times slower there than in float32 (`python
-    bench/attention_kernels.py` prints how many); with `FEW` keys plain products are used, with
+    bench/attention_kernels.py` measures it); with `FEW` keys plain products are used, with
     `SOME` the kernel in float32."""
     keys = k.shape[-2]
     if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16) or keys > SOME:
