@@ -5,10 +5,9 @@
     python bench/linear_swap.py --quick
 
 The parts are `PARTS`. With --only or --backbones the other figures stay as they are in the result
-file; a shipped backbone of `WORDS` that is not there yet is left out with a line. Accuracy is
-`bench/tiny_backbone.py`'s: the same prompts, seeds and judge for the original and the swapped
-model. Quick: fewer pictures and steps, small latents, in five minutes on two cores; it judges no
-training and writes nothing. Further words go to every `fit`.
+file. Accuracy is `bench/tiny_backbone.py`'s: the same prompts, seeds and judge for the original and
+the swapped model. Quick: fewer pictures and steps, small latents, in five minutes on two cores; it
+judges no training and writes nothing. Further words go to every `fit`.
 """
 
 from __future__ import annotations
@@ -42,11 +41,7 @@ from trainer.data.sprites import KNOWN
 from trainer.judge import Judge
 from trainer.sampler import sample_many
 
-# what the recipes want said of each backbone: the noise levels at which it was trained
-WORDS = {
-    "tiny": (),
-    "tiny_dit": ("objective.logit_mean=1.6", "objective.logit_std=1.35"),
-}
+NAMES = ("tiny", "tiny_dit")
 LOOK: dict[str, Any] = {"steps": 25, "guidance": 5.0}
 MINUTES = 10  # of training, all included
 HEADS = 2  # of 8, in the narrowed geometry
@@ -115,8 +110,7 @@ class Job:
 
     def trained(self, chosen: str, name: str) -> Any:
         """The model that a recipe makes of a backbone; the time it takes has a bar."""
-        words = [f"recipe={chosen}", f"backbone={name}", "run.accelerator=cpu", *PLAIN]
-        words += [*WORDS[name], *self.words]
+        words = [f"recipe={chosen}", f"backbone={name}", "run.accelerator=cpu", *PLAIN, *self.words]
         given = list({word.partition("=")[0]: word for word in words}.values())
         begin = time.monotonic()
         printed = command(
@@ -288,17 +282,9 @@ PARTS: dict[str, Callable[[Job], None]] = {
 }
 
 
-def shipped(names: Sequence[str]) -> list[str]:
-    there = recipe.backbone_names()
-    for name in names:
-        if name not in there:
-            print(f"skipped {name}: there is no recipes/backbone/{name}.yaml", flush=True)
-    return [name for name in names if name in there]
-
-
 def main() -> None:
     parser = parser_of(__doc__, list(PARTS), keeps=True, words=True)
-    parser.add_argument("--backbones", default="", help=f"of {','.join(WORDS)}")
+    parser.add_argument("--backbones", default="", help=f"of {','.join(NAMES)}")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--pictures", type=int, help="of either kind for a model, instead of 200")
     parser.add_argument("--heads", type=int, default=HEADS, help="of 8, of the narrowed geometry")
@@ -306,7 +292,7 @@ def main() -> None:
     options = parser.parse_args()
     quick = options.quick
     parts = chosen_of(options.only, list(PARTS), parser)
-    names = shipped(chosen_of(options.backbones, list(WORDS), parser))
+    names = chosen_of(options.backbones, list(NAMES), parser)
     torch.set_num_threads(options.threads)
     sides = QUICK_SIDES if quick else SIDES
     if options.sides:

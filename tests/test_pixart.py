@@ -282,3 +282,25 @@ def test_the_vp_path_is_refused_on_a_flow(dit_folder: Path, dit: Any) -> None:
 def test_an_unknown_backbone_names_ours() -> None:
     with pytest.raises(RecipeError, match="did you mean tiny_dit_scratch"):
         backbone_spec("tiny_dit_scrach")
+
+
+def test_the_shipped_transformer_paints_what_it_is_asked() -> None:
+    from trainer.data.sprites import KNOWN
+    from trainer.judge import Judge
+
+    shipped = backbones.load(backbone_spec("tiny_dit"), "tiny_dit").eval()
+    words = KNOWN[::8]
+    prompts = [f"a {word} on a white background" for word in words]
+    painted = sample(shipped, prompts, list(range(len(words))), steps=25, guidance=5.0)
+    named = Judge(shipped.folder / "clip").named(painted, KNOWN)
+    assert sum(said == word for said, word in zip(named, words, strict=True)) >= 6
+
+
+def test_recipes_meet_the_shipped_transformer_at_the_noise_it_learned_at() -> None:
+    from trainer.recipe import load
+
+    for name in ("custom_diffusion", "lora", "linear_swap", "agent_attention"):
+        told = [load([f"recipe={name}", f"backbone={each}"]) for each in ("tiny", "tiny_dit")]
+        unet, dit = (each.objective for each in told)
+        assert dit.logit_mean < unet.logit_mean
+        assert told[0].run == told[1].run
