@@ -57,6 +57,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "tune_a_video": {},
     "vdm": {"heads": 2},
     "videop2p": {},
+    "word_embedding": {"tokens": ["fox", "red"]},
 }
 # methods that train nothing by themselves, with one that trains beside them
 COMPANIONS: dict[str, str] = {

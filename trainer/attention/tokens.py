@@ -1,5 +1,5 @@
-"""New words in a text encoder: an embedding whose old table stays frozen and whose new rows are
-parameters of their own.
+"""Words of a text encoder that train, new and known ones: an embedding whose table stays frozen and
+whose trained rows are parameters of their own.
 
 So the optimiser, the adapter and weight decay see exactly the rows that train.
 """
@@ -15,37 +15,28 @@ from torch import Tensor, nn
 from transformers import AddedToken
 
 
-class ExtendedEmbedding(nn.Module):
-    """ids below `len(table)` read the old table, those above read `rows`, n of (d,)."""
+class RowsEmbedding(nn.Module):
+    """A frozen table, and `rows`, n of (d,), that are read in places of their own."""
 
-    def __init__(self, table: nn.Embedding, rows: Sequence[Tensor]) -> None:
+    def __init__(self, table: Any, rows: Sequence[Tensor]) -> None:
         super().__init__()
         self.table, self.rows = table, nn.ParameterList(rows)
 
     @property
     def weight(self) -> Tensor:
-        """Old and new rows as one table (v + n, d)."""
-        return torch.cat([self.table.weight, self._stacked().to(self.table.weight)])
+        """The table with the rows in their places, (v, d)."""
+        raise NotImplementedError
 
     @property
     def num_embeddings(self) -> int:
-        return self.table.num_embeddings + len(self.rows)
+        raise NotImplementedError
 
     @property
     def embedding_dim(self) -> int:
-        return self.table.embedding_dim
+        width: int = self.table.embedding_dim
+        return width
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (...) to embeddings (..., d). The rows take part even where no id is new, so that
-        every rank of a distributed run has a gradient for them."""
-        old = self.table.num_embeddings
-        new = (ids >= old).unsqueeze(-1)
-        added = F.embedding((ids - old).clamp(min=0), self._stacked())
-        return torch.where(
-            new, added.to(self.table.weight.dtype), self.table(ids.clamp(max=old - 1))
-        )
-
-    def _stacked(self) -> Tensor:
+    def stacked(self) -> Tensor:
         return torch.stack(list(self.rows))
 
     def merged(self) -> nn.Embedding:
@@ -54,6 +45,57 @@ class ExtendedEmbedding(nn.Module):
         with torch.no_grad():
             plain.weight.copy_(self.weight)
         return plain
+
+
+class RelearnedEmbedding(RowsEmbedding):
+    """Row i is read for `ids[i]` in the place of the table's own."""
+
+    places: Tensor  # (v,), of each id's row; -1 where the table is read
+
+    def __init__(self, table: Any, ids: Sequence[int], rows: Sequence[Tensor]) -> None:
+        super().__init__(table, rows)
+        places = torch.full((table.num_embeddings,), -1)
+        places[list(ids)] = torch.arange(len(ids))
+        self.register_buffer("places", places, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self._chosen(self.places, self.table.weight)
+
+    @property
+    def num_embeddings(self) -> int:
+        return len(self.places)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (...) to embeddings (..., d). The rows take part even where no id is theirs, so that
+        every rank of a distributed run has a gradient for them."""
+        return self._chosen(self.places[ids], self.table(ids))
+
+    def _chosen(self, places: Tensor, old: Tensor) -> Tensor:
+        own = F.embedding(places.clamp(min=0), self.stacked())
+        return torch.where((places >= 0).unsqueeze(-1), own.to(old.dtype), old)
+
+
+class ExtendedEmbedding(RowsEmbedding):
+    """ids below `len(table)` read the old table, those above read the rows."""
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.cat([self.table.weight, self.stacked().to(self.table.weight)])
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.table.num_embeddings + len(self.rows)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (...) to embeddings (..., d). The rows take part even where no id is new, so that
+        every rank of a distributed run has a gradient for them."""
+        old = self.table.num_embeddings
+        new = (ids >= old).unsqueeze(-1)
+        added = F.embedding((ids - old).clamp(min=0), self.stacked())
+        return torch.where(
+            new, added.to(self.table.weight.dtype), self.table(ids.clamp(max=old - 1))
+        )
 
 
 def extend(
@@ -86,8 +128,47 @@ def extend(
     tokenizer.add_tokens([_added(token) for token in tokens])
     extended = ExtendedEmbedding(table, rows)
     encoder.set_input_embeddings(extended)
+    return _names(encoder, extended)
+
+
+def relearn(encoder: Any, tokenizer: Any, words: Sequence[str]) -> list[str]:
+    """Gives known words rows of their own, which start as the table's. Returns the rows' parameter
+    names in the order of the words. New tokens of the same encoder stay as they are.
+
+    Raises:
+        ValueError: a word is not one token of the vocabulary.
+    """
+    outer = encoder.get_input_embeddings()
+    table = outer.table if isinstance(outer, ExtendedEmbedding) else outer
+    ids = [_one_token(tokenizer, word, "word", "left") for word in words]
+    for word, number in zip(words, ids, strict=True):
+        if number in (tokenizer.unk_token_id, tokenizer.pad_token_id):
+            raise ValueError(f"word {word!r} is not in the vocabulary; new words are new_token's")
+        if number >= table.num_embeddings:
+            raise ValueError(f"word {word!r} is a new token, which trains already")
+    if len(set(ids)) != len(ids):
+        raise ValueError("a word is named twice; CLIP reads lower case")
+    relearned = RelearnedEmbedding(table, ids, [table.weight.detach()[i].clone() for i in ids])
+    if table is outer:
+        encoder.set_input_embeddings(relearned)
+    else:
+        outer.table = relearned
+    return _names(encoder, relearned)
+
+
+def _names(encoder: nn.Module, embedding: RowsEmbedding) -> list[str]:
     names = {id(parameter): name for name, parameter in encoder.named_parameters()}
-    return [names[id(row)] for row in extended.rows]
+    return [names[id(row)] for row in embedding.rows]
+
+
+def _one_token(tokenizer: Any, word: str, what: str, example: str) -> int:
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        raise ValueError(
+            f"{what} {word!r} is {len(ids)} tokens; choose a word that is one, like {example}"
+        )
+    number: int = ids[0]
+    return number
 
 
 def _added(token: str) -> AddedToken:
@@ -101,7 +182,4 @@ def _start(table: nn.Embedding, tokenizer: Any, word: str | None, place: int) ->
         generator = torch.Generator().manual_seed(place)
         noise = torch.randn(weight.shape[1], generator=generator).to(weight)
         return weight.mean(0) + weight.std(0) * noise
-    ids = tokenizer(word, add_special_tokens=False).input_ids
-    if len(ids) != 1:
-        raise ValueError(f"init {word!r} is {len(ids)} tokens; choose a word that is one, like dog")
-    return weight[ids[0]].clone()
+    return weight[_one_token(tokenizer, word, "init", "dog")].clone()

@@ -9,7 +9,7 @@ import torch
 
 from trainer.attention.inject import fold
 from trainer.attention.processor import Host
-from trainer.attention.tokens import ExtendedEmbedding
+from trainer.attention.tokens import RowsEmbedding
 from trainer.formats._job import Job
 
 STOCK = ("torch", "diffusers", "transformers")
@@ -29,7 +29,7 @@ def merge(backbone: Any) -> Any:
     fold(backbone)
     for encoder in backbone.text_encoders.values():
         table = encoder.get_input_embeddings()
-        if isinstance(table, ExtendedEmbedding):
+        if isinstance(table, RowsEmbedding):
             encoder.set_input_embeddings(table.merged())
             encoder.config.vocab_size = table.num_embeddings
     for name, module in backbone.named_modules():

@@ -143,7 +143,7 @@ def apply(
             raise ValueError(f"methods.{name}: {error}") from error
         if moved := _moved(before, model):
             edits = {other: earlier.renamed(moved) for other, earlier in edits.items()}
-            owners |= {claim: own for own, earlier in edits.items() for claim in earlier.claims}
+            owners = {claim: own for own, earlier in edits.items() for claim in earlier.claims}
         for thing, aspect in edit.claims:
             other = owners.setdefault((thing, aspect), name)
             if other != name:

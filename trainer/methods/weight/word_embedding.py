@@ -1,0 +1,42 @@
+"""Word embedding: known words, each one row of the text encoder's embedding, learn what they show.
+
+The rows alone train, as in textual inversion (arXiv 2208.01618, section 4), but of words that the
+vocabulary has and that start as they are: words of motion, say, which stills never explained. A row
+is read in every prompt that has its word.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from trainer.methods import Edit, Method
+
+if TYPE_CHECKING:
+    from trainer.attention.model import AttentionModel
+
+
+class WordEmbedding(Method):
+    """tokens: known words, each one token of the vocabulary of every text encoder."""
+
+    kind: ClassVar[Literal["adapt"]] = "adapt"
+    tokens: tuple[str, ...] = Field(min_length=1)
+
+    @field_validator("tokens")
+    @classmethod
+    def _single(cls, tokens: tuple[str, ...]) -> tuple[str, ...]:
+        for word in tokens:
+            if not word.strip() or any(letter.isspace() for letter in word):
+                raise ValueError(f"{word!r} is no single word; give them one by one")
+        return tokens
+
+    def apply(self, model: AttentionModel) -> Edit:
+        from trainer.attention.tokens import relearn
+
+        trains = [
+            f"{part}.{row}"
+            for part, encoder in model.text_encoders.items()
+            for row in relearn(encoder, model.tokenizers[part], self.tokens)
+        ]
+        return Edit(claims=tuple((name, "weight") for name in trains), trains=tuple(trains))
