@@ -224,6 +224,21 @@ def test_frames_of_a_clip_are_adjacent_in_a_batch() -> None:
     assert (image.frames, image.fps) == (1, None)
 
 
+def test_motions_take_turns() -> None:
+    ways = ["moving left", "growing"]
+    train, held_out = data(motion=ways, validation=4)
+    for each in (train, held_out):
+        said = [each.caption(i, RNG) for i in range(len(each))]
+        assert all(ways[i % 2] in caption for i, caption in enumerate(said))
+    alone, _ = data(motion="growing")
+    assert alone.image(3).equal(train.image(3))
+    prints = {x.fingerprint() for x in (train, alone, data()[0], data(motion=ways[::-1])[0])}
+    assert len(prints) == 4
+    for wrong in ("flying", ["moving left", "flying"], []):
+        with pytest.raises(ValueError, match="choose one of moving up"):
+            WorldClips(motion=wrong)
+
+
 def test_still_images_have_whole_batches_of_their_own() -> None:
     train, _ = data(images=0.25)
     plan = steps(train)

@@ -18,24 +18,25 @@ if TYPE_CHECKING:
 class WorldClips(Source):
     """count: clips to train on; frames: of each; fps: frames a second of its one second, null to
     spread them over all of it; sprites: which of them; motion: of all of them, one object each,
-    as in `moving left`, null for clips of every kind; images: share of the batches that are scenes,
-    as from the source `world`; validation: unseen clips for the validation loss."""
+    as in `moving left`, or several motions that take turns, null for clips of every kind; images:
+    share of the batches that are scenes, as from the source `world`; validation: unseen clips for
+    the validation loss."""
 
     count: int = Field(4_000, gt=0)
     frames: int = Field(8, gt=0)
     fps: float | None = Field(None, gt=0)
     sprites: Literal["known", "held_out", "all"] = "known"
-    motion: str | None = None
+    motion: str | tuple[str, ...] | None = None
     seed: int = Field(0, ge=0)
     images: float = Field(0.0, ge=0, lt=1)
     validation: int = Field(128, ge=0)
 
     @field_validator("motion")
     @classmethod
-    def _is_a_motion(cls, motion: str | None) -> str | None:
+    def _is_a_motion(cls, motion: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
         from trainer.data.scenes import MOTIONS
 
-        if motion is not None and motion not in MOTIONS:
+        if motion is not None and (not motion or set(_each(motion)) - set(MOTIONS)):
             raise ValueError(f"choose one of {', '.join(MOTIONS)}")
         return motion
 
@@ -54,7 +55,7 @@ class WorldClips(Source):
 
         def clips(seed: int, count: int) -> Drawn:
             side, frames = needs.resolution, self.frames
-            return Drawn(seed, count, self.sprites, side, frames, self.fps, self.motion)
+            return Drawn(seed, count, self.sprites, side, frames, self.fps, _each(self.motion))
 
         train: Dataset = clips(self.seed, self.count)
         if self.images:
@@ -80,14 +81,14 @@ class Drawn:
         side: int,
         frames: int,
         fps: float | None,
-        motion: str | None = None,
+        motions: Sequence[str] = (),
     ) -> None:
         from trainer.data import sprites as table
         from trainer.data.clips import check_rate
 
         self.seed, self.count, self.sprites, self.side = seed, count, sprites, side
         self.names = {"known": table.KNOWN, "held_out": table.HELD_OUT, "all": table.ALL}[sprites]
-        self.motion = motion
+        self.motions = tuple(motions)
         self.groups: Sequence[range] = (range(count),)
         self.fps = check_rate(frames, fps)
         self.frames: Sequence[int] = (frames,)
@@ -107,17 +108,24 @@ class Drawn:
         from trainer.data.clips import draw
         from trainer.data.images import resize_cover, to_tensor
 
-        clip = draw(self.seed, index, self.names, self.frames[0], self.fps, self.motion)
+        clip = draw(self.seed, index, self.names, self.frames[0], self.fps, self._motion(index))
         frames = (resize_cover(Image.fromarray(frame), self.side) for frame in clip.frames)
         return torch.stack([to_tensor(frame) for frame in frames])
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         from trainer.data.clips import plot
 
-        return plot(self.seed, index, self.names, self.motion).caption
+        return plot(self.seed, index, self.names, self._motion(index)).caption
+
+    def _motion(self, index: int) -> str | None:
+        return self.motions[index % len(self.motions)] if self.motions else None
 
     def fingerprint(self) -> str:
         return (
             f"world-clips-1-{self.seed}-{self.count}-{self.sprites}-{self.side}-"
-            f"{self.frames[0]}-{self.fps!r}" + (f"-{self.motion}" if self.motion else "")
+            f"{self.frames[0]}-{self.fps!r}" + "".join(f"-{motion}" for motion in self.motions)
         )
+
+
+def _each(motion: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (motion,) if isinstance(motion, str) else tuple(motion or ())
