@@ -54,6 +54,7 @@ HEADS, HEAD_DIM = 8, 40  # as in SD 1.5 where it has most tokens
 SPARSE = ("first", "previous")
 CAPTIONS = 64
 MINUTES = 40  # of training, with all that it prepares
+WORDS = Run("domain_adapter", ("recipe=domain_adapter",), judged=False)
 MOTION = Run("animatediff", ("recipe=animatediff",), judged=False)
 ONE_SHOT = Run("tune_a_video", ("recipe=tune_a_video",), judged=False)
 QUICK = ("run.steps=2", "preview.steps=2")
@@ -200,8 +201,8 @@ def parameters(job: Job) -> None:
 def motion(job: Job) -> None:
     """Sampled clips that are to show one object going one way, beside the same captions frame by
     frame, real clips of them, and these through the VAE, which says what the measure is worth."""
-    bars, run = job.bars, motion_run(job.bars.quick)
-    model = Model(job.runs, run)
+    bars, made = job.bars, motion_runs(job)
+    model = Model(job.runs, made[-1])
     frames = model.recipe.data.frames  # type: ignore[attr-defined]
     clips = shots(4 if bars.quick else CAPTIONS, frames)
     captions = [clip.caption for clip in clips]
@@ -221,7 +222,7 @@ def motion(job: Job) -> None:
     job.learned("motion_object", own["object right"], 0.75)
     consistency = own["frame consistency"] / real["frame consistency"]
     job.learned("motion_consistency_over_real", consistency, 0.95)
-    minutes = job.runs.minutes(run)
+    minutes = sum(map(job.runs.minutes, made))
     if bars.quick:
         bars.note("motion_training_minutes", minutes)
     else:
@@ -250,8 +251,12 @@ def stills(bars: Bars, model: Model) -> None:
     bars.note("motion_images_largest_change_by_lora", float((adapted - base).abs().max()))
 
 
-def motion_run(quick: bool) -> Run:
-    return Run(MOTION.name, (*MOTION.words, *(FEW if quick else ())), judged=False)
+def motion_runs(job: Job) -> list[Run]:
+    """The words first, on single frames; then the modules, which go on from there."""
+    few = FEW if job.bars.quick else ()
+    words = Run(WORDS.name, (*WORDS.words, *few), judged=False)
+    begin = f"run.start_from={job.runs.place(words) / 'adapter.safetensors'}"
+    return [words, Run(MOTION.name, (*MOTION.words, *few, begin), judged=False)]
 
 
 def one_shot(job: Job) -> None:
@@ -296,16 +301,16 @@ def real_run(job: Job) -> Run:
 @dataclass(frozen=True)
 class Part:
     report: Callable[[Job], None]
-    needs: Callable[[Job], Run] | None = None
+    needs: Callable[[Job], list[Run]] = lambda job: []  # in the order they are made
 
 
 PARTS = {
     "parameters": Part(parameters),
     "sparse_causal": Part(sparse_causal),
     "temporal_cost": Part(temporal_cost),
-    "motion": Part(motion, lambda job: motion_run(job.bars.quick)),
-    "one_shot": Part(one_shot, lambda job: ONE_SHOT),
-    "real": Part(real, real_run),
+    "motion": Part(motion, motion_runs),
+    "one_shot": Part(one_shot, lambda job: [ONE_SHOT]),
+    "real": Part(real, lambda job: [real_run(job)]),
 }
 
 
@@ -332,8 +337,8 @@ def main() -> None:
         job = Job(bars, timer, runs, film and film.expanduser().resolve(), options.prompt)
         for part in parts:
             chosen = PARTS[part]
-            if chosen.needs is not None:
-                runs.make([chosen.needs(job)])
+            for run in chosen.needs(job):
+                runs.make([run])
             chosen.report(job)
             bars.write()
 
