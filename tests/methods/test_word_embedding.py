@@ -86,6 +86,14 @@ def test_a_stock_pipeline_reads_them(tiny: Any, tmp_path: Path) -> None:
         assert torch.equal(loaded(ids)[0], wanted)
 
 
+def test_no_file_loses_them_in_silence(tiny: Any, open_folder: Any, tiny_folder: Path) -> None:
+    from trainer.formats._extract import extract
+
+    plan = methods.apply(tiny, methods_of(BOTH))
+    with pytest.raises(ValueError, match=r"no file of weights has a place for .*rows\.0.*merged"):
+        extract(tiny, open_folder(tiny_folder), plan.stored)
+
+
 @pytest.mark.parametrize(
     ("tree", "message"),
     [

@@ -10,11 +10,12 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import Any
-
-import lightning
+from typing import TYPE_CHECKING, Any
 
 from trainer.exits import INTERRUPTED, REQUEUE, TERMINATED
+
+if TYPE_CHECKING:  # data workers import this file, and need nothing of it
+    import lightning
 
 CODES = {
     signal.SIGTERM: TERMINATED,

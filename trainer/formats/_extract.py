@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trainer.attention.inject import fold
 from trainer.attention.insert import insertions
 from trainer.attention.nf4 import unpacked
-from trainer.attention.tokens import ExtendedEmbedding
+from trainer.attention.tokens import ExtendedEmbedding, RelearnedEmbedding
 from trainer.formats import Bundle, Delta, DoRA, Full, LowRank
 from trainer.formats._apply import layer_at, parts
 
@@ -43,6 +43,11 @@ def extract(live: Any, base: Any, stored: Iterable[str]) -> Bundle:
         trained = any(name.startswith(f"{path}.base_layer.") for name in own)
         layers[path] = _of_tuner(layer, layer_at(base, path), trained)
         left -= own
+    if known := sorted(name for name in left if _relearned(live, name)):
+        raise ValueError(
+            f"no file of weights has a place for {known[0]}, a known word that has learned anew; "
+            "format=merged writes it with the text encoder"
+        )
     tokens, rows = _new_words(live)
     left -= rows
     full, dropped = _whole(live, base, left)
@@ -97,6 +102,11 @@ def _summed(layer: Any, active: list[str]) -> LowRank:
         return LowRank(downs[0].clone(), ups[0].clone(), scales[0])
     scaled = [up * scale for up, scale in zip(ups, scales, strict=True)]
     return LowRank(torch.cat(downs), torch.cat(scaled, dim=1))
+
+
+def _relearned(live: Any, name: str) -> bool:
+    owner, _, _ = name.partition(".rows.")
+    return owner != name and isinstance(live.get_submodule(owner), RelearnedEmbedding)
 
 
 def _new_words(live: Any) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
