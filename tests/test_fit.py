@@ -125,6 +125,20 @@ def test_resumed_run_is_the_same_run(first: Path, tmp_path: Path, tiny_folder: P
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_what_an_earlier_run_left_can_stay(first: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    words = ["run.id=y", f"run.start_from={first}", "optim.lrs.new_token=0"]
+    words += ["run.checkpoint_every=1", "run.validate_every=0", "preview.every=0"]
+    fit(tmp_path, tiny_folder, *words)
+    run = tmp_path / "runs" / "custom_diffusion" / "y"
+    before, after = (load_file(folder / "adapter.safetensors") for folder in (first, run))
+    assert before.keys() == after.keys()
+    same = {name for name, value in before.items() if torch.equal(value, after[name])}
+    assert same and same == {name for name in before if "token_embedding" in name}
+    assert json.loads((run / "plan.json").read_text())["trained"] < json.loads(
+        (first / "plan.json").read_text()
+    )["trained"]
+
+
 def test_a_finished_run_is_not_written_over(first: Path, tiny_folder: Path) -> None:
     before = digest(first)
     result = fit(first.parents[2], tiny_folder, "run.id=first")

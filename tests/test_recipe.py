@@ -321,5 +321,13 @@ def test_an_lr_is_for_a_method_of_the_recipe() -> None:
     assert "optim.lrs.new_tokens: no such key; did you mean optim.lrs.new_token?" in str(
         error.value
     )
-    with pytest.raises(RecipeError, match=r"optim\.lrs\.new_token=0"):
-        recipe.load(["recipe=custom_diffusion", "optim.lrs.new_token=0"])
+    with pytest.raises(RecipeError, match=r"optim\.lrs\.new_token=-1"):
+        recipe.load(["recipe=custom_diffusion", "optim.lrs.new_token=-1"])
+
+
+def test_an_lr_of_zero_keeps_what_an_earlier_run_left() -> None:
+    none = ["recipe=custom_diffusion", "optim.lrs.new_token=0"]
+    with pytest.raises(RecipeError, match=r"optim\.lrs\.new_token=0 .* give run\.start_from="):
+        recipe.load(none)
+    assert recipe.load([*none, "run.start_from=runs/x"]).optim.held == ("new_token",)
+    assert recipe.load([*none, "methods.new_token=null", "data.token=sks"]).optim.held == ()

@@ -84,7 +84,7 @@ def _fit(recipe: Recipe, folder: Path) -> None:
     backbone = backbones.load(recipe.backbone, recipe.backbone_name)
     backbone.eval().requires_grad_(False)
     train, held_out = recipe.data.open(needs(recipe, backbone))
-    plan = methods.apply(backbone, recipe.methods, run.seed)
+    plan = methods.apply(backbone, recipe.methods, run.seed, held=recipe.optim.held)
     if run.start_from is not None:
         adapter.start(adapter.file_of(run.start_from), backbone)
     if run.gradient_checkpointing:

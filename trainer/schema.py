@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, field_validator, model_validator
 
 from trainer.backbones.scratch import DENOISERS, TransformerSpec, UNetSpec
 from trainer.data import Source
@@ -74,8 +74,8 @@ class ObjectiveSpec(Section):
 
 class OptimSpec(Section):
     """AdamW, a linear warm-up, then constant or cosine. `scale_lr` multiplies lr by the images per
-    step; `lrs` names methods whose parameters take an lr of their own; `adamw8bit` keeps the
-    moments in 8 bits (bitsandbytes), `paged_adamw8bit` also lets them overflow from the GPU; `muon`
+    step; `lrs` names methods whose parameters take an lr of their own, 0 to stay as an earlier run
+    left them; `adamw8bit` keeps the moments in 8 bits (bitsandbytes), `paged_adamw8bit` also lets them overflow from the GPU; `muon`
     moves the matrices in blocks with attention, at `muon_lr`, and AdamW all else: for training from
     nothing.
     """
@@ -84,7 +84,7 @@ class OptimSpec(Section):
     lr: float = Field(1e-4, gt=0)
     muon_lr: float | None = Field(None, gt=0, description="four times lr is a good start")
     scale_lr: bool = False
-    lrs: dict[str, PositiveFloat] = Field(default_factory=dict)
+    lrs: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
@@ -101,6 +101,11 @@ class OptimSpec(Section):
         if self.muon_lr is not None and self.name != "muon":
             raise ValueError(f"muon_lr={self.muon_lr:g} is for name=muon, and name is {self.name}")
         return self
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Methods whose parameters do not train."""
+        return tuple(method for method, lr in self.lrs.items() if lr == 0)
 
 
 class RunSpec(Section):

@@ -57,7 +57,7 @@ def check(words: list[str]) -> int:
     from trainer import backbones, methods, report
 
     backbone = backbones.load(loaded.backbone, loaded.backbone_name)
-    applied = methods.apply(backbone, loaded.methods)
+    applied = methods.apply(backbone, loaded.methods, held=loaded.optim.held)
     if loaded.run.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     facts = report.describe(

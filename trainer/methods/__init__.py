@@ -7,7 +7,7 @@ compose or refuse.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -60,6 +60,10 @@ class Edit:
             trains=tuple(own[name] for name in self.trains),
             keeps=tuple(own[name] for name in self.keeps),
         )
+
+    def held(self) -> Edit:
+        """With all that trains kept as it is instead."""
+        return replace(self, trains=(), keeps=(*self.trains, *self.keeps))
 
 
 class Method(BaseModel):
@@ -117,12 +121,17 @@ def in_order(methods: Mapping[str, Method]) -> dict[str, Method]:
 
 
 def apply(
-    model: AttentionModel, methods: Mapping[str, Method], seed: int = 0, trains: bool = True
+    model: AttentionModel,
+    methods: Mapping[str, Method],
+    seed: int = 0,
+    trains: bool = True,
+    held: Collection[str] = (),
 ) -> Plan:
     """Freezes the model, applies the methods in the order of `ORDER`, and marks what trains.
 
     What a method draws at random depends on `seed` and its own name, not on what came before it.
-    trains: False for a model that is used as it is, where nothing may be left to train.
+    trains: False for a model that is used as it is, where nothing may be left to train. held: names
+    of methods whose tensors stay as they are, and are stored.
 
     Raises:
         ValueError: two methods claim one thing, a method matches nothing, or nothing trains, or
@@ -149,6 +158,7 @@ def apply(
             if other != name:
                 raise ValueError(_both_claim(other, name, aspect, thing))
         edits[name] = edit
+    edits |= {name: edits[name].held() for name in held}
     trained = {parameter for edit in edits.values() for parameter in edit.trains}
     if not trains:
         for name, edit in edits.items():
@@ -160,6 +170,7 @@ def apply(
     elif not trained:
         raise ValueError(
             f"nothing would train with methods {', '.join(edits)}; add one that trains weights"
+            + (f", or give optim.lrs.{next(iter(held))} more than 0" if held else "")
         )
     model.requires_grad_(False)
     parameters = dict(model.named_parameters())
