@@ -134,9 +134,10 @@ def test_what_an_earlier_run_left_can_stay(first: Path, tmp_path: Path, tiny_fol
     assert before.keys() == after.keys()
     same = {name for name, value in before.items() if torch.equal(value, after[name])}
     assert same and same == {name for name in before if "token_embedding" in name}
-    assert json.loads((run / "plan.json").read_text())["trained"] < json.loads(
-        (first / "plan.json").read_text()
-    )["trained"]
+    assert (
+        json.loads((run / "plan.json").read_text())["trained"]
+        < json.loads((first / "plan.json").read_text())["trained"]
+    )
 
 
 def test_a_finished_run_is_not_written_over(first: Path, tiny_folder: Path) -> None:

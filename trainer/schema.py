@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    field_validator,
+    model_validator,
+)
 
 from trainer.backbones.scratch import DENOISERS, TransformerSpec, UNetSpec
 from trainer.data import Source
@@ -75,9 +82,9 @@ class ObjectiveSpec(Section):
 class OptimSpec(Section):
     """AdamW, a linear warm-up, then constant or cosine. `scale_lr` multiplies lr by the images per
     step; `lrs` names methods whose parameters take an lr of their own, 0 to stay as an earlier run
-    left them; `adamw8bit` keeps the moments in 8 bits (bitsandbytes), `paged_adamw8bit` also lets them overflow from the GPU; `muon`
-    moves the matrices in blocks with attention, at `muon_lr`, and AdamW all else: for training from
-    nothing.
+    left them; `adamw8bit` keeps the moments in 8 bits (bitsandbytes), `paged_adamw8bit` also lets
+    them overflow from the GPU; `muon` moves the matrices in blocks with attention, at `muon_lr`,
+    and AdamW all else: for training from nothing.
     """
 
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "muon"] = "adamw"
