@@ -17,6 +17,7 @@ from torch import Tensor
 from trainer import adapter, backbones, formats, recipe
 from trainer.attention.insert import insertions
 from trainer.attention.processor import Host
+from trainer.attention.tokens import relearned
 from trainer.formats._apply import add_to
 from trainer.formats._factor import truncated
 from trainer.formats._job import Job
@@ -61,6 +62,7 @@ def export(
         stored = tuple(file.keys())
     fresh = partial(base_of, tree)
     _refuse_inserted(live, form)
+    _refuse_known(live, kind, form)
     _say_base(tree, form, say)
     probe = Probe(live, _words(live), _frames(live))
     wanted = probe(live)
@@ -119,8 +121,29 @@ def _words(model: Any) -> list[str]:
     for part, encoder in model.text_encoders.items():
         table = encoder.get_input_embeddings()
         old = getattr(table, "table", table).num_embeddings
-        return list(model.tokenizers[part].convert_ids_to_tokens(range(old, table.num_embeddings)))
+        new = model.tokenizers[part].convert_ids_to_tokens(range(old, table.num_embeddings))
+        return [*new, *_known_words(model)]
     return []
+
+
+def _known_words(model: Any) -> list[str]:
+    """Those among them that the vocabulary had."""
+    for part, encoder in model.text_encoders.items():
+        known = relearned(encoder)
+        return [model.tokenizers[part].decode([i]).strip() for i in known.ids] if known else []
+    return []
+
+
+def _refuse_known(live: Any, kind: Any, form: str) -> None:
+    """Known words that learned anew, where a form has no place for them."""
+    words = _known_words(live)
+    if words and not getattr(kind, "relearns", False):
+        able = [name for name in formats.names() if getattr(formats.find(name), "relearns", False)]
+        raise ValueError(
+            f"format={form} cannot carry {words[0]!r}, a known word that has learned anew, "
+            f"{len(words)} in all; the text encoder has its row in "
+            + " and ".join(f"format={name}" for name in able)
+        )
 
 
 def _frames(live: Any) -> int:

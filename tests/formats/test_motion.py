@@ -35,6 +35,7 @@ BOTH: dict[str, Any] = MODULES | {
     "lora": {"sites": "cross", "rank": 2, "alpha": 3, "text_encoder": ["v", "out"]},
     "new_token": {"tokens": ["<v1>"], "init": "fox"},
 }
+ANEW: dict[str, Any] = BOTH | {"word_embedding": {"tokens": ["left", "moving"]}}
 INSIDE: dict[str, Any] = MODULES | {
     "lora": {"sites": "all | temporal", "rank": 2, "layers": ["*motion_modules.?.proj_in"]}
 }
@@ -92,19 +93,25 @@ def answer() -> Callable[[Any], Tensor]:
     return ask
 
 
-def pipeline(folder: Path, out: Path) -> Any:
+def encoder_of(out: Path) -> Any:
+    from transformers import CLIPTextModel
+
+    return CLIPTextModel.from_pretrained(out / "text_encoder")
+
+
+def pipeline(folder: Path, out: Path, **parts: Any) -> Any:
     """As a user of diffusers loads it."""
     from diffusers import AnimateDiffPipeline, MotionAdapter
 
     given = MotionAdapter.from_pretrained(out)
     found = AnimateDiffPipeline.from_pretrained(
-        folder, motion_adapter=given, torch_dtype=torch.float32
+        folder, motion_adapter=given, torch_dtype=torch.float32, **parts
     )
     found.set_progress_bar_config(disable=True)
     return found
 
 
-@pytest.mark.parametrize("tree", [BOTH, V1], ids=["lora-and-words", "v1"])
+@pytest.mark.parametrize("tree", [BOTH, ANEW, V1], ids=["lora-and-words", "words-anew", "v1"])
 def test_the_stock_pipeline_paints_the_same_clip(
     tree: dict[str, Any], moving: Make, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -114,8 +121,9 @@ def test_the_stock_pipeline_paints_the_same_clip(
         "diffusers, read back by AnimateDiffPipeline"
     ]
     assert max(numbers(said)) <= LIMIT
-    stock, prompt = pipeline(tiny_folder, out), "a fox moving left"
-    if tree is BOTH:
+    given = {"text_encoder": encoder_of(out)} if tree is ANEW else {}
+    stock, prompt = pipeline(tiny_folder, out, **given), "a fox moving left"
+    if tree is not V1:
         stock.load_lora_weights(out)  # finds its file beside the other
         stock.load_textual_inversion(out / "embeddings", weight_name="v1.safetensors")
         prompt = "a <v1> moving left"
@@ -134,6 +142,25 @@ def test_the_stock_pipeline_paints_the_same_clip(
     assert float((clip - own).abs().max()) < 1e-4
     still = sample(live, [prompt], [0], steps=3, guidance=4.0, start=noise[:1]) / 2 + 0.5
     assert float((still[0] - own[0]).abs().max()) > 2 / 255
+
+
+def test_known_words_that_learned_anew_are_in_the_text_encoder(
+    moving: Make, tiny_folder: Path, tmp_path: Path
+) -> None:
+    out = export(moving(ANEW), tmp_path / "out", "diffusers", say=quiet)
+    live, _ = adapter.load(moving(ANEW))
+    learned = live.text_encoder.get_input_embeddings().weight.detach()[: live.tokenizer.vocab_size]
+    stock = encoder_of(out).get_input_embeddings().weight.detach()
+    base = encoder_of(tiny_folder).get_input_embeddings().weight.detach()
+    assert torch.equal(stock, learned[: len(stock)])
+    ids = live.tokenizer(["left", "moving"], add_special_tokens=False).input_ids
+    moved = (stock != base).any(1).nonzero().flatten().tolist()
+    assert moved == sorted(number for row in ids for number in row)
+    for form in ("animatediff", "kohya"):
+        alone = moving({"lora": BOTH["lora"], "word_embedding": ANEW["word_embedding"]})
+        asked = moving(ANEW) if form == "animatediff" else alone
+        with pytest.raises(ValueError, match="cannot carry 'left', a known word that has learned"):
+            export(asked, tmp_path / form, form, say=quiet)
 
 
 def test_the_folder_says_all_that_the_modules_are(moving: Make, tmp_path: Path) -> None:

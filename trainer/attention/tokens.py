@@ -54,6 +54,7 @@ class RelearnedEmbedding(RowsEmbedding):
 
     def __init__(self, table: Any, ids: Sequence[int], rows: Sequence[Tensor]) -> None:
         super().__init__(table, rows)
+        self.ids = tuple(ids)
         places = torch.full((table.num_embeddings,), -1)
         places[list(ids)] = torch.arange(len(ids))
         self.register_buffer("places", places, persistent=False)
@@ -154,6 +155,13 @@ def relearn(encoder: Any, tokenizer: Any, words: Sequence[str]) -> list[str]:
     else:
         outer.table = relearned
     return _names(encoder, relearned)
+
+
+def relearned(encoder: Any) -> RelearnedEmbedding | None:
+    """The rows known words have learned anew, under new tokens where there are any."""
+    outer = encoder.get_input_embeddings()
+    found = outer.table if isinstance(outer, ExtendedEmbedding) else outer
+    return found if isinstance(found, RelearnedEmbedding) else None
 
 
 def _names(encoder: nn.Module, embedding: RowsEmbedding) -> list[str]:

@@ -5,8 +5,9 @@ A form's file has `write(job, folder, dtype)`, a table `READERS` of the loaders 
 files back (`(folder, base) -> model`, or None where a tool has no loader for this kind of network),
 and where other tools write it too `read(path, base)`. A form that has a place for what methods
 insert into a denoiser says for which by `carries(model)`, and one whose readers are known to differ
-says by how much in `remark(model, probe, answer)`. Between an adapter and a form stands a `Bundle`.
-Files that begin with `_` are no forms.
+says by how much in `remark(model, probe, answer)`; `relearns` is True in one that carries known
+words which have learned anew. Between an adapter and a form stands a `Bundle`. Files that begin
+with `_` are no forms.
 """
 
 from __future__ import annotations
@@ -65,12 +66,14 @@ class Bundle:
     """What an adapter adds to a stock model.
 
     layers: by module path, as in `unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k`.
-    tokens: each new word's row (d,) for each text encoder. dropped: stored tensors that are
+    tokens: each new word's row (d,) for each text encoder. known: by text encoder, the rows (d,) of
+    words it had, by their ids. dropped: stored tensors that are
     neither; they must not matter to the output. notes: what a user should hear about a file.
     """
 
     layers: Mapping[str, Delta]
     tokens: Mapping[str, Mapping[str, Tensor]]
+    known: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)
 

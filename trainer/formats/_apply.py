@@ -43,7 +43,7 @@ def full(delta: Delta, layer: nn.Module) -> Full:
 
 @torch.no_grad()
 def add_to(base: Any, bundle: Bundle) -> Any:
-    """Adds every delta and every new word to a plain model, in place; returns it."""
+    """Adds every delta and every word to a plain model, in place; returns it."""
     for path, delta in bundle.layers.items():
         layer: Any = unpacked(layer_at(base, path))
         part, _, name = path.partition(".")
@@ -53,8 +53,12 @@ def add_to(base: Any, bundle: Bundle) -> Any:
             layer.weight.add_(change.weight)
         if change.bias is not None:
             layer.bias.add_(change.bias)
+    for part, rows in bundle.known.items():
+        table: Any = base.text_encoders[part].get_input_embeddings()
+        for number, row in rows.items():
+            table.weight[number] = row
     for part, encoder in base.text_encoders.items():
-        words = [word for word, rows in bundle.tokens.items() if part in rows]
+        words = [word for word, own in bundle.tokens.items() if part in own]
         if words:
             module: Any = encoder
             extend(module, base.tokenizers[part], words, [None] * len(words))

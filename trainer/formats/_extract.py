@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trainer.attention.inject import fold
 from trainer.attention.insert import insertions
 from trainer.attention.nf4 import unpacked
-from trainer.attention.tokens import ExtendedEmbedding, RelearnedEmbedding
+from trainer.attention.tokens import ExtendedEmbedding, relearned
 from trainer.formats import Bundle, Delta, DoRA, Full, LowRank
 from trainer.formats._apply import layer_at, parts
 
@@ -43,15 +43,10 @@ def extract(live: Any, base: Any, stored: Iterable[str]) -> Bundle:
         trained = any(name.startswith(f"{path}.base_layer.") for name in own)
         layers[path] = _of_tuner(layer, layer_at(base, path), trained)
         left -= own
-    if known := sorted(name for name in left if _relearned(live, name)):
-        raise ValueError(
-            f"no file of weights has a place for {known[0]}, a known word that has learned anew; "
-            "format=merged writes it with the text encoder"
-        )
     tokens, rows = _new_words(live)
-    left -= rows
-    full, dropped = _whole(live, base, left)
-    return Bundle(layers | full, tokens, dropped)
+    known, anew = _known_words(live)
+    full, dropped = _whole(live, base, left - rows - anew)
+    return Bundle(layers | full, tokens, known, dropped)
 
 
 def inserted(live: Any, base: Any) -> tuple[str, ...]:
@@ -104,11 +99,6 @@ def _summed(layer: Any, active: list[str]) -> LowRank:
     return LowRank(torch.cat(downs), torch.cat(scaled, dim=1))
 
 
-def _relearned(live: Any, name: str) -> bool:
-    owner, _, _ = name.partition(".rows.")
-    return owner != name and isinstance(live.get_submodule(owner), RelearnedEmbedding)
-
-
 def _new_words(live: Any) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
     """Each new word's rows by text encoder, and the names those tensors are stored under."""
     tokens: dict[str, dict[str, Tensor]] = {}
@@ -124,6 +114,19 @@ def _new_words(live: Any) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
             tokens.setdefault(word, {})[part] = row.detach().clone()
             stored.add(f"{part}.{names[id(row)]}")
     return tokens, stored
+
+
+def _known_words(live: Any) -> tuple[dict[str, dict[int, Tensor]], set[str]]:
+    """The rows known words have learned, and the names those tensors are stored under."""
+    known: dict[str, dict[int, Tensor]] = {}
+    stored: set[str] = set()
+    for part, encoder in live.text_encoders.items():
+        if (table := relearned(encoder)) is not None:
+            rows = [row.detach().clone() for row in table.rows]
+            known[part] = dict(zip(table.ids, rows, strict=True))
+            own = {id(row) for row in table.rows}
+            stored |= {f"{part}.{n}" for n, p in encoder.named_parameters() if id(p) in own}
+    return known, stored
 
 
 def _whole(live: Any, base: Any, names: set[str]) -> tuple[dict[str, Full], tuple[str, ...]]:

@@ -2,7 +2,9 @@
 
 The scale is folded into B and alpha is the rank, so that every reader takes it at strength 1; the
 header still says so in the fewest fields, since a field an older peft does not know stops it.
-Motion modules that trained are a `MotionAdapter` in the same folder. A clip of one frame meets them
+Known words that learned anew have no place in such files: the text encoder with their rows is whole
+in a folder of its name, to give to the pipeline in place of the stock one, before all else. Motion
+modules that trained are a `MotionAdapter` in the same folder. A clip of one frame meets them
 in diffusers, and here it is an image, which does not.
 """
 
@@ -24,6 +26,7 @@ from trainer.formats import Bundle, Delta, DoRA, LowRank
 from trainer.formats import _files as files
 from trainer.formats import _motion as motion
 from trainer.formats import _tokens as tokens
+from trainer.formats._apply import add_to
 from trainer.formats._factor import factored, folded
 from trainer.formats._job import Job
 from trainer.formats._names import long_name
@@ -34,6 +37,7 @@ MODULES = "diffusion_pytorch_model.safetensors"  # of a `MotionAdapter`
 OLD = re.compile(r"\.(?:processor|self_attn)\.to_(q|k|v|out)_lora\.")
 
 carries = motion.carries
+relearns = True
 
 
 def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
@@ -50,6 +54,10 @@ def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
     if tensors:
         metadata = {METADATA: json.dumps(config(layers), indent=2, sort_keys=True)}
         files.save(tensors, folder / FILE, dtype, metadata)
+    for part in job.bundle.known:
+        known = {part: job.bundle.known[part]}
+        plain = add_to(job.fresh(), Bundle({}, {}, known)).text_encoders[part]
+        plain.to(dtype).save_pretrained(folder / part, safe_serialization=True)
     tokens.write(job.bundle, folder, dtype)
 
 
@@ -105,9 +113,17 @@ def _refuse_unloadable(job: Job, layers: Mapping[str, object]) -> None:
             )
 
 
+def _load_text_encoders(folder: Path, base: Any) -> None:
+    for part, encoder in base.text_encoders.items():
+        if (folder / part).is_dir():
+            given = type(encoder).from_pretrained(folder / part, dtype=torch.float32)
+            setattr(base, part, given.eval().requires_grad_(False))
+
+
 def _load_lora_weights(folder: Path, base: Any) -> Any:
     if _moves(folder, base):
         return None
+    _load_text_encoders(folder, base)
     tokens.load_stock(folder, base)
     if (folder / FILE).is_file():
         base.pipeline().load_lora_weights(folder, weight_name=FILE)
@@ -123,6 +139,7 @@ def _animate(folder: Path, base: Any) -> Any:
     where there are none."""
     if not _moves(folder, base):
         return None
+    _load_text_encoders(folder, base)
     tokens.load_stock(folder, base)
     trained = (folder / MODULES).is_file()
     given = MotionAdapter.from_pretrained(folder) if trained else motion.adapter(base)
@@ -152,6 +169,9 @@ def read(path: Path, base: Any) -> Bundle:
         layers, notes = files.deltas(renamed, base, scale)
     if path.is_dir() and (path / MODULES).is_file():
         notes += (f"its motion modules are read by methods.animatediff.weights={path}",)
+    for part in base.text_encoders if path.is_dir() else ():
+        if (path / part).is_dir():
+            notes += (f"{part}/, in which known words have learned anew, is not read",)
     found = tokens.read(tokens.files(path), base) if path.is_dir() else {}
     return Bundle(layers, found, notes=notes)
 

@@ -12,6 +12,7 @@ from trainer.attention.processor import Host
 from trainer.attention.tokens import RowsEmbedding
 from trainer.formats._job import Job
 
+relearns = True
 STOCK = ("torch", "diffusers", "transformers")
 
 
