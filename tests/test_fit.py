@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from trainer.exits import BAD_RECIPE
+
 CLIP = Path(__file__).parent.parent / "data" / "tiny" / "clip"
 RUN = [
     "run.steps=4",
@@ -129,6 +131,8 @@ def test_what_an_earlier_run_left_can_stay(first: Path, tmp_path: Path, tiny_fol
     words = ["run.id=y", f"run.start_from={first}", "optim.lrs.new_token=0"]
     words += ["run.checkpoint_every=1", "run.validate_every=0", "preview.every=0"]
     fit(tmp_path, tiny_folder, *words)
+    nothing = fit(tmp_path, tiny_folder, "run.id=z", "optim.lrs.new_token=0", code=BAD_RECIPE)
+    assert "optim.lrs.new_token=0 keeps it as an earlier run left it" in nothing.stderr
     run = tmp_path / "runs" / "custom_diffusion" / "y"
     before, after = (load_file(folder / "adapter.safetensors") for folder in (first, run))
     assert before.keys() == after.keys()

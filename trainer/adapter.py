@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer import backbones, methods, recipe
+from trainer.resources import shipped
 
 if TYPE_CHECKING:
     from trainer.backbones.base import Backbone
@@ -26,8 +27,8 @@ HEADER = "attention_trainer"
 
 
 def file_of(name: str | Path) -> Path:
-    """The adapter in a run folder, or the file itself."""
-    path = Path(name).expanduser()
+    """The adapter in a run folder, the one that ships under a name, or the file itself."""
+    path = shipped(name)
     return path / "adapter.safetensors" if path.is_dir() else path
 
 

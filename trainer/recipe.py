@@ -94,14 +94,7 @@ def resolve(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Re
     assert isinstance(optim, OptimSpec)
     refuse_unknown(optim.lrs, tree["methods"], "optim.lrs")
     kept = {method: lr for method, lr in optim.lrs.items() if method in chosen}
-    sections["optim"] = optim = optim.model_copy(update={"lrs": kept})  # x=null takes its lr along
-    run = sections["run"]
-    assert isinstance(run, RunSpec)
-    if optim.held and run.start_from is None:
-        raise RecipeError(
-            f"optim.lrs.{optim.held[0]}=0 keeps it as an earlier run left it, and there is none; "
-            f"give run.start_from=<a run or its adapter>, or an lr above 0"
-        )
+    sections["optim"] = optim.model_copy(update={"lrs": kept})  # methods.x=null takes its lr along
     spec = backbone_spec(backbone_name, tree.pop("denoiser", None))
     if spec.denoiser is not None:  # whole, so that an adapter does not hang on our defaults
         tree["denoiser"] = spec.denoiser.model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""Where the recipes and the shipped backbones lie, beside the package in a checkout, inside it in a
+"""Where the recipes and what ships trained lie, beside the package in a checkout, inside it in a
 wheel; and how a file is written whole."""
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ def _shipped(inside: str, beside: str) -> Path:
 RECIPES = _shipped("_recipes", "recipes")
 BACKBONES = RECIPES / "backbone"
 DATA = _shipped("_data", "data")
+
+
+def shipped(name: str | Path) -> Path:
+    """The path itself; where there is none, the folder of what ships under this name."""
+    path = Path(name).expanduser()
+    own = DATA / path.name
+    return own if path == Path(path.name) and not path.exists() and own.is_dir() else path
 
 
 def cache_folder() -> Path:

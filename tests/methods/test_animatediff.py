@@ -9,13 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainer import methods
-from trainer.attention.context import StepContext, use
+from trainer import adapter, methods, recipe
+from trainer.attention.context import StepContext, per_frame, use
 from trainer.attention.nf4 import is_packed
 from trainer.attention.processor import Host
+from trainer.data.clips import DIRECTIONS, OPPOSITE, draw
+from trainer.data.images import to_tensor
+from trainer.data.sprites import KNOWN
+from trainer.fit import fit, objective
 from trainer.methods.feature.animatediff import AnimateDiff
+from trainer.objective import add_noise, target_of
 from trainer.recipe import methods_of
 from trainer.schema import RecipeError
 
@@ -206,3 +213,44 @@ def test_weights_that_do_not_fit_are_refused(
             methods.apply(
                 open_folder(tiny_folder), {"animatediff": AnimateDiff(heads=2, weights=where)}
             )
+
+
+def test_the_shipped_modules_know_the_words_of_motion() -> None:
+    """Almost noise is denoised better by a clip's own caption than by that of the opposite way, in
+    the frames in which the two differ."""
+    shipped = adapter.file_of("tiny_motion")
+    assert shipped.stat().st_size <= 6e6
+    model, _ = adapter.load(shipped)
+    ways = list(DIRECTIONS)
+    clips = [draw(77, i, KNOWN, 8, motion=ways[i % 4]) for i in range(32)]
+    frames = torch.stack([to_tensor(Image.fromarray(f)) for clip in clips for f in clip.frames])
+    moments = model.moments(frames)
+    x0 = model.latents(moments, torch.zeros_like(moments.chunk(2, 1)[0]))
+    told = [
+        [clip.caption.replace(way, to[way]) for clip, way in zip(clips, ways * 8, strict=True)]
+        for to in (dict(zip(ways, ways, strict=True)), OPPOSITE)
+    ]
+    path = objective(recipe.load(["recipe=animatediff"]), model)
+    t = torch.full((len(x0),), 960)
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    x_t, target = add_noise(path, x0, noise, t), target_of(path, x0, noise, t)
+    losses = []
+    for captions in told:
+        condition = per_frame(model.encode_prompts(captions), 8)
+        with torch.no_grad(), use(StepContext(0, 1, t, 8)):
+            error = (model.predict(x_t, t, condition) - target).square()
+        losses.append(error.flatten(1).mean(1).view(-1, 8).mean(0))
+    gap = losses[1] - losses[0]
+    print(f"opposite less own caption, by frame: {[round(x, 4) for x in gap.tolist()]}")
+    assert float(gap[[0, 1, 6, 7]].min()) > 0.005
+
+
+def test_a_run_begins_with_the_shipped_words_and_leaves_them(tmp_path: Path) -> None:
+    words = ["recipe=animatediff", "data.count=4", "data.validation=0", "run.steps=2"]
+    words += ["run.batch_size=2", "run.validate_every=0", "preview.every=0", "tracker=none"]
+    run = fit(recipe.load([*words, f"run.out={tmp_path}", "run.id=x", "optim.ema=null"]))
+    before = load_file(adapter.file_of("tiny_words"))
+    after = load_file(adapter.file_of(run))
+    assert all(torch.equal(value.float(), after[name]) for name, value in before.items())
+    trained = set(after) - set(before)
+    assert trained and all("motion_modules" in name for name in trained)

@@ -107,7 +107,8 @@ def test_without_trained_modules_it_says_what_is_needed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["recipe=motion_lora", *SMALL, f"backbone={tiny_folder}", "run=here"]
-    assert main(["fit", *words]) == BAD_RECIPE
+    mine = "methods.animatediff.weights=runs/animatediff/mine"
+    assert main(["fit", *words, mine]) == BAD_RECIPE
     said = capsys.readouterr().err
     assert "methods.animatediff: weights=runs/animatediff/mine: no such file" in said
 

@@ -86,12 +86,22 @@ def test_a_stock_pipeline_reads_them(tiny: Any, tmp_path: Path) -> None:
         assert torch.equal(loaded(ids)[0], wanted)
 
 
-def test_no_file_loses_them_in_silence(tiny: Any, open_folder: Any, tiny_folder: Path) -> None:
+def test_what_an_adapter_adds_holds_them(tiny: Any, open_folder: Any, tiny_folder: Path) -> None:
+    from trainer.formats._apply import add_to
     from trainer.formats._extract import extract
 
     plan = methods.apply(tiny, methods_of(BOTH))
-    with pytest.raises(ValueError, match=r"no file of weights has a place for .*rows\.0.*merged"):
-        extract(tiny, open_folder(tiny_folder), plan.stored)
+    own = dict(tiny.named_parameters())
+    with torch.no_grad():
+        for name in plan.names:
+            own[name].add_(1.0)
+    bundle = extract(tiny, open_folder(tiny_folder), plan.stored)
+    assert not bundle.dropped
+    ids = tiny.tokenizer(["left", "fox"], add_special_tokens=False).input_ids
+    assert set(bundle.known["text_encoder"]) == {number for row in ids for number in row}
+    plain = add_to(open_folder(tiny_folder), bundle)
+    for prompt in (WITH, "a <v1> left of a cat"):
+        assert torch.equal(encoded(plain, prompt), encoded(tiny, prompt))
 
 
 @pytest.mark.parametrize(

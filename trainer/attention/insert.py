@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from trainer import pickles
 from trainer.attention.context import ContextHolder
 from trainer.attention.model import TakenError
+from trainer.resources import shipped
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -215,8 +216,8 @@ def read_weights(
 
 
 def weights_file(where: str) -> Path:
-    """The file itself, or the one in a folder."""
-    path = Path(where).expanduser()
+    """The file itself, or the one in a folder, which may be one that ships."""
+    path = shipped(where)
     tried = [path / name for name in FILES] if path.is_dir() else [path]
     found = [file for file in tried if file.is_file()]
     if not found:
