@@ -62,7 +62,7 @@ def export(
         stored = tuple(file.keys())
     fresh = partial(base_of, tree)
     _refuse_inserted(live, form)
-    _refuse_known(live, kind, form)
+    _refuse_known(live, form)
     _say_base(tree, form, say)
     probe = Probe(live, _words(live), _frames(live))
     wanted = probe(live)
@@ -129,16 +129,17 @@ def _words(model: Any) -> list[str]:
 def _known_words(model: Any) -> list[str]:
     """Those among them that the vocabulary had."""
     for part, encoder in model.text_encoders.items():
-        known = relearned(encoder)
-        return [model.tokenizers[part].decode([i]).strip() for i in known.ids] if known else []
+        if known := relearned(encoder):
+            return [model.tokenizers[part].decode([i]).strip() for i in known.ids]
     return []
 
 
-def _refuse_known(live: Any, kind: Any, form: str) -> None:
+def _refuse_known(live: Any, form: str) -> None:
     """Known words that learned anew, where a form has no place for them."""
-    words = _known_words(live)
-    if words and not getattr(kind, "relearns", False):
-        able = [name for name in formats.names() if getattr(formats.find(name), "relearns", False)]
+    if not (words := _known_words(live)):
+        return
+    able = [name for name in formats.names() if getattr(formats.find(name), "relearns", False)]
+    if form not in able:
         raise ValueError(
             f"format={form} cannot carry {words[0]!r}, a known word that has learned anew, "
             f"{len(words)} in all; the text encoder has its row in "

@@ -54,10 +54,10 @@ def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
     if tensors:
         metadata = {METADATA: json.dumps(config(layers), indent=2, sort_keys=True)}
         files.save(tensors, folder / FILE, dtype, metadata)
-    for part in job.bundle.known:
-        known = {part: job.bundle.known[part]}
-        plain = add_to(job.fresh(), Bundle({}, {}, known)).text_encoders[part]
-        plain.to(dtype).save_pretrained(folder / part, safe_serialization=True)
+    if known := job.bundle.known:
+        plain = add_to(job.fresh(), Bundle({}, {}, known)).text_encoders
+        for part in known:
+            plain[part].to(dtype).save_pretrained(folder / part, safe_serialization=True)
     tokens.write(job.bundle, folder, dtype)
 
 
