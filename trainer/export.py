@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer import adapter, backbones, formats, recipe
 from trainer.attention.insert import insertions
 from trainer.attention.processor import Host
-from trainer.attention.tokens import relearned
+from trainer.attention.tokens import relearned_words
 from trainer.formats._apply import add_to
 from trainer.formats._factor import truncated
 from trainer.formats._job import Job
@@ -129,8 +129,8 @@ def _words(model: Any) -> list[str]:
 def _known_words(model: Any) -> list[str]:
     """Those among them that the vocabulary had."""
     for part, encoder in model.text_encoders.items():
-        if known := relearned(encoder):
-            return [model.tokenizers[part].decode([i]).strip() for i in known.ids]
+        if words := relearned_words(encoder, model.tokenizers[part]):
+            return words
     return []
 
 

@@ -36,6 +36,7 @@ BOTH: dict[str, Any] = MODULES | {
     "new_token": {"tokens": ["<v1>"], "init": "fox"},
 }
 ANEW: dict[str, Any] = BOTH | {"word_embedding": {"tokens": ["left", "moving"]}}
+STILL: dict[str, Any] = {name: ANEW[name] for name in ("lora", "word_embedding")}
 INSIDE: dict[str, Any] = MODULES | {
     "lora": {"sites": "all | temporal", "rank": 2, "layers": ["*motion_modules.?.proj_in"]}
 }
@@ -156,11 +157,53 @@ def test_known_words_that_learned_anew_are_in_the_text_encoder(
     ids = live.tokenizer(["left", "moving"], add_special_tokens=False).input_ids
     moved = (stock != base).any(1).nonzero().flatten().tolist()
     assert moved == sorted(number for row in ids for number in row)
-    for form in ("animatediff", "kohya"):
-        alone = moving({"lora": BOTH["lora"], "word_embedding": ANEW["word_embedding"]})
-        asked = moving(ANEW) if form == "animatediff" else alone
-        with pytest.raises(ValueError, match="cannot carry 'left', a known word that has learned"):
-            export(asked, tmp_path / form, form, say=quiet)
+    with pytest.raises(ValueError, match="cannot carry 'left', a known word that has learned") as e:
+        export(moving(STILL), tmp_path / "peft", "peft", say=quiet)
+    assert "format=diffusers and format=kohya and format=merged" in str(e.value)
+
+
+@pytest.mark.parametrize("form", ["animatediff", "kohya", "comfyui", "diff"])
+def test_known_words_that_learned_anew_are_embeddings_named_like_them(
+    form: str, moving: Make, tiny: Any, tmp_path: Path
+) -> None:
+    """A prompt's ids that are those of a file's name read its row: so does the A1111 family."""
+    said: list[str] = []
+    path = moving(ANEW if form == "animatediff" else STILL)
+    out = export(path, tmp_path / "mine", form, say=said.append)
+    assert max(numbers(said)) <= LIMIT
+    assert "(left, moving): with embeddings/ among a UI's embeddings" in "\n".join(said)
+    assert "`embedding:left`" in "\n".join(said)
+    rows = {file.stem: load_file(file) for file in (out / "embeddings").iterdir()}
+    assert set(rows) - {"v1"} == {"left", "moving"}
+    table = tiny.text_encoder.get_input_embeddings().weight
+    with torch.no_grad():
+        for name in ("left", "moving"):
+            ((number,),) = tiny.tokenizer([name], add_special_tokens=False).input_ids
+            table[number] = rows[name][name]
+    live, _ = adapter.load(path)
+    learned = live.text_encoder.get_input_embeddings().weight.detach()
+    assert torch.equal(table, learned[: len(table)])
+
+
+def test_known_words_come_back_in(moving: Make, tmp_path: Path, tiny_folder: Path) -> None:
+    out = export(moving(STILL), tmp_path / "mine", "kohya", say=quiet)
+    said: list[str] = []
+    back = import_file(out, str(tiny_folder), tmp_path / "back.safetensors", say=said.append)
+    assert "the known words left, moving" in said[0]
+    tree, _ = adapter.header(back)
+    assert tree["methods"]["word_embedding"] == {"tokens": ["left", "moving"]}
+    live, again = adapter.load(moving(STILL))[0], adapter.load(back)[0]
+    probe = Probe(live, ["left", "moving"])
+    assert difference(probe(again), probe(live)) <= LIMIT
+    file = out / "embeddings" / "left.safetensors"
+    alone = import_file(file, str(tiny_folder), tmp_path / "left.safetensors", say=quiet)
+    assert adapter.header(alone)[0]["methods"] == {"word_embedding": {"tokens": ["left"]}}
+
+
+def test_a_word_that_no_file_can_be_named_is_refused(moving: Make, tmp_path: Path) -> None:
+    path = moving({"lora": BOTH["lora"], "word_embedding": {"tokens": ["!"]}})
+    with pytest.raises(ValueError, match=r"'!' has learned anew, and UIs know .*; format=diffuser"):
+        export(path, tmp_path / "out", "kohya", say=quiet)
 
 
 def test_the_folder_says_all_that_the_modules_are(moving: Make, tmp_path: Path) -> None:

@@ -141,10 +141,8 @@ def relearn(encoder: Any, tokenizer: Any, words: Sequence[str]) -> list[str]:
     """
     outer = encoder.get_input_embeddings()
     table = outer.table if isinstance(outer, ExtendedEmbedding) else outer
-    ids = [_one_token(tokenizer, word, "word", "left") for word in words]
+    ids = [known_id(tokenizer, word) for word in words]
     for word, number in zip(words, ids, strict=True):
-        if number in (tokenizer.unk_token_id, tokenizer.pad_token_id):
-            raise ValueError(f"word {word!r} is not in the vocabulary; new words are new_token's")
         if number >= table.num_embeddings:
             raise ValueError(f"word {word!r} is a new token, which trains already")
     if len(set(ids)) != len(ids):
@@ -162,6 +160,24 @@ def relearned(encoder: Any) -> RelearnedEmbedding | None:
     outer = encoder.get_input_embeddings()
     found = outer.table if isinstance(outer, ExtendedEmbedding) else outer
     return found if isinstance(found, RelearnedEmbedding) else None
+
+
+def relearned_words(encoder: Any, tokenizer: Any) -> list[str]:
+    """The known words that have rows of their own, in their order."""
+    found = relearned(encoder)
+    return [tokenizer.decode([number]).strip() for number in found.ids] if found else []
+
+
+def known_id(tokenizer: Any, word: str) -> int:
+    """The id of a word of the vocabulary.
+
+    Raises:
+        ValueError: the vocabulary has no such word, or has it as several tokens.
+    """
+    number = _one_token(tokenizer, word, "word", "left")
+    if number in (tokenizer.unk_token_id, tokenizer.pad_token_id):
+        raise ValueError(f"word {word!r} is not in the vocabulary; new words are new_token's")
+    return number
 
 
 def _names(encoder: nn.Module, embedding: RowsEmbedding) -> list[str]:

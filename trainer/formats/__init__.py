@@ -66,14 +66,14 @@ class Bundle:
     """What an adapter adds to a stock model.
 
     layers: by module path, as in `unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k`.
-    tokens: each new word's row (d,) for each text encoder. known: by text encoder, the rows (d,) of
-    words it had, by their ids. dropped: stored tensors that are
-    neither; they must not matter to the output. notes: what a user should hear about a file.
+    tokens: each new word's row (d,) for each text encoder. known: the same of words that the
+    vocabulary had and that have learned anew. dropped: stored tensors that are neither; they must
+    not matter to the output. notes: what a user should hear about a file.
     """
 
     layers: Mapping[str, Delta]
     tokens: Mapping[str, Mapping[str, Tensor]]
-    known: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
+    known: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from trainer.attention.inject import part_of
 from trainer.attention.nf4 import unpacked
-from trainer.attention.tokens import extend
+from trainer.attention.tokens import extend, known_id
 from trainer.formats import Bundle, Delta, DoRA, Full, LowRank
 
 
@@ -53,10 +53,10 @@ def add_to(base: Any, bundle: Bundle) -> Any:
             layer.weight.add_(change.weight)
         if change.bias is not None:
             layer.bias.add_(change.bias)
-    for part, rows in bundle.known.items():
-        table: Any = base.text_encoders[part].get_input_embeddings()
-        for number, row in rows.items():
-            table.weight[number] = row
+    for word, rows in bundle.known.items():
+        for part, row in rows.items():
+            table: Any = base.text_encoders[part].get_input_embeddings()
+            table.weight[known_id(base.tokenizers[part], word)] = row
     for part, encoder in base.text_encoders.items():
         words = [word for word, own in bundle.tokens.items() if part in own]
         if words:

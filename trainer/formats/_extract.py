@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trainer.attention.inject import fold
 from trainer.attention.insert import insertions
 from trainer.attention.nf4 import unpacked
-from trainer.attention.tokens import ExtendedEmbedding, relearned
+from trainer.attention.tokens import ExtendedEmbedding, relearned, relearned_words
 from trainer.formats import Bundle, Delta, DoRA, Full, LowRank
 from trainer.formats._apply import layer_at, parts
 
@@ -116,14 +116,16 @@ def _new_words(live: Any) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
     return tokens, stored
 
 
-def _known_words(live: Any) -> tuple[dict[str, dict[int, Tensor]], set[str]]:
-    """The rows known words have learned, and the names those tensors are stored under."""
-    known: dict[str, dict[int, Tensor]] = {}
+def _known_words(live: Any) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
+    """The rows known words have learned by text encoder, and the names those tensors are stored
+    under."""
+    known: dict[str, dict[str, Tensor]] = {}
     stored: set[str] = set()
     for part, encoder in live.text_encoders.items():
         if (table := relearned(encoder)) is not None:
-            rows = [row.detach().clone() for row in table.rows]
-            known[part] = dict(zip(table.ids, rows, strict=True))
+            words = relearned_words(encoder, live.tokenizers[part])
+            for word, row in zip(words, table.rows, strict=True):
+                known.setdefault(word, {})[part] = row.detach().clone()
             own = {id(row) for row in table.rows}
             stored |= {f"{part}.{n}" for n, p in encoder.named_parameters() if id(p) in own}
     return known, stored

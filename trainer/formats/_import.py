@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from trainer import adapter, backbones, formats, methods, recipe
 from trainer.attention.inject import TEXT_LAYERS, site_targets, text_targets
+from trainer.attention.tokens import ExtendedEmbedding, relearned
 from trainer.formats import Bundle, DoRA, Full, LowRank
 from trainer.formats import _tokens as tokens
 from trainer.formats._apply import add_to
@@ -50,7 +52,7 @@ def import_file(
     for note in bundle.notes:
         say(note)
     tree = recipe_of(bundle, base)
-    probe = Probe(base, bundle.tokens)
+    probe = Probe(base, [*bundle.tokens, *bundle.known])
     wanted = probe(add_to(base, bundle))
     del base
     tensors, identity = _tensors(bundle, tree, _plain(spec, backbone))
@@ -70,7 +72,7 @@ def import_file(
 
 def _read(kind: str, path: Path, base: Any) -> Bundle:
     if kind == "embedding":
-        bundle = Bundle({}, tokens.read([path], base))
+        bundle = tokens.read([path], base)
     else:
         reader = getattr(formats.find(kind), "read", None)
         if reader is None:
@@ -85,7 +87,7 @@ def _read(kind: str, path: Path, base: Any) -> Bundle:
         path: fitted(delta) if isinstance(delta, LowRank) else delta
         for path, delta in bundle.layers.items()
     }
-    return Bundle(layers, bundle.tokens, notes=bundle.notes)
+    return replace(bundle, layers=layers)
 
 
 def _plain(spec: Any, name: str) -> Any:
@@ -105,6 +107,8 @@ def recipe_of(bundle: Bundle, base: Any) -> dict[str, dict[str, Any]]:
         tree[name] = options
     if bundle.tokens:
         tree["new_token"] = {"tokens": list(bundle.tokens)}
+    if bundle.known:
+        tree["word_embedding"] = {"tokens": list(bundle.known)}
     if not tree:
         raise ValueError("the file changes nothing; there is nothing to go on from")
     return tree
@@ -193,9 +197,12 @@ def _tensors(
             held.copy_(value.view_as(held))
     for part, encoder in base.text_encoders.items():
         names = {id(parameter): name for name, parameter in encoder.named_parameters()}
-        rows = getattr(encoder.get_input_embeddings(), "rows", ())
-        for row, word in zip(rows, bundle.tokens, strict=bool(rows)):
-            tensors[f"{part}.{names[id(row)]}"] = bundle.tokens[word][part]
+        table = encoder.get_input_embeddings()
+        new = table.rows if isinstance(table, ExtendedEmbedding) else ()
+        anew = found.rows if (found := relearned(encoder)) else ()
+        for rows, words in ((new, bundle.tokens), (anew, bundle.known)):
+            for row, word in zip(rows, words, strict=bool(rows)):
+                tensors[f"{part}.{names[id(row)]}"] = words[word][part]
     return tensors, identity
 
 
@@ -204,4 +211,5 @@ def _counted(bundle: Bundle) -> str:
     counts = Counter(kinds[type(delta)] for delta in bundle.layers.values())
     words = [f"{count} {kind} layers" for kind, count in counts.items()]
     words += [f"the words {', '.join(bundle.tokens)}"] if bundle.tokens else []
+    words += [f"the known words {', '.join(bundle.known)}"] if bundle.known else []
     return ", ".join(words)

@@ -1,5 +1,8 @@
-"""New words, one file each in `embeddings/`: `{"<v1>": row}` as diffusers and ComfyUI read it, with
-`clip_l` and `clip_g` where there are two text encoders."""
+"""Words, one file each in `embeddings/`: `{"<v1>": row}` as diffusers and ComfyUI read it, with
+`clip_l` and `clip_g` where there are two text encoders.
+
+A known word that has learned anew is such a file, too, for the UIs: what a file is named stands for
+its row in a prompt. diffusers takes no word that its tokenizer has."""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from trainer.attention.tokens import known_id, relearned_words
 from trainer.formats import Bundle
 from trainer.formats._apply import add_to
 from trainer.formats._files import load, save
@@ -21,10 +25,22 @@ UNNAMED = ("emb_params", "*")  # keys that do not say the word; the file's name 
 WORD = "attention_trainer_token"  # the header entry that does, where the keys name encoders
 
 
-def write(bundle: Bundle, folder: Path, dtype: torch.dtype) -> None:
-    """`<` and `>` are no letters of a file name on Windows: `<v1>` is in `v1.safetensors`."""
+def write(bundle: Bundle, folder: Path, dtype: torch.dtype, known: bool = False) -> None:
+    """`<` and `>` are no letters of a file name on Windows: `<v1>` is in `v1.safetensors`.
+
+    known: write known words that have learned anew, too.
+
+    Raises:
+        ValueError: such a word is none that a file can be named.
+    """
     taken: set[str] = set()
-    for word, rows in bundle.tokens.items():
+    words = bundle.known if known else {}
+    if unnamable := [word for word in words if not word.isalnum()]:
+        raise ValueError(
+            f"{unnamable[0]!r} has learned anew, and UIs know such a word by the name of its file, "
+            "which it cannot be; format=diffusers and format=merged carry it in the text encoder"
+        )
+    for word, rows in (*words.items(), *bundle.tokens.items()):
         letters = "".join(letter if letter.isalnum() else " " for letter in word).split()
         name = "-".join(letters) or "token"
         while name.lower() in taken:
@@ -55,17 +71,31 @@ def load_stock(folder: Path, base: Any) -> None:
             pipeline.load_textual_inversion(path.parent, weight_name=path.name)
 
 
+def remark(live: Any, *_: Any) -> str | None:
+    """What to tell a UI's user of known words that have learned anew."""
+    for part, encoder in live.text_encoders.items():
+        if words := relearned_words(encoder, live.tokenizers[part]):
+            return (
+                f"known words have learned anew ({', '.join(words)}): with {FOLDER}/ among a UI's "
+                "embeddings the A1111 family reads them where they stand in a prompt, and in "
+                f"ComfyUI they are written `embedding:{words[0]}`"
+            )
+    return None
+
+
 def load_own(folder: Path, base: Any) -> None:
-    add_to(base, Bundle({}, read(files(folder), base)))
+    add_to(base, read(files(folder), base))
 
 
-def read(paths: list[Path], base: Any) -> dict[str, dict[str, Tensor]]:
-    """Rows of files in any of these shapes; several rows under one word are `word`, `word_1`, ...
+def read(paths: list[Path], base: Any) -> Bundle:
+    """The words of files in any of these shapes; several rows under one word are `word`, `word_1`,
+    ... Words that the vocabulary has are the bundle's known ones.
 
     Raises:
         ValueError: a row that is not as wide as the text encoder's.
     """
     tokens: dict[str, dict[str, Tensor]] = {}
+    known: dict[str, dict[str, Tensor]] = {}
     for path in paths:
         tensors, metadata = load(path)
         encoders = list(base.text_encoders)
@@ -84,8 +114,17 @@ def read(paths: list[Path], base: Any) -> dict[str, dict[str, Tensor]]:
                 )
             for place, vector in enumerate(value.reshape(-1, width)):
                 name = word if place == 0 else f"{word}_{place}"
-                tokens.setdefault(name, {})[part] = vector
-    return tokens
+                found = known if _knows(base.tokenizers[part], name) else tokens
+                found.setdefault(name, {})[part] = vector
+    return Bundle({}, tokens, known)
+
+
+def _knows(tokenizer: Any, word: str) -> bool:
+    try:
+        known_id(tokenizer, word)
+    except ValueError:
+        return False
+    return True
 
 
 def is_embedding(tensors: Mapping[str, Tensor]) -> bool:

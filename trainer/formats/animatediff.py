@@ -2,7 +2,7 @@
 
     <name>.safetensors          the motion modules
     loras/<name>.safetensors    what changed in the image model, under ComfyUI's keys
-    embeddings/                 new words
+    embeddings/                 new words, and known ones that have learned anew
 
 The keys say widths, layers and the number of places; heads and groups of the norm are what every
 reader of such files takes, 8 and the U-Net's own. LoRA inside the modules is folded in.
@@ -14,6 +14,7 @@ modules without one in the middle and with 24 places. What that changes is measu
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,6 +37,7 @@ HEADS = 8
 LORAS = "loras"
 
 carries = motion.carries
+relearns = True
 
 
 @torch.no_grad()
@@ -57,7 +59,7 @@ def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
     renamed = {other: value.clone() for name, value in own.items() for other in theirs(name)}
     files.save(renamed, folder / f"{job.title}.safetensors", dtype, {})
     comfyui.save(job, _image_layers(job), folder / LORAS, dtype, "animatediff")
-    tokens.write(job.bundle, folder, dtype)
+    tokens.write(job.bundle, folder, dtype, known=True)
 
 
 def remark(live: Any, probe: Probe, wanted: Tensor) -> str | None:
@@ -65,10 +67,12 @@ def remark(live: Any, probe: Probe, wanted: Tensor) -> str | None:
         return None
     with motion.framewise(live):
         apart = difference(probe(live), wanted)
-    return (
+    norms = (
         "AnimateDiff's own code and most UIs norm each frame of a clip by itself, where diffusers "
         f"and this model norm them together: there the output differs by {apart:.1e}"
     )
+    words = tokens.remark(live)
+    return f"{norms}\n{words}" if words else norms
 
 
 def _image_layers(job: Job) -> dict[str, Delta]:
@@ -86,7 +90,7 @@ def _from_single_file(folder: Path, base: Any) -> Any:
     (file,) = folder.glob("*.safetensors")
     beside = list((folder / LORAS).glob("*.safetensors"))
     layers = kohya.read(beside[0], base).layers if beside else {}
-    add_to(base, Bundle(layers, tokens.read(tokens.files(folder), base)))
+    add_to(base, replace(tokens.read(tokens.files(folder), base), layers=layers))
     with TemporaryDirectory() as place:
         with torch.device("meta"):
             empty: Any = MotionAdapter(**_config(files.load(file)[0], base))

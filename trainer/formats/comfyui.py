@@ -15,9 +15,9 @@ from trainer.formats import _tokens as tokens
 from trainer.formats._factor import folded
 from trainer.formats._job import Job
 from trainer.formats._names import FUSED, comfy
-from trainer.formats.kohya import by_rules, common_alpha, pair, read
+from trainer.formats.kohya import by_rules, common_alpha, pair, read, relearns, remark
 
-__all__ = ["READERS", "read", "save", "write"]
+__all__ = ["READERS", "read", "relearns", "remark", "save", "write"]
 
 
 def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
@@ -27,7 +27,7 @@ def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
             "axes; format=diff writes the same change as whole deltas, which all of them read"
         )
     save(job, job.bundle.layers, folder, dtype, "comfyui")
-    tokens.write(job.bundle, folder, dtype)
+    tokens.write(job.bundle, folder, dtype, known=True)
 
 
 def save(

@@ -8,6 +8,7 @@ are tensors of length zero, which safetensors can hold where it cannot hold `{}`
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,7 @@ def read(path: Path, base: Any) -> Bundle:
     if file.is_file() or not path.is_dir():
         whole = {key: value for key, value in files.load(file)[0].items() if value.numel()}
         layers = _differences(whole, base)
-    found = tokens.read(tokens.files(path), base) if path.is_dir() else {}
-    return Bundle(layers, found)
+    return replace(tokens.read(tokens.files(path), base), layers=layers)
 
 
 def _differences(tensors: dict[str, Tensor], base: Any) -> dict[str, Delta]:

@@ -11,9 +11,9 @@ from trainer.attention.nf4 import unpacked
 from trainer.formats import _tokens as tokens
 from trainer.formats._apply import full, layer_at
 from trainer.formats._job import Job
-from trainer.formats.comfyui import READERS, read, save
+from trainer.formats.comfyui import READERS, read, relearns, remark, save
 
-__all__ = ["READERS", "read", "write"]
+__all__ = ["READERS", "read", "relearns", "remark", "write"]
 
 
 @torch.no_grad()
@@ -23,4 +23,4 @@ def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
         for path, delta in job.bundle.layers.items()
     }
     save(job, layers, folder, dtype, "diff")
-    tokens.write(job.bundle, folder, dtype)
+    tokens.write(job.bundle, folder, dtype, known=True)

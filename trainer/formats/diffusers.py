@@ -14,6 +14,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,9 @@ def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
     if tensors:
         metadata = {METADATA: json.dumps(config(layers), indent=2, sort_keys=True)}
         files.save(tensors, folder / FILE, dtype, metadata)
-    if known := job.bundle.known:
-        plain = add_to(job.fresh(), Bundle({}, {}, known)).text_encoders
-        for part in known:
+    if job.bundle.known:
+        plain = add_to(job.fresh(), Bundle({}, {}, job.bundle.known)).text_encoders
+        for part in dict.fromkeys(part for rows in job.bundle.known.values() for part in rows):
             plain[part].to(dtype).save_pretrained(folder / part, safe_serialization=True)
     tokens.write(job.bundle, folder, dtype)
 
@@ -172,8 +173,7 @@ def read(path: Path, base: Any) -> Bundle:
     for part in base.text_encoders if path.is_dir() else ():
         if (path / part).is_dir():
             notes += (f"{part}/, in which known words have learned anew, is not read",)
-    found = tokens.read(tokens.files(path), base) if path.is_dir() else {}
-    return Bundle(layers, found, notes=notes)
+    return replace(tokens.read(tokens.files(path), base), layers=layers, notes=notes)
 
 
 def strength(fields: Mapping[str, Any], name: str, rank: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from trainer.formats._job import Job
 from trainer.formats._names import kohya as keys_of
 
 SPEC = "1.0.1"
+relearns = True
+remark = tokens.remark
 # by the width of the text a U-Net reads: sd-scripts' name, ModelSpec's architecture, resolution
 VERSIONS = {
     768: ("sd_v1", "stable-diffusion-v1", "512x512"),
@@ -53,7 +56,7 @@ def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
         rounded = {k: v.to(dtype if v.ndim else torch.float32) for k, v in tensors.items()}
         metadata = _header(job, layers, alpha) | _hashes(rounded)
         files.save(rounded, folder / f"{job.title}.safetensors", dtype, metadata)
-    tokens.write(job.bundle, folder, dtype)
+    tokens.write(job.bundle, folder, dtype, known=True)
 
 
 def common_alpha(deltas: Iterable[LowRank | DoRA]) -> float:
@@ -133,9 +136,11 @@ def file_in(folder: Path) -> Path | None:
 
 
 def _load_lora_weights(folder: Path, base: Any) -> Any:
-    """diffusers' own reading of the same keys; None where its pipeline has no loader."""
+    """diffusers' own reading of the same keys; None where its pipeline has no loader, or the files
+    hold words that its tokenizer has."""
     pipeline = base.pipeline()
-    if not hasattr(pipeline, "load_lora_weights"):
+    known = tokens.read(tokens.files(folder), base).known
+    if known or not hasattr(pipeline, "load_lora_weights"):
         return None
     tokens.load_stock(folder, base)
     file = file_in(folder)
@@ -159,5 +164,4 @@ def read(path: Path, base: Any) -> Bundle:
     notes: tuple[str, ...] = ()
     if file is not None:
         layers, notes = files.deltas(files.load(file)[0], base)
-    found = tokens.read(tokens.files(path), base) if path.is_dir() else {}
-    return Bundle(layers, found, notes=notes)
+    return replace(tokens.read(tokens.files(path), base), layers=layers, notes=notes)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,4 +76,4 @@ def read(path: Path, base: Any) -> Bundle:
 
         own, more = files.deltas(named, base, scale)
         layers, notes = layers | own, notes + more
-    return Bundle(layers, tokens.read(tokens.files(path), base), notes=notes)
+    return replace(tokens.read(tokens.files(path), base), layers=layers, notes=notes)
