@@ -327,5 +327,8 @@ def test_an_lr_is_for_a_method_of_the_recipe() -> None:
 
 def test_an_lr_of_zero_keeps_what_an_earlier_run_left() -> None:
     words = ["recipe=custom_diffusion", "optim.lrs.new_token=0"]
+    with pytest.raises(RecipeError, match=r"optim\.lrs\.new_token=0 keeps it as an earlier run"):
+        recipe.load(words)
+    words += ["run.start_from=./earlier"]
     assert recipe.load(words).optim.held == ("new_token",)
     assert recipe.load([*words, "methods.new_token=null", "data.token=sks"]).optim.held == ()

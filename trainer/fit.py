@@ -65,11 +65,6 @@ def fit(recipe: Recipe, folder: Path | None = None) -> Path:
         from trainer import continual  # which calls this function for every concept
 
         return continual.run(recipe, folder)
-    if recipe.optim.held and recipe.run.start_from is None:
-        raise ValueError(
-            f"optim.lrs.{recipe.optim.held[0]}=0 keeps it as an earlier run left it, and there is "
-            "none; give run.start_from=<a run or its adapter>, or an lr above 0"
-        )
     folder = folder or runs.folder_of(recipe)
     if runs.finished(folder, recipe):
         say(f"{folder}: this run is finished; another run.id or run= starts a new one")

@@ -112,6 +112,11 @@ def resolve(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Re
         tasks.check(whole)
         for number in range(len(whole.continual.concepts)):
             task(whole, number)
+    elif whole.optim.held and whole.run.start_from is None:
+        raise RecipeError(
+            f"optim.lrs.{whole.optim.held[0]}=0 keeps it as an earlier run left it, and there is "
+            "none; give run.start_from=<a run or its adapter>, or an lr above 0"
+        )
     return whole
 
 
