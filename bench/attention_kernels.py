@@ -1,11 +1,13 @@
 """Every attention kernel beside SDPA and the eager softmax: time, memory, growth, share of peak.
 
-python bench/attention_kernels.py [--quick] [--device cuda] [--clock cpu]
+python bench/attention_kernels.py [--quick] [--device cuda] [--clock cpu] [--plots] [--only agent]
 
 Kernels of one comparison take turns (A B A B); a figure is the median of the rounds with its
 quartiles. Every memory figure is a process of its own. FLOP are those of the definition: what a
 backward computes again does not count. `--clock cpu` counts processor time, for a machine that is
-busy with other work: there wall time says what the others do.
+busy with other work: there wall time says what the others do. `--only` measures some kernels beside
+SDPA, without the bars, and leaves the other figures of the result file as they are; `--plots` draws
+that file again.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from _common import RESULTS, Bars, parser_of
+from _common import RESULTS, Bars, chosen_of, parser_of
 from torch import Tensor
 
 from trainer.attention.kernels import eager, flashmask, gated, linear, sdpa, softmax_attention
@@ -363,53 +365,81 @@ def grid(quick: bool, device: str) -> Iterator[Case]:
         yield Case(65536, 64, 1)
 
 
-def plots(bench: Bench, d: int, dtype: str) -> None:
-    """Milliseconds a head over n, forward and forward with backward, as PNG."""
+def timed(bars: Bars, d: int, dtype: str, mode: str, name: str) -> list[tuple[int, float]]:
+    """A kernel's (tokens, milliseconds a head) among the figures, by length; the last one taken of
+    each."""
+    found = {}
+    for label, value in bars.found.items():
+        parts = label.split("/")
+        if (parts[0], parts[1:3], parts[-1]) == (mode, [dtype, f"d{d}"], name):
+            n, heads = (int(part[1:]) for part in parts[3:5])
+            found[n] = value["ms"] / heads
+    return sorted(found.items())
+
+
+def plots(bars: Bars) -> None:
+    """Milliseconds a head over n, forward and forward with backward, as PNG: one a head size and
+    dtype of which several lengths were measured."""
     try:
         import matplotlib as mpl
     except ImportError:
-        bench.bars.note("plots", "none; pip install matplotlib")
+        bars.note("plots", "none; pip install matplotlib")
         return
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
-    for axis, backward in zip(axes, (False, True), strict=True):
-        for name in kernels():
-            points = sorted(
-                (case.n, 1e3 * seconds / case.heads)
-                for (own, case), seconds in bench.seen.items()
-                if own == name and (case.d, case.dtype, case.backward) == (d, dtype, backward)
+    colours = dict(zip(kernels(), pyplot.colormaps["tab20"].colors, strict=False))
+    modes = ("forward", "forward_backward")
+    shapes = {tuple(label.split("/")[2:4]) for label in bars.found if label.startswith("exponent/")}
+    for dtype, size in sorted(shapes):
+        d = int(size[1:])
+        figure, axes = pyplot.subplots(1, 2, figsize=(15, 5), sharey=True, layout="constrained")
+        for axis, mode in zip(axes, modes, strict=True):
+            found = {name: timed(bars, d, dtype, mode, name) for name in kernels()}
+            slowest = sorted(
+                (n for n in found if len(found[n]) > 1), key=lambda n: -found[n][-1][1]
             )
-            if len(points) > 1:
-                label = f"{name}, n^{exponent(points):.2f}"
-                axis.loglog(*zip(*points, strict=True), marker="o", markersize=3, label=label)
-        axis.set_title("forward and backward" if backward else "forward")
-        axis.set_xlabel("tokens")
-        axis.legend(fontsize=7)
-    axes[0].set_ylabel("ms a head")
-    RESULTS.mkdir(exist_ok=True)
-    figure.savefig(RESULTS / f"{bench.bars.name}_d{d}_{dtype}.png", dpi=110)
-    pyplot.close(figure)
+            for name in slowest:
+                label = f"{name}, n^{exponent(found[name]):.2f}"
+                style = "--" if name.startswith("linear_") else "-"
+                n, ms = zip(*found[name], strict=True)
+                axis.loglog(
+                    n, ms, style, marker="o", markersize=3, color=colours[name], label=label
+                )
+            axis.set_title(f"{mode.replace('_', ' and ')}, head size {d}, {dtype}")
+            axis.set_xlabel("tokens")
+            axis.set_ylabel("ms a head")
+            axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        RESULTS.mkdir(exist_ok=True)
+        figure.savefig(RESULTS / f"{bars.name}_d{d}_{dtype}.png", dpi=80)
+        pyplot.close(figure)
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, kernels())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--plots", action="store_true", help="only draw the result file again")
     parser.add_argument("--memory", nargs=7, help=argparse.SUPPRESS)
     options: Any = parser.parse_args()
     if options.memory:
         print(measure_memory(options.memory))
         return
     name = "attention_kernels" + ("_cuda" if options.device == "cuda" else "")
-    bars = Bars(name, options.quick)
+    only = chosen_of(options.only, kernels(), parser)
+    bars = Bars(name, options.quick, update=options.plots or bool(options.only))
+    if options.plots:
+        plots(bars)
+        return
     bars.note("clock", options.clock)
     seconds = 0.3 if options.device == "cuda" else 1.0 if options.quick else 5.0
     bench = Bench(bars, Clock(options.device, options.clock), seconds, options.device)
-    (cuda_bars if options.device == "cuda" else cpu_bars)(bench)
+    if not options.only:
+        (cuda_bars if options.device == "cuda" else cpu_bars)(bench)
     for case in grid(options.quick, options.device):
-        bench.compare(case, chosen(case))
+        names = [name for name in chosen(case) if name == "sdpa" or name in only]
+        if len(names) > 1:
+            bench.compare(case, names)
     for name in kernels():
         for mode in (False, True):
             cases = [c for own, c in bench.seen if own == name and c.backward == mode]
@@ -423,19 +453,19 @@ def main() -> None:
                     label = f"exponent/{'forward_backward' if mode else 'forward'}/{dtype}/d{d}"
                     bars.note(f"{label}/{name}", round(exponent(points), 3))
     if not options.quick:
-        memory_grid(bench, options.device)
-        for d, dtype in sorted({(c.d, c.dtype) for _, c in bench.seen}):
-            plots(bench, d, dtype)
+        memory_grid(bench, options.device, only)
+        plots(bars)
     bars.write()
 
 
-def memory_grid(bench: Bench, device: str) -> None:
+def memory_grid(bench: Bench, device: str, only: Sequence[str]) -> None:
     """Forward and backward of one head at growing lengths, for the kernels that are O(n) beside
     those that are not."""
     for n in (4096, 16384):
         case = Case(n, 64, 1, "fp32", True, device)
         for name in ("sdpa", "eager", "tiled", "linear_relu", "gla_chunked", "agent", "flashmask"):
-            bench.memory(case, name)
+            if name in only:
+                bench.memory(case, name)
 
 
 if __name__ == "__main__":

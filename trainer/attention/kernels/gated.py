@@ -112,10 +112,12 @@ def _states(added: Tensor, halves: Tensor, rows: int) -> Tensor:
     where what it is multiplied with is large.
     """
     added, halves = added.unflatten(0, (rows, -1)), halves.unflatten(0, (rows, -1))
-    enter, leave = halves.unsqueeze(-1).unbind(2)
-    states = [torch.zeros_like(added[:, 0])]
-    for i in range(added.shape[1] - 1):
-        states.append(enter[:, i + 1] * (leave[:, i] * (states[-1] + added[:, i])))
+    # unbound once: what is taken by index gives back a gradient of full size each time
+    chunks, ends = added.unbind(1), halves.unsqueeze(-1).unbind(1)
+    enter, leave = zip(*(end.unbind(1) for end in ends), strict=True)
+    states = [torch.zeros_like(chunks[0])]
+    for i in range(len(chunks) - 1):
+        states.append(enter[i + 1] * (leave[i] * (states[-1] + chunks[i])))
     return torch.stack(states, dim=1).flatten(0, 1)
 
 
