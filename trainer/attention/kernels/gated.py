@@ -42,10 +42,11 @@ def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float | None = 
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     state = torch.zeros((), dtype=q.dtype, device=q.device)
     rows = []
-    for t in range(q.shape[-2]):
-        here = k[..., t, :, None] * v32[..., t, None, :]
-        state = g[..., t, :, None].exp() * state + here  # b h d e
-        rows.append(scale * (q[..., t, None, :] @ state).squeeze(-2))
+    # unbound once: what is taken by index gives back a gradient of full size each time
+    for q_t, k_t, v_t, g_t in zip(*(x.unbind(-2) for x in (q, k, v32, g)), strict=True):
+        here = k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
+        state = g_t.unsqueeze(-1).exp() * state + here  # b h d e
+        rows.append(scale * (q_t.unsqueeze(-2) @ state).squeeze(-2))
     return torch.stack(rows, dim=-2).to(v.dtype)
 
 
@@ -112,7 +113,6 @@ def _states(added: Tensor, halves: Tensor, rows: int) -> Tensor:
     where what it is multiplied with is large.
     """
     added, halves = added.unflatten(0, (rows, -1)), halves.unflatten(0, (rows, -1))
-    # unbound once: what is taken by index gives back a gradient of full size each time
     chunks, ends = added.unbind(1), halves.unsqueeze(-1).unbind(1)
     enter, leave = zip(*(end.unbind(1) for end in ends), strict=True)
     states = [torch.zeros_like(chunks[0])]
