@@ -44,6 +44,16 @@ def test_a_method_without_training_paints_clips(
         assert (film.n_frames, film.size) == (3, (32, 32))
 
 
+def test_without_pyav_the_gif_is_there_and_what_lacks_is_said(
+    tiny_folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.films.find_spec", lambda name: None)
+    words = [f"backbone={tiny_folder}", "frames=2", f"out={tmp_path / 'out'}"]
+    assert main([*WORDS, *words]) == 0
+    assert files(tmp_path / "out") == ["a-fox-0.gif"]
+    assert "no MP4 beside it: PyAV writes one" in capsys.readouterr().err
+
+
 def test_a_source_is_edited_or_only_its_structure_is_handed_on(
     tiny_folder: Path, tmp_path: Path, video: Path
 ) -> None:

@@ -90,8 +90,12 @@ def sample(words: list[str]) -> int:
         raise RecipeError("start=source paints the same with every seed; leave count at 1")
     chosen = recipes.methods_of(recipes.parse(named)["methods"]) if named else {}
     _quiet()
+    kinds = set()
     for path in _sampled(options, chosen):
         print(path)
+        kinds.add(path.suffix)
+    if kinds == {".gif"}:
+        print("no MP4 beside it: PyAV writes one, pip install 'av>=18'", file=sys.stderr)
     return 0
 
 
