@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from trainer import recipe
+from trainer import recipe, runs
 from trainer.recipe import merge, parse, recipe_names
 from trainer.schema import RecipeError
 
@@ -330,5 +330,8 @@ def test_an_lr_of_zero_keeps_what_an_earlier_run_left() -> None:
     with pytest.raises(RecipeError, match=r"optim\.lrs\.new_token=0 keeps it as an earlier run"):
         recipe.load(words)
     words += ["run.start_from=./earlier"]
+    tree = runs.header(recipe.load(words))  # as an adapter carries it: where it began is left out
+    name = tree.pop("recipe")
+    assert recipe.resolve(name, tree, {}).optim.held == ("new_token",)
     assert recipe.load(words).optim.held == ("new_token",)
     assert recipe.load([*words, "methods.new_token=null", "data.token=sks"]).optim.held == ()

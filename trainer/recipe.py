@@ -63,7 +63,13 @@ def load(arguments: Iterable[str]) -> Recipe:
     name = overrides.pop("recipe", None)
     if not isinstance(name, str):
         raise RecipeError(f"recipe=<name> is missing; recipes: {', '.join(recipe_names())}")
-    return resolve(name, read_recipe(name), overrides)
+    whole = resolve(name, read_recipe(name), overrides)
+    if whole.optim.held and whole.run.start_from is None:  # what an adapter carries has none
+        raise RecipeError(
+            f"optim.lrs.{whole.optim.held[0]}=0 keeps it as an earlier run left it, and there is "
+            "none; give run.start_from=<a run or its adapter>, or an lr above 0"
+        )
+    return whole
 
 
 def resolve(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Recipe:
@@ -112,11 +118,6 @@ def resolve(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Re
         tasks.check(whole)
         for number in range(len(whole.continual.concepts)):
             task(whole, number)
-    elif whole.optim.held and whole.run.start_from is None:
-        raise RecipeError(
-            f"optim.lrs.{whole.optim.held[0]}=0 keeps it as an earlier run left it, and there is "
-            "none; give run.start_from=<a run or its adapter>, or an lr above 0"
-        )
     return whole
 
 
