@@ -225,7 +225,9 @@ def halved(x: Tensor, times: int) -> Tensor:
 
 class RelativeBias(nn.Module):
     """An op of a temporal site: a number for each head and each distance j - i is added to the
-    score of frame j for frame i; beyond `reach` frames the last one holds. All start at zero.
+    score of frame j for frame i; beyond `reach` frames the last one holds. They start as the
+    rows of an embedding do, normal with variance 1, so that each head looks to frames of its own:
+    from zero they part slowly.
 
     Distances are signed, so that frames know before from after.
     """
@@ -235,7 +237,7 @@ class RelativeBias(nn.Module):
     def __init__(self, heads: int, reach: int, owner: str) -> None:
         super().__init__()
         self.reach, self.owner = reach, owner
-        self.table = nn.Parameter(torch.zeros(heads, 2 * reach + 1))
+        self.table = nn.Parameter(torch.randn(heads, 2 * reach + 1))
 
     def bias(self, frames: int) -> Tensor:
         """(h, f, f)"""
