@@ -17,11 +17,11 @@ from torch import Tensor
 from trainer import adapter, backbones, formats, recipe
 from trainer.attention.insert import insertions
 from trainer.attention.processor import Host
-from trainer.attention.tokens import relearned_words
 from trainer.formats._apply import add_to
 from trainer.formats._factor import truncated
 from trainer.formats._job import Job
 from trainer.formats._proof import FRAMES, LIMIT, NOISE, Probe, difference
+from trainer.formats._tokens import known_words
 from trainer.formats.merged import merge
 from trainer.methods import Method, in_order
 from trainer.methods.temporal import Temporal
@@ -122,21 +122,13 @@ def _words(model: Any) -> list[str]:
         table = encoder.get_input_embeddings()
         old = getattr(table, "table", table).num_embeddings
         new = model.tokenizers[part].convert_ids_to_tokens(range(old, table.num_embeddings))
-        return [*new, *_known_words(model)]
-    return []
-
-
-def _known_words(model: Any) -> list[str]:
-    """Those among them that the vocabulary had."""
-    for part, encoder in model.text_encoders.items():
-        if words := relearned_words(encoder, model.tokenizers[part]):
-            return words
+        return [*new, *known_words(model)]
     return []
 
 
 def _refuse_known(live: Any, form: str) -> None:
     """Known words that learned anew, where a form has no place for them."""
-    if not (words := _known_words(live)):
+    if not (words := known_words(live)):
         return
     able = [name for name in formats.names() if getattr(formats.find(name), "relearns", False)]
     if form not in able:

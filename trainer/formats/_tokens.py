@@ -73,14 +73,22 @@ def load_stock(folder: Path, base: Any) -> None:
 
 def remark(live: Any, *_: Any) -> str | None:
     """What to tell a UI's user of known words that have learned anew."""
-    for part, encoder in live.text_encoders.items():
-        if words := relearned_words(encoder, live.tokenizers[part]):
-            return (
-                f"known words have learned anew ({', '.join(words)}): with {FOLDER}/ among a UI's "
-                "embeddings the A1111 family reads them where they stand in a prompt, and in "
-                f"ComfyUI they are written `embedding:{words[0]}`"
-            )
-    return None
+    if not (words := known_words(live)):
+        return None
+    return (
+        f"known words have learned anew ({', '.join(words)}): with {FOLDER}/ among a UI's "
+        "embeddings the A1111 family reads them where they stand in a prompt, and in ComfyUI they "
+        f"are written `embedding:{words[0]}`"
+    )
+
+
+def known_words(model: Any) -> list[str]:
+    """The words of the vocabulary that a model has learned anew, of its first text encoder with
+    any."""
+    for part, encoder in model.text_encoders.items():
+        if words := relearned_words(encoder, model.tokenizers[part]):
+            return words
+    return []
 
 
 def load_own(folder: Path, base: Any) -> None:
