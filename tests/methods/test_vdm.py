@@ -1,5 +1,5 @@
-"""VDM: attention over frames with its bias against a loop, images that attend to themselves, beside
-full training."""
+"""VDM: attention over frames, told apart either way, against a loop, images that attend to
+themselves, beside full training."""
 
 from __future__ import annotations
 
@@ -20,30 +20,41 @@ PATH = "down_blocks.1.temporal.0"
 
 
 def looped(block: Any, x: Tensor, frames: int) -> Tensor:
-    """y = x + W_o softmax(q k^T / sqrt(d) + bias(j - i)) v, pixel by pixel and head by head."""
-    heads, table = block.attn.heads, block.attn.relative_bias.table
-    reach = table.shape[1] // 2
-    y = x.clone()
+    """y = x + W_o attention(x) by one of the two equations, pixel by pixel, head by head and pair
+    of frames by pair of frames."""
+    attn, heads, y = block.attn, block.attn.heads, x.clone()
+    bias, vectors = getattr(attn, "relative_bias", None), getattr(attn, "relative_vectors", None)
+    reach = (bias or vectors).reach
     for clip in range(len(x) // frames):
         rows = slice(clip * frames, (clip + 1) * frames)
         for i in range(x.shape[2]):
             for j in range(x.shape[3]):
                 z = block.norm(x[rows, :, i, j])
                 q, k, v = (
-                    layer(z).unflatten(-1, (heads, -1)).transpose(0, 1)
-                    for layer in (block.attn.to_q, block.attn.to_k, block.attn.to_v)
+                    layer(z).unflatten(-1, (heads, -1))
+                    for layer in (attn.to_q, attn.to_k, attn.to_v)
                 )
-                scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
-                for a in range(frames):
-                    for b in range(frames):
-                        scores[:, a, b] += table[:, max(-reach, min(reach, b - a)) + reach]
-                o = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
-                y[rows, :, i, j] += block.attn.to_out[0](o)
+                o = torch.zeros_like(q)
+                for head in range(heads):
+                    for a in range(frames):
+                        scores, values = [], []
+                        for b in range(frames):
+                            row = max(-reach, min(reach, b - a)) + reach
+                            key, value, number = k[b, head], v[b, head], 0.0
+                            if vectors is not None:
+                                key, value = key + vectors.keys[row], value + vectors.values[row]
+                            else:
+                                number = bias.table[head, row]
+                            scores.append(q[a, head] @ key / len(key) ** 0.5 + number)
+                            values.append(value)
+                        o[a, head] = torch.stack(scores).softmax(0) @ torch.stack(values)
+                y[rows, :, i, j] += attn.to_out[0](o.flatten(1))
     return y
 
 
-def test_the_equation(tiny: Any, randomise: Callable[..., None]) -> None:
-    plan = methods.apply(tiny, {"vdm": Vdm(heads=2, reach=1)})
+@pytest.mark.parametrize("relative", ["vectors", "bias"])
+def test_the_equations(relative: Any, tiny: Any, randomise: Callable[..., None]) -> None:
+    plan = methods.apply(tiny, {"vdm": Vdm(heads=2, reach=1, relative=relative)})
     randomise(tiny, plan, 0.3)
     block: Any = tiny.unet.get_submodule(PATH)
     x = torch.randn(6, 32, 2, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -55,6 +66,19 @@ def test_the_equation(tiny: Any, randomise: Callable[..., None]) -> None:
     reference = torch.autograd.grad(wanted.square().sum(), parameters)
     for mine, other in zip(found, reference, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize(("relative", "apart"), [("vectors", True), ("bias", False)])
+def test_frames_that_look_alike_are_told_apart_by_vectors_alone(
+    relative: Any, apart: bool, tiny: Any, randomise: Callable[..., None]
+) -> None:
+    plan = methods.apply(tiny, {"vdm": Vdm(heads=2, relative=relative)})
+    randomise(tiny, plan, 0.3)
+    block: Any = tiny.unet.get_submodule(PATH)
+    x = torch.randn(1, 32, 2, 2).expand(4, -1, -1, -1)
+    with torch.no_grad():
+        y = block(x, x, StepContext(0, 1, torch.zeros(()), frames=4))
+    assert ((y - y[:1]).abs().max() > 1e-2) == apart
 
 
 @pytest.mark.parametrize("images", ["self", "bypass"])
@@ -70,6 +94,7 @@ def test_an_image_attends_to_itself_or_passes_by(
     block: Any = tiny.unet.get_submodule(PATH)
     x = torch.randn(2, 32, 2, 2)
     v = block.attn.to_v(block.norm(x.flatten(2).transpose(1, 2)))
+    v = v + block.attn.relative_vectors.values[32].repeat(2)  # of its distance to itself
     alone = block.attn.to_out[0](v).transpose(1, 2).reshape(x.shape)
     one = StepContext(0, 1, torch.zeros(()))
     torch.testing.assert_close(block(x, x, one), x + alone, rtol=1e-4, atol=1e-5)
@@ -104,11 +129,19 @@ def test_with_full_everything_trains_once(tiny: Any, train: Callable[..., list[f
     assert {n for n, v in before.items() if not torch.equal(v, after[n])} == set(plan.names)
 
 
-def test_a_linear_kernel_in_time_is_refused_for_the_bias(
+def test_a_linear_kernel_in_time_is_refused_for_the_relative_frames(
     tiny: Any, open_folder: Callable[[Path], Any], tiny_folder: Path
 ) -> None:
     for model, tree in (
         (tiny, {"vdm": {"heads": 2}, "linear_attention": {"sites": "temporal"}, "full": {}}),
+        (
+            open_folder(tiny_folder),
+            {
+                "vdm": {"heads": 2, "relative": "bias"},
+                "linear_attention": {"sites": "temporal"},
+                "full": {},
+            },
+        ),
         (
             open_folder(tiny_folder),
             {"magicvideo": {"heads": 2}, "linear_attention": {"sites": "temporal"}, "full": {}},

@@ -21,6 +21,7 @@ from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor, nn
 
 from trainer.attention.insert import untouched
+from trainer.attention.kernels import attention_probs, attention_scores
 
 if TYPE_CHECKING:
     from trainer.attention.context import StepContext
@@ -234,16 +235,14 @@ class RelativeBias(nn.Module):
 
     name = "relative_bias"
 
-    def __init__(self, heads: int, reach: int, owner: str) -> None:
+    def __init__(self, heads: int, head_dim: int, reach: int, owner: str) -> None:
         super().__init__()
         self.reach, self.owner = reach, owner
         self.table = nn.Parameter(torch.randn(heads, 2 * reach + 1))
 
     def bias(self, frames: int) -> Tensor:
         """(h, f, f)"""
-        number = torch.arange(frames, device=self.table.device)
-        distance = (number - number[:, None]).clamp(-self.reach, self.reach)
-        return self.table[:, distance + self.reach]
+        return self.table[:, distances(frames, self.reach, self.table.device)]
 
     def mask(
         self, mask: Tensor | None, q: Tensor, k: Tensor, site: Site, ctx: StepContext
@@ -255,6 +254,51 @@ class RelativeBias(nn.Module):
         if mask.dtype == torch.bool:
             return bias.masked_fill(~mask, float("-inf"))
         return bias + mask
+
+
+class RelativeVectors(nn.Module):
+    """An op of a temporal site: keys and values hold how far they are,
+
+        o_i = sum_j softmax_j(q_i (k_j + a_(j-i))^T / sqrt(d)) (v_j + b_(j-i)),
+
+    Shaw et al., arXiv 1803.02155, equations 3 and 4. a and b (2 reach + 1, d) are shared by the
+    heads, as there, and beyond `reach` frames the last one holds.
+
+    What frame i gets of b depends on how many frames there are on either side, whatever they show:
+    so the first and the last one differ in noise, too, where a bias moves weight between frames
+    that look the same.
+    """
+
+    name = "relative_vectors"
+
+    def __init__(self, heads: int, head_dim: int, reach: int, owner: str) -> None:
+        super().__init__()
+        self.reach, self.owner = reach, owner
+        self.keys = nn.Parameter(torch.randn(2 * reach + 1, head_dim))
+        self.values = nn.Parameter(torch.randn(2 * reach + 1, head_dim))
+
+    def kernel(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: Site, ctx: StepContext
+    ) -> Tensor:
+        frames, more = q.shape[2], k.shape[2] - q.shape[2]
+        distance = distances(frames, self.reach, q.device)
+        a, b = (  # i j d; appended keys have no distance
+            F.pad(table.to(q.dtype)[distance], (0, 0, 0, more))
+            for table in (self.keys, self.values)
+        )
+        q = q * (site.head_dim**-0.5 if site.scale is None else site.scale)
+        scores = attention_scores(q, k, 1.0) + torch.einsum("bhid,ijd->bhij", q, a)
+        probs = attention_probs(scores, mask).to(v.dtype)
+        return probs @ v + torch.einsum("bhij,ijd->bhid", probs, b)
+
+
+RELATIVE = {"bias": RelativeBias, "vectors": RelativeVectors}
+
+
+def distances(frames: int, reach: int, device: torch.device) -> Tensor:
+    """(f, f): the row of frame j for frame i in a table of distances -reach ... reach."""
+    number = torch.arange(frames, device=device)
+    return (number - number[:, None]).clamp(-reach, reach) + reach
 
 
 class Directed:

@@ -95,6 +95,24 @@ class Attending(Temporal):
         return self.heads
 
 
+class Relative(Attending):
+    """Options of `Attending`; relative: how this attention tells frames apart by their distance, by
+    `vectors` added to keys and values or by a `bias` added to scores; reach: frames apart up to
+    which distances are told apart."""
+
+    relative: Literal["bias", "vectors"] = "vectors"
+    reach: int = Field(32, gt=0)
+
+    def distances(self, owner: str) -> Callable[[Site], nn.Module]:
+        """The op of a site inside the layers."""
+        from trainer.attention.temporal import RELATIVE
+
+        def op(site: Site) -> nn.Module:
+            return RELATIVE[self.relative](site.heads, site.head_dim, self.reach, owner)
+
+        return op
+
+
 class PseudoThreeD(Attending):
     """Options of `Attending`; kernel: frames a convolution sees; max_frames: the longest clip there
     are places for.

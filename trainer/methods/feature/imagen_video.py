@@ -1,8 +1,8 @@
 """Imagen Video: attention over frames after the spatial attention of coarse grids, a convolution
 over frames where attention is too dear.
 
-    x <- x + W_o softmax(q k^T / sqrt(d) + bias(j - i)) v    on coarse grids, as in vdm
-    x <- conv1d(x)                                           on fine ones, the identity at first
+    x <- x + W_o attention(x)    on coarse grids, over frames told apart by distance as in vdm
+    x <- conv1d(x)               on fine ones, the identity at first
 
 Ho et al., arXiv 2210.02303, section 2.2: the base model is vdm's, the super-resolution models have
 convolutions in the place of its temporal attention. In one network: `attention_from` parts the two.
@@ -18,27 +18,24 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from trainer.methods import Edit
-from trainer.methods.temporal import Attending, item
+from trainer.methods.temporal import Relative, item
 
 if TYPE_CHECKING:
     from torch import nn
 
     from trainer.attention.model import AttentionModel
     from trainer.attention.places import Place
-    from trainer.attention.sites import Site
-    from trainer.attention.temporal import RelativeBias
 
 NAME = "imagen_video"
 
 
-class ImagenVideo(Attending):
-    """Options of `Attending`; attention_from: grids that many times coarser than the latent and
+class ImagenVideo(Relative):
+    """Options of `Relative`; attention_from: grids that many times coarser than the latent and
     more have attention, finer ones the convolution; 1 is attention everywhere. kernel: frames a
-    convolution sees. reach: frames apart up to which distances are told apart."""
+    convolution sees."""
 
     attention_from: int = Field(2, gt=0)
     kernel: int = Field(3, gt=0)
-    reach: int = Field(32, gt=0)
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention import temporal
@@ -52,11 +49,7 @@ class ImagenVideo(Attending):
                 heads = self.check_heads(place.width)
                 block = temporal.TemporalAttention(place.width, heads, NAME)
             items.append(item(place, "temporal", block, stills=attends))
-
-        def bias(site: Site) -> RelativeBias:
-            return temporal.RelativeBias(site.heads, self.reach, NAME)
-
-        return self.inserted(model, items, NAME, bias)
+        return self.inserted(model, items, NAME, self.distances(NAME))
 
     def attends(self, place: Place) -> bool:
         return place.divisor is None or place.divisor >= self.attention_from

@@ -1,14 +1,18 @@
 """Video diffusion: attention over frames after every spatial attention, trained on clips and images
 together.
 
-    x <- x + W_o softmax(q k^T / sqrt(d) + bias(j - i)) v    over the frames j of each pixel
+    x <- x + W_o softmax(q (k + a(j - i))^T / sqrt(d)) (v + b(j - i))
+    x <- x + W_o softmax(q k^T / sqrt(d) + bias(j - i)) v    with relative=bias
 
-Ho et al., arXiv 2204.03458, section 3. bias: a number for each head and signed distance between
-frames, as the paper's relative positions. The paper adds independent images to the end of every
-clip and masks this attention so that each attends to itself alone; here images come as clips of one
-frame, in batches of their own, where that is so without a mask: an image does pass through the
-layer, whose v and W_o learn of it. `images=bypass` spares images the layer, so that they are the
-image model's for good.
+over the frames j of each pixel, for frame i.
+
+Ho et al., arXiv 2204.03458, section 3. Frames are told apart by their signed distance: the paper
+names Shaw et al. (arXiv 1803.02155), whose vectors a and b are learned for each distance; public
+code of others learns a number for each head instead. The paper adds independent images to the end
+of every clip and masks this attention so that each attends to itself alone; here images come as
+clips of one frame, in batches of their own, where that is so without a mask: an image does pass
+through the layer, whose v and W_o learn of it. `images=bypass` spares images the layer, so that
+they are the image model's for good.
 
 W_o and its bias start at zero, so training starts at the image model on every frame. The paper
 trains all of the network: add `full`.
@@ -18,24 +22,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
-
 from trainer.methods import Edit
-from trainer.methods.temporal import Attending, item
+from trainer.methods.temporal import Relative, item
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
-    from trainer.attention.sites import Site
-    from trainer.attention.temporal import RelativeBias
 
 NAME = "vdm"
 
 
-class Vdm(Attending):
-    """Options of `Attending`; reach: frames apart up to which distances are told apart; images:
-    whether an image attends to itself or passes the layer by."""
+class Vdm(Relative):
+    """Options of `Relative`; images: whether an image attends to itself or passes the layer by."""
 
-    reach: int = Field(32, gt=0)
     images: Literal["self", "bypass"] = "self"
 
     def apply(self, model: AttentionModel) -> Edit:
@@ -46,8 +44,4 @@ class Vdm(Attending):
         for place in attentions(model.denoiser):
             block = temporal.TemporalAttention(place.width, self.check_heads(place.width), NAME)
             items.append(item(place, "temporal", block, stills=self.images == "self"))
-
-        def bias(site: Site) -> RelativeBias:
-            return temporal.RelativeBias(site.heads, self.reach, NAME)
-
-        return self.inserted(model, items, NAME, bias)
+        return self.inserted(model, items, NAME, self.distances(NAME))
