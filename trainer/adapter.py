@@ -12,24 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer import backbones, methods, recipe
-from trainer.resources import shipped
+from trainer.header import FORMAT, HEADER, file_of, header
 
 if TYPE_CHECKING:
     from trainer.backbones.base import Backbone
+    from trainer.methods import Edit
+    from trainer.schema import BackboneSpec
 
-FORMAT = "attention-trainer-adapter-1"
-HEADER = "attention_trainer"
-
-
-def file_of(name: str | Path) -> Path:
-    """The adapter in a run folder, the one that ships under a name, or the file itself."""
-    path = shipped(name)
-    return path / "adapter.safetensors" if path.is_dir() else path
+__all__ = ["FORMAT", "HEADER", "file_of", "header"]
 
 
 def save(
@@ -59,39 +54,6 @@ def save(
         ) from None
     finally:
         part.unlink(missing_ok=True)
-
-
-def header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The resolved recipe and the backbone's identity, without reading a tensor.
-
-    Raises:
-        ValueError: the file is missing, no safetensors, or not an adapter of ours.
-    """
-    if not path.is_file():
-        raise ValueError(f"adapter={path}: no such file")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"adapter={path}: not a safetensors file ({error}); pickles are never loaded"
-        ) from None
-    if HEADER not in metadata:
-        raise ValueError(f"adapter={path}: its header has no {HEADER!r}; it is no adapter of ours")
-    try:
-        facts = json.loads(metadata[HEADER])
-        if facts.get("format") != FORMAT:
-            raise ValueError(
-                f"adapter={path}: its header says {facts.get('format')!r}; "
-                f"an adapter says {FORMAT!r}"
-            )
-        tree, identity = facts["recipe"], facts["backbone"]
-        tree["backbone"], tree["methods"], identity["name"]
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
-        raise ValueError(
-            f"adapter={path}: its header holds no whole recipe; save it again"
-        ) from None
-    return tree, identity
 
 
 def check_backbone(path: Path, stored: Mapping[str, str], own: Mapping[str, str]) -> None:
@@ -140,17 +102,40 @@ def load(path: Path, backbone: str | None = None) -> tuple[Backbone, dict[str, A
     Raises:
         ValueError: see `header`, `check_backbone` and `check`.
     """
+    tree, _ = header(path)
+    loaded = base(recipe.spec_of(tree, backbone), backbone or tree["backbone"])
+    _add(path, loaded)
+    return loaded.eval().requires_grad_(False), tree
+
+
+def base(spec: BackboneSpec, name: str) -> Backbone:
+    """The backbone a spec describes, with what earlier runs have made of it, if it is the result of
+    such: their methods applied, their tensors in place and no longer trained.
+
+    Raises:
+        ValueError: as `backbones.load` and `load`.
+    """
+    loaded = backbones.load(spec, name)
+    for path in map(Path, spec.adapters):
+        edits = _add(path, loaded)
+        for edit in edits.values():
+            if edit.schedule is not None:  # their run is over
+                edit.schedule(1.0)
+        loaded.goes_on_from(path)
+    return loaded
+
+
+def _add(path: Path, backbone: Backbone) -> Mapping[str, Edit]:
+    """Applies an adapter's methods and copies its tensors."""
     tree, stored = header(path)
-    name = backbone or tree["backbone"]
-    loaded = backbones.load(recipe.spec_of(tree, backbone), name)
-    check_backbone(path, stored, loaded.identity())
-    plan = methods.apply(loaded, recipe.methods_of(tree["methods"]))
-    own = _tensors(loaded)
+    check_backbone(path, stored, backbone.identity())
+    plan = methods.apply(backbone, recipe.methods_of(tree["methods"]))
+    own = _tensors(backbone)
     wanted = {key: own[key] for key in plan.stored}
     tensors = load_file(path)
     check(path, tensors, wanted)
     _copy(tensors, wanted)
-    return loaded.eval().requires_grad_(False), tree
+    return plan.edits
 
 
 def start(path: Path, backbone: Backbone) -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from trainer import backbones
+from trainer import adapter
 from trainer.data import Dataset
 from trainer.data.buckets import Bucketed, Size, upright_size
 from trainer.data.concept import ConceptData
@@ -34,7 +34,7 @@ BAR = 40  # characters
 def inspect(recipe: Recipe, count: int, step: int, out: Path) -> Iterator[str]:
     """Draws `count` samples from micro-batch `step` on into `out`, a PNG; yields the lines of the
     histogram."""
-    backbone = backbones.load(recipe.backbone, recipe.backbone_name)
+    backbone = adapter.base(recipe.backbone, recipe.backbone_name)
     train, _ = recipe.data.open(needs(recipe, backbone))
     batches = Planned(train, step_plan(recipe, train), None, 0, 1)
     cells: list[Image.Image] = []

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trainer import adapter, backbones, runs
+from trainer import adapter, runs
 from trainer.evaluate import Examiner, mean, percent
 from trainer.fit import console, fit, needs
 from trainer.judge import Judge, judge_folder
@@ -60,7 +60,7 @@ def run(whole: Recipe, folder: Path | None = None) -> Path:
 
 def _examiners(whole: Recipe, judge: Judge) -> list[Examiner]:
     """One for each concept. The base is here for the class images its data may ask for."""
-    base = backbones.load(whole.backbone, whole.backbone_name).eval().requires_grad_(False)
+    base = adapter.base(whole.backbone, whole.backbone_name).eval().requires_grad_(False)
     found = []
     for number in range(len(whole.continual.concepts)):
         own = task(whole, number)

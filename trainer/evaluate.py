@@ -17,7 +17,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional.pairwise import pairwise_cosine_similarity
 
-from trainer import adapter, backbones, recipe
+from trainer import adapter, recipe
 from trainer.backbones.base import Backbone
 from trainer.data import Dataset, shape_of_clips
 from trainer.data.cache import painted
@@ -49,9 +49,7 @@ def evaluate(
     path = run / "adapter.safetensors" if run.is_dir() else run
     adapted, tree = adapter.load(path)
     run_recipe = recipe.resolve(tree.get("recipe", path.parent.parent.name), tree, {})
-    base = (
-        backbones.load(run_recipe.backbone, run_recipe.backbone_name).eval().requires_grad_(False)
-    )
+    base = adapter.base(run_recipe.backbone, run_recipe.backbone_name).eval().requires_grad_(False)
     judge = Judge(judge_folder(judge_at, base.folder, "judge"))
     train, held_out = run_recipe.data.open(needs(run_recipe, base))
     examiner = Examiner(run_recipe, judge, train, images, batch, base)

@@ -22,7 +22,7 @@ from PIL.Image import Image
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from trainer import adapter, backbones, checkpoint, methods, report, runs
+from trainer import adapter, checkpoint, methods, report, runs
 from trainer.backbones.base import Backbone
 from trainer.callbacks.checkpoints import Checkpoints
 from trainer.callbacks.ema import EMA
@@ -81,7 +81,7 @@ def _fit(recipe: Recipe, folder: Path) -> None:
     random.seed(run.seed)
     np.random.seed(run.seed % 2**32)
     torch.manual_seed(run.seed)  # parts made from scratch, dropout of methods
-    backbone = backbones.load(recipe.backbone, recipe.backbone_name)
+    backbone = adapter.base(recipe.backbone, recipe.backbone_name)
     backbone.eval().requires_grad_(False)
     train, held_out = recipe.data.open(needs(recipe, backbone))
     plan = methods.apply(backbone, recipe.methods, run.seed, held=recipe.optim.held)

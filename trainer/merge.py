@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer import adapter, backbones, methods, recipe
+from trainer import adapter, methods, recipe
 from trainer.backbones.base import Backbone
 
 CONCEPT_PROMPTS = ("{}", "a photo of {}")  # as the official code asks for them
@@ -56,7 +56,7 @@ def merge(paths: Sequence[Path], out: Path, captions: Sequence[str] | None = Non
     names = _tokens([other for _, other in parts])
     merged_tree = _tree(tree, parts, names)
     name = tree["backbone"]
-    merged = backbones.load(recipe.spec_of(tree), name).eval()
+    merged = adapter.base(recipe.spec_of(tree), name).eval()
     plan = methods.apply(merged, recipe.methods_of(merged_tree["methods"]))
     base = {name: value.detach().clone() for name, value in merged.named_parameters()}
     sources = [dict(model.named_parameters()) for model, _ in parts]

@@ -1,8 +1,9 @@
 """A recipe: one YAML, `key=value` overrides, and a complete check of both before torch is imported.
 
 Names resolve to files of ours and to nothing else: a backbone to `recipes/backbone/<name>.yaml`, a
-data source to `trainer/data/<name>.py`, a method to `trainer/methods/<level>/<name>.py`. A recipe
-that says `base: <recipe>` states only what differs from that one.
+data source to `trainer/data/<name>.py`, a method to `trainer/methods/<level>/<name>.py`. A backbone
+may also be a folder of weights, or what a finished run has made of one. A recipe that says `base:
+<recipe>` states only what differs from that one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from trainer import leaks, tasks
 from trainer.backbones import family_of
 from trainer.backbones.scratch import DENOISERS, TransformerSpec, UNetSpec
 from trainer.data import Source
+from trainer.header import file_of, header
 from trainer.hints import nearest
 from trainer.methods import Method, find, names
 from trainer.resources import BACKBONES, DATA, RECIPES
@@ -83,7 +85,7 @@ def resolve(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Re
         raise RecipeError(
             f"backbone is {backbone_name!r}; it is a name or a folder, as in backbone=tiny"
         )
-    tree = merge(merge(tree, _own_values(per_backbone, backbone_name)), overrides)
+    tree = merge(merge(tree, _own_values(per_backbone, _lineage(backbone_name)[0])), overrides)
     tree["backbone"] = backbone_name
     for key in tree:
         homes = [f"{name}.{key}" for name, cls in SECTIONS.items() if key in cls.model_fields]
@@ -102,7 +104,8 @@ def resolve(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Re
     kept = {method: lr for method, lr in optim.lrs.items() if method in chosen}
     sections["optim"] = optim.model_copy(update={"lrs": kept})  # methods.x=null takes its lr along
     spec = backbone_spec(backbone_name, tree.pop("denoiser", None))
-    if spec.denoiser is not None:  # whole, so that an adapter does not hang on our defaults
+    if spec.denoiser is not None and not spec.adapters:
+        # whole, so that an adapter does not hang on our defaults
         tree["denoiser"] = spec.denoiser.model_dump(mode="json")
     whole = Recipe(
         name=name,
@@ -238,8 +241,16 @@ def spec_of(tree: Mapping[str, Any], instead: str | None = None) -> BackboneSpec
 
 
 def backbone_spec(name: str, denoiser: Any = None) -> BackboneSpec:
-    """A named backbone, or a local folder in diffusers layout. denoiser: a recipe's values over
-    those of a backbone whose denoiser is made from nothing."""
+    """A named backbone, a local folder in diffusers layout, or what an earlier run has made of one:
+    its folder or adapter. denoiser: a recipe's values over those of a backbone whose denoiser is
+    made from nothing."""
+    root, given, adapters = _lineage(name)
+    if adapters:
+        if denoiser is not None:
+            raise RecipeError(
+                f"denoiser: backbone {name} has a network of its own, which denoiser=null keeps"
+            )
+        return backbone_spec(root, given).model_copy(update={"adapters": adapters})
     own = None
     if name in backbone_names():
         tree = read_backbone(name)
@@ -255,8 +266,8 @@ def backbone_spec(name: str, denoiser: Any = None) -> BackboneSpec:
         spec = BackboneSpec(folder=str(folder), family=family_of(folder))
     elif Path(name).expanduser().is_dir():
         raise RecipeError(
-            f"backbone={name}: the folder has no model_index.json; a diffusers pipeline folder "
-            "is needed"
+            f"backbone={name}: the folder has no model_index.json and no adapter.safetensors; a "
+            "diffusers pipeline folder or a finished run is needed"
         )
     else:
         hint = nearest(name, backbone_names())
@@ -264,6 +275,33 @@ def backbone_spec(name: str, denoiser: Any = None) -> BackboneSpec:
     if spec.folder is not None and not (Path(spec.folder) / "model_index.json").is_file():
         raise RecipeError(f"backbone={name}: {spec.folder} is missing or has no model_index.json")
     return spec.model_copy(update={"denoiser": _denoiser(spec.family, name, own, denoiser)})
+
+
+def _made_by(name: str) -> dict[str, Any] | None:
+    """The recipe of the run a backbone is the result of; None if it is no such."""
+    if not isinstance(name, str) or name in backbone_names():
+        return None
+    file = file_of(name)
+    if file.suffix != ".safetensors" or not file.is_file():
+        return None
+    try:
+        return header(file)[0]
+    except ValueError as error:
+        raise RecipeError(f"backbone={name}: {error}") from None
+
+
+def _lineage(name: str) -> tuple[str, Any, tuple[str, ...]]:
+    """The backbone below what runs have made of it, the denoiser the first of them says, and their
+    adapters, the first one first."""
+    adapters: list[str] = []
+    denoiser = None
+    while (tree := _made_by(name)) is not None:
+        file = str(file_of(name))
+        if file in adapters:
+            raise RecipeError(f"backbone={name}: {file} says that it was trained over itself")
+        adapters.append(file)
+        name, denoiser = tree["backbone"], tree.get("denoiser")
+    return name, denoiser, tuple(reversed(adapters))
 
 
 def _denoiser(family: str, name: str, own: Any, given: Any) -> UNetSpec | TransformerSpec | None:

@@ -38,7 +38,8 @@ class BackboneSpec(Section):
     """A diffusers folder (`folder`, relative to `data/` when shipped) or a pinned hub checkpoint
     (`hub`, `revision`). overlay: a folder whose parts stand before those of `folder`, for two
     backbones that share a VAE and a text encoder. denoiser: the network to make in the place of the
-    folder's; it goes with the VAE and the text encoder there."""
+    folder's; it goes with the VAE and the text encoder there. adapters: of earlier runs, one over
+    the other, which are part of it."""
 
     family: str = "sd"
     folder: str | None = None
@@ -47,6 +48,7 @@ class BackboneSpec(Section):
     revision: str | None = None
     scratch: tuple[Literal["unet", "transformer", "vae"], ...] = ()
     denoiser: UNetSpec | TransformerSpec | None = None
+    adapters: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _one_origin(self) -> BackboneSpec:

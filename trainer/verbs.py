@@ -54,9 +54,9 @@ def check(words: list[str]) -> int:
     _quiet()
     from rich.console import Console
 
-    from trainer import backbones, methods, report
+    from trainer import adapter, methods, report
 
-    backbone = backbones.load(loaded.backbone, loaded.backbone_name)
+    backbone = adapter.base(loaded.backbone, loaded.backbone_name)
     applied = methods.apply(backbone, loaded.methods, held=loaded.optim.held)
     if loaded.run.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
@@ -101,7 +101,7 @@ def sample(words: list[str]) -> int:
 
 def _sampled(options: Mapping[str, Any], chosen: Mapping[str, Method]) -> Iterator[Path]:
     """The files of `sample`, each when it is written."""
-    from trainer import adapter, backbones, methods
+    from trainer import adapter, methods
     from trainer.films import PLAYED, source_latents, write
     from trainer.inversion import invert
     from trainer.sampler import sample as paint
@@ -110,7 +110,7 @@ def _sampled(options: Mapping[str, Any], chosen: Mapping[str, Method]) -> Iterat
     if options["adapter"]:
         backbone, tree = adapter.load(adapter.file_of(options["adapter"]), options["backbone"])
     else:
-        backbone = backbones.load(recipes.backbone_spec(options["backbone"]), options["backbone"])
+        backbone = adapter.base(recipes.backbone_spec(options["backbone"]), options["backbone"])
         if chosen:
             methods.apply(backbone, chosen, trains=False)
     look, data = tree.get("preview") or {}, tree.get("data") or {}

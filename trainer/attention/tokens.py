@@ -117,7 +117,8 @@ def extend(
     table = encoder.get_input_embeddings()
     if isinstance(table, ExtendedEmbedding):
         raise ValueError(
-            "the text encoder has new tokens already; name them all in one tokens list"
+            "the text encoder has new tokens already; name them all in one tokens list, and go on "
+            "from a run that added some with run.start_from, not as the backbone"
         )
     rows = [_start(table, tokenizer, word, place) for place, word in enumerate(words)]
     first = len(tokenizer)

@@ -160,6 +160,12 @@ class Backbone(nn.Module):
         before any edit."""
         return dict(self._identity)
 
+    def goes_on_from(self, adapter: Path) -> None:
+        """Makes the adapter of an earlier run, which is in place, part of its identity."""
+        both = hashlib.sha256(self._identity.get("adapters", "").encode())
+        both.update(adapter.read_bytes())
+        self._identity = {**self._identity, "adapters": both.hexdigest()[:16]}
+
     def vae_fingerprint(self) -> str:
         """Changes with any weight of the VAE; keys cached latents."""
         return contents(self.vae)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import adapter, backbones, formats, methods, recipe
+from trainer import adapter, formats, methods, recipe
 from trainer.attention.inject import TEXT_LAYERS, site_targets, text_targets
 from trainer.attention.tokens import ExtendedEmbedding, relearned
 from trainer.formats import Bundle, DoRA, Full, LowRank
@@ -91,7 +91,7 @@ def _read(kind: str, path: Path, base: Any) -> Bundle:
 
 
 def _plain(spec: Any, name: str) -> Any:
-    return backbones.load(spec, name).eval().requires_grad_(False)
+    return adapter.base(spec, name).eval().requires_grad_(False)
 
 
 def recipe_of(bundle: Bundle, base: Any) -> dict[str, dict[str, Any]]:

@@ -147,6 +147,11 @@ def apply(
             with _seeded(seed, name):
                 edit = method.apply(model)
         except TakenError as taken:
+            if taken.owner not in edits:
+                raise ValueError(
+                    f"methods.{name}: {taken}, by the run this backbone is the result of; export "
+                    "that run with format=merged and train over the folder, or choose other sites"
+                ) from taken
             raise ValueError(_both_claim(taken.owner, name, taken.aspect, taken.thing)) from taken
         except ValueError as error:
             raise ValueError(f"methods.{name}: {error}") from error
