@@ -147,6 +147,19 @@ def test_a_form_would_lack_what_lies_below(tiny_folder: Path, learn: Any, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_going_on_from_a_run_loses_nothing_of_it(tiny_folder: Path, learn: Any) -> None:
+    """Its weights have a place in every model, but an adapter of K and V alone would leave them."""
+    run = learn("swap", SWAP, str(tiny_folder)) / "adapter.safetensors"
+    model = opened(tiny_folder)
+    chosen = {"linear_attention": SWAP["linear_attention"], "selective": {"sites": "cross"}}
+    plan = methods.apply(model, methods_of(chosen))
+    with pytest.raises(ValueError, match=r"stores has no .*to_k.weight.* with backbone=.*swap"):
+        adapter.start(run, model, plan)
+    model = opened(tiny_folder)
+    adapter.start(run, model, methods.apply(model, methods_of(SWAP)))
+    assert torch.equal(predicted(model), predicted(opened(run)))
+
+
 def test_a_recipes_values_for_the_backbone_hold_over_its_runs(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

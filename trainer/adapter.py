@@ -21,7 +21,7 @@ from trainer.header import FORMAT, HEADER, file_of, header
 
 if TYPE_CHECKING:
     from trainer.backbones.base import Backbone
-    from trainer.methods import Edit
+    from trainer.methods import Edit, Plan
     from trainer.schema import BackboneSpec
 
 __all__ = ["FORMAT", "HEADER", "file_of", "header"]
@@ -138,20 +138,22 @@ def _add(path: Path, backbone: Backbone) -> Mapping[str, Edit]:
     return plan.edits
 
 
-def start(path: Path, backbone: Backbone) -> None:
+def start(path: Path, backbone: Backbone, plan: Plan) -> None:
     """Copies every tensor of an earlier adapter into a model that has more: what it learned stands
     where it stood, the rest keeps its own start.
 
     Raises:
-        ValueError: the file was trained on another backbone, or holds what this model lacks.
+        ValueError: the file was trained on another backbone, or holds what this model lacks or its
+        own adapter, as `plan` has it, would not hold.
     """
     _, stored = header(path)
     check_backbone(path, stored, backbone.identity())
     own, tensors = _tensors(backbone), load_file(path)
-    if lacking := sorted(set(tensors) - set(own)):
+    if lost := sorted(set(tensors) - set(plan.stored)):
         raise ValueError(
-            f"run.start_from={path}: this recipe's model has no {lacking[0]}, {len(lacking)} in "
-            "all; name the methods, and their options, that the earlier adapter was trained with"
+            f"run.start_from={path}: what this recipe stores has no {lost[0]}, {len(lost)} in all; "
+            "name the methods, and their options, that the earlier adapter was trained with, or "
+            f"train over it as it is with backbone={path}"
         )
     wanted = {key: own[key] for key in tensors}
     check(path, tensors, wanted)

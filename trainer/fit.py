@@ -86,7 +86,7 @@ def _fit(recipe: Recipe, folder: Path) -> None:
     train, held_out = recipe.data.open(needs(recipe, backbone))
     plan = methods.apply(backbone, recipe.methods, run.seed, held=recipe.optim.held)
     if run.start_from is not None:
-        adapter.start(adapter.file_of(run.start_from), backbone)
+        adapter.start(adapter.file_of(run.start_from), backbone, plan)
     if run.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     if run.channels_last:

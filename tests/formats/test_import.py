@@ -56,7 +56,7 @@ def test_a_run_goes_on_from_it(
     tree, _ = adapter.header(path)
     assert tree["methods"]["lora"]["rank"] == 4
     plan = methods.apply(tiny, methods_of(tree["methods"]))
-    adapter.start(path, tiny)
+    adapter.start(path, tiny, plan)
     own = dict(tiny.named_parameters())
     assert all(torch.equal(own[name], value) for name, value in load_file(path).items())
     assert set(plan.stored) == set(load_file(path))

@@ -108,7 +108,7 @@ def test_three_concepts_one_after_another(
         plan = apply(backbone, task)
         assert all(f".c_lora-{task}." in name for name in plan.names)
         if before is not None:
-            adapter.start(before, backbone)
+            adapter.start(before, backbone, plan)
             torch.testing.assert_close(layers(backbone)[0](x), output)
         train(backbone, plan)
         own = dict(backbone.named_parameters())
@@ -148,6 +148,6 @@ def test_a_first_adapter_cannot_start_from_a_second(
     plan = apply(later, 1)
     path = tmp_path / "1.safetensors"
     save(path, later, plan)
-    apply(earlier, 0)
-    with pytest.raises(ValueError, match=r"this recipe's model has no .*c_lora-1"):
-        adapter.start(path, earlier)
+    plan = apply(earlier, 0)
+    with pytest.raises(ValueError, match=r"what this recipe stores has no .*c_lora-1"):
+        adapter.start(path, earlier, plan)

@@ -147,7 +147,7 @@ def test_three_tasks_one_after_another(
         backbone = open_folder(tiny_folder)
         plan = apply(backbone, task=task)
         if before is not None:
-            adapter.start(before, backbone)
+            adapter.start(before, backbone, plan)
         loss = plan.edits["coda_prompt"].loss
         assert loss is not None
         pools = [site.module.coda_prompt for site in backbone.sites if site.kind == "cross"]

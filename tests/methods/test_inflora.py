@@ -111,7 +111,7 @@ def learn(
     tree = {"inflora": options}
     plan = methods.apply(backbone, methods_of(tree))
     if before is not None:
-        adapter.start(before, backbone)
+        adapter.start(before, backbone, plan)
     edit = plan.edits["inflora"]
     assert edit.prepare is not None and edit.finish is not None
     edit.prepare(look)
