@@ -37,7 +37,7 @@ def learn(
     def run(name: str, tree: dict[str, Any], backbone: str) -> Path:
         """A run folder with the adapter of a few steps over `backbone`."""
         model = adapter.base(recipe.backbone_spec(backbone), backbone)
-        plan = methods.apply(model.eval().requires_grad_(False), methods_of(tree))
+        plan = methods.apply(model, methods_of(tree))
         train(model, plan)
         tensors = {key: dict(model.named_parameters())[key] for key in plan.stored}
         path = tmp_path / name / "adapter.safetensors"
@@ -49,7 +49,7 @@ def learn(
 
 
 def opened(name: Path) -> Any:
-    return adapter.base(recipe.backbone_spec(str(name)), str(name)).eval().requires_grad_(False)
+    return adapter.base(recipe.backbone_spec(str(name)), str(name))
 
 
 def predicted(model: Any) -> Tensor:

@@ -109,8 +109,8 @@ def load(path: Path, backbone: str | None = None) -> tuple[Backbone, dict[str, A
 
 
 def base(spec: BackboneSpec, name: str) -> Backbone:
-    """The backbone a spec describes, with what earlier runs have made of it, if it is the result of
-    such: their methods applied, their tensors in place and no longer trained.
+    """The backbone a spec describes, frozen and in eval mode. If it is the result of earlier runs,
+    their methods are applied and their tensors in place.
 
     Raises:
         ValueError: as `backbones.load` and `load`.
@@ -122,7 +122,7 @@ def base(spec: BackboneSpec, name: str) -> Backbone:
             if edit.schedule is not None:  # their run is over
                 edit.schedule(1.0)
         loaded.goes_on_from(path)
-    return loaded
+    return loaded.eval().requires_grad_(False)
 
 
 def _add(path: Path, backbone: Backbone) -> Mapping[str, Edit]:

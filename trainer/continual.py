@@ -60,7 +60,7 @@ def run(whole: Recipe, folder: Path | None = None) -> Path:
 
 def _examiners(whole: Recipe, judge: Judge) -> list[Examiner]:
     """One for each concept. The base is here for the class images its data may ask for."""
-    base = adapter.base(whole.backbone, whole.backbone_name).eval().requires_grad_(False)
+    base = adapter.base(whole.backbone, whole.backbone_name)
     found = []
     for number in range(len(whole.continual.concepts)):
         own = task(whole, number)

@@ -49,7 +49,7 @@ def evaluate(
     path = run / "adapter.safetensors" if run.is_dir() else run
     adapted, tree = adapter.load(path)
     run_recipe = recipe.resolve(tree.get("recipe", path.parent.parent.name), tree, {})
-    base = adapter.base(run_recipe.backbone, run_recipe.backbone_name).eval().requires_grad_(False)
+    base = adapter.base(run_recipe.backbone, run_recipe.backbone_name)
     judge = Judge(judge_folder(judge_at, base.folder, "judge"))
     train, held_out = run_recipe.data.open(needs(run_recipe, base))
     examiner = Examiner(run_recipe, judge, train, images, batch, base)

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import safe_open
@@ -25,9 +25,6 @@ from trainer.formats._tokens import known_words
 from trainer.formats.merged import merge
 from trainer.methods import Method, in_order
 from trainer.methods.temporal import Temporal
-
-if TYPE_CHECKING:
-    from trainer.schema import BackboneSpec
 
 __all__ = ["export", "merge"]
 
@@ -60,8 +57,9 @@ def export(
         raise ValueError(f"rank={rank} is for the forms {', '.join(LOW_RANK)}, not for {form}")
     if out.exists():
         raise ValueError(f"out={out} exists; name a folder that does not, nothing is written over")
-    live, tree = adapter.load(path)
-    _refuse_runs(recipe.spec_of(tree), tree["backbone"])
+    tree, _ = adapter.header(path)
+    _refuse_runs(tree)
+    live, _ = adapter.load(path)
     with safe_open(path, "pt") as file:
         stored = tuple(file.keys())
     fresh = partial(base_of, tree)
@@ -91,12 +89,12 @@ def export(
     return out
 
 
-def _refuse_runs(spec: BackboneSpec, name: str) -> None:
+def _refuse_runs(tree: dict[str, Any]) -> None:
     """An adapter of a model that an earlier run has made: a form would lack what that one did."""
-    if spec.adapters:
+    if recipe.spec_of(tree).adapters:
         raise ValueError(
-            f"this adapter was trained over another, {name}, which no form holds with it; paint "
-            "with `python -m trainer sample adapter=...`, or export that one with format=merged "
+            f"this adapter was trained over another, {tree['backbone']}, which no form holds with "
+            "it; paint with `python -m trainer sample adapter=...`, or export that one with format=merged "
             "and train with backbone=<the folder it writes>"
         )
 

@@ -82,7 +82,6 @@ def _fit(recipe: Recipe, folder: Path) -> None:
     np.random.seed(run.seed % 2**32)
     torch.manual_seed(run.seed)  # parts made from scratch, dropout of methods
     backbone = adapter.base(recipe.backbone, recipe.backbone_name)
-    backbone.eval().requires_grad_(False)
     train, held_out = recipe.data.open(needs(recipe, backbone))
     plan = methods.apply(backbone, recipe.methods, run.seed, held=recipe.optim.held)
     if run.start_from is not None:

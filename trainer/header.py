@@ -46,7 +46,9 @@ def header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
                 f"an adapter says {FORMAT!r}"
             )
         tree, identity = facts["recipe"], facts["backbone"]
-        tree["backbone"], tree["methods"], identity["name"]
+        tree["methods"], identity["name"]
+        if not isinstance(tree["backbone"], str):
+            raise TypeError
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
         raise ValueError(
             f"adapter={path}: its header holds no whole recipe; save it again"

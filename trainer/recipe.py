@@ -279,10 +279,8 @@ def backbone_spec(name: str, denoiser: Any = None) -> BackboneSpec:
 
 def _made_by(name: str) -> dict[str, Any] | None:
     """The recipe of the run a backbone is the result of; None if it is no such."""
-    if not isinstance(name, str) or name in backbone_names():
-        return None
     file = file_of(name)
-    if file.suffix != ".safetensors" or not file.is_file():
+    if name in backbone_names() or file.suffix != ".safetensors" or not file.is_file():
         return None
     try:
         return header(file)[0]

@@ -25,6 +25,11 @@ Call = Callable[[nn.Module], Tensor]
 CLIP = StepContext(0, 1, torch.zeros(()), frames=2)
 
 
+def layer(heads: int) -> Any:
+    """What an op asks of a site, heads 4 wide."""
+    return SimpleNamespace(heads=heads, head_dim=4, scale=None)
+
+
 class Bare:
     """A denoiser as methods see it, with nothing around it."""
 
@@ -144,9 +149,9 @@ def test_an_adaptor_scales_and_shifts_each_frame(grid: bool) -> None:
 
 
 def test_relative_bias_is_by_signed_distance() -> None:
-    op = temporal.RelativeBias(2, 4, 2, "vdm")
+    op = temporal.RelativeBias(layer(2), 2, "vdm")
     assert (
-        0.3 < float(temporal.RelativeBias(8, 4, 32, "vdm").table.detach().std()) < 3
+        0.3 < float(temporal.RelativeBias(layer(8), 32, "vdm").table.detach().std()) < 3
     )  # heads differ
     bias = op.bias(5)
     for head in range(2):
@@ -157,9 +162,9 @@ def test_relative_bias_is_by_signed_distance() -> None:
 
 def test_relative_vectors_mask_and_leave_appended_keys_alone() -> None:
     torch.manual_seed(0)
-    op = temporal.RelativeVectors(2, 4, 1, "vdm")
+    site = layer(2)
+    op = temporal.RelativeVectors(site, 1, "vdm")
     q, (k, v) = torch.randn(1, 2, 3, 4), torch.randn(2, 1, 2, 4, 4)  # one key appended
-    site: Any = SimpleNamespace(scale=None, head_dim=4)
     far = torch.tensor([[[1, 2, 2], [0, 1, 2], [0, 0, 1]]])[0]
     a, b = (F.pad(t[far], (0, 0, 0, 1)) for t in (op.keys, op.values))
     seen = torch.tensor([True, False, True, True])
@@ -172,7 +177,7 @@ def test_relative_vectors_mask_and_leave_appended_keys_alone() -> None:
 
 
 def test_masks_join_what_is_there() -> None:
-    op = temporal.RelativeBias(1, 4, 3, "vdm")
+    op = temporal.RelativeBias(layer(1), 3, "vdm")
     q, k = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 3, 4)  # one key appended
     anything: Any = None
     own = op.mask(None, q, k, anything, CLIP)

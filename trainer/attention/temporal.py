@@ -235,10 +235,10 @@ class RelativeBias(nn.Module):
 
     name = "relative_bias"
 
-    def __init__(self, heads: int, head_dim: int, reach: int, owner: str) -> None:
+    def __init__(self, site: Site, reach: int, owner: str) -> None:
         super().__init__()
         self.reach, self.owner = reach, owner
-        self.table = nn.Parameter(torch.randn(heads, 2 * reach + 1))
+        self.table = nn.Parameter(torch.randn(site.heads, 2 * reach + 1))
 
     def bias(self, frames: int) -> Tensor:
         """(h, f, f)"""
@@ -271,11 +271,11 @@ class RelativeVectors(nn.Module):
 
     name = "relative_vectors"
 
-    def __init__(self, heads: int, head_dim: int, reach: int, owner: str) -> None:
+    def __init__(self, site: Site, reach: int, owner: str) -> None:
         super().__init__()
         self.reach, self.owner = reach, owner
-        self.keys = nn.Parameter(torch.randn(2 * reach + 1, head_dim))
-        self.values = nn.Parameter(torch.randn(2 * reach + 1, head_dim))
+        self.keys = nn.Parameter(torch.randn(2 * reach + 1, site.head_dim))
+        self.values = nn.Parameter(torch.randn(2 * reach + 1, site.head_dim))
 
     def kernel(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: Site, ctx: StepContext

@@ -162,8 +162,9 @@ class Backbone(nn.Module):
 
     def goes_on_from(self, adapter: Path) -> None:
         """Makes the adapter of an earlier run, which is in place, part of its identity."""
-        both = hashlib.sha256(self._identity.get("adapters", "").encode())
-        both.update(adapter.read_bytes())
+        with adapter.open("rb") as file:
+            both = hashlib.file_digest(file, "sha256")
+        both.update(self._identity.get("adapters", "").encode())
         self._identity = {**self._identity, "adapters": both.hexdigest()[:16]}
 
     def vae_fingerprint(self) -> str:

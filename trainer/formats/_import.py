@@ -47,7 +47,7 @@ def import_file(
         raise ValueError(f"file={path}: no such file or folder")
     spec = recipe.backbone_spec(backbone)
     kind = detect(path) if form == "auto" else form
-    base = _plain(spec, backbone)
+    base = adapter.base(spec, backbone)
     bundle = _read(kind, path, base)
     for note in bundle.notes:
         say(note)
@@ -55,7 +55,7 @@ def import_file(
     probe = Probe(base, [*bundle.tokens, *bundle.known])
     wanted = probe(add_to(base, bundle))
     del base
-    tensors, identity = _tensors(bundle, tree, _plain(spec, backbone))
+    tensors, identity = _tensors(bundle, tree, adapter.base(spec, backbone))
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole(out) as part:
         adapter.save(part, tensors, {"backbone": backbone, "methods": tree}, identity)
@@ -88,10 +88,6 @@ def _read(kind: str, path: Path, base: Any) -> Bundle:
         for path, delta in bundle.layers.items()
     }
     return replace(bundle, layers=layers)
-
-
-def _plain(spec: Any, name: str) -> Any:
-    return adapter.base(spec, name).eval().requires_grad_(False)
 
 
 def recipe_of(bundle: Bundle, base: Any) -> dict[str, dict[str, Any]]:

@@ -108,7 +108,7 @@ class Relative(Attending):
         from trainer.attention.temporal import RELATIVE
 
         def op(site: Site) -> nn.Module:
-            return RELATIVE[self.relative](site.heads, site.head_dim, self.reach, owner)
+            return RELATIVE[self.relative](site, self.reach, owner)
 
         return op
 
