@@ -16,6 +16,8 @@ from trainer.attention.kernels import sdpa
 
 Grid = tuple[int, int]
 
+HALF = (torch.bfloat16, torch.float16)
+SCORES = 2**20  # of a head at once
 BLOCK, LINE = 7, 32  # cells of the two parts of a bias, stretched over the grid
 
 
@@ -32,7 +34,30 @@ def agent_attention(
     and B2."""
     to_agents, to_queries = (None, None) if bias is None else (x.to(q.dtype) for x in bias)
     query_scale = scale if query_scale is None else query_scale
-    return sdpa(q, agents, sdpa(agents, k, v, to_agents, scale), to_queries, query_scale)
+    step = in_blocks if _wants_products(q) else sdpa
+    return step(q, agents, step(agents, k, v, to_agents, scale), to_queries, query_scale)
+
+
+def _wants_products(q: Tensor) -> bool:
+    """In half precision on a CPU PyTorch's kernel is no faster than in float32, where products are
+    several times. What a backward would keep of their scores grows with n * m, so not there."""
+    return q.device.type == "cpu" and q.dtype in HALF and not torch.is_grad_enabled()
+
+
+def in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """softmax(q k^T * scale + mask) v by plain products, so many queries at once that a head's
+    scores stay small. mask (..., n, m) is added."""
+    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    k, rows = k.transpose(-2, -1), max(1, SCORES // k.shape[-2])
+    blocks = []
+    for start in range(0, q.shape[-2], rows):
+        scores = q[..., start : start + rows, :] @ k
+        if mask is not None:
+            scores = scores + mask[..., start : start + rows, :]
+        blocks.append(scores.softmax(-1) @ v)
+    return torch.cat(blocks, dim=-2)
 
 
 def pooled(q: Tensor, grid: Grid, side: int) -> Tensor:
