@@ -304,6 +304,8 @@ def cpu_bars(bench: Bench) -> None:
     at_16k = bench.compare(Case(16384, 40, 1), ["sdpa", "linear_relu", "agent", "tiled"])
     bars.at_least("linear_over_sdpa_16k", at_16k["sdpa"] / at_16k["linear_relu"], 100)
     bars.at_least("agent_over_sdpa_16k", at_16k["sdpa"] / at_16k["agent"], 12)
+    half = bench.compare(Case(16384, 40, 1, "bf16"), ["sdpa", "agent"])
+    bars.at_least("agent_over_sdpa_16k_bf16", half["sdpa"] / half["agent"], 12)
     bars.at_most("tiled_over_sdpa_16k", at_16k["tiled"] / at_16k["sdpa"], 2)
     both = bench.compare(Case(4096, 40, 1, backward=True), ["sdpa", "tiled"])
     bars.at_most("tiled_over_sdpa_4k_forward_backward", both["tiled"] / both["sdpa"], 2)

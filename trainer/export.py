@@ -94,8 +94,8 @@ def _refuse_runs(tree: dict[str, Any]) -> None:
     if recipe.spec_of(tree).adapters:
         raise ValueError(
             f"this adapter was trained over another, {tree['backbone']}, which no form holds with "
-            "it; paint with `python -m trainer sample adapter=...`, or export that one with format=merged "
-            "and train with backbone=<the folder it writes>"
+            "it; paint with `python -m trainer sample adapter=...`, or export that one with "
+            "format=merged and train with backbone=<the folder it writes>"
         )
 
 

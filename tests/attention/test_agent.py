@@ -11,6 +11,7 @@ from trainer.attention.kernels.agent import (
     AgentBias,
     Shortcut,
     agent_attention,
+    in_blocks,
     merged,
     num_merged,
     pooled,
@@ -117,3 +118,33 @@ def test_the_tokens_most_alike_are_merged() -> None:
     agents = merged(q, x, (4, 4), cell=4, ratio=1 / 16, seed=0)
     assert agents.shape[2] == 15
     assert float(agents[0, 0, -1, 0]) == (float(kept) + twin) / 2
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_of_queries_equal_the_whole(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer.attention.kernels import agent, eager
+
+    monkeypatch.setattr(agent, "SCORES", 7 * 3)  # 3 queries at once, and one that is left
+    q, k, v, mask = tensors((2, 3, 7, 4), (2, 3, 7, 4), (2, 3, 7, 4), (3, 7, 7))
+    added = mask if masked else None
+    for scale in (None, 0.3):
+        torch.testing.assert_close(in_blocks(q, k, v, added, scale), eager(q, k, v, added, scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_without_a_gradient_is_that_with_one(dtype: torch.dtype) -> None:
+    q, a, k, v, first, second = (
+        x.detach().to(dtype)
+        for x in tensors(
+            (1, 2, 40, 8), (1, 2, 5, 8), (1, 2, 40, 8), (1, 2, 40, 8), (2, 5, 40), (2, 40, 5)
+        )
+    )
+    wanted = agent_attention(
+        *(x.double() for x in (q, a, k, v)), bias=(first.double(), second.double())
+    )
+    with torch.no_grad():
+        own = agent_attention(q, a, k, v, bias=(first, second))
+    by_sdpa = agent_attention(q, a, k, v, bias=(first, second))
+    for found in (own, by_sdpa):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), wanted, rtol=0.05, atol=0.02)
