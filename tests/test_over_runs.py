@@ -139,6 +139,16 @@ def test_the_same_adapters_twice_are_refused_by_name(tiny_folder: Path, learn: A
         methods.apply(model, methods_of(LORA))
 
 
+@pytest.mark.parametrize("kernel", ["linear_attention", "gated_linear", "flash"])
+def test_a_kernel_over_a_kernel_is_refused_by_name(
+    tiny_folder: Path, learn: Any, kernel: str
+) -> None:
+    backbone = opened(learn("swap", SWAP, str(tiny_folder)))
+    said = rf"methods\.{kernel}: the kernel of .* belongs to methods\.linear_attention, by the run"
+    with pytest.raises(ValueError, match=said):
+        methods.apply(backbone, methods_of({kernel: {"sites": "self"}}), trains=False)
+
+
 def test_a_form_would_lack_what_lies_below(tiny_folder: Path, learn: Any, tmp_path: Path) -> None:
     run = learn("one", {"selective": {"sites": "cross"}}, str(tiny_folder))
     later = learn("later", LORA, str(run))

@@ -30,6 +30,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from trainer.attention.model import TakenError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -71,7 +73,8 @@ def by_stage(ops: tuple[Op, ...]) -> dict[str, tuple[Any, ...]]:
 
 
 def refuse_conflicts(ops: tuple[Op, ...], site: Site) -> None:
-    """Raises `ValueError` where ops cannot share a site, naming both and the site."""
+    """Raises `ValueError` where ops cannot share a site, naming both and the site: `TakenError`
+    where a method has replaced the kernel already."""
     for op in ops:
         if not any(has_stage(op, stage) for stage in STAGES):
             raise ValueError(
@@ -89,6 +92,8 @@ def refuse_conflicts(ops: tuple[Op, ...], site: Site) -> None:
             "its model was trained; choose other sites, as in sites=cross"
         )
     if others:
+        if (owner := getattr(first, "owner", None)) is not None:
+            raise TakenError(site.name, "the kernel", owner)
         raise ValueError(
             f"{_who(first)} and {_who(others[0])} both replace the kernel of {site.name!r}; "
             "install one of them, or choose other sites for the second"

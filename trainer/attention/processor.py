@@ -71,8 +71,9 @@ class Host:
             raise ValueError(f"op {op.name!r} was given no site; widen its selector")
         hosted = [self._hosted(site) for site in sites]
         for processor in hosted:
+            if not any(other is op for other in processor.ops):
+                refuse_conflicts((*processor.ops, op), processor.site)
             _refuse_name(op, processor)
-            refuse_conflicts((*processor.ops, op), processor.site)
             if has_stage(op, "block"):
                 self._block(processor.site, op)
         for processor in hosted:

@@ -149,8 +149,9 @@ def apply(
         except TakenError as taken:
             if taken.owner not in edits:
                 raise ValueError(
-                    f"methods.{name}: {taken}, by the run this backbone is the result of; export "
-                    "that run with format=merged and train over the folder, or choose other sites"
+                    f"methods.{name}: {taken}, by the run this backbone is the result of; choose "
+                    "other sites, or as the backbone what that run was trained on, or its export "
+                    "with format=merged"
                 ) from taken
             raise ValueError(_both_claim(taken.owner, name, taken.aspect, taken.thing)) from taken
         except ValueError as error:
