@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.attention.kernels import sdpa
+from trainer.attention.kernels import linear, sdpa
 from trainer.attention.kernels.linear import (
     EPS,
     FEATURES,
@@ -108,6 +108,26 @@ def test_half_precision_adds_up_in_float32(dtype: torch.dtype, autocast: bool) -
         o = linear_attention(q, k, v, FEATURES["relu"])
     assert o.dtype == dtype
     assert torch.equal(o, torch.full_like(o, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", list(FEATURES))
+def test_a_few_heads_at_a_time_are_all_of_them(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = qkv(dtype=dtype)
+    whole = linear_attention(q, k, v, FEATURES[name])
+    wanted = torch.autograd.grad(whole.sum(), [q, k, v])
+    monkeypatch.setattr(linear, "CPU_BLOCK", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # 2 and 1 of 3 heads
+    parts = linear_attention(q, k, v, FEATURES[name])
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(torch.autograd.grad(parts.sum(), [q, k, v]), wanted)
+    with torch.no_grad():
+        into = linear_attention(q, k, v, FEATURES[name])
+    assert into.dtype == dtype
+    assert into.is_contiguous()
+    torch.testing.assert_close(into, whole)
 
 
 def test_random_features_come_near_softmax_attention() -> None:

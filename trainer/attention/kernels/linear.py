@@ -21,9 +21,9 @@ from torch import Tensor
 Features = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 EPS = 1e-15  # of the denominator, as in Sana
-# values of q that a CPU takes at once: more fall out of its caches, and every operation then waits
-# for new pages
-CPU_BLOCK = 2**18
+# values of q that a thread of a CPU takes at once: more fall out of its cache, and every operation
+# then waits for new pages
+CPU_BLOCK = 2**17
 
 
 def linear_attention(
@@ -31,21 +31,39 @@ def linear_attention(
 ) -> Tensor:
     """o (b, h, n, d) in the dtype of v."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    heads = max(1, CPU_BLOCK * q.shape[1] // max(1, q.numel()))
-    if q.device.type == "cpu" and heads < q.shape[1]:
-        parts = zip(q.split(heads, 1), k.split(heads, 1), v.split(heads, 1), strict=True)
-        return torch.cat([_attend(*part, features, scale) for part in parts], dim=1)
+    if q.device.type == "cpu" and (count := _parts(q)) > 1:
+        parts = zip(q.chunk(count, 1), k.chunk(count, 1), v.chunk(count, 1), strict=True)
+        if torch.is_grad_enabled():
+            return torch.cat([_attend(*part, features, scale) for part in parts], dim=1)
+        o = v.new_empty(*q.shape[:-1], v.shape[-1])  # new pages once
+        for into, part in zip(o.chunk(count, dim=1), parts, strict=True):
+            if (made := _attend(*part, features, scale, into)) is not into:
+                into.copy_(made)
+        return o
     return _attend(q, k, v, features, scale)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, features: Features, scale: float) -> Tensor:
+def _parts(q: Tensor) -> int:
+    """In how many parts a CPU takes the heads: each of a size for its caches, and of no fewer heads
+    than threads."""
+    threads, heads = torch.get_num_threads(), q.shape[1]
+    most = max(threads, CPU_BLOCK * threads * heads // max(1, q.numel()))
+    return -(-heads // most)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, features: Features, scale: float, into: Tensor | None = None
+) -> Tensor:
+    """In `into`, where that has the dtype of the sums."""
     with torch.autocast(q.device.type, enabled=False):
         phi_q, phi_k = features(at_least_float32(q), at_least_float32(k), scale)
         # the sum of the features is a last column beside the sum of values: one pass for both
         total = phi_k.sum(dim=-2).unsqueeze(-1)
         state = torch.cat([phi_k.transpose(-2, -1) @ v.to(phi_k.dtype), total], dim=-1)  # b h f d+1
+        del phi_k
         o = phi_q @ state
-        o = o[..., :-1] / (o[..., -1:] + EPS)
+        into = into if into is not None and into.dtype == o.dtype else None
+        o = torch.div(o[..., :-1], o[..., -1:] + EPS, out=into)
     return o.clamp(-65504, 65504).half() if v.dtype == torch.float16 else o.to(v.dtype)
 
 
