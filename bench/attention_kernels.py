@@ -36,6 +36,7 @@ from trainer.attention.kernels.tiled import tiled
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 AGENTS, RANDOM = 20, 64  # one agent for so many tokens; so many random features
 MASKED = ("flashmask", "sdpa_masked", "flex")
+REMEMBERED = ("sdpa", "eager", "tiled", "linear_relu", "gla_chunked", "agent", "flashmask")
 # the longest sequence that is measured: beyond it time (recurrent) or memory (the others) is short
 LONGEST = {"recurrent": 4096, "eager": 16384, "sdpa_masked": 16384}
 
@@ -357,12 +358,10 @@ def grid(quick: bool, device: str) -> Iterator[Case]:
                     yield Case(n, d, 8 if n <= 4096 else 2, dtype, backward, device)
         return
     for n in (256, 1024) if quick else (256, 1024, 4096, 16384):
-        for d in (40,) if quick else (32, 40, 64, 128):
-            for backward in (False, True):
-                yield Case(n, d, 8 if n <= 4096 else 2, "fp32", backward)
-        if not quick and n <= 4096:
-            for backward in (False, True):
-                yield Case(n, 64, 8, "bf16", backward)
+        for dtype in ("fp32",) if quick else ("fp32", "bf16"):
+            for d in (40,) if quick else (32, 40, 64, 128):
+                for backward in (False, True):
+                    yield Case(n, d, 8 if n <= 4096 else 2, dtype, backward)
     if not quick:
         yield Case(65536, 64, 1)
 
@@ -463,11 +462,12 @@ def main() -> None:
 def memory_grid(bench: Bench, device: str, only: Sequence[str]) -> None:
     """Forward and backward of one head at growing lengths, for the kernels that are O(n) beside
     those that are not."""
-    for n in (4096, 16384):
-        case = Case(n, 64, 1, "fp32", True, device)
-        for name in ("sdpa", "eager", "tiled", "linear_relu", "gla_chunked", "agent", "flashmask"):
-            if name in only:
-                bench.memory(case, name)
+    for dtype in ("fp32",) if device == "cuda" else ("fp32", "bf16"):
+        for n in (4096, 16384):
+            case = Case(n, 64, 1, dtype, True, device)
+            for name in REMEMBERED:
+                if name in only:
+                    bench.memory(case, name)
 
 
 if __name__ == "__main__":
