@@ -125,6 +125,12 @@ def test_an_existing_token_is_refused(token: str, tiny: Any) -> None:
         add(tiny, token)
 
 
+def test_another_than_the_one_there_is_proposed(tiny: Any) -> None:
+    tiny.tokenizer.add_tokens(["<v1>"])  # as of an exported model that has learned it
+    with pytest.raises(ValueError, match="choose another, like <v2>"):
+        add(tiny, "<v1>")
+
+
 @pytest.mark.parametrize("word", ["red fox", "qzxv", ""], ids=["two-words", "unknown", "empty"])
 def test_a_start_word_must_be_one_token(word: str, tiny: Any) -> None:
     before = len(tiny.tokenizer)

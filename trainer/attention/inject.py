@@ -144,7 +144,7 @@ def inject(
         layer = layer_of(model, target)
         if isinstance(layer, BaseTunerLayer):
             other = layer.active_adapters[0].partition(TASK)[0]
-            raise TakenError(target.path, "the adapter", other)
+            raise TakenError(target.path, "the adapter", other, merges=True)
     return _add(model, targets, config, owner)
 
 

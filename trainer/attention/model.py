@@ -14,11 +14,14 @@ if TYPE_CHECKING:
 
 
 class TakenError(ValueError):
-    """What a method wants to edit has an owner already, found out before the edit."""
+    """What a method wants to edit has an owner already, found out before the edit.
 
-    def __init__(self, thing: str, aspect: str, owner: str) -> None:
+    merges: whether what the owner did can become part of the weights and is then out of the way.
+    """
+
+    def __init__(self, thing: str, aspect: str, owner: str, merges: bool = False) -> None:
         super().__init__(f"{aspect} of {thing} belongs to methods.{owner}")
-        self.thing, self.aspect, self.owner = thing, aspect, owner
+        self.thing, self.aspect, self.owner, self.merges = thing, aspect, owner, merges
 
 
 class AttentionModel(Protocol):

@@ -7,6 +7,7 @@ So the optimiser, the adapter and weight decay see exactly the rows that train.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -111,8 +112,9 @@ def extend(
     vocabulary = tokenizer.get_vocab()
     for token in tokens:
         if token in vocabulary or f"{token.lower()}</w>" in vocabulary:
+            free = next(own for n in count(1) if (own := f"<v{n}>") not in vocabulary)
             raise ValueError(
-                f"token {token!r} exists already in the tokenizer; choose another, like <v1>"
+                f"token {token!r} exists already in the tokenizer; choose another, like {free}"
             )
     table = encoder.get_input_embeddings()
     if isinstance(table, ExtendedEmbedding):

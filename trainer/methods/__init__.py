@@ -150,8 +150,8 @@ def apply(
             if taken.owner not in edits:
                 raise ValueError(
                     f"methods.{name}: {taken}, by the run this backbone is the result of; choose "
-                    "other sites, or as the backbone what that run was trained on, or its export "
-                    "with format=merged"
+                    "other sites, or as the backbone what that run was trained on"
+                    + (", or its export with format=merged" if taken.merges else "")
                 ) from taken
             raise ValueError(_both_claim(taken.owner, name, taken.aspect, taken.thing)) from taken
         except ValueError as error:
