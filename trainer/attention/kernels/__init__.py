@@ -17,6 +17,7 @@ from torch import Tensor
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
 
+HALF = (torch.bfloat16, torch.float16)
 FEW, SOME = 64, 256  # keys, in half precision on a CPU
 
 
@@ -37,7 +38,7 @@ def softmax_attention(
     bench/attention_kernels.py` measures it); with `FEW` keys plain products are used, with
     `SOME` the kernel in float32."""
     keys = k.shape[-2]
-    if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16) or keys > SOME:
+    if q.device.type != "cpu" or q.dtype not in HALF or keys > SOME:
         return sdpa(q, k, v, mask, scale)
     if keys <= FEW:
         return eager(q, k, v, mask, scale)

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.attention.kernels import sdpa
+from trainer.attention.kernels import HALF, sdpa
 
 Grid = tuple[int, int]
 
-HALF = (torch.bfloat16, torch.float16)
 SCORES = 2**20  # of a head at once
 BLOCK, LINE = 7, 32  # cells of the two parts of a bias, stretched over the grid
 
