@@ -17,18 +17,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor, nn
 
-from trainer import adapter, backbones
-from trainer.data.clips import DIRECTIONS, Clip, draw
-from trainer.data.images import to_tensor
-from trainer.data.scenes import article
-from trainer.data.sprites import KNOWN
-from trainer.fit import needs
-from trainer.footage import asked, named_right, tracks
-from trainer.inversion import invert
-from trainer.judge import Judge
-from trainer.sampler import sample, sample_many
-from trainer.schema import Recipe
-from trainer.verbs import INVERTING
+from trainer.backbones import load_backbone
+from trainer.cli.sample import INVERTING
+from trainer.config.schema import Recipe
+from trainer.data.world.clips import DIRECTIONS, Clip, draw_clip
+from trainer.data.world.scenes import article
+from trainer.data.world.sprites import KNOWN
+from trainer.diffusion.inversion import invert
+from trainer.diffusion.sampler import sample, sample_many
+from trainer.evaluation.clip_scores import asked, named_right, tracks
+from trainer.evaluation.judge import Judge
+from trainer.media.images import to_tensor
+from trainer.runs.adapter import load_adapted
+from trainer.training.build import needs
 
 SEED = 424_245  # clips that no training drew
 AT_ONCE = 64  # pictures
@@ -37,7 +38,7 @@ AT_ONCE = 64  # pictures
 def shots(count: int, frames: int) -> list[Clip]:
     """Clips of one object each, the four directions in turn."""
     ways = list(DIRECTIONS)
-    return [draw(SEED, i, KNOWN, frames, motion=ways[i % len(ways)]) for i in range(count)]
+    return [draw_clip(SEED, i, KNOWN, frames, motion=ways[i % len(ways)]) for i in range(count)]
 
 
 def pixels(clips: Sequence[Clip]) -> Tensor:
@@ -53,8 +54,8 @@ class Model:
 
     def __init__(self, runs: Runs, run: Run) -> None:
         self.recipe: Recipe = runs.recipe(run)
-        self.adapted, _ = adapter.load(runs.place(run) / "adapter.safetensors")
-        self.base = backbones.load(self.recipe.backbone, self.recipe.backbone_name).eval()
+        self.adapted, _ = load_adapted(runs.place(run) / "adapter.safetensors")
+        self.base = load_backbone(self.recipe.backbone, self.recipe.backbone_name).eval()
         self.judge = Judge(self.base.folder / "clip")
 
     def paint(self, model: Any, prompts: Sequence[str], frames: int = 1) -> Tensor:

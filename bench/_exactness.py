@@ -17,13 +17,14 @@ from _steps import Step
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from trainer import formats, methods
-from trainer.attention import nf4
-from trainer.export import export
-from trainer.formats._job import Job
-from trainer.formats._proof import Probe, difference
+from trainer.config.load import load_recipe, methods_of
+from trainer.export.export import export
+from trainer.export.find_format import find_format, format_names
+from trainer.export.job import Job
+from trainer.export.proof import Probe, difference
+from trainer.methods.apply import apply_methods
 from trainer.methods.weight.nf4 import Nf4
-from trainer.recipe import load, methods_of
+from trainer.ops.adapters import nf4
 
 SHOWN = re.compile(r"largest difference ([0-9.e+-]+|inf)")
 WRONG = re.compile(r"the file gives an output ([0-9.e+-]+|inf) from the model's")
@@ -96,14 +97,14 @@ def _bits(layers: Counter[Any]) -> dict[str, float]:
 def peft_difference(words: list[str]) -> dict[str, float]:
     """The largest differences, in output and in gradients, between the recipe's LoRA and peft's own
     model with the same tensors."""
-    from trainer import backbones
+    from trainer.backbones import load_backbone
 
-    chosen = load(words)
-    own = backbones.load(chosen.backbone, chosen.backbone_name).eval().requires_grad_(False)
+    chosen = load_recipe(words)
+    own = load_backbone(chosen.backbone, chosen.backbone_name).eval().requires_grad_(False)
     other = copy.deepcopy(own)
     options = chosen.methods["lora"].model_dump()
     rank = options["rank"]
-    plan = methods.apply(own, {"lora": chosen.methods["lora"]})
+    plan = apply_methods(own, {"lora": chosen.methods["lora"]})
     config = LoraConfig(
         r=rank,
         lora_alpha=options["alpha"] or rank,
@@ -142,7 +143,7 @@ def counts() -> dict[str, int]:
     for name, sizes in (("sd15", SD15), ("sdxl", SDXL)):
         network = unet(sizes)
         found[f"{name}_unet"] = sum(value.numel() for value in network.parameters())
-        plan = methods.apply(network, methods_of({"selective": {}}))
+        plan = apply_methods(network, methods_of({"selective": {}}))
         found[f"{name}_cross_kv"] = plan.trained
     return found
 
@@ -151,9 +152,7 @@ def exported(adapter: Path, out: Path) -> dict[str, float | str]:
     """Every form of an adapter: the largest difference of what any of its readers gives, or why the
     form is not offered."""
     folder = out / adapter.parent.name
-    return {
-        form: _apart(partial(_export, form, adapter, folder / form)) for form in formats.names()
-    }
+    return {form: _apart(partial(_export, form, adapter, folder / form)) for form in format_names()}
 
 
 def _export(form: str, adapter: Path, out: Path) -> list[float]:
@@ -172,7 +171,7 @@ def exported_transformers(out: Path) -> dict[str, dict[str, float | str]]:
             title = f"{network.__name__} {name}"
             found[title] = {
                 form: _apart(partial(_read_back, form, network, tree, out / f"{title}-{form}"))
-                for form in formats.names()
+                for form in format_names()
                 if form != "merged"
             }
     return found
@@ -183,11 +182,11 @@ def _read_back(
     form: str, network: Callable[[], Network], tree: dict[str, Any], folder: Path
 ) -> list[float]:
     live = network()
-    plan = methods.apply(live, methods_of(tree))  # type: ignore[arg-type]
+    plan = apply_methods(live, methods_of(tree))  # type: ignore[arg-type]
     own, generator = dict(live.named_parameters()), torch.Generator().manual_seed(1)
     for name in plan.names:  # as if trained
         own[name] += 0.01 * torch.randn(own[name].shape, generator=generator)
-    job, kind = Job(live, network, plan.stored, "title"), formats.find(form)
+    job, kind = Job(live, network, plan.stored, "title"), find_format(form)
     folder.mkdir(parents=True)
     probe = Probe(live, ())
     wanted = probe(live)

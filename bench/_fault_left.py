@@ -91,7 +91,7 @@ def lines(path: Path) -> list[str]:
 
 def pictures(place: Place) -> Path:
     """42 scenes with their captions, as files."""
-    from trainer.data.write_shards import write_world
+    from trainer.data.tars.write_shards import write_world
 
     folder = place.folder / "pictures"
     if not folder.exists():
@@ -116,7 +116,7 @@ def world(place: Place) -> Path:
 
 def sound(place: Place, folder: Path) -> bool:
     """Whether every checkpoint under its name verifies."""
-    from trainer.checkpoint import DamagedError
+    from trainer.training.checkpoint import DamagedError
 
     try:
         place.faults.checkpoints(folder)

@@ -198,9 +198,9 @@ def _telling(named: int) -> str:
 
 def _finite(place: Place, folder: Path) -> float:
     """The smallest share of finite values in any checkpoint, and in the adapter if there is one."""
-    from trainer import checkpoint
+    from trainer.training.checkpoint import read_checkpoint
 
-    every = [checkpoint.read(each)[0] for each in place.faults.checkpoints(folder)]
+    every = [read_checkpoint(each)[0] for each in place.faults.checkpoints(folder)]
     adapter = folder / "adapter.safetensors"
     return min(map(finite, [*every, *([load_file(adapter)] if adapter.exists() else [])]))
 

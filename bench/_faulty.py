@@ -109,7 +109,9 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["trainer.fit", "trainer.verbs", "webdataset"])
+        self.context.set_forkserver_preload(
+            ["trainer.training.fit", "trainer.cli.data", "webdataset"]
+        )
         for name in ("TRAINER_RUN_ID", "WANDB_API_KEY"):
             os.environ.pop(name, None)
         self.faults, shared = load(TESTS / "faults" / "conftest.py"), load(TESTS / "conftest.py")

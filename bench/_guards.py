@@ -14,16 +14,20 @@ from typing import Any
 import lightning
 import torch
 
-from trainer import backbones, methods, recipe
-from trainer.callbacks.checkpoints import Checkpoints
-from trainer.callbacks.ema import EMA
-from trainer.callbacks.hang import HangGuard
-from trainer.callbacks.progress import Bar
-from trainer.callbacks.ran import Ran
-from trainer.callbacks.signals import Signals
-from trainer.callbacks.watch import Watch
+from trainer.backbones import load_backbone
+from trainer.config.load import load_recipe
 from trainer.data.loader import Planned, loader
-from trainer.fit import callbacks, console, latents, make_trainer, module_of, needs, step_plan
+from trainer.methods.apply import apply_methods
+from trainer.training.build import latents, module_of, needs, step_plan
+from trainer.training.callbacks.checkpoints import Checkpoints
+from trainer.training.callbacks.ema import EMA
+from trainer.training.callbacks.hang import HangGuard
+from trainer.training.callbacks.progress import Bar
+from trainer.training.callbacks.ran import Ran
+from trainer.training.callbacks.signals import Signals
+from trainer.training.callbacks.watch import Watch
+from trainer.training.console import console
+from trainer.training.fit import callbacks, make_trainer
 
 GUARDS = (Watch, Checkpoints, HangGuard)
 HOOKS = (
@@ -58,12 +62,12 @@ class Loop:
     """A recipe that is trained again and again in this process, with its guards or without."""
 
     def __init__(self, steps: int, *words: str) -> None:
-        self.recipe = chosen = recipe.load([*words, *PLAIN, f"run.steps={steps}"])
+        self.recipe = chosen = load_recipe([*words, *PLAIN, f"run.steps={steps}"])
         torch.manual_seed(0)
-        backbone = backbones.load(chosen.backbone, chosen.backbone_name)
+        backbone = load_backbone(chosen.backbone, chosen.backbone_name)
         backbone.eval().requires_grad_(False)
         data, _ = chosen.data.open(needs(chosen, backbone))
-        plan = methods.apply(backbone, chosen.methods, chosen.run.seed)
+        plan = apply_methods(backbone, chosen.methods, chosen.run.seed)
         self.module = module_of(chosen, backbone, plan)
         self.items = Planned(data, step_plan(chosen, data), latents(chosen, backbone, data), 0, 1)
 

@@ -15,7 +15,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from trainer.attention.processor import Host
+from trainer.attention.host import Host
 
 CROSS = {"down": "CrossAttnDownBlock2D", "up": "CrossAttnUpBlock2D"}
 SD15: dict[str, Any] = {

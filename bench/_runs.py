@@ -13,8 +13,8 @@ from typing import Any
 
 from _common import command
 
-from trainer import recipe
-from trainer.schema import Recipe
+from trainer.config.load import load_recipe
+from trainer.config.schema import Recipe
 
 # nothing that is measured depends on these, and they cost time
 PLAIN = ("preview.every=0", "run.validate_every=0", "tracker=none")
@@ -56,7 +56,7 @@ class Runs:
         return list({word.partition("=")[0]: word for word in every}.values())
 
     def recipe(self, run: Run) -> Recipe:
-        return recipe.load(self.words_of(run))
+        return load_recipe(self.words_of(run))
 
     def place(self, run: Run) -> Path:
         """Its run folder, whose name changes with anything in its recipe."""

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import backbones, methods, recipe
+from trainer.backbones import load_backbone
+from trainer.config.load import load_recipe, task_recipe
 from trainer.data.loader import Planned
-from trainer.fit import latents, looker, module_of, needs, step_plan
+from trainer.methods.apply import apply_methods
+from trainer.training.build import latents, looker, module_of, needs, step_plan
 
 WARM = 2
 
@@ -24,14 +26,14 @@ class Step:
     optimiser. bare: without new words, so that nothing goes through the text encoder's backward."""
 
     def __init__(self, words: Sequence[str], bare: bool = False) -> None:
-        chosen = recipe.load(words)
+        chosen = load_recipe(words)
         if chosen.continual.concepts:
-            chosen = recipe.task(chosen, 1)  # the second: the first has nothing to remember yet
+            chosen = task_recipe(chosen, 1)  # the second: the first has nothing to remember yet
         torch.manual_seed(chosen.run.seed)
-        self.backbone = backbones.load(chosen.backbone, chosen.backbone_name)
+        self.backbone = load_backbone(chosen.backbone, chosen.backbone_name)
         self.backbone.eval().requires_grad_(False)
         data, _ = chosen.data.open(needs(chosen, self.backbone))
-        self.plan = methods.apply(self.backbone, chosen.methods, chosen.run.seed)
+        self.plan = apply_methods(self.backbone, chosen.methods, chosen.run.seed)
         self.module = module_of(chosen, self.backbone, self.plan)
         if bare:
             self.module.trained = tuple(n for n in self.plan.names if n.split(".")[0] == "unet")

@@ -28,10 +28,12 @@ import torch
 from _common import RESULTS, Bars, chosen_of, parser_of
 from torch import Tensor
 
-from trainer.attention.kernels import eager, flashmask, gated, linear, sdpa, softmax_attention
-from trainer.attention.kernels.agent import agent_attention
-from trainer.attention.kernels.flash import observed
-from trainer.attention.kernels.tiled import tiled
+from trainer.kernels import flashmask, gated_linear, linear
+from trainer.kernels.agent import agent_attention
+from trainer.kernels.column_masks import MaskSpec, sliding_window
+from trainer.kernels.flash import observed
+from trainer.kernels.softmax import eager, sdpa, softmax_attention
+from trainer.kernels.tiled import tiled
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 AGENTS, RANDOM = 20, 64  # one agent for so many tokens; so many random features
@@ -93,16 +95,16 @@ def kernel(name: str, case: Case) -> Callable[..., Tensor]:
         "softmax_attention": lambda q, k, v, g: softmax_attention(q, k, v),
         "eager": lambda q, k, v, g: eager(q, k, v),
         "tiled": lambda q, k, v, g: tiled(q, k, v),
-        "gla_chunked": lambda q, k, v, g: gated.chunked(q, k, v, g),
-        "recurrent": lambda q, k, v, g: gated.recurrent(q, k, v, g),
+        "gla_chunked": lambda q, k, v, g: gated_linear.chunked(q, k, v, g),
+        "recurrent": lambda q, k, v, g: gated_linear.recurrent(q, k, v, g),
         "agent": lambda q, k, v, g: agent_attention(q, agents(q), k, v),
     }
     return table[name]
 
 
-def window(n: int) -> flashmask.MaskSpec:
+def window(n: int) -> MaskSpec:
     """Of which three quarters of the blocks are hidden: n / 8 tokens to either side."""
-    return flashmask.sliding_window(n, n // 8, n // 8)
+    return sliding_window(n, n // 8, n // 8)
 
 
 def agents(q: Tensor) -> Tensor:
@@ -300,7 +302,7 @@ def cpu_bars(bench: Bench) -> None:
     bars.at_least("gla_over_recurrent_4k", at_4k["recurrent"] / at_4k["gla_chunked"], 4)
     bars.at_least("agent_over_sdpa_4k", at_4k["sdpa"] / at_4k["agent"], 3)
     q, k, v, g = inputs(Case(4096, 40, 1))
-    error = (gated.chunked(q, k, v, g) - gated.recurrent(q, k, v, g)).abs().max()
+    error = (gated_linear.chunked(q, k, v, g) - gated_linear.recurrent(q, k, v, g)).abs().max()
     bars.at_most("gla_error", float(error), 1e-5)
     at_16k = bench.compare(Case(16384, 40, 1), ["sdpa", "linear_relu", "agent", "tiled"])
     bars.at_least("linear_over_sdpa_16k", at_16k["sdpa"] / at_16k["linear_relu"], 100)

@@ -35,11 +35,15 @@ from tiny_backbone import SEED, one, two
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer import adapter, backbones, methods, recipe
-from trainer.data.scenes import Scene, draw
-from trainer.data.sprites import KNOWN
-from trainer.judge import Judge
-from trainer.sampler import sample_many
+from trainer.backbones import load_backbone
+from trainer.config import load
+from trainer.config.lineage import backbone_spec
+from trainer.data.world.scenes import Scene, draw_scene
+from trainer.data.world.sprites import KNOWN
+from trainer.diffusion.sampler import sample_many
+from trainer.evaluation.judge import Judge
+from trainer.methods.apply import apply_methods
+from trainer.runs.adapter import load_adapted
 
 NAMES = ("tiny", "tiny_dit")
 LOOK: dict[str, Any] = {"steps": 25, "guidance": 5.0}
@@ -57,12 +61,12 @@ class Painter:
         self.original = self.fresh()
         self.judge = Judge(self.original.folder / "clip")
         relations = ("left of", "above")
-        self.singles = [draw(SEED + 2, i, KNOWN, 1) for i in range(count)]
-        self.pairs = [draw(SEED + 1, i, KNOWN, 2, relations[i % 2]) for i in range(count)]
+        self.singles = [draw_scene(SEED + 2, i, KNOWN, 1) for i in range(count)]
+        self.pairs = [draw_scene(SEED + 1, i, KNOWN, 2, relations[i % 2]) for i in range(count)]
         self.expected = self.scores(self.original)
 
     def fresh(self) -> Any:
-        loaded = backbones.load(recipe.backbone_spec(self.name), self.name)
+        loaded = load_backbone(backbone_spec(self.name), self.name)
         return loaded.eval().requires_grad_(False)
 
     def scores(self, model: Any) -> dict[str, float]:
@@ -122,7 +126,7 @@ class Job:
             self.bars.note(label, round(minutes, 2))
         else:
             self.bars.at_most(label, minutes, MINUTES)
-        return adapter.load(self.folder / printed.split()[-1] / "adapter.safetensors")[0]
+        return load_adapted(self.folder / printed.split()[-1] / "adapter.safetensors")[0]
 
 
 class Off:
@@ -139,7 +143,7 @@ def floors(job: Job) -> None:
     Where these keep the accuracy, it says little of a swap."""
     for painter in job.each():
         model = painter.fresh()
-        recipe.methods_of({"linear_attention": {}})["linear_attention"].apply(model)
+        load.methods_of({"linear_attention": {}})["linear_attention"].apply(model)
         painter.report(job.bars, "linear_untrained", model, None)
         model = painter.fresh()
         model.host.install(Off(), [site for site in model.sites if site.kind == "self"])
@@ -161,7 +165,7 @@ def agents(job: Job) -> None:
                 continue  # the tokens of a transformer are all of one grid
             model = painter.fresh()
             tree = {"agent_attention": {"agents": "merged", "sites": sites}}
-            recipe.methods_of(tree)["agent_attention"].apply(model)
+            load.methods_of(tree)["agent_attention"].apply(model)
             painter.report(job.bars, f"agent_attention_{name}", model, bar)
 
 
@@ -210,7 +214,7 @@ def networks(heads: int) -> dict[str, Network]:
     torch.manual_seed(0)
     plain = Network(UNet2DConditionModel(**geometry(heads)), "unet")
     linear = copy.deepcopy(plain)
-    methods.apply(linear, recipe.methods_of({"linear_attention": {"sites": "self"}, "full": {}}))
+    apply_methods(linear, load.methods_of({"linear_attention": {"sites": "self"}, "full": {}}))
     assert len(plain.host.sites) == len(linear.host.sites)
     return {"softmax": plain, "linear": linear}
 

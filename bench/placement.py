@@ -34,9 +34,9 @@ from _common import RESULTS, Bars, parser_of
 from _runs import Run, Runs
 from torch import Tensor
 
-from trainer import adapter
-from trainer.evaluate import validation_loss
-from trainer.fit import needs
+from trainer.evaluation.evaluate import validation_loss
+from trainer.runs.adapter import load_adapted
+from trainer.training.build import needs
 
 PLACES = {"bottleneck": [4], "8": [8], "8+16": [16, 8], "all": [16, 8, 4]}
 SHAPE = ("denoiser.width=[32,64,64]", "denoiser.heads=2", "denoiser.groups=8")
@@ -109,7 +109,7 @@ def start(backbone: Any) -> Tensor:
 def validated(runs: Runs, run: Run) -> float:
     """The validation loss of a run."""
     chosen = runs.recipe(run)
-    backbone, _ = adapter.load(runs.place(run) / "adapter.safetensors")
+    backbone, _ = load_adapted(runs.place(run) / "adapter.safetensors")
     _, held_out = chosen.data.open(needs(chosen, backbone))
     loss = validation_loss(chosen, backbone, held_out)
     assert loss is not None

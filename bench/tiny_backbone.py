@@ -19,13 +19,14 @@ from _common import RESULTS, Bars, parser_of
 from PIL import Image
 from torch import Tensor
 
-from trainer import backbones, recipe
-from trainer.data.images import to_tensor
-from trainer.data.scenes import RELATIONS, Scene, draw
-from trainer.data.sprites import ALL, KNOWN
-from trainer.judge import Judge, stands
-from trainer.pictures import grid
-from trainer.sampler import sample_many
+from trainer.backbones import load_backbone
+from trainer.config.lineage import backbone_spec
+from trainer.data.world.scenes import RELATIONS, Scene, draw_scene
+from trainer.data.world.sprites import ALL, KNOWN
+from trainer.diffusion.sampler import sample_many
+from trainer.evaluation.judge import Judge, stands
+from trainer.media.grids import grid
+from trainer.media.images import to_tensor
 
 SEED = 424_242  # scenes that no training drew
 
@@ -80,22 +81,22 @@ def main() -> None:
     bars = Bars("tiny_backbone" if shipped else Path(options.backbone).name, options.quick)
     limits = bars_of(options.backbone)
     backbone = (
-        backbones.load(recipe.backbone_spec(options.backbone), options.backbone)
+        load_backbone(backbone_spec(options.backbone), options.backbone)
         .eval()
         .requires_grad_(False)
     )
     judge = Judge(backbone.folder / "clip")
     count = 48 if options.quick else 200
 
-    unseen = [draw(SEED, i, ALL, 1) for i in range(400 if options.quick else 2000)]
+    unseen = [draw_scene(SEED, i, ALL, 1) for i in range(400 if options.quick else 2000)]
     bars.at_least("judge_real_one", one(judge, real(unseen), unseen), 0.95)
     relations = ("left of", "above")
-    pairs = [draw(SEED + 1, i, KNOWN, 2, relations[i % 2]) for i in range(count)]
+    pairs = [draw_scene(SEED + 1, i, KNOWN, 2, relations[i % 2]) for i in range(count)]
     both, placed = two(judge, real(pairs), pairs)
     bars.note("judge_real_two_both", both)
     bars.note("judge_real_two_relation", placed)
 
-    singles = [draw(SEED + 2, i, KNOWN, 1) for i in range(count)]
+    singles = [draw_scene(SEED + 2, i, KNOWN, 1) for i in range(count)]
     bars.note("judge_real_one_known", one(judge, real(singles), singles))
     look = {"steps": options.steps, "guidance": options.guidance}
     seeds = list(range(count))

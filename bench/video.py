@@ -40,14 +40,14 @@ from diffusers.models.attention_processor import Attention
 from PIL import Image
 from torch import Tensor
 
-from trainer.attention.frames import gathered
-from trainer.attention.kernels import sdpa
-from trainer.attention.temporal import lines, unlines
-from trainer.data.scenes import article
-from trainer.data.sprites import ALL, KNOWN
-from trainer.footage import Footage, asked
+from trainer.data.world.scenes import article
+from trainer.data.world.sprites import ALL, KNOWN
+from trainer.evaluation.clip_scores import Footage, asked
+from trainer.kernels.softmax import sdpa
+from trainer.media.grids import grid
 from trainer.methods.feature.animatediff import AnimateDiff
-from trainer.pictures import grid
+from trainer.ops.temporal.frame_keys import gathered
+from trainer.ops.temporal.layers import from_pixel_sequences, pixel_sequences
 
 FRAMES = 16
 HEADS, HEAD_DIM = 8, 40  # as in SD 1.5 where it has most tokens
@@ -152,7 +152,7 @@ class Layers:
 
     @torch.no_grad()
     def through_time(self, x: Tensor) -> Tensor:
-        return unlines(self.temporal(lines(x, FRAMES)), x)
+        return from_pixel_sequences(self.temporal(pixel_sequences(x, FRAMES)), x)
 
 
 def temporal_cost(job: Job) -> None:

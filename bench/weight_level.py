@@ -25,8 +25,8 @@ import diffusers
 from _common import RESULTS, Bars, chosen_of, parser_of
 from _runs import Run, Runs
 
-from trainer import recipe
-from trainer.formats._proof import LIMIT
+from trainer.config.load import load_recipe
+from trainer.export.proof import LIMIT
 
 WORDS = {
     "full": ("recipe=custom_diffusion", "methods.selective=null", "methods.full={}"),
@@ -44,7 +44,7 @@ QUICK_PARTS = ("steps", "storage", "peft", "exports", "geometry")
 
 def steps_of_all() -> int:
     """The steps all methods are compared at: the default recipe's own."""
-    return recipe.load(["recipe=custom_diffusion"]).run.steps
+    return load_recipe(["recipe=custom_diffusion"]).run.steps
 
 
 def fit_run(name: str) -> Run:
@@ -68,7 +68,7 @@ def second_run() -> Run:
 
 def joint_run() -> Run:
     """Both concepts at once; as in the paper each is seen as often as when it is alone."""
-    first: Any = recipe.load(["recipe=custom_diffusion"])
+    first: Any = load_recipe(["recipe=custom_diffusion"])
     concepts, inits = zip(
         (first.data.concept, first.methods["new_token"].init), SECOND, strict=True
     )

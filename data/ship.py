@@ -10,16 +10,17 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from trainer import adapter
+from trainer.config.header import file_of, read_header
+from trainer.runs.adapter import save_adapter
 
 
 def main(run: str, name: str) -> None:
-    source = adapter.file_of(run)
-    tree, identity = adapter.header(source)
+    source = file_of(run)
+    tree, identity = read_header(source)
     rounded = {key: value.half() for key, value in load_file(source).items()}
     target = Path(__file__).parent / name / "adapter.safetensors"
     target.parent.mkdir(exist_ok=True)
-    adapter.save(target, rounded, tree, identity)
+    save_adapter(target, rounded, tree, identity)
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
 
 

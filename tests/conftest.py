@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch.utils._device import _device_constructors
 
+pytest_plugins = ["denoisers"]
 CACHE = tempfile.mkdtemp(prefix="trainer-tests-")
 os.environ["TRAINER_CACHE"] = CACHE
 DATA = Path(__file__).parent.parent / "data" / "tiny"
@@ -127,10 +128,10 @@ def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def open_folder() -> Callable[[Path], Any]:
-    from trainer import backbones
-    from trainer.recipe import backbone_spec
+    from trainer.backbones import load_backbone
+    from trainer.config.lineage import backbone_spec
 
-    return lambda folder: backbones.load(backbone_spec(str(folder)), str(folder)).eval()
+    return lambda folder: load_backbone(backbone_spec(str(folder)), str(folder)).eval()
 
 
 @pytest.fixture
@@ -143,8 +144,8 @@ def tiny(tiny_folder: Path, open_folder: Callable[[Path], Any]) -> Any:
 def photos() -> Any:
     """Five scenes of a penguin, captioned `a <v1> ...`: a dataset as the concept source makes
     it."""
-    from trainer.data import Needs
-    from trainer.data.concept import Concept
+    from trainer.data.source import Needs
+    from trainer.data.sources.concept import Concept
 
     def paint(prompts: Sequence[str], seed: int, guidance: float | None) -> Any:
         raise AssertionError("no class images are asked for")
@@ -159,13 +160,13 @@ def train(photos: Any) -> Train:
     """`train(backbone, plan, steps=2, frames=1)`: AdamW with weight decay on real batches of two
     images, or of one clip that shows the two; returns the losses."""
     from trainer.data.loader import Planned
-    from trainer.data.plan import Plan
-    from trainer.module import DiffusionModule
-    from trainer.objective import Objective
-    from trainer.optim import Optim
+    from trainer.data.plan import StepPlan
+    from trainer.diffusion.objective import Objective
+    from trainer.training.module import DiffusionModule
+    from trainer.training.optim import Optim
 
     groups = tuple((group.start, group.stop) for group in photos.groups)
-    batches = Planned(photos, Plan(groups, (1.0,), (1.0,), 2, 0), None, 0, 1)
+    batches = Planned(photos, StepPlan(groups, (1.0,), (1.0,), 2, 0), None, 0, 1)
 
     def batch(step: int, frames: int) -> Any:
         found = batches[step]

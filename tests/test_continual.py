@@ -15,10 +15,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from trainer import adapter, recipe
+from trainer.config.load import load_recipe, task_recipe
+from trainer.config.schema import RecipeError
+from trainer.config.tree import merge_trees
 from trainer.continual import summary
-from trainer.fit import fit
-from trainer.schema import RecipeError
+from trainer.runs.adapter import load_adapted
+from trainer.training.fit import fit
 
 CLIP = Path(__file__).parent.parent / "data" / "tiny" / "clip"
 METHODS: dict[str, dict[str, Any]] = {
@@ -55,7 +57,7 @@ def write(folder: Path, backbone: Path, methods: dict[str, Any], **more: Any) ->
         "tracker": "none",
     }  # fmt: skip
     path = folder / "two.yaml"
-    path.write_text(yaml.safe_dump(recipe.merge(tree, more)), encoding="utf-8")
+    path.write_text(yaml.safe_dump(merge_trees(tree, more)), encoding="utf-8")
     return f"recipe={path}"
 
 
@@ -64,7 +66,7 @@ def test_two_tasks(
     name: str, tmp_path: Path, tiny_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = [write(tmp_path, tiny_folder, METHODS[name])]
-    folder = fit(recipe.load(words))
+    folder = fit(load_recipe(words))
     assert folder == tmp_path / "runs" / "two" / "x"
     first, second = (load_file(folder / f"task-{t}" / "adapter.safetensors") for t in range(2))
     facts = json.loads((folder / "continual.json").read_text())
@@ -82,11 +84,11 @@ def test_two_tasks(
         assert moved and all(key.endswith("inflora_kept") for key in moved)
     else:
         assert not moved
-    model, tree = adapter.load(folder / "task-1" / "adapter.safetensors")
+    model, tree = load_adapted(folder / "task-1" / "adapter.safetensors")
     assert tree["data"]["concept"] == "sprite:panda" and tree["data"]["token"] == "<v2>"
     assert {"<v1>", "<v2>"} <= set(model.tokenizer.get_vocab())
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    assert fit(recipe.load(words)) == folder
+    assert fit(load_recipe(words)) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
     assert "forgetting" in capfd.readouterr().err
 
@@ -94,7 +96,7 @@ def test_two_tasks(
 def test_killed_inside_the_second_task_it_goes_on_there(tmp_path: Path, tiny_folder: Path) -> None:
     changes = {"run": {"steps": STEPS}, "continual": {"images": 0}}
     words = [write(tmp_path, tiny_folder, METHODS["inflora"], **changes)]
-    whole = fit(recipe.load([*words, "run.id=whole"]))
+    whole = fit(load_recipe([*words, "run.id=whole"]))
     command = [sys.executable, "-m", "trainer", "fit", *words, "run.id=killed"]
     folder = whole.with_name("killed")
     place = folder / "task-1"
@@ -107,7 +109,7 @@ def test_killed_inside_the_second_task_it_goes_on_there(tmp_path: Path, tiny_fol
         process.kill()
     assert not (place / "adapter.safetensors").exists()
     trained = (folder / "task-0" / "adapter.safetensors").stat().st_mtime_ns
-    assert fit(recipe.load([*words, "run.id=killed"])) == folder
+    assert fit(load_recipe([*words, "run.id=killed"])) == folder
     assert (folder / "task-0" / "adapter.safetensors").stat().st_mtime_ns == trained
     for task in range(2):
         one, other = (
@@ -121,19 +123,19 @@ def test_killed_inside_the_second_task_it_goes_on_there(tmp_path: Path, tiny_fol
 def test_judged_tasks_are_not_judged_again(tmp_path: Path, tiny_folder: Path) -> None:
     """Stopped between judging the first task and training the second."""
     words = [write(tmp_path, tiny_folder, METHODS["lora"], continual={"images": 2})]
-    one = fit(recipe.load(words))
+    one = fit(load_recipe(words))
     facts = json.loads((one / "continual.json").read_text())
     facts["accuracy"] = [[0.123]]
     (one / "continual.json").write_text(json.dumps(facts))
     (one / "task-1" / "adapter.safetensors").unlink()
-    fit(recipe.load(words))
+    fit(load_recipe(words))
     again = json.loads((one / "continual.json").read_text())
     assert again["accuracy"][0] == [0.123]
     assert len(again["accuracy"]) == 2
     with pytest.raises(ValueError, match=r"was made with continual\.images=2, and this run has 3"):
-        fit(recipe.load([*words, "continual.images=3"]))
+        fit(load_recipe([*words, "continual.images=3"]))
     with pytest.raises(ValueError, match="holds a finished run, with another optim"):
-        fit(recipe.load([*words, "optim.lr=0.5"]))
+        fit(load_recipe([*words, "optim.lr=0.5"]))
 
 
 def test_forgetting_by_hand() -> None:
@@ -153,8 +155,8 @@ def test_each_task_is_an_ordinary_recipe(tmp_path: Path, tiny_folder: Path) -> N
         "preview.prompts=[a <v1> left of a fox]",
         "preview.maps=<v1>",
     ]
-    whole = recipe.load(words)
-    own = recipe.task(whole, 1, Path("earlier"))
+    whole = load_recipe(words)
+    own = task_recipe(whole, 1, Path("earlier"))
     assert own.continual.concepts == ()
     assert own.run.start_from == Path("earlier")
     assert (own.data.concept, own.data.token, own.data.class_word) == (
@@ -168,7 +170,7 @@ def test_each_task_is_an_ordinary_recipe(tmp_path: Path, tiny_folder: Path) -> N
     assert methods["inflora"]["task"] == 1 and methods["inflora"]["num_tasks"] == 2
     assert methods["new_token"]["tokens"] == ("<a>", "<b>")
     assert methods["new_token"]["init"] == ("animal", "bear")
-    assert recipe.task(whole, 0).run.start_from is None
+    assert task_recipe(whole, 0).run.start_from is None
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ def test_what_cannot_be_run_is_refused_before_loading(
     words: list[str], message: str, tmp_path: Path, tiny_folder: Path
 ) -> None:
     with pytest.raises(RecipeError) as error:
-        recipe.load([write(tmp_path, tiny_folder, METHODS["c_lora"]), *words])
+        load_recipe([write(tmp_path, tiny_folder, METHODS["c_lora"]), *words])
     assert message in str(error.value)
 
 
@@ -206,7 +208,7 @@ def test_other_data_is_refused(tmp_path: Path, tiny_folder: Path) -> None:
     tree = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump({**tree, "data": {"source": "world", "count": 4}}))
     with pytest.raises(RecipeError, match=r"continual\.concepts needs data\.source=concept"):
-        recipe.load([f"recipe={path}"])
+        load_recipe([f"recipe={path}"])
 
 
 def test_a_backbone_without_a_judge_is_told_before_training(
@@ -214,5 +216,5 @@ def test_a_backbone_without_a_judge_is_told_before_training(
 ) -> None:
     words = [write(tmp_path, tiny_folder, METHODS["lora"], continual={"judge": None})]
     with pytest.raises(ValueError, match=r"has no judge of its own; give continual\.judge"):
-        fit(recipe.load(words))
+        fit(load_recipe(words))
     assert not list(tmp_path.rglob("checkpoints"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 
-from trainer.exits import BAD_RECIPE, DISK, INTERRUPTED, LeaveError
+from trainer.common.exit_codes import BAD_RECIPE, DISK, INTERRUPTED, LeaveError
 
 VERBS = ("fit", "check", "sample", "evaluate", "export", "import", "merge", "data")
 USAGE = """usage: python -m trainer <verb> [key=value ...]
@@ -67,10 +67,10 @@ def main(words: list[str]) -> int:
         print(USAGE, end="", file=sys.stderr)
         return BAD_RECIPE
     try:
-        from trainer import verbs
+        import importlib
 
         name = "import_" if verb == "import" else verb  # a word of Python's own
-        return int(getattr(verbs, name)(rest) or 0)
+        return int(importlib.import_module(f"trainer.cli.{name}").run(rest) or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -91,7 +91,8 @@ def main(words: list[str]) -> int:
 
 def _list(rest: list[str]) -> int:
     """Names and their first comment line, read as text: no YAML, no torch."""
-    from trainer.resources import BACKBONES, RECIPES, methods, sources
+    from trainer.common.lookup import method_files, source_files
+    from trainer.common.paths import BACKBONES, RECIPES
 
     def first_line(path: object) -> str:
         with open(str(path), encoding="utf-8") as file:
@@ -100,8 +101,8 @@ def _list(rest: list[str]) -> int:
     tables = {
         "recipes": sorted(RECIPES.glob("*.yaml")),
         "backbones": sorted(BACKBONES.glob("*.yaml")),
-        "methods": methods(),
-        "data": sources(),
+        "methods": method_files(),
+        "data": source_files(),
     }
     for wanted in rest:
         if wanted not in tables:

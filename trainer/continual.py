@@ -17,25 +17,29 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trainer import adapter, runs
-from trainer.evaluate import Examiner, mean, percent
-from trainer.fit import console, fit, needs
-from trainer.judge import Judge, judge_folder
-from trainer.recipe import task
-from trainer.schema import Recipe
+from trainer.config.load import task_recipe
+from trainer.config.schema import Recipe
+from trainer.evaluation.evaluate import percent
+from trainer.evaluation.examiner import Examiner, mean
+from trainer.evaluation.judge import Judge, judge_folder
+from trainer.runs.adapter import load_adapted, load_base
+from trainer.runs.run_folder import folder_for, is_finished, write_text
+from trainer.training.build import needs
+from trainer.training.console import console
+from trainer.training.fit import fit
 
 BATCH = 32  # pictures painted at once
 Rows = list[list[float | None]]
 
 
-def run(whole: Recipe, folder: Path | None = None) -> Path:
+def run_continual(whole: Recipe, folder: Path | None = None) -> Path:
     """Learns the concepts of `continual.concepts` in order and returns the folder of all of them:
     `folder`, or the one of the recipe's id.
 
     Raises:
         ValueError: the folder holds another sequence, or there is no judge.
     """
-    spec, folder = whole.continual, folder or runs.folder_of(whole)
+    spec, folder = whole.continual, folder or folder_for(whole)
     folder.mkdir(parents=True, exist_ok=True)
     rows = _read(folder / "continual.json", whole)
     judge = Judge(_judge_folder(whole)) if spec.images else None
@@ -44,26 +48,26 @@ def run(whole: Recipe, folder: Path | None = None) -> Path:
         examiners = _examiners(whole, judge)
     learned: Path | None = None
     for number in range(len(spec.concepts)):
-        place, own = folder / f"task-{number}", task(whole, number, learned)
+        place, own = folder / f"task-{number}", task_recipe(whole, number, learned)
         learned = place / "adapter.safetensors"
-        if not runs.finished(place, own):
+        if not is_finished(place, own):
             console.print(f"task {number}: {spec.concepts[number]}", highlight=False, markup=False)
             fit(own, place)
         if examiners and number == len(rows):
-            adapted, _ = adapter.load(learned)
+            adapted, _ = load_adapted(learned)
             rows.append([each.accuracy(adapted) for each in examiners[: number + 1]])
             _write(folder / "continual.json", whole, rows)
     if rows:
-        show(whole, rows, console)
+        show_continual(whole, rows, console)
     return folder
 
 
 def _examiners(whole: Recipe, judge: Judge) -> list[Examiner]:
     """One for each concept. The base is here for the class images its data may ask for."""
-    base = adapter.base(whole.backbone, whole.backbone_name)
+    base = load_base(whole.backbone, whole.backbone_name)
     found = []
     for number in range(len(whole.continual.concepts)):
-        own = task(whole, number)
+        own = task_recipe(whole, number)
         train, _ = own.data.open(needs(own, base))
         found.append(Examiner(own, judge, train, whole.continual.images, BATCH))
     return found
@@ -78,7 +82,7 @@ def summary(rows: Rows) -> dict[str, float | None]:
     return {"mean final accuracy": mean(last), "forgetting": mean(lost)}
 
 
-def show(whole: Recipe, rows: Rows, to: Console) -> None:
+def show_continual(whole: Recipe, rows: Rows, to: Console) -> None:
     sheet = Table(title=f"{whole.name}: concept accuracy after each task", title_justify="left")
     for name in ("after", *whole.continual.concepts):
         sheet.add_column(name, justify="left" if name == "after" else "right")
@@ -106,7 +110,7 @@ def _read(path: Path, whole: Recipe) -> Rows:
 
 def _write(path: Path, whole: Recipe, rows: Rows) -> None:
     facts = {**_asked(whole), "accuracy": rows, **summary(rows)}
-    runs.write(path, json.dumps(facts, indent=1))
+    write_text(path, json.dumps(facts, indent=1))
 
 
 def _asked(whole: Recipe) -> dict[str, Any]:

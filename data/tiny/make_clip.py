@@ -36,8 +36,9 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from trainer.data import scenes as world
-from trainer.data.sprites import ALL, CLASS_OF
+from trainer.data.world import scenes as world
+from trainer.data.world.scenes import SCENE_SIDE, draw_scene
+from trainer.data.world.sprites import ALL, CLASS_OF
 
 SEED = 23
 LENGTH, PATCH = 32, 8
@@ -55,7 +56,7 @@ day night grass sand snow water sky beach forest city street table room red new 
 def make_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer (byte-level BPE) in which every word of the world is one token; others fall
     into pieces."""
-    captions = [world.draw(SEED, i, ALL).caption for i in range(3000)]
+    captions = [draw_scene(SEED, i, ALL).caption for i in range(3000)]
     words = sorted(
         {word.strip(",") for caption in captions for word in caption.split()}
         | set(ALL)
@@ -91,7 +92,7 @@ def make_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     )  # fmt: skip
     vision = CLIPVisionConfig(
         hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=6,
-        image_size=world.SIDE,
+        image_size=SCENE_SIDE,
         patch_size=PATCH, projection_dim=128, hidden_act="gelu",
     )  # fmt: skip
     return CLIPModel(
@@ -156,14 +157,14 @@ def warped(images: torch.Tensor, reach: float, random: torch.Generator) -> torch
 def batch(start: int, size: int) -> tuple[torch.Tensor, list[str], torch.Tensor, torch.Tensor]:
     """Images (b, 3, 64, 64) normalised; captions; present (b, 80) sums to 1; patch labels (b, 64),
     80 empty, -1 unsure."""
-    scenes = [world.draw(SEED, start + i, ALL) for i in range(size)]
+    scenes = [draw_scene(SEED, start + i, ALL) for i in range(size)]
     images = (
         torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float()
         / 127.5
         - 1
     )
     present = torch.zeros(size, len(ALL))
-    grid = world.SIDE // PATCH
+    grid = SCENE_SIDE // PATCH
     labels = torch.full((size, grid, grid), -1)
     for row, scene in enumerate(scenes):
         covered = np.zeros((grid, grid))
@@ -206,7 +207,7 @@ def accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, count: int) -> float:
     names, _ = text_embeds(model, tokens(tokenizer, [world.article(word) for word in ALL]))
     right = 0
     for start in range(0, count, 200):
-        scenes = [world.draw(SEED + 1, 50_000_000 + start + i, ALL, count=1) for i in range(200)]
+        scenes = [draw_scene(SEED + 1, 50_000_000 + start + i, ALL, count=1) for i in range(200)]
         images = (
             torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2).float()
             / 127.5
@@ -298,7 +299,7 @@ def main() -> None:
 def save(model: CLIPModel, tokenizer: CLIPTokenizer, out: Path) -> None:
     """`clip/` is the judge, whole; `text_encoder/` and `tokenizer/` are what the U-Net starts from
     and trains along."""
-    size = {"height": world.SIDE, "width": world.SIDE}
+    size = {"height": SCENE_SIDE, "width": SCENE_SIDE}
     processor = CLIPImageProcessorPil(
         size=size,
         do_center_crop=False,

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from trainer.data.scenes import RELATIONS, Layout, layout
-from trainer.data.sprites import ALL
+from trainer.data.world.scenes import RELATIONS, Layout, draw_layout
+from trainer.data.world.sprites import ALL
 
 SEED = 31
 SHIFT = 6.0  # of states whose norm is about 11
@@ -55,7 +55,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
     for step in range(options.steps):
-        plans = [layout(SEED, step * options.batch + i, ALL) for i in range(options.batch)]
+        plans = [draw_layout(SEED, step * options.batch + i, ALL) for i in range(options.batch)]
         tokens = tokenizer(
             [plan.caption for plan in plans],
             padding="max_length",

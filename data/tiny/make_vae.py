@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from trainer.data.scenes import draw
+from trainer.data.world.scenes import draw_scene
 
 SEED = 11
 
 
 def batch(start: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (size, 3, 64, 64) in [-1, 1] and pixel weights (size, 1, 64, 64), 3 on sprites."""
-    scenes = [draw(SEED, start + i) for i in range(size)]
+    scenes = [draw_scene(SEED, start + i) for i in range(size)]
     images = (
         torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float()
         / 127.5

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from trainer.attention.context import BoundCheckpoint, StepContext, current, use
-from trainer.attention.processor import Host
+from trainer.attention.host import Host
 from trainer.attention.sites import Site, select
-from trainer.attention.store import MapStore
+from trainer.ops.attention_maps import MapStore
 
 Run = Callable[..., Tensor]
 Gradients = Callable[[nn.Module, Tensor], dict[str, Tensor]]

@@ -12,7 +12,8 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
-from trainer.attention.processor import Host, HostedProcessor
+from trainer.attention.host import Host
+from trainer.attention.processor import HostedProcessor
 from trainer.attention.sites import Site, require, select
 
 Run = Callable[..., Tensor]

@@ -12,10 +12,11 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
-from trainer.attention import kernels
-from trainer.attention.kernels import eager
-from trainer.attention.processor import Host, HostedProcessor
+from trainer.attention.host import Host
+from trainer.attention.processor import HostedProcessor
 from trainer.attention.sites import Site
+from trainer.kernels import softmax as kernels
+from trainer.kernels.softmax import eager
 
 Call = Callable[[nn.Module], Tensor]
 Gradients = Callable[[nn.Module, Tensor], dict[str, Tensor]]

@@ -11,8 +11,8 @@ from PIL import Image
 
 from trainer.data import augment
 from trainer.data.augment import CLOSE_PREFIXES, FAR_PREFIXES, draw_scale, resize_augment
-from trainer.data.images import resize_cover, to_tensor
 from trainer.data.templates import TEMPLATES, render
+from trainer.media.images import resize_cover, to_tensor
 
 SIZE, DIVISOR = 64, 4
 # No pixel of it is 0, the value of the empty canvas.

@@ -13,24 +13,24 @@ import pytest
 from PIL import Image
 
 from trainer.__main__ import main
-from trainer.data import Needs
-from trainer.data.buckets import arrange, nearest, sizes, upright_size
-from trainer.data.folder import Folder
+from trainer.data.buckets import arrange, bucket_sizes, nearest_bucket, upright_size
 from trainer.data.loader import Fixed, Planned, loader
-from trainer.data.plan import Plan
-from trainer.data.shards import Shards
-from trainer.data.write_shards import write
+from trainer.data.plan import StepPlan
+from trainer.data.source import Needs
+from trainer.data.sources.folder import Folder
+from trainer.data.sources.shards import Shards
+from trainer.data.tars.write_shards import write_shards
 
 HELD = (1, 5, 30, 64)  # samples in each bucket
 SHAPES = ((64, 32), (48, 40), (40, 48), (32, 64))
 
 
-def plan(batch_size: int = 8, seed: int = 3) -> Plan:
+def plan(batch_size: int = 8, seed: int = 3) -> StepPlan:
     stops = np.cumsum(HELD).tolist()
     groups = tuple((stop - held, stop) for held, stop in zip(HELD, stops, strict=True))
     shares = tuple(held / sum(HELD) for held in HELD)
     ones = (1.0,) * len(HELD)
-    return Plan(groups, shares, ones, batch_size, seed, (1,) * len(HELD), SHAPES)
+    return StepPlan(groups, shares, ones, batch_size, seed, (1,) * len(HELD), SHAPES)
 
 
 def bucket(index: int) -> int:
@@ -38,22 +38,22 @@ def bucket(index: int) -> int:
 
 
 def test_sizes_have_as_many_pixels_as_the_square() -> None:
-    found = sizes(512, 64)
+    found = bucket_sizes(512, 64)
     assert {(512, 512), (576, 448), (640, 384), (384, 640)} <= set(found)
     for width, height in found:
         assert width % 64 == 0 == height % 64
         assert width * height <= 512**2
         assert 0.5 <= width / height <= 2
     with pytest.raises(ValueError, match=r"buckets=48 does not divide the resolution of 512"):
-        sizes(512, 48)
+        bucket_sizes(512, 48)
 
 
 def test_a_picture_goes_to_the_nearest_aspect_ratio() -> None:
-    found = sizes(64, 8)
-    assert nearest((100, 100), found) == (64, 64)
-    assert nearest((4000, 10), found) == max(found, key=lambda size: size[0] / size[1])
+    found = bucket_sizes(64, 8)
+    assert nearest_bucket((100, 100), found) == (64, 64)
+    assert nearest_bucket((4000, 10), found) == max(found, key=lambda size: size[0] / size[1])
     for shape in ((3, 2), (2, 3), (16, 9)):
-        size = nearest(shape, found)
+        size = nearest_bucket(shape, found)
         own = [abs(np.log(w / h) - np.log(shape[0] / shape[1])) for w, h in found]
         assert abs(np.log(size[0] / size[1]) - np.log(shape[0] / shape[1])) == min(own)
 
@@ -92,8 +92,8 @@ def test_after_an_epoch_each_sample_was_seen_as_often_as_there_were_epochs(batch
 
 
 def test_one_bucket_is_planned_as_a_square_is() -> None:
-    square = Plan(((0, 7),), (1.0,), (1.0,), 3, 5)
-    one = Plan(((0, 7),), (1.0,), (1.0,), 3, 5, (1,), ((48, 40),))
+    square = StepPlan(((0, 7),), (1.0,), (1.0,), 3, 5)
+    one = StepPlan(((0, 7),), (1.0,), (1.0,), 3, 5, (1,), ((48, 40),))
     assert [one.batch(step) for step in range(9)] == [square.batch(step) for step in range(9)]
 
 
@@ -126,7 +126,7 @@ def as_shards(photos: Path) -> Path:
         (path.stem, {"png": path.read_bytes(), "txt": path.with_suffix(".txt").read_bytes()})
         for path in sorted(photos.glob("*.png"))
     ]
-    write(photos.parent / "shards", records, 4)
+    write_shards(photos.parent / "shards", records, 4)
     return photos.parent / "shards"
 
 
@@ -141,7 +141,7 @@ def test_sources_cut_each_picture_to_its_bucket(kind: str, photos: Path) -> None
     assert train.sizes == [(24, 40), (32, 32), (40, 24)]
     assert not train.fixed  # one array of latents has one size
     groups, sizes = tuple((g.start, g.stop) for g in train.groups), tuple(train.sizes)
-    order = Plan(groups, train.shares, train.weights, 2, 1, train.frames, sizes)
+    order = StepPlan(groups, train.shares, train.weights, 2, 1, train.frames, sizes)
     batches = Planned(train, order, None, 0, 1)
     shapes = Counter()
     for step in range(9):

@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import torch
 
+from trainer.common.seeds import seed_of
 from trainer.data.loader import Batch, Planned, loader
-from trainer.data.plan import Cursor, Plan, quantiles
-from trainer.data.world import Scenes
-from trainer.seeds import seed_of
+from trainer.data.plan import Cursor, StepPlan, quantiles
+from trainer.data.sources.world import Scenes
 
-ONE = Plan(((0, 7),), (1.0,), (1.0,), batch_size=3, seed=5)
-PRIOR = Plan(((0, 5), (5, 16)), (0.5, 0.5), (1.0, 0.3), batch_size=8, seed=5)
-ODD = Plan(((0, 5), (5, 16)), (0.5, 0.5), (1.0, 0.3), batch_size=7, seed=5)
-UNEVEN = Plan(((0, 3), (3, 30)), (0.25, 0.75), (2.0, 0.5), batch_size=8, seed=1)
-THREE = Plan(((0, 4), (4, 9), (9, 30)), (0.5, 0.3, 0.2), (1.0, 1.0, 0.5), batch_size=10, seed=1)
-TURNS = Plan(((0, 9), (9, 16), (16, 30)), (0.5, 0.2, 0.3), (1.0, 1.0, 0.5), 6, 5, (8, 8, 1))
+ONE = StepPlan(((0, 7),), (1.0,), (1.0,), batch_size=3, seed=5)
+PRIOR = StepPlan(((0, 5), (5, 16)), (0.5, 0.5), (1.0, 0.3), batch_size=8, seed=5)
+ODD = StepPlan(((0, 5), (5, 16)), (0.5, 0.5), (1.0, 0.3), batch_size=7, seed=5)
+UNEVEN = StepPlan(((0, 3), (3, 30)), (0.25, 0.75), (2.0, 0.5), batch_size=8, seed=1)
+THREE = StepPlan(((0, 4), (4, 9), (9, 30)), (0.5, 0.3, 0.2), (1.0, 1.0, 0.5), batch_size=10, seed=1)
+TURNS = StepPlan(((0, 9), (9, 16), (16, 30)), (0.5, 0.2, 0.3), (1.0, 1.0, 0.5), 6, 5, (8, 8, 1))
 PLANS = {"one": ONE, "prior": PRIOR, "odd": ODD, "uneven": UNEVEN, "three": THREE}
 
 PINNED = 8152229475673358684  # seed_of(7, "noise", 3, 0)
@@ -30,16 +30,16 @@ PINNED = 8152229475673358684  # seed_of(7, "noise", 3, 0)
 every = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 
 
-def group_of(plan: Plan, index: int) -> int:
+def group_of(plan: StepPlan, index: int) -> int:
     return next(i for i, (start, stop) in enumerate(plan.groups) if start <= index < stop)
 
 
-def changed(plan: Plan, **values: Any) -> Plan:
-    return Plan(**{**vars(plan), **values})
+def changed(plan: StepPlan, **values: Any) -> StepPlan:
+    return StepPlan(**{**vars(plan), **values})
 
 
 @every
-def test_batch_depends_on_seed_and_step_alone(plan: Plan) -> None:
+def test_batch_depends_on_seed_and_step_alone(plan: StepPlan) -> None:
     forward = [plan.batch(step) for step in range(12)]
     again = changed(plan)
     assert [again.batch(step) for step in reversed(range(12))] == forward[::-1]
@@ -48,7 +48,7 @@ def test_batch_depends_on_seed_and_step_alone(plan: Plan) -> None:
 
 
 @every
-def test_each_epoch_visits_every_sample_of_a_group_once(plan: Plan) -> None:
+def test_each_epoch_visits_every_sample_of_a_group_once(plan: StepPlan) -> None:
     steps = 40
     drawn = [slot.index for step in range(steps) for slot in plan.batch(step)]
     for group, (start, stop) in enumerate(plan.groups):
@@ -89,7 +89,7 @@ def test_an_epoch_of_those_whose_turn_it_is_misses_none() -> None:
 
 
 @every
-def test_weights_give_each_group_its_share_of_the_loss(plan: Plan) -> None:
+def test_weights_give_each_group_its_share_of_the_loss(plan: StepPlan) -> None:
     slots = plan.batch(3)
     assert [slot.place for slot in slots] == list(range(plan.batch_size))
     for group, weight in enumerate(plan.weights):
@@ -118,7 +118,7 @@ def test_counts_fill_the_batch_with_every_group_in_it(
     shares: tuple[float, ...], batch_size: int, counts: list[int]
 ) -> None:
     groups = tuple((10 * i, 10 * i + 10) for i in range(len(shares)))
-    assert Plan(groups, shares, (1.0,) * len(shares), batch_size, 0).counts() == counts
+    assert StepPlan(groups, shares, (1.0,) * len(shares), batch_size, 0).counts() == counts
 
 
 def test_batch_smaller_than_the_groups_is_refused() -> None:
@@ -128,7 +128,7 @@ def test_batch_smaller_than_the_groups_is_refused() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("plan", [PRIOR, UNEVEN], ids=["prior", "uneven"])
-def test_ranks_part_the_batch_and_each_meets_its_groups(plan: Plan, ranks: int) -> None:
+def test_ranks_part_the_batch_and_each_meets_its_groups(plan: StepPlan, ranks: int) -> None:
     for step in range(5):
         parts = [plan.local(step, rank, ranks) for rank in range(ranks)]
         assert {len(part) for part in parts} == {plan.batch_size // ranks}
@@ -143,7 +143,7 @@ def test_ranks_part_the_batch_and_each_meets_its_groups(plan: Plan, ranks: int) 
 def test_seed_is_pinned_and_free_of_the_hash_seed() -> None:
     """A change here changes every seeded run there is."""
     assert seed_of(7, "noise", 3, 0) == PINNED
-    code = "from trainer.seeds import seed_of; print(seed_of(7, 'noise', 3, 0))"
+    code = "from trainer.common.seeds import seed_of; print(seed_of(7, 'noise', 3, 0))"
     for hash_seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
         command = [sys.executable, "-c", code]

@@ -24,11 +24,12 @@ sys.path.insert(0, str(HERE))  # `driver` is imported by name, in forked process
 import driver
 from server import serve
 
-from trainer import checkpoint, recipe
-from trainer.checkpoint import Checkpoint
-from trainer.data.write_shards import write_world
-from trainer.exits import LeaveError
-from trainer.fit import fit
+from trainer.common.exit_codes import LeaveError
+from trainer.config.load import load_recipe
+from trainer.data.tars.write_shards import write_world
+from trainer.training import checkpoint
+from trainer.training.checkpoint import Checkpoint, every_checkpoint, read_checkpoint
+from trainer.training.fit import fit
 
 QUICK = (
     "recipe=custom_diffusion", "run.batch_size=2", "data.prior_weight=0", "data.class_word=null",
@@ -81,7 +82,7 @@ def run(words: Words) -> Run:
 
     def run(folder: Path, *own: str) -> int:
         try:
-            fit(recipe.load(words(*own)), folder)
+            fit(load_recipe(words(*own)), folder)
         except LeaveError as leaving:
             return leaving.code
         return 0
@@ -105,7 +106,9 @@ def fault(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture(scope="session")
 def forkserver() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.fit", "trainer.verbs"])  # `driver` is not on its path
+    context.set_forkserver_preload(
+        ["trainer.training.fit", "trainer.cli.data"]
+    )  # `driver` is not on its path
     return context
 
 
@@ -154,7 +157,7 @@ def started(words: Words) -> Any:
 def checkpoints(folder: Path) -> list[Checkpoint]:
     """All of a run, the oldest first, each verified."""
     return [
-        checkpoint.verified(path) for path in reversed(checkpoint.every(folder / "checkpoints"))
+        checkpoint.verified(path) for path in reversed(every_checkpoint(folder / "checkpoints"))
     ]
 
 
@@ -176,7 +179,7 @@ def same(one: Any, other: Any) -> bool:
 
 def differing(one: Checkpoint, other: Checkpoint) -> list[str]:
     """What two checkpoints of one step do not share: weights, optimiser, average, draws."""
-    (weights, state), (others, of_other) = checkpoint.read(one), checkpoint.read(other)
+    (weights, state), (others, of_other) = read_checkpoint(one), read_checkpoint(other)
     unlike = [name for name in weights if not same(weights[name], others.get(name))]
     return unlike + [name for name in STATE if not same(state[name], of_other[name])]
 
@@ -193,5 +196,5 @@ def wait_for(path: Path, process: Any) -> None:
 @pytest.fixture(scope="session")
 def look() -> Any:
     """The functions above, for tests that cannot import this file."""
-    functions = (checkpoints, events, same, differing, wait_for, checkpoint.read)
+    functions = (checkpoints, events, same, differing, wait_for, read_checkpoint)
     return SimpleNamespace(**{function.__name__: function for function in functions})

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from trainer import checkpoint
-from trainer import module as module_file
 from trainer.__main__ import main
 from trainer.data.loader import Planned
-from trainer.module import DiffusionModule
+from trainer.training import checkpoint
+from trainer.training import module as module_file
+from trainer.training.module import DiffusionModule
 
 Patch = Callable[[Any, str, Any], None]
 

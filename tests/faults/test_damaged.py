@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from trainer import checkpoint, recipe
-from trainer.exits import DAMAGED, LeaveError
-from trainer.fit import fit
+from trainer.common.exit_codes import DAMAGED, LeaveError
+from trainer.config.load import load_recipe
+from trainer.training import checkpoint
+from trainer.training.checkpoint import read_checkpoint
+from trainer.training.fit import fit
 
 pytestmark = pytest.mark.faults
 
@@ -39,7 +41,7 @@ def promote(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, words: Any) -> Path:
-    return fit(recipe.load(words()), tmp_path_factory.mktemp("whole") / "run")
+    return fit(load_recipe(words()), tmp_path_factory.mktemp("whole") / "run")
 
 
 @pytest.fixture
@@ -129,6 +131,6 @@ def test_no_code_in_a_checkpoint_is_run(folder: Path, whole: Path, tmp_path: Pat
     sealed = {**manifest, "sha256": checkpoint._seal(manifest)}
     (place / "manifest.json").write_text(json.dumps(sealed))
     with pytest.raises(LeaveError, match="holds more than tensors and plain values") as refused:
-        checkpoint.read(checkpoint.verified(place))
+        read_checkpoint(checkpoint.verified(place))
     assert refused.value.code == DAMAGED
     assert not (tmp_path / "opened").exists()

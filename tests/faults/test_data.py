@@ -18,16 +18,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer import recipe
 from trainer.__main__ import main
-from trainer.checkpoint import every, verified
-from trainer.data import Needs
-from trainer.data.folder import Folder
-from trainer.data.images import MAX_PIXELS
+from trainer.config.load import load_recipe
 from trainer.data.loader import Planned
-from trainer.data.shards import Shards
-from trainer.data.write_shards import write
-from trainer.fit import fit
+from trainer.data.source import Needs
+from trainer.data.sources.folder import Folder
+from trainer.data.sources.shards import Shards
+from trainer.data.tars.write_shards import write_shards
+from trainer.media.images import MAX_PIXELS
+from trainer.training.checkpoint import every_checkpoint, verified
+from trainer.training.fit import fit
 
 pytestmark = pytest.mark.faults
 ONE, TWO = "shard-000000.tar", "shard-000001.tar"
@@ -57,7 +57,7 @@ def make(folder: Path, *counts: int) -> Path:
         part = folder.parent / f".{folder.name}-{number}"
         names = [f"s{i}" for i in range(total, total + count)]
         members = [{"png": encoded(noise(int(k[1:]))), "txt": f"thing {k}".encode()} for k in names]
-        (path,) = write(part, zip(names, members, strict=True), count)
+        (path,) = write_shards(part, zip(names, members, strict=True), count)
         path.rename(folder / f"shard-{number:06d}.tar")
         total += count
     return folder
@@ -288,11 +288,11 @@ def test_damage_while_a_run_is_going_on_ends_it(
 
     monkeypatch.setattr(Planned, "__getitem__", getitem)
     run = place.parent / "run"
-    loaded = recipe.load([*words, "run.cache_latents=false"])
+    loaded = load_recipe([*words, "run.cache_latents=false"])
     with pytest.raises(ValueError, match=r"shard-00000\d\.tar: the bytes of s\d\.png are not"):
         fit(loaded, run)
     assert not (run / "adapter.safetensors").exists()
-    assert [verified(path).step for path in every(run / "checkpoints")] == [2, 1]
+    assert [verified(path).step for path in every_checkpoint(run / "checkpoints")] == [2, 1]
 
 
 BASE = Image.new("RGB", (48, 32), (200, 30, 40))
@@ -433,10 +433,10 @@ def test_any_number_of_samples_in_any_number_of_shards(
 ) -> None:
     """Every rank has as many batches as the run has steps, and together they are one global order,
     in which no sample comes again before all have come."""
-    from trainer.data.plan import Plan
+    from trainer.data.plan import StepPlan
 
     train, _ = Shards(shards=make(tmp_path / "in", *counts)).open(needs(tmp_path / "in"))
-    plan = Plan(((0, len(train)),), (1.0,), (1.0,), 4, 7)
+    plan = StepPlan(((0, len(train)),), (1.0,), (1.0,), 4, 7)
     parts = [Planned(train, plan, None, rank, ranks) for rank in range(ranks)]
     keys = [[batch for part in parts for batch in part[step].keys] for step in range(5)]
     assert all(len(each) == 4 for each in keys)
@@ -463,5 +463,5 @@ def test_two_ranks_with_two_workers_each_end_together(
         command, env=environment, capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    last = verified(every(tmp_path / "run" / "checkpoints")[0])
+    last = verified(every_checkpoint(tmp_path / "run" / "checkpoints")[0])
     assert (last.step, last.manifest["world_size"]) == (2, 2)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from trainer import checkpoint
+from trainer.training import checkpoint
 
 pytestmark = pytest.mark.faults
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from trainer import runs
+from trainer.runs import run_folder as runs
+from trainer.runs.run_folder import locked
 
 pytestmark = pytest.mark.faults
 
@@ -37,7 +38,7 @@ def test_a_file_system_without_locks_keeps_nobody_out(
         raise OSError("Function not implemented")
 
     monkeypatch.setattr(runs.fcntl, "flock", flock)
-    with runs.held(tmp_path), runs.held(tmp_path):
+    with locked(tmp_path), locked(tmp_path):
         pass
 
 

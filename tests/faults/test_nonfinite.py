@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainer import checkpoint, recipe
-from trainer.module import DiffusionModule
+from trainer.config.load import load_recipe
+from trainer.training import checkpoint
+from trainer.training.checkpoint import read_checkpoint
+from trainer.training.module import DiffusionModule
 
 pytestmark = pytest.mark.faults
 
@@ -38,7 +40,7 @@ def test_a_step_left_out_changes_nothing(tmp_path: Path, run: Any, fault: Any, l
         assert run(tmp_path / "run", "run.on_nonfinite=skip", "optim.ema=null") == 0
     two, *later = look.checkpoints(tmp_path / "run")[1:]
     for each in later[:2]:
-        (weights, state), (others, other) = checkpoint.read(two), checkpoint.read(each)
+        (weights, state), (others, other) = read_checkpoint(two), read_checkpoint(each)
         assert look.same(weights, others)
         assert look.same(state["optimizer"]["state"], other["optimizer"]["state"])
     assert look.differing(two, later[-1])
@@ -83,7 +85,7 @@ def test_back_to_the_last_checkpoint(tmp_path: Path, run: Any, fault: Any, look:
     with fault(nan={"step": 3}):
         assert run(tmp_path / "run", *own) == 0
     two, four, five = look.checkpoints(tmp_path / "run")
-    (weights, state), (others, other) = checkpoint.read(two), checkpoint.read(four)
+    (weights, state), (others, other) = read_checkpoint(two), read_checkpoint(four)
     assert look.same(weights, others)
     assert look.same(state["optimizer"]["state"], other["optimizer"]["state"])
     assert other["schedule"]["last_epoch"] == 4  # the lr did not go back
@@ -97,7 +99,7 @@ def test_back_without_a_checkpoint_ends_it(
     with fault(nan={"step": 1}):
         assert run(tmp_path / "run", *own) == 70
     with pytest.raises(ValueError, match=r"goes back to a checkpoint; set run\.checkpoint_"):
-        recipe.load(words("run.on_nonfinite=rollback", "run.checkpoint_every=0"))
+        load_recipe(words("run.on_nonfinite=rollback", "run.checkpoint_every=0"))
 
 
 def test_a_weight_that_blew_up_is_not_saved(

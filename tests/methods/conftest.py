@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import adapter
-from trainer.methods import Plan
+from trainer.methods.apply import Plan
+from trainer.runs.adapter import save_adapter
 
 
 class AppendKey:
@@ -68,7 +68,7 @@ def save() -> Callable[..., dict[str, Tensor]]:
         own = dict(backbone.named_parameters()) | dict(backbone.named_buffers())
         stored = {name: own[name].detach().clone() for name in plan.stored}
         header = dict(tree or {"backbone": "x", "methods": {}})
-        adapter.save(path, stored, header, backbone.identity())
+        save_adapter(path, stored, header, backbone.identity())
         return stored
 
     return run

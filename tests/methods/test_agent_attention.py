@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import methods
 from trainer.attention.context import StepContext, use
-from trainer.recipe import methods_of
-from trainer.schema import RecipeError
+from trainer.config.load import methods_of
+from trainer.config.schema import RecipeError
+from trainer.methods.apply import Plan, apply_methods
 
 Predict = Callable[[Any], Tensor]
 TRAIN = {"selective": {}}
 
 
-def add(backbone: Any, **options: Any) -> methods.Plan:
-    return methods.apply(backbone, methods_of({"agent_attention": options, **TRAIN}))
+def add(backbone: Any, **options: Any) -> Plan:
+    return apply_methods(backbone, methods_of({"agent_attention": options, **TRAIN}))
 
 
 def test_as_many_agents_as_tokens_start_as_two_softmaxes(tiny: Any, predict: Predict) -> None:

@@ -13,18 +13,21 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainer import adapter, methods, recipe
 from trainer.attention.context import StepContext, per_frame, use
-from trainer.attention.nf4 import is_packed
-from trainer.attention.processor import Host
-from trainer.data.clips import DIRECTIONS, OPPOSITE, draw
-from trainer.data.images import to_tensor
-from trainer.data.sprites import KNOWN
-from trainer.fit import fit, objective
+from trainer.attention.host import Host
+from trainer.config.header import file_of
+from trainer.config.load import load_recipe, methods_of
+from trainer.config.schema import RecipeError
+from trainer.data.world.clips import DIRECTIONS, OPPOSITE, draw_clip
+from trainer.data.world.sprites import KNOWN
+from trainer.diffusion.objective import add_noise, target_of
+from trainer.media.images import to_tensor
+from trainer.methods.apply import apply_methods
 from trainer.methods.feature.animatediff import AnimateDiff
-from trainer.objective import add_noise, target_of
-from trainer.recipe import methods_of
-from trainer.schema import RecipeError
+from trainer.ops.adapters.nf4 import is_packed
+from trainer.runs.adapter import load_adapted
+from trainer.training.build import objective
+from trainer.training.fit import fit
 
 
 class Bare:
@@ -80,7 +83,7 @@ def test_it_computes_what_diffusers_motion_unet_does(
     from diffusers import UNetMotionModel
 
     plain = open_folder(tiny_folder)
-    plan = methods.apply(tiny, {"animatediff": AnimateDiff(heads=2)})
+    plan = apply_methods(tiny, {"animatediff": AnimateDiff(heads=2)})
     randomise(tiny, plan, 0.2)
     reference: Any = UNetMotionModel.from_unet2d(plain.unet, motion_adapter(tiny)).eval()
     x_t = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -122,7 +125,7 @@ def test_on_sd15_it_has_the_parameters_of_diffusers_motion_adapter(mid: bool) ->
 
 def test_a_transformer_has_a_module_after_every_block(dit: Any, randomise: Any) -> None:
     base = predict(dit, 2)
-    plan = methods.apply(dit, {"animatediff": AnimateDiff(heads=2)})
+    plan = apply_methods(dit, {"animatediff": AnimateDiff(heads=2)})
     assert torch.equal(predict(dit, 2), base)
     randomise(dit, plan, 0.2)
     blocks = dit.transformer.transformer_blocks
@@ -132,14 +135,14 @@ def test_a_transformer_has_a_module_after_every_block(dit: Any, randomise: Any) 
 
 
 def test_a_clip_longer_than_its_places_is_refused(tiny: Any) -> None:
-    methods.apply(tiny, {"animatediff": AnimateDiff(heads=2, max_frames=3)})
+    apply_methods(tiny, {"animatediff": AnimateDiff(heads=2, max_frames=3)})
     with pytest.raises(ValueError, match=r"methods\.animatediff has places for 3 frames, and this"):
         predict(tiny, 4)
 
 
 def test_heads_that_do_not_divide_are_refused(tiny: Any) -> None:
     with pytest.raises(ValueError, match=r"methods\.animatediff: heads=3 does not divide 16"):
-        methods.apply(tiny, {"animatediff": AnimateDiff(heads=3)})
+        apply_methods(tiny, {"animatediff": AnimateDiff(heads=3)})
 
 
 def test_layers_that_neither_train_nor_are_read_are_refused() -> None:
@@ -158,13 +161,13 @@ def test_motion_lora_trains_over_a_motion_adapter_in_4_bits(
     """The paper's last stage: the modules frozen, LoRA on their attention, read from the folder
     that diffusers writes."""
     source = open_folder(tiny_folder)
-    randomise(source, methods.apply(source, {"animatediff": AnimateDiff(heads=2)}), 0.2)
+    randomise(source, apply_methods(source, {"animatediff": AnimateDiff(heads=2)}), 0.2)
     motion_adapter(source).save_pretrained(tmp_path)
     tree = {
         "animatediff": {"heads": 2, "train": False, "weights": str(tmp_path)},
         "lora": {"sites": "temporal", "rank": 2, "layers": ["*motion_modules.?.proj_in"]},
     }
-    plan = methods.apply(tiny, methods_of(tree))
+    plan = apply_methods(tiny, methods_of(tree))
     assert torch.equal(predict(tiny, 2), predict(source, 2))
     assert all("motion_modules" in name and ".lora." in name for name in plan.names)
     assert len(plan.names) == 2 * (4 * 14 + 7)
@@ -175,11 +178,11 @@ def test_motion_lora_trains_over_a_motion_adapter_in_4_bits(
         plan.names
     )
     packed = open_folder(tiny_folder)
-    methods.apply(packed, methods_of(tree | {"nf4": {"min_size": 256}}))
+    apply_methods(packed, methods_of(tree | {"nf4": {"min_size": 256}}))
     layer = packed.unet.mid_block.motion_modules[0].transformer_blocks[0].attn1.to_q.base_layer
     assert is_packed(layer)
     still = open_folder(tiny_folder)
-    methods.apply(still, methods_of({"nf4": {"min_size": 256}, "lora": {"sites": "self"}}))
+    apply_methods(still, methods_of({"nf4": {"min_size": 256}, "lora": {"sites": "self"}}))
     moved = (predict(packed, 2) - predict(still, 2)).flatten()
     wanted = (predict(source, 2) - predict(open_folder(tiny_folder), 2)).flatten()
     assert float(torch.cosine_similarity(moved, wanted, 0)) > 0.8  # what the modules do, rounded
@@ -188,7 +191,7 @@ def test_motion_lora_trains_over_a_motion_adapter_in_4_bits(
 def test_weights_that_do_not_fit_are_refused(
     tiny: Any, open_folder: Callable[[Path], Any], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    methods.apply(tiny, {"animatediff": AnimateDiff(heads=2)})
+    apply_methods(tiny, {"animatediff": AnimateDiff(heads=2)})
     motion_adapter(tiny).save_pretrained(tmp_path)
     unet = "down_blocks.0.motion_modules.0.norm.weight"
     for options, says in (
@@ -197,7 +200,7 @@ def test_weights_that_do_not_fit_are_refused(
         ({"weights": __file__}, "not a safetensors file"),
     ):
         with pytest.raises(ValueError, match=rf"methods\.animatediff: .*{says}"):
-            methods.apply(
+            apply_methods(
                 open_folder(tiny_folder), {"animatediff": AnimateDiff(heads=2, **options)}
             )
     from safetensors.torch import load_file, save_file
@@ -210,7 +213,7 @@ def test_weights_that_do_not_fit_are_refused(
     for name, says in (("wide", r"norm\.weight is \(3,\) there"), ("short", r"it lacks .*, 1 ten")):
         where = str(tmp_path / f"{name}.safetensors")
         with pytest.raises(ValueError, match=says):
-            methods.apply(
+            apply_methods(
                 open_folder(tiny_folder), {"animatediff": AnimateDiff(heads=2, weights=where)}
             )
 
@@ -218,11 +221,11 @@ def test_weights_that_do_not_fit_are_refused(
 def test_the_shipped_modules_know_the_words_of_motion() -> None:
     """Almost noise is denoised better by a clip's own caption than by that of the opposite way, in
     the frames in which the two differ."""
-    shipped = adapter.file_of("tiny_motion")
+    shipped = file_of("tiny_motion")
     assert shipped.stat().st_size <= 6e6
-    model, _ = adapter.load(shipped)
+    model, _ = load_adapted(shipped)
     ways = list(DIRECTIONS)
-    clips = [draw(77, i, KNOWN, 8, motion=ways[i % 4]) for i in range(32)]
+    clips = [draw_clip(77, i, KNOWN, 8, motion=ways[i % 4]) for i in range(32)]
     frames = torch.stack([to_tensor(Image.fromarray(f)) for clip in clips for f in clip.frames])
     moments = model.moments(frames)
     x0 = model.latents(moments, torch.zeros_like(moments.chunk(2, 1)[0]))
@@ -230,7 +233,7 @@ def test_the_shipped_modules_know_the_words_of_motion() -> None:
         [clip.caption.replace(way, to[way]) for clip, way in zip(clips, ways * 8, strict=True)]
         for to in (dict(zip(ways, ways, strict=True)), OPPOSITE)
     ]
-    path = objective(recipe.load(["recipe=animatediff"]), model)
+    path = objective(load_recipe(["recipe=animatediff"]), model)
     t = torch.full((len(x0),), 960)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
     x_t, target = add_noise(path, x0, noise, t), target_of(path, x0, noise, t)
@@ -248,9 +251,9 @@ def test_the_shipped_modules_know_the_words_of_motion() -> None:
 def test_a_run_begins_with_the_shipped_words_and_leaves_them(tmp_path: Path) -> None:
     words = ["recipe=animatediff", "data.count=4", "data.validation=0", "run.steps=2"]
     words += ["run.batch_size=2", "run.validate_every=0", "preview.every=0", "tracker=none"]
-    run = fit(recipe.load([*words, f"run.out={tmp_path}", "run.id=x", "optim.ema=null"]))
-    before = load_file(adapter.file_of("tiny_words"))
-    after = load_file(adapter.file_of(run))
+    run = fit(load_recipe([*words, f"run.out={tmp_path}", "run.id=x", "optim.ema=null"]))
+    before = load_file(file_of("tiny_words"))
+    after = load_file(file_of(run))
     assert all(torch.equal(value.float(), after[name]) for name, value in before.items())
     trained = set(after) - set(before)
     assert trained and all("motion_modules" in name for name in trained)

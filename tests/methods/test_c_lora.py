@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer import adapter, methods
-from trainer.attention.inject import fold
-from trainer.recipe import methods_of
+from trainer.config.load import methods_of
+from trainer.methods.apply import Plan, apply_methods
+from trainer.ops.adapters.inject import fold
+from trainer.runs.adapter import start_from
 
 PENALTY = 3.0
 
 
-def apply(backbone: Any, task: int, **more: Any) -> methods.Plan:
+def apply(backbone: Any, task: int, **more: Any) -> Plan:
     options = {"rank": 2, "alpha": 3, "task": task, "penalty": PENALTY, **more}
-    return methods.apply(backbone, methods_of({"c_lora": options}))
+    return apply_methods(backbone, methods_of({"c_lora": options}))
 
 
 def layers(backbone: Any) -> list[Any]:
@@ -108,7 +109,7 @@ def test_three_concepts_one_after_another(
         plan = apply(backbone, task)
         assert all(f".c_lora-{task}." in name for name in plan.names)
         if before is not None:
-            adapter.start(before, backbone, plan)
+            start_from(before, backbone, plan)
             torch.testing.assert_close(layers(backbone)[0](x), output)
         train(backbone, plan)
         own = dict(backbone.named_parameters())
@@ -135,7 +136,7 @@ def test_folded_into_the_weights(tiny: Any) -> None:
 
 def test_an_adapter_of_another_method_is_named(tiny: Any) -> None:
     with pytest.raises(ValueError, match=r"methods\.c_lora and methods\.lora both claim the adapt"):
-        methods.apply(tiny, methods_of({"c_lora": {"rank": 2}, "lora": {"rank": 2}}))
+        apply_methods(tiny, methods_of({"c_lora": {"rank": 2}, "lora": {"rank": 2}}))
 
 
 def test_a_first_adapter_cannot_start_from_a_second(
@@ -150,4 +151,4 @@ def test_a_first_adapter_cannot_start_from_a_second(
     save(path, later, plan)
     plan = apply(earlier, 0)
     with pytest.raises(ValueError, match=r"what this recipe stores has no .*c_lora-1"):
-        adapter.start(path, earlier, plan)
+        start_from(path, earlier, plan)

@@ -12,17 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer import adapter, methods
-from trainer.attention.prompts import PromptPool
-from trainer.export import export
-from trainer.recipe import methods_of
-from trainer.schema import RecipeError
+from trainer.config.load import methods_of
+from trainer.config.schema import RecipeError
+from trainer.export.export import export
+from trainer.methods.apply import Plan, apply_methods
+from trainer.ops.coda_prompt import PromptPool
+from trainer.runs.adapter import start_from
 
 OPTIONS: dict[str, Any] = {"pool": 7, "length": 6, "num_tasks": 3}
 
 
-def apply(backbone: Any, **options: Any) -> methods.Plan:
-    return methods.apply(backbone, methods_of({"coda_prompt": {**OPTIONS, **options}}))
+def apply(backbone: Any, **options: Any) -> Plan:
+    return apply_methods(backbone, methods_of({"coda_prompt": {**OPTIONS, **options}}))
 
 
 def pool_of(counts: tuple[int, ...] = (2, 3), text: int = 9) -> PromptPool:
@@ -147,7 +148,7 @@ def test_three_tasks_one_after_another(
         backbone = open_folder(tiny_folder)
         plan = apply(backbone, task=task)
         if before is not None:
-            adapter.start(before, backbone, plan)
+            start_from(before, backbone, plan)
         loss = plan.edits["coda_prompt"].loss
         assert loss is not None
         pools = [site.module.coda_prompt for site in backbone.sites if site.kind == "cross"]

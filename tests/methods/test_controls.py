@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import methods
-from trainer.attention.controls import ControlledLinear, cross_attention_of
-from trainer.attention.inject import fold
-from trainer.export import merge
+from trainer.config.load import methods_of
+from trainer.export.formats.merged import merge
+from trainer.methods.apply import apply_methods
 from trainer.methods.weight.controls import Controls
-from trainer.recipe import methods_of
+from trainer.ops.adapters.controls import ControlledLinear, cross_attention_of
+from trainer.ops.adapters.inject import fold
 
 UP = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 TREE: dict[str, Any] = {"controls": {"sites": "cross", "rank": 3, "alpha": 6.0}}
@@ -54,7 +54,7 @@ def test_a_grid_of_tokens_attends_as_a_sequence() -> None:
 
 
 def test_the_equation(tiny: Any, randomise: Callable[..., None]) -> None:
-    plan = methods.apply(tiny, methods_of(TREE))
+    plan = apply_methods(tiny, methods_of(TREE))
     randomise(tiny, plan, 0.3)
     layer = dict(tiny.named_modules())[UP]
     assert isinstance(layer, ControlledLinear)
@@ -74,8 +74,8 @@ def test_the_equation(tiny: Any, randomise: Callable[..., None]) -> None:
 def test_it_trains_as_many_parameters_as_lora(
     tiny: Any, open_folder: Callable[[Path], Any], tiny_folder: Path
 ) -> None:
-    plan = methods.apply(tiny, methods_of(TREE))
-    lora = methods.apply(open_folder(tiny_folder), methods_of({"lora": TREE["controls"]}))
+    plan = apply_methods(tiny, methods_of(TREE))
+    lora = apply_methods(open_folder(tiny_folder), methods_of({"lora": TREE["controls"]}))
     assert plan.trained == lora.trained
     assert [name.replace(".controls.", ".lora.") for name in plan.names] == list(lora.names)
 
@@ -84,7 +84,7 @@ def test_tokens_hear_of_each_other_but_rows_do_not(
     tiny: Any, randomise: Callable[..., None]
 ) -> None:
     """LoRA alone is a function of single tokens."""
-    plan = methods.apply(tiny, methods_of(TREE))
+    plan = apply_methods(tiny, methods_of(TREE))
     randomise(tiny, plan, 0.3)
     layer: Any = dict(tiny.named_modules())[UP]
     x = 0.05 * torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(1))
@@ -98,7 +98,7 @@ def test_without_its_adapter_it_is_the_base_layer(
     tiny: Any, predict: Callable[[Any], Tensor], randomise: Callable[..., None]
 ) -> None:
     base = predict(tiny).detach()
-    plan = methods.apply(tiny, methods_of(TREE))
+    plan = apply_methods(tiny, methods_of(TREE))
     randomise(tiny, plan, 0.3)
     assert not torch.allclose(predict(tiny), base, atol=1e-3)
     for layer in tiny.modules():
@@ -110,7 +110,7 @@ def test_without_its_adapter_it_is_the_base_layer(
 def test_a_copy_does_the_same_and_is_its_own(
     tiny: Any, predict: Callable[[Any], Tensor], randomise: Callable[..., None]
 ) -> None:
-    plan = methods.apply(tiny, methods_of(TREE))
+    plan = apply_methods(tiny, methods_of(TREE))
     randomise(tiny, plan, 0.3)
     copied = copy.deepcopy(tiny)
     live = predict(tiny).detach()
@@ -122,7 +122,7 @@ def test_a_copy_does_the_same_and_is_its_own(
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "over-4-bits"])
 def test_folding_is_refused_by_name(packed: bool, tiny: Any) -> None:
     tree = TREE | ({"nf4": {"min_size": 256}} if packed else {})
-    methods.apply(tiny, methods_of(tree))
+    apply_methods(tiny, methods_of(tree))
     for refuse in (fold, merge):
         with pytest.raises(ValueError, match=r"cannot be folded into a weight: methods\.controls"):
             refuse(tiny)
@@ -131,9 +131,9 @@ def test_folding_is_refused_by_name(packed: bool, tiny: Any) -> None:
 def test_export_writes_nothing(
     tiny: Any, tiny_folder: Path, tmp_path: Path, save: Callable[..., dict[str, Tensor]]
 ) -> None:
-    from trainer.export import export
+    from trainer.export.export import export
 
-    plan = methods.apply(tiny, methods_of(TREE))
+    plan = apply_methods(tiny, methods_of(TREE))
     path, out = tmp_path / "adapter.safetensors", tmp_path / "out"
     save(path, tiny, plan, {"backbone": str(tiny_folder), "methods": TREE})
     with pytest.raises(ValueError, match=r"methods\.controls"):
@@ -144,4 +144,4 @@ def test_export_writes_nothing(
 def test_convolutions_are_refused(tiny: Any) -> None:
     method = Controls(sites=None, layers=("conv_in",))
     with pytest.raises(ValueError, match=r"methods\.controls: unet\.conv_in is a convolution"):
-        methods.apply(tiny, {"controls": method})
+        apply_methods(tiny, {"controls": method})

@@ -11,16 +11,16 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from trainer import methods
-from trainer.attention.inject import fold
+from trainer.config.load import methods_of
+from trainer.methods.apply import Plan, apply_methods
 from trainer.methods.weight.dora import Dora
-from trainer.recipe import methods_of
+from trainer.ops.adapters.inject import fold
 
 UP = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 
 
-def add(backbone: Any, **options: Any) -> methods.Plan:
-    return methods.apply(backbone, {"dora": Dora(**options)})
+def add(backbone: Any, **options: Any) -> Plan:
+    return apply_methods(backbone, {"dora": Dora(**options)})
 
 
 def test_the_equation_with_a_norm_that_is_constant_to_the_gradient(
@@ -88,6 +88,6 @@ def test_folded_into_weights_it_does_the_same(
 )
 def test_refused_with_the_mend(options: dict[str, Any], message: str, tiny: Any) -> None:
     with pytest.raises(ValueError) as error:
-        methods.apply(tiny, methods_of({"dora": options}))
+        apply_methods(tiny, methods_of({"dora": options}))
     assert str(error.value).startswith("methods.dora: ")
     assert message in str(error.value)

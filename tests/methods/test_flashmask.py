@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import methods
-from trainer.attention.kernels import eager
+from trainer.config.load import methods_of
+from trainer.config.schema import RecipeError
+from trainer.kernels.softmax import eager
+from trainer.methods.apply import apply_methods
 from trainer.methods.function.flashmask import Flashmask
 from trainer.methods.weight.lora import Lora
-from trainer.recipe import RecipeError, methods_of
 
 
 def sees(method: Flashmask, tokens: int, frames: int = 1) -> Tensor:
@@ -52,7 +53,7 @@ def test_sites_attend_under_the_mask(
     """Against eager kernels under the mask written out."""
     method = Flashmask(size=0.25, backend=backend)
     base = predict(tiny)
-    methods.apply(tiny, {"flashmask": method, "lora": Lora()})
+    apply_methods(tiny, {"flashmask": method, "lora": Lora()})
     own = predict(tiny)
     assert not torch.allclose(own, base, atol=1e-3)
     (op,) = {op for p in tiny.host.processors.values() for op in p.ops}
@@ -80,13 +81,13 @@ def test_another_methods_mask_holds_too(
     sites = [site for site in tiny.sites if site.kind == "self"]
     tiny.host.install(Itself(), sites)
     alone = predict(tiny)
-    methods.apply(tiny, {"flashmask": Flashmask(size=0.25), "lora": Lora()})
+    apply_methods(tiny, {"flashmask": Flashmask(size=0.25), "lora": Lora()})
     torch.testing.assert_close(predict(tiny), alone)
 
 
 def test_cross_attention_is_refused(tiny: Any) -> None:
     with pytest.raises(ValueError) as error:
-        methods.apply(tiny, {"flashmask": Flashmask(sites="all"), "lora": Lora()})
+        apply_methods(tiny, {"flashmask": Flashmask(sites="all"), "lora": Lora()})
     assert str(error.value).startswith("methods.flashmask: ")
     assert "is cross-attention" in str(error.value)
 
@@ -94,7 +95,7 @@ def test_cross_attention_is_refused(tiny: Any) -> None:
 def test_keys_appended_by_another_op_are_refused(
     tiny: Any, predict: Callable[[Any], Tensor], append_key: Any
 ) -> None:
-    methods.apply(tiny, {"flashmask": Flashmask(), "lora": Lora()})
+    apply_methods(tiny, {"flashmask": Flashmask(), "lora": Lora()})
     tiny.host.install(append_key, [site for site in tiny.sites if site.kind == "self"])
     with pytest.raises(ValueError, match=r"methods\.flashmask needs the tokens of .* keys for"):
         predict(tiny)

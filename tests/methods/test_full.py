@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trainer import methods
+from trainer.methods.apply import apply_methods
 from trainer.methods.weight.full import Full
 
 
@@ -21,7 +21,7 @@ from trainer.methods.weight.full import Full
 def test_trains_every_parameter_of_its_parts(
     options: dict[str, bool], parts: set[str], tiny: Any, train: Any
 ) -> None:
-    plan = methods.apply(tiny, {"full": Full(**options)})
+    plan = apply_methods(tiny, {"full": Full(**options)})
     wanted = {n for n, _ in tiny.named_parameters() if n.split(".")[0] in parts}
     assert set(plan.names) == wanted
     before = {name: value.detach().clone() for name, value in tiny.named_parameters()}
@@ -31,7 +31,7 @@ def test_trains_every_parameter_of_its_parts(
 
 
 def test_the_plan_counts_them(tiny: Any) -> None:
-    plan = methods.apply(tiny, {"full": Full()})
+    plan = apply_methods(tiny, {"full": Full()})
     assert plan.trained == sum(value.numel() for value in tiny.unet.parameters())
     assert plan.total == sum(value.numel() for value in tiny.parameters())
     assert plan.trained_bytes == 4 * plan.trained
@@ -42,9 +42,9 @@ def test_nothing_to_train_is_refused(tiny: Any) -> None:
     with pytest.raises(
         ValueError, match=r"methods\.full: denoiser and text_encoder are both false"
     ):
-        methods.apply(tiny, {"full": Full(denoiser=False)})
+        apply_methods(tiny, {"full": Full(denoiser=False)})
 
 
 def test_the_sites_of_an_untrained_denoiser_are_not_claimed(tiny: Any) -> None:
-    plan = methods.apply(tiny, {"full": Full(denoiser=False, text_encoder=True)})
+    plan = apply_methods(tiny, {"full": Full(denoiser=False, text_encoder=True)})
     assert plan.edits["full"].sites == ()

@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer import methods
-from trainer.attention.kernels.gated import ORDERS, ordered, recurrent, restored
-from trainer.attention.local import BlockConvolution
-from trainer.attention.scanned import OPEN
-from trainer.recipe import methods_of
-from trainer.schema import RecipeError
+from trainer.config.load import methods_of
+from trainer.config.schema import RecipeError
+from trainer.kernels.gated_linear import ORDERS, ordered, recurrent, restored
+from trainer.methods.apply import Plan, apply_methods
+from trainer.ops.block_convolution import BlockConvolution
+from trainer.ops.gated_linear import OPEN
 
 Predict = Callable[[Any], Tensor]
 
 
-def add(backbone: Any, **options: Any) -> methods.Plan:
-    return methods.apply(backbone, methods_of({"gated_linear": options}))
+def add(backbone: Any, **options: Any) -> Plan:
+    return apply_methods(backbone, methods_of({"gated_linear": options}))
 
 
 def ops(backbone: Any) -> list[Any]:
@@ -168,7 +168,7 @@ def test_the_convolution_follows_the_whole_block(dit: Any, randomise: Callable[.
 
 def test_it_trains_beside_all_of_the_denoiser(dit: Any, train: Callable[..., list[float]]) -> None:
     """What `recipe=dig_scratch` does: neither method claims what the other trains."""
-    plan = methods.apply(dit, methods_of({"gated_linear": {"convolution": 3}, "full": {}}))
+    plan = apply_methods(dit, methods_of({"gated_linear": {"convolution": 3}, "full": {}}))
     assert set(plan.names) == {f"transformer.{n}" for n, _ in dit.transformer.named_parameters()}
     before = {name: value.detach().clone() for name, value in dit.named_parameters()}
     train(dit, plan)

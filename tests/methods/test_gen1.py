@@ -9,23 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import methods
 from trainer.attention.context import StepContext, use
-from trainer.attention.temporal import LearnedPlaces, Structure, TemporalConv
+from trainer.diffusion.sampler import sample
+from trainer.methods.apply import apply_methods
 from trainer.methods.feature.gen1 import Gen1
-from trainer.sampler import sample
+from trainer.ops.temporal.layers import LearnedPositions, Structure, TemporalConv
 
 PROMPTS = ["a fox moving left", "a cat"]
 
 
 def test_its_layers(tiny: Any, dit: Any) -> None:
-    methods.apply(tiny, {"gen1": Gen1(heads=2)})
+    apply_methods(tiny, {"gen1": Gen1(heads=2)})
     kinds = [type(module) for module in tiny.unet.modules()]
-    assert (kinds.count(TemporalConv), kinds.count(LearnedPlaces)) == (16, 7)
+    assert (kinds.count(TemporalConv), kinds.count(LearnedPositions)) == (16, 7)
     assert kinds.count(Structure) == 1
-    methods.apply(dit, {"gen1": Gen1(heads=2, structure=None)})
+    apply_methods(dit, {"gen1": Gen1(heads=2, structure=None)})
     kinds = [type(module) for module in dit.transformer.modules()]
-    assert (kinds.count(TemporalConv), kinds.count(LearnedPlaces)) == (0, 2)
+    assert (kinds.count(TemporalConv), kinds.count(LearnedPositions)) == (0, 2)
     assert kinds.count(Structure) == 0
 
 
@@ -43,7 +43,7 @@ def test_the_structure_of_a_source_counts_frame_by_frame(
     family: str, request: pytest.FixtureRequest, randomise: Callable[..., None]
 ) -> None:
     backbone = request.getfixturevalue(family)
-    plan = methods.apply(backbone, {"gen1": Gen1(heads=2, structure=1)})
+    plan = apply_methods(backbone, {"gen1": Gen1(heads=2, structure=1)})
     source = torch.randn(4, 8, 8, 8)
     assert torch.equal(predict(backbone, source), predict(backbone, None))
     randomise(backbone, plan, 0.2)
@@ -70,7 +70,7 @@ def test_in_training_the_structure_is_made_coarser_at_random() -> None:
 def test_guidance_in_time_is_the_papers_sum(tiny: Any, randomise: Callable[..., None]) -> None:
     """eps = eps_image(null) + w_t (eps_video(null) - eps_image(null)) + w (eps_video(c) -
     eps_video(null))"""
-    randomise(tiny, methods.apply(tiny, {"gen1": Gen1(heads=2)}), 0.1)
+    randomise(tiny, apply_methods(tiny, {"gen1": Gen1(heads=2)}), 0.1)
     seen: list[Tensor] = []
     own = sample(
         tiny, PROMPTS, [1, 2], 1, guidance=3, frames=2, temporal_guidance=0.5,

@@ -14,13 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import adapter, methods, resources
 from trainer.attention.context import StepContext, use
-from trainer.attention.store import MapStore
-from trainer.methods.swap import Swap
-from trainer.recipe import methods_of
-from trainer.sampler import sample
-from trainer.schema import RecipeError
+from trainer.common.lookup import method_files
+from trainer.config.load import methods_of
+from trainer.config.schema import RecipeError
+from trainer.diffusion.sampler import sample
+from trainer.methods.apply import Plan, apply_methods, find_method, method_names
+from trainer.methods.shared.swap import Swap
+from trainer.ops.attention_maps import MapStore
+from trainer.runs.adapter import load_adapted, save_adapter
 
 # one row a method: options under which it trains something on the tiny backbone
 EXAMPLES: dict[str, dict[str, Any]] = {
@@ -82,9 +84,9 @@ NOT_EXACT_AT_START: set[str] = {
 ALIGNED: set[str] = {"pix2video", "text2video_zero", "tune_a_video", "videop2p"}
 # methods that compute the same in another order
 ROUNDED_AT_START: set[str] = {"tiled"}
-NAMES = methods.names()
+NAMES = method_names()
 PAIRS = [pytest.param(*pair, id="+".join(pair)) for pair in itertools.combinations(NAMES, 2)]
-SWAPS = [name for name in NAMES if issubclass(methods.find(name), Swap)]
+SWAPS = [name for name in NAMES if issubclass(find_method(name), Swap)]
 # what a swap is to go with, by the options that differ from EXAMPLES
 STACKS: dict[str, dict[str, dict[str, Any]]] = {
     "lora": {"lora": {"sites": "self", "dropout": 0}},
@@ -126,7 +128,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 def frames(*names: str) -> int:
     """Of the clips that methods are tested with: 1, images, unless one is about time."""
-    inserts = any(methods.find(name).kind == "structure" for name in names)
+    inserts = any(find_method(name).kind == "structure" for name in names)
     return 2 if inserts or ALIGNED & set(names) else 1
 
 
@@ -144,13 +146,13 @@ def painted(backbone: Any, frames: int = 1) -> Tensor:
     return sample(backbone, ["a <v1> on a red background"], [3], steps=2, guidance=3, frames=frames)
 
 
-def reloaded(backbone: Any, plan: methods.Plan, tree: Any, folder: Path, where: Path) -> Any:
+def reloaded(backbone: Any, plan: Plan, tree: Any, folder: Path, where: Path) -> Any:
     """The same from its adapter's file."""
     own = state(backbone)
     tensors = {key: own[key] for key in plan.stored}
     header = {"backbone": str(folder), "methods": tree}
-    adapter.save(where / "adapter.safetensors", tensors, header, backbone.identity())
-    return adapter.load(where / "adapter.safetensors")[0]
+    save_adapter(where / "adapter.safetensors", tensors, header, backbone.identity())
+    return load_adapted(where / "adapter.safetensors")[0]
 
 
 def test_there_is_a_method_to_test() -> None:
@@ -165,7 +167,7 @@ def test_every_example_is_of_a_method() -> None:
 def test_only_what_it_claims_changes(
     name: str, tiny: Any, train: Callable[..., list[float]]
 ) -> None:
-    plan = methods.apply(tiny, methods_of(tree_of(name)))
+    plan = apply_methods(tiny, methods_of(tree_of(name)))
     for edit in plan.edits.values():
         assert set(edit.trains) <= {path for path, _ in edit.claims}
     assert set(plan.names) == {path for edit in plan.edits.values() for path in edit.trains}
@@ -177,8 +179,8 @@ def test_only_what_it_claims_changes(
 @each_method
 def test_what_it_keeps_is_the_base(name: str, tiny: Any) -> None:
     base = state(tiny)
-    plan = methods.apply(tiny, methods_of(tree_of(name)))
-    edit, kind = plan.edits[name], methods.find(name).kind
+    plan = apply_methods(tiny, methods_of(tree_of(name)))
+    edit, kind = plan.edits[name], find_method(name).kind
     rounded = {path for path, _ in edit.claims} if kind == "storage" else set()
     values = {value.data_ptr(): value for value in (*tiny.parameters(), *tiny.buffers())}.values()
     for path, value in base.items():
@@ -192,7 +194,7 @@ def test_exact_at_start(name: str, tiny: Any) -> None:
     if name in NOT_EXACT_AT_START:
         pytest.skip("its paper does not start from the base model's output")
     base = predictions(tiny)
-    methods.apply(tiny, methods_of(tree_of(name)))
+    apply_methods(tiny, methods_of(tree_of(name)))
     if name in ROUNDED_AT_START:
         torch.testing.assert_close(predictions(tiny), base, rtol=1e-5, atol=1e-5)
     else:
@@ -206,7 +208,7 @@ def test_saved_and_loaded_is_the_same(
     name: str, tiny: Any, tiny_folder: Path, tmp_path: Path, train: Callable[..., list[float]]
 ) -> None:
     tree = tree_of(name)
-    plan = methods.apply(tiny, methods_of(tree))
+    plan = apply_methods(tiny, methods_of(tree))
     count = frames(name)
     untrained = painted(tiny, count)
     train(tiny, plan, frames=count)
@@ -218,7 +220,7 @@ def test_saved_and_loaded_is_the_same(
 
 @each_method
 def test_importing_it_loads_no_torch(name: str) -> None:
-    level = next(path.parent.name for path in resources.methods() if path.stem == name)
+    level = next(path.parent.name for path in method_files() if path.stem == name)
     code = (
         f"import sys, trainer.methods.{level}.{name}; "
         "sys.exit(str([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules] or "
@@ -228,7 +230,7 @@ def test_importing_it_loads_no_torch(name: str) -> None:
     assert run.stderr.strip() == ""
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if "sites" in methods.find(n).model_fields])
+@pytest.mark.parametrize("name", [n for n in NAMES if "sites" in find_method(n).model_fields])
 def test_a_wrong_selector_is_refused_before_loading(name: str) -> None:
     with pytest.raises(RecipeError) as error:
         methods_of({name: {**tree_of(name)[name], "sites": "crosss"}})
@@ -255,15 +257,15 @@ def test_pairs_compose_or_are_refused_by_name(
     backbone, reversed_backbone = open_folder(tiny_folder), open_folder(tiny_folder)
     backwards = methods_of(dict(reversed(tree.items())))
     try:
-        plan = methods.apply(backbone, methods_of(tree))
+        plan = apply_methods(backbone, methods_of(tree))
     except ValueError as error:
         with pytest.raises(ValueError) as other_way:
-            methods.apply(reversed_backbone, backwards)
+            apply_methods(reversed_backbone, backwards)
         for message in (str(error), str(other_way.value)):
             assert f"methods.{first}" in message
             assert f"methods.{second}" in message
         return
-    other = methods.apply(reversed_backbone, backwards)
+    other = apply_methods(reversed_backbone, backwards)
     assert other.names == plan.names
     assert {name: edit.trains for name, edit in other.edits.items()} == {
         name: edit.trains for name, edit in plan.edits.items()
@@ -291,7 +293,7 @@ def test_a_swap_goes_with(
     """Distilled or not, with adapters on the same layers in 4 bits, with new words and prompts."""
     others = {name: EXAMPLES[name] | more for name, more in STACKS[stack].items()}
     tree = {swap: EXAMPLES[swap] | {"sites": "self", "distill": 1.0}} | others
-    plan = methods.apply(tiny, methods_of(tree))
+    plan = apply_methods(tiny, methods_of(tree))
     assert set(plan.edits) == set(tree)
     before = state(tiny)
     assert all(torch.isfinite(torch.tensor(train(tiny, plan))))

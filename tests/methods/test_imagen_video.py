@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import methods
-from trainer.attention.temporal import TemporalAttention, TemporalConv
+from trainer.methods.apply import apply_methods
 from trainer.methods.feature.imagen_video import ImagenVideo
+from trainer.ops.temporal.layers import TemporalAttention, TemporalConv
 
 
 @pytest.mark.parametrize(("start", "attention"), [(1, 7), (2, 4), (3, 0)])
 def test_coarse_grids_attend_and_fine_ones_convolve(start: int, attention: int, tiny: Any) -> None:
-    plan = methods.apply(tiny, {"imagen_video": ImagenVideo(heads=2, attention_from=start)})
+    plan = apply_methods(tiny, {"imagen_video": ImagenVideo(heads=2, attention_from=start)})
     kinds = [
         type(m) for m in tiny.unet.modules() if isinstance(m, TemporalAttention | TemporalConv)
     ]
@@ -29,7 +29,7 @@ def test_coarse_grids_attend_and_fine_ones_convolve(start: int, attention: int, 
 
 
 def test_a_transformer_has_one_grid(dit: Any) -> None:
-    plan = methods.apply(dit, {"imagen_video": ImagenVideo(heads=2)})
+    plan = apply_methods(dit, {"imagen_video": ImagenVideo(heads=2)})
     assert len(plan.edits["imagen_video"].sites) == 2
     assert not any(isinstance(m, TemporalConv) for m in dit.transformer.modules())
 
@@ -38,7 +38,7 @@ def test_an_image_passes_the_convolutions_by(
     tiny: Any, predict: Callable[[Any], Tensor], randomise: Callable[..., None]
 ) -> None:
     base = predict(tiny).detach()
-    plan = methods.apply(tiny, {"imagen_video": ImagenVideo(heads=2, attention_from=3)})
+    plan = apply_methods(tiny, {"imagen_video": ImagenVideo(heads=2, attention_from=3)})
     randomise(tiny, plan, 0.3)
     assert torch.equal(predict(tiny), base)
     for parameter in tiny.unet.parameters():
@@ -49,6 +49,6 @@ def test_an_image_attends_to_itself(
     tiny: Any, predict: Callable[[Any], Tensor], randomise: Callable[..., None]
 ) -> None:
     base = predict(tiny).detach()
-    plan = methods.apply(tiny, {"imagen_video": ImagenVideo(heads=2, attention_from=1)})
+    plan = apply_methods(tiny, {"imagen_video": ImagenVideo(heads=2, attention_from=1)})
     randomise(tiny, plan, 0.3)
     assert not torch.allclose(predict(tiny), base, atol=1e-3)

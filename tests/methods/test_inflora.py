@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer import adapter, methods
-from trainer.attention.subspace import claim, design, pack, unpack
+from trainer.config.load import methods_of
+from trainer.config.schema import RecipeError
+from trainer.methods.apply import Plan, apply_methods
 from trainer.methods.weight.inflora import Inflora
-from trainer.recipe import methods_of
-from trainer.schema import RecipeError
+from trainer.ops.adapters.subspace import claim, design, pack_subspace, unpack
+from trainer.runs.adapter import save_adapter, start_from
 
 SIZES = [(7, 3), (16, 4), (33, 5)]
 each_size = pytest.mark.parametrize(("width", "rank"), SIZES, ids=[str(w) for w, _ in SIZES])
@@ -60,7 +61,7 @@ def test_memory_against_singular_vectors_one_by_one(width: int, rank: int, energ
     free = whole(width)
     for number, tokens in enumerate(tasks):
         free = claim(free, moment(tokens), energy)
-        kept, complement = pack(free)
+        kept, complement = pack_subspace(free)
         assert kept.shape == (width, width // 2)
         free = unpack(kept.float(), complement)
         basis = dual_gpm(tasks[: number + 1], energy)
@@ -75,7 +76,7 @@ def test_memory_against_singular_vectors_one_by_one(width: int, rank: int, energ
 def test_both_forms_say_the_same(width: int, rank: int) -> None:
     for taken in range(width + 1):
         free = torch.linalg.qr(inputs(width, width, taken, width))[0][:, taken:]
-        kept, complement = pack(free)
+        kept, complement = pack_subspace(free)
         assert complement == (width - taken <= width // 2)
         again = unpack(kept, complement)
         torch.testing.assert_close(again @ again.T, free @ free.T)
@@ -104,14 +105,14 @@ def test_rows_beyond_what_is_free_are_zero() -> None:
 
 def learn(
     backbone: Any, task: int, before: Path | None, path: Path, look: Callable[[], None], **more: Any
-) -> methods.Plan:
+) -> Plan:
     """Task `task` as a run does it: apply, go on, prepare, train (here: B by chance), finish,
     save."""
     options = {"rank": 3, "task": task, "num_tasks": 3, "sites": "cross & mid", **more}
     tree = {"inflora": options}
-    plan = methods.apply(backbone, methods_of(tree))
+    plan = apply_methods(backbone, methods_of(tree))
     if before is not None:
-        adapter.start(before, backbone, plan)
+        start_from(before, backbone, plan)
     edit = plan.edits["inflora"]
     assert edit.prepare is not None and edit.finish is not None
     edit.prepare(look)
@@ -123,7 +124,7 @@ def learn(
     edit.finish(look)
     tensors = dict(backbone.named_parameters()) | dict(backbone.named_buffers())
     stored = {name: tensors[name].clone() for name in plan.stored}
-    adapter.save(path, stored, {"backbone": "x", "methods": tree}, backbone.identity())
+    save_adapter(path, stored, {"backbone": "x", "methods": tree}, backbone.identity())
     return plan
 
 
@@ -199,7 +200,7 @@ def test_energy_rises_with_the_tasks(tiny_folder: Path, open_folder: Any, tmp_pa
 
 def test_forward_and_gradient_against_a_plain_sum(tiny: Any) -> None:
     options = {"rank": 3, "alpha": 6, "task": 1, "num_tasks": 2}
-    plan = methods.apply(tiny, methods_of({"inflora": options}))
+    plan = apply_methods(tiny, methods_of({"inflora": options}))
     layer = layers(tiny)[0]
     generator = torch.Generator().manual_seed(0)
     downs = [layer.lora_A[f"inflora-{task}"].weight for task in range(2)]
@@ -247,4 +248,4 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 
 def test_convolutions_are_refused(tiny: Any) -> None:
     with pytest.raises(ValueError, match="conv_in is a convolution; name linear layers"):
-        methods.apply(tiny, {"inflora": Inflora(rank=2, layers=("conv_in",))})
+        apply_methods(tiny, {"inflora": Inflora(rank=2, layers=("conv_in",))})

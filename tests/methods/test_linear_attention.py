@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import methods
-from trainer.attention.kernels.linear import FEATURES, linear_attention
-from trainer.recipe import load, methods_of
-from trainer.schema import RecipeError
+from trainer.config.load import load_recipe, methods_of
+from trainer.config.schema import RecipeError
+from trainer.kernels.linear import FEATURES, linear_attention
+from trainer.methods.apply import Plan, apply_methods
 
 Predict = Callable[[Any], Tensor]
 TRAIN = {"selective": {"sites": "self", "projections": ["q", "k", "v", "out"]}}
 
 
-def add(backbone: Any, **options: Any) -> methods.Plan:
-    return methods.apply(backbone, methods_of({"linear_attention": options, **TRAIN}))
+def add(backbone: Any, **options: Any) -> Plan:
+    return apply_methods(backbone, methods_of({"linear_attention": options, **TRAIN}))
 
 
 def test_the_chosen_sites_run_the_kernel_and_no_others(tiny: Any, predict: Predict) -> None:
@@ -98,8 +98,8 @@ def test_a_run_distils_first_and_then_no_more(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two steps with, two without: seen where the loss is taken."""
-    from trainer.attention.distilled import Distillation
-    from trainer.fit import fit
+    from trainer.ops.distillation import Distillation
+    from trainer.training.fit import fit
 
     seen: list[tuple[float, bool]] = []
     loss = Distillation.loss
@@ -112,7 +112,7 @@ def test_a_run_distils_first_and_then_no_more(
     words = ["recipe=linear_swap", f"backbone={tiny_folder}", "run.steps=4", "run.batch_size=2"]
     words += ["data.count=8", "data.validation=0", "preview.prompts=[]", "run.checkpoint_every=0"]
     words += ["tracker=none", "optim.ema=null", "run.accelerator=cpu"]
-    folder = fit(load(words), tmp_path / "run")
+    folder = fit(load_recipe(words), tmp_path / "run")
     assert (folder / "adapter.safetensors").exists()
     assert seen == [(0.0, True), (0.25, True), (0.5, False), (0.75, False)]
 
@@ -128,7 +128,7 @@ def test_masks_of_the_model_are_refused_when_they_come(dit: Any, predict: Predic
 @pytest.mark.parametrize("other", ["agent_attention", "gated_linear", "longlora"])
 def test_two_kernels_of_one_site_are_refused_by_name(other: str, tiny: Any) -> None:
     with pytest.raises(ValueError) as error:
-        methods.apply(tiny, methods_of({"linear_attention": {}, other: {}}))
+        apply_methods(tiny, methods_of({"linear_attention": {}, other: {}}))
     assert "methods.linear_attention" in str(error.value)
     assert f"methods.{other}" in str(error.value)
 

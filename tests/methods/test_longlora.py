@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import methods
-from trainer.attention.kernels import sdpa
-from trainer.attention.shifted import ShiftedSparse, shifted_sparse
+from trainer.config.load import methods_of
+from trainer.config.schema import RecipeError
+from trainer.kernels.softmax import sdpa
+from trainer.methods.apply import apply_methods
 from trainer.methods.weight.longlora import Longlora
-from trainer.recipe import methods_of
-from trainer.schema import RecipeError
+from trainer.ops.longlora import ShiftedSparse, shifted_sparse
 
 
 def qkv(heads: int, tokens: int, seed: int = 0) -> list[Tensor]:
@@ -119,7 +119,7 @@ def test_groups_in_training_and_full_attention_otherwise(
     tiny: Any, predict: Callable[[Any], Tensor]
 ) -> None:
     base = predict(tiny).detach()
-    methods.apply(tiny, {"longlora": Longlora()})
+    apply_methods(tiny, {"longlora": Longlora()})
     assert not torch.allclose(predict(tiny), base, atol=1e-4)
     with torch.no_grad():
         assert torch.equal(predict(tiny), base)
@@ -128,7 +128,7 @@ def test_groups_in_training_and_full_attention_otherwise(
 
 def test_one_group_trains_with_full_attention(tiny: Any, predict: Callable[[Any], Tensor]) -> None:
     base = predict(tiny).detach()
-    methods.apply(tiny, {"longlora": Longlora(group=1)})
+    apply_methods(tiny, {"longlora": Longlora(group=1)})
     assert torch.equal(predict(tiny), base)
 
 
@@ -138,7 +138,7 @@ def test_gradient_checkpointing_groups_both_times(
     other = open_folder(tiny_folder)
     found = []
     for backbone, checkpointing in ((tiny, False), (other, True)):
-        plan = methods.apply(backbone, {"longlora": Longlora()})
+        plan = apply_methods(backbone, {"longlora": Longlora()})
         if checkpointing:
             backbone.train()
             backbone.enable_gradient_checkpointing()
@@ -153,7 +153,7 @@ def test_trains_lora_norms_and_embeddings_and_nothing_else(tiny: Any) -> None:
     own = {name for name, _ in tiny.named_parameters() if name.startswith("unet.")}
     norms = {name for name in own if "norm" in name}
     embeddings = {name for name in own if name.startswith("unet.time_embedding")}
-    plan = methods.apply(tiny, {"longlora": Longlora()})
+    plan = apply_methods(tiny, {"longlora": Longlora()})
     lora = {name for name in plan.names if ".attn1.to_" in name and ".lora_" in name}
     assert len(lora) == 2 * 4 * sum(site.kind == "self" for site in tiny.sites)
     assert set(plan.names) == lora | norms | embeddings
@@ -162,7 +162,7 @@ def test_trains_lora_norms_and_embeddings_and_nothing_else(tiny: Any) -> None:
 
 
 def test_sites_all_puts_lora_on_cross_attention_too_but_no_groups(tiny: Any) -> None:
-    plan = methods.apply(tiny, {"longlora": Longlora(sites="all", whole=())})
+    plan = apply_methods(tiny, {"longlora": Longlora(sites="all", whole=())})
     assert any(".attn2." in name for name in plan.names)
     assert all(".lora_" in name for name in plan.names)
     assert {p.site.kind for p in tiny.host.processors.values() if p.ops} == {"self"}
@@ -171,7 +171,7 @@ def test_sites_all_puts_lora_on_cross_attention_too_but_no_groups(tiny: Any) -> 
 def test_keys_appended_by_another_op_are_refused(
     tiny: Any, predict: Callable[[Any], Tensor], append_key: Any
 ) -> None:
-    methods.apply(tiny, {"longlora": Longlora()})
+    apply_methods(tiny, {"longlora": Longlora()})
     tiny.host.install(append_key, [site for site in tiny.sites if site.kind == "self"])
     with pytest.raises(ValueError, match=r"methods\.longlora groups the tokens of .* appends keys"):
         predict(tiny)
@@ -187,7 +187,7 @@ def test_keys_appended_by_another_op_are_refused(
 )
 def test_refused_with_the_mend(options: dict[str, Any], message: str, tiny: Any) -> None:
     with pytest.raises(ValueError) as error:
-        methods.apply(tiny, methods_of({"longlora": options}))
+        apply_methods(tiny, methods_of({"longlora": options}))
     assert str(error.value).startswith("methods.longlora: ")
     assert message in str(error.value)
 
@@ -196,7 +196,7 @@ def test_one_head_is_refused(tiny: Any) -> None:
     sites = tiny.sites
     tiny.host.sites = [dataclasses.replace(site, heads=1) for site in sites]
     with pytest.raises(ValueError, match=r"has one head, and half of the heads are shifted"):
-        methods.apply(tiny, {"longlora": Longlora()})
+        apply_methods(tiny, {"longlora": Longlora()})
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,17 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from trainer import methods
-from trainer.attention.inject import fold
+from trainer.config.load import methods_of
+from trainer.config.schema import RecipeError
+from trainer.methods.apply import Plan, apply_methods
 from trainer.methods.weight.lora import Lora
-from trainer.recipe import methods_of
-from trainer.schema import RecipeError
+from trainer.ops.adapters.inject import fold
 
 UP = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 
 
-def add(backbone: Any, **options: Any) -> methods.Plan:
-    return methods.apply(backbone, {"lora": Lora(**options)})
+def add(backbone: Any, **options: Any) -> Plan:
+    return apply_methods(backbone, {"lora": Lora(**options)})
 
 
 def layers(backbone: Any, suffix: str = ".to_k") -> dict[str, Any]:
@@ -187,7 +187,7 @@ def test_a_second_method_of_peft_silences_nothing(
 ) -> None:
     tree = {"lora": {"sites": "cross", "rank": 2, "init": init}, "dora": {"sites": "self"}}
     base = predict(tiny)
-    plan = methods.apply(tiny, methods_of(tree))
+    plan = apply_methods(tiny, methods_of(tree))
     torch.testing.assert_close(predict(tiny), base, rtol=0, atol=1e-5)
     predict(tiny).square().sum().backward()
     parameters = dict(tiny.named_parameters())
@@ -210,7 +210,7 @@ def test_a_second_method_of_peft_silences_nothing(
 )
 def test_refused_with_the_mend(options: dict[str, Any], message: str, tiny: Any) -> None:
     with pytest.raises(ValueError) as error:
-        methods.apply(tiny, methods_of({"lora": options}))
+        apply_methods(tiny, methods_of({"lora": options}))
     assert str(error.value).startswith("methods.lora: ")
     assert message in str(error.value)
 
@@ -235,7 +235,7 @@ def test_refused_before_loading(options: dict[str, Any], message: str) -> None:
 def test_two_methods_on_one_layer_are_refused(tiny: Any) -> None:
     tree = {"lora": {"sites": "cross"}, "dora": {"sites": "cross & up"}}
     with pytest.raises(ValueError, match=r"methods\.lora and methods\.dora both claim the adapter"):
-        methods.apply(tiny, methods_of(tree))
+        apply_methods(tiny, methods_of(tree))
 
 
 def test_base_layers_are_of_the_model_itself(tiny: Any) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import methods
 from trainer.attention.context import StepContext, use
+from trainer.methods.apply import apply_methods
 from trainer.methods.feature.magicvideo import MagicVideo
 
 each_family = pytest.mark.parametrize("family", ["tiny", "dit"])
@@ -23,7 +23,7 @@ def test_no_frame_hears_of_a_later_one(
 ) -> None:
     """With the mask before the softmax; after it, later frames have still had their share."""
     backbone = request.getfixturevalue(family)
-    plan = methods.apply(backbone, {"magicvideo": MagicVideo(heads=2, renormalise=True)})
+    plan = apply_methods(backbone, {"magicvideo": MagicVideo(heads=2, renormalise=True)})
     randomise(backbone, plan, 0.2)
     x_t = torch.randn(3, 8, 8, 8, generator=torch.Generator().manual_seed(3))
     condition = backbone.encode_prompts(["a fox"] * 3)
@@ -45,7 +45,7 @@ def test_no_frame_hears_of_a_later_one(
 
 @pytest.mark.parametrize("renormalise", [False, True])
 def test_the_equation(renormalise: bool, tiny: Any, randomise: Callable[..., None]) -> None:
-    plan = methods.apply(tiny, {"magicvideo": MagicVideo(heads=2, renormalise=renormalise)})
+    plan = apply_methods(tiny, {"magicvideo": MagicVideo(heads=2, renormalise=renormalise)})
     randomise(tiny, plan, 0.3)
     block: Any = tiny.unet.down_blocks[1].temporal[0]
     generator = torch.Generator().manual_seed(1)
@@ -72,7 +72,7 @@ def test_adaptors_follow_convolutions_or_blocks(
     family: str, request: pytest.FixtureRequest
 ) -> None:
     backbone = request.getfixturevalue(family)
-    plan = methods.apply(backbone, {"magicvideo": MagicVideo(heads=2, max_frames=5)})
+    plan = apply_methods(backbone, {"magicvideo": MagicVideo(heads=2, max_frames=5)})
     parameters = dict(backbone.named_parameters())
     scales = [parameters[name] for name in plan.names if name.endswith(".scale")]
     assert len(scales) == (16 if family == "tiny" else 2)

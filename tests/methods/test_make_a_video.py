@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer import methods
 from trainer.attention.context import StepContext, use
-from trainer.attention.inject import fold
+from trainer.config.load import methods_of
+from trainer.methods.apply import apply_methods
 from trainer.methods.feature.make_a_video import MakeAVideo
-from trainer.recipe import methods_of
+from trainer.ops.adapters.inject import fold
 
 CONV = "down_blocks.0.resnets.0"
 
@@ -31,7 +31,7 @@ def clip(backbone: Any, fps: Tensor | None = None, frames: int = 2) -> Tensor:
 
 def test_a_convolution_is_pseudo_3d(tiny: Any, randomise: Callable[..., None]) -> None:
     """ConvP3D is a 3D convolution whose kernel is the product of a spatial and a temporal one."""
-    plan = methods.apply(tiny, {"make_a_video": MakeAVideo(heads=2)})
+    plan = apply_methods(tiny, {"make_a_video": MakeAVideo(heads=2)})
     randomise(tiny, plan, 0.2)
     resnet: Any = tiny.unet.get_submodule(CONV)
     tiny.host.holder.ctx = StepContext(0, 1, torch.zeros(()), frames=3)
@@ -46,12 +46,12 @@ def test_a_convolution_is_pseudo_3d(tiny: Any, randomise: Callable[..., None]) -
 
 
 def test_every_layer_has_its_pair(tiny: Any, dit: Any) -> None:
-    unet = set(methods.apply(tiny, {"make_a_video": MakeAVideo(heads=2)}).names)
+    unet = set(apply_methods(tiny, {"make_a_video": MakeAVideo(heads=2)}).names)
     convs = [n for n, layer in tiny.unet.named_modules() if n.endswith((".conv1", ".conv2"))]
     assert len([n for n in unet if n.endswith(".conv.weight")]) == len(convs) == 16
     assert len([n for n in unet if n.endswith("attn.to_q.weight")]) == 7
     assert len([n for n in unet if ".frame_rate." in n]) == 4
-    names = methods.apply(dit, {"make_a_video": MakeAVideo(heads=2)}).names
+    names = apply_methods(dit, {"make_a_video": MakeAVideo(heads=2)}).names
     assert not [n for n in names if ".conv." in n]
     assert len([n for n in names if n.endswith("attn.to_q.weight")]) == 2
     assert len([n for n in names if "adaln_single.frame_rate." in n]) == 4
@@ -61,7 +61,7 @@ def test_frames_a_second_are_told_and_images_are_the_image_models(
     tiny: Any, predict: Callable[[Any], Tensor], randomise: Callable[..., None]
 ) -> None:
     base = predict(tiny).detach()
-    plan = methods.apply(tiny, {"make_a_video": MakeAVideo(heads=2, fps=12)})
+    plan = apply_methods(tiny, {"make_a_video": MakeAVideo(heads=2, fps=12)})
     randomise(tiny, plan, 0.2)
     assert torch.equal(predict(tiny), base)
     slow, fast = clip(tiny, torch.tensor([12.0, 12.0])), clip(tiny, torch.tensor([12.0, 30.0]))
@@ -76,7 +76,7 @@ def test_an_adapter_on_a_convolution_comes_before_its_pair(
 ) -> None:
     """What follows a layer follows the layer with its adapter: folding changes nothing."""
     tree = {"make_a_video": {"heads": 2}, method: {"sites": None, "layers": ["*conv1"], "rank": 2}}
-    plan = methods.apply(tiny, methods_of(tree))
+    plan = apply_methods(tiny, methods_of(tree))
     randomise(tiny, plan, 0.1)
     adapted = clip(tiny)
     fold(tiny.unet)

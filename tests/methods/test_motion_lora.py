@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainer import adapter, recipe
-from trainer.__main__ import BAD_RECIPE, main
-from trainer.data import Needs
-from trainer.schema import RecipeError
+from trainer.__main__ import main
+from trainer.common.exit_codes import BAD_RECIPE
+from trainer.config.load import load_recipe
+from trainer.config.schema import RecipeError
+from trainer.data.source import Needs
+from trainer.runs.adapter import load_adapted
 
 CLIP = Path(__file__).parents[2] / "data" / "tiny" / "clip"
 SMALL = [
@@ -49,7 +51,7 @@ def run(modules: Path, tiny_folder: Path) -> Path:
 
 
 def test_its_clips_are_of_one_motion(tmp_path: Path) -> None:
-    data = recipe.load(["recipe=motion_lora"]).data
+    data = load_recipe(["recipe=motion_lora"]).data
 
     def none(*_: object) -> list[object]:
         return []
@@ -67,7 +69,7 @@ def test_it_trains_lora_on_temporal_attention_alone(run: Path, modules: Path) ->
     assert stored
     assert all(".motion_modules." in name and ".lora_" in name for name in stored)
     assert all(bool(value.any()) for value in stored.values())  # B left its start, zero
-    model, _ = adapter.load(run / "adapter.safetensors")
+    model, _ = load_adapted(run / "adapter.safetensors")
     own = {
         name.replace(".base_layer", ""): value
         for name, value in model.named_parameters()
@@ -115,4 +117,4 @@ def test_without_trained_modules_it_says_what_is_needed(
 
 def test_a_motion_that_the_world_has_not_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"data\.motion='leftwards': choose one of moving up, "):
-        recipe.load(["recipe=motion_lora", "data.motion=leftwards"])
+        load_recipe(["recipe=motion_lora", "data.motion=leftwards"])

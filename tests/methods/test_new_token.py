@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import methods
+from trainer.config.load import methods_of
+from trainer.config.schema import RecipeError
+from trainer.methods.apply import Plan, apply_methods
 from trainer.methods.weight.new_token import NewToken
-from trainer.recipe import methods_of
-from trainer.schema import RecipeError
 
 OLD_PROMPTS = ["a fox on a red background", "", "a cat left of an apple, a penguin below it"]
 
 
-def add(backbone: Any, *tokens: str, init: Any = "fox") -> methods.Plan:
-    return methods.apply(backbone, {"new_token": NewToken(tokens=tokens or ("<v1>",), init=init)})
+def add(backbone: Any, *tokens: str, init: Any = "fox") -> Plan:
+    return apply_methods(backbone, {"new_token": NewToken(tokens=tokens or ("<v1>",), init=init)})
 
 
 def encoded(backbone: Any, prompts: list[str]) -> Tensor:

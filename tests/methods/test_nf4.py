@@ -17,12 +17,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainer import methods, report
-from trainer.attention import nf4
-from trainer.attention.inject import fold
+from trainer.config.load import load_recipe, methods_of
+from trainer.methods.apply import apply_methods
 from trainer.methods.weight.nf4 import Nf4
-from trainer.optim import Optim, optimizer_class
-from trainer.recipe import load, methods_of
+from trainer.ops.adapters import nf4
+from trainer.ops.adapters.inject import fold
+from trainer.training import plan_report
+from trainer.training.optim import Optim, optimizer_class
+from trainer.training.plan_report import describe_plan
 
 # QLoRA, appendix E
 CODES = (
@@ -98,7 +100,7 @@ def test_bf16_computes_in_bf16_and_answers_in_the_dtype_it_was_asked_in() -> Non
 
 def test_packs_the_large_linear_layers_but_time_norms_and_output(tiny: Any) -> None:
     before = dict(tiny.named_modules())
-    methods.apply(tiny, methods_of(QLORA))
+    apply_methods(tiny, methods_of(QLORA))
     wanted = {
         name
         for name, layer in before.items()
@@ -124,7 +126,7 @@ def test_skip_and_min_size(tiny: Any) -> None:
 def test_bits_a_value_at_the_sizes_of_the_shipped_network(open_folder: Any) -> None:
     """QLoRA says 4.127."""
     shipped = open_folder(Path(__file__).parents[2] / "data" / "tiny")
-    methods.apply(shipped, methods_of({"nf4": {}, "lora": {"rank": 2}}))
+    apply_methods(shipped, methods_of({"nf4": {}, "lora": {"rank": 2}}))
     assert 4.12 < nf4.bits_per_value(shipped) <= 4.13
     states = [layer.weight.quant_state for layer in packed(shipped).values()]
     assert len({state.code.data_ptr() for state in states}) == 1
@@ -140,7 +142,7 @@ def test_bits_need_a_packed_layer(tiny: Any) -> None:
 def test_adapters_train_over_it_and_no_bit_of_it_moves(
     beside: str, tiny: Any, train: Callable[..., list[float]], predict: Callable[[Any], Tensor]
 ) -> None:
-    plan = methods.apply(tiny, methods_of({"nf4": {"min_size": 1024}, beside: {"rank": 2}}))
+    plan = apply_methods(tiny, methods_of({"nf4": {"min_size": 1024}, beside: {"rank": 2}}))
     before = storage(tiny)
     train(tiny, plan)
     predict(tiny.eval())  # where bitsandbytes could repack for inference
@@ -157,7 +159,7 @@ def test_adapters_train_over_it_and_no_bit_of_it_moves(
 def test_gradients_of_lora_are_those_over_the_same_values_unpacked(
     tiny: Any, predict: Callable[[Any], Tensor]
 ) -> None:
-    plan = methods.apply(tiny, methods_of(QLORA))
+    plan = apply_methods(tiny, methods_of(QLORA))
     plain = copy.deepcopy(tiny)
     for name, layer in packed(plain).items():
         owner, _, last = name.rpartition(".")
@@ -182,12 +184,12 @@ def test_copies_and_reloads_are_bit_identical(
     open_folder: Callable[[Path], Any],
     predict: Callable[[Any], Tensor],
 ) -> None:
-    methods.apply(tiny, methods_of(QLORA))
+    apply_methods(tiny, methods_of(QLORA))
     with torch.no_grad():
         own, copied = predict(tiny), predict(copy.deepcopy(tiny))
     assert torch.equal(own, copied)
     again = open_folder(tiny_folder)
-    methods.apply(again, methods_of(QLORA))
+    apply_methods(again, methods_of(QLORA))
     assert same(storage(again), storage(tiny))
     one = next(iter(packed(copy.deepcopy(tiny)).values()))
     assert one.weight.module is None
@@ -203,7 +205,7 @@ def test_folded_it_is_plain_and_does_the_same(
 ) -> None:
     from diffusers import UNet2DConditionModel
 
-    plan = methods.apply(tiny, methods_of({"nf4": {"min_size": 1024}, beside: {"sites": "cross"}}))
+    plan = apply_methods(tiny, methods_of({"nf4": {"min_size": 1024}, beside: {"sites": "cross"}}))
     train(tiny, plan)
     tiny.eval()
     live = predict(tiny).detach()
@@ -221,10 +223,10 @@ def test_the_report_counts_values_not_bytes(tiny: Any, tiny_folder: Path) -> Non
     total = sum(value.numel() for value in tiny.parameters())
     words = ["recipe=custom_diffusion", f"backbone={tiny_folder}", "run.batch_size=2"]
     words += ["methods.selective=null", "methods.new_token=null", "methods.nf4.min_size=1024"]
-    recipe = load([*words, "methods.lora.rank=2", "data.prior_weight=0"])
-    full = report.saved_bytes(recipe, tiny, 2)
-    plan = methods.apply(tiny, recipe.methods)
-    facts = report.describe(recipe, tiny, plan, report.peak_memory(recipe, tiny, plan))
+    recipe = load_recipe([*words, "methods.lora.rank=2", "data.prior_weight=0"])
+    full = plan_report.saved_bytes(recipe, tiny, 2)
+    plan = apply_methods(tiny, recipe.methods)
+    facts = describe_plan(recipe, tiny, plan, plan_report.peak_memory(recipe, tiny, plan))
     assert facts["total"] == total + plan.trained
     assert facts["peak_memory_bytes"] < 4 * total + full
 
@@ -243,7 +245,7 @@ def test_the_report_counts_values_not_bytes(tiny: Any, tiny_folder: Path) -> Non
 )
 def test_refused_with_the_mend(tree: dict[str, Any], message: str, tiny: Any) -> None:
     with pytest.raises(ValueError) as error:
-        methods.apply(tiny, methods_of(tree))
+        apply_methods(tiny, methods_of(tree))
     assert message in str(error.value)
 
 
@@ -252,7 +254,7 @@ def test_without_bitsandbytes_it_says_how_to_get_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r"pip install 'attention-trainer\[qlora\]'"):
-        methods.apply(tiny, methods_of(QLORA))
+        apply_methods(tiny, methods_of(QLORA))
     assert not packed(tiny)
     with pytest.raises(ValueError, match=r"optim\.name=adamw8bit needs bitsandbytes; pip install"):
         optimizer_class("adamw8bit", "cpu")

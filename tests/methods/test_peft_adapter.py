@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer import adapter, methods
-from trainer.attention import nf4
-from trainer.attention.inject import fold
+from trainer.config.load import methods_of
+from trainer.config.schema import RecipeError
+from trainer.methods.apply import apply_methods
 from trainer.methods.weight.peft_adapter import INSTEAD, OVER_4_BITS, TYPES
-from trainer.recipe import methods_of
-from trainer.schema import RecipeError
+from trainer.ops.adapters import nf4
+from trainer.ops.adapters.inject import fold
+from trainer.runs.adapter import load_adapted
 
 # small enough for the tiny network
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -53,7 +54,7 @@ def test_starts_at_the_base_model_and_trains(
 ) -> None:
     weights = {name: p.detach().clone() for name, p in tiny.named_parameters()}
     base = predict(tiny)
-    plan = methods.apply(tiny, methods_of(tree(kind)))
+    plan = apply_methods(tiny, methods_of(tree(kind)))
     if kind == "hra":  # two reflections each undo the other, but for rounding
         torch.testing.assert_close(predict(tiny), base, rtol=0, atol=1e-5)
     else:
@@ -79,12 +80,12 @@ def test_what_is_stored_is_all_there_is(
     save: Callable[..., dict[str, Tensor]],
 ) -> None:
     """Made under one seed, loaded under another: nothing drawn at random is left out."""
-    plan = methods.apply(tiny, methods_of(tree(kind)), seed=5)
+    plan = apply_methods(tiny, methods_of(tree(kind)), seed=5)
     randomise(tiny, plan)
     live = predict(tiny)
     path = tmp_path / "adapter.safetensors"
     save(path, tiny, plan, {"backbone": str(tiny_folder), "methods": tree(kind)})
-    loaded, _ = adapter.load(path)
+    loaded, _ = load_adapted(path)
     assert torch.equal(predict(loaded), live)
 
 
@@ -93,7 +94,7 @@ def test_folded_into_weights_it_does_the_same(
     kind: str, tiny: Any, predict: Callable[[Any], Tensor], randomise: Callable[..., None]
 ) -> None:
     base = predict(tiny)
-    randomise(tiny, methods.apply(tiny, methods_of(tree(kind))))
+    randomise(tiny, apply_methods(tiny, methods_of(tree(kind))))
     live = predict(tiny)
     assert not torch.allclose(live, base, atol=1e-4)
     fold(tiny)
@@ -111,11 +112,11 @@ def test_over_4_bits_it_does_what_it_does_over_the_same_values(
     randomise: Callable[..., None],
 ) -> None:
     packing = {"nf4": {"min_size": 256}}
-    plan = methods.apply(tiny, methods_of(packing | tree(kind)))
+    plan = apply_methods(tiny, methods_of(packing | tree(kind)))
     plain = open_folder(tiny_folder)
-    methods.apply(plain, methods_of(packing | {"new_token": {}}))
+    apply_methods(plain, methods_of(packing | {"new_token": {}}))
     fold(plain)
-    methods.apply(plain, methods_of(tree(kind)))
+    apply_methods(plain, methods_of(tree(kind)))
     randomise(tiny, plan)
     randomise(plain, plan)
     torch.testing.assert_close(predict(tiny), predict(plain), rtol=1e-4, atol=1e-5)
@@ -128,14 +129,14 @@ def test_over_4_bits_it_does_what_it_does_over_the_same_values(
 @pytest.mark.parametrize("kind", sorted(set(TYPES) - set(OVER_4_BITS)))
 def test_others_are_refused_over_4_bits(kind: str, tiny: Any) -> None:
     with pytest.raises(ValueError, match=f"{kind} calculates with W0, and methods.nf4 stores that"):
-        methods.apply(tiny, methods_of({"nf4": {"min_size": 256}} | tree(kind)))
+        apply_methods(tiny, methods_of({"nf4": {"min_size": 256}} | tree(kind)))
 
 
 def test_the_text_encoder_and_convolutions(
     tiny: Any, predict: Callable[[Any], Tensor], randomise: Callable[..., None]
 ) -> None:
     options = {"sites": None, "layers": ["conv_in"], "text_encoder": ["v"]}
-    plan = methods.apply(tiny, methods_of(tree("loha", **options)))
+    plan = apply_methods(tiny, methods_of(tree("loha", **options)))
     randomise(tiny, plan)
     owners = {name.partition(".hada")[0] for name in plan.names}
     assert "unet.conv_in" in owners
@@ -159,7 +160,7 @@ def test_the_text_encoder_and_convolutions(
 )
 def test_refused_options(options: dict[str, Any], message: str, tiny: Any) -> None:
     with pytest.raises(ValueError) as error:
-        methods.apply(tiny, methods_of({"peft_adapter": {"type": "loha", "options": options}}))
+        apply_methods(tiny, methods_of({"peft_adapter": {"type": "loha", "options": options}}))
     assert str(error.value).startswith("methods.peft_adapter: ")
     assert message in str(error.value)
 
@@ -171,11 +172,11 @@ def test_refused_options(options: dict[str, Any], message: str, tiny: Any) -> No
 )
 def test_sizes_that_do_not_fit_are_refused(kind: str, options: dict[str, Any], tiny: Any) -> None:
     with pytest.raises(ValueError, match=r"^methods\.peft_adapter: peft cannot adapt these layers"):
-        methods.apply(tiny, methods_of({"peft_adapter": {"type": kind, "options": options}}))
+        apply_methods(tiny, methods_of({"peft_adapter": {"type": kind, "options": options}}))
 
 
 def test_an_option_of_null_is_none(tiny: Any) -> None:
-    plan = methods.apply(tiny, methods_of(tree("loha", options={"r": None})))
+    plan = apply_methods(tiny, methods_of(tree("loha", options={"r": None})))
     assert {p.shape[1] for n, p in tiny.named_parameters() if n.endswith("_a.peft_adapter")} == {8}
     assert plan.names
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import methods
-from trainer.inversion import invert
+from trainer.diffusion.inversion import invert
+from trainer.diffusion.sampler import sample
+from trainer.methods.apply import apply_methods
 from trainer.methods.feature.pix2video import Pix2Video
-from trainer.sampler import sample
 
 
 def painted(backbone: Any, frames: int = 3, start: Tensor | None = None) -> Tensor:
@@ -23,7 +23,7 @@ def apart(clip: Tensor) -> float:
 
 def test_the_decoder_reads_other_frames_and_in_a_transformer_all_does(tiny: Any, dit: Any) -> None:
     for backbone, place in ((tiny, "up"), (dit, "block")):
-        plan = methods.apply(backbone, {"pix2video": Pix2Video()}, trains=False)
+        plan = apply_methods(backbone, {"pix2video": Pix2Video()}, trains=False)
         own = [s.name for s in backbone.sites if s.kind == "self" and s.place == place]
         assert list(plan.edits["pix2video"].sites) == own
         assert plan.names == ()
@@ -31,8 +31,8 @@ def test_the_decoder_reads_other_frames_and_in_a_transformer_all_does(tiny: Any,
 
 def test_guidance_draws_frames_together(tiny: Any, tiny_folder: Any, open_folder: Any) -> None:
     other = open_folder(tiny_folder)
-    methods.apply(tiny, {"pix2video": Pix2Video(weight=0)}, trains=False)
-    methods.apply(other, {"pix2video": Pix2Video(weight=100)}, trains=False)
+    apply_methods(tiny, {"pix2video": Pix2Video(weight=0)}, trains=False)
+    apply_methods(other, {"pix2video": Pix2Video(weight=100)}, trains=False)
     free, drawn = painted(tiny), painted(other)
     torch.testing.assert_close(free[0], drawn[0], rtol=0, atol=1e-4)  # nothing draws the first
     assert apart(drawn) < 0.8 * apart(free)
@@ -40,12 +40,12 @@ def test_guidance_draws_frames_together(tiny: Any, tiny_folder: Any, open_folder
 
 def test_pictures_are_the_image_models(tiny: Any) -> None:
     base = painted(tiny, 1)
-    methods.apply(tiny, {"pix2video": Pix2Video()}, trains=False)
+    apply_methods(tiny, {"pix2video": Pix2Video()}, trains=False)
     assert torch.equal(painted(tiny, 1), base)
 
 
 def test_a_clip_is_edited_from_its_own_noise(tiny: Any) -> None:
-    methods.apply(tiny, {"pix2video": Pix2Video(weight=0)}, trains=False)
+    apply_methods(tiny, {"pix2video": Pix2Video(weight=0)}, trains=False)
     clip = torch.randn(3, 8, 8, 8, generator=torch.Generator().manual_seed(5))
     start = invert(tiny, clip, [""], 6, 3, iterations=8)
     same = sample(tiny, [""], [3], 6, 1, frames=3, start=start)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import methods
 from trainer.attention.sites import select
+from trainer.config.load import methods_of
+from trainer.config.schema import RecipeError
+from trainer.methods.apply import apply_methods
 from trainer.methods.weight.selective import Selective
-from trainer.recipe import methods_of
-from trainer.schema import RecipeError
 
 ROLES = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 CASES = [
@@ -38,14 +38,14 @@ def expected(tiny: Any, selector: str, projections: tuple[str, ...]) -> set[str]
 
 @pytest.mark.parametrize(("selector", "projections"), CASES)
 def test_trains_exactly_the_chosen(selector: str, projections: tuple[str, ...], tiny: Any) -> None:
-    plan = methods.apply(tiny, {"selective": Selective(sites=selector, projections=projections)})
+    plan = apply_methods(tiny, {"selective": Selective(sites=selector, projections=projections)})
     assert set(plan.names) == expected(tiny, selector, projections)
     assert {name for name, p in tiny.named_parameters() if p.requires_grad} == set(plan.names)
     assert plan.edits["selective"].sites == tuple(s.name for s in select(tiny.sites, selector))
 
 
 def test_custom_diffusion_trains_k_and_v_of_every_attn2(tiny: Any) -> None:
-    plan = methods.apply(tiny, {"selective": Selective()})
+    plan = apply_methods(tiny, {"selective": Selective()})
     wanted = {
         name
         for name, _ in tiny.named_parameters()
@@ -61,7 +61,7 @@ def test_custom_diffusion_trains_k_and_v_of_every_attn2(tiny: Any) -> None:
 )
 def test_no_match_names_the_key_and_the_selector(selector: str, tiny: Any) -> None:
     with pytest.raises(ValueError, match=r"methods\.selective: sites: the selector") as error:
-        methods.apply(tiny, {"selective": Selective(sites=selector)})
+        apply_methods(tiny, {"selective": Selective(sites=selector)})
     assert repr(selector) in str(error.value)
 
 
@@ -83,11 +83,11 @@ def test_wrong_options_are_refused_by_key(options: dict[str, Any], message: str)
 def test_detaching_needs_a_cross_site(tiny: Any) -> None:
     method = Selective(sites="self", detach_first_token=True)
     with pytest.raises(ValueError, match=r"detach_first_token needs cross-attention"):
-        methods.apply(tiny, {"selective": method})
+        apply_methods(tiny, {"selective": method})
 
 
 def test_detaching_leaves_self_attention_alone(tiny: Any) -> None:
-    methods.apply(tiny, {"selective": Selective(sites="all", detach_first_token=True)})
+    apply_methods(tiny, {"selective": Selective(sites="all", detach_first_token=True)})
     kinds = {p.site.kind for p in tiny.host.processors.values() if p.ops}
     assert kinds == {"cross"}
 
@@ -112,7 +112,7 @@ def gradients(y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def test_detached_gradient_is_the_naive_one(tiny: Any) -> None:
-    methods.apply(tiny, {"selective": Selective(detach_first_token=True)})
+    apply_methods(tiny, {"selective": Selective(detach_first_token=True)})
     site = select(tiny.sites, "cross")[1]
     attn: Any = site.module
     generator = torch.Generator().manual_seed(2)
@@ -134,5 +134,5 @@ def test_detaching_changes_no_output(tiny: Any) -> None:
     with torch.no_grad():
         condition = tiny.encode_prompts(PROMPTS)
         base = tiny.predict(x_t, t, condition)
-        methods.apply(tiny, {"selective": Selective(detach_first_token=True)})
+        apply_methods(tiny, {"selective": Selective(detach_first_token=True)})
         assert torch.equal(tiny.predict(x_t, t, condition), base)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import adapter, methods
-from trainer.attention.nf4 import is_packed
-from trainer.recipe import methods_of
-from trainer.sampler import sample
+from trainer.config.load import methods_of
+from trainer.diffusion.sampler import sample
+from trainer.methods.apply import apply_methods
+from trainer.ops.adapters.nf4 import is_packed
+from trainer.runs.adapter import load_adapted, save_adapter
 
 OWN: dict[str, dict[str, Any]] = {
     name: {"heads": 2}
@@ -57,11 +58,11 @@ def test_it_goes_with(
     if form in MASKED and stack in ("linear", "gated", "agents"):
         other = next(iter(STACKS[stack]))
         with pytest.raises(ValueError) as error:
-            methods.apply(tiny, methods_of(tree))
+            apply_methods(tiny, methods_of(tree))
         assert f"methods.{form}" in str(error.value)
         assert f"methods.{other}" in str(error.value)
         return
-    plan = methods.apply(tiny, methods_of(tree))
+    plan = apply_methods(tiny, methods_of(tree))
     for name in STACKS[stack]:
         if name != "nf4":
             kinds = {s.kind for s in tiny.sites if s.name in plan.edits[name].sites}
@@ -78,13 +79,13 @@ def test_it_goes_with(
     trained = painted(tiny)
     tensors = {name: after[name] for name in plan.stored}
     path = tmp_path / "adapter.safetensors"
-    adapter.save(path, tensors, {"backbone": str(tiny_folder), "methods": tree}, tiny.identity())
-    assert torch.equal(painted(adapter.load(path)[0]), trained)
+    save_adapter(path, tensors, {"backbone": str(tiny_folder), "methods": tree}, tiny.identity())
+    assert torch.equal(painted(load_adapted(path)[0]), trained)
 
 
 def test_what_trains_stays_out_of_4_bits(tiny: Any) -> None:
     tree = {"animatediff": {"heads": 2}, "nf4": {"min_size": 256}}
-    plan = methods.apply(tiny, methods_of(tree))
+    plan = apply_methods(tiny, methods_of(tree))
     packed = [name for name, layer in tiny.named_modules() if is_packed(layer)]
     assert packed and not any("motion_modules" in name for name in packed)
     assert set(plan.names) == set(plan.edits["animatediff"].trains)
@@ -92,30 +93,30 @@ def test_what_trains_stays_out_of_4_bits(tiny: Any) -> None:
 
 def test_a_trained_layer_keeps_its_place_in_the_plan_when_an_adapter_wraps_it(tiny: Any) -> None:
     tree = {"vdm": {"heads": 2}, "lora": {"sites": "temporal", "rank": 2}}
-    plan = methods.apply(tiny, methods_of(tree))
+    plan = apply_methods(tiny, methods_of(tree))
     wrapped = [name for name in plan.edits["vdm"].trains if ".base_layer." in name]
     assert wrapped and set(wrapped) <= set(plan.names)
     tree["selective"] = {"sites": "temporal", "projections": ["q"]}
     with pytest.raises(ValueError, match=r"vdm and methods\.selective both claim weight"):
-        methods.apply(_fresh(tiny), methods_of(tree))
+        apply_methods(_fresh(tiny), methods_of(tree))
 
 
 def _fresh(backbone: Any) -> Any:
-    from trainer import backbones
-    from trainer.recipe import backbone_spec
+    from trainer.backbones import load_backbone
+    from trainer.config.lineage import backbone_spec
 
-    return backbones.load(backbone_spec(str(backbone.folder)), str(backbone.folder))
+    return load_backbone(backbone_spec(str(backbone.folder)), str(backbone.folder))
 
 
 def test_two_forms_at_one_place_are_refused_by_name(tiny: Any) -> None:
     with pytest.raises(ValueError, match=r"methods\.vdm and methods\.animatediff both claim what"):
-        methods.apply(tiny, methods_of({"vdm": {"heads": 2}, "animatediff": {"heads": 2}}))
+        apply_methods(tiny, methods_of({"vdm": {"heads": 2}, "animatediff": {"heads": 2}}))
 
 
 def test_dora_of_rows_of_zeros_is_refused(tiny: Any) -> None:
     tree = {"vdm": {"heads": 2}, "dora": {"sites": "temporal", "rank": 2}}
     with pytest.raises(ValueError, match=r"methods\.dora: .*to_out\.0 holds rows of zeros"):
-        methods.apply(tiny, methods_of(tree))
+        apply_methods(tiny, methods_of(tree))
 
 
 def test_layers_of_an_adapter_of_ours_are_read_and_go_on(
@@ -124,11 +125,11 @@ def test_layers_of_an_adapter_of_ours_are_read_and_go_on(
 ) -> None:  # fmt: skip
     """Beside a domain adapter, which stays behind."""
     tree = {"vdm": {"heads": 2}, "lora": {"sites": "cross", "rank": 2}}
-    plan = methods.apply(tiny, methods_of(tree))
+    plan = apply_methods(tiny, methods_of(tree))
     randomise(tiny, plan, 0.2)
     save(tmp_path / "adapter.safetensors", tiny, plan)
     other = open_folder(tiny_folder)
-    again = methods.apply(other, methods_of({"vdm": {"heads": 2, "weights": str(tmp_path)}}))
+    again = apply_methods(other, methods_of({"vdm": {"heads": 2, "weights": str(tmp_path)}}))
     own, read = dict(tiny.named_parameters()), dict(other.named_parameters())
     assert set(again.names) == set(plan.edits["vdm"].trains)
     assert all(torch.equal(read[name], own[name]) for name in again.names)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import methods
+from trainer.config.load import methods_of
+from trainer.config.schema import RecipeError
+from trainer.config.validate import build_section
+from trainer.diffusion.sampler import sample
+from trainer.methods.apply import apply_methods
 from trainer.methods.feature.text2video_zero import Text2VideoZero
-from trainer.recipe import build, methods_of
-from trainer.sampler import sample
-from trainer.schema import RecipeError
 
 STILL = Text2VideoZero(motion=(0.0, 0.0), alone=0.2, until=0.2)
 
@@ -32,7 +33,7 @@ def test_the_first_frame_is_the_picture_and_without_motion_all_are(model: Any) -
         torch.randn(3, 8, 8, 8, generator=torch.Generator().manual_seed(seed))[0] for seed in (3, 4)
     ])  # fmt: skip
     pictures = sample(model, ["a fox", "a cat"], [3, 4], 5, 3, start=x)
-    methods.apply(model, {"text2video_zero": STILL}, trains=False)
+    apply_methods(model, {"text2video_zero": STILL}, trains=False)
     clips = sample(model, ["a fox", "a cat"], [3, 4], 5, 3, frames=3)
     for row in range(6):
         torch.testing.assert_close(clips[row], pictures[row // 3], rtol=0, atol=1e-3)
@@ -41,7 +42,7 @@ def test_the_first_frame_is_the_picture_and_without_motion_all_are(model: Any) -
 def test_motion_moves_what_is_painted(model: Any) -> None:
     """A quarter of the picture a frame: the next frame is nearer to the first one moved than to the
     first one."""
-    methods.apply(
+    apply_methods(
         model,
         {"text2video_zero": Text2VideoZero(motion=(0.25, 0.0), alone=0.2, until=0.2)},
         trains=False,
@@ -53,13 +54,13 @@ def test_motion_moves_what_is_painted(model: Any) -> None:
 
 def test_pictures_are_the_image_models(tiny: Any) -> None:
     base = painted(tiny, 1)
-    methods.apply(tiny, {"text2video_zero": Text2VideoZero(motion=(0.2, 0))}, trains=False)
+    apply_methods(tiny, {"text2video_zero": Text2VideoZero(motion=(0.2, 0))}, trains=False)
     assert torch.equal(painted(tiny, 1), base)
     assert not torch.allclose(painted(tiny, 2)[1], base[0], atol=1e-2)
 
 
 def test_a_seed_gives_a_clip(tiny: Any) -> None:
-    methods.apply(tiny, {"text2video_zero": Text2VideoZero()}, trains=False)
+    apply_methods(tiny, {"text2video_zero": Text2VideoZero()}, trains=False)
     once = painted(tiny, 3, steps=20)
     assert torch.equal(painted(tiny, 3, steps=20), once)
     assert float((once[0] - once[1]).abs().mean()) > 1e-3
@@ -67,15 +68,15 @@ def test_a_seed_gives_a_clip(tiny: Any) -> None:
 
 def test_nothing_trains_so_fit_refuses_it(tiny: Any) -> None:
     with pytest.raises(ValueError, match="nothing would train with methods text2video_zero"):
-        methods.apply(tiny, methods_of({"text2video_zero": {}}))
+        apply_methods(tiny, methods_of({"text2video_zero": {}}))
 
 
 def test_what_trains_is_refused_where_nothing_was_trained(tiny: Any) -> None:
     tree = {"text2video_zero": {}, "lora": {}}
     with pytest.raises(ValueError, match=r"methods\.lora has weights to train, which nothing has"):
-        methods.apply(tiny, methods_of(tree), trains=False)
+        apply_methods(tiny, methods_of(tree), trains=False)
 
 
 def test_the_motion_comes_after_the_start() -> None:
     with pytest.raises(RecipeError, match=r"text2video_zero\.until=0\.05 comes before alone=0\.1"):
-        build(Text2VideoZero, {"alone": 0.1, "until": 0.05}, "methods.text2video_zero")
+        build_section(Text2VideoZero, {"alone": 0.1, "until": 0.05}, "methods.text2video_zero")

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from trainer import methods
+from trainer.config.load import methods_of
+from trainer.config.schema import RecipeError
+from trainer.methods.apply import apply_methods
 from trainer.methods.function.tiled import Tiled
 from trainer.methods.weight.full import Full
-from trainer.recipe import RecipeError, methods_of
 
 
 @pytest.mark.parametrize("folder", ["tiny_folder", "dit_folder"])
@@ -25,7 +26,7 @@ def test_output_and_gradients_are_the_base_models(
     found = []
     for chosen in ({}, {"tiled": Tiled(rows=5, columns=7)}):
         backbone = open_folder(request.getfixturevalue(folder))
-        plan = methods.apply(backbone, {**chosen, "full": Full()})
+        plan = apply_methods(backbone, {**chosen, "full": Full()})
         output = predict(backbone)
         output.square().sum().backward()
         parameters = dict(backbone.named_parameters())
@@ -37,7 +38,7 @@ def test_output_and_gradients_are_the_base_models(
 
 
 def test_runs_at_the_chosen_sites_and_claims_their_kernel(tiny: Any) -> None:
-    plan = methods.apply(tiny, {"tiled": Tiled(sites="cross"), "full": Full()})
+    plan = apply_methods(tiny, {"tiled": Tiled(sites="cross"), "full": Full()})
     installed = {name for name, p in tiny.host.processors.items() if p.ops}
     assert installed == {site.name for site in tiny.sites if site.kind == "cross"}
     assert set(plan.edits["tiled"].claims) == {
@@ -47,7 +48,7 @@ def test_runs_at_the_chosen_sites_and_claims_their_kernel(tiny: Any) -> None:
 
 def test_alone_it_trains_nothing(tiny: Any) -> None:
     with pytest.raises(ValueError, match="nothing would train with methods tiled"):
-        methods.apply(tiny, {"tiled": Tiled()})
+        apply_methods(tiny, {"tiled": Tiled()})
 
 
 @pytest.mark.parametrize("options", [{"rows": 0}, {"columns": -1}])

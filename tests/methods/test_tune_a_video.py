@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import methods
 from trainer.attention.context import StepContext, use
+from trainer.config.load import load_recipe, methods_of
+from trainer.methods.apply import apply_methods
 from trainer.methods.feature.tune_a_video import TuneAVideo
-from trainer.recipe import load, methods_of
 
 TREE = {"tune_a_video": {}, "selective": {"sites": "all", "projections": ["q"]}}
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
@@ -45,7 +45,7 @@ def looped(block: Any, x: Tensor, text: Tensor, frames: int) -> Tensor:
 
 
 def test_the_block(tiny: Any, randomise: Callable[..., None]) -> None:
-    plan = methods.apply(tiny, methods_of(TREE))
+    plan = apply_methods(tiny, methods_of(TREE))
     randomise(tiny, plan, 0.2)
     block: Any = tiny.unet.get_submodule(BLOCK)
     generator = torch.Generator().manual_seed(1)
@@ -63,16 +63,16 @@ def test_the_block(tiny: Any, randomise: Callable[..., None]) -> None:
 
 
 def test_the_recipe_trains_queries_and_temporal_attention() -> None:
-    recipe = load(["recipe=tune_a_video"])
+    recipe = load_recipe(["recipe=tune_a_video"])
     assert list(recipe.methods) == ["tune_a_video", "selective"]
     assert recipe.optim.lr == 1e-3  # of the tiny backbone; the paper's 3e-5 elsewhere
     words = ["recipe=tune_a_video", "data.source=video", "data.video=./no.mp4", "data.prompt=x"]
     with pytest.raises(ValueError, match=r"no\.mp4: no such file"):
-        load([*words, "data.count=null", "data.seed=null"])
+        load_recipe([*words, "data.count=null", "data.seed=null"])
 
 
 def test_what_trains(tiny: Any) -> None:
-    plan = methods.apply(tiny, methods_of(TREE))
+    plan = apply_methods(tiny, methods_of(TREE))
     assert all(".temporal." in name or name.endswith("to_q.weight") for name in plan.names)
     queries = [n for n in plan.names if n.endswith(("attn1.to_q.weight", "attn2.to_q.weight"))]
     spatial = [site for site in tiny.sites if site.kind != "temporal"]
@@ -86,7 +86,7 @@ def test_an_image_is_the_image_models_whatever_was_learned(
     tiny: Any, predict: Callable[[Any], Tensor], randomise: Callable[..., None]
 ) -> None:
     base = predict(tiny).detach()
-    plan = methods.apply(tiny, {"tune_a_video": TuneAVideo()})
+    plan = apply_methods(tiny, {"tune_a_video": TuneAVideo()})
     randomise(tiny, plan, 0.3)
     assert torch.equal(predict(tiny), base)
     with use(StepContext(0, 1, torch.tensor(3), frames=2)):
@@ -97,11 +97,11 @@ def test_temporal_attention_adds_nothing_at_first(
     tiny: Any, tiny_folder: Any, open_folder: Any
 ) -> None:
     """A clip starts from the image model whose frames read each other, and from nothing else."""
-    from trainer.attention.frames import FrameKeys
     from trainer.attention.sites import select
+    from trainer.ops.temporal.frame_keys import FrameKeys
 
     other = open_folder(tiny_folder)
-    methods.apply(tiny, {"tune_a_video": TuneAVideo()})
+    apply_methods(tiny, {"tune_a_video": TuneAVideo()})
     other.host.install(FrameKeys(("first", "previous"), "x"), select(other.sites, "self"))
     x_t = torch.randn(3, 8, 8, 8, generator=torch.Generator().manual_seed(3))
     condition = tiny.encode_prompts(["a fox"] * 3)
@@ -123,17 +123,17 @@ def test_a_model_without_transformer_blocks_is_refused(tiny: Any) -> None:
         attention_head_dim=2,
     )
     with pytest.raises(ValueError, match=r"methods\.tune_a_video: .*no transformer block"):
-        methods.apply(tiny, {"tune_a_video": TuneAVideo()})
+        apply_methods(tiny, {"tune_a_video": TuneAVideo()})
 
 
 def test_only_self_attention_reads_frames(tiny: Any) -> None:
     with pytest.raises(ValueError, match=r"methods\.tune_a_video: .*attn2 is cross attention"):
-        methods.apply(tiny, {"tune_a_video": TuneAVideo(sites="all")})
+        apply_methods(tiny, {"tune_a_video": TuneAVideo(sites="all")})
 
 
 def test_it_goes_with_lora_in_4_bits(tiny: Any, train: Callable[..., list[float]]) -> None:
     """The queries by LoRA in the place of their own weights, beside a frozen base of 4 bits."""
     tree = {"tune_a_video": {}, "nf4": {"min_size": 256},
             "lora": {"sites": "all", "projections": ["q"], "rank": 2}}  # fmt: skip
-    plan = methods.apply(tiny, methods_of(tree))
+    plan = apply_methods(tiny, methods_of(tree))
     assert all(torch.isfinite(torch.tensor(train(tiny, plan, frames=2))))

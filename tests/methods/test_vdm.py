@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import methods
 from trainer.attention.context import StepContext, use
+from trainer.config.load import methods_of
+from trainer.methods.apply import apply_methods
 from trainer.methods.feature.vdm import Vdm
-from trainer.recipe import methods_of
 
 PATH = "down_blocks.1.temporal.0"
 
@@ -54,7 +54,7 @@ def looped(block: Any, x: Tensor, frames: int) -> Tensor:
 
 @pytest.mark.parametrize("relative", ["vectors", "bias"])
 def test_the_equations(relative: Any, tiny: Any, randomise: Callable[..., None]) -> None:
-    plan = methods.apply(tiny, {"vdm": Vdm(heads=2, reach=1, relative=relative)})
+    plan = apply_methods(tiny, {"vdm": Vdm(heads=2, reach=1, relative=relative)})
     randomise(tiny, plan, 0.3)
     block: Any = tiny.unet.get_submodule(PATH)
     x = torch.randn(6, 32, 2, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -72,7 +72,7 @@ def test_the_equations(relative: Any, tiny: Any, randomise: Callable[..., None])
 def test_frames_that_look_alike_are_told_apart_by_vectors_alone(
     relative: Any, apart: bool, tiny: Any, randomise: Callable[..., None]
 ) -> None:
-    plan = methods.apply(tiny, {"vdm": Vdm(heads=2, relative=relative)})
+    plan = apply_methods(tiny, {"vdm": Vdm(heads=2, relative=relative)})
     randomise(tiny, plan, 0.3)
     block: Any = tiny.unet.get_submodule(PATH)
     x = torch.randn(1, 32, 2, 2).expand(4, -1, -1, -1)
@@ -86,7 +86,7 @@ def test_an_image_attends_to_itself_or_passes_by(
     images: Any, tiny: Any, predict: Callable[[Any], Tensor], randomise: Callable[..., None]
 ) -> None:
     base = predict(tiny).detach()
-    plan = methods.apply(tiny, {"vdm": Vdm(heads=2, images=images)})
+    plan = apply_methods(tiny, {"vdm": Vdm(heads=2, images=images)})
     assert torch.equal(predict(tiny), base)
     randomise(tiny, plan, 0.3)
     image = predict(tiny).detach()
@@ -101,7 +101,7 @@ def test_an_image_attends_to_itself_or_passes_by(
 
 
 def test_images_do_not_hear_of_each_other(tiny: Any, randomise: Callable[..., None]) -> None:
-    plan = methods.apply(tiny, {"vdm": Vdm(heads=2)})
+    plan = apply_methods(tiny, {"vdm": Vdm(heads=2)})
     randomise(tiny, plan, 0.3)
     x_t = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(3))
     text = tiny.encode_prompts(["a fox", "a cat"])
@@ -118,7 +118,7 @@ def test_images_do_not_hear_of_each_other(tiny: Any, randomise: Callable[..., No
 
 def test_with_full_everything_trains_once(tiny: Any, train: Callable[..., list[float]]) -> None:
     """From an image model, or from nothing, the paper trains all of the network."""
-    plan = methods.apply(tiny, methods_of({"vdm": {"heads": 2}, "full": {}}))
+    plan = apply_methods(tiny, methods_of({"vdm": {"heads": 2}, "full": {}}))
     assert set(plan.names) == {n for n, _ in tiny.named_parameters() if n.startswith("unet.")}
     own = set(plan.edits["vdm"].trains)
     assert own and not own & set(plan.edits["full"].trains)
@@ -149,4 +149,4 @@ def test_a_linear_kernel_in_time_is_refused_for_the_relative_frames(
     ):
         first = next(iter(tree))
         with pytest.raises(ValueError, match=rf"methods\.{first}.*methods\.linear_attention"):
-            methods.apply(model, methods_of(tree))
+            apply_methods(model, methods_of(tree))

@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from trainer import methods
 from trainer.attention.context import StepContext, use
+from trainer.config.load import load_recipe
+from trainer.methods.apply import apply_methods
 from trainer.methods.feature.tune_a_video import TuneAVideo
 from trainer.methods.feature.videop2p import VideoP2P
-from trainer.recipe import load
 
 
 def test_a_frame_hears_of_the_first_and_of_no_other(tiny: Any) -> None:
     """Before anything is learned about time."""
-    methods.apply(tiny, {"videop2p": VideoP2P()})
+    apply_methods(tiny, {"videop2p": VideoP2P()})
     x_t = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(3))
     condition = tiny.encode_prompts(["a fox"] * 4)
     t = torch.tensor([3] * 4)
@@ -32,6 +32,6 @@ def test_a_frame_hears_of_the_first_and_of_no_other(tiny: Any) -> None:
 def test_it_trains_the_same_as_tune_a_video(
     tiny: Any, tiny_folder: Any, open_folder: Callable[..., Any]
 ) -> None:
-    own = methods.apply(tiny, {"videop2p": VideoP2P()})
-    assert own.names == methods.apply(open_folder(tiny_folder), {"x": TuneAVideo()}).names
-    assert list(load(["recipe=videop2p"]).methods) == ["selective", "videop2p"]
+    own = apply_methods(tiny, {"videop2p": VideoP2P()})
+    assert own.names == apply_methods(open_folder(tiny_folder), {"x": TuneAVideo()}).names
+    assert list(load_recipe(["recipe=videop2p"]).methods) == ["selective", "videop2p"]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import methods
-from trainer.recipe import methods_of
+from trainer.config.load import methods_of
+from trainer.methods.apply import Plan, apply_methods
 
 WITH, WITHOUT = "a fox left of a cat", "a penguin above a cat"
 BOTH = {
@@ -20,8 +20,8 @@ BOTH = {
 }
 
 
-def relearn(backbone: Any, *words: str) -> methods.Plan:
-    return methods.apply(backbone, methods_of({"word_embedding": {"tokens": words}}))
+def relearn(backbone: Any, *words: str) -> Plan:
+    return apply_methods(backbone, methods_of({"word_embedding": {"tokens": words}}))
 
 
 def encoded(backbone: Any, prompt: str) -> Tensor:
@@ -30,7 +30,7 @@ def encoded(backbone: Any, prompt: str) -> Tensor:
     return found
 
 
-def shift(backbone: Any, plan: methods.Plan) -> None:
+def shift(backbone: Any, plan: Plan) -> None:
     own = dict(backbone.named_parameters())
     with torch.no_grad():
         for name in plan.names:
@@ -57,7 +57,7 @@ def test_only_its_rows_train_and_only_its_words_change(
 @pytest.mark.parametrize("order", [tuple(BOTH), tuple(reversed(BOTH))], ids=["first", "second"])
 def test_beside_new_tokens(order: tuple[str, ...], tiny: Any) -> None:
     before = encoded(tiny, WITH)
-    plan = methods.apply(tiny, methods_of({name: BOTH[name] for name in order}))
+    plan = apply_methods(tiny, methods_of({name: BOTH[name] for name in order}))
     assert [name.rpartition("token_embedding.")[2] for name in plan.names] == [
         "rows.0", "table.rows.0", "table.rows.1",
     ]  # fmt: skip
@@ -75,7 +75,7 @@ def test_beside_new_tokens(order: tuple[str, ...], tiny: Any) -> None:
 def test_a_stock_pipeline_reads_them(tiny: Any, tmp_path: Path) -> None:
     from transformers import CLIPTextModel
 
-    from trainer.formats.merged import merge
+    from trainer.export.formats.merged import merge
 
     shift(tiny, relearn(tiny, "left", "fox"))
     wanted = encoded(tiny, WITH)
@@ -87,10 +87,10 @@ def test_a_stock_pipeline_reads_them(tiny: Any, tmp_path: Path) -> None:
 
 
 def test_what_an_adapter_adds_holds_them(tiny: Any, open_folder: Any, tiny_folder: Path) -> None:
-    from trainer.formats._apply import add_to
-    from trainer.formats._extract import extract
+    from trainer.export.apply_bundle import add_to
+    from trainer.export.extract import extract
 
-    plan = methods.apply(tiny, methods_of(BOTH))
+    plan = apply_methods(tiny, methods_of(BOTH))
     own = dict(tiny.named_parameters())
     with torch.no_grad():
         for name in plan.names:
@@ -124,4 +124,4 @@ def test_what_an_adapter_adds_holds_them(tiny: Any, open_folder: Any, tiny_folde
 )
 def test_what_cannot_be_is_refused(tree: dict[str, Any], message: str, tiny: Any) -> None:
     with pytest.raises(ValueError, match=message):
-        methods.apply(tiny, methods_of(tree))
+        apply_methods(tiny, methods_of(tree))

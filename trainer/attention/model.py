@@ -9,19 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import nn
 
-    from trainer.attention.processor import Host
+    from trainer.attention.host import Host
     from trainer.attention.sites import Site
-
-
-class TakenError(ValueError):
-    """What a method wants to edit has an owner already, found out before the edit.
-
-    merges: whether what the owner did can become part of the weights and is then out of the way.
-    """
-
-    def __init__(self, thing: str, aspect: str, owner: str, merges: bool = False) -> None:
-        super().__init__(f"{aspect} of {thing} belongs to methods.{owner}")
-        self.thing, self.aspect, self.owner, self.merges = thing, aspect, owner, merges
 
 
 class AttentionModel(Protocol):

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from trainer.attention.kernels import softmax_attention
-from trainer.attention.kernels.linear import sana_attention
+from trainer.kernels.linear import sana_attention
+from trainer.kernels.softmax import softmax_attention
 
 if TYPE_CHECKING:
     from trainer.attention.sites import Site

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trainer.attention.model import TakenError
+from trainer.attention.errors import TakenError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,223 +1,158 @@
-"""The host puts the hosted processor on every site of a denoiser and keeps account of the ops."""
+"""The hosted processor runs one attention layer as fixed stages; `op.py` lists them.
+
+    tokens -> context -> project q, k, v -> kv -> mask -> kernel -> branch -> output -> restore
+                                                (scores, probs: only where an op asks for them)
+
+and after the whole block around the layer, `block`.
+
+With no op installed it is bit-identical to the processor of diffusers it stands for:
+`AttnProcessor2_0`, or one of Sana's two.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers.models.attention_processor import (
-    AttnProcessor,
-    AttnProcessor2_0,
-    SanaLinearAttnProcessor2_0,
-)
-from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
-from torch import nn
+import torch
+from torch import Tensor
 
-from trainer.attention.context import BoundCheckpoint, ContextHolder, bound, completed, current
-from trainer.attention.hosted import HostedProcessor
-from trainer.attention.insert import insertions
-from trainer.attention.motion import Guide, Start
-from trainer.attention.op import Op, has_stage, refuse_conflicts
-from trainer.attention.sites import Site, scan
+from trainer.attention.context import ContextHolder
+from trainer.attention.native import attend, split_heads
+from trainer.attention.op import Op, by_stage, has_stage
+from trainer.kernels.softmax import attention_probs, attention_scores
 
-__all__ = ["Host", "HostedProcessor", "Op"]
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+    from torch.utils.hooks import RemovableHandle
 
-_HOST = "_attention_host"
-_CHECKPOINT = "_gradient_checkpointing_func"  # where diffusers keeps it on every block
-# what a layer may have around its projections, and Sana's processors leave out
-_AROUND = ("spatial_norm", "group_norm", "norm_cross")
+    from trainer.attention.context import StepContext
+    from trainer.attention.sites import Site
 
 
-class Host:
-    """Use `Host.attach(denoiser)`, not the constructor.
+class HostedProcessor:
+    """Processor of one classic `Attention`, self or cross, with the ops installed there.
 
-    Deep-copying the denoiser copies its host, ops and hooks along; `Host.attach(copy)` returns the
-    copy's host.
+    No `nn.Module`: `Attention.forward` filters arguments by the signature of `processor.__call__`,
+    which for a module is `(*args, **kwargs)`, and `temb` would be lost. It refers to its site and
+    to the context holder only, so that copying one block does not copy the whole denoiser.
     """
 
-    def __init__(self, denoiser: nn.Module) -> None:
-        self.denoiser = denoiser
-        self.holder = ContextHolder()
-        self.sites: list[Site] = []
-        self.processors: dict[str, HostedProcessor] = {}
-        self.unproven = False
-        # of a clip's latents, by a method that has something to do with them; see `motion.py`
-        self.start: Start | None = None
-        self.guide: Guide | None = None
-        self.parameters = list(inspect.signature(denoiser.forward).parameters)
-        self.handles = [
-            denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
-            denoiser.register_forward_hook(self._after),
-        ]
+    def __init__(self, site: Site, holder: ContextHolder, previous: object) -> None:
+        self.site = site
+        self.holder = holder
+        self.previous = previous
+        self.reached = False
+        self.hook: RemovableHandle | None = None  # of `after_block`, where an op has that stage
+        self.set_ops(())
 
-    @classmethod
-    def attach(cls, denoiser: nn.Module) -> Host:
-        """The host of a denoiser, made at the first call; later calls take in sites added since."""
-        sites = scan(denoiser)
-        host = denoiser.__dict__.get(_HOST)
-        if host is None:
-            host = denoiser.__dict__[_HOST] = cls(denoiser)
-        host._take(sites)
-        return host
+    def set_ops(self, ops: tuple[Op, ...]) -> None:
+        self.ops = ops
+        self.stages = by_stage(ops)
+        self.reached = False
 
-    def install(self, op: Op, sites: Sequence[Site]) -> None:
-        """Adds an op to sites; an op that is an `nn.Module` becomes `<site>.<op.name>`.
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,  # b n c, or b c h w
+        encoder_hidden_states: Tensor | None = None,  # b m c'
+        attention_mask: Tensor | None = None,  # (b or b*heads) (1 or n) m
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        self.reached = True
+        site, ctx, stages = self.site, self.holder.ctx, self.stages
+        x, mask = _enter(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        for op in stages["tokens"]:
+            x = op.tokens(x, site, ctx)
+        q, k, v = self._project(attn, x, encoder_hidden_states, ctx)
+        for op in stages["kv"]:
+            q, k, v = op.kv(q, k, v, site, ctx)
+        for op in stages["mask"]:
+            mask = op.mask(mask, q, k, site, ctx)
+        o = self._attend(q, k, v, mask, ctx)
+        for op in stages["branch"]:
+            o = op.branch(o, q, site, ctx)
+        for op in stages["output"]:
+            o = op.output(o, site, ctx)
+        y = attn.to_out[1](attn.to_out[0](o.transpose(1, 2).flatten(2).to(q.dtype)))
+        if site.linear and x.dtype == torch.float16:
+            y = y.clip(-65504, 65504)
+        for op in stages["restore"]:
+            y = op.restore(y, site, ctx)
+        return _leave(attn, y, hidden_states)
 
-        Raises `ValueError`, and changes nothing, if there is no site, a site is not hosted here,
-        the op is there already, its name is taken, or another op there excludes it.
-        """
-        if not sites:
-            raise ValueError(f"op {op.name!r} was given no site; widen its selector")
-        hosted = [self._hosted(site) for site in sites]
-        for processor in hosted:
-            if not any(other is op for other in processor.ops):
-                refuse_conflicts((*processor.ops, op), processor.site)
-            _refuse_name(op, processor)
-            if has_stage(op, "block"):
-                self._block(processor.site, op)
-        for processor in hosted:
-            self._set_ops(processor, (*processor.ops, op))
-            if isinstance(op, nn.Module):
-                processor.site.module.add_module(op.name, op)
-        self.unproven = True
-
-    def remove(self, op: Op) -> None:
-        """Takes an op off all its sites; `ValueError` if it is on none."""
-        hosted = [p for p in self.processors.values() if any(o is op for o in p.ops)]
-        if not hosted:
-            raise ValueError(f"op {op.name!r} is installed on no site of this denoiser")
-        for processor in hosted:
-            self._set_ops(processor, tuple(o for o in processor.ops if o is not op))
-            if isinstance(op, nn.Module):
-                delattr(processor.site.module, op.name)
-
-    def detach(self) -> None:
-        """Removes all ops and hooks and puts back the processors that were there before. What is
-        inserted stays, and takes every batch for images until there is a host again."""
-        for op in {id(op): op for p in self.processors.values() for op in p.ops}.values():
-            self.remove(op)
-        for processor in self.processors.values():
-            module: Any = processor.site.module
-            if module.processor is processor:
-                module.set_processor(processor.previous)
-        for module in self.denoiser.modules():
-            function = module.__dict__.get(_CHECKPOINT)
-            if isinstance(function, BoundCheckpoint):
-                module.__dict__[_CHECKPOINT] = function.inner
-        for inserted in insertions(self.denoiser):
-            inserted.holder = ContextHolder()
-        for handle in self.handles:
-            handle.remove()
-        del self.denoiser.__dict__[_HOST]
-
-    def _take(self, sites: list[Site]) -> None:
-        self.sites = sites
-        known, self.processors = self.processors, {}
-        for site in sites:
-            module: Any = site.module
-            processor = known.get(site.name)
-            if isinstance(module.processor, HostedProcessor):
-                processor = module.processor
-            elif not _hostable(module):
-                continue
-            elif processor is None or processor.site.module is not module:
-                processor = HostedProcessor(site, self.holder, module.processor)
-            # a block copied from elsewhere in the model brings its processor along: adopt that
-            processor.site, processor.holder = site, self.holder
-            module.set_processor(processor)
-            self._set_ops(processor, processor.ops)
-            self.processors[site.name] = processor
-        for inserted in insertions(self.denoiser):
-            inserted.holder = self.holder
-        # a site that lost its processor stays listed while it has ops: reported as never reached
-        self.processors |= {n: p for n, p in known.items() if p.ops and n not in self.processors}
-        self.unproven = any(p.ops for p in self.processors.values())
-        self.checkpointing = [
-            m for m in self.denoiser.modules() if hasattr(m, "gradient_checkpointing")
-        ]
-
-    def _set_ops(self, processor: HostedProcessor, ops: tuple[Op, ...]) -> None:
-        """Sets them, and hooks the block around the site while one of them needs it."""
-        if processor.hook is not None:
-            processor.hook.remove()
-            processor.hook = None
-        processor.set_ops(ops)
-        if after := processor.stages["block"]:
-            block = self._block(processor.site, after[0])
-            processor.hook = block.register_forward_hook(processor.after_block)
-
-    def _block(self, site: Site, op: Op) -> nn.Module:
-        """The module that runs the site: its parent, if that is no mere list."""
-        block = self.denoiser.get_submodule(site.name.rpartition(".")[0])
-        if block is self.denoiser or type(block).forward is nn.Module.forward:
+    def after_block(self, block: object, args: object, output: Any) -> Any:
+        """A forward hook of the block around the site."""
+        if not isinstance(output, Tensor) or output.ndim != 3:
             raise ValueError(
-                f"op {op.name!r} acts after the block around a site, and {site.name!r} stands in "
-                "none; choose sites inside transformer blocks"
+                f"{type(block).__name__} around {self.site.name!r} does not put out tokens alone; "
+                f"op {self.stages['block'][0].name!r} needs sites inside transformer blocks"
             )
-        return block
+        for op in self.stages["block"]:
+            output = op.block(output, self.site, self.holder.ctx)
+        return output
 
-    def _hosted(self, site: Site) -> HostedProcessor:
-        processor = self.processors.get(site.name)
-        if processor is not None and processor.site.module is site.module:
-            return processor
-        if any(site.module is own.module for own in self.sites):
-            raise ValueError(
-                f"{site.name!r} runs {type(site.module.processor).__name__}, which is not "
-                "hosted yet; choose other sites, or call set_attn_processor(AttnProcessor2_0()) "
-                "before Host.attach if that is what the model was trained with"
-            )
-        raise ValueError(
-            f"{site.name!r} is no site of this denoiser; choose from the `sites` of its host"
-        )
+    def _project(
+        self, attn: Attention, x: Tensor, encoder: Tensor | None, ctx: StepContext
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q = attn.to_q(x)
+        k_ctx = v_ctx = x if encoder is None else encoder
+        for op in self.stages["context"]:
+            k_ctx, v_ctx = op.context(k_ctx, v_ctx, self.site, ctx)
+        if encoder is not None and attn.norm_cross is not None:
+            same = k_ctx is v_ctx
+            k_ctx = attn.norm_encoder_hidden_states(k_ctx)
+            v_ctx = k_ctx if same else attn.norm_encoder_hidden_states(v_ctx)
+        return split_heads(self.site, q, attn.to_k(k_ctx), attn.to_v(v_ctx))
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        call = dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
-        self.holder.ctx = completed(current(), call, module.training)
-        for block in self.checkpointing:
-            if block.gradient_checkpointing:
-                block.__dict__[_CHECKPOINT] = bound(block.__dict__[_CHECKPOINT], self.holder)
-        if self.unproven:
-            for processor in self.processors.values():
-                processor.reached = False
-
-    def _after(self, module: nn.Module, args: object, output: object) -> None:
-        if not self.unproven:
-            return
-        unseen = [p.site for p in self.processors.values() if p.ops and not p.reached]
-        # images have no time: layers that look through it may be passed by
-        still = self.holder.ctx.frames == 1
-        missed = [site.name for site in unseen if not (still and site.kind == "temporal")]
-        if missed:
-            raise RuntimeError(
-                "attention ops are installed on sites that the forward of "
-                f"{type(module).__name__} never reached: {', '.join(missed)}. Either the model "
-                "skips them, then choose other sites, or their processors were replaced after "
-                "Host.attach (set_attn_processor, xformers, fused projections), then attach last"
-            )
-        self.unproven = bool(unseen)
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ctx: StepContext
+    ) -> Tensor:
+        site = self.site
+        if self.stages["kernel"]:
+            (op,) = self.stages["kernel"]
+            return op.kernel(q, k, v, mask, site, ctx)
+        on_scores = _open(self.stages["scores"], q, site, ctx)
+        on_probs = _open(self.stages["probs"], q, site, ctx)
+        if not on_scores and not on_probs:
+            return attend(site, q, k, v, mask)
+        scores = attention_scores(q, k, site.scale)
+        for op in on_scores:
+            scores = op.scores(scores, site, ctx)
+        probs = attention_probs(scores, mask).to(v.dtype)
+        for op in on_probs:
+            probs = op.probs(probs, site, ctx)
+        return probs @ v
 
 
-def _hostable(module: Any) -> bool:
-    """Whether `HostedProcessor` does to the bit what the layer's own processor does."""
-    own = type(module.processor)
-    if own in (AttnProcessor, AttnProcessor2_0):
-        return True
-    return (
-        own in (SanaAttnProcessor2_0, SanaLinearAttnProcessor2_0)
-        and all(getattr(module, name) is None for name in _AROUND)
-        and not module.residual_connection
-        and (own is SanaAttnProcessor2_0 or module.rescale_output_factor == 1)
-    )
+def _enter(
+    attn: Attention,
+    hidden: Tensor,
+    encoder: Tensor | None,
+    mask: Tensor | None,
+    temb: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens after the site's own norms, (b, n, c), and mask per head, (b, heads, 1 or n, m)."""
+    x = hidden if attn.spatial_norm is None else attn.spatial_norm(hidden, temb)
+    x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+    if mask is not None:
+        batch, length, _ = (x if encoder is None else encoder).shape
+        mask = attn.prepare_attention_mask(mask, length, batch)
+        mask = mask.view(batch, attn.heads, -1, mask.shape[-1])
+    if attn.group_norm is not None:
+        x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+    return x, mask
 
 
-def _refuse_name(op: Op, processor: HostedProcessor) -> None:
-    if any(other is op or other.name == op.name for other in processor.ops):
-        raise ValueError(
-            f"op {op.name!r} is already on {processor.site.name!r}; remove it first or rename it"
-        )
-    if isinstance(op, nn.Module) and hasattr(processor.site.module, op.name):
-        raise ValueError(
-            f"op {op.name!r} cannot be registered at {processor.site.name!r}: the layer has an "
-            "attribute of that name; rename the op"
-        )
+def _leave(attn: Attention, y: Tensor, hidden: Tensor) -> Tensor:
+    """Back to the shape of the input, with residual and rescaling."""
+    if hidden.ndim == 4:
+        y = y.transpose(-1, -2).reshape(hidden.shape)
+    if attn.residual_connection:
+        y = y + hidden
+    # a division by 1 changes nothing, and is a pass forward and one back
+    return y if attn.rescale_output_factor == 1 else y / attn.rescale_output_factor
+
+
+def _open(ops: tuple[Any, ...], q: Tensor, site: Site, ctx: StepContext) -> list[Any]:
+    """The ops that want to run here, see `gate` in `op.py`."""
+    return [op for op in ops if not has_stage(op, "gate") or op.gate(q, site, ctx)]

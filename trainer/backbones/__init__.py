@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.backbones.base import Backbone
-    from trainer.schema import BackboneSpec
+    from trainer.backbones.backbone import Backbone
+    from trainer.backbones.spec import BackboneSpec
 
 # the family of a folder by the pipeline it says it is
 FAMILIES = {
@@ -29,7 +29,7 @@ def family_of(folder: Path) -> str:
     return FAMILIES.get(str(index.get("_class_name")), "sd") if isinstance(index, dict) else "sd"
 
 
-def load(spec: BackboneSpec, name: str) -> Backbone:
+def load_backbone(spec: BackboneSpec, name: str) -> Backbone:
     """The backbone a spec describes, frozen nowhere and fp32.
 
     Raises:

@@ -7,35 +7,27 @@ noise - x0 on the path x_t = (1 - t) x0 + t noise (arXiv 2209.03003), to which i
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
     DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
 )
 from torch import Tensor, nn
 
-from trainer.backbones.base import (
-    SCHEDULER,
-    Backbone,
-    folder_of,
-    seeded,
-    vp_scheduler,
-    zero_outputs,
-)
-from trainer.backbones.scratch import TransformerSpec
+from trainer.backbones.backbone import Backbone, seeded, zero_outputs
+from trainer.backbones.pipeline_folder import pipeline_folder
+from trainer.backbones.schedulers import FLOW, flow_or_vp
+from trainer.backbones.spec import TransformerSpec
 
 if TYPE_CHECKING:
-    from trainer.schema import BackboneSpec
+    from trainer.backbones.spec import BackboneSpec
+
 
 # tokens of a prompt: the defaults of diffusers' two pipelines
 LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
@@ -43,7 +35,6 @@ TEXT = {
     "text_encoder": ("CLIPTextModel", "T5EncoderModel"),
     "tokenizer": ("CLIPTokenizer", "T5Tokenizer", "T5TokenizerFast"),
 }
-FLOW = "flow_prediction"
 
 
 class PixArt(Backbone):
@@ -111,7 +102,7 @@ def load(spec: BackboneSpec, name: str) -> PixArt:
     """
     made = spec.denoiser
     own = ["transformer"] if made is None else []
-    folder = folder_of(spec, name, [*own, "text_encoder", "vae"])
+    folder = pipeline_folder(spec, name, [*own, "text_encoder", "vae"])
     index = folder.index(name, list(LENGTHS))
     encoder, tokenizer = (text_class(index, part, name, TEXT[part]) for part in TEXT)
     if made is None:
@@ -143,27 +134,6 @@ def text_class(index: dict[str, Any], part: str, name: str, known: tuple[str, ..
             f"backbone {name}: {part} is a {kind} of {library}; this family has {', '.join(known)}"
         )
     return getattr(transformers, kind)
-
-
-def flow_or_vp(
-    config: dict[str, Any], where: Path
-) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
-    """Euler steps on a flow path, DDIM on a VP one, whatever solver the folder names."""
-    euler = config.get("_class_name") == FlowMatchEulerDiscreteScheduler.__name__
-    if not euler and config.get("prediction_type") != FLOW:
-        return vp_scheduler(config, where)
-    if config.get("use_dynamic_shifting"):
-        raise ValueError(
-            f"{where / SCHEDULER}: use_dynamic_shifting is not known here; set it to false and "
-            "give shift"
-        )
-    own = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
-    if not euler:  # a solver of flows; its other options are its own
-        steps = config.get("num_train_timesteps", 1000)
-        config = {"num_train_timesteps": steps, "shift": config.get("flow_shift", 1.0)}
-    return FlowMatchEulerDiscreteScheduler(
-        **{key: value for key, value in config.items() if key in own}
-    )
 
 
 def make(spec: TransformerSpec, channels: int, text_width: int) -> Any:

@@ -13,11 +13,12 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, SanaPipeline, SanaTransformer2DModel
 from torch import Tensor
 
-from trainer.backbones.base import folder_of
-from trainer.backbones.pixart import PixArt, flow_or_vp, initialise_as_dit, text_class
+from trainer.backbones.pipeline_folder import pipeline_folder
+from trainer.backbones.pixart import PixArt, initialise_as_dit, text_class
+from trainer.backbones.schedulers import flow_or_vp
 
 if TYPE_CHECKING:
-    from trainer.schema import BackboneSpec
+    from trainer.backbones.spec import BackboneSpec
 
 TEXT = {
     "text_encoder": ("CLIPTextModel", "Gemma2Model"),
@@ -71,7 +72,7 @@ def load(spec: BackboneSpec, name: str) -> Sana:
         ValueError: the folder holds another pipeline, or a text encoder or VAE of another kind, a
         part is missing, its weights are not safetensors, or the transformer is a distilled one.
     """
-    folder = folder_of(spec, name, ["transformer", "text_encoder", "vae"])
+    folder = pipeline_folder(spec, name, ["transformer", "text_encoder", "vae"])
     index = folder.index(name, ["SanaPipeline"])
     encoder, tokenizer = (text_class(index, part, name, TEXT[part]) for part in TEXT)
     vae = (index.get("vae") or (None, None))[1]

@@ -17,12 +17,14 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from trainer.backbones.base import Backbone, folder_of, seeded, vp_scheduler, zero_outputs
-from trainer.backbones.scratch import UNetSpec
-from trainer.seeds import seed_of
+from trainer.backbones.backbone import Backbone, seeded, zero_outputs
+from trainer.backbones.pipeline_folder import pipeline_folder
+from trainer.backbones.schedulers import vp_scheduler
+from trainer.backbones.spec import UNetSpec
+from trainer.common.seeds import seed_of
 
 if TYPE_CHECKING:
-    from trainer.schema import BackboneSpec
+    from trainer.backbones.spec import BackboneSpec
 
 PARTS = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "vae": AutoencoderKL}
 
@@ -61,7 +63,7 @@ def load(spec: BackboneSpec, name: str) -> StableDiffusion:
         safetensors.
     """
     made = spec.denoiser
-    folder = folder_of(spec, name, [part for part in PARTS if part != "unet" or made is None])
+    folder = pipeline_folder(spec, name, [part for part in PARTS if part != "unet" or made is None])
     folder.index(name, ["StableDiffusionPipeline"])
     if made is None:
         unet = folder.load("unet", PARTS["unet"])

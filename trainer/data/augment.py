@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from PIL import Image
 
-from trainer.data.images import resize_cover, to_tensor
+from trainer.media.images import resize_cover, to_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from PIL import Image, ImageOps
 
-from trainer.data.images import FORMATS
+from trainer.media.images import FORMATS
 
 MAX_ASPECT = 2.0  # what is longer is cut to it
 TURNED = (5, 6, 7, 8)  # EXIF orientations that lie on their side
@@ -25,7 +25,7 @@ class Bucketed(Protocol):
     sizes: Sequence[Size]
 
 
-def sizes(side: int, step: int) -> list[Size]:
+def bucket_sizes(side: int, step: int) -> list[Size]:
     """Every size with sides that are multiples of `step`, as many pixels as a square of `side` or
     the fewer that the step allows, and an aspect ratio of at most 2.
 
@@ -44,7 +44,7 @@ def sizes(side: int, step: int) -> list[Size]:
     return found
 
 
-def nearest(shape: Size, among: Sequence[Size]) -> Size:
+def nearest_bucket(shape: Size, among: Sequence[Size]) -> Size:
     """The size whose aspect ratio is nearest, as a factor; of two as near, the larger one."""
     aspect = log(shape[0] / shape[1])
     return min(among, key=lambda size: (abs(log(size[0] / size[1]) - aspect), -size[0] * size[1]))
@@ -57,8 +57,8 @@ def arrange(
     in that order, and its size. step 0: one bucket, the square."""
     if not step:
         return list(range(len(shapes))), [range(len(shapes))], [(side, side)]
-    among = sizes(side, step)
-    own = [nearest(shape, among) for shape in shapes]
+    among = bucket_sizes(side, step)
+    own = [nearest_bucket(shape, among) for shape in shapes]
     used = sorted(set(own))
     order = sorted(range(len(shapes)), key=lambda i: (own[i], i))
     groups, start = [], 0

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data import Dataset
-from trainer.resources import whole
+from trainer.common.atomic import written_whole
+from trainer.data.source import Dataset
 
 
 def moments(
@@ -34,18 +34,18 @@ def moments(
     path = folder / "latents" / f"{key}.npy"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as part:
+        with written_whole(path) as part:
             _write(part, dataset, encode, batch_size)
     array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
 
 
-def painted(key: str, paint: Callable[[], Tensor], folder: Path) -> Tensor:
+def cached_tensor(key: str, paint: Callable[[], Tensor], folder: Path) -> Tensor:
     """Pictures (n, 3, H, W) float32, read from the cache or painted. key: all they depend on."""
     path = folder / "painted" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as part:
+        with written_whole(path) as part:
             np.save(part, paint().float().cpu().numpy())
     return torch.from_numpy(np.load(path, allow_pickle=False))
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from trainer.callbacks.signals import CODES
-from trainer.data import Dataset
+from trainer.common.exit_codes import CODES
+from trainer.common.seeds import seed_of
 from trainer.data.cache import frames_of, rows
-from trainer.data.plan import Cursor, Plan, Slot
-from trainer.seeds import seed_of
+from trainer.data.plan import Cursor, Slot, StepPlan
+from trainer.data.source import Dataset
 
 SPARED = 30  # seconds a data worker goes on after a SIGTERM of its own
 
@@ -57,7 +57,12 @@ class Planned(TorchDataset[Batch]):
     """Item k is this rank's part of global micro-batch k."""
 
     def __init__(
-        self, dataset: Dataset, plan: Plan, moments: np.ndarray | None, rank: int, world_size: int
+        self,
+        dataset: Dataset,
+        plan: StepPlan,
+        moments: np.ndarray | None,
+        rank: int,
+        world_size: int,
     ) -> None:
         self.dataset, self.plan, self.moments = dataset, plan, moments
         self.rank, self.world_size = rank, world_size

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from trainer.data import Dataset, Sample
+from trainer.data.source import Dataset, Sample
 
 if TYPE_CHECKING:
     import numpy as np

@@ -27,7 +27,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """groups: index ranges that share every batch by `shares`; weights: each group's weight in the
     loss.
 

@@ -10,10 +10,10 @@ from math import floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trainer.data import Sample
-from trainer.data.decode import SLACK, Film, read_clip
-from trainer.data.folder import KEEP_BYTES
-from trainer.data.images import ImageError
+from trainer.data.held_out import KEEP_BYTES
+from trainer.data.source import Sample
+from trainer.media.decode import SLACK, VideoFacts, read_clip
+from trainer.media.images import ImageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,11 +33,11 @@ class Window:
     fps: float | None
     start: int | Literal["random"]
 
-    def rate(self, film: Film) -> float:
+    def rate(self, film: VideoFacts) -> float:
         """Frames of the clip a second."""
         return self.fps or film.rate / self.stride
 
-    def starts(self, film: Film, name: str) -> range:
+    def starts(self, film: VideoFacts, name: str) -> range:
         """The frames it may begin with; raises ImageError if there are none."""
         if self.fps is not None and self.fps > film.rate * (1 + SLACK):
             raise ImageError(
@@ -55,7 +55,7 @@ class Window:
             )
         return range(first, spare + 1 if self.start == "random" else first + 1)
 
-    def times(self, film: Film, start: int) -> list[float]:
+    def times(self, film: VideoFacts, start: int) -> list[float]:
         """In seconds after the first frame."""
         rate = self.rate(film)
         return [start / film.rate + i / rate for i in range(self.frames)]
@@ -67,7 +67,7 @@ class Take:
 
     key: str
     caption: str
-    film: Film
+    film: VideoFacts
     source: Path | Callable[[], bytes]
     digest: str | None = None
 
@@ -131,12 +131,12 @@ class Clips:
     def _tensor(self, index: int, start: int) -> Tensor:
         import torch
 
-        from trainer.data.images import to_tensor
+        from trainer.media.images import to_tensor
 
         return torch.stack([to_tensor(frame) for frame in self._cut(index, start)])
 
     def _cut(self, index: int, start: int) -> list[Image]:
-        from trainer.data.images import resize_cover
+        from trainer.media.images import resize_cover
 
         if index in self._kept:
             return self._kept[index]

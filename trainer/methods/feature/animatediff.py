@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from trainer.methods import Edit
-from trainer.methods.temporal import Attending, item
+from trainer.methods.method import Edit
+from trainer.methods.shared.temporal import Attending, item
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -39,12 +39,12 @@ class AnimateDiff(Attending):
     mid: bool = True
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.motion_names import ours
-        from trainer.attention.places import blocks, norm_groups
-        from trainer.attention.temporal import MotionModule
+        from trainer.attention.anatomy import block_points, norm_groups
+        from trainer.ops.temporal.layers import MotionModule
+        from trainer.ops.temporal.motion_names import ours
 
         items = []
-        for place in blocks(model.denoiser):
+        for place in block_points(model.denoiser):
             if place.parent == "mid_block" and not self.mid:
                 continue
             groups = norm_groups(model.denoiser, place.width)

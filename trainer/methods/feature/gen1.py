@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from trainer.methods import Edit
-from trainer.methods.temporal import PseudoThreeD, item
+from trainer.methods.method import Edit
+from trainer.methods.shared.temporal import PseudoThreeD, item
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -37,8 +37,8 @@ class Gen1(PseudoThreeD):
     structure: int | None = Field(2, ge=0)
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.places import input_convolution
-        from trainer.attention.temporal import Structure
+        from trainer.attention.anatomy import input_convolution
+        from trainer.ops.temporal.layers import Structure
 
         items = []
         if self.structure is not None:

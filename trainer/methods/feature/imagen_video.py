@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from trainer.methods import Edit
-from trainer.methods.temporal import Relative, item
+from trainer.methods.method import Edit
+from trainer.methods.shared.temporal import Relative, item
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from trainer.attention.anatomy import InsertionPoint
     from trainer.attention.model import AttentionModel
-    from trainer.attention.places import Place
 
 NAME = "imagen_video"
 
@@ -38,18 +38,18 @@ class ImagenVideo(Relative):
     kernel: int = Field(3, gt=0)
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention import temporal
-        from trainer.attention.places import attentions
+        from trainer.attention.anatomy import attention_points
+        from trainer.ops.temporal import layers
 
         items = []
-        for place in attentions(model.denoiser):
+        for place in attention_points(model.denoiser):
             attends = self.attends(place)
-            block: nn.Module = temporal.TemporalConv(place.width, self.kernel)
+            block: nn.Module = layers.TemporalConv(place.width, self.kernel)
             if attends:
                 heads = self.check_heads(place.width)
-                block = temporal.TemporalAttention(place.width, heads, NAME)
+                block = layers.TemporalAttention(place.width, heads, NAME)
             items.append(item(place, "temporal", block, stills=attends))
         return self.inserted(model, items, NAME, self.distances(NAME))
 
-    def attends(self, place: Place) -> bool:
+    def attends(self, place: InsertionPoint) -> bool:
         return place.divisor is None or place.divisor >= self.attention_from

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from trainer.methods import Edit
-from trainer.methods.temporal import Attending, frame_rate, item
+from trainer.methods.method import Edit
+from trainer.methods.shared.temporal import Attending, frame_rate, item
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -39,22 +39,23 @@ class MagicVideo(Attending):
     fps: float = Field(8.0, gt=0)
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention import temporal
-        from trainer.attention.places import attentions, convolutions
+        from trainer.attention.anatomy import attention_points, convolution_points
+        from trainer.ops.temporal import layers
+        from trainer.ops.temporal.directed import Directed, DirectedAfter
 
-        places = attentions(model.denoiser)
+        places = attention_points(model.denoiser)
         items = [frame_rate(model, self.fps)]
-        for place in convolutions(model.denoiser) or places:
-            adaptor = temporal.FrameAdaptor(place.width, self.max_frames, NAME)
+        for place in convolution_points(model.denoiser) or places:
+            adaptor = layers.FrameAdaptor(place.width, self.max_frames, NAME)
             items.append(item(place, "frame_adaptors", adaptor))
         for place in places:
             heads = self.check_heads(place.width)
-            block = temporal.TemporalAttention(
+            block = layers.TemporalAttention(
                 place.width, heads, NAME, "sines", self.max_frames, parallel=True
             )
             items.append(item(place, "temporal", block))
 
         def directed(_: Site) -> Any:
-            return temporal.Directed() if self.renormalise else temporal.DirectedAfter()
+            return Directed() if self.renormalise else DirectedAfter()
 
         return self.inserted(model, items, NAME, directed)

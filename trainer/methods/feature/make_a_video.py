@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from trainer.methods import Edit
-from trainer.methods.temporal import PseudoThreeD, frame_rate
+from trainer.methods.method import Edit
+from trainer.methods.shared.temporal import PseudoThreeD, frame_rate
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel

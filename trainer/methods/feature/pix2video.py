@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from trainer.methods import Edit, Method
-from trainer.methods.aligned import GUIDANCE, align
-from trainer.methods.options import SiteSelector
+from trainer.methods.method import Edit, Method
+from trainer.methods.shared.aligned import GUIDANCE, align
+from trainer.methods.shared.options import SiteSelector
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -39,7 +39,7 @@ class Pix2Video(Method):
     share: float = Field(0.5, ge=0, le=1)
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.motion import LatentGuidance
+        from trainer.ops.temporal.latents import LatentGuidance
 
         edit = align(model, self.sites, ("first", "previous"), "pix2video")
         model.host.guide = LatentGuidance(self.weight, self.share)

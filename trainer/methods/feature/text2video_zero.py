@@ -4,7 +4,7 @@ global motion is put into the latents they start from.
     o_i = softmax(q_i k_0^T / sqrt(d)) v_0    in self-attention, frame i
 
 Khachatryan et al., ICCV 2023, arXiv 2303.13439, section 3.3; the start is `GlobalMotion` in
-`trainer/attention/motion.py`. It has nothing to train:
+`trainer/ops/temporal/latents.py`. It has nothing to train:
 
     python -m trainer sample backbone=tiny methods.text2video_zero={} frames=8 prompt="a fox"
 
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.methods import Edit, Method
-from trainer.methods.aligned import START, align
-from trainer.methods.options import SiteSelector
+from trainer.methods.method import Edit, Method
+from trainer.methods.shared.aligned import START, align
+from trainer.methods.shared.options import SiteSelector
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -50,7 +50,7 @@ class Text2VideoZero(Method):
         return self
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.motion import GlobalMotion
+        from trainer.ops.temporal.latents import GlobalMotion
 
         edit = align(model, self.sites, ("first",), "text2video_zero")
         model.host.start = GlobalMotion(*self.motion, self.alone, self.until)

@@ -22,8 +22,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from trainer.methods import Edit
-from trainer.methods.temporal import Relative, item
+from trainer.methods.method import Edit
+from trainer.methods.shared.temporal import Relative, item
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -37,11 +37,11 @@ class Vdm(Relative):
     images: Literal["self", "bypass"] = "self"
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention import temporal
-        from trainer.attention.places import attentions
+        from trainer.attention.anatomy import attention_points
+        from trainer.ops.temporal import layers
 
         items = []
-        for place in attentions(model.denoiser):
-            block = temporal.TemporalAttention(place.width, self.check_heads(place.width), NAME)
+        for place in attention_points(model.denoiser):
+            block = layers.TemporalAttention(place.width, self.check_heads(place.width), NAME)
             items.append(item(place, "temporal", block, stills=self.images == "self"))
         return self.inserted(model, items, NAME, self.distances(NAME))

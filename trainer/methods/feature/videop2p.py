@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trainer.methods import Edit
-from trainer.methods.aligned import Inflated
+from trainer.methods.method import Edit
+from trainer.methods.shared.aligned import Inflated
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.methods import Edit
-from trainer.methods.swap import Swap
+from trainer.methods.method import Edit
+from trainer.methods.shared.swap import Swap
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -44,7 +44,7 @@ class AgentAttention(Swap):
         return self
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.agents import MergedAgents, PooledAgents
+        from trainer.ops.agent_attention import MergedAgents, PooledAgents
 
         if self.agents == "pooled":
             return self.swap(model, lambda _, site: PooledAgents(site, self.side))

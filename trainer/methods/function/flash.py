@@ -3,7 +3,7 @@
 FlashAttention-2, Dao, arXiv 2307.08691, as PyTorch has it. Without this method PyTorch chooses
 anyway, but falls back to plain matrix products in silence; here that is an error, and what ran at
 each site is printed after the first batch and kept in the run's plan.json. What later tensors of
-another kind get is logged (`trainer.attention.kernels.flash`, level INFO).
+another kind get is logged (`trainer.kernels.flash`, level INFO).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from trainer.methods import Edit, Method
-from trainer.methods.kernel import installed
-from trainer.methods.options import SiteSelector
+from trainer.methods.method import Edit, Method
+from trainer.methods.shared.kernel import installed
+from trainer.methods.shared.options import SiteSelector
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -28,8 +28,8 @@ class Flash(Method):
     backend: Literal["auto", "flash", "efficient", "cudnn", "math"] = "flash"
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.kernels.flash import Flash as Op
         from trainer.attention.sites import require
+        from trainer.ops.flash import FlashOp as Op
 
         chosen = require(model.sites, self.sites, "sites")
         op = Op(None if self.backend == "auto" else self.backend)

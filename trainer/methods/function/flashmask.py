@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.methods import Edit, Method
-from trainer.methods.kernel import installed
-from trainer.methods.options import SiteSelector
+from trainer.methods.method import Edit, Method
+from trainer.methods.shared.kernel import installed
+from trainer.methods.shared.options import SiteSelector
 
 if TYPE_CHECKING:
-    from trainer.attention.kernels.flashmask import MaskSpec
     from trainer.attention.model import AttentionModel
+    from trainer.kernels.column_masks import MaskSpec
 
 
 class Flashmask(Method):
@@ -50,8 +50,8 @@ class Flashmask(Method):
         return self
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.kernels.flashmask import FlashMask as Op
         from trainer.attention.sites import require
+        from trainer.ops.flashmask import FlashMask as Op
 
         chosen = require(model.sites, self.sites, "sites")
         for site in chosen:
@@ -70,21 +70,22 @@ class Flashmask(Method):
         Raises:
             ValueError: the tokens are no whole number in each frame.
         """
-        from trainer.attention.kernels import flashmask as masks
+        from trainer.kernels import column_masks
+        from trainer.kernels.column_masks import causal_mask
 
         width = max(1, round(self.size * tokens if self.size <= 1 else self.size))
         if self.mask == "causal":
-            return masks.causal(tokens)
+            return causal_mask(tokens)
         if self.mask == "windows":
-            return masks.windows(tokens, width)
+            return column_masks.windows(tokens, width)
         if self.mask == "sliding_window":
-            return masks.global_sliding_window(tokens, self.seen, width, width)
+            return column_masks.global_sliding_window(tokens, self.seen, width, width)
         if tokens % frames:
             raise ValueError(
                 f"methods.flashmask: mask={self.mask} needs the tokens of all frames in one "
                 f"sequence, and {tokens} tokens are no multiple of {frames} frames"
             )
-        sees = masks.sparse_causal(frames)
+        sees = column_masks.sparse_causal(frames)
         if self.mask == "causal_frames":
             sees = [list(range(frame + 1)) for frame in range(frames)]
-        return masks.frames(tokens // frames, sees)
+        return column_masks.frames(tokens // frames, sees)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from trainer.methods import Edit
-from trainer.methods.options import OddSize
-from trainer.methods.swap import Swap
+from trainer.methods.method import Edit
+from trainer.methods.shared.options import OddSize
+from trainer.methods.shared.swap import Swap
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -39,15 +39,13 @@ class GatedLinear(Swap):
     convolution: OddSize = 0
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention import scanned
-        from trainer.attention.kernels.gated import ORDERS
-        from trainer.attention.local import BlockConvolution
+        from trainer.kernels.gated_linear import ORDERS
+        from trainer.ops.block_convolution import BlockConvolution
+        from trainer.ops.gated_linear import GatedLinearOp
 
-        def op(index: int, site: Site) -> scanned.GatedLinear:
+        def op(index: int, site: Site) -> GatedLinearOp:
             first = index * self.scans % len(ORDERS)
-            return scanned.GatedLinear(
-                site, ORDERS[first : first + self.scans], self.rank, self.tau
-            )
+            return GatedLinearOp(site, ORDERS[first : first + self.scans], self.rank, self.tau)
 
         def convolution(_: int, site: Site) -> BlockConvolution:
             return BlockConvolution(site, self.convolution, "gated_linear")

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from trainer.methods import Edit
-from trainer.methods.options import OddSize
-from trainer.methods.swap import Swap
+from trainer.methods.method import Edit
+from trainer.methods.shared.options import OddSize
+from trainer.methods.shared.swap import Swap
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -35,11 +35,11 @@ class LinearAttention(Swap):
     shortcut: OddSize = 0
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention import linear
+        from trainer.ops.linear_attention import LinearAttentionOp
 
         return self.swap(
             model,
-            lambda _, site: linear.LinearAttention(
+            lambda _, site: LinearAttentionOp(
                 site, self.features, self.num_features, self.seed, self.shortcut
             ),
         )

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from trainer.methods import Edit, Method
-from trainer.methods.kernel import installed
-from trainer.methods.options import SiteSelector
+from trainer.methods.method import Edit, Method
+from trainer.methods.shared.kernel import installed
+from trainer.methods.shared.options import SiteSelector
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -28,8 +28,8 @@ class Tiled(Method):
     columns: int = Field(512, gt=0)
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.kernels.tiled import Tiled as Op
         from trainer.attention.sites import require
+        from trainer.ops.tiled import TiledOp as Op
 
         chosen = require(model.sites, self.sites, "sites")
         return installed(model, Op(self.rows, self.columns), chosen)

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from trainer.attention.sites import Role
-from trainer.methods import Edit
-from trainer.methods.lowrank import LowRank, edit_of
-from trainer.methods.options import SiteSelector
+from trainer.methods.method import Edit
+from trainer.methods.shared.lowrank import LowRank, edit_of
+from trainer.methods.shared.options import SiteSelector
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ class CLora(LowRank):
     penalty: float = Field(1e6, ge=0)
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.inject import layer_of, stack
+        from trainer.ops.adapters.inject import layer_of, stack
 
         targets = self.targets(model)
         *past, trains = stack(model, targets, self.config, "c_lora", self.task + 1)

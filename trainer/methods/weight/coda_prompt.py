@@ -6,7 +6,7 @@ task training its own slice of the pool.
 
 Smith et al., CVPR 2023, arXiv 2211.13218, section 4. There q is the image's class token and the
 prompts are prefixes of self-attention; here q is the mean text feature and the prefixes are those
-of cross-attention (`trainer/attention/prompts.py`). Training does not start at the base model:
+of cross-attention (`trainer/ops/coda_prompt.py`). Training does not start at the base model:
 the prompts take part from the first step. Task t has parts [t M / T, (t + 1) M / T) of the M; those
 of earlier tasks are kept, those of later ones do not exist yet. The authors' code scales the
 penalty by 1e-6 and takes its mean; this is the paper's.
@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.methods import Edit, Method
-from trainer.methods.options import SiteSelector, check_task
+from trainer.methods.method import Edit, Method
+from trainer.methods.shared.options import SiteSelector, check_task
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trainer.attention.model import AttentionModel
-    from trainer.attention.prompts import PromptPool
+    from trainer.ops.coda_prompt import PromptPool
 
 
 class CodaPrompt(Method):
@@ -55,8 +55,8 @@ class CodaPrompt(Method):
         return self
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.prompts import PromptPool
         from trainer.attention.sites import require
+        from trainer.ops.coda_prompt import PromptPool
 
         sites = require(model.sites, self.sites, "sites")
         if other := [site for site in sites if site.kind != "cross"]:

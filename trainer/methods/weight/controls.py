@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer.methods import Edit
-from trainer.methods.lowrank import LowRank, edit_of
+from trainer.methods.method import Edit
+from trainer.methods.shared.lowrank import LowRank, edit_of
 
 if TYPE_CHECKING:
-    from trainer.attention.inject import Target
     from trainer.attention.model import AttentionModel
+    from trainer.ops.adapters.inject import Target
 
 
 class Controls(LowRank):
@@ -27,12 +27,12 @@ class Controls(LowRank):
     def apply(self, model: AttentionModel) -> Edit:
         from torch import nn
 
-        from trainer.attention.controls import ControlledLinear
-        from trainer.attention.inject import base, inject, layer_of
+        from trainer.ops.adapters.controls import ControlledLinear
+        from trainer.ops.adapters.inject import base_layer, inject, layer_of
 
         targets = self.targets(model)
         for target in targets:
-            if not isinstance(base(layer_of(model, target)), nn.Linear):
+            if not isinstance(base_layer(layer_of(model, target)), nn.Linear):
                 raise ValueError(
                     f"{target.path} is a convolution, which has no tokens; name linear layers"
                 )

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from trainer.methods import Edit
-from trainer.methods.lowrank import LowRank, edit_of
+from trainer.methods.method import Edit
+from trainer.methods.shared.lowrank import LowRank, edit_of
 
 if TYPE_CHECKING:
-    from trainer.attention.inject import Target
     from trainer.attention.model import AttentionModel
+    from trainer.ops.adapters.inject import Target
 
 
 class Dora(LowRank):
@@ -23,7 +23,7 @@ class Dora(LowRank):
     init: Literal["default", "gaussian"] = "default"
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.inject import inject
+        from trainer.ops.adapters.inject import inject
 
         targets = self.targets(model)
         _refuse_nothing(model, targets)
@@ -36,11 +36,11 @@ class Dora(LowRank):
 
 def _refuse_nothing(model: AttentionModel, targets: Sequence[Target]) -> None:
     """Raises ValueError where a row of W0 is zero: it has no direction."""
-    from trainer.attention.inject import base, layer_of
-    from trainer.attention.nf4 import unpacked
+    from trainer.ops.adapters.inject import base_layer, layer_of
+    from trainer.ops.adapters.nf4 import unpacked
 
     for target in targets:
-        weight: Any = unpacked(base(layer_of(model, target))).weight
+        weight: Any = unpacked(base_layer(layer_of(model, target))).weight
         if not weight.flatten(1).any(dim=1).all():
             raise ValueError(
                 f"{target.path} holds rows of zeros, which have a length and no direction; leave "

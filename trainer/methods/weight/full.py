@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from trainer.methods import Edit, Method
+from trainer.methods.method import Edit, Method
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -46,7 +46,7 @@ def _of_others(model: AttentionModel) -> set[int]:
     """The parameters of ops at the sites, and of inserted blocks that train already."""
     from torch import nn
 
-    from trainer.attention.insert import insertions
+    from trainer.attention.insertion import insertions
 
     ops = [op for processor in model.host.processors.values() for op in processor.ops]
     modules: list[nn.Module] = [op for op in ops if isinstance(op, nn.Module)]

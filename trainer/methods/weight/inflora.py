@@ -7,7 +7,7 @@ uses, so that learning the new leaves the old as it was.
 
 Liang and Li, arXiv 2404.00228 (the paper calls the fixed matrix B and the trained one A). After
 task t, M grows until it holds the share eps_t of that task's input energy, eps_t going from
-`energy[0]` towards `energy[1]` (`trainer/attention/subspace.py`). Energy is |H|_F^2 as in the
+`energy[0]` towards `energy[1]` (`trainer/ops/adapters/subspace.py`). Energy is |H|_F^2 as in the
 paper; the authors' code squares the eigenvalues of the covariance, which takes fewer directions,
 and divides A by sqrt(3), which here is left to alpha.
 
@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from trainer.attention.sites import Role
-from trainer.methods import Edit
-from trainer.methods.lowrank import LowRank, edit_of
-from trainer.methods.options import SiteSelector, check_task
+from trainer.methods.method import Edit
+from trainer.methods.shared.lowrank import LowRank, edit_of
+from trainer.methods.shared.options import SiteSelector, check_task
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -56,11 +56,11 @@ class Inflora(LowRank):
     def apply(self, model: AttentionModel) -> Edit:
         from torch import nn
 
-        from trainer.attention.inject import base, layer_of, stack
+        from trainer.ops.adapters.inject import base_layer, layer_of, stack
 
         targets = self.targets(model)
         for target in targets:
-            if isinstance(base(layer_of(model, target)), nn.Conv2d):
+            if isinstance(base_layer(layer_of(model, target)), nn.Conv2d):
                 raise ValueError(f"layers: {target.path} is a convolution; name linear layers")
         tasks = stack(model, targets, self.config, "inflora", self.task + 1)
         trains = tuple(name for name in tasks[-1] if ".lora_B." in name)
@@ -75,8 +75,8 @@ class Inflora(LowRank):
         def prepare(run: Callable[[], None]) -> None:
             import torch
 
-            from trainer.attention.statistics import input_moments
-            from trainer.attention.subspace import design, unpack
+            from trainer.ops.adapters.input_moments import input_moments
+            from trainer.ops.adapters.subspace import design, unpack
 
             moments = input_moments(layers, run)
             for path, layer in layers.items():
@@ -99,13 +99,13 @@ class Inflora(LowRank):
         def finish(run: Callable[[], None]) -> None:
             import torch
 
-            from trainer.attention.statistics import input_moments
-            from trainer.attention.subspace import claim, pack, unpack
+            from trainer.ops.adapters.input_moments import input_moments
+            from trainer.ops.adapters.subspace import claim, pack_subspace, unpack
 
             moments = input_moments(layers, run)
             for path, layer in layers.items():
                 free = unpack(getattr(layer, KEPT), bool(getattr(layer, COMPLEMENT)))
-                kept, complement = pack(claim(free, moments[path], energy))
+                kept, complement = pack_subspace(claim(free, moments[path], energy))
                 with torch.no_grad():
                     getattr(layer, KEPT).copy_(kept)
                     getattr(layer, COMPLEMENT).fill_(complement)

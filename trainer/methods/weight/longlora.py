@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
-from trainer.methods import Edit
-from trainer.methods.lowrank import LowRank, edit_of
-from trainer.methods.options import SiteSelector
+from trainer.methods.method import Edit
+from trainer.methods.shared.lowrank import LowRank, edit_of
+from trainer.methods.shared.options import SiteSelector
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -43,9 +43,9 @@ class Longlora(LowRank):
         return group
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.inject import inject
-        from trainer.attention.shifted import ShiftedSparse
         from trainer.attention.sites import require
+        from trainer.ops.adapters.inject import inject
+        from trainer.ops.longlora import ShiftedSparse
 
         grouped = [
             site

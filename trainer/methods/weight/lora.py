@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
-from trainer.methods import Edit
-from trainer.methods.lowrank import LowRank, edit_of
+from trainer.methods.method import Edit
+from trainer.methods.shared.lowrank import LowRank, edit_of
 
 if TYPE_CHECKING:
-    from trainer.attention.inject import Target
     from trainer.attention.model import AttentionModel
+    from trainer.ops.adapters.inject import Target
 
 START = "lora_start"
 
@@ -40,7 +40,7 @@ class Lora(LowRank):
         return self
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.inject import inject
+        from trainer.ops.adapters.inject import inject
 
         targets = self.targets(model)
         self._refuse(model, targets)
@@ -58,11 +58,11 @@ class Lora(LowRank):
         """Raises ValueError where a layer has no matrix to start from."""
         from torch import nn
 
-        from trainer.attention.inject import base, layer_of
-        from trainer.attention.nf4 import is_packed
+        from trainer.ops.adapters.inject import base_layer, layer_of
+        from trainer.ops.adapters.nf4 import is_packed
 
         for target in targets:
-            layer = base(layer_of(model, target))
+            layer = base_layer(layer_of(model, target))
             if self.init in ("pissa", "olora", "eva") and not isinstance(layer, nn.Linear):
                 raise ValueError(
                     f"init={self.init} is for linear layers, and {target.path} is a convolution; "
@@ -81,10 +81,10 @@ class Lora(LowRank):
         """Starts from W0 itself; the names that train, and those of the frozen start."""
         import torch
 
-        from trainer.attention.inject import add_copy, base, inject, layer_of
+        from trainer.ops.adapters.inject import add_copy, base_layer, inject, layer_of
 
         def weight_of(target: Target) -> Any:
-            return base(layer_of(model, target)).weight
+            return base_layer(layer_of(model, target)).weight
 
         weights = [weight_of(target).detach().clone() for target in targets]
         config = lambda t: self.config(t, init_lora_weights=self.init)  # noqa: E731
@@ -102,8 +102,8 @@ class Lora(LowRank):
         def prepare(run: Callable[[], None]) -> None:
             import torch
 
-            from trainer.attention.inject import layer_of
-            from trainer.attention.statistics import input_moments, leading
+            from trainer.ops.adapters.inject import layer_of
+            from trainer.ops.adapters.input_moments import input_moments, leading
 
             layers = {target.path: layer_of(model, target) for target in targets}
             moments = input_moments(layers, run)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.methods import Edit, Method
+from trainer.methods.method import Edit, Method
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -56,7 +56,7 @@ class NewToken(Method):
         return self.tokens if self.task is None else self.tokens[: self.task + 1]
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.tokens import extend
+        from trainer.ops.adapters.token_rows import extend
 
         count = len(self.tokens) if self.task is None else self.task + 1
         words = self.init if isinstance(self.init, tuple) else (self.init,) * count

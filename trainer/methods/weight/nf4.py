@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from trainer.methods import Edit, Method
+from trainer.methods.method import Edit, Method
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,7 +40,7 @@ class Nf4(Method):
     def apply(self, model: AttentionModel) -> Edit:
         import torch
 
-        from trainer.attention.nf4 import bitsandbytes, pack, share_tables
+        from trainer.ops.adapters.nf4 import bitsandbytes, pack, share_tables
 
         bitsandbytes("4-bit storage")
         compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.compute]
@@ -68,8 +68,8 @@ class Nf4(Method):
         """
         from torch import nn
 
-        from trainer.attention.insert import trained_inside
-        from trainer.attention.nf4 import inside_ops
+        from trainer.attention.insertion import trained_inside
+        from trainer.ops.adapters.nf4 import inside_ops
 
         training = trained_inside(denoiser) | inside_ops(denoiser)
         linear = {

@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
-from trainer.hints import nearest
-from trainer.methods import Edit
-from trainer.methods.lowrank import Targeted, edit_of
+from trainer.common.suggest import nearest
+from trainer.methods.method import Edit
+from trainer.methods.shared.lowrank import Targeted, edit_of
 
 if TYPE_CHECKING:
-    from trainer.attention.inject import Target
     from trainer.attention.model import AttentionModel
+    from trainer.ops.adapters.inject import Target
 
 # peft's configuration, and what it takes to start at the base model
 TYPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -97,12 +97,12 @@ class PeftAdapter(Targeted):
         return name
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.inject import base, inject, layer_of
-        from trainer.attention.nf4 import is_packed
+        from trainer.ops.adapters.inject import base_layer, inject, layer_of
+        from trainer.ops.adapters.nf4 import is_packed
 
         targets = self.targets(model)
         for target in targets:
-            if self.type not in OVER_4_BITS and is_packed(base(layer_of(model, target))):
+            if self.type not in OVER_4_BITS and is_packed(base_layer(layer_of(model, target))):
                 raise ValueError(
                     f"{self.type} calculates with W0, and methods.nf4 stores that of {target.path} "
                     f"in 4 bits; use {', '.join(OVER_4_BITS)}, or methods.nf4.skip"
@@ -120,7 +120,7 @@ class PeftAdapter(Targeted):
 
         import peft
 
-        from trainer.attention.inject import exactly
+        from trainer.ops.adapters.inject import exactly
 
         name, defaults = TYPES[self.type]
         cls = getattr(peft, name)

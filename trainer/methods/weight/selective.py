@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from trainer.attention.sites import Role
-from trainer.methods import Edit, Method
-from trainer.methods.options import SiteSelector
+from trainer.methods.method import Edit, Method
+from trainer.methods.shared.options import SiteSelector
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -29,8 +29,8 @@ class Selective(Method):
     detach_first_token: bool = False
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.ops import DetachFirstToken
         from trainer.attention.sites import require
+        from trainer.ops.detach_first_token import DetachFirstToken
 
         sites = require(model.sites, self.sites, "sites")
         if self.detach_first_token:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from trainer.methods import Edit, Method
+from trainer.methods.method import Edit, Method
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -32,7 +32,7 @@ class WordEmbedding(Method):
         return tokens
 
     def apply(self, model: AttentionModel) -> Edit:
-        from trainer.attention.tokens import relearn
+        from trainer.ops.adapters.token_rows import relearn
 
         trains = [
             f"{part}.{row}"

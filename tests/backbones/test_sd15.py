@@ -1,0 +1,139 @@
+"""Stable Diffusion 1.5 at its full size, with random weights: plan, two steps, adapter and back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from trainer.__main__ import main
+
+DATA = Path(__file__).parents[2] / "data" / "tiny"
+BLOCKS = (320, 640, 1280, 1280)
+UNET: dict[str, Any] = {
+    "sample_size": 64,
+    "block_out_channels": BLOCKS,
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}
+TEXT: dict[str, Any] = {  # openai/clip-vit-large-patch14, but for the vocabulary
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "projection_dim": 768,
+    "hidden_act": "quick_gelu",
+}
+VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+    "scaling_factor": 0.18215,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+PNDM: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+RUN = [
+    "run.resolution=64",
+    "run.precision=bf16",
+    "run.batch_size=2",
+    "run.steps=2",
+    "run.validate_every=0",
+    "run.id=run",
+    "preview.prompts=[]",
+    "preview.steps=2",
+    "tracker=none",
+]
+
+
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The pipeline folder, 2.1 GB in fp16; the tokeniser is the shipped one with 77 places."""
+    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("sd15")
+    tokenizer = CLIPTokenizer.from_pretrained(DATA / "tokenizer", model_max_length=77)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(0)
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **TEXT, **special))
+    text.half().save_pretrained(folder / "text_encoder")
+    AutoencoderKL(**VAE).half().save_pretrained(folder / "vae")
+    UNet2DConditionModel(**UNET).half().save_pretrained(folder / "unet")
+    PNDMScheduler(**PNDM).save_pretrained(folder / "scheduler")
+    index = json.loads((DATA / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "PNDMScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_the_plan_counts_cross_k_and_v(sd15: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["recipe=custom_diffusion", f"backbone={sd15}", "plan=true", "run.precision=bf16"]
+    assert main(["check", *words]) == 0
+    shown = capsys.readouterr().out
+    selective = next(line for line in shown.splitlines() if "selective" in line)
+    assert "19,169,280" in selective
+    assert "16" in selective.split()
+    assert f"trains {19_169_280 + 768:,} of" in shown
+    assert "peak memory about" in shown
+
+
+@pytest.mark.slow
+def test_two_steps_saved_and_reloaded(sd15: Path, tmp_path: Path) -> None:
+    from trainer.config.load import load_recipe
+    from trainer.diffusion.sampler import sample
+    from trainer.methods.apply import apply_methods
+    from trainer.runs.adapter import load_adapted
+    from trainer.training.fit import fit
+
+    # painted at 512x512 the class images alone would take minutes
+    classes = tmp_path / "classes"
+    classes.mkdir()
+    for number in range(2):
+        Image.new("RGB", (64, 64), (90 * number, 120, 200)).save(classes / f"{number}.png")
+    words = [f"backbone={sd15}", f"data.prior_folder={classes}", f"run.out={tmp_path}"]
+    recipe = load_recipe(["recipe=custom_diffusion", *words, *RUN])
+    folder = fit(recipe)
+    path = folder / "adapter.safetensors"
+    tensors = load_file(path)
+    assert sum(value.numel() for value in tensors.values()) == 19_169_280 + 768
+    assert path.stat().st_size <= 1.2 * sum(value.nbytes for value in tensors.values())
+
+    loaded, _ = load_adapted(path)
+    parameters = dict(loaded.named_parameters())
+    assert all(torch.equal(parameters[name], value) for name, value in tensors.items())
+    first = sample(loaded, ["a <v1> animal"], [1], steps=2, size=(64, 64))
+    del loaded, parameters
+    again, _ = load_adapted(path)
+    assert torch.equal(sample(again, ["a <v1> animal"], [1], steps=2, size=(64, 64)), first)
+
+    # the base under the same methods, untrained: every tensor has moved away from it
+    from trainer.backbones import load_backbone
+
+    base = load_backbone(recipe.backbone, recipe.backbone_name)
+    apply_methods(base, recipe.methods)
+    untrained = dict(base.named_parameters())
+    assert not any(torch.equal(untrained[name], value) for name, value in tensors.items())

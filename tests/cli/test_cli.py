@@ -1,0 +1,199 @@
+"""The command line: what it prints, how it ends, and that it says what is wrong and no more."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from trainer.__main__ import USAGE, VERBS, main
+from trainer.common.exit_codes import BAD_RECIPE
+from trainer.common.lookup import method_files, source_files
+from trainer.config.lineage import backbone_names
+from trainer.config.load import recipe_names
+
+CUSTOM = "recipe=custom_diffusion"
+PROMPT = "prompt=a <v1> on a beach"
+Printed = pytest.CaptureFixture[str]
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def refusal(printed: Printed, *words: str) -> str:
+    """The one line that `main` answers a mistake with."""
+    assert main([*words]) == BAD_RECIPE
+    out, err = printed.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err.strip().removeprefix("error: ")
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--help"], ["-h"], ["help"], ["fit", "--help"], ["fit", CUSTOM, "-h"]], ids=str
+)
+def test_help(words: list[str], capsys: Printed) -> None:
+    assert main(words) == 0
+    assert capsys.readouterr() == (USAGE, "")
+
+
+def test_help_names_every_verb() -> None:
+    listed = {
+        line.split()[0]
+        for line in USAGE.splitlines()[2:]
+        if line.startswith("  ") and line[2] > " "
+    }
+    assert listed == {*VERBS, "list"}
+
+
+def test_list_names_everything_with_its_first_line(capsys: Printed) -> None:
+    assert main(["list"]) == 0
+    out, err = capsys.readouterr()
+    rows = [line.split(maxsplit=1) for line in out.splitlines() if line.startswith(" ")]
+    files = [path.stem for path in (*method_files(), *source_files())]
+    assert [name for name, *_ in rows] == [*recipe_names(), *backbone_names(), *files]
+    assert [name for name, *about in rows if not about] == []
+    assert err == ""
+
+
+def test_list_of_one_kind(capsys: Printed) -> None:
+    assert main(["list", "methods"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("methods:\n")
+    assert "  selective            Selective training: unfreeze chosen projections" in out
+    assert "recipes:" not in out
+    assert main(["list", "method"]) == BAD_RECIPE
+    assert (
+        "error: list method: there are recipes, backbones, methods, data" in capsys.readouterr().err
+    )
+
+
+def test_help_and_list_import_nothing_heavy() -> None:
+    code = (
+        "import sys; from trainer.__main__ import main; main(['--help']); main(['list'])\n"
+        "heavy = {'torch', 'pydantic', 'yaml', 'omegaconf', 'numpy', 'PIL'}\n"
+        "print('loaded:', heavy & set(sys.modules))"
+    )
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "loaded: set()"
+
+
+def test_mistake_ends_the_process_with_its_code() -> None:
+    result = run("-m", "trainer", "fit", "recipe=custom_difusion")
+    assert result.returncode == 78
+    assert result.stdout == ""
+    hint = "did you mean custom_diffusion?"
+    assert result.stderr == f"error: recipe=custom_difusion: no such recipe; {hint}\n"
+
+
+def test_check_as_a_process_loads_no_torch() -> None:
+    code = (
+        "import sys; from trainer.__main__ import main\n"
+        f"print(main(['check', '{CUSTOM}', 'run.steps=3']), 'torch' in sys.modules)"
+    )
+    lines = run("-c", code).stdout.splitlines()
+    assert lines[0].startswith(
+        "custom_diffusion: fine; backbone tiny, methods selective, new_token"
+    )
+    assert lines[1:] == ["0 False"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "hint"),
+    [("tain", ""), ("fitt", "; did you mean fit?"), ("sampel", "; did you mean sample?")],
+)
+def test_unknown_verb(verb: str, hint: str, capsys: Printed) -> None:
+    assert main([verb, CUSTOM]) == BAD_RECIPE
+    err = capsys.readouterr().err
+    assert err == f"error: no verb is called {verb!r}{hint}\n{USAGE}"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("fit",), "recipe=<name> is missing; recipes: "),
+        (("fit", CUSTOM, "optim.lrr=1"), "optim.lrr: no such key; did you mean optim.lr?"),
+        (("fit", CUSTOM, "data.concept=./nowhere"), "data.concept='./nowhere': nowhere: no such"),
+        (("check", CUSTOM, "run.steps=0"), "run.steps=0: Input should be greater than 0"),
+        (("check", CUSTOM, "plan=yes"), "plan=yes: plan is true or false"),
+        (("check", "custom_diffusion"), "'custom_diffusion' is not key=value"),
+        (("sample",), 'prompt is missing, as in prompt="a <v1>'),
+        (("sample", "prompt="), "prompt is missing"),
+        (("sample", PROMPT), "give adapter=<file or run folder>, or backbone=<name or folder>"),
+        (("sample", PROMPT, "adaptor=x"), "adaptor: no such key; did you mean adapter?"),
+        (("sample", PROMPT, "count=0"), "count=0: a whole number is needed, at least 1"),
+        (("sample", PROMPT, "count=true"), "count=True: a whole number is needed"),
+        (("sample", PROMPT, "steps=2.5"), "steps=2.5: a whole number is needed, at least 1"),
+        (("sample", PROMPT, "seed=-1"), "seed=-1: a whole number is needed, at least 0"),
+        (("sample", PROMPT, "guidance=high"), "guidance='high': a number is needed"),
+        (("sample", "prompt=12"), "prompt=12: text is needed; quote it, as in prompt=\"'12'\""),
+        (("evaluate",), "run is missing, as in run=runs/custom_diffusion/<id>"),
+        (("evaluate", "run=x", "images=0"), "images=0: a whole number is needed, at least 1"),
+        (("export", "run=x"), "give run=<run folder> (or adapter=<file>) and out=<folder>"),
+        (("data", "wrld"), "data world, clips, build, verify, inspect: 'wrld' is none of them"),
+        (("data", "world"), "out is missing, as in out=./world"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_mistake(words: tuple[str, ...], says: str, capsys: Printed) -> None:
+    assert refusal(capsys, *words).startswith(says)
+
+
+class Canary:
+    """Unpickling one makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_adapter_that_is_no_adapter(tmp_path: Path, capsys: Printed) -> None:
+    sample = ("sample", PROMPT, f"out={tmp_path / 'out'}")
+    adapter, run_folder = tmp_path / "x.safetensors", tmp_path / "run"
+    assert refusal(capsys, *sample, f"adapter={adapter}") == f"adapter={adapter}: no such file"
+    run_folder.mkdir()
+    wanted = f"adapter={run_folder}/adapter.safetensors: no such file"
+    assert refusal(capsys, *sample, f"adapter={run_folder}") == wanted
+    torch.save({"weight": Canary(tmp_path / "sprung")}, adapter)
+    message = refusal(capsys, *sample, f"adapter={adapter}")
+    assert message.startswith(f"adapter={adapter}: not a safetensors file")
+    assert message.endswith("pickles are never loaded")
+    assert not (tmp_path / "sprung").exists()
+    save_file({"weight": torch.ones(2)}, adapter, {"format": "pt"})
+    message = refusal(capsys, *sample, f"adapter={adapter}")
+    assert message.startswith(f"adapter={adapter}: its header has no 'attention_trainer'")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(OSError(28, "No space left on device"), 74), (PermissionError(13, "denied"), 1)],
+    ids=["full-disk", "denied"],
+)
+def test_trouble_with_the_disk_has_codes_of_its_own(
+    error: OSError, code: int, capsys: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(words: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr("trainer.cli.fit.run", fail)
+    assert main(["fit", CUSTOM]) == code
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.cli.fit.run", lambda words: {}["missing"])
+    with pytest.raises(KeyError):
+        main(["fit", CUSTOM])

@@ -1,0 +1,184 @@
+"""The source `folder`: what it reads, holds out and refuses, and what each refusal says."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trainer.config.schema import RecipeError
+from trainer.config.validate import build_section
+from trainer.data.held_out import KEEP_BYTES
+from trainer.data.source import Needs, Source
+from trainer.data.sources import folder
+from trainer.data.sources.folder import Folder
+from trainer.media.images import resize_cover, to_tensor
+
+RNG = np.random.default_rng(0)
+
+
+def noise(seed: int = 0, width: int = 40, height: int = 24) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def needs(path: Path, resolution: int = 16) -> Needs:
+    return Needs(resolution, 4, lambda prompts, seed, guidance: (), path / "cache", lambda: "tiny")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """1.png, 2.png, 10.png with captions "photo 1", "photo 2", "photo 10"."""
+    path = tmp_path / "photos"
+    path.mkdir()
+    for i in (1, 2, 10):
+        noise(i).save(path / f"{i}.png")
+        (path / f"{i}.txt").write_text(f"photo {i}\n")
+    return path
+
+
+def open_folder(path: Path, **options: Any) -> Any:
+    return Folder(folder=path, **options).open(needs(path.parent))
+
+
+def test_reads_photos_with_their_captions_in_natural_order(photos: Path) -> None:
+    train, held_out = open_folder(photos)
+    assert held_out is None
+    assert (len(train), train.fixed, list(train.skipped)) == (3, True, [])
+    assert (train.groups, train.shares, train.weights) == ((range(3),), (1.0,), (1.0,))
+    samples = [train.sample(i, RNG) for i in range(3)]
+    assert [sample.key for sample in samples] == ["1.png", "2.png", "10.png"]
+    assert [sample.caption for sample in samples] == ["photo 1", "photo 2", "photo 10"]
+    assert [train.caption(i, RNG) for i in range(3)] == ["photo 1", "photo 2", "photo 10"]
+    for i, sample in zip((1, 2, 10), samples, strict=True):
+        assert sample.mask is None
+        assert sample.image.equal(to_tensor(resize_cover(noise(i), 16)))
+
+
+def test_photos_are_read_as_images_py_reads_them(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera turned: stored on its side
+    noise(3).transpose(Image.Transpose.ROTATE_90).save(
+        tmp_path / "a.webp", lossless=True, exif=exif
+    )
+    clear = Image.new("RGBA", (20, 20), (9, 9, 9, 0))
+    clear.save(tmp_path / "b.png")
+    train, _ = open_folder(tmp_path, template="a photo")
+    assert train.sample(0, RNG).image.equal(to_tensor(resize_cover(noise(3), 16)))
+    assert bool((train.sample(1, RNG).image == 1.0).all())  # white behind what is transparent
+
+
+def test_template_is_the_caption_where_there_is_no_txt(photos: Path) -> None:
+    (photos / "2.txt").unlink()
+    train, _ = open_folder(photos, template="a photo of a cat")
+    assert [train.caption(i, RNG) for i in range(3)] == ["photo 1", "a photo of a cat", "photo 10"]
+
+
+def test_the_last_are_held_out(photos: Path) -> None:
+    train, held_out = open_folder(photos, validation=2, flip=True)
+    assert [train.sample(i, RNG).key for i in range(len(train))] == ["1.png"]
+    assert [held_out.sample(i, RNG).key for i in range(len(held_out))] == ["2.png", "10.png"]
+    assert (train.fixed, held_out.fixed) == (False, True)
+    with pytest.raises(ValueError, match=r"validation=3 leaves none .* of 3 images .* at most 2"):
+        Folder(folder=photos, validation=3)
+
+
+def test_flip_mirrors_every_second_time_and_draws_from_rng_only(photos: Path) -> None:
+    train, _ = open_folder(photos, flip=True)
+    plain = to_tensor(resize_cover(noise(1), 16))
+    seen = []
+    for seed in range(40):
+        image = train.sample(0, np.random.default_rng(seed)).image
+        assert image.equal(train.sample(0, np.random.default_rng(seed)).image)
+        assert image.equal(plain) or image.equal(plain.flip(-1))
+        assert train.image(0).equal(plain)
+        seen.append(image.equal(plain))
+    assert 10 < sum(seen) < 30
+
+
+def test_fingerprint_follows_the_bytes_and_what_is_done_to_them(photos: Path) -> None:
+    def of(side: int = 16, **options: Any) -> str:
+        source = Folder(folder=photos, **options)
+        return str(source.open(needs(photos.parent, side))[0].fingerprint())
+
+    before = of()
+    assert before == of()
+    assert len({before, of(side=8), of(flip=True), of(validation=1)}) == 4
+    (photos / "1.txt").write_text("other words")
+    assert of() == before
+    noise(9).save(photos / "2.png")
+    assert of() != before
+    swapped = (photos / "1.png").read_bytes()
+    before = of()
+    (photos / "1.png").write_bytes((photos / "10.png").read_bytes())
+    (photos / "10.png").write_bytes(swapped)
+    assert of() != before
+
+
+@pytest.mark.parametrize("keep", [0, KEEP_BYTES])
+def test_samples_are_the_same_kept_or_read_anew(
+    photos: Path, keep: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "KEEP_BYTES", keep)
+    train, _ = open_folder(photos)
+    first = train.sample(0, RNG).image
+    assert len(train._kept) == bool(keep)
+    assert train.sample(0, RNG).image.equal(first)
+    copy = pickle.loads(pickle.dumps(train))  # as for a worker
+    assert copy._kept == {}
+    assert copy.sample(0, RNG).image.equal(first)
+
+
+def test_bad_photos_end_the_run_or_are_named(photos: Path) -> None:
+    (photos / "3.gif").write_bytes(b"GIF89a")  # without a caption, but that is not its trouble
+    (photos / "2.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"(?s)2 of 4 images.*2\.txt.*UTF-8.*3\.gif.*export one"):
+        open_folder(photos)
+    train, _ = open_folder(photos, on_bad="skip")
+    assert [train.sample(i, RNG).key for i in range(2)] == ["1.png", "10.png"]
+    assert [text.split(":")[0] for text in train.skipped] == ["2.png", "3.gif"]
+    assert train.skipped[1] == "3.gif: a GIF, a format for animations; " + (
+        "export one frame as JPEG, PNG or WebP"
+    )
+    source = Folder(folder=photos, on_bad="skip", validation=3)
+    with pytest.raises(ValueError, match="validation=3 leaves none to train on of 2 usable"):
+        source.open(needs(photos.parent))
+
+
+def test_a_photo_without_caption_is_named(photos: Path) -> None:
+    (photos / "2.txt").unlink()
+    (photos / "10.txt").unlink()
+    with pytest.raises(ValueError, match=r"no caption for .*2\.png: write it into 2\.txt .*templ"):
+        Folder(folder=photos)
+    (photos / "2.txt").write_text("photo 2")
+    (photos / "10.png").rename(photos / "10.bmp")  # a name of a format not read, but a PNG
+    with pytest.raises(ValueError, match=r"no caption for .*10\.bmp"):
+        open_folder(photos)
+
+
+@pytest.mark.parametrize("template", ["", " ", "a photo of a {}"])
+def test_templates_that_are_no_caption_are_refused(photos: Path, template: str) -> None:
+    with pytest.raises(ValueError, match="write the caption as it is"):
+        Folder(folder=photos, template=template)
+
+
+def test_folders_without_images_are_refused_by_full_key(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"data\.folder=.*none: no such folder; expected"):
+        build_section(Folder, {"folder": str(tmp_path / "none")}, "data")
+    with pytest.raises(RecipeError, match=r"data\.folder=.*: no image in this folder"):
+        build_section(Folder, {"folder": str(tmp_path)}, "data")
+    with pytest.raises(RecipeError, match=r"data\.folder: a value is needed"):
+        build_section(Folder, {}, "data")
+
+
+def test_source_is_found_by_name_and_imports_no_torch() -> None:
+    assert "folder" in Source.names()
+    assert Source.find("folder") is Folder
+    code = "import sys, trainer.data.sources.folder; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(folder.__file__).parents[3])

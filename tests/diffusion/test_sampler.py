@@ -1,0 +1,211 @@
+"""Sampling: the stock pipeline's pictures, seeds independent of their batch, roles of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.attention.context import StepContext
+from trainer.attention.sites import Site, select
+from trainer.diffusion.sampler import sample, sample_many
+
+PROMPTS = ["a fox on a red background", "an apple left of a cat", "a tree"]
+SEEDS = [3, 4, 5]
+
+
+class Watch:
+    """An op that keeps what it is told of each call, and shows whose rows the text is of."""
+
+    name = "watch"
+
+    def __init__(self) -> None:
+        self.seen: list[StepContext] = []
+        self.texts: list[Tensor] = []
+
+    def context(
+        self, k_ctx: Tensor, v_ctx: Tensor, site: Site, ctx: StepContext
+    ) -> tuple[Tensor, Tensor]:
+        self.seen.append(ctx)
+        self.texts.append(k_ctx)
+        return k_ctx, v_ctx
+
+
+def stock(backbone: Any, seeds: list[int], **options: Any) -> Tensor:
+    pipeline = backbone.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    result = pipeline(generator=generators, output_type="pt", **options)
+    images: Tensor = result.images
+    return images
+
+
+@pytest.mark.parametrize(
+    ("guidance", "negative", "size"),
+    [
+        pytest.param(5.0, "", None, id="guided"),
+        pytest.param(3.0, "a red apple", None, id="negative"),
+        pytest.param(1.0, "", None, id="unguided"),
+        pytest.param(5.0, "", (24, 40), id="oblong"),
+    ],
+)
+def test_equals_the_stock_pipeline(
+    guidance: float, negative: str, size: tuple[int, int] | None, tiny: Any
+) -> None:
+    height, width = size or (32, 32)
+    own = sample(tiny, PROMPTS, SEEDS, 4, guidance, negative, size) / 2 + 0.5
+    wanted = stock(
+        tiny,
+        SEEDS,
+        prompt=PROMPTS,
+        negative_prompt=[negative] * 3,
+        num_inference_steps=4,
+        guidance_scale=guidance,
+        height=height,
+        width=width,
+    )
+    assert own.shape == (3, 3, height, width)
+    assert float(wanted.std()) > 0.02
+    torch.testing.assert_close(own, wanted, rtol=0, atol=1e-4)
+
+
+def test_guidance_and_negative_prompt_matter(tiny: Any) -> None:
+    pictures = [
+        sample(tiny, PROMPTS[:1], [3], 3, guidance, negative)
+        for guidance, negative in ((1.0, ""), (5.0, ""), (5.0, "a red apple"))
+    ]
+    assert not torch.allclose(pictures[0], pictures[1], atol=1e-3)
+    assert not torch.allclose(pictures[1], pictures[2], atol=1e-3)
+
+
+def test_a_picture_does_not_depend_on_its_batch(tiny: Any) -> None:
+    together = sample(tiny, PROMPTS, SEEDS, steps=3)
+    for row, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
+        alone = sample(tiny, [prompt], [seed], steps=3)
+        torch.testing.assert_close(together[row], alone[0], rtol=0, atol=1e-4)
+    assert not torch.allclose(sample(tiny, PROMPTS[:1], [9], steps=3), together[:1], atol=1e-2)
+
+
+def test_the_global_generator_is_neither_read_nor_moved(tiny: Any) -> None:
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = sample(tiny, PROMPTS[:1], [3], steps=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(sample(tiny, PROMPTS[:1], [3], steps=2), first)
+
+
+def test_many_are_the_batches_in_order(tiny: Any) -> None:
+    many = sample_many(tiny, PROMPTS, SEEDS, batch_size=2, steps=2)
+    assert torch.equal(many[:2], sample(tiny, PROMPTS[:2], SEEDS[:2], steps=2))
+    assert torch.equal(many[2:], sample(tiny, PROMPTS[2:], SEEDS[2:], steps=2))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0], ids=["unguided", "guided"])
+def test_ops_are_told_step_and_roles(guidance: float, tiny: Any) -> None:
+    watch = Watch()
+    tiny.host.install(watch, select(tiny.sites, "cross")[:1])
+    sample(tiny, PROMPTS, SEEDS, steps=3, guidance=guidance)
+    scheduler = tiny.scheduler()
+    scheduler.set_timesteps(3)
+    assert [ctx.step for ctx in watch.seen] == [0, 1, 2]
+    assert [int(ctx.timestep) for ctx in watch.seen] == scheduler.timesteps.tolist()
+    assert {ctx.num_steps for ctx in watch.seen} == {3}
+    with torch.no_grad():
+        cond = tiny.encode_prompts(PROMPTS)["encoder_hidden_states"]
+        uncond = tiny.encode_prompts([""] * 3)["encoder_hidden_states"]
+    ctx, text = watch.seen[-1], watch.texts[-1]
+    torch.testing.assert_close(text[ctx.rows("cond")], cond)
+    if guidance > 1:
+        torch.testing.assert_close(text[ctx.rows("uncond")], uncond)
+        assert len(text) == 6
+    else:
+        assert len(text) == 3
+        with pytest.raises(ValueError, match="no batch rows have the role 'uncond'"):
+            ctx.rows("uncond")
+
+
+def test_every_step_is_shown(tiny: Any) -> None:
+    shown: list[tuple[int, Tensor]] = []
+    picture = sample(
+        tiny, PROMPTS[:1], [3], 3, on_step=lambda step, x_t: shown.append((step, x_t.clone()))
+    )
+    assert [step for step, _ in shown] == [0, 1, 2]
+    assert torch.equal(tiny.decode(shown[-1][1]), picture)
+
+
+@pytest.mark.parametrize("size", [(30, 32), (32, 30)], ids=["height", "width"])
+def test_a_size_between_latents_is_refused(size: tuple[int, int], tiny: Any) -> None:
+    with pytest.raises(ValueError, match=f"size {size[0]}x{size[1]} must be a multiple of 4"):
+        sample(tiny, PROMPTS[:1], [3], 1, size=size)
+
+
+@pytest.mark.parametrize("size", [(0, 32), (32, -4)], ids=["zero", "negative"])
+def test_a_size_of_nothing_is_refused(size: tuple[int, int], tiny: Any) -> None:
+    with pytest.raises(ValueError, match="must be a multiple of 4"):
+        sample(tiny, PROMPTS[:1], [3], 1, size=size)
+
+
+def test_one_seed_to_each_prompt(tiny: Any) -> None:
+    with pytest.raises(ValueError, match="3 prompts and 2 seeds"):
+        sample(tiny, PROMPTS, SEEDS[:2], 1)
+
+
+def test_a_clip_of_frames_that_do_not_mix_is_that_many_pictures(tiny: Any) -> None:
+    """A model of images paints the frames one by one, from the noise of the clip's seed."""
+    clips = sample(tiny, PROMPTS[:2], SEEDS[:2], steps=2, frames=3)
+    assert clips.shape == (6, 3, 32, 32)
+    alone = sample(tiny, PROMPTS[1:2], SEEDS[1:2], steps=2, frames=3)
+    torch.testing.assert_close(clips[3:], alone, rtol=0, atol=1e-4)
+    apart = (clips[0] - clips[1]).abs().max()
+    assert apart > 0.05
+    noise = torch.randn(3, 8, 8, 8, generator=torch.Generator().manual_seed(SEEDS[0]))
+    shown: list[Tensor] = []
+    sample(tiny, PROMPTS[:1], SEEDS[:1], steps=1, frames=3, on_step=lambda _, x: shown.append(x))
+    scheduler = tiny.scheduler()
+    scheduler.set_timesteps(1)
+    (t,) = scheduler.timesteps
+    with torch.no_grad():
+        text = tiny.encode_prompts(["", PROMPTS[0]])
+        null, own = (
+            tiny.predict(
+                noise, t.expand(3), {k: v[i : i + 1].expand(3, -1, -1) for k, v in text.items()}
+            )
+            for i in range(2)
+        )
+    wanted = scheduler.step(null + 5 * (own - null), t, noise).prev_sample
+    torch.testing.assert_close(shown[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_many_clips_are_the_batches_in_order(tiny: Any) -> None:
+    many = sample_many(tiny, PROMPTS, SEEDS, batch_size=2, steps=1, frames=2)
+    assert many.shape == (6, 3, 32, 32)
+    assert torch.equal(many[4:], sample(tiny, PROMPTS[2:], SEEDS[2:], steps=1, frames=2))
+
+
+def test_ops_are_told_of_frames_their_rate_and_all_their_rows(tiny: Any) -> None:
+    watch = Watch()
+    tiny.host.install(watch, select(tiny.sites, "cross")[:1])
+    sample(tiny, PROMPTS[:2], SEEDS[:2], steps=1, frames=3, fps=12)
+    (ctx,), (text,) = watch.seen, watch.texts
+    assert (ctx.frames, len(text)) == (3, 12)
+    assert ctx.fps is not None and ctx.fps.tolist() == [12.0] * 4
+    assert ctx.rows("uncond") == slice(0, 6) and ctx.rows("cond") == slice(6, 12)
+    with torch.no_grad():
+        cond = tiny.encode_prompts(PROMPTS[:2])["encoder_hidden_states"]
+    torch.testing.assert_close(text[ctx.rows("cond")], cond.repeat_interleave(3, 0))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"frames": 0}, "frames=0: a clip has one at least"),
+        ({"temporal_guidance": 2.0}, "temporal_guidance=2 is for clips that are guided"),
+        ({"temporal_guidance": 2.0, "frames": 2, "guidance": 1.0}, "and a guidance above 1"),
+    ],
+)
+def test_what_is_no_clip_is_refused(options: dict[str, Any], says: str, tiny: Any) -> None:
+    with pytest.raises(ValueError, match=says):
+        sample(tiny, PROMPTS[:1], [3], 1, **options)

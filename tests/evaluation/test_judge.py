@@ -1,0 +1,78 @@
+"""The world's judge on real scenes, and any CLIP folder in its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchmetrics.multimodal import CLIPScore
+
+from trainer.data.world.scenes import RELATIONS, Spot, article, background, compose, draw_scene
+from trainer.data.world.sprites import ALL, HELD_OUT
+from trainer.evaluation.judge import Judge, Metric, stands
+from trainer.media.images import to_tensor
+
+CLIP = Path(__file__).parents[2] / "data" / "tiny" / "clip"
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge(CLIP)
+
+
+def picture(*spots: Spot) -> Tensor:
+    image, _ = compose(spots, background("gray"))
+    return to_tensor(Image.fromarray(image))
+
+
+def test_it_names_unseen_scenes(judge: Judge) -> None:
+    scenes = [draw_scene(77_777, i, ALL, count=1) for i in range(120)]
+    pictures = torch.stack([to_tensor(Image.fromarray(scene.image)) for scene in scenes])
+    named = judge.named(pictures, ALL)
+    right = sum(word == s.objects[0].word for word, s in zip(named, scenes, strict=True))
+    assert right >= 0.9 * len(scenes)
+
+
+def test_it_knows_the_held_out_sprites(judge: Judge) -> None:
+    pictures = torch.stack([picture(Spot(word, 32, 32, 40)) for word in HELD_OUT])
+    named = judge.named(pictures, ALL)
+    assert sum(a == b for a, b in zip(named, HELD_OUT, strict=True)) >= 14
+
+
+def test_it_says_where(judge: Judge) -> None:
+    found = judge.found(picture(Spot("fox", 16, 32, 26), Spot("octopus", 48, 32, 26))[None], ALL)
+    assert set(found.top(2)[0]) == {"fox", "octopus"}
+    assert stands(found, 0, "fox", "octopus", RELATIONS["left of"])
+    assert not stands(found, 0, "octopus", "fox", RELATIONS["left of"])
+    assert not stands(found, 0, "fox", "octopus", RELATIONS["above"])
+    x, y = found.centers[0, ALL.index("fox")].tolist()
+    assert abs(x - 0.25) < 0.1
+    assert abs(y - 0.5) < 0.1
+
+
+def test_an_empty_picture_has_little_of_anything(judge: Judge) -> None:
+    found = judge.found(torch.stack([picture(), picture(Spot("fox", 32, 32, 40))]), ALL)
+    assert found.mass[0].sum() < 0.2 * found.mass[1].sum()
+
+
+def test_clip_score_reads_the_judge(judge: Judge) -> None:
+    pixels = picture(Spot("fox", 32, 32, 40))[None]
+    texts = [article("fox")]
+    metric = Metric(judge)
+    score = CLIPScore(model_name_or_path=lambda: (metric, metric))  # type: ignore[arg-type]
+    found = float(score([((p + 1) * 127.5).round().byte() for p in pixels], texts))
+    wanted = 100 * float((judge.images(pixels) * judge.texts(texts)).sum())
+    assert found == pytest.approx(wanted, abs=0.5)
+
+
+def test_refusals(judge: Judge, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="safetensors"):
+        Judge(tmp_path)
+    plain = Judge(CLIP)
+    plain.empty = None
+    assert not plain.names_patches
+    with pytest.raises(ValueError, match="names whole pictures only"):
+        plain.found(picture()[None], ALL)

@@ -1,0 +1,96 @@
+"""`comfyui` and `diff`: the names its loader knows, low-rank pairs and whole deltas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trainer.export.export import export
+from trainer.export.formats import comfyui
+from trainer.export.formats.kohya import read
+from trainer.export.import_ import import_file
+from trainer.export.proof import LIMIT
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("name", ["lora", "pissa", "custom", "projections", "full"])
+def test_comfyui_carries_pairs_and_whole_deltas(
+    name: str, trained: Any, bundle_of: Any, tiny: Any, tmp_path: Path, same: Any
+) -> None:
+    out = export(trained(name), tmp_path / "out", "comfyui", say=quiet)
+    same(read(out, tiny), bundle_of(name), tiny)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "custom"])
+def test_diff_carries_everything_whole(
+    name: str, trained: Any, bundle_of: Any, tiny: Any, tmp_path: Path, same: Any
+) -> None:
+    out = export(trained(name), tmp_path / "out", "diff", say=quiet)
+    kinds = {key.partition(".")[2] for key in load_file(out / "out.safetensors")}
+    assert kinds == {"diff"}
+    same(read(out, tiny), bundle_of(name), tiny)
+
+
+def test_custom_diffusion_comes_back_as_it_was(
+    trained: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Whole matrices, so the adapter's tensors are the same; the tokens' order is the files'."""
+    from trainer.config.header import read_header
+
+    out = export(trained("custom"), tmp_path / "out", "comfyui", say=quiet)
+    back = import_file(out, str(tiny_folder), tmp_path / "back", say=quiet)
+    tree, _ = read_header(back)
+    assert tree["methods"] == {
+        "selective": {"sites": "cross", "projections": ["k", "v"]},
+        "new_token": {"tokens": ["sks", "<v1>"]},
+    }
+    own, other = load_file(trained("custom")), load_file(back)
+    assert own.keys() == other.keys()
+    for key in own:
+        if "rows" not in key:
+            torch.testing.assert_close(own[key], other[key], rtol=0, atol=1e-7)
+
+
+def test_dora_is_sent_to_diff(trained: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"format=comfyui cannot carry DoRA.* format=diff writes"):
+        export(trained("dora"), tmp_path / "out", "comfyui")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pixart_transformer_has_names(
+    pixart: Any, job_of: Any, read_back: Callable[..., dict[str, float]], tmp_path: Path, same: Any
+) -> None:
+    job = job_of(pixart, {"lora": {"sites": "all", "rank": 2, "alpha": 3, "layers": ["*ff.net.2"]}})
+    apart = read_back("comfyui", job, tmp_path / "out")
+    assert max(apart.values()) <= LIMIT
+    tensors = load_file(tmp_path / "out" / "title.safetensors")
+    key = "transformer.transformer_blocks.1.attn2.to_k"
+    assert tensors[f"{key}.lora_A.weight"].shape == (2, 16)
+    delta = job.bundle.layers[key]
+    torch.testing.assert_close(tensors[f"{key}.lora_B.weight"], delta.up * 1.5)
+    assert not any("alpha" in name for name in tensors)
+    same(read(tmp_path / "out", job.base), job.bundle, job.base)
+
+
+def test_a_bias_inside_a_fused_one_is_refused(
+    pixart: Any, job_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    job = job_of(pixart, {"selective": {"sites": "all", "projections": ["k"]}})
+    with pytest.raises(ValueError, match=r"trained bias of transformer\.\S+: in ComfyUI it"):
+        comfyui.write(job, tmp_path, torch.float32)
+
+
+def test_a_network_it_has_no_names_for_is_refused(
+    sana: Any, job_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    job = job_of(sana, {"lora": {"sites": "all", "rank": 2}})
+    with pytest.raises(ValueError, match="ComfyUI has no name for it in a SanaTransformer2DModel"):
+        comfyui.write(job, tmp_path, torch.float32)

@@ -1,0 +1,176 @@
+"""`kohya`: sd-scripts' keys, one alpha, its header; read by us and by diffusers' own reading."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from trainer.export.export import export
+from trainer.export.formats import kohya as form
+from trainer.export.import_ import import_file
+from trainer.export.proof import LIMIT, Probe, difference
+
+MIDDLE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("name", ["lora", "text", "pissa", "custom"])
+def test_read_by_diffusers_and_by_us(
+    name: str, trained: Any, bundle_of: Any, tiny: Any, tmp_path: Path, same: Any
+) -> None:
+    said: list[str] = []
+    out = export(trained(name), tmp_path / "out", "kohya", say=said.append)
+    assert [line.partition(":")[0] for line in said] == [
+        "kohya, read back by sd-scripts' key rules",
+        "kohya, read back by load_lora_weights",
+    ]
+    same(form.read(out, tiny), bundle_of(name), tiny)
+
+
+def test_comes_back_as_an_adapter(
+    trained: Any, bundle_of: Any, tiny: Any, tiny_folder: Path, tmp_path: Path, same: Any
+) -> None:
+    from trainer.export.extract import extract
+    from trainer.runs.adapter import load_adapted
+
+    out = export(trained("lora"), tmp_path / "out", "kohya", say=quiet)
+    path = import_file(out, str(tiny_folder), tmp_path / "back", say=quiet)
+    same(extract(load_adapted(path)[0], tiny, load_file(path)), bundle_of("lora"), tiny)
+
+
+def test_keys_and_one_alpha(trained: Any, tmp_path: Path) -> None:
+    """diffusers keeps one alpha of a file, so all layers have the one that most of them had."""
+    out = export(trained("lora"), tmp_path / "my_dog", "kohya", say=quiet)
+    tensors = load_file(out / "my_dog.safetensors")
+    assert {key.partition(".")[2] for key in tensors} == {
+        "lora_down.weight", "lora_up.weight", "alpha"
+    }  # fmt: skip
+    assert {float(value) for key, value in tensors.items() if key.endswith("alpha")} == {6.0}
+    assert tensors[f"{MIDDLE}.lora_down.weight"].shape[0] == 4
+    rarer = MIDDLE.replace("attn2_to_k", "attn1_to_q")
+    assert tensors[f"{rarer}.lora_down.weight"].shape[0] == 2
+    text = "lora_te_text_model_encoder_layers_0_self_attn_v_proj.lora_down.weight"
+    assert tensors[text].shape[0] == 3
+    conv = tensors["lora_unet_mid_block_resnets_0_conv1.lora_down.weight"]
+    assert conv.shape[2:] == (3, 3)
+
+
+def test_the_header_says_what_readers_look_for(trained: Any, tmp_path: Path) -> None:
+    out = export(trained("pissa"), tmp_path / "my_dog", "kohya", say=quiet)
+    path = out / "my_dog.safetensors"
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    assert header["ss_network_module"] == "networks.lora"
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "4")
+    assert header["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert header["modelspec.title"] == "my_dog"
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    assert header["sshs_model_hash"] == hashlib.sha256(data[start:]).hexdigest()
+
+
+def test_a_text_encoder_without_output_projections_gets_one_of_zeros(
+    trained: Any, tmp_path: Path
+) -> None:
+    """Without any, diffusers cannot tell the spelling of the others."""
+    out = export(trained("text"), tmp_path / "out", "kohya", say=quiet)
+    tensors = load_file(out / "out.safetensors")
+    zeros = [key for key, value in tensors.items() if not value.any()]
+    stem = "lora_te_text_model_encoder_layers_0_self_attn_out_proj"
+    assert sorted(zeros) == [f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"]
+    bare = {key: value for key, value in tensors.items() if not key.startswith(stem)}
+    save_file(bare, tmp_path / "bare.safetensors")
+    from diffusers import StableDiffusionPipeline
+
+    tensors, _ = StableDiffusionPipeline.lora_state_dict(tmp_path / "bare.safetensors")
+    from diffusers.utils import convert_state_dict_to_peft
+
+    text = {key: value for key, value in tensors.items() if key.startswith("text_encoder")}
+    with pytest.raises(ValueError, match="Could not automatically infer"):
+        convert_state_dict_to_peft(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        pytest.param("dora", "DoRA: as dora_scale .* format=diffusers carries it", id="dora"),
+        pytest.param("full", "the trained bias of unet", id="full"),
+    ],
+)
+def test_what_it_cannot_carry_is_refused(
+    name: str, message: str, trained: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=rf"format=kohya cannot carry {message}"):
+        export(trained(name), tmp_path / "out", "kohya")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_layer_sd_scripts_would_skip_is_refused(
+    tiny_folder: Path, open_folder: Any, job_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    tree = {"lora": {"sites": "cross", "rank": 2, "layers": ["conv_in"]}}
+    job = job_of(lambda: open_folder(tiny_folder), tree)
+    with pytest.raises(ValueError, match=r"cannot carry unet\.conv_in: sd-scripts adapts only"):
+        form.write(job, tmp_path, torch.float32)
+
+
+def test_two_text_encoders(
+    sdxl: Any, job_of: Any, read_back: Callable[..., dict[str, float]], tmp_path: Path, same: Any
+) -> None:
+    tree = {"lora": {"sites": "all", "rank": 2, "alpha": 3, "text_encoder": ["q", "out"]}}
+    job = job_of(sdxl, tree)
+    apart = read_back("kohya", job, tmp_path / "out")
+    assert len(apart) == 2
+    assert max(apart.values()) <= LIMIT
+    tensors = load_file(tmp_path / "out" / "title.safetensors")
+    assert {key.split("_")[1] for key in tensors} == {"unet", "te1", "te2"}
+    same(form.read(tmp_path / "out", job.base), job.bundle, job.base)
+
+
+def test_block_names_of_the_older_code_are_read(
+    bundle_of: Any, trained: Any, tiny: Any, tmp_path: Path, same: Any
+) -> None:
+    """sd-scripts trains SDXL under `input_blocks_...`."""
+    from trainer.export.layer_names import ldm
+
+    out = export(trained("lora"), tmp_path / "out", "kohya", say=quiet)
+    older = {
+        f"lora_unet_{name.replace('.', '_')}": f"lora_unet_{other.replace('.', '_')}"
+        for name, other in ldm(tiny.unet).items()
+    }
+    renamed = {}
+    for key, value in load_file(out / "out.safetensors").items():
+        stem, _, kind = key.partition(".")
+        renamed[f"{older.get(stem, stem)}.{kind}"] = value
+    assert "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_k.alpha" in renamed
+    assert not any("down_blocks" in key for key in renamed)
+    save_file(renamed, tmp_path / "older.safetensors")
+    same(form.read(tmp_path / "older.safetensors", tiny), bundle_of("lora"), tiny)
+
+
+def test_half_precision_is_proven_first_and_then_rounded(
+    trained: Any, tiny: Any, tmp_path: Path
+) -> None:
+    from trainer.runs.adapter import load_adapted
+
+    said: list[str] = []
+    out = export(trained("lora"), tmp_path / "out", "kohya", "bfloat16", say=said.append)
+    assert len(said) == 3
+    assert said[-1].startswith("rounded to bfloat16, read back by sd-scripts' key rules: largest")
+    tensors = load_file(out / "out.safetensors")
+    assert {v.dtype for k, v in tensors.items() if not k.endswith("alpha")} == {torch.bfloat16}
+    assert {v.dtype for k, v in tensors.items() if k.endswith("alpha")} == {torch.float32}
+    probe = Probe(tiny, ())
+    apart = difference(probe(form.by_rules(out, tiny)), probe(load_adapted(trained("lora"))[0]))
+    assert LIMIT < apart < 0.05
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

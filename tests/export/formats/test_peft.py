@@ -1,0 +1,62 @@
+"""`peft`: what `PeftModel.from_pretrained` makes of the folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from trainer.export.detect import detect
+from trainer.export.export import export
+from trainer.export.formats import peft as form
+from trainer.export.import_ import import_file
+from trainer.export.proof import LIMIT
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "custom"])
+def test_read_back(
+    name: str, trained: Any, bundle_of: Any, tiny: Any, tmp_path: Path, same: Any
+) -> None:
+    out = export(trained(name), tmp_path / "out", "peft", say=quiet)
+    same(form.read(out, tiny), bundle_of(name), tiny)
+
+
+def test_dora_comes_back_as_dora(trained: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    from trainer.config.header import read_header
+
+    out = export(trained("dora"), tmp_path / "out", "peft", say=quiet)
+    back = import_file(out, str(tiny_folder), tmp_path / "back", say=quiet)
+    options = read_header(back)[0]["methods"]["dora"]
+    assert (options["rank"], options["sites"], options["text_encoder"]) == (2, "cross", ["v"])
+    assert load_file(back).keys() == load_file(trained("dora")).keys()
+
+
+def test_a_folder_of_the_denoiser_alone(
+    trained: Any, bundle_of: Any, tiny: Any, tmp_path: Path, same: Any
+) -> None:
+    out = export(trained("pissa"), tmp_path / "out", "peft", say=quiet)
+    assert detect(out) == detect(out / "unet") == "peft"
+    same(form.read(out / "unet", tiny), bundle_of("pissa"), tiny)
+
+
+def test_another_kind_of_adapter_is_refused(trained: Any, tiny: Any, tmp_path: Path) -> None:
+    out = export(trained("pissa"), tmp_path / "out", "peft", say=quiet)
+    config = out / "unet" / form.CONFIG
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "LOHA"}))
+    with pytest.raises(ValueError, match="peft_type is LOHA; LORA is read"):
+        form.read(out, tiny)
+
+
+def test_a_transformer(
+    pixart: Any, job_of: Callable[..., Any], read_back: Callable[..., dict[str, float]]
+) -> None:
+    job = job_of(pixart, {"dora": {"sites": "all", "rank": 2, "alpha": 3}})
+    assert max(read_back("peft", job).values()) <= LIMIT

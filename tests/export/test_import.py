@@ -1,0 +1,306 @@
+"""Files made elsewhere: what is read, what is said, what is refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trainer.__main__ import main
+from trainer.common.exit_codes import BAD_RECIPE
+from trainer.config.header import read_header
+from trainer.config.load import methods_of
+from trainer.export.bundle import Bundle, LowRankDelta
+from trainer.export.detect import detect
+from trainer.export.export import export
+from trainer.export.factor import exact, fitted, truncated
+from trainer.export.import_ import import_file, recipe_of
+from trainer.methods.apply import apply_methods
+from trainer.runs.adapter import start_from
+
+MIDDLE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+Edit = Callable[[dict[str, Tensor]], object]
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def kohya_file(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kohya") / "export"
+    return export(trained("lora"), folder, "kohya", say=quiet) / "export.safetensors"
+
+
+@pytest.fixture
+def changed(kohya_file: Path, tmp_path: Path) -> Callable[[Edit], Path]:
+    """The file after an edit of its tensors."""
+
+    def change(edit: Edit) -> Path:
+        tensors = load_file(kohya_file)
+        edit(tensors)
+        path = tmp_path / "changed.safetensors"
+        save_file(tensors, path)
+        return path
+
+    return change
+
+
+def test_a_run_goes_on_from_it(
+    kohya_file: Path, tiny: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    path = import_file(kohya_file, str(tiny_folder), tmp_path / "back.safetensors", say=quiet)
+    tree, _ = read_header(path)
+    assert tree["methods"]["lora"]["rank"] == 4
+    plan = apply_methods(tiny, methods_of(tree["methods"]))
+    start_from(path, tiny, plan)
+    own = dict(tiny.named_parameters())
+    assert all(torch.equal(own[name], value) for name, value in load_file(path).items())
+    assert set(plan.stored) == set(load_file(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "wanted"),
+    [
+        ("lora", "kohya", "kohya"),
+        ("custom", "comfyui", "diff"),
+        ("lora", "diffusers", "diffusers"),
+        ("custom", "custom_diffusion", "custom_diffusion"),
+        ("words", "diffusers", "diffusers"),
+    ],
+)
+def test_the_form_is_seen(name: str, form: str, wanted: str, trained: Any, tmp_path: Path) -> None:
+    assert detect(export(trained(name), tmp_path / "out", form, say=quiet)) == wanted
+
+
+def test_an_embedding_alone(trained: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    out = export(trained("words"), tmp_path / "out", "diffusers", say=quiet)
+    file = out / "embeddings" / "v1.safetensors"
+    assert detect(file) == "embedding"
+    back = import_file(file, str(tiny_folder), tmp_path / "back.safetensors", say=quiet)
+    assert read_header(back)[0]["methods"] == {"new_token": {"tokens": ["<v1>"]}}
+    (row,), (other,) = load_file(back).values(), load_file(file).values()
+    assert torch.equal(row, other)
+
+
+def test_several_rows_under_one_word(tiny_folder: Path, tmp_path: Path) -> None:
+    save_file({"emb_params": torch.randn(2, 128)}, tmp_path / "cat.safetensors")
+    back = import_file(
+        tmp_path / "cat.safetensors", str(tiny_folder), tmp_path / "back.safetensors", say=quiet
+    )
+    words = read_header(back)[0]["methods"]["new_token"]["tokens"]
+    assert words == ["<cat>", "<cat>_1"]
+
+
+def test_a_missing_alpha_is_the_rank_and_said(
+    changed: Callable[[Edit], Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    def drop(tensors: dict[str, Tensor]) -> None:
+        for key in [key for key in tensors if key.endswith("alpha")]:
+            del tensors[key]
+
+    said: list[str] = []
+    import_file(changed(drop), str(tiny_folder), tmp_path / "back", say=said.append)
+    assert said[0] == "77 layers have no .alpha: taken as their rank, strength 1"
+
+
+def pop(key: str) -> Edit:
+    return lambda tensors: tensors.pop(key)
+
+
+def put(key: str, value: Tensor) -> Edit:
+    return lambda tensors: tensors.update({key: value})
+
+
+def rename(old: str, new: str) -> Edit:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        for key in [key for key in tensors if old in key]:
+            tensors[key.replace(old, new)] = tensors.pop(key)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        pytest.param(
+            pop(f"{MIDDLE}.lora_up.weight"),
+            rf"the down matrix of {MIDDLE} without its up matrix; 1 of 77 pairs are half",
+            id="half",
+        ),
+        pytest.param(
+            put(f"{MIDDLE}.lora_up.weight", torch.full((32, 4), torch.nan)),
+            rf"{MIDDLE}\.lora_up\.weight holds values that are not finite, 1 such",
+            id="nan",
+        ),
+        pytest.param(
+            put(f"{MIDDLE}.lora_down.weight", torch.ones(4, 64)),
+            r"attn2\.to_k of shape \(32, 64\); in backbone \S+ it is \(32, 128\)",
+            id="shape",
+        ),
+        pytest.param(
+            put(f"{MIDDLE}.lora_down.weight", torch.ones(3, 128)),
+            r"two matrices of unet\.mid_block\S+ do not fit: down \(3, 128\), up \(32, 4\)",
+            id="ranks",
+        ),
+        pytest.param(
+            rename("lora_unet_mid_block", "lora_unet_down_blocks_7"),
+            r"the file adapts lora_unet_down_blocks_7\S+, \d+ such layers of 77, which backbone",
+            id="layers",
+        ),
+        pytest.param(
+            put(f"{MIDDLE}.dora_scale", torch.ones(1, 128)),
+            "DoRA as dora_scale, whose axis its writers do not agree on",
+            id="dora-scale",
+        ),
+        pytest.param(
+            put(f"{MIDDLE}.hada_w1_a", torch.ones(4, 4)), "hada_w1_a: LoHa; merge it", id="loha"
+        ),
+        pytest.param(put("step", torch.ones(1)), "holds step, which is nothing of", id="stray"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(
+    edit: Edit, message: str, changed: Callable[[Edit], Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    path = changed(edit)
+    with pytest.raises(ValueError, match=message) as caught:
+        import_file(path, str(tiny_folder), tmp_path / "back", say=quiet)
+    assert str(path) in str(caught.value)
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_text_encoders_feed_forward_has_no_method(tiny: Any) -> None:
+    path = "text_encoder.encoder.layers.0.mlp.fc1"
+    layer = tiny.get_submodule(path)
+    pair = LowRankDelta(torch.ones(2, layer.in_features), torch.ones(layer.out_features, 2))
+    with pytest.raises(ValueError, match=rf"adapts {path}, 1 such .* encoder's attention only"):
+        recipe_of(Bundle({path: pair}, {}), tiny)
+
+
+def test_another_backbone_is_refused_by_shape(
+    kohya_file: Path, other_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"of shape \(32, .*\); in backbone \S+other it is \(48, "):
+        import_file(kohya_file, str(other_folder), tmp_path / "back", say=quiet)
+
+
+class Canary:
+    """Unpickling one makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt"])
+@pytest.mark.parametrize("whole", [False, True], ids=["file", "folder"])
+def test_a_pickle_is_never_opened_and_its_conversion_named(
+    suffix: str, whole: bool, tmp_path: Path
+) -> None:
+    folder = tmp_path / "made"
+    folder.mkdir()
+    path = folder / f"lora{suffix}"
+    torch.save({"weight": Canary(tmp_path / "sprung")}, path)
+    with pytest.raises(ValueError, match=r"a pickle.*weights_only=True.*'lora\.safetensors'"):
+        import_file(folder if whole else path, "tiny", tmp_path / "back", say=quiet)
+    assert not (tmp_path / "sprung").exists()
+    assert not (tmp_path / "back").exists()
+
+
+def test_the_named_conversion_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shlex
+    import subprocess
+
+    torch.save({"a.to_k_custom_diffusion.weight": torch.ones(2, 2).T, "b": {}}, tmp_path / "x.bin")
+    with pytest.raises(ValueError) as caught:
+        detect(tmp_path / "x.bin")
+    command = shlex.split(str(caught.value).partition("convert it once: ")[2])
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert list(load_file(tmp_path / "x.safetensors")) == ["a.to_k_custom_diffusion.weight"]
+
+
+def test_places_that_are_no_file_to_import(trained: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    where = {"backbone": "tiny", "out": tmp_path / "back"}
+    with pytest.raises(ValueError, match="no such file or folder"):
+        import_file(tmp_path / "nowhere", **where)
+    with pytest.raises(
+        ValueError, match="is a whole pipeline; train on it as it is, with backbone="
+    ):
+        import_file(tiny_folder, **where)
+    with pytest.raises(ValueError, match=r"an adapter of ours already; give it to run\.start_from"):
+        import_file(trained("lora"), **where)
+    (tmp_path / "mine").write_text("keep")
+    with pytest.raises(ValueError, match=r"out=\S+mine exists; .* nothing is written over"):
+        import_file(trained("lora"), "tiny", tmp_path / "mine")
+    assert (tmp_path / "mine").read_text() == "keep"
+    save_file({"conv.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"its keys, like conv\.weight, are of no form we read"):
+        import_file(tmp_path / "model.safetensors", **where)
+
+
+def test_the_verb(
+    kohya_file: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"file={kohya_file}", f"backbone={tiny_folder}", f"out={tmp_path / 'back'}"]
+    assert main(["import", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("kohya: 77 LoRA layers; largest difference")
+    assert lines[1].startswith(f"go on from it with run.start_from={tmp_path / 'back'} and methods")
+    assert lines[2] == str(tmp_path / "back")
+    assert main(["import", *words]) == BAD_RECIPE
+    assert "exists; name a file that does not" in capsys.readouterr().err
+    assert main(["import", words[0]]) == BAD_RECIPE
+    assert "error: give file=<file or folder>, backbone=" in capsys.readouterr().err
+
+
+def test_a_selector_stands_for_the_layers_where_one_does(tiny: Any) -> None:
+    def pair(path: str) -> LowRankDelta:
+        layer = tiny.get_submodule(path)
+        return LowRankDelta(torch.ones(2, layer.in_features), torch.ones(layer.out_features, 2))
+
+    sites = [f"unet.{site.name}" for site in tiny.sites if site.kind == "self"]
+    both = {f"{site}.to_{role}": pair(f"{site}.to_{role}") for site in sites for role in "qv"}
+    feed = "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2"
+    found = recipe_of(Bundle(both | {feed: pair(feed)}, {}), tiny)["lora"]
+    assert found == {
+        "rank": 2, "sites": "self", "projections": ["q", "v"], "layers": [feed[len("unet.") :]]
+    }  # fmt: skip
+    one = next(iter(both))
+    found = recipe_of(Bundle({one: both[one]}, {}), tiny)["lora"]
+    assert found == {"rank": 2, "sites": None, "layers": [one[len("unet.") :]]}
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (4, 3, 3, 3), (30, 2, 3, 3)], ids=str)
+def test_a_whole_matrix_is_a_pair_of_full_rank(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape)
+    pair = exact(weight)
+    assert pair.rank == min(shape[0], weight[0].numel())
+    assert torch.equal((pair.up.flatten(1) @ pair.down.flatten(1)).view(shape), weight)
+
+
+def test_a_rank_above_the_layer_is_brought_down_without_loss() -> None:
+    pair = LowRankDelta(torch.randn(20, 5), torch.randn(9, 20), 0.5)
+    small = fitted(pair)
+    assert small.rank == 5
+    torch.testing.assert_close(small.up @ small.down, 0.5 * pair.up @ pair.down)
+    assert fitted(small) is small
+
+
+def test_truncation_keeps_the_leading_directions() -> None:
+    u, _ = torch.linalg.qr(torch.randn(6, 3))
+    v, _ = torch.linalg.qr(torch.randn(7, 3))
+    weight = u @ torch.diag(torch.tensor([3.0, 2.0, 1.0])) @ v.T
+    bundle, kept = truncated(Bundle({"a": LowRankDelta(v.T, u * torch.tensor([3.0, 2, 1]))}, {}), 2)
+    assert kept == pytest.approx(13 / 14)
+    pair = bundle.layers["a"]
+    assert isinstance(pair, LowRankDelta)
+    left = weight - pair.up @ pair.down
+    torch.testing.assert_close(left, u[:, 2:] @ v[:, 2:].T, rtol=0, atol=1e-5)

@@ -1,0 +1,581 @@
+"""Motion modules: diffusers' `MotionAdapter` and its pipeline, AnimateDiff's own keys, and both
+back in."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trainer.attention import host
+from trainer.config.header import read_header
+from trainer.config.load import methods_of
+from trainer.diffusion.sampler import sample
+from trainer.export import export as exports
+from trainer.export import motion
+from trainer.export.detect import detect
+from trainer.export.export import export
+from trainer.export.find_format import find_format, format_names
+from trainer.export.formats import diffusers
+from trainer.export.import_ import import_file
+from trainer.export.job import Job
+from trainer.export.motion import motion_config
+from trainer.export.proof import LIMIT, Probe, difference
+from trainer.methods.apply import apply_methods
+from trainer.methods.feature.animatediff import AnimateDiff
+from trainer.ops.temporal.motion_names import ours, theirs
+from trainer.runs.adapter import load_adapted, save_adapter
+
+MODULES: dict[str, Any] = {"animatediff": {"max_frames": 6}}
+V1: dict[str, Any] = {"animatediff": {"max_frames": 5, "mid": False}}
+BOTH: dict[str, Any] = MODULES | {
+    "lora": {"sites": "cross", "rank": 2, "alpha": 3, "text_encoder": ["v", "out"]},
+    "new_token": {"tokens": ["<v1>"], "init": "fox"},
+}
+ANEW: dict[str, Any] = BOTH | {"word_embedding": {"tokens": ["left", "moving"]}}
+STILL: dict[str, Any] = {name: ANEW[name] for name in ("lora", "word_embedding")}
+INSIDE: dict[str, Any] = MODULES | {
+    "lora": {"sites": "all | temporal", "rank": 2, "layers": ["*motion_modules.?.proj_in"]}
+}
+SD15: dict[str, Any] = {"cross_attention_dim": 768, "sample_size": 64}
+FIRST = "down_blocks.0.motion_modules.0"
+Make = Callable[..., Path]
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def numbers(said: list[str]) -> list[float]:
+    """The largest differences that were said."""
+    marked = [line.partition("largest difference ")[2] for line in said]
+    return [float(rest.split()[0]) for rest in marked if rest]
+
+
+@pytest.fixture(scope="module")
+def moving(
+    tiny_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    open_folder: Callable[[Path], Any],
+) -> Make:
+    """`moving(tree)`: the adapter of a run with these methods, in which nothing that trains is
+    zero."""
+    folder = tmp_path_factory.mktemp("moving")
+
+    def make(tree: dict[str, Any]) -> Path:
+        path = folder / f"{abs(hash(str(tree)))}.safetensors"
+        if not path.exists():
+            model = open_folder(tiny_folder)
+            plan = apply_methods(model, methods_of(tree))
+            own = dict(model.named_parameters())
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for name in plan.names:
+                    own[name] += 0.2 * torch.randn(own[name].shape, generator=generator)
+            tensors = {name: own[name] for name in plan.stored}
+            header = {"backbone": str(tiny_folder), "methods": tree}
+            save_adapter(path, tensors, header, model.identity())
+        return path
+
+    return make
+
+
+@pytest.fixture
+def answer() -> Callable[[Any], Tensor]:
+    """`answer(model)`: what a model makes of two clips of four frames."""
+
+    def ask(model: Any) -> Tensor:
+        probe = Probe(SimpleNamespace(resolution=64, divisor=8, latent_channels=8), (), frames=4)
+        return probe(model)
+
+    return ask
+
+
+def encoder_of(out: Path) -> Any:
+    from transformers import CLIPTextModel
+
+    return CLIPTextModel.from_pretrained(out / "text_encoder")
+
+
+def pipeline(folder: Path, out: Path, **parts: Any) -> Any:
+    """As a user of diffusers loads it."""
+    from diffusers import AnimateDiffPipeline, MotionAdapter
+
+    given = MotionAdapter.from_pretrained(out)
+    found = AnimateDiffPipeline.from_pretrained(
+        folder, motion_adapter=given, torch_dtype=torch.float32, **parts
+    )
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+@pytest.mark.parametrize("tree", [BOTH, ANEW, V1], ids=["lora-and-words", "words-anew", "v1"])
+def test_the_stock_pipeline_paints_the_same_clip(
+    tree: dict[str, Any], moving: Make, tiny_folder: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    out = export(moving(tree), tmp_path / "out", "diffusers", say=said.append)
+    assert [line.partition(":")[0] for line in said] == [
+        "diffusers, read back by AnimateDiffPipeline"
+    ]
+    assert max(numbers(said)) <= LIMIT
+    given = {"text_encoder": encoder_of(out)} if tree is ANEW else {}
+    stock, prompt = pipeline(tiny_folder, out, **given), "a fox moving left"
+    if tree is not V1:
+        stock.load_lora_weights(out)  # finds its file beside the other
+        stock.load_textual_inversion(out / "embeddings", weight_name="v1.safetensors")
+        prompt = "a <v1> moving left"
+    noise = torch.randn(3, 8, 8, 8, generator=torch.Generator().manual_seed(1))  # f c h w
+    clip = stock(
+        prompt,
+        num_frames=3,
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        latents=noise.transpose(0, 1)[None],
+        output_type="pt",
+    ).frames[0]
+    live, _ = load_adapted(moving(tree))
+    own = sample(live, [prompt], [0], steps=3, guidance=4.0, frames=3, start=noise) / 2 + 0.5
+    print(f"largest difference of a pixel {float((clip - own).abs().max()):.1e}")
+    assert float((clip - own).abs().max()) < 1e-4
+    still = sample(live, [prompt], [0], steps=3, guidance=4.0, start=noise[:1]) / 2 + 0.5
+    assert float((still[0] - own[0]).abs().max()) > 2 / 255
+
+
+def test_known_words_that_learned_anew_are_in_the_text_encoder(
+    moving: Make, tiny_folder: Path, tmp_path: Path
+) -> None:
+    out = export(moving(ANEW), tmp_path / "out", "diffusers", say=quiet)
+    live, _ = load_adapted(moving(ANEW))
+    learned = live.text_encoder.get_input_embeddings().weight.detach()[: live.tokenizer.vocab_size]
+    stock = encoder_of(out).get_input_embeddings().weight.detach()
+    base = encoder_of(tiny_folder).get_input_embeddings().weight.detach()
+    assert torch.equal(stock, learned[: len(stock)])
+    ids = live.tokenizer(["left", "moving"], add_special_tokens=False).input_ids
+    moved = (stock != base).any(1).nonzero().flatten().tolist()
+    assert moved == sorted(number for row in ids for number in row)
+    with pytest.raises(ValueError, match="cannot carry 'left', a known word that has learned") as e:
+        export(moving(STILL), tmp_path / "peft", "peft", say=quiet)
+    assert "format=diffusers and format=kohya and format=merged" in str(e.value)
+
+
+@pytest.mark.parametrize("form", ["animatediff", "kohya", "comfyui", "diff"])
+def test_known_words_that_learned_anew_are_embeddings_named_like_them(
+    form: str, moving: Make, tiny: Any, tmp_path: Path
+) -> None:
+    """A prompt's ids that are those of a file's name read its row: so does the A1111 family."""
+    said: list[str] = []
+    path = moving(ANEW if form == "animatediff" else STILL)
+    out = export(path, tmp_path / "mine", form, say=said.append)
+    assert max(numbers(said)) <= LIMIT
+    assert "(left, moving): with embeddings/ among a UI's embeddings" in "\n".join(said)
+    assert "`embedding:left`" in "\n".join(said)
+    rows = {file.stem: load_file(file) for file in (out / "embeddings").iterdir()}
+    assert set(rows) - {"v1"} == {"left", "moving"}
+    table = tiny.text_encoder.get_input_embeddings().weight
+    with torch.no_grad():
+        for name in ("left", "moving"):
+            ((number,),) = tiny.tokenizer([name], add_special_tokens=False).input_ids
+            table[number] = rows[name][name]
+    live, _ = load_adapted(path)
+    learned = live.text_encoder.get_input_embeddings().weight.detach()
+    assert torch.equal(table, learned[: len(table)])
+
+
+def test_known_words_come_back_in(moving: Make, tmp_path: Path, tiny_folder: Path) -> None:
+    out = export(moving(STILL), tmp_path / "mine", "kohya", say=quiet)
+    said: list[str] = []
+    back = import_file(out, str(tiny_folder), tmp_path / "back.safetensors", say=said.append)
+    assert "the known words left, moving" in said[0]
+    tree, _ = read_header(back)
+    assert tree["methods"]["word_embedding"] == {"tokens": ["left", "moving"]}
+    live, again = load_adapted(moving(STILL))[0], load_adapted(back)[0]
+    probe = Probe(live, ["left", "moving"])
+    assert difference(probe(again), probe(live)) <= LIMIT
+    file = out / "embeddings" / "left.safetensors"
+    alone = import_file(file, str(tiny_folder), tmp_path / "left.safetensors", say=quiet)
+    assert read_header(alone)[0]["methods"] == {"word_embedding": {"tokens": ["left"]}}
+
+
+def test_a_word_that_no_file_can_be_named_is_refused(moving: Make, tmp_path: Path) -> None:
+    path = moving({"lora": BOTH["lora"], "word_embedding": {"tokens": ["!"]}})
+    with pytest.raises(ValueError, match=r"'!' has learned anew, and UIs know .*; format=diffuser"):
+        export(path, tmp_path / "out", "kohya", say=quiet)
+
+
+def test_the_folder_says_all_that_the_modules_are(moving: Make, tmp_path: Path) -> None:
+    from diffusers import MotionAdapter
+
+    out = export(moving(BOTH), tmp_path / "out", "diffusers", say=quiet)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.json", diffusers.MODULES, "embeddings", diffusers.FILE
+    ]  # fmt: skip
+    config = dict(MotionAdapter.load_config(out))
+    assert config["block_out_channels"] == [16, 32]
+    assert (config["motion_layers_per_block"], config["motion_norm_num_groups"]) == (1, 8)
+    assert (config["motion_max_seq_length"], config["motion_num_attention_heads"]) == (6, 8)
+    assert not any("motion_modules" in key for key in load_file(out / diffusers.FILE))
+    alone = export(moving(V1), tmp_path / "alone", "diffusers", "float16", say=quiet)
+    assert sorted(path.name for path in alone.iterdir()) == ["config.json", diffusers.MODULES]
+    assert not MotionAdapter.load_config(alone)["use_motion_mid_block"]
+    assert {v.dtype for v in load_file(alone / diffusers.MODULES).values()} == {torch.float16}
+
+
+def test_on_sd15_the_names_are_those_of_both_readers() -> None:
+    from diffusers import MotionAdapter, UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import (
+        convert_animatediff_checkpoint_to_diffusers,
+        infer_diffusers_model_type,
+    )
+
+    for version, options in {
+        "animatediff_v2": {"mid": True},
+        "animatediff_v3": {"mid": False},
+        "animatediff_v1": {"mid": False, "max_frames": 24},
+    }.items():
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(**SD15)
+            model: Any = SimpleNamespace(denoiser=unet, denoiser_name="unet")
+            model.host = host.Host.attach(unet)
+            model.sites = model.host.sites
+            model.named_parameters = lambda unet=unet: unet.named_parameters(prefix="unet")
+            AnimateDiff(**options).apply(model)
+            own = motion.tensors(model)
+            made = MotionAdapter(**motion_config(model))
+            usual = MotionAdapter().config | {"block_out_channels": [320, 640, 1280, 1280]}
+            if version == "animatediff_v2":
+                assert motion_config(model).items() <= usual.items()
+        wanted = {name: value.shape for name, value in made.state_dict().items()}
+        assert {name: value.shape for name, value in own.items()} == wanted
+        file = {other: value for name, value in own.items() for other in theirs(name)}
+        assert infer_diffusers_model_type(file) == version
+        places = {name for name in wanted if name.endswith("pos_embed.pe")}
+        assert set(convert_animatediff_checkpoint_to_diffusers(file)) == set(wanted) - places
+        assert {ours(name) for name in file} == set(wanted)
+        assert len(file) == len(wanted) + len(places)
+
+
+def test_the_names_are_those_of_the_released_files() -> None:
+    block = f"{FIRST}.transformer_blocks.0"
+    theirs_block = f"{FIRST}.temporal_transformer.transformer_blocks.0"
+    for own, other in {
+        f"{FIRST}.norm.bias": [f"{FIRST}.temporal_transformer.norm.bias"],
+        f"{block}.norm2.weight": [f"{theirs_block}.norms.1.weight"],
+        f"{block}.norm3.weight": [f"{theirs_block}.ff_norm.weight"],
+        f"{block}.attn2.to_out.0.bias": [f"{theirs_block}.attention_blocks.1.to_out.0.bias"],
+        f"{block}.ff.net.0.proj.weight": [f"{theirs_block}.ff.net.0.proj.weight"],
+        f"{block}.pos_embed.pe": [
+            f"{theirs_block}.attention_blocks.{place}.pos_encoder.pe" for place in (0, 1)
+        ],
+    }.items():
+        assert list(theirs(own)) == other
+        assert {ours(name) for name in other} == {own}
+        assert {ours(f"module.{name}") for name in other} == {own}
+        assert ours(own) == own
+
+
+def test_the_original_keys_and_the_image_layers_beside_them(moving: Make, tmp_path: Path) -> None:
+    said: list[str] = []
+    out = export(moving(BOTH), tmp_path / "mine", "animatediff", say=said.append)
+    assert [line.partition(":")[0] for line in said[1:]] == [
+        "animatediff, read back by MotionAdapter.from_single_file"
+    ]
+    assert max(numbers(said)) <= LIMIT
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.safetensors")) == [
+        "embeddings/v1.safetensors", "loras/mine.safetensors", "mine.safetensors"
+    ]  # fmt: skip
+    keys = load_file(out / "mine.safetensors")
+    assert all(".temporal_transformer." in key for key in keys)
+    assert keys[f"{FIRST}.temporal_transformer.transformer_blocks.0.attention_blocks.1"
+                ".pos_encoder.pe"].shape == (1, 6, 16)  # fmt: skip
+    beside = load_file(out / "loras" / "mine.safetensors")
+    assert all(key.startswith(("lora_unet_", "lora_te_")) for key in beside)
+
+
+def test_how_far_readers_are_that_norm_each_frame_by_itself_is_said(
+    moving: Make, tmp_path: Path, answer: Callable[[Any], Tensor]
+) -> None:
+    """As if the clips of a batch were as many as the frames, in the norm alone."""
+    said: list[str] = []
+    export(moving(MODULES), tmp_path / "mine", "animatediff", say=said.append)
+    live, _ = load_adapted(moving(MODULES))
+    wanted = answer(live)
+    for module in motion.modules(live).values():
+        module.norm.register_forward_pre_hook(
+            lambda norm, args: (args[0].transpose(1, 2).flatten(0, 1),)
+        )
+        module.norm.register_forward_hook(
+            lambda norm, args, rows: rows.unflatten(0, (-1, 4)).transpose(1, 2)
+        )
+    apart = difference(answer(live), wanted)
+    assert apart > 1e-3
+    assert said[0].startswith("AnimateDiff's own code and most UIs norm each frame of a clip by it")
+    assert float(said[0].rpartition(" ")[2]) == pytest.approx(apart, rel=0.05)
+
+
+def test_dora_on_the_image_layers_is_whole_beside_the_modules(moving: Make, tmp_path: Path) -> None:
+    tree = MODULES | {"dora": {"sites": "cross", "projections": ["k"], "rank": 2}}
+    out = export(moving(tree), tmp_path / "mine", "animatediff", say=quiet)
+    beside = load_file(out / "loras" / "mine.safetensors")
+    assert all(key.endswith(".diff") for key in beside)
+
+
+@pytest.mark.parametrize("name", ["diffusers", "animatediff"])
+def test_lora_inside_modules_that_train_is_folded_in(
+    name: str, moving: Make, tmp_path: Path
+) -> None:
+    out = export(moving(INSIDE), tmp_path / "mine", name, say=quiet)
+    for file in out.rglob("*lora*/*.safetensors"):
+        assert not any("motion" in key for key in load_file(file))
+    files = [path for path in out.rglob("*.safetensors") if "motion" in str(list(load_file(path)))]
+    assert len(files) == 1
+
+
+@pytest.mark.parametrize("name", ["diffusers", "animatediff"])
+def test_it_comes_back_in_by_the_method(
+    name: str,
+    moving: Make,
+    tiny: Any,
+    tmp_path: Path,
+    answer: Callable[[Any], Tensor],
+) -> None:
+    out = export(moving(MODULES), tmp_path / "mine", name, say=quiet)
+    where = out if name == "diffusers" else out / "mine.safetensors"
+    apply_methods(tiny, methods_of({"animatediff": {"weights": str(where)}}))
+    live, _ = load_adapted(moving(MODULES))
+    assert torch.equal(answer(tiny), answer(live))
+
+
+def test_what_animatediffs_own_trainer_saves_comes_in_once_it_is_no_pickle(
+    moving: Make, tiny: Any, tmp_path: Path, answer: Callable[[Any], Tensor]
+) -> None:
+    """The whole network under `state_dict`, every name with `module.` before it."""
+    out = export(moving(MODULES), tmp_path / "mine", "animatediff", say=quiet)
+    state = {f"module.{k}": v for k, v in load_file(out / "mine.safetensors").items()}
+    state |= {f"module.{k}": v for k, v in tiny.unet.state_dict().items()}
+    saved = {"epoch": 1, "global_step": 9, "state_dict": state}
+    torch.save(saved, tmp_path / "checkpoint.ckpt")
+    options = {"weights": str(tmp_path / "checkpoint.ckpt")}
+    with pytest.raises(ValueError, match=r"weights=\S+: a pickle, which can run code") as caught:
+        apply_methods(tiny, methods_of({"animatediff": options}))
+    command = shlex.split(str(caught.value).partition("convert it once: ")[2])
+    subprocess.run(command, cwd=tmp_path, check=True)
+    model = load_adapted(moving(MODULES))[0]
+    wanted = answer(model)
+    fresh = exports.base_of(read_header(moving(MODULES))[0])
+    options = {"weights": str(tmp_path / "checkpoint.safetensors")}
+    apply_methods(fresh, methods_of({"animatediff": options}))
+    assert torch.equal(answer(fresh), wanted)
+
+
+@pytest.fixture
+def motion_lora(moving: Make) -> Callable[..., Path]:
+    """`motion_lora(**lora)`: an adapter of LoRA in motion modules of another run."""
+
+    def make(**lora: Any) -> Path:
+        frozen = {"train": False, "weights": str(moving(MODULES))}
+        tree = {
+            "animatediff": MODULES["animatediff"] | frozen,
+            "lora": {"sites": "temporal", "rank": 2, "alpha": 3} | lora,
+        }
+        return moving(tree)
+
+    return make
+
+
+def test_motion_lora_is_a_lora_for_the_pipeline_with_the_modules_it_was_trained_on(
+    motion_lora: Callable[..., Path],
+    moving: Make,
+    tiny_folder: Path,
+    tmp_path: Path,
+    answer: Callable[[Any], Tensor],
+) -> None:
+    path = motion_lora(layers=["*motion_modules.?.transformer_blocks.?.ff.net.2"])
+    said: list[str] = []
+    out = export(path, tmp_path / "out", "diffusers", say=said.append)
+    assert said[0].startswith("methods.animatediff did not train: its layers are those of weights=")
+    assert said[1].startswith("diffusers, read back by AnimateDiffPipeline: largest difference ")
+    assert max(numbers(said[1:])) <= LIMIT
+    assert [item.name for item in out.iterdir()] == [diffusers.FILE]
+    assert all(".motion_modules." in key for key in load_file(out / diffusers.FILE))
+    modules = export(moving(MODULES), tmp_path / "modules", "diffusers", say=quiet)
+    stock = pipeline(tiny_folder, modules)
+    live, _ = load_adapted(path)
+
+    def ask() -> Tensor:
+        asked = motion.Stock.__new__(motion.Stock)
+        asked.pipeline, asked.encode_prompts = stock, live.encode_prompts
+        return answer(asked)
+
+    stock.unet.eval()
+    assert difference(ask(), answer(live)) > 1e-2
+    stock.load_lora_weights(out)
+    assert difference(ask(), answer(live)) <= LIMIT
+
+
+def test_motion_lora_beside_lora_on_the_image_model_is_one_file(
+    motion_lora: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = motion_lora(sites="temporal | cross")
+    said: list[str] = []
+    out = export(path, tmp_path / "out", "diffusers", rank=1, say=said.append)
+    assert said[1].startswith("rank 1: every layer keeps ")
+    keys = list(load_file(out / diffusers.FILE))
+    assert {"motion_modules" in key for key in keys} == {True, False}
+
+
+def test_what_diffusers_cannot_run_is_refused_and_carried_by_the_other_form(
+    motion_lora: Callable[..., Path], moving: Make, tmp_path: Path
+) -> None:
+    path = motion_lora(layers=["*motion_modules.?.proj_in"])
+    with pytest.raises(
+        ValueError,
+        match=r"format=diffusers cannot carry a LoRA of unet\.\S+proj_in: .*; format=animatediff",
+    ):
+        export(path, tmp_path / "out", "diffusers", say=quiet)
+    assert list(tmp_path.iterdir()) == []
+    said: list[str] = []
+    export(path, tmp_path / "out", "animatediff", say=said.append)
+    assert max(numbers(said[1:])) <= LIMIT
+    # the reason that is given: the file loads, and the network does not run
+    tree, _ = read_header(path)
+    live, base = load_adapted(path)[0], exports.base_of(tree)
+    stock = motion.Stock(base, motion.adapter(base))
+    layer = "unet.down_blocks.0.motion_modules.0.proj_in"
+    pair = live.get_submodule(layer)
+    stock.pipeline.load_lora_weights(
+        {f"{layer}.lora_{m}.weight": getattr(pair, f"lora_{m}")["lora"].weight for m in "AB"}
+    )
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+        Probe(live, (), 4)(stock)
+
+
+def test_heads_that_the_keys_do_not_say_are_refused(moving: Make, tmp_path: Path) -> None:
+    path = moving({"animatediff": {"heads": 2}})
+    with pytest.raises(ValueError, match=r"cannot carry down_blocks\S+ with 2 heads: .*takes 8"):
+        export(path, tmp_path / "out", "animatediff", say=quiet)
+    export(path, tmp_path / "out", "diffusers", say=quiet)
+
+
+def test_forms_without_a_place_for_modules_name_those_that_have_one(
+    moving: Make, tmp_path: Path
+) -> None:
+    others = [name for name in format_names() if name not in ("animatediff", "diffusers")]
+    assert len(others) == len(format_names()) - 2
+    live, _ = load_adapted(moving(BOTH))
+    for name in others:
+        with pytest.raises(
+            ValueError,
+            match=rf"format={name} cannot carry the 7 layers that look through time "
+            r"\(MotionModule\); format=animatediff and format=diffusers can",
+        ):
+            exports._refuse_inserted(live, name)
+    with pytest.raises(ValueError, match="format=merged cannot carry the 7 layers"):
+        export(moving(BOTH), tmp_path / "out", say=quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_layers_through_time_have_no_form(tiny: Any) -> None:
+    apply_methods(tiny, methods_of({"vdm": {}}))
+    for name in format_names():
+        with pytest.raises(ValueError, match=r"through time \(TemporalAttention\); paint with"):
+            exports._refuse_inserted(tiny, name)
+
+
+def test_modules_of_a_transformer_have_no_form(dit: Any) -> None:
+    AnimateDiff(heads=2).apply(dit)
+    with pytest.raises(ValueError, match=r"format=diffusers cannot carry the 2 layers .*; paint"):
+        exports._refuse_inserted(dit, "diffusers")
+
+
+def test_a_rank_is_for_lora_alone(moving: Make, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rank=1 cuts the change of layers, and the layers this"):
+        export(moving(BOTH), tmp_path / "out", "diffusers", rank=1, say=quiet)
+
+
+def test_original_keys_want_motion_modules(trained: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is for motion modules, and this adapter has none"):
+        export(trained("lora"), tmp_path / "out", "animatediff", say=quiet)
+
+
+@pytest.mark.parametrize("name", ["diffusers", "animatediff"])
+def test_modules_that_load_and_do_nothing_are_refused(
+    name: str, moving: Make, tmp_path: Path
+) -> None:
+    out = export(moving(MODULES), tmp_path / "mine", name, say=quiet)
+    (file,) = out.glob("*.safetensors")
+    zero = {k: v * (0 if "proj_out" in k else 1) for k, v in load_file(file).items()}
+    save_file(zero, file, {"format": "pt"})
+    live, tree = load_adapted(moving(MODULES))
+    probe = Probe(live, (), 4)
+    with pytest.raises(ValueError, match=r"an output \S+ from the model's, where \S+ is allowed"):
+        exports._prove(
+            find_format(name), name, out, lambda: exports.base_of(tree), probe, probe(live), (),
+            quiet,
+        )  # fmt: skip
+
+
+def test_an_op_that_acts_on_clips_is_named(moving: Make, tmp_path: Path) -> None:
+    tree = MODULES | {"text2video_zero": {}}
+    with pytest.raises(ValueError, match=r"cannot carry text2video_zero \(on \S+\): it acts in"):
+        export(moving(tree), tmp_path / "out", "diffusers", say=quiet)
+
+
+@pytest.mark.parametrize("name", ["diffusers", "animatediff"])
+def test_a_base_in_four_bits(
+    name: str, motion_lora: Callable[..., Path], moving: Make, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    packed = {"nf4": {"min_size": 256}}
+    frozen = {"train": False, "weights": str(moving(MODULES))}
+    lora = {"lora": {"sites": "temporal", "rank": 2}}
+    for number, tree in enumerate(
+        (MODULES | packed, {"animatediff": {"max_frames": 6} | frozen} | packed | lora)
+    ):
+        said: list[str] = []
+        export(moving(tree), tmp_path / str(number), name, say=said.append)
+        assert any(line.startswith("proven on the base as methods.nf4 stores it") for line in said)
+
+
+def test_import_takes_the_lora_and_names_the_way_of_the_modules(
+    moving: Make, tiny_folder: Path, tmp_path: Path
+) -> None:
+    out = export(moving(BOTH), tmp_path / "out", "diffusers", say=quiet)
+    said: list[str] = []
+    import_file(out, str(tiny_folder), tmp_path / "back.safetensors", say=said.append)
+    assert said[0] == f"its motion modules are read by methods.animatediff.weights={out}"
+    alone = export(moving(V1), tmp_path / "alone", "diffusers", say=quiet)
+    original = export(moving(V1), tmp_path / "mine", "animatediff", say=quiet)
+    for where in (alone, original, original / "mine.safetensors"):
+        assert detect(where) == "animatediff"
+        with pytest.raises(ValueError, match=r"train on from them with methods\.animatediff\.wei"):
+            import_file(where, str(tiny_folder), tmp_path / "none", say=quiet)
+
+
+def test_import_refuses_a_motion_lora(
+    motion_lora: Callable[..., Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    out = export(motion_lora(), tmp_path / "out", "diffusers", say=quiet)
+    with pytest.raises(ValueError, match="is a MotionLoRA, a change of motion modules, and a back"):
+        import_file(out, str(tiny_folder), tmp_path / "none", say=quiet)
+
+
+def test_nothing_of_the_modules_is_left_in_the_bundle(
+    moving: Make, tiny_folder: Path, open_folder: Callable[[Path], Any]
+) -> None:
+    """What else is stored goes its own way, so that nothing is dropped."""
+    live, _ = load_adapted(moving(BOTH))
+    stored = tuple(load_file(moving(BOTH)))
+    job = Job(live, lambda: open_folder(tiny_folder), stored, "title")
+    assert job.inserts
+    assert job.bundle.dropped == ()
+    assert not any("motion" in path for path in job.bundle.layers)
+    assert list(job.bundle.tokens) == ["<v1>"]

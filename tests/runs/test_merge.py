@@ -1,0 +1,199 @@
+"""Merging Custom Diffusion adapters: the closed form is the constrained optimum, on real
+adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.config.load import methods_of
+from trainer.data.world.scenes import draw_layout
+from trainer.methods.apply import apply_methods
+from trainer.runs.adapter import load_adapted, save_adapter
+from trainer.runs.merge import CONCEPT_PROMPTS, closed_form, features, merge_concepts
+
+CAPTIONS = [draw_layout(9, index).caption for index in range(200)]
+SELECTIVE = {"sites": "cross", "projections": ["k", "v"]}
+
+
+def made(
+    folder: Path, path: Path, seed: int, open_folder: Any, token: str = "<v1>", **more: Any
+) -> tuple[Path, Any]:
+    """An adapter whose K, V and token moved, as by a training of its own, and its model."""
+    model = open_folder(folder)
+    tree = {"selective": SELECTIVE | more, "new_token": {"tokens": [token], "init": "fox"}}
+    plan = apply_methods(model, methods_of(tree))
+    generator = torch.Generator().manual_seed(seed)
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in plan.names:
+            own[name].add_(0.05 * torch.randn(own[name].shape, generator=generator))
+    tensors = {name: own[name] for name in plan.names}
+    save_adapter(path, tensors, {"backbone": str(folder), "methods": tree}, model.identity())
+    return path, model
+
+
+def test_it_is_the_constrained_optimum() -> None:
+    """Against the whole Lagrange system, solved at once, on odd sizes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Any:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weight, ordinary, targets, values = draw(5, 7), draw(40, 7), draw(3, 7), draw(3, 5)
+    found = closed_form(weight, ordinary, targets, values)
+    gram = ordinary.T @ ordinary
+    system = torch.zeros(10, 10, dtype=torch.float64)
+    system[:7, :7], system[:7, 7:], system[7:, :7] = gram, targets.T, targets
+    right = torch.cat([gram @ weight.T, values])
+    torch.testing.assert_close(found.T, torch.linalg.solve(system, right)[:7])
+
+
+def test_targets_that_are_already_met_change_nothing() -> None:
+    weight, ordinary, targets = torch.randn(4, 6), torch.randn(30, 6), torch.randn(2, 6)
+    weight, ordinary, targets = weight.double(), ordinary.double(), targets.double()
+    found = closed_form(weight, ordinary, targets, targets @ weight.T)
+    torch.testing.assert_close(found, weight)
+
+
+def test_contradicting_targets_are_refused() -> None:
+    targets = torch.randn(1, 6).double()
+    targets = torch.cat([targets, 2 * targets])
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        closed_form(
+            torch.randn(4, 6).double(), torch.randn(30, 6).double(), targets, torch.randn(2, 4)
+        )
+
+
+@pytest.fixture(params=["unet", "dit"])
+def either_folder(request: pytest.FixtureRequest, tiny_folder: Path, dit_folder: Path) -> Path:
+    return tiny_folder if request.param == "unet" else dit_folder
+
+
+def test_features_are_what_the_layers_read(either_folder: Path, open_folder: Any) -> None:
+    model = open_folder(either_folder)
+    read: dict[str, Any] = {}
+    for site in model.sites:
+        if site.kind == "cross":
+            for role in ("k", "v"):
+                site.projection(role).register_forward_hook(
+                    lambda _, given, __, key=(site.name, role): read.update({key: given[0]})
+                )
+    prompts = ["a fox on a red background"]
+    with torch.no_grad():
+        x_t = torch.randn(1, 8, 16, 16)
+        model.predict(x_t, torch.tensor([900]), model.encode_prompts(prompts))
+    wanted = features(model, prompts, None)
+    tokens = len(model.tokenizer(prompts[0]).input_ids)
+    assert len(read) >= 4
+    for found in read.values():
+        assert torch.equal(found[0, 1:tokens].double(), wanted)
+
+
+def test_layers_that_read_the_text_each_in_its_own_way_are_refused(tiny: Any) -> None:
+    first, *_ = [site for site in tiny.sites if site.kind == "cross"]
+    first.projection("k").register_forward_pre_hook(lambda _, given: (given[0] * 2,))
+    with pytest.raises(ValueError, match="each in a way of its own"):
+        features(tiny, ["a fox"], None)
+
+
+def affine(tensors: dict[str, Any], name: str) -> Any:
+    """A layer's matrix in float64, with its bias as a last column where it has one."""
+    bias = tensors.get(f"{name.removesuffix('weight')}bias")
+    parts = [tensors[name]] if bias is None else [tensors[name], bias[:, None]]
+    return torch.cat(parts, 1).detach().double()
+
+
+def output(matrix: Any, features: Any) -> Any:
+    ones = features.new_ones(len(features), matrix.shape[1] - features.shape[1])
+    return torch.cat([features, ones], 1) @ matrix.T
+
+
+def test_each_concept_keeps_its_values_and_captions_stay(
+    either_folder: Path, tiny_folder: Path, tmp_path: Path, open_folder: Any
+) -> None:
+    (first, one), (second, two) = (
+        made(either_folder, tmp_path / f"{seed}.safetensors", seed, open_folder) for seed in (1, 2)
+    )
+    out = tmp_path / "both.safetensors"
+    assert merge_concepts([first, second], out, CAPTIONS) == ["<v1>", "<v2>"]
+    both, tree = load_adapted(out)
+    assert tree["methods"]["new_token"]["tokens"] == ["<v1>", "<v2>"]
+    base = dict(open_folder(either_folder).named_parameters())
+    merged = dict(both.named_parameters())
+    names = [name for name in merged if "attn2.to_k.weight" in name or "attn2.to_v.weight" in name]
+    assert names
+    ordinary, unseen = (
+        features(both, prompts, None)
+        for prompts in (CAPTIONS, ["a cat left of a dog on a red background"])
+    )
+    targets: list[Any] = []
+    values: dict[str, list[Any]] = {name: [] for name in names}
+    for model, word in ((one, "<v1>"), (two, "<v2>")):
+        for prompt in CONCEPT_PROMPTS:
+            alone = features(model, [prompt.format("<v1>")], "<v1>")
+            here = features(both, [prompt.format(word)], word)
+            torch.testing.assert_close(here, alone, rtol=0, atol=1e-5)
+            targets.append(here)
+            own = dict(model.named_parameters())
+            for name in names:
+                wanted = output(affine(own, name), alone)
+                found = output(affine(merged, name), here)
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+                values[name].append(wanted)
+                if either_folder == tiny_folder:
+                    moved = output(affine(merged, name) - affine(base, name), unseen).norm()
+                    trained = output(affine(own, name) - affine(base, name), unseen).norm()
+                    assert moved < 0.5 * trained
+    for name in names:
+        before = affine(base, name)
+        width = before.shape[1]
+        seen = output(torch.eye(width).double(), torch.cat(targets))
+        # another matrix that gives the concepts the same, with the smallest change there is
+        other = closed_form(before, torch.eye(width).double(), seen, torch.cat(values[name]))
+        moved = [output(w - before, ordinary).norm() for w in (affine(merged, name), other)]
+        assert moved[0] < moved[1]
+
+
+def test_what_cannot_be_merged_is_refused(
+    tiny_folder: Path, other_folder: Path, tmp_path: Path, open_folder: Any
+) -> None:
+    first, _ = made(tiny_folder, tmp_path / "a.safetensors", 1, open_folder)
+    queries, _ = made(tiny_folder, tmp_path / "q.safetensors", 1, open_folder, projections=["q"])
+    foreign, _ = made(other_folder, tmp_path / "f.safetensors", 1, open_folder)
+    out = tmp_path / "out.safetensors"
+    for paths, message in (
+        ([first], "give at least two"),
+        ([first, queries], "not that of the first"),
+        ([queries, queries], "for k and v, which read the text"),
+        ([first, foreign], "was trained on backbone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge_concepts(paths, out)
+    assert not out.exists()
+    out.write_text("mine")
+    with pytest.raises(ValueError, match="nothing is written over"):
+        merge_concepts([first, first], out)
+    assert out.read_text() == "mine"
+
+
+def test_the_verb_says_which_words_there_are(
+    tiny_folder: Path, tmp_path: Path, open_folder: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trainer.__main__ import main
+
+    one, _ = made(tiny_folder, tmp_path / "1.safetensors", 1, open_folder)
+    two, _ = made(tiny_folder, tmp_path / "2.safetensors", 2, open_folder)
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a cat on a mat\n\na dog left of a fox\n")
+    out = tmp_path / "both.safetensors"
+    assert main(["merge", f"adapter=[{one},{two}]", f"out={out}", f"captions={captions}"]) == 0
+    assert capsys.readouterr().out.strip().endswith("both.safetensors: <v1>, <v2>")
+    assert load_adapted(out)[1]["methods"]["new_token"]["tokens"] == ["<v1>", "<v2>"]
+    captions.write_text("\n")
+    again = ["merge", f"adapter=[{one},{two}]", f"out={tmp_path / 'x'}", f"captions={captions}"]
+    assert main(again) == 78
+    assert main(["merge", f"adapter={one}", f"out={tmp_path / 'x'}"]) == 78

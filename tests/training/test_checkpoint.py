@@ -1,0 +1,48 @@
+"""What is written comes back: types, shapes, strides and values, small tensors and large ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.training import checkpoint
+from trainer.training.checkpoint import read_checkpoint, write_checkpoint
+
+
+def alike(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        same = one.dtype == other.dtype and one.stride() == other.stride()
+        return same and torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return type(one) is type(other) and all(map(alike, one, other))
+    return type(one) is type(other) and one == other
+
+
+def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    moments = {
+        number: {"step": torch.tensor(float(number)), "exp_avg": torch.randn(3, number + 1)}
+        for number in range(4)
+    }
+    state = {
+        "optimizer": {"state": moments, "param_groups": [{"lr": 0.1, "params": [0, 1, 2, 3]}]},
+        "draws": [{"torch": torch.get_rng_state(), "python": (3, (1, 2), None)}],
+        "parts": {
+            "ema": {"steps": 7, "averaged": {"a.b": torch.randn(2, 2, dtype=torch.bfloat16)}},
+            "large": torch.randn(checkpoint.SMALL + 1),
+            "turned": torch.randn(4, 3).t(),
+            "empty": torch.zeros(0, 5),
+            "flags": torch.tensor([True, False]),
+            "pair": (torch.ones(2), torch.zeros(1)),
+        },
+    }
+    weights = {"w": torch.randn(3, 2)}
+    made = write_checkpoint(tmp_path, weights, state, {"step": 3, "micro_step": 6})
+    found, read = read_checkpoint(checkpoint.verified(made.folder))
+    assert alike(found, weights) and alike(read, state)
+    alone = read["optimizer"]["state"][0]["exp_avg"].untyped_storage().nbytes()
+    assert alone == 3 * 4  # none keeps the others in memory

@@ -1,0 +1,70 @@
+"""The contact sheet shows what the trainer sees, and the terminal how many there are of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trainer.__main__ import main
+from trainer.backbones import load_backbone
+from trainer.config.load import load_recipe
+from trainer.data.loader import Planned
+from trainer.methods.apply import apply_methods
+from trainer.training import inspect
+from trainer.training.build import module_of, needs, step_plan
+
+
+def words(folder: Path, *more: str) -> list[str]:
+    return [
+        "recipe=custom_diffusion", f"backbone={folder}", "data.class_word=null",
+        "data.prior_weight=0", "data.augment=true", "run.batch_size=3", *more,
+    ]  # fmt: skip
+
+
+def test_captions_are_those_the_module_encodes(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_recipe(words(tiny_folder, "objective.caption_dropout=0.5"))
+    backbone = load_backbone(loaded.backbone, loaded.backbone_name)
+    train, _ = loaded.data.open(needs(loaded, backbone))
+    plan = apply_methods(backbone, loaded.methods, 0)
+    module, encode = module_of(loaded, backbone, plan), backbone.encode_prompts
+    encoded: list[list[str]] = []
+
+    def recorded(prompts: Any, *rest: Any) -> Any:
+        encoded.append(list(prompts))
+        return encode(prompts, *rest)
+
+    monkeypatch.setattr(backbone, "encode_prompts", recorded)
+    batches = Planned(train, step_plan(loaded, train), None, 0, 1)
+    seen = []
+    for step in range(4):
+        seen.append(inspect.seen_captions(loaded, batches[step]))
+        module.sample_losses(batches[step], "train", loaded.objective.caption_dropout)
+    assert encoded == seen
+    dropped = sum(text == "" for texts in seen for text in texts)
+    assert 0 < dropped < 12
+
+
+def test_it_draws_the_batches_and_counts_them(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sheet = tmp_path / "a" / "sheet.png"
+    own = [f"out={sheet}", "count=5", "step=2", "objective.caption_dropout=0.5"]
+    assert main(["data", "inspect", *words(tiny_folder, *own)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "pictures as stored, by aspect ratio:" and out[1].split()[:2] == ["1.0:1", "5"]
+    assert out[2] == "buckets, width x height:" and out[3].split()[1] == "5"
+    assert out[-1] == str(sheet)
+    with Image.open(sheet) as image:
+        assert image.format == "PNG" and image.width == inspect.PAD + 4 * (
+            inspect.SIDE + inspect.PAD
+        )
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    # what augmentation pads is out of the loss, hence half magenta
+    tinted = (pixels[..., 0] - pixels[..., 1] > 100) & (pixels[..., 2] - pixels[..., 1] > 100)
+    assert tinted.sum() > 1000

@@ -1,0 +1,223 @@
+"""The host puts the hosted processor on every site of a denoiser and keeps account of the ops."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    SanaLinearAttnProcessor2_0,
+)
+from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
+from torch import nn
+
+from trainer.attention.context import BoundCheckpoint, ContextHolder, bound, completed, current
+from trainer.attention.hooks import Guide, Start
+from trainer.attention.insertion import insertions
+from trainer.attention.op import Op, has_stage, refuse_conflicts
+from trainer.attention.processor import HostedProcessor
+from trainer.attention.sites import Site, scan
+
+__all__ = ["Host", "HostedProcessor", "Op"]
+
+_HOST = "_attention_host"
+_CHECKPOINT = "_gradient_checkpointing_func"  # where diffusers keeps it on every block
+# what a layer may have around its projections, and Sana's processors leave out
+_AROUND = ("spatial_norm", "group_norm", "norm_cross")
+
+
+class Host:
+    """Use `Host.attach(denoiser)`, not the constructor.
+
+    Deep-copying the denoiser copies its host, ops and hooks along; `Host.attach(copy)` returns the
+    copy's host.
+    """
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.denoiser = denoiser
+        self.holder = ContextHolder()
+        self.sites: list[Site] = []
+        self.processors: dict[str, HostedProcessor] = {}
+        self.unproven = False
+        # of a clip's latents, by a method that has something to do with them; see `motion.py`
+        self.start: Start | None = None
+        self.guide: Guide | None = None
+        self.parameters = list(inspect.signature(denoiser.forward).parameters)
+        self.handles = [
+            denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
+            denoiser.register_forward_hook(self._after),
+        ]
+
+    @classmethod
+    def attach(cls, denoiser: nn.Module) -> Host:
+        """The host of a denoiser, made at the first call; later calls take in sites added since."""
+        sites = scan(denoiser)
+        host = denoiser.__dict__.get(_HOST)
+        if host is None:
+            host = denoiser.__dict__[_HOST] = cls(denoiser)
+        host._take(sites)
+        return host
+
+    def install(self, op: Op, sites: Sequence[Site]) -> None:
+        """Adds an op to sites; an op that is an `nn.Module` becomes `<site>.<op.name>`.
+
+        Raises `ValueError`, and changes nothing, if there is no site, a site is not hosted here,
+        the op is there already, its name is taken, or another op there excludes it.
+        """
+        if not sites:
+            raise ValueError(f"op {op.name!r} was given no site; widen its selector")
+        hosted = [self._hosted(site) for site in sites]
+        for processor in hosted:
+            if not any(other is op for other in processor.ops):
+                refuse_conflicts((*processor.ops, op), processor.site)
+            _refuse_name(op, processor)
+            if has_stage(op, "block"):
+                self._block(processor.site, op)
+        for processor in hosted:
+            self._set_ops(processor, (*processor.ops, op))
+            if isinstance(op, nn.Module):
+                processor.site.module.add_module(op.name, op)
+        self.unproven = True
+
+    def remove(self, op: Op) -> None:
+        """Takes an op off all its sites; `ValueError` if it is on none."""
+        hosted = [p for p in self.processors.values() if any(o is op for o in p.ops)]
+        if not hosted:
+            raise ValueError(f"op {op.name!r} is installed on no site of this denoiser")
+        for processor in hosted:
+            self._set_ops(processor, tuple(o for o in processor.ops if o is not op))
+            if isinstance(op, nn.Module):
+                delattr(processor.site.module, op.name)
+
+    def detach(self) -> None:
+        """Removes all ops and hooks and puts back the processors that were there before. What is
+        inserted stays, and takes every batch for images until there is a host again."""
+        for op in {id(op): op for p in self.processors.values() for op in p.ops}.values():
+            self.remove(op)
+        for processor in self.processors.values():
+            module: Any = processor.site.module
+            if module.processor is processor:
+                module.set_processor(processor.previous)
+        for module in self.denoiser.modules():
+            function = module.__dict__.get(_CHECKPOINT)
+            if isinstance(function, BoundCheckpoint):
+                module.__dict__[_CHECKPOINT] = function.inner
+        for inserted in insertions(self.denoiser):
+            inserted.holder = ContextHolder()
+        for handle in self.handles:
+            handle.remove()
+        del self.denoiser.__dict__[_HOST]
+
+    def _take(self, sites: list[Site]) -> None:
+        self.sites = sites
+        known, self.processors = self.processors, {}
+        for site in sites:
+            module: Any = site.module
+            processor = known.get(site.name)
+            if isinstance(module.processor, HostedProcessor):
+                processor = module.processor
+            elif not _hostable(module):
+                continue
+            elif processor is None or processor.site.module is not module:
+                processor = HostedProcessor(site, self.holder, module.processor)
+            # a block copied from elsewhere in the model brings its processor along: adopt that
+            processor.site, processor.holder = site, self.holder
+            module.set_processor(processor)
+            self._set_ops(processor, processor.ops)
+            self.processors[site.name] = processor
+        for inserted in insertions(self.denoiser):
+            inserted.holder = self.holder
+        # a site that lost its processor stays listed while it has ops: reported as never reached
+        self.processors |= {n: p for n, p in known.items() if p.ops and n not in self.processors}
+        self.unproven = any(p.ops for p in self.processors.values())
+        self.checkpointing = [
+            m for m in self.denoiser.modules() if hasattr(m, "gradient_checkpointing")
+        ]
+
+    def _set_ops(self, processor: HostedProcessor, ops: tuple[Op, ...]) -> None:
+        """Sets them, and hooks the block around the site while one of them needs it."""
+        if processor.hook is not None:
+            processor.hook.remove()
+            processor.hook = None
+        processor.set_ops(ops)
+        if after := processor.stages["block"]:
+            block = self._block(processor.site, after[0])
+            processor.hook = block.register_forward_hook(processor.after_block)
+
+    def _block(self, site: Site, op: Op) -> nn.Module:
+        """The module that runs the site: its parent, if that is no mere list."""
+        block = self.denoiser.get_submodule(site.name.rpartition(".")[0])
+        if block is self.denoiser or type(block).forward is nn.Module.forward:
+            raise ValueError(
+                f"op {op.name!r} acts after the block around a site, and {site.name!r} stands in "
+                "none; choose sites inside transformer blocks"
+            )
+        return block
+
+    def _hosted(self, site: Site) -> HostedProcessor:
+        processor = self.processors.get(site.name)
+        if processor is not None and processor.site.module is site.module:
+            return processor
+        if any(site.module is own.module for own in self.sites):
+            raise ValueError(
+                f"{site.name!r} runs {type(site.module.processor).__name__}, which is not "
+                "hosted yet; choose other sites, or call set_attn_processor(AttnProcessor2_0()) "
+                "before Host.attach if that is what the model was trained with"
+            )
+        raise ValueError(
+            f"{site.name!r} is no site of this denoiser; choose from the `sites` of its host"
+        )
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        call = dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
+        self.holder.ctx = completed(current(), call, module.training)
+        for block in self.checkpointing:
+            if block.gradient_checkpointing:
+                block.__dict__[_CHECKPOINT] = bound(block.__dict__[_CHECKPOINT], self.holder)
+        if self.unproven:
+            for processor in self.processors.values():
+                processor.reached = False
+
+    def _after(self, module: nn.Module, args: object, output: object) -> None:
+        if not self.unproven:
+            return
+        unseen = [p.site for p in self.processors.values() if p.ops and not p.reached]
+        # images have no time: layers that look through it may be passed by
+        still = self.holder.ctx.frames == 1
+        missed = [site.name for site in unseen if not (still and site.kind == "temporal")]
+        if missed:
+            raise RuntimeError(
+                "attention ops are installed on sites that the forward of "
+                f"{type(module).__name__} never reached: {', '.join(missed)}. Either the model "
+                "skips them, then choose other sites, or their processors were replaced after "
+                "Host.attach (set_attn_processor, xformers, fused projections), then attach last"
+            )
+        self.unproven = bool(unseen)
+
+
+def _hostable(module: Any) -> bool:
+    """Whether `HostedProcessor` does to the bit what the layer's own processor does."""
+    own = type(module.processor)
+    if own in (AttnProcessor, AttnProcessor2_0):
+        return True
+    return (
+        own in (SanaAttnProcessor2_0, SanaLinearAttnProcessor2_0)
+        and all(getattr(module, name) is None for name in _AROUND)
+        and not module.residual_connection
+        and (own is SanaAttnProcessor2_0 or module.rescale_output_factor == 1)
+    )
+
+
+def _refuse_name(op: Op, processor: HostedProcessor) -> None:
+    if any(other is op or other.name == op.name for other in processor.ops):
+        raise ValueError(
+            f"op {op.name!r} is already on {processor.site.name!r}; remove it first or rename it"
+        )
+    if isinstance(op, nn.Module) and hasattr(processor.site.module, op.name):
+        raise ValueError(
+            f"op {op.name!r} cannot be registered at {processor.site.name!r}: the layer has an "
+            "attribute of that name; rename the op"
+        )

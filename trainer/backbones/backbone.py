@@ -1,0 +1,222 @@
+"""What every backbone is, and how its parts are read: one denoiser, one text encoder, a VAE and a
+scheduler, in diffusers folder layout. A family is a file beside this one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from trainer.attention.host import Host
+from trainer.attention.sites import Site, scan
+from trainer.backbones.schedulers import PREDICTION_TYPES
+
+if TYPE_CHECKING:
+    pass
+
+
+class Backbone(nn.Module):
+    """denoiser(x_t, t, text) with text (b, tokens, d), on latents (b, c, H/f, W/f) of a VAE.
+
+    Parameter names start with `denoiser_name`, `text_encoder.` or `vae.`, as adapters store them.
+    """
+
+    family: str
+    denoiser_name: str
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        denoiser: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        vae: Any,
+        scheduler: Any,
+    ) -> None:
+        super().__init__()
+        self.name, self.folder = name, folder
+        self.add_module(self.denoiser_name, denoiser)
+        self.text_encoder: Any = text_encoder
+        self.vae: Any = vae
+        self.tokenizer, self.scheduler_config = tokenizer, dict(scheduler.config)
+        self.scheduler_class = type(scheduler)
+        flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        # None: trained on the flow path x_t = (1 - t) x0 + t noise
+        self.alphas_cumprod: Tensor | None = None if flow else scheduler.alphas_cumprod.clone()
+        self.target: str = "flow" if flow else PREDICTION_TYPES[scheduler.config.prediction_type]
+        self._identity = {
+            "family": self.family,
+            "name": name,
+            self.denoiser_name: shapes(denoiser),
+            "text_encoder": shapes(text_encoder),
+            "target": self.target,
+        }
+
+    @property
+    def denoiser(self) -> Any:
+        return getattr(self, self.denoiser_name)
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        return {"text_encoder": self.text_encoder}
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        return {"text_encoder": self.tokenizer}
+
+    @cached_property
+    def host(self) -> Host:
+        return Host.attach(self.denoiser)
+
+    @property
+    def sites(self) -> list[Site]:
+        return self.host.sites
+
+    @property
+    def divisor(self) -> int:
+        """Pixels along an edge per latent."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def resolution(self) -> int:
+        """The side in pixels the backbone was trained at."""
+        return int(self.denoiser.config.sample_size) * self.divisor
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.denoiser.config.in_channels)
+
+    @property
+    def text_width(self) -> int:
+        return int(self.text_encoder.config.hidden_size)
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a prompt, with padding."""
+        return int(self.tokenizer.model_max_length)
+
+    def scheduler(self) -> Any:
+        return self.scheduler_class.from_config(self.scheduler_config)
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Pixels (b, 3, H, W) in [-1, 1] to the posterior's mean and log-variance (b, 2c, h, w)."""
+        parameters: Tensor = self.vae.encode(pixels).latent_dist.parameters
+        return parameters
+
+    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """A draw (b, c, h, w) from the posterior, scaled to what the denoiser was trained on."""
+        mean, log_variance = moments.chunk(2, dim=1)
+        drawn = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
+        return drawn * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (b, c, h, w) to pixels (b, 3, H, W) in [-1, 1]."""
+        pixels: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        return pixels.clamp(-1, 1)
+
+    def tokens(self, prompts: Sequence[str]) -> Any:
+        """Prompts to input_ids and attention_mask (b, text_length)."""
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.text_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        return tokens.to(self.text_encoder.device)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Prompts to what `predict` takes: encoder_hidden_states (b, tokens, d), and what goes with
+        them."""
+        raise NotImplementedError
+
+    def inputs(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> dict[str, Any]:
+        """The denoiser's own arguments for x_t (b, c, h, w) at timesteps t (b,)."""
+        raise NotImplementedError
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """The network's output (b, c, h, w) at x_t (b, c, h, w) and timesteps t (b,)."""
+        output: Tensor = self.denoiser(**self.inputs(x_t, t, condition)).sample
+        return output
+
+    def identity(self) -> dict[str, str]:
+        """What an adapter was trained on: the family and the shapes of the parts, as they were
+        before any edit."""
+        return dict(self._identity)
+
+    def goes_on_from(self, adapter: Path) -> None:
+        """Makes the adapter of an earlier run, which is in place, part of its identity."""
+        with adapter.open("rb") as file:
+            both = hashlib.file_digest(file, "sha256")
+        both.update(self._identity.get("adapters", "").encode())
+        self._identity = {**self._identity, "adapters": both.hexdigest()[:16]}
+
+    def vae_fingerprint(self) -> str:
+        """Changes with any weight of the VAE; keys cached latents."""
+        return contents(self.vae)
+
+    def fingerprint(self) -> str:
+        """Changes with any weight; keys what the backbone has painted."""
+        return hashlib.sha256(
+            " ".join(map(contents, (self.denoiser, self.text_encoder, self.vae))).encode()
+        ).hexdigest()[:16]
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.denoiser.enable_gradient_checkpointing()
+        if any(parameter.requires_grad for parameter in self.text_encoder.parameters()):
+            self.text_encoder.gradient_checkpointing_enable()
+
+    def compile_blocks(self) -> None:
+        """torch.compile for each block of the denoiser by itself: hooks on the whole stay Python.
+
+        Static shapes: blocks share their code, and inductor fails on what they have in common.
+        """
+        for block in self.blocks():
+            block.compile(dynamic=False)
+
+    def blocks(self) -> list[Any]:
+        raise NotImplementedError
+
+    def pipeline(self) -> Any:
+        """The parts as a stock pipeline; they are shared, not copied."""
+        raise NotImplementedError
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draws inside are a function of `seed`, and those after are as if there had been none."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def zero_outputs(denoiser: nn.Module) -> None:
+    """Every attention layer adds nothing: its output projection is 0, weight and bias."""
+    for site in scan(denoiser):
+        for parameter in site.projection("out").parameters():
+            nn.init.zeros_(parameter)
+
+
+def shapes(module: nn.Module) -> str:
+    """A short hash of all parameter shapes; names are left out, since transformers renames them
+    between versions."""
+    found = sorted(str(tuple(parameter.shape)) for parameter in module.parameters())
+    return hashlib.sha256(" ".join(found).encode()).hexdigest()[:16]
+
+
+def contents(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,61 @@
+"""The noise schedules of pretrained models, read from their scheduler files."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+
+from trainer.backbones.pipeline_folder import SCHEDULER
+
+if TYPE_CHECKING:
+    pass
+
+PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+
+
+def vp_scheduler(config: dict[str, Any], where: Path) -> DDIMScheduler:
+    """Any of diffusers' VP schedulers describes the same training path; sampling is DDIM.
+
+    What another scheduler does not say is what its own class does, not DDIM's default: no clipping
+    of latents, and a last step to the first alpha, as PNDM's.
+    """
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTION_TYPES:
+        raise ValueError(
+            f"{where / SCHEDULER}: prediction_type is {prediction!r}; this family has "
+            f"{', '.join(PREDICTION_TYPES)}"
+        )
+    if config.get("_class_name") != DDIMScheduler.__name__:
+        config = {"clip_sample": False, "set_alpha_to_one": False} | config
+    own = inspect.signature(DDIMScheduler.__init__).parameters
+    return DDIMScheduler(**{key: value for key, value in config.items() if key in own})
+
+
+FLOW = "flow_prediction"
+
+
+def flow_or_vp(
+    config: dict[str, Any], where: Path
+) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
+    """Euler steps on a flow path, DDIM on a VP one, whatever solver the folder names."""
+    euler = config.get("_class_name") == FlowMatchEulerDiscreteScheduler.__name__
+    if not euler and config.get("prediction_type") != FLOW:
+        return vp_scheduler(config, where)
+    if config.get("use_dynamic_shifting"):
+        raise ValueError(
+            f"{where / SCHEDULER}: use_dynamic_shifting is not known here; set it to false and "
+            "give shift"
+        )
+    own = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+    if not euler:  # a solver of flows; its other options are its own
+        steps = config.get("num_train_timesteps", 1000)
+        config = {"num_train_timesteps": steps, "shift": config.get("flow_shift", 1.0)}
+    return FlowMatchEulerDiscreteScheduler(
+        **{key: value for key, value in config.items() if key in own}
+    )

@@ -1,0 +1,144 @@
+"""What describes a denoiser that is made from nothing: its size, its heads, where it attends. A
+family makes it of these values; importing this file does not import torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    model_validator,
+)
+
+from trainer.common.strict import Section
+
+GridPlace = int | str  # a grid by its tokens along an edge, or "mid"
+
+
+class DenoiserSpec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class UNetSpec(DenoiserSpec):
+    """A U-Net made from nothing, of diffusers' blocks: a level for each width, the finest first,
+    on a grid half as wide as the one before.
+
+    layers: residual blocks at each level; the way up has one more. self_attention and
+    cross_attention: the grids, in tokens along an edge, where a transformer block as in Stable
+    Diffusion follows every residual block, with that layer or both; and `mid`, the middle block,
+    which with one has a second residual block, too. zero_init: the transformers add nothing at
+    first (ADM, arXiv 2105.05233). seed: of the weights; layers of one name and size start alike in
+    all networks of one seed.
+    """
+
+    sample_size: int = Field(16, gt=0, description="latents along an edge")
+    width: tuple[PositiveInt, ...] = Field((64, 128, 128), min_length=1)
+    layers: int = Field(1, gt=0)
+    heads: int = Field(4, gt=0)
+    groups: int = Field(16, gt=0, description="of the group norms")
+    self_attention: tuple[GridPlace, ...] = (16, 8, "mid")
+    cross_attention: tuple[GridPlace, ...] = (16, 8, "mid")
+    zero_init: bool = True
+    seed: int = Field(0, ge=0, lt=2**63)
+
+    @property
+    def grids(self) -> tuple[int, ...]:
+        """Tokens along an edge, a level each."""
+        return tuple(self.sample_size >> level for level in range(len(self.width)))
+
+    @model_validator(mode="after")
+    def _fits(self) -> UNetSpec:
+        step = 2 ** (len(self.width) - 1)
+        if self.sample_size % step:
+            raise ValueError(
+                f"sample_size={self.sample_size} does not halve for each of {len(self.width)} "
+                f"widths; give a multiple of {step}, or fewer widths"
+            )
+        for width in self.width:
+            if width % self.groups:
+                raise ValueError(f"groups={self.groups} does not divide the width {width}")
+        places: dict[GridPlace, int] = dict(zip(self.grids, self.width, strict=True))
+        places["mid"] = self.width[-1]
+        for name in ("self_attention", "cross_attention"):
+            for place in getattr(self, name):
+                if place not in places:
+                    have = ", ".join(map(str, self.grids))
+                    raise ValueError(f"{name}={place}: no such grid; this U-Net has {have} and mid")
+                if places[place] % self.heads:
+                    raise ValueError(
+                        f"heads={self.heads} does not divide {places[place]}, the width at {place}"
+                    )
+        return self
+
+
+class TransformerSpec(DenoiserSpec):
+    """A diffusion transformer made from nothing, as PixArt's: `depth` blocks of `width` channels on
+    one grid of sample_size / patch tokens along an edge, all with self-attention.
+
+    zero_init: attention adds nothing at first; false leaves that to cross-attention alone, as
+    PixArt does. seed: of the weights.
+    """
+
+    sample_size: int = Field(16, gt=0, description="latents along an edge")
+    patch: int = Field(2, gt=0, description="latents along an edge of a token")
+    width: int = Field(192, gt=0)
+    depth: int = Field(7, gt=0)
+    heads: int = Field(6, gt=0)
+    cross_attention: bool = True
+    zero_init: bool = True
+    seed: int = Field(0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _fits(self) -> TransformerSpec:
+        if self.sample_size % self.patch:
+            raise ValueError(f"patch={self.patch} does not divide sample_size={self.sample_size}")
+        if self.width % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide width={self.width}")
+        if self.width % 4:
+            raise ValueError(
+                f"width={self.width} is no multiple of 4, which places in two dimensions take: a "
+                "sine and a cosine of each"
+            )
+        return self
+
+
+# what `denoiser` describes, by the family of the backbone
+DENOISERS: dict[str, type[UNetSpec] | type[TransformerSpec]] = {
+    "sd": UNetSpec,
+    "pixart": TransformerSpec,
+}
+
+
+class BackboneSpec(Section):
+    """A diffusers folder (`folder`, relative to `data/` when shipped) or a pinned hub checkpoint
+    (`hub`, `revision`). overlay: a folder whose parts stand before those of `folder`, for two
+    backbones that share a VAE and a text encoder. denoiser: the network to make in the place of the
+    folder's; it goes with the VAE and the text encoder there. adapters: of earlier runs, one over
+    the other, which are part of it."""
+
+    family: str = "sd"
+    folder: str | None = None
+    overlay: str | None = None
+    hub: str | None = None
+    revision: str | None = None
+    scratch: tuple[Literal["unet", "transformer", "vae"], ...] = ()
+    denoiser: UNetSpec | TransformerSpec | None = None
+    adapters: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> BackboneSpec:
+        if (self.folder is None) == (self.hub is None):
+            raise ValueError("give either folder or hub")
+        if self.hub is not None and self.revision is None:
+            raise ValueError("a hub checkpoint needs revision, the commit it is pinned to")
+        if self.overlay is not None and self.folder is None:
+            raise ValueError("overlay goes over a folder; give folder, not hub")
+        if self.denoiser is not None and type(self.denoiser) is not DENOISERS.get(self.family):
+            raise ValueError(
+                f"denoiser is a {type(self.denoiser).__name__}, which the family {self.family} "
+                "does not make"
+            )
+        return self

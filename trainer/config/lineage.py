@@ -1,0 +1,109 @@
+"""Which backbone a recipe names: one of ours, a folder, or the result of earlier runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.backbones import family_of
+from trainer.backbones.spec import DENOISERS, BackboneSpec, TransformerSpec, UNetSpec
+from trainer.common.paths import BACKBONES, DATA
+from trainer.common.suggest import nearest
+from trainer.config.header import file_of, read_header
+from trainer.config.schema import (
+    RecipeError,
+)
+from trainer.config.tree import merge_trees, read_yaml
+from trainer.config.validate import build_section
+
+
+def backbone_names() -> list[str]:
+    return sorted(path.stem for path in BACKBONES.glob("*.yaml"))
+
+
+def read_backbone(name: str) -> dict[str, Any]:
+    """The tree of a backbone of ours."""
+    return read_yaml(BACKBONES / f"{name}.yaml")
+
+
+def spec_of(tree: Mapping[str, Any], instead: str | None = None) -> BackboneSpec:
+    """The backbone of a resolved recipe; or another, which brings a denoiser of its own."""
+    name = instead or tree["backbone"]
+    return backbone_spec(name, tree.get("denoiser") if name == tree["backbone"] else None)
+
+
+def backbone_spec(name: str, denoiser: Any = None) -> BackboneSpec:
+    """A named backbone, a local folder in diffusers layout, or what an earlier run has made of one:
+    its folder or adapter. denoiser: a recipe's values over those of a backbone whose denoiser is
+    made from nothing."""
+    root, given, adapters = lineage_of(name)
+    if adapters:
+        if denoiser is not None:
+            raise RecipeError(
+                f"denoiser: backbone {name} has a network of its own, which denoiser=null keeps"
+            )
+        return backbone_spec(root, given).model_copy(update={"adapters": adapters})
+    own = None
+    if name in backbone_names():
+        tree = read_backbone(name)
+        own = tree.pop("denoiser", None)
+        spec = build_section(BackboneSpec, tree, f"backbone {name}")
+        if spec.folder is not None:
+            places = {"folder": spec.folder, "overlay": spec.overlay}
+            spec = spec.model_copy(
+                update={key: str(DATA / place) for key, place in places.items() if place}
+            )
+    elif (Path(name).expanduser() / "model_index.json").is_file():
+        folder = Path(name).expanduser()
+        spec = BackboneSpec(folder=str(folder), family=family_of(folder))
+    elif Path(name).expanduser().is_dir():
+        raise RecipeError(
+            f"backbone={name}: the folder has no model_index.json and no adapter.safetensors; a "
+            "diffusers pipeline folder or a finished run is needed"
+        )
+    else:
+        hint = nearest(name, backbone_names())
+        raise RecipeError(f"backbone={name}: neither a backbone of ours nor a folder{hint}")
+    if spec.folder is not None and not (Path(spec.folder) / "model_index.json").is_file():
+        raise RecipeError(f"backbone={name}: {spec.folder} is missing or has no model_index.json")
+    return spec.model_copy(update={"denoiser": _denoiser(spec.family, name, own, denoiser)})
+
+
+def _made_by(name: str) -> dict[str, Any] | None:
+    """The recipe of the run a backbone is the result of; None if it is no such."""
+    file = file_of(name)
+    if name in backbone_names() or file.suffix != ".safetensors" or not file.is_file():
+        return None
+    try:
+        return read_header(file)[0]
+    except ValueError as error:
+        raise RecipeError(f"backbone={name}: {error}") from None
+
+
+def lineage_of(name: str) -> tuple[str, Any, tuple[str, ...]]:
+    """The backbone below what runs have made of it, the denoiser the first of them says, and their
+    adapters, the first one first."""
+    adapters: list[str] = []
+    denoiser = None
+    while (tree := _made_by(name)) is not None:
+        file = str(file_of(name))
+        if file in adapters:
+            raise RecipeError(f"backbone={name}: {file} says that it was trained over itself")
+        adapters.append(file)
+        name, denoiser = tree["backbone"], tree.get("denoiser")
+    return name, denoiser, tuple(reversed(adapters))
+
+
+def _denoiser(family: str, name: str, own: Any, given: Any) -> UNetSpec | TransformerSpec | None:
+    """own: what the backbone's file says; given: what the recipe does."""
+    if own is None:
+        if given is None:
+            return None
+        made = [each for each in backbone_names() if "denoiser" in read_backbone(each)]
+        raise RecipeError(
+            f"denoiser: backbone {name} has a network of its own, which denoiser=null keeps; one "
+            f"is made from nothing with backbone={' or backbone='.join(made)}"
+        )
+    values = merge_trees(own, given) if isinstance(given, dict) else own if given is None else given
+    return build_section(DENOISERS[family], values, "denoiser")

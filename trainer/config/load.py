@@ -1,0 +1,225 @@
+"""A recipe: one YAML, `key=value` overrides, and a complete check of both before torch is imported.
+
+Names resolve to files of ours and to nothing else: a backbone to `recipes/backbone/<name>.yaml`, a
+data source to `trainer/data/<name>.py`, a method to `trainer/methods/<level>/<name>.py`. A backbone
+may also be a folder of weights, or what a finished run has made of one. A recipe that says `base:
+<recipe>` states only what differs from that one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.common.paths import RECIPES
+from trainer.common.suggest import nearest
+from trainer.config.lineage import backbone_names, backbone_spec, lineage_of
+from trainer.config.overrides import parse_words
+from trainer.config.schema import (
+    KEYS,
+    SECTIONS,
+    TRACKERS,
+    OptimSpec,
+    Recipe,
+    RecipeError,
+)
+from trainer.config.tasks import check_tasks, task_overlay
+from trainer.config.tree import merge_trees, read_yaml, refuse_unknown
+from trainer.config.validate import build_section
+from trainer.data.source import Source
+from trainer.methods.apply import find_method, method_names
+from trainer.methods.method import Method
+
+
+def load_recipe(arguments: Iterable[str]) -> Recipe:
+    """`["recipe=custom_diffusion", "data.concept=./dog"]` to a checked recipe.
+
+    Raises:
+        RecipeError: anything wrong with it; nothing has been read but YAML, and folders have been
+        seen to exist.
+    """
+    overrides = parse_words(arguments)
+    name = overrides.pop("recipe", None)
+    if not isinstance(name, str):
+        raise RecipeError(f"recipe=<name> is missing; recipes: {', '.join(recipe_names())}")
+    whole = resolve_recipe(name, read_recipe(name), overrides)
+    if whole.optim.held and whole.run.start_from is None:  # what an adapter carries has none
+        raise RecipeError(
+            f"optim.lrs.{whole.optim.held[0]}=0 keeps it as an earlier run left it, and there is "
+            "none; give run.start_from=<a run or its adapter>, or an lr above 0"
+        )
+    return whole
+
+
+def resolve_recipe(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Recipe:
+    """Lays the backbone's own values and the overrides over a recipe's tree, and checks the
+    whole."""
+    tree = dict(tree)
+    per_backbone = tree.pop("backbones", None) or {}
+    _check_overlays(per_backbone)
+    backbone_name = overrides.get("backbone", tree.get("backbone", "tiny"))
+    if not isinstance(backbone_name, str) or not backbone_name:
+        raise RecipeError(
+            f"backbone is {backbone_name!r}; it is a name or a folder, as in backbone=tiny"
+        )
+    tree = merge_trees(
+        merge_trees(tree, _own_values(per_backbone, lineage_of(backbone_name)[0])), overrides
+    )
+    tree["backbone"] = backbone_name
+    for key in tree:
+        homes = [f"{name}.{key}" for name, cls in SECTIONS.items() if key in cls.model_fields]
+        if homes and key not in KEYS:
+            raise RecipeError(f"{key}: no such key; did you mean {' or '.join(homes)}?")
+    refuse_unknown(tree, KEYS, "")
+    sections = {key: build_section(cls, tree.get(key), key) for key, cls in SECTIONS.items()}
+    tracker = tree.get("tracker", "tensorboard")
+    if tracker not in TRACKERS:
+        raise RecipeError(f"tracker={tracker}: no such tracker{nearest(str(tracker), TRACKERS)}")
+    data, chosen = _data(tree.get("data")), methods_of(tree.get("methods"))
+    _check_words(data, chosen)
+    optim = sections["optim"]
+    assert isinstance(optim, OptimSpec)
+    refuse_unknown(optim.lrs, tree["methods"], "optim.lrs")
+    kept = {method: lr for method, lr in optim.lrs.items() if method in chosen}
+    sections["optim"] = optim.model_copy(update={"lrs": kept})  # methods.x=null takes its lr along
+    spec = backbone_spec(backbone_name, tree.pop("denoiser", None))
+    if spec.denoiser is not None and not spec.adapters:
+        # whole, so that an adapter does not hang on our defaults
+        tree["denoiser"] = spec.denoiser.model_dump(mode="json")
+    whole = Recipe(
+        name=name,
+        backbone_name=backbone_name,
+        backbone=spec,
+        data=data,
+        methods=chosen,
+        tracker=tracker,
+        tree=tree,
+        **sections,  # type: ignore[arg-type]
+    )
+    if whole.continual.concepts:
+        check_tasks(whole)
+        for number in range(len(whole.continual.concepts)):
+            task_recipe(whole, number)
+    return whole
+
+
+def task_recipe(whole: Recipe, number: int, start_from: Path | None = None) -> Recipe:
+    """The ordinary recipe of concept `number` of a continual one; it goes on from an adapter."""
+    tree = merge_trees(whole.tree, task_overlay(whole, number))
+    start = {"run": {"start_from": str(start_from)}} if start_from else {}
+    try:
+        return resolve_recipe(whole.name, tree, start)
+    except RecipeError as error:
+        raise RecipeError(f"continual.concepts.{number}: {error}") from None
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The tree of a shipped recipe, or of a YAML file of the user's (`recipe=./mine.yaml`), laid
+    over that of the recipe it names as its `base`."""
+    return _over_base(_recipe_file(name, f"recipe={name}", Path()), ())
+
+
+def _over_base(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """above: the files that came here by their `base`, the recipe itself first."""
+    tree, chain = read_yaml(path), (*above, path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: base is {base!r}; it takes the name of a recipe, or a file")
+    below = _recipe_file(base, f"{path}: base: {base}", path.parent)
+    if below in chain:
+        circle = " -> ".join(file.name for file in (*chain, below))
+        raise RecipeError(f"{path}: base goes in a circle, {circle}; remove one of them")
+    return merge_trees(_over_base(below, chain), tree)
+
+
+def _recipe_file(name: str, word: str, folder: Path) -> Path:
+    """word: how the name was given; folder: where a relative path begins."""
+    if name in recipe_names():
+        return RECIPES / f"{name}.yaml"
+    path = (folder / Path(name).expanduser()).resolve()
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        what = "file" if path.suffix in (".yaml", ".yml") else "recipe"
+        raise RecipeError(f"{word}: no such {what}{nearest(path.stem, recipe_names())}")
+    return path
+
+
+def _check_overlays(tree: Any) -> None:
+    """`backbones:` of a recipe maps backbone names to the values that hold for each alone."""
+    if not isinstance(tree, dict):
+        raise RecipeError(f"backbones is {tree!r}; it maps backbone names to values for each")
+    for name, values in tree.items():
+        if name not in backbone_names() and "/" not in name:  # a folder has a slash
+            raise RecipeError(
+                f"backbones.{name}: no such backbone{nearest(name, backbone_names())}"
+            )
+        if not isinstance(values, dict):
+            raise RecipeError(f"backbones.{name} is {values!r}; it takes {', '.join(KEYS[2:])}")
+        refuse_unknown(values, ("base", *KEYS[2:]), f"backbones.{name}")
+        if "base" in values and values["base"] not in (whole := _without_base(tree)):
+            raise RecipeError(
+                f"backbones.{name}.base is {values['base']!r}; it takes another of this table that "
+                f"has no base itself: {', '.join(whole) or 'there is none'}"
+            )
+
+
+def _without_base(table: Mapping[str, Any]) -> list[str]:
+    return [name for name, own in table.items() if isinstance(own, dict) and "base" not in own]
+
+
+def _own_values(table: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The values of `backbones:` for one backbone, over those of the one it names as its `base`."""
+    values = dict(table.get(name) or {})
+    return merge_trees(table.get(values.pop("base", None)) or {}, values)
+
+
+def _data(tree: Any) -> Source:
+    if not isinstance(tree, dict) or not isinstance(tree.get("source"), str):
+        raise RecipeError(f"data.source is missing; sources: {', '.join(Source.names())}")
+    values = dict(tree)
+    source = values.pop("source")
+    if source not in Source.names():
+        raise RecipeError(f"data.source={source}: no such source{nearest(source, Source.names())}")
+    cls = Source.find(source)
+    # what a recipe says for another source goes away with null
+    values = {k: value for k, value in values.items() if value is not None or k in cls.model_fields}
+    refuse_unknown(values, ("source", *cls.model_fields), "data")
+    return build_section(cls, values, "data")
+
+
+def _check_words(data: Source, chosen: Mapping[str, Method]) -> None:
+    """Where methods add words, the data's own are among them, or a method trains what no caption
+    holds. They may add more: a caption beside a photo can hold others."""
+    added = {word: name for name, method in chosen.items() for word in method.words}
+    if added and (lacking := [word for word in data.words if word not in added]):
+        raise RecipeError(
+            f"data.token={lacking[0]}: methods.{next(iter(added.values()))} adds "
+            f"{', '.join(added)}; name the same words in both"
+        )
+
+
+def methods_of(tree: Any) -> dict[str, Method]:
+    """The methods of a recipe's tree, in its order."""
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise RecipeError(f"methods is {tree!r}; it maps method names to their options")
+    result = {}
+    for name, values in tree.items():
+        if name not in method_names():
+            raise RecipeError(f"methods.{name}: no such method{nearest(str(name), method_names())}")
+        if values is None:
+            continue  # methods.lora=null removes it
+        result[name] = build_section(find_method(name), values, f"methods.{name}")
+    if not result:
+        null = f" (methods.{next(iter(tree))}=null removes it; {{}} keeps it)" if tree else ""
+        raise RecipeError(
+            f"methods is empty{null}, so nothing would train; methods: {', '.join(method_names())}"
+        )
+    return result

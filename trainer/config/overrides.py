@@ -1,0 +1,52 @@
+"""`key=value` words as a tree of plain values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from trainer.config.schema import (
+    RecipeError,
+)
+from trainer.config.tree import merge_trees, plain_value
+
+KEY = re.compile(r"\w[\w-]*(\.\w[\w-]*)*")
+
+
+def parse_words(arguments: Iterable[str]) -> dict[str, Any]:
+    """`key=value` words to a tree; see `_value` for what the values may be."""
+    seen: set[str] = set()
+    tree: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not KEY.fullmatch(key):
+            raise RecipeError(f"{argument!r} is not key=value, as in optim.lr=1e-4")
+        if key in seen:
+            raise RecipeError(f"{key} is given twice")
+        seen.add(key)
+        word = _value(plain_value(text, key))
+        for part in reversed(key.split(".")):
+            word = {part: word}
+        tree = merge_trees(tree, plain_value(word, ""))
+    return tree
+
+
+def _value(text: str) -> Any:
+    """`1e-4`, `true`, `null`, `[a, b]` and `{a: 1}` are YAML; the rest is text, so that a prompt
+    with colons, brackets or a # stays what it is. Quotes make text of anything."""
+    begin = text.strip()[:1]
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    except (OmegaConfBaseException, YAMLError, AttributeError):
+        return text
+    assert isinstance(value, dict)
+    value = value["value"]
+    structure = isinstance(value, dict | list) and begin not in ("[", "{")
+    comment = value is None and text.strip().lower() not in ("null", "~")
+    bare = isinstance(value, str | bytes) and begin not in ("'", '"')
+    return text if structure or comment or bare else value

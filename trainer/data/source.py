@@ -1,0 +1,109 @@
+"""What a data source is, the samples it gives, and what it may ask of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median_low
+from typing import TYPE_CHECKING, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from trainer.common.lookup import only_class, source_files
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """image (3, H, W) float32 in [-1, 1], of a clip (frames, 3, H, W); mask (1, H/f, W/f) of an
+    image's latents that count, or None for all; key names it."""
+
+    image: Tensor
+    caption: str
+    key: str
+    mask: Tensor | None = None
+
+
+class Dataset(Protocol):
+    """Random access to samples, in groups that share every batch by `shares` (instance and prior,
+    say).
+
+    frames: of a sample of each group, 1 for images; groups of unlike numbers take turns. rates:
+    frames a second of each clip by index, empty for images.
+    """
+
+    groups: Sequence[range]
+    shares: Sequence[float]
+    weights: Sequence[float]
+    frames: Sequence[int]
+    rates: Sequence[float]
+    fixed: bool
+    skipped: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        """Sample `index`; augmentation draws from `rng` only. With `fixed` the image never depends
+        on rng."""
+        ...
+
+    def image(self, index: int) -> Tensor:
+        """The picture (3, H, W), or clip (frames, 3, H, W), without augmentation."""
+        ...
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        """The caption alone, with the same draws; for data whose latents are cached."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes when any image would; keys caches."""
+        ...
+
+
+def shape_of_clips(data: Dataset) -> tuple[int, float | None]:
+    """Frames of its clips, and the middle one of their frames a second; 1 and None for images."""
+    return max(data.frames), median_low(data.rates) if data.rates else None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a source may ask of the run: the side of an image, pixels per latent, and a painter of
+    class images from prompts, a seed and a guidance scale (None: the previews'). painter() names
+    the weights and the sampler that paint; it reads them all, so only painting asks."""
+
+    resolution: int
+    divisor: int
+    paint: Callable[[Sequence[str], int, float | None], Sequence[Image]]
+    cache: Path
+    painter: Callable[[], str]
+
+
+class Source(BaseModel):
+    """Options of a data source. Subclasses live in one file each; importing one loads no torch."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The new words its captions are written with."""
+        return ()
+
+    def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
+        """The training samples, and the held-out ones for the validation loss where the source has
+        some."""
+        raise NotImplementedError
+
+    @staticmethod
+    def names() -> list[str]:
+        """Every source there is, by file name."""
+        return [path.stem for path in source_files()]
+
+    @staticmethod
+    def find(name: str) -> type[Source]:
+        found: type[Source] = only_class(f"trainer.data.sources.{name}", Source)
+        return found

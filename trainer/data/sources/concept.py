@@ -1,0 +1,272 @@
+"""Data source `concept`: a few photos of one thing and its word, beside class images that keep the
+rest in place.
+
+Half of every batch is the concept (or concepts, in equal parts), half class images: loss =
+mean(concept) + prior_weight * mean(class), the prior-preservation loss of DreamBooth (arXiv
+2208.12242, equation 2) as Custom Diffusion uses it (arXiv 2212.04488). The class images are painted
+once by the frozen backbone and cached, or read from a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from trainer.common.suggest import nearest
+from trainer.data.prior import Pair, class_images
+from trainer.data.source import Dataset, Needs, Sample, Source
+from trainer.data.templates import TEMPLATES, render
+from trainer.media.images import list_images, read_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+SPRITE = "sprite:"
+# what one would take photos of: the thing alone and near, then in company; each an index in the
+# world 77 and what stands beside the sprite
+SCENES: tuple[tuple[int, str | None], ...] = (
+    (0, None),
+    (11, None),
+    (9, None),
+    (26, "clock"),
+    (21, "car"),
+)
+UNSEEN = range(505, 521)
+
+
+class Concept(Source):
+    """concept: a folder of photos, or `sprite:<word>` for five scenes of a sprite; token: its new
+    word. Several concepts trained jointly are a list each, as in `concept: [./dog, ./cat]`,
+    `token: [<v1>, <v2>]`, `class_word: [dog, cat]`.
+
+    class_word: what it is a kind of, as in `dog`; it follows the token in captions from templates
+    (`a photo of a <v1> dog`) and fills the class prompts where `prior_prompts` is empty. A `.txt`
+    beside a photo is its caption and must hold the token. augment: Custom Diffusion's resizing with
+    its prompt edits and loss mask. prior_images: how many class images; prior_folder: take them
+    from there; prior_weight 0 does without. prior_guidance: the guidance they are painted with, if
+    not the previews'; what is learned from guided images is guided again when it paints.
+    """
+
+    concept: str | tuple[str, ...]
+    token: str | tuple[str, ...] = "<v1>"
+    class_word: str | tuple[str, ...] | None = None
+    augment: bool = True
+    flip: bool = False
+    on_bad: Literal["raise", "skip"] = "raise"
+    prior_images: int = Field(200, ge=0)
+    prior_prompts: tuple[str, ...] = ()
+    prior_folder: Path | None = None
+    prior_weight: float = Field(1.0, ge=0)
+    prior_seed: int = Field(0, ge=0)
+    prior_guidance: float | None = Field(None, ge=0)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return _listed(self.token)
+
+    @property
+    def concepts(self) -> list[tuple[str, str, str | None]]:
+        """(concept, token, class word) of each."""
+        places = _listed(self.concept)
+        words = _listed(self.class_word) if self.class_word else [None] * len(places)
+        return list(zip(places, _listed(self.token), words, strict=True))
+
+    @field_validator("concept")
+    @classmethod
+    def _are_there(cls, concept: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(concept, str):
+            return cls._is_there(concept)
+        if not concept:
+            raise ValueError("the list is empty; name a folder of photos")
+        return tuple(cls._is_there(each) for each in concept)
+
+    @classmethod
+    def _is_there(cls, concept: str) -> str:
+        if not concept.startswith(SPRITE):
+            folder = Path(concept).expanduser()
+            list_images(folder)
+            return str(folder)
+        from trainer.data.world.sprites import ALL
+
+        word = concept.removeprefix(SPRITE)
+        if word not in ALL:
+            raise ValueError(f"no sprite is called {word}{nearest(word, ALL)}")
+        return concept
+
+    @field_validator("prior_folder")
+    @classmethod
+    def _holds_images(cls, folder: Path | None) -> Path | None:
+        if folder is None:
+            return None
+        list_images(folder.expanduser())
+        return folder.expanduser()
+
+    @model_validator(mode="after")
+    def _lists_agree(self) -> Concept:
+        count, tokens = len(_listed(self.concept)), _listed(self.token)
+        if len(tokens) != count or len(set(tokens)) != count:
+            raise ValueError(
+                f"token={list(tokens)} for {count} concepts; give each its own, as in "
+                f"data.token=[{','.join(f'<v{i + 1}>' for i in range(count))}]"
+            )
+        if self.class_word is not None and len(_listed(self.class_word)) != count:
+            raise ValueError(
+                f"class_word={list(_listed(self.class_word))} for {count} concepts; give one each"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_class_images(self) -> Concept:
+        known = self.prior_folder or self.prior_prompts or self.class_word
+        if self.prior_weight > 0 and self.prior_images > 0 and not known:
+            raise ValueError(
+                "class images need class_word, as in data.class_word=dog (or prior_weight=0 to "
+                "do without)"
+            )
+        return self
+
+    def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
+        photos, skipped, unseen = [], [], []
+        for each in self.concepts:
+            seen, bad, more = self._photos(*each)
+            photos.append(seen)
+            skipped += bad
+            unseen += more
+        prior = (
+            self._prior(needs)
+            if self.prior_weight > 0 and (self.prior_images or self.prior_folder)
+            else []
+        )
+        options = (self.augment, self.flip, self.prior_weight, needs.resolution, needs.divisor)
+        checked = unseen or [pair for group in photos for pair in group]
+        held_out = ConceptData([checked], [], (False, False, 0.0, *options[3:]), [])
+        return ConceptData(photos, prior, options, skipped), held_out
+
+    def _photos(
+        self, concept: str, token: str, class_word: str | None
+    ) -> tuple[list[Pair], list[str], list[Pair]]:
+        """Training photos, the skipped ones with the reason, and held-out ones where there are
+        some."""
+        if concept.startswith(SPRITE):
+            word = concept.removeprefix(SPRITE)
+            unseen = [(index, None) for index in UNSEEN]
+            return _scenes(word, token, SCENES), [], _scenes(word, token, unseen)
+        photos, skipped = read_folder(concept, self.on_bad)
+        phrase = f"{token} {class_word}" if class_word else token
+        pairs = []
+        for photo in photos:
+            captions = tuple(render(template, phrase) for template in TEMPLATES)
+            if photo.caption is not None:
+                if token not in photo.caption:
+                    raise ValueError(
+                        f"{photo.path.with_suffix('.txt')}: the caption must hold the token {token}"
+                    )
+                captions = (photo.caption,)
+            pairs.append(Pair(photo.image, captions, photo.path.name))
+        return pairs, [f"{path.name}: {reason}" for path, reason in skipped], []
+
+    def _prior(self, needs: Needs) -> list[Pair]:
+        if self.prior_folder is not None:
+            photos, _ = read_folder(self.prior_folder, self.on_bad)
+            fallback = self._class_prompts()[:1] or ("",)
+            return [
+                Pair(photo.image, (photo.caption or fallback[0],), photo.path.name)
+                for photo in photos
+            ]
+        prompts = self.prior_prompts or self._class_prompts()
+        every = [prompts[i % len(prompts)] for i in range(self.prior_images)]
+        return class_images(every, self.prior_seed, self.prior_guidance, needs)
+
+    def _class_prompts(self) -> tuple[str, ...]:
+        return tuple(f"a photo of a {word}" for _, _, word in self.concepts if word)
+
+
+class ConceptData:
+    """The photos of each concept first, class images after them; each group fills its share of
+    every batch, the class images a half."""
+
+    rates: Sequence[float] = ()
+
+    def __init__(
+        self,
+        photos: Sequence[Sequence[Pair]],
+        prior: Sequence[Pair],
+        options: tuple[bool, bool, float, int, int],
+        skipped: Sequence[str],
+    ) -> None:
+        self.augment, self.flip, prior_weight, self.side, self.divisor = options
+        each = [group for group in (*photos, prior) if group]
+        self.pairs = [pair for group in each for pair in group]
+        ends = list(accumulate(len(group) for group in each))
+        self.groups: Sequence[range] = [
+            range(end - len(group), end) for group, end in zip(each, ends, strict=True)
+        ]
+        own = 1 / len(photos)
+        half = (0.5,) if prior else ()
+        self.shares: Sequence[float] = (own * (0.5 if prior else 1),) * len(photos) + half
+        self.weights: Sequence[float] = (own,) * len(photos) + ((prior_weight,) if prior else ())
+        self.frames: Sequence[int] = (1,) * len(each)
+        self.num_photos = ends[len(photos) - 1]
+        self.fixed = not (self.augment or self.flip)
+        self.skipped: Sequence[str] = tuple(skipped)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        from PIL import ImageOps
+
+        from trainer.data.augment import resize_augment
+        from trainer.media.images import resize_cover, to_tensor
+
+        pair, caption = self.pairs[index], self.caption(index, rng)
+        if self.augment and index < self.num_photos:
+            image, caption, mask = resize_augment(
+                pair.image, caption, self.side, self.divisor, rng, self.flip
+            )
+            return Sample(image, caption, pair.key, mask)
+        photo = resize_cover(pair.image, self.side)
+        if self.flip and rng.random() < 0.5:
+            photo = ImageOps.mirror(photo)
+        return Sample(to_tensor(photo), caption, pair.key)
+
+    def image(self, index: int) -> Tensor:
+        from trainer.media.images import resize_cover, to_tensor
+
+        return to_tensor(resize_cover(self.pairs[index].image, self.side))
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        captions = self.pairs[index].captions
+        return captions[int(rng.integers(len(captions)))]
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(f"concept-1-{self.side}".encode())
+        for pair in self.pairs:
+            digest.update(repr(pair.image.size).encode() + pair.image.tobytes())
+        return digest.hexdigest()
+
+
+def _listed(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else value
+
+
+def _scenes(word: str, token: str, chosen: Sequence[tuple[int, str | None]]) -> list[Pair]:
+    """Scenes of a world no backbone was trained on, the sprite's word replaced by the token."""
+    from PIL import Image
+
+    from trainer.data.world.scenes import draw_scene
+
+    pairs = []
+    for index, other in chosen:
+        words = (word,) if other in (None, word) else (word, other)
+        scene = draw_scene(77, index, words, count=len(words))
+        caption = scene.caption.replace(f"an {word}", f"a {word}").replace(word, token)
+        pairs.append(Pair(Image.fromarray(scene.image), (caption,), f"{word}-{index}"))
+    return pairs

@@ -1,0 +1,72 @@
+"""Data source `shards`: tars in webdataset layout, read by index and checked by a manifest.
+
+    000012.jpg  000012.txt  000012.json  000012.mask.png     one sample: consecutive, of one stem
+
+A reader of streams passes over a cut shard or a flipped bit in silence. So the first use reads
+each tar once, decodes every image, and keeps where each member lies and its CRC-32; a sample is
+then one seek and one read of the exact bytes, and whatever has changed since is an error. The
+SHA-256 of a shard is taken again where its size or its time of change is another than when it last
+was, on this machine; that of all, and of every sample, by `data verify`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator
+
+from trainer.data.source import Dataset, Needs, Source
+from trainer.data.tars.ledger import load_manifest, tars_of
+from trainer.data.tars.reader import check_usable, split
+
+if TYPE_CHECKING:
+    pass
+
+
+class Shards(Source):
+    """shards: a folder of .tar files, or one; validation: the last so many samples are held out;
+    on_bad: what to do with samples that are incomplete or cannot be decoded; ignore: extensions
+    of members to pass over, as in [cls, npy]; buckets: cut to aspect-ratio buckets whose sides are
+    multiples of so many pixels, 0 for squares. Latents of more than one size are not cached."""
+
+    shards: Path
+    validation: int = Field(default=0, ge=0)
+    on_bad: Literal["raise", "skip"] = "raise"
+    ignore: tuple[str, ...] = ()
+    buckets: int = Field(default=0, ge=0)
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _is_local(cls, value: Any) -> Any:
+        if re.match(r"pipe:|file:|[a-z][a-z0-9+.-]+:/", str(value), re.IGNORECASE):
+            raise ValueError(
+                "commands and remote addresses are not read; stream the shards to a local disk "
+                "first and give the folder, or read them by data.source=remote data.url=https://..."
+            )
+        return value
+
+    @field_validator("shards")
+    @classmethod
+    def _holds_tars(cls, shards: Path) -> Path:
+        shards = shards.expanduser()
+        tars_of(shards)
+        return shards
+
+    @field_validator("ignore")
+    @classmethod
+    def _without_dots(cls, ignore: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(extension.lower().lstrip(".") for extension in ignore)
+
+    def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
+        """Finds or makes the manifest and checks every shard against it.
+
+        Raises:
+            ValueError: a shard that is cut, changed, missing, or holds what it must not.
+            ImageError: samples that cannot be used, all in one message.
+        """
+        found = load_manifest(self.shards, needs.cache, self.ignore)
+        folder = self.shards if self.shards.is_dir() else self.shards.parent
+        bad = check_usable(found, self.shards, self.on_bad)
+        return split(found, folder, needs, self.validation, bad, self.buckets)

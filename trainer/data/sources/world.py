@@ -1,0 +1,76 @@
+"""Data source `world`: scenes of the embedded world, drawn on the fly from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from trainer.data.source import Dataset, Needs, Sample, Source
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+HELD_OUT_SEED = 1_000_003  # added to the seed for validation scenes, which training never draws
+
+
+class World(Source):
+    """count: scenes to train on; sprites: which of them; validation: unseen scenes for the
+    validation loss."""
+
+    count: int = Field(20_000, gt=0)
+    sprites: Literal["known", "held_out", "all"] = "known"
+    seed: int = Field(0, ge=0)
+    validation: int = Field(128, ge=0)
+
+    def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
+        held_out = Scenes(
+            self.seed + HELD_OUT_SEED, self.validation, self.sprites, needs.resolution
+        )
+        return Scenes(
+            self.seed, self.count, self.sprites, needs.resolution
+        ), held_out if self.validation else None
+
+
+class Scenes:
+    """Scene i of a seed as sample i. The image has one caption."""
+
+    shares: Sequence[float] = (1.0,)
+    weights: Sequence[float] = (1.0,)
+    frames: Sequence[int] = (1,)
+    rates: Sequence[float] = ()
+    fixed = True
+    skipped: Sequence[str] = ()
+
+    def __init__(self, seed: int, count: int, sprites: str, side: int) -> None:
+        from trainer.data.world import sprites as table
+
+        self.seed, self.count, self.sprites, self.side = seed, count, sprites, side
+        self.names = {"known": table.KNOWN, "held_out": table.HELD_OUT, "all": table.ALL}[sprites]
+        self.groups: Sequence[range] = (range(count),)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        return Sample(self.image(index), self.caption(index, rng), f"scene-{self.seed}-{index}")
+
+    def image(self, index: int) -> Tensor:
+        from PIL import Image
+
+        from trainer.data.world.scenes import draw_scene
+        from trainer.media.images import resize_cover, to_tensor
+
+        scene = draw_scene(self.seed, index, self.names)
+        image = resize_cover(Image.fromarray(scene.image), self.side)
+        return to_tensor(image)
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        from trainer.data.world.scenes import draw_layout
+
+        return draw_layout(self.seed, index, self.names).caption
+
+    def fingerprint(self) -> str:
+        return f"world-1-{self.seed}-{self.count}-{self.sprites}-{self.side}"

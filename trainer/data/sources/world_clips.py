@@ -1,0 +1,133 @@
+"""Data source `world_clips`: clips of the embedded world, drawn on the fly from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from trainer.data.source import Dataset, Needs, Sample, Source
+from trainer.data.sources.world import HELD_OUT_SEED
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+class WorldClips(Source):
+    """count: clips to train on; frames: of each; fps: frames a second of its one second, null to
+    spread them over all of it; sprites: which of them; motion: of all of them, one object each,
+    as in `moving left`, or several motions that take turns, null for clips of every kind; images:
+    share of the batches that are scenes, as from the source `world`; validation: unseen clips for
+    the validation loss."""
+
+    count: int = Field(4_000, gt=0)
+    frames: int = Field(8, gt=0)
+    fps: float | None = Field(None, gt=0)
+    sprites: Literal["known", "held_out", "all"] = "known"
+    motion: str | tuple[str, ...] | None = None
+    seed: int = Field(0, ge=0)
+    images: float = Field(0.0, ge=0, lt=1)
+    validation: int = Field(128, ge=0)
+
+    @field_validator("motion")
+    @classmethod
+    def _is_a_motion(cls, motion: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        from trainer.data.world.scenes import MOTIONS
+
+        if motion is not None and (not motion or set(_each(motion)) - set(MOTIONS)):
+            raise ValueError(f"choose one of {', '.join(MOTIONS)}")
+        return motion
+
+    @model_validator(mode="after")
+    def _lasts_a_second(self) -> WorldClips:
+        from trainer.data.world.clips import check_rate
+
+        check_rate(self.frames, self.fps)
+        if self.images and self.frames == 1:
+            raise ValueError(f"images={self.images} of clips of one frame; set images=0")
+        return self
+
+    def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
+        from trainer.data.mixed import Mixed
+        from trainer.data.sources.world import Scenes
+
+        def clips(seed: int, count: int) -> Drawn:
+            side, frames = needs.resolution, self.frames
+            return Drawn(seed, count, self.sprites, side, frames, self.fps, _each(self.motion))
+
+        train: Dataset = clips(self.seed, self.count)
+        if self.images:
+            scenes = Scenes(self.seed, self.count, self.sprites, needs.resolution)
+            train = Mixed(train, scenes, self.images)
+        held_out = clips(self.seed + HELD_OUT_SEED, self.validation) if self.validation else None
+        return train, held_out
+
+
+class Drawn:
+    """Clip i of a seed as sample i, with one caption."""
+
+    shares: Sequence[float] = (1.0,)
+    weights: Sequence[float] = (1.0,)
+    fixed = True
+    skipped: Sequence[str] = ()
+
+    def __init__(
+        self,
+        seed: int,
+        count: int,
+        sprites: str,
+        side: int,
+        frames: int,
+        fps: float | None,
+        motions: Sequence[str] = (),
+    ) -> None:
+        from trainer.data.world import sprites as table
+        from trainer.data.world.clips import check_rate
+
+        self.seed, self.count, self.sprites, self.side = seed, count, sprites, side
+        self.names = {"known": table.KNOWN, "held_out": table.HELD_OUT, "all": table.ALL}[sprites]
+        self.motions = tuple(motions)
+        self.groups: Sequence[range] = (range(count),)
+        self.fps = check_rate(frames, fps)
+        self.frames: Sequence[int] = (frames,)
+        self.rates: Sequence[float] = (self.fps,) * count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        return Sample(self.image(index), self.caption(index, rng), f"clip-{self.seed}-{index}")
+
+    def image(self, index: int) -> Tensor:
+        """Float32 (frames, 3, side, side) in [-1, 1]."""
+        import torch
+        from PIL import Image
+
+        from trainer.data.world.clips import draw_clip
+        from trainer.media.images import resize_cover, to_tensor
+
+        clip = draw_clip(
+            self.seed, index, self.names, self.frames[0], self.fps, self._motion(index)
+        )
+        frames = (resize_cover(Image.fromarray(frame), self.side) for frame in clip.frames)
+        return torch.stack([to_tensor(frame) for frame in frames])
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        from trainer.data.world.clips import draw_plot
+
+        return draw_plot(self.seed, index, self.names, self._motion(index)).caption
+
+    def _motion(self, index: int) -> str | None:
+        return self.motions[index % len(self.motions)] if self.motions else None
+
+    def fingerprint(self) -> str:
+        return (
+            f"world-clips-1-{self.seed}-{self.count}-{self.sprites}-{self.side}-"
+            f"{self.frames[0]}-{self.fps!r}" + "".join(f"-{motion}" for motion in self.motions)
+        )
+
+
+def _each(motion: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (motion,) if isinstance(motion, str) else tuple(motion or ())

@@ -1,0 +1,1 @@
+"""Webdataset shards: read, indexed in a manifest, verified, written."""

@@ -1,0 +1,183 @@
+"""The manifest of a set of shards: found, made, checked and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from trainer.common.atomic import written_whole
+from trainer.data.tars.manifest import (
+    MANIFEST,
+    Manifest,
+    Shard,
+    index,
+    save_manifest,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+def tars_of(shards: Path) -> list[Path]:
+    """The .tar files of a folder by name, or the one given.
+
+    Raises:
+        ValueError: missing, not a .tar, or a folder without any.
+    """
+    expected = "expected a folder of .tar files in webdataset layout, or one .tar"
+    if not shards.exists():
+        raise ValueError(f"{shards}: no such file or folder; {expected}")
+    if shards.is_dir():
+        paths = sorted(path for path in shards.glob("*.tar") if not path.name.startswith("."))
+        if not paths:
+            raise ValueError(f"{shards}: no .tar in this folder; {expected}, not compressed")
+        return paths
+    if shards.suffix != ".tar":
+        raise ValueError(f"{shards}: not a .tar; {expected}, not compressed")
+    return [shards]
+
+
+def load_manifest(shards: Path, cache: Path, ignore: Collection[str] = ()) -> list[Shard]:
+    """What the shards hold, by the manifest beside them or in `cache`; made and kept if missing.
+
+    Raises:
+        ValueError: a shard differs from the manifest; anything `index` refuses.
+    """
+    kept = kept_manifest(shards, cache)
+    if kept is None:
+        return build_manifest(shards, cache, ignore)[1]
+    paths, (place, listed) = tars_of(shards), kept
+    if shards.is_dir():
+        _check_names({path.name for path in paths}, listed.keys(), place)
+    with Hashed(shards, cache) as hashed:
+        return [_unchanged(path, listed[path.name], place, hashed) for path in paths]
+
+
+def kept_manifest(shards: Path, cache: Path) -> tuple[Path, dict[str, Shard]] | None:
+    """Where the manifest of shards is kept, and what it lists by name; None if there is none.
+
+    Raises:
+        ValueError: a file in its place is no manifest.
+    """
+    folder = shards if shards.is_dir() else shards.parent
+    for place in dict.fromkeys([folder / MANIFEST, *_places(shards, cache)]):
+        if place.is_file():
+            listed = {
+                shard.name: shard for shard in parse_manifest(place.read_bytes(), place).shards
+            }
+            if shards.is_dir() or shards.name in listed:
+                return place, listed
+    return None
+
+
+def build_manifest(
+    shards: Path, cache: Path, ignore: Collection[str] = ()
+) -> tuple[Path, list[Shard]]:
+    """Reads every shard from end to end and keeps what it holds: the place of the manifest, beside
+    the shards or where nobody may write there in `cache`, and what it lists."""
+    paths = tars_of(shards)
+    with Hashed(shards, cache) as hashed:
+        stamps = [hashed.stamp(path) for path in paths]
+        made = index(paths, ignore)
+        for path, shard, stamp in zip(paths, made, stamps, strict=True):
+            hashed.known[path.name] = [*stamp, shard.sha256]
+    return _keep(Manifest(shards=tuple(made)), _places(shards, cache)), made
+
+
+class Hashed:
+    """The shards whose SHA-256 was taken on this machine: size, time of change in nanoseconds, and
+    digest of each, kept in the cache. What changes a file and neither of the first two is left to
+    the CRC-32 of each sample, which is compared at every read."""
+
+    def __init__(self, shards: Path, cache: Path) -> None:
+        self.place = cache / "hashed" / f"{_identity(shards)}.json"
+        self.known: dict[str, Any] = {}
+        with suppress(OSError, ValueError):
+            found = json.loads(self.place.read_text(encoding="utf-8"))
+            self.known = found if isinstance(found, dict) else {}
+        self.before = dict(self.known)
+
+    def __enter__(self) -> Hashed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.known == self.before:
+            return
+        with suppress(OSError):  # without it the next run hashes once more
+            self.place.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(self.place) as part:
+                part.write_text(json.dumps(self.known), encoding="utf-8")
+
+    @staticmethod
+    def stamp(path: Path) -> list[int]:
+        stat = path.stat()
+        return [stat.st_size, stat.st_mtime_ns]
+
+    def sha256(self, path: Path) -> str:
+        stamp = self.stamp(path)
+        known = self.known.get(path.name)
+        if not (isinstance(known, list) and known[:-1] == stamp):
+            with path.open("rb") as file:
+                known = [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
+            self.known[path.name] = known
+        return str(known[-1])
+
+
+def parse_manifest(data: bytes, place: object) -> Manifest:
+    """A manifest as it is written; raises ValueError if it is none."""
+    try:
+        return Manifest.model_validate_json(data)
+    except ValidationError as error:
+        why = error.errors()[0]["msg"]
+        raise ValueError(
+            f"{place}: not a manifest of shards ({why}); move it away, and it is made anew"
+        ) from error
+
+
+def _check_names(there: Collection[str], listed: Collection[str], place: Path) -> None:
+    missing, new = sorted(set(listed) - set(there)), sorted(set(there) - set(listed))
+    if missing or new:
+        said = [f"{name} is missing" for name in missing] + [f"{name} is not in it" for name in new]
+        raise ValueError(f"{place}: {', '.join(said)}; {_mend(place)}")
+
+
+def _unchanged(path: Path, shard: Shard, place: Path, hashed: Hashed) -> Shard:
+    size = path.stat().st_size
+    if size != shard.size:
+        held = len(shard.samples) + len(shard.bad)
+        raise ValueError(
+            f"{path}: {size} bytes, {place.name} lists {shard.size} with {held} samples; "
+            + _mend(place)
+        )
+    if hashed.sha256(path) != shard.sha256:
+        raise ValueError(f"{path}: not the bytes that {place.name} lists; {_mend(place)}")
+    return shard
+
+
+def _identity(shards: Path) -> str:
+    return hashlib.sha256(str(shards.resolve()).encode()).hexdigest()[:24]
+
+
+def _places(shards: Path, cache: Path) -> list[Path]:
+    """Where the manifest of these shards is written, the best place first."""
+    beside = shards / MANIFEST if shards.is_dir() else shards.with_suffix(f".{MANIFEST}")
+    return [beside, cache / "shards" / f"{_identity(shards)}.json"]
+
+
+def _mend(place: Path) -> str:
+    return f"copy the shards again, or if the change is meant remove {place}, and it is made anew"
+
+
+def _keep(found: Manifest, places: Sequence[Path]) -> Path:
+    for place in places[:-1]:
+        with suppress(OSError):  # a data folder that only others may write
+            save_manifest(found, place)
+            return place
+    save_manifest(found, places[-1])
+    return places[-1]

@@ -1,0 +1,176 @@
+"""Samples read from tar shards by offset."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainer.data.buckets import arrange, check_step, cover
+from trainer.data.held_out import check_split
+from trainer.data.source import Needs, Sample
+from trainer.data.tars.manifest import (
+    CAPTION,
+    IMAGES,
+    MASK,
+    MAX_MEMBER,
+    METADATA,
+    VIDEO,
+    Entry,
+    Shard,
+    caption_of,
+    mask_of,
+    metadata_of,
+)
+from trainer.media.images import ImageError, decode_image
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+# folder, shard, offset and number of bytes
+Read = Callable[[Path | str, str, int, int], bytes]
+
+
+def check_usable(found: Sequence[Shard], place: object, on_bad: str) -> list[str]:
+    """The samples that cannot be used, each with the reason.
+
+    Raises:
+        ImageError: there are some, and they are not to be left out, or there are no others.
+        ValueError: there are videos.
+    """
+    bad = [f"{shard.name}: {reason}" for shard in found for reason in shard.bad]
+    rows = [entry for shard in found for entry in shard.samples]
+    if bad and (on_bad == "raise" or not rows):
+        more = f"\n... and {len(bad) - 20} more" if len(bad) > 20 else ""
+        raise ImageError(
+            f"{place}: {len(bad)} of {len(bad) + len(rows)} samples cannot be used, "
+            "data.on_bad=skip leaves them out:\n" + "\n".join(bad[:20]) + more
+        )
+    if any(entry.film for entry in rows):
+        raise ValueError(
+            f"{place}: there are videos in it; give data.source=video data.video={place}"
+        )
+    return bad
+
+
+def split(
+    found: Sequence[Shard],
+    folder: Path | str,
+    needs: Needs,
+    validation: int,
+    bad: Sequence[str],
+    step: int,
+    read: Read | None = None,
+) -> tuple[Tars, Tars | None]:
+    """The samples of shards to train on, and the last `validation` ones."""
+    check_step(step, needs.divisor)
+    rows = [(shard.name, entry) for shard in found for entry in shard.samples]
+    check_split(validation, len(rows), f"samples in {folder}")
+    cut = len(rows) - validation
+    digests = [shard.sha256 for shard in found]
+    side, how = needs.resolution, (step, read or read_local)
+    train = Tars(folder, rows[:cut], digests, side, bad, *how)
+    if not validation:
+        return train, None
+    return train, Tars(folder, rows[cut:], digests, side, (), *how)
+
+
+def read_local(folder: Path | str, name: str, offset: int, size: int) -> bytes:
+    # Opened for each read: a handle would be shared by forked workers, position and all.
+    with (Path(folder) / name).open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+class Tars:
+    """Random access to the samples of shards, which `read` gets byte by byte. step: see
+    `buckets.py`."""
+
+    rates: Sequence[float] = ()
+
+    def __init__(
+        self,
+        folder: Path | str,
+        rows: Sequence[tuple[str, Entry]],
+        digests: Sequence[str],
+        side: int,
+        skipped: Sequence[str],
+        step: int = 0,
+        read: Read = read_local,
+    ) -> None:
+        self.folder, self.digests, self.side, self.step = folder, digests, side, step
+        self.skipped, self.read = skipped, read
+        shapes = [(entry.width, entry.height) for _, entry in rows]
+        order, groups, sizes = arrange(shapes, side, step)
+        self.rows = [rows[i] for i in order]
+        self.groups: Sequence[range] = tuple(groups)
+        self.sizes = sizes
+        self.shares: Sequence[float] = tuple(len(group) / len(rows) for group in groups)
+        self.weights: Sequence[float] = (1.0,) * len(groups)
+        self.frames: Sequence[int] = (1,) * len(groups)
+        self.fixed = len(sizes) == 1
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        """Image and caption; raises ValueError if their bytes changed since `open`."""
+        return Sample(self.image(index), self.caption(index, rng), self.rows[index][1].key)
+
+    def image(self, index: int) -> Tensor:
+        """Float32 (3, H, W) in [-1, 1]; raises ValueError as `sample`."""
+        from trainer.media.images import to_tensor
+
+        name, entry = self.rows[index]
+        extension = next(iter(entry.members.keys() & IMAGES))
+        image = decode_image(self._read(index, extension), f"{name}: {entry.key}.{extension}")
+        size = next(
+            size for group, size in zip(self.groups, self.sizes, strict=True) if index in group
+        )
+        return to_tensor(cover(image, size))
+
+    def video(self, index: int) -> bytes:
+        """The sample's .mp4 as it lies in the shard; raises ValueError as `sample`."""
+        return self._read(index, VIDEO)
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        members = self.rows[index][1].members
+        told = CAPTION if CAPTION in members else METADATA
+        return caption_of({told: self._read(index, told)}, self.rows[index][1].key)
+
+    def metadata(self, index: int) -> dict[str, Any]:
+        """The sample's .json, empty without one."""
+        if METADATA not in self.rows[index][1].members:
+            return {}
+        return metadata_of(self._read(index, METADATA), self.rows[index][1].key)
+
+    def mask(self, index: int) -> np.ndarray | None:
+        """Owner of each pixel, uint8 (height, width): 0 background, k the k-th object from back to
+        front; at the size of the image as stored. None without a mask."""
+        entry = self.rows[index][1]
+        if MASK not in entry.members:
+            return None
+        return mask_of(self._read(index, MASK), entry.key, (entry.width, entry.height))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the checksums of the shards, the samples taken, and what is done to them."""
+        keys = [entry.key for _, entry in self.rows]
+        cut = (self.sizes,) if self.step else ()
+        done = ("shards-1", self.side, self.digests, keys, *cut)
+        return hashlib.sha256(repr(done).encode()).hexdigest()
+
+    def _read(self, index: int, extension: str) -> bytes:
+        name, entry = self.rows[index]
+        part = entry.members[extension]
+        data = self.read(self.folder, name, part.offset, min(part.size, MAX_MEMBER))
+        if len(data) != part.size or zlib.crc32(data) != part.crc32:
+            raise ValueError(
+                f"{self.folder}/{name}: the bytes of {entry.key}.{extension} are not those that "
+                "were indexed; the shard is damaged or was replaced, copy it again"
+            )
+        return data

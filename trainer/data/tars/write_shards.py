@@ -1,0 +1,148 @@
+"""Writes shards in webdataset layout and their manifest: the same samples give the same bytes.
+
+A folder is written beside its place and renamed when all of it is on disk, so a full disk or an
+interruption leaves nothing behind. The scenes of the embedded world are stored with what is known
+of them:
+
+    scene-<seed>-<index>.png       the image
+    scene-<seed>-<index>.txt       its caption
+    scene-<seed>-<index>.json      background, relation, and from back to front words and boxes
+    scene-<seed>-<index>.mask.png  palette: 0 background, k what is seen of the k-th object
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Iterable, Mapping
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from trainer.data.tars.manifest import KNOWN_FIELDS, MANIFEST, MASK, Manifest, index, save_manifest
+from trainer.data.world.scenes import Scene, draw_scene
+from trainer.data.world.sprites import ALL, HELD_OUT
+from trainer.data.world.sprites import KNOWN as KNOWN_SPRITES
+
+Record = tuple[str, Mapping[str, bytes]]
+SPRITES = {"known": KNOWN_SPRITES, "held_out": HELD_OUT, "all": ALL}
+# Background and the most objects a scene has, told apart by eye; viewers show the palette.
+PALETTE = (0, 0, 0, 230, 60, 60, 60, 180, 90, 70, 110, 230)
+
+
+def write_world(
+    folder: str | Path, count: int, seed: int = 0, sprites: str = "known", per_shard: int = 1000
+) -> list[Path]:
+    """Writes scenes 0..count-1 of a seed as `world-000000.tar`, ...; returns the shards.
+
+    Raises:
+        ValueError: see `write`; no such set of sprites; a count below 1.
+    """
+    if sprites not in SPRITES:
+        raise ValueError(f"sprites={sprites}: choose one of {', '.join(SPRITES)}")
+    if count < 1:
+        raise ValueError(f"count={count}: write at least one scene")
+    names = SPRITES[sprites]
+    records = (scene_record(draw_scene(seed, i, names), f"scene-{seed}-{i}") for i in range(count))
+    return write_shards(folder, records, per_shard, "world")
+
+
+def write_shards(
+    folder: str | Path, records: Iterable[Record], per_shard: int, stem: str = "shard"
+) -> list[Path]:
+    """Writes samples, in order, as `<stem>-000000.tar`, ... and a manifest into a new folder.
+
+    Args:
+        folder: does not exist yet, or is empty.
+        records: key and bytes by extension: one image, `txt` or a `json` with a caption, and
+            `mask.png` if there is one; each as the file's own bytes.
+        per_shard: samples in each shard but the last.
+
+    Raises:
+        ValueError: a folder in use, no record, a key or extension that readers would not
+            understand, or a sample that reading back refuses (see `manifest.index`).
+    """
+    folder = Path(folder)
+    if per_shard < 1:
+        raise ValueError(f"per_shard={per_shard}: put at least one sample into a shard")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: exists and is not empty; give a new folder, or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        part.mkdir()
+        paths = _write_all(part, records, per_shard, stem)
+        found = index(paths)
+        _refuse_bad([f"{shard.name}: {reason}" for shard in found for reason in shard.bad])
+        save_manifest(Manifest(shards=tuple(found)), part / MANIFEST)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return [folder / path.name for path in paths]
+
+
+def scene_record(scene: Scene, key: str) -> Record:
+    """The members of one scene; the mask restores each object's visible mask exactly."""
+    height, width = scene.image.shape[:2]
+    owner = np.zeros((height, width), np.uint8)
+    for number, placed in enumerate(scene.objects, start=1):
+        owner[placed.mask] = number
+    mask = Image.frombytes("P", (width, height), owner.tobytes())
+    mask.putpalette(PALETTE)
+    known = {
+        "background": scene.background,
+        "relation": scene.relation,
+        "words": [placed.word for placed in scene.objects],
+        "boxes": [placed.box for placed in scene.objects],
+    }
+    return key, {
+        "png": _png(Image.fromarray(scene.image)),
+        "txt": scene.caption.encode(),
+        "json": json.dumps(known).encode(),
+        MASK: _png(mask),
+    }
+
+
+def _write_all(folder: Path, records: Iterable[Record], per_shard: int, stem: str) -> list[Path]:
+    remaining = iter(records)
+    paths: list[Path] = []
+    while batch := list(islice(remaining, per_shard)):
+        paths.append(folder / f"{stem}-{len(paths):06d}.tar")
+        _write_one(paths[-1], batch)
+    if not paths:
+        raise ValueError("there is no record to write; give at least one")
+    return paths
+
+
+def _write_one(path: Path, records: Iterable[Record]) -> None:
+    with path.open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+            for key, members in records:
+                if not re.fullmatch(r"[^./\\]+", key) or not key.isprintable():
+                    raise ValueError(f"key {key!r}: readers split names at the first dot; use none")
+                for extension, data in members.items():
+                    if extension not in KNOWN_FIELDS:
+                        known = ", ".join(sorted(KNOWN_FIELDS))
+                        raise ValueError(f"{key}.{extension}: an extension not known ({known})")
+                    info = tarfile.TarInfo(f"{key}.{extension}")  # no clock, owner or host in it
+                    info.size = len(data)
+                    archive.addfile(info, BytesIO(data))
+        file.flush()
+        os.fsync(file.fileno())  # a rename must not reach the disk before what it names
+
+
+def _refuse_bad(bad: list[str]) -> None:
+    if bad:
+        raise ValueError(f"{len(bad)} samples could not be read back, such as {bad[0]}")
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""The embedded world: scenes and clips composed of sprites, with known truth."""

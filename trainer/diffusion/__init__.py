@@ -1,0 +1,1 @@
+"""The objective, the sampler and inversion."""

@@ -1,0 +1,112 @@
+"""DDIM inversion: the noise from which the sampler paints a given picture or clip again.
+
+A step of the deterministic sampler (arXiv 2010.02502, equation 12; on a flow path Euler's) takes
+x_t to the level (alpha', sigma') below by what the network f means, x0 and noise:
+
+    x' = alpha' x0 + sigma' noise = a x_t + b f(x_t, t)    both linear in x_t and f
+
+and its inverse is x_t = (x' - b f(x_t, t)) / a, in which x_t stands on both sides. f(x', t) in the
+place of f(x_t, t), as usual, errs less the smaller the steps are; put in again, the x_t so found
+errs less at any number of them (arXiv 2309.04907, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.attention.context import StepContext, per_frame, use
+from trainer.backbones.backbone import Backbone
+from trainer.diffusion.objective import Objective, to_noise, to_x0
+from trainer.diffusion.sampler import evaluating
+
+
+@torch.no_grad()
+def invert(
+    backbone: Backbone,
+    latents: Tensor,
+    prompts: Sequence[str],
+    steps: int = 50,
+    frames: int = 1,
+    fps: float | None = None,
+    iterations: int = 1,
+) -> Tensor:
+    """Clean latents (b * frames, c, h, w), one prompt a picture or clip, to what `sample` takes as
+    `start` and, by the same prompts without guidance in as many steps, turns into them again. They
+    are also the `source` of a model that keeps the structure of one.
+
+    iterations: calls of the network a step.
+
+    Raises:
+        ValueError: fewer than one step or iteration, a number of latents that is no clip of
+        `frames` for each prompt, or a sampler that clips what it paints.
+    """
+    if steps < 1 or iterations < 1:
+        raise ValueError(f"steps={steps}, iterations={iterations}: give one at least of each")
+    if len(latents) != len(prompts) * frames:
+        raise ValueError(
+            f"{len(latents)} latents for {len(prompts)} prompts and {frames} frames; give every "
+            "frame of a clip a row"
+        )
+    scheduler = backbone.scheduler()
+    if getattr(scheduler.config, "clip_sample", False) or getattr(
+        scheduler.config, "thresholding", False
+    ):
+        raise ValueError(
+            f"backbone {backbone.name}: its sampler clips what it paints, which has no inverse; "
+            "set clip_sample and thresholding to false in its scheduler_config.json"
+        )
+    device = next(backbone.denoiser.parameters()).device
+    scheduler.set_timesteps(steps, device=device)
+    objective = Objective(backbone.target, backbone.alphas_cumprod)
+    x = latents = latents.to(device)
+    roles = {"cond": slice(0, len(latents))}
+    rate = None if fps is None else torch.full((len(prompts),), fps, device=device)
+    with evaluating(backbone):
+        condition = per_frame(backbone.encode_prompts(prompts), frames)
+        for step, t in reversed(list(enumerate(scheduler.timesteps))):
+            a, b = step_of(objective, t, *below(scheduler, step))
+            found = x
+            for _ in range(iterations):
+                with use(StepContext(step, steps, t, frames, roles, fps=rate, source=latents)):
+                    output = backbone.predict(found, t.expand(len(x)), condition)
+                found = (x - b * output) / a
+            x = found
+    return x
+
+
+def below(scheduler: Any, step: int) -> tuple[float, float]:
+    """alpha and sigma that a step of the sampler ends at."""
+    if not hasattr(scheduler, "alphas_cumprod"):
+        sigma = float(scheduler.sigmas[step + 1])
+        return 1 - sigma, sigma
+    t = int(scheduler.timesteps[step])
+    previous = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    squared = float(
+        scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod
+    )
+    return sqrt(squared), sqrt(1 - squared)
+
+
+def step_of(objective: Objective, t: Tensor, alpha: float, sigma: float) -> tuple[float, float]:
+    """a and b of x' = a x_t + b f(x_t, t), for a step from timestep t () to (alpha, sigma).
+
+    Raises:
+        ValueError: the step forgets x_t, as the last does for a network that predicts x0.
+    """
+    one = torch.ones(1, dtype=torch.float64, device=t.device)
+    parts = []
+    for x_t, output in ((one, 0 * one), (0 * one, one)):
+        x0 = to_x0(objective, output, x_t, t[None])
+        noise = to_noise(objective, output, x_t, t[None])
+        parts.append(float(alpha * x0 + sigma * noise))
+    if parts[0] == 0:
+        raise ValueError(
+            f"the sampler's step from timestep {float(t):g} is the same for every latent, so it "
+            "has no inverse; choose a backbone that predicts noise, v or the flow"
+        )
+    return parts[0], parts[1]

@@ -1,0 +1,39 @@
+"""The latents of a user's video or picture, as sampling and inversion take them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trainer.data.takes import Clips, Take, Window
+from trainer.media.decode import examine
+
+if TYPE_CHECKING:
+    from trainer.backbones.backbone import Backbone
+
+
+def source_latents(
+    backbone: Backbone, path: Path, frames: int, fps: float | None, data: Mapping[str, Any]
+) -> Tensor:
+    """The latents (frames, c, h, w) of a video's clip, cut as the source `video` cuts it, without
+    noise of the posterior. data: of the recipe a model was trained by, for stride, fps and start
+    where `fps` is None.
+
+    Raises:
+        ImageError: the video cannot be read, or is too short.
+    """
+    own = dict(data) if data.get("source") == "video" and fps is None else {}
+    start = own.get("start", 0)
+    window = Window(
+        frames, own.get("stride", 1), own.get("fps", fps), start if start != "random" else 0
+    )
+    path = path.expanduser()
+    take = Take(path.name, "", examine(path, path.name), path)
+    pixels = Clips([take], window, backbone.resolution, False, ()).image(0)
+    device = next(backbone.vae.parameters()).device
+    moments = backbone.moments(pixels.to(device))
+    return backbone.latents(moments, torch.zeros_like(moments.chunk(2, 1)[0]))

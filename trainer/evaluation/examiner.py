@@ -1,0 +1,234 @@
+"""Generates pictures or clips from an adapted model and lets a judge name what they show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.functional.pairwise import pairwise_cosine_similarity
+
+from trainer.backbones.backbone import Backbone
+from trainer.common.paths import cache_folder
+from trainer.config.schema import Recipe
+from trainer.data.cache import cached_tensor
+from trainer.data.source import Dataset
+from trainer.data.sources.concept import SPRITE
+from trainer.data.world.scenes import article
+from trainer.data.world.sprites import ALL, KNOWN
+from trainer.diffusion.sampler import sample_many
+from trainer.evaluation.judge import Judge, clip_score
+
+SEED = 10_000  # pictures no preview has shown
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One learned concept: its token, the plain word for it, the sprite it is of, and what the
+    judge makes of its photos (n, d)."""
+
+    token: str
+    word: str | None
+    sprite: str | None
+    photos: Tensor
+
+
+class Examiner:
+    """Paints the recipe's evaluation prompts with a model and reads the pictures with the judge.
+
+    Of several concepts each is asked for alone and beside a known sprite by prompts in which its
+    token (and class word) stands in the place of the first one's, and every two together. What the
+    base paints is kept in the cache: it is the same for every run on it. Clips are no photos of a
+    concept.
+    """
+
+    def __init__(
+        self,
+        chosen: Recipe,
+        judge: Judge,
+        train: Dataset,
+        images: int,
+        batch: int,
+        base: Backbone | None = None,
+    ) -> None:
+        self.recipe, self.judge, self.num_images, self.batch = chosen, judge, images, batch
+        self.base = base
+        learned = getattr(chosen.data, "concepts", [("", "", None)])
+        groups = [] if max(train.frames) > 1 else [list(group) for group in train.groups]
+        self.subjects = []
+        for (concept, token, class_word), rows in zip(learned, groups, strict=False):
+            sprite = concept.removeprefix(SPRITE) if concept.startswith(SPRITE) else None
+            photos = judge.images(_pictures(train, rows))
+            self.subjects.append(Subject(token, sprite or class_word, sprite, photos))
+        prior = groups[len(learned) :]
+        self.others = judge.images(_pictures(train, prior[0][:32])) if prior else None
+
+    def examine(self, model: Backbone) -> dict[str, float | None]:
+        asked, subjects = self.recipe.evaluate, self.subjects
+        named = self.judge.names_patches and all(subject.sprite for subject in subjects)
+        scores: dict[str, float | None] = {}
+        if asked.alone:
+            scores |= self._alone(model)
+        if asked.beside and named:
+            pairs = [self._beside(model, subject) for subject in subjects]
+            one, other = (mean(shares) for shares in zip(*pairs, strict=True))
+            scores["concept beside another"], scores["the other beside it"] = one, other
+        if asked.together and named and len(subjects) > 1:
+            scores["two concepts together"] = self._together(model)
+        if asked.known and self.judge.names_patches:
+            prompts = [
+                template.replace("{}", article(word)) for template in asked.known for word in KNOWN
+            ]
+            pictures = self._sample(model, prompts)
+            scores["known sprites"] = _accuracy(
+                self.judge.named(pictures, ALL), [_sprite_in(p) for p in prompts]
+            )
+        return scores
+
+    def accuracy(self, model: Backbone) -> float | None:
+        """Concept accuracy alone, the mean of several concepts'."""
+        found = []
+        for subject in self.subjects:
+            pictures, _ = self._paint(model, self._asked(subject, self.recipe.evaluate.alone))
+            found.append(self._concept_accuracy(subject, pictures))
+        return mean(found)
+
+    def _alone(self, model: Backbone) -> dict[str, float | None]:
+        """Every score is the mean of the concepts'; of several, accuracy is also told one by
+        one."""
+        accuracy, similarity, alignment = [], [], []
+        for subject in self.subjects:
+            pictures, prompts = self._paint(model, self._asked(subject, self.recipe.evaluate.alone))
+            accuracy.append(self._concept_accuracy(subject, pictures))
+            alike = pairwise_cosine_similarity(self.judge.images(pictures), subject.photos)
+            similarity.append(float(alike.mean()))
+            alignment.append(self._alignment(subject, pictures, prompts))
+        scores: dict[str, float | None] = {"concept accuracy": mean(accuracy)}
+        if len(self.subjects) > 1:
+            for subject, share in zip(self.subjects, accuracy, strict=True):
+                scores[f"concept accuracy of {subject.token}"] = share
+        scores["image similarity"] = mean(similarity)
+        scores["text alignment"] = mean(alignment)
+        return scores
+
+    def _beside(self, model: Backbone, subject: Subject) -> tuple[float, float]:
+        """Shares of pictures that show the concept, and the known sprite it was asked for with."""
+        pictures, prompts = self._paint(model, self._asked(subject, self.recipe.evaluate.beside))
+        seen = self.judge.found(pictures, ALL).top(2)
+        others = [_sprite_in(prompt) for prompt in prompts]
+        return (
+            _share(subject.sprite in pair for pair in seen),
+            _share(word in pair for word, pair in zip(others, seen, strict=True)),
+        )
+
+    def _together(self, model: Backbone) -> float:
+        """The share of pictures that show both concepts they were asked for, over every two."""
+        shares = []
+        for one, other in combinations(self.subjects, 2):
+            prompts = [
+                prompt.replace("{}", one.token, 1).replace("{}", other.token, 1)
+                for prompt in self.recipe.evaluate.together
+            ]
+            pictures, _ = self._paint(model, prompts)
+            seen = self.judge.found(pictures, ALL).top(2)
+            shares.append(_share({one.sprite, other.sprite} == set(pair) for pair in seen))
+        return sum(shares) / len(shares)
+
+    def _asked(self, subject: Subject, prompts: Sequence[str]) -> list[str]:
+        """The recipe's prompts, which name the first concept, about any of them."""
+        first = self.subjects[0]
+        if subject is first:
+            return list(prompts)
+        return [
+            prompt.replace(
+                f"{first.token} {first.word}", f"{subject.token} {subject.word}"
+            ).replace(first.token, subject.token)
+            for prompt in prompts
+        ]
+
+    def _concept_accuracy(self, subject: Subject, pictures: Tensor) -> float | None:
+        """Named right among all sprites; for photographs, nearer to the concept's photos than to
+        the class images and the other concepts' photos."""
+        if subject.sprite is not None and self.judge.names_patches:
+            return _accuracy(self.judge.named(pictures, ALL), [subject.sprite] * len(pictures))
+        rest = [other.photos for other in self.subjects if other is not subject]
+        rest += [] if self.others is None else [self.others]
+        if not rest:
+            return None
+        centres = torch.stack([photos.mean(0) for photos in (subject.photos, *rest)])
+        nearest = (self.judge.images(pictures) @ centres.T).argmax(1)
+        return float((nearest == 0).float().mean())
+
+    def _alignment(
+        self, subject: Subject, pictures: Tensor, prompts: Sequence[str]
+    ) -> float | None:
+        """CLIPScore (0 to 100) of the prompt with the token's word in plain text."""
+        word, token = subject.word, subject.token
+        if word is None:
+            return None
+        texts = [prompt.replace(f"{token} {word}", word).replace(token, word) for prompt in prompts]
+        return clip_score(self.judge, pictures, texts)
+
+    def _paint(self, model: Backbone, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
+        every = [prompts[i % len(prompts)] for i in range(self.num_images)]
+        return self._sample(model, every), every
+
+    def film(
+        self, model: Backbone, prompts: Sequence[str], frames: int, fps: float | None
+    ) -> Tensor:
+        """A clip a prompt, (n, frames, 3, H, W)."""
+        return self._sample(model, prompts, frames, fps).unflatten(0, (-1, frames))
+
+    def _sample(
+        self, model: Backbone, prompts: Sequence[str], frames: int = 1, fps: float | None = None
+    ) -> Tensor:
+        look = self.recipe.preview
+        seeds = [SEED + i for i in range(len(prompts))]
+        how = (max(1, self.batch // frames), look.steps, look.guidance, look.negative)
+        clip = {"frames": frames, "fps": fps} if frames > 1 else {}
+
+        def paint() -> Tensor:
+            return sample_many(model, prompts, seeds, *how, **clip)  # type: ignore[arg-type]
+
+        if model is not self.base:
+            return paint()
+        device = next(model.denoiser.parameters()).device.type
+        key = repr((model.fingerprint(), device, list(prompts), seeds, how, *clip.values()))
+        return cached_tensor(key, paint, cache_folder())
+
+
+def _accuracy(said: Sequence[str], right: Sequence[str]) -> float:
+    metric = MulticlassAccuracy(num_classes=len(ALL), average="micro")
+    numbers = {word: number for number, word in enumerate(ALL)}
+    return float(
+        metric(torch.tensor([numbers[w] for w in said]), torch.tensor([numbers[w] for w in right]))
+    )
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """None where one of the values is not known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _share(hits: Any) -> float:
+    listed = list(hits)
+    return sum(listed) / len(listed)
+
+
+def _sprite_in(prompt: str) -> str:
+    found = [word for word in prompt.replace(",", " ").split() if word in KNOWN]
+    if len(found) != 1:
+        raise ValueError(
+            f"evaluate: the prompt {prompt!r} must name one known sprite, and names "
+            f"{found or 'none'}"
+        )
+    return found[0]
+
+
+def _pictures(data: Dataset, rows: Sequence[int]) -> Tensor:
+    return torch.stack([data.image(row) for row in rows])

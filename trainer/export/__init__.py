@@ -1,0 +1,1 @@
+"""Adapters written for other tools, proven, and read back."""

@@ -1,0 +1,67 @@
+"""A bundle put on a plain model by its own arithmetic: the reader that needs no other tool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.export.bundle import Bundle, Delta, DoRADelta, FullDelta, LowRankDelta
+from trainer.ops.adapters.inject import part_of
+from trainer.ops.adapters.nf4 import unpacked
+from trainer.ops.adapters.token_rows import extend, known_id
+
+
+def parts(model: Any) -> dict[str, nn.Module]:
+    """What adapters change: the denoiser and the text encoders, by part name."""
+    return {model.denoiser_name: model.denoiser, **model.text_encoders}
+
+
+def layer_at(model: Any, path: str) -> nn.Module:
+    """The layer at a module path that starts with its part."""
+    part, _, name = path.partition(".")
+    return part_of(model, part).get_submodule(name)
+
+
+def product(delta: LowRankDelta | DoRADelta) -> Tensor:
+    """scale * up down as (out, in * kh * kw)."""
+    return delta.scale * (delta.up.flatten(1) @ delta.down.flatten(1))
+
+
+def full_delta(delta: Delta, layer: nn.Module) -> FullDelta:
+    """dW and db of a delta on a plain layer."""
+    if isinstance(delta, FullDelta):
+        return delta
+    weight: Any = layer.weight
+    if isinstance(delta, LowRankDelta):
+        return FullDelta(product(delta).view_as(weight))
+    moved = weight.flatten(1) + product(delta)
+    rows = delta.magnitude.flatten()[:, None] * moved / moved.norm(dim=1, keepdim=True)
+    return FullDelta(rows.view_as(weight) - weight)
+
+
+@torch.no_grad()
+def add_to(base: Any, bundle: Bundle) -> Any:
+    """Adds every delta and every word to a plain model, in place; returns it."""
+    for path, delta in bundle.layers.items():
+        layer: Any = unpacked(layer_at(base, path))
+        part, _, name = path.partition(".")
+        part_of(base, part).set_submodule(name, layer)
+        change = full_delta(delta, layer)
+        if change.weight is not None:
+            layer.weight.add_(change.weight)
+        if change.bias is not None:
+            layer.bias.add_(change.bias)
+    for word, rows in bundle.known.items():
+        for part, row in rows.items():
+            table: Any = base.text_encoders[part].get_input_embeddings()
+            table.weight[known_id(base.tokenizers[part], word)] = row
+    for part, encoder in base.text_encoders.items():
+        words = [word for word, own in bundle.tokens.items() if part in own]
+        if words:
+            module: Any = encoder
+            extend(module, base.tokenizers[part], words, [None] * len(words))
+            for row, word in zip(module.get_input_embeddings().rows, words, strict=True):
+                row.copy_(bundle.tokens[word][part])
+    return base

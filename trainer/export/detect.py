@@ -1,0 +1,72 @@
+"""Which form a file or folder has, by what is in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trainer.common import pickles
+from trainer.config.header import HEADER
+from trainer.export import tokens
+from trainer.export.files import load_tensors
+from trainer.export.formats.diffusers import FILE
+
+
+def detect(path: Path) -> str:
+    """The form of a file or folder by what is in it.
+
+    Raises:
+        ValueError: it is a whole pipeline, an adapter of ours, or nothing we know.
+    """
+    if path.is_dir():
+        return _detect_folder(path)
+    if (path.parent / "adapter_config.json").is_file() and path.suffix not in pickles.SUFFIXES:
+        return "peft"
+    loaded, metadata = load_tensors(path)
+    keys = list(loaded)
+    if HEADER in metadata:
+        raise ValueError(
+            f"file={path} is an adapter of ours already; give it to run.start_from as it is"
+        )
+    if any("motion_modules." in key and "lora" in key for key in keys):
+        raise ValueError(
+            f"file={path} is a MotionLoRA, a change of motion modules, and a backbone has none; "
+            "only whole modules are read, by methods.animatediff.weights=<file or folder>"
+        )
+    if any("motion_modules." in key for key in keys):
+        return "animatediff"
+    if tokens.is_embedding(loaded):
+        return "embedding"
+    if any("_custom_diffusion." in key for key in keys):
+        return "custom_diffusion"
+    if any(key.endswith((".diff", ".diff_b")) for key in keys):
+        return "diff"
+    if any(key.startswith(("lora_unet_", "lora_te", "lycoris_")) for key in keys):
+        return "kohya"
+    if any(key.startswith("diffusion_model.") for key in keys):
+        return "comfyui"
+    if any("lora" in key for key in keys):
+        return "diffusers"
+    raise ValueError(
+        f"file={path}: its keys, like {keys[0] if keys else '(none)'}, are of no form we read; "
+        "there are LoRA and DoRA of diffusers, peft, sd-scripts and ComfyUI, Custom Diffusion of "
+        "diffusers, and embeddings"
+    )
+
+
+def _detect_folder(path: Path) -> str:
+    if (path / "model_index.json").is_file():
+        raise ValueError(
+            f"file={path} is a whole pipeline; train on it as it is, with backbone={path}"
+        )
+    if (path / "adapter_config.json").is_file() or list(path.glob("*/adapter_config.json")):
+        return "peft"
+    if (path / FILE).is_file():  # motion modules may lie beside it
+        return detect(path / FILE)
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        if tokens.files(path):  # an export of nothing but words
+            return "diffusers"
+        weights = sorted(item for item in path.iterdir() if item.suffix in pickles.SUFFIXES)
+    if len(weights) != 1:
+        raise ValueError(f"file={path}: {len(weights)} files of weights are here; give one of them")
+    return detect(weights[0])

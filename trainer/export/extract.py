@@ -1,0 +1,150 @@
+"""What an adapted model adds to its base, read off the live model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraConv2dVariant, DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from trainer.attention.insertion import insertions
+from trainer.export.apply_bundle import layer_at, parts
+from trainer.export.bundle import Bundle, Delta, DoRADelta, FullDelta, LowRankDelta
+from trainer.ops.adapters.inject import fold
+from trainer.ops.adapters.nf4 import unpacked
+from trainer.ops.adapters.token_rows import ExtendedEmbedding, relearned, relearned_words
+
+DORA = (DoraLinearVariant, DoraConv2dVariant)
+
+
+@torch.no_grad()
+def extract(live: Any, base: Any, stored: Iterable[str]) -> Bundle:
+    """The bundle that turns `base` into `live`, but for what is inserted into it.
+
+    stored: names of the tensors the adapter holds; nothing else of the model may differ.
+
+    Raises:
+        ValueError: an adapter does what no weight can do.
+    """
+    new = inserted(live, base)
+    left = {name for name in stored if not name.startswith(new)}
+    layers: dict[str, Delta] = {}
+    for path, layer in _adapted(live):
+        if path.startswith(new):
+            continue
+        if reason := getattr(layer, "unfoldable", None):
+            raise ValueError(f"no file of weights can carry {path}: {reason}")
+        own = {name for name in left if name.startswith(f"{path}.")}
+        trained = any(name.startswith(f"{path}.base_layer.") for name in own)
+        layers[path] = _of_tuner(layer, layer_at(base, path), trained)
+        left -= own
+    tokens, rows = _new_words(live)
+    known, anew = _known_words(live)
+    full, dropped = _whole(live, base, left - rows - anew)
+    return Bundle(layers | full, tokens, known, dropped)
+
+
+def inserted(live: Any, base: Any) -> tuple[str, ...]:
+    """How the names begin of all that is inserted into the denoiser and its base lacks."""
+    blocks = {id(found.block) for found in insertions(live.denoiser)}
+    known = {name for name, _ in base.denoiser.named_modules()}
+    return tuple(
+        f"{live.denoiser_name}.{name}."
+        for name, module in live.denoiser.named_modules()
+        if id(module) in blocks and name not in known
+    )
+
+
+def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
+    for part, module in parts(model).items():
+        for name, layer in module.named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                yield f"{part}.{name}", layer
+
+
+def _of_tuner(layer: Any, plain: nn.Module, trained: bool) -> Delta:
+    """A peft layer's delta in its own terms where it is LoRA or DoRA, as a whole dW where not."""
+    active = [name for name in layer.active_adapters if name in getattr(layer, "lora_A", {})]
+    simple = isinstance(layer, LoraLayer) and not trained and not layer.disable_adapters
+    if simple and active and not any(layer.lora_bias.get(name) for name in active):
+        variants = [layer.lora_variant.get(name) for name in active]
+        if not any(variants):
+            return _summed(layer, active)
+        if len(active) == 1 and isinstance(variants[0], DORA):
+            (name,) = active
+            down, up = (matrix[name].weight.clone() for matrix in (layer.lora_A, layer.lora_B))
+            magnitude = layer.lora_magnitude_vector[name].weight.clone()
+            return DoRADelta(down, up, magnitude, float(layer.scaling[name]))
+    alone = nn.Sequential(copy.deepcopy(layer))
+    fold(alone)
+    whole: Any = alone[0]
+    old: Any = unpacked(plain)
+    bias = None if whole.bias is None else _changed(whole.bias, old.bias)
+    return FullDelta(whole.weight - old.weight, bias)
+
+
+def _summed(layer: Any, active: list[str]) -> LowRankDelta:
+    """sum_i scale_i up_i down_i as one pair of summed rank; one adapter keeps its scale apart."""
+    downs = [layer.lora_A[name].weight for name in active]
+    ups = [layer.lora_B[name].weight for name in active]
+    scales = [float(layer.scaling[name]) for name in active]
+    if len(active) == 1:
+        return LowRankDelta(downs[0].clone(), ups[0].clone(), scales[0])
+    scaled = [up * scale for up, scale in zip(ups, scales, strict=True)]
+    return LowRankDelta(torch.cat(downs), torch.cat(scaled, dim=1))
+
+
+def _new_words(live: Any) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
+    """Each new word's rows by text encoder, and the names those tensors are stored under."""
+    tokens: dict[str, dict[str, Tensor]] = {}
+    stored: set[str] = set()
+    for part, encoder in live.text_encoders.items():
+        table = encoder.get_input_embeddings()
+        if not isinstance(table, ExtendedEmbedding):
+            continue
+        ids = range(table.table.num_embeddings, table.num_embeddings)
+        words = live.tokenizers[part].convert_ids_to_tokens(list(ids))
+        names = {id(parameter): name for name, parameter in encoder.named_parameters()}
+        for word, row in zip(words, table.rows, strict=True):
+            tokens.setdefault(word, {})[part] = row.detach().clone()
+            stored.add(f"{part}.{names[id(row)]}")
+    return tokens, stored
+
+
+def _known_words(live: Any) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
+    """The rows known words have learned by text encoder, and the names those tensors are stored
+    under."""
+    known: dict[str, dict[str, Tensor]] = {}
+    stored: set[str] = set()
+    for part, encoder in live.text_encoders.items():
+        if (table := relearned(encoder)) is not None:
+            words = relearned_words(encoder, live.tokenizers[part])
+            for word, row in zip(words, table.rows, strict=True):
+                known.setdefault(word, {})[part] = row.detach().clone()
+            own = {id(row) for row in table.rows}
+            stored |= {f"{part}.{n}" for n, p in encoder.named_parameters() if id(p) in own}
+    return known, stored
+
+
+def _whole(live: Any, base: Any, names: set[str]) -> tuple[dict[str, FullDelta], tuple[str, ...]]:
+    """Weights and biases that trained as they are; and the stored names that are nothing such."""
+    own, old = dict(live.named_parameters()), dict(base.named_parameters())
+    known = {name for name in names if name in old and name.endswith((".weight", ".bias"))}
+    found: dict[str, FullDelta] = {}
+    for path in sorted({name.rpartition(".")[0] for name in known}):
+        weight, bias = (
+            _changed(own[name], old[name]) if (name := f"{path}.{leaf}") in known else None
+            for leaf in ("weight", "bias")
+        )
+        if weight is not None or bias is not None:
+            found[path] = FullDelta(weight, bias)
+    return found, tuple(sorted(names - known))
+
+
+def _changed(new: Tensor, old: Tensor) -> Tensor | None:
+    return None if torch.equal(new, old) else new.detach() - old

@@ -1,0 +1,1 @@
+"""Formats of adapters, one file each, named as in `format=`."""

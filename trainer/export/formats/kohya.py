@@ -1,0 +1,170 @@
+"""`kohya`: LoRA as sd-scripts writes it, with `.alpha` and its header; other UIs read it too."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from trainer.export import files, tokens
+from trainer.export.apply_bundle import add_to
+from trainer.export.bundle import Bundle, Delta, DoRADelta, LowRankDelta
+from trainer.export.factor import factored
+from trainer.export.files import load_tensors, save_tensors
+from trainer.export.job import Job
+from trainer.export.layer_names import kohya as keys_of
+from trainer.export.tokens import read_tokens, token_remark, write_tokens
+
+SPEC = "1.0.1"
+relearns = True
+remark = token_remark
+# by the width of the text a U-Net reads: sd-scripts' name, ModelSpec's architecture, resolution
+VERSIONS = {
+    768: ("sd_v1", "stable-diffusion-v1", "512x512"),
+    1024: ("sd_v2", "stable-diffusion-v2-512", "512x512"),
+    2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "1024x1024"),
+}
+
+
+def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
+    layers = factored(job.bundle, "kohya")
+    keys = keys_of(job.base)
+    alpha = common_alpha(layers.values())
+    tensors: dict[str, Tensor] = {}
+    for path, delta in layers.items():
+        if path not in keys:
+            raise ValueError(
+                f"format=kohya cannot carry {path}: sd-scripts adapts only layers inside the "
+                "attention, residual and resampling blocks of U-Nets and inside CLIP, and would "
+                "skip it; format=diffusers or format=merged carries it"
+            )
+        if isinstance(delta, DoRADelta):
+            raise ValueError(
+                "format=kohya cannot carry DoRA: as dora_scale its readers take the norm along "
+                "different axes, and diffusers drops it; format=diffusers carries it for "
+                "diffusers, format=diff for ComfyUI"
+            )
+        tensors |= pair(keys[path], delta, alpha)
+    if tensors:
+        tensors |= _with_out_proj(tensors)
+        rounded = {k: v.to(dtype if v.ndim else torch.float32) for k, v in tensors.items()}
+        metadata = _header(job, layers, alpha) | _hashes(rounded)
+        save_tensors(rounded, folder / f"{job.title}.safetensors", dtype, metadata)
+    write_tokens(job.bundle, folder, dtype, known=True)
+
+
+def common_alpha(deltas: Iterable[LowRankDelta | DoRADelta]) -> float:
+    """The alpha most layers have. All get it: diffusers keeps one of a file, whatever it says."""
+    alphas = Counter(delta.scale * delta.rank for delta in deltas)
+    return alphas.most_common(1)[0][0] if alphas else 1.0
+
+
+def pair(key: str, delta: LowRankDelta | DoRADelta, alpha: float) -> dict[str, Tensor]:
+    own = delta.scale * delta.rank
+    return {
+        f"{key}.lora_down.weight": delta.down,
+        f"{key}.lora_up.weight": delta.up if own == alpha else delta.up * (own / alpha),
+        f"{key}.alpha": torch.tensor(alpha),
+    }
+
+
+def _with_out_proj(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A pair of zeros on an output projection of each text encoder whose file has none: without one
+    diffusers does not know the spelling of its other layers, and raises."""
+    found: dict[str, Tensor] = {}
+    for prefix in ("lora_te_", "lora_te1_", "lora_te2_"):
+        own = [key for key in tensors if key.startswith(prefix) and "_self_attn_" in key]
+        if own and not any("_out_proj." in key for key in own):
+            layer, _, _ = own[0].partition("_self_attn_")
+            for key in own[:3]:  # one layer's three tensors
+                other = f"{layer}_self_attn_out_proj.{key.partition('.')[2]}"
+                found[other] = tensors[key] * (1 if key.endswith("alpha") else 0)
+    return found
+
+
+def _header(
+    job: Job, layers: Mapping[str, LowRankDelta | DoRADelta], alpha: float
+) -> dict[str, str]:
+    width: Any = getattr(job.base.denoiser.config, "cross_attention_dim", None)
+    default = (str(job.base.name), "stable-diffusion-v1", "512x512")
+    version, architecture, resolution = VERSIONS.get(width, default)
+    if (version, job.base.target) == ("sd_v2", "v"):
+        version, architecture, resolution = (
+            "sd_v2_768_v", "stable-diffusion-v2-768-v", "768x768",
+        )  # fmt: skip
+    ranks = {delta.rank for delta in layers.values()}
+    return {
+        "ss_v2": str(version.startswith("sd_v2")),
+        "ss_base_model_version": version,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{alpha:g}",
+        "ss_network_args": "{}",
+        "modelspec.sai_model_spec": SPEC,
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": job.title,
+        "modelspec.resolution": resolution,
+        "modelspec.prediction_type": "v" if job.base.target == "v" else "epsilon",
+    }
+
+
+def _hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """What UIs know a network by: SHA-256 of all behind the header; and, as it was once done, of
+    64 KiB behind the first MiB."""
+    data = to_bytes({key: value.contiguous() for key, value in tensors.items()})
+    start = 8 + int.from_bytes(data[:8], "little")
+    legacy = hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+    return {
+        "sshs_model_hash": hashlib.sha256(data[start:]).hexdigest(),
+        "sshs_legacy_hash": legacy,
+    }
+
+
+def file_in(folder: Path) -> Path | None:
+    """The one file of weights in an export's folder; none where only words were trained."""
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) > 1:
+        raise ValueError(
+            f"file={folder}: {', '.join(path.name for path in found)} are here; give one of them"
+        )
+    return found[0] if found else None
+
+
+def _load_lora_weights(folder: Path, base: Any) -> Any:
+    """diffusers' own reading of the same keys; None where its pipeline has no loader, or the files
+    hold words that its tokenizer has."""
+    pipeline = base.pipeline()
+    known = read_tokens(tokens.files(folder), base).known
+    if known or not hasattr(pipeline, "load_lora_weights"):
+        return None
+    tokens.load_stock(folder, base)
+    file = file_in(folder)
+    if file is not None:
+        pipeline.load_lora_weights(folder, weight_name=file.name)
+    return base
+
+
+def by_rules(folder: Path, base: Any) -> Any:
+    return add_to(base, read(folder, base))
+
+
+READERS = {"sd-scripts' key rules": by_rules, "load_lora_weights": _load_lora_weights}
+
+
+def read(path: Path, base: Any) -> Bundle:
+    """A file under diffusers' block names or the older ones, or a folder with it and
+    `embeddings/`."""
+    file = file_in(path) if path.is_dir() else path
+    layers: dict[str, Delta] = {}
+    notes: tuple[str, ...] = ()
+    if file is not None:
+        layers, notes = files.deltas(load_tensors(file)[0], base)
+    return replace(read_tokens(tokens.files(path), base), layers=layers, notes=notes)

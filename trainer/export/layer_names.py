@@ -1,0 +1,164 @@
+"""What other tools call the layers of a model: the key rules of sd-scripts (networks/lora.py) and
+of ComfyUI (comfy/lora.py, comfy/utils.py), and the names of the first latent-diffusion code."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from trainer.export.apply_bundle import parts
+
+RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+TOP = {
+    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+}  # fmt: skip
+BLOCK = re.compile(r"(down_blocks|mid_block|up_blocks)\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)")
+INSIDE = re.compile(
+    r"proj_in|proj_out|norm"
+    r"|transformer_blocks\.\d+\.(norm[123]|attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))"
+)
+CLIP = re.compile(
+    r"(?:text_model\.)?(encoder\.layers\.\d+\.(?:self_attn\.[qkv]_proj|self_attn\.out_proj|mlp\.fc[12]))"
+)
+# the transformers ComfyUI reads under diffusers' names, and which of their layers
+COMFY_DIT = {
+    "PixArtTransformer2DModel": re.compile(
+        r"transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))"
+        r"|adaln_single\.(linear|emb\.\w+_embedder\.linear_[12])|caption_projection\.linear_[12]"
+        r"|pos_embed\.proj|proj_out"
+    ),
+    "SD3Transformer2DModel": re.compile(
+        r"transformer_blocks\.\d+\.(attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+        r"|ff(_context)?\.net\.(0\.proj|2))|context_embedder|proj_out"
+    ),
+    "FluxTransformer2DModel": re.compile(
+        r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+        r"|ff(_context)?\.net\.(0\.proj|2))"
+        r"|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)"
+        r"|x_embedder|context_embedder|proj_out"
+    ),
+}
+FUSED = re.compile(r".*\.(to_[qkv]|add_[qkv]_proj)")  # slices of one matrix in ComfyUI's own model
+
+
+def ldm(unet: Any) -> dict[str, str]:
+    """The latent-diffusion name of every layer of a `UNet2DConditionModel` that has one."""
+    count = len(unet.config.down_block_types)
+    layers = unet.config.layers_per_block
+    depths = [layers] * count if isinstance(layers, int) else list(layers)
+    known = dict(unet.named_modules())
+    found = {name: other for name, other in TOP.items() if name in known}
+    for name in known:
+        match = BLOCK.fullmatch(name)
+        other = _block(depths, known, *match.groups()) if match else None
+        if other:
+            found[name] = other
+    return found
+
+
+def _block(
+    depths: list[int],
+    known: dict[str, Any],
+    where: str,
+    block: str | None,
+    kind: str,
+    index: str,
+    rest: str,
+) -> str | None:
+    """Blocks of three lists are one list of steps there: what comes first in a step is `.0`."""
+    inside = RESNET.get(rest) if kind == "resnets" else rest if INSIDE.fullmatch(rest) else None
+    i = int(index)
+    if where == "mid_block":
+        step = {"resnets": 2 * i, "attentions": 2 * i + 1}.get(kind)
+        return None if inside is None or step is None else f"middle_block.{step}.{inside}"
+    assert block is not None
+    x = int(block)
+    if where == "down_blocks":
+        first = 1 + sum(depth + 1 for depth in depths[:x])
+        if kind == "downsamplers" and rest == "conv":
+            return f"input_blocks.{first + depths[x]}.0.op"
+        step, side = first + i, "input_blocks"
+    else:
+        backwards = depths[::-1]
+        step, side = sum(depth + 1 for depth in backwards[:x]) + i, "output_blocks"
+        if kind == "upsamplers" and rest == "conv":
+            place = 2 if f"up_blocks.{x}.attentions" in known else 1
+            return f"output_blocks.{step + backwards[x]}.{place}.conv"
+    if inside is None or kind not in ("resnets", "attentions"):
+        return None
+    return f"{side}.{step}.{0 if kind == 'resnets' else 1}.{inside}"
+
+
+def clip_name(part: str, name: str) -> str | None:
+    """A layer of a CLIP text encoder as it was called before transformers 5 dropped a level."""
+    match = CLIP.fullmatch(name) if part.startswith("text_encoder") else None
+    return f"text_model.{match[1]}" if match else None
+
+
+def long_name(path: str) -> str:
+    """A module path with that level in it, as older readers want it and newer ones take it."""
+    part, _, name = path.partition(".")
+    return f"{part}.{clip_name(part, name) or name}"
+
+
+def kohya(model: Any) -> dict[str, str]:
+    """Module path to sd-scripts' key, of the layers it adapts: those inside transformers, residual
+    blocks and resamplers of a U-Net, and inside the layers of CLIP."""
+    found = {}
+    if model.denoiser_name == "unet":
+        for name in ldm(model.denoiser):
+            if BLOCK.fullmatch(name) and not name.rpartition(".")[2].startswith("norm"):
+                found[f"unet.{name}"] = f"lora_unet_{_flat(name)}"
+    return found | _clip_keys(model)
+
+
+def comfy(model: Any) -> dict[str, str]:
+    """Module path to ComfyUI's key; a network it has no names for gives none of its layers."""
+    found = {}
+    rules = COMFY_DIT.get(type(model.denoiser).__name__)
+    if model.denoiser_name == "unet":
+        found = {f"unet.{name}": f"lora_unet_{_flat(name)}" for name in ldm(model.denoiser)}
+    elif rules is not None:
+        names = (name for name, _ in model.denoiser.named_modules())
+        paths = [f"{model.denoiser_name}.{name}" for name in names if rules.fullmatch(name)]
+        found = {path: f"transformer.{path.partition('.')[2]}" for path in paths}
+    return found | _clip_keys(model)
+
+
+def _clip_keys(model: Any) -> dict[str, str]:
+    found = {}
+    for number, (part, encoder) in enumerate(model.text_encoders.items(), start=1):
+        prefix = "lora_te" if len(model.text_encoders) == 1 else f"lora_te{number}"
+        for name, _ in encoder.named_modules():
+            if other := clip_name(part, name):
+                found[f"{part}.{name}"] = f"{prefix}_{_flat(other)}"
+    return found
+
+
+def readable(model: Any) -> dict[str, str]:
+    """Key to module path, of every spelling we read."""
+    found: dict[str, str] = {}
+    for part, module in parts(model).items():
+        for name, layer in module.named_modules():
+            if getattr(layer, "weight", None) is not None:
+                path = f"{part}.{name}"
+                found[path] = found[long_name(path)] = path
+                if part == model.denoiser_name:
+                    found[f"lora_{part}_{_flat(name)}"] = found[f"lycoris_{_flat(name)}"] = path
+                    found[name] = found[f"base_model.model.{name}"] = path
+    for path, key in _clip_keys(model).items():
+        found[key] = found[key.replace("lora_te_", "lora_te1_")] = path
+    if model.denoiser_name == "unet":
+        for name, other in ldm(model.denoiser).items():
+            found[f"lora_unet_{_flat(other)}"] = f"unet.{name}"
+            found[f"diffusion_model.{other}"] = f"unet.{name}"
+    return found
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")

@@ -1,0 +1,121 @@
+"""Motion modules between our model and diffusers' `MotionAdapter`, and that adapter at work in an
+`AnimateDiffPipeline`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import AnimateDiffPipeline, MotionAdapter
+from torch import Tensor, nn
+
+from trainer.attention.anatomy import is_unet
+from trainer.attention.context import current
+from trainer.attention.insertion import insertions
+from trainer.ops.adapters.inject import fold
+from trainer.ops.temporal.layers import MotionModule
+
+# the layers of a motion module that diffusers calls by the name of their argument
+NAMED = ("proj_in", "proj_out")
+
+
+def carries_motion(model: Any) -> bool:
+    """Whether all that is inserted are motion modules of a U-Net, for which there is a form."""
+    blocks = [found.block for found in insertions(model.denoiser)]
+    return is_unet(model.denoiser) and all(isinstance(block, MotionModule) for block in blocks)
+
+
+def modules(model: Any) -> dict[str, MotionModule]:
+    """By their paths in the denoiser."""
+    named = model.denoiser.named_modules()
+    return {name: module for name, module in named if isinstance(module, MotionModule)}
+
+
+@torch.no_grad()
+def tensors(model: Any) -> dict[str, Tensor]:
+    """What a `MotionAdapter` holds, by its names: adapters inside are folded in, 4-bit layers
+    unpacked."""
+    found: dict[str, Tensor] = {}
+    for path, module in modules(model).items():
+        alone = nn.Sequential(copy.deepcopy(module))
+        fold(alone)
+        found |= {f"{path}.{name}": value for name, value in alone[0].state_dict().items()}
+    return found
+
+
+def motion_config(model: Any) -> dict[str, Any]:
+    """The arguments of a `MotionAdapter` of these modules."""
+    unet, found = model.denoiser.config, modules(model)
+    one = next(iter(found.values()))
+    return {
+        "block_out_channels": list(unet.block_out_channels),
+        "motion_layers_per_block": unet.layers_per_block,
+        "motion_num_attention_heads": one.num_attention_heads,
+        "motion_norm_num_groups": one.norm.num_groups,
+        "motion_max_seq_length": one.max_frames,
+        "use_motion_mid_block": any(path.startswith("mid_block.") for path in found),
+    }
+
+
+def adapter(model: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Our modules as a `MotionAdapter`."""
+    with torch.device("meta"):
+        made: Any = MotionAdapter(**motion_config(model))
+    made.load_state_dict({k: v.to(dtype) for k, v in tensors(model).items()}, assign=True)
+    return made
+
+
+class FrameNorm(nn.Module):
+    """A motion module's group norm on every frame by itself: (b, c, f, n)."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows: Tensor = self.norm(x.transpose(1, 2).flatten(0, 1))
+        return rows.unflatten(0, (len(x), -1)).transpose(1, 2)
+
+
+@contextmanager
+def framewise(model: Any) -> Iterator[None]:
+    """The motion modules norm each frame by itself inside, and the frames of a clip together
+    again after."""
+    found: list[Any] = list(modules(model).values())
+    norms = [module.norm for module in found]
+    for module in found:
+        module.norm = FrameNorm(module.norm)
+    try:
+        yield
+    finally:
+        for module, norm in zip(found, norms, strict=True):
+            module.norm = norm
+
+
+class Stock:
+    """The parts of `base` as an `AnimateDiffPipeline` with a `MotionAdapter`, asked like a model of
+    ours: rows are (b f), the frames of a clip adjacent.
+
+    The text encoder is that of `base` itself: what the pipeline loads into it is there, too.
+    """
+
+    def __init__(self, base: Any, given: Any) -> None:
+        fold(base)  # diffusers copies the weights of plain layers
+        stock = base.pipeline()
+        parts = {name: stock.components[name] for name in ("vae", "text_encoder", "tokenizer")}
+        pipeline: Any = AnimateDiffPipeline(
+            **parts, unet=base.denoiser, motion_adapter=given, scheduler=stock.scheduler
+        )
+        pipeline.unet.eval()
+        self.pipeline = pipeline
+        self.encode_prompts = base.encode_prompts
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        ctx = current()
+        frames = 1 if ctx is None else ctx.frames
+        clips = x_t.unflatten(0, (-1, frames)).transpose(1, 2)  # b c f h w
+        output: Tensor = self.pipeline.unet(clips, t[::frames], **condition).sample
+        return output.transpose(1, 2).flatten(0, 1)

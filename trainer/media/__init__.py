@@ -1,0 +1,1 @@
+"""Pictures and videos, read and written."""

@@ -1,0 +1,252 @@
+"""Video files from users: the one place where they are opened, checked and turned into frames.
+
+What a file is, its content decides and not its name, and it is read by the demuxer that its first
+bytes name and by no other: a playlist that calls itself .mp4 would fetch what it lists. A frame
+ends here as an upright 8-bit RGB image of square pixels; what cannot become one ends as an
+`ImageError` that names the file and says what to do. PyAV is imported only when a file is opened.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from PIL import Image
+
+from trainer.media.images import MAX_PIXELS, MIN_SIDE, ImageError, natural
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+    Opened = tuple[InputContainer, VideoStream]
+
+READABLE_VIDEOS = frozenset((".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"))
+# Listed so that reading refuses them by name: a video must not vanish from a folder in silence.
+LISTED_VIDEOS = READABLE_VIDEOS.union(
+    (".gif", ".wmv", ".flv", ".mpg", ".mpeg", ".ts", ".mts", ".3gp", ".ogv")
+)
+CONVERT_VIDEO = "convert it to MP4, or remove it"
+COPY = "copy it again from its source, or remove it"
+# (offset, bytes there, demuxer)
+SIGNATURES = (
+    *((4, kind, "mov") for kind in (b"ftyp", b"moov", b"mdat", b"wide", b"free")),
+    (0, b"\x1aE\xdf\xa3", "matroska"),
+    (8, b"AVI ", "avi"),
+)
+HDR = (16, 18)  # transfer functions PQ and HLG, ITU-T H.273 table 3
+SLACK = 0.1  # of a frame: containers round times, Matroska to a millisecond
+
+
+class VideoFacts(NamedTuple):
+    """What is known of a whole video: width, height of its upright frames in square pixels; number
+    of frames; times of the first and last in seconds; average frames a second."""
+
+    width: int
+    height: int
+    frames: int
+    first: float
+    last: float
+    rate: float
+
+
+def list_videos(place: str | Path) -> list[Path]:
+    """The video files of a folder, not of its subfolders, in natural order; or the file given.
+
+    Raises:
+        ValueError: missing, or a folder without any.
+    """
+    place = Path(place)
+    expected = f"expected a video ({', '.join(sorted(READABLE_VIDEOS))}), or a folder of them"
+    if not place.exists():
+        raise ValueError(f"{place}: no such file or folder; {expected}")
+    if not place.is_dir():
+        return [place]
+    found = [path for path in place.iterdir() if path.suffix.lower() in LISTED_VIDEOS]
+    found = [path for path in found if not path.name.startswith(".") and not path.is_dir()]
+    if not found:
+        raise ValueError(f"{place}: no video in this folder; {expected}, subfolders are not read")
+    return sorted(found, key=natural)
+
+
+def examine(source: Path | bytes, name: str | Path) -> VideoFacts:
+    """Decodes a video from end to end, so that damage anywhere is found now.
+
+    Args:
+        source: the file, or its bytes.
+        name: stands for it in errors.
+
+    Raises:
+        ImageError: missing, truncated or damaged, no video in it, another format, too large or too
+            small, high dynamic range, frames without times.
+        ModuleNotFoundError: PyAV is not installed.
+    """
+    with _opened(source, name) as (container, stream):
+        frames, size = 0, (0, 0)
+        first = last = 0.0
+        for frame in _decoded(container, stream, name):
+            if not frames:
+                size, first = _upright(frame, stream).size, frame.time
+            _check_frame(frame, name)
+            frames, last = frames + 1, max(last, frame.time)
+        if not frames:
+            raise ImageError(f"{name}: no frame could be decoded; {COPY}")
+        rate = (frames - 1) / (last - first) if last > first else float(stream.average_rate or 1)
+        _check_end(container, stream, name, last + 1 / rate)
+        return VideoFacts(*size, frames, first, last, rate)
+
+
+def read_clip(
+    source: Path | bytes, name: str | Path, film: VideoFacts, times: Sequence[float]
+) -> list[Image.Image]:
+    """The frames that are on screen at `times`, in seconds after the first frame, ascending.
+
+    Raises:
+        ImageError: as `examine`, of the part that is read.
+    """
+    slack = SLACK / film.rate
+    wanted = [film.first + time + slack for time in times]
+    with _opened(source, name) as (container, stream):
+        if times[0] > 0 and stream.time_base:  # from the last key frame before it
+            container.seek(int(wanted[0] / stream.time_base), stream=stream)
+        images: list[Image.Image] = []
+        shown: VideoFrame | None = None
+        for frame in _decoded(container, stream, name):
+            if shown is None and frame.time > wanted[0]:
+                raise ImageError(f"{name}: no frame found at {times[0]:.2f} s; {CONVERT_VIDEO}")
+            while shown is not None and frame.time > wanted[len(images)]:
+                images.append(_checked(shown, stream, name))
+                if len(images) == len(wanted):
+                    return images
+            shown = frame
+        if shown is None:
+            raise ImageError(f"{name}: ends before {times[0]:g} s; {COPY}")
+        last = _checked(shown, stream, name)
+        return images + [last] * (len(wanted) - len(images))
+
+
+@contextmanager
+def _opened(source: Path | bytes, name: str | Path) -> Iterator[Opened]:
+    try:
+        import av
+    except ModuleNotFoundError as missing:
+        raise ModuleNotFoundError(
+            f"{name}: reading videos needs {missing.name}: pip install 'attention-trainer[video]'"
+        ) from missing
+    demuxer, size = _demuxer(source, name)
+    try:
+        # absolute: FFmpeg takes a name that begins as "concat:" does for a protocol of its own
+        file = io.BytesIO(source) if isinstance(source, bytes) else str(source.absolute())
+        container = av.open(file, "r", format=demuxer)
+    except (av.FFmpegError, ValueError) as error:
+        raise ImageError(f"{name}: truncated or damaged ({_said(error)}); {COPY}") from error
+    with container:
+        # a cover picture of a song is a stream of its own
+        streams = [
+            stream
+            for stream in container.streams.video
+            if not stream.disposition & av.stream.Disposition.attached_pic
+        ]
+        if not streams:
+            raise ImageError(f"{name}: no video in it; {CONVERT_VIDEO}")
+        _check_header(streams[0], name, size)
+        yield container, streams[0]
+
+
+def _demuxer(source: Path | bytes, name: str | Path) -> tuple[str, int]:
+    """The demuxer for what a file holds, and its size in bytes."""
+    if isinstance(source, bytes):
+        head, size = source[:64], len(source)
+    else:
+        if not source.is_file():
+            raise ImageError(f"{name}: no such file; check the name and, if a link, its target")
+        with source.open("rb") as file:
+            head, size = file.read(64), source.stat().st_size
+    if not head:
+        raise ImageError(f"{name}: the file is empty; {COPY}")
+    if head.startswith(b"version https://git-lfs"):
+        raise ImageError(f"{name}: a Git LFS pointer, not the video; run `git lfs pull`")
+    for offset, magic, demuxer in SIGNATURES:
+        if head[offset:].startswith(magic):
+            return demuxer, size
+    raise ImageError(f"{name}: not a video that is read; {CONVERT_VIDEO}")
+
+
+def _check_header(stream: VideoStream, name: str | Path, size: int) -> None:
+    pixels = stream.width * stream.height
+    if pixels > MAX_PIXELS:
+        raise ImageError(f"{name}: {pixels:,} pixels a frame, the limit is {MAX_PIXELS:,}")
+    if min(stream.width, stream.height) < MIN_SIDE:
+        raise ImageError(
+            f"{name}: {stream.width}x{stream.height} pixels, each side must have at least "
+            f"{MIN_SIDE}; use a larger version of the video"
+        )
+    # MP4 and AVI list where every frame lies, also those that are no longer there
+    end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+    if end > size:
+        raise ImageError(f"{name}: truncated, {size:,} bytes of at least {end:,}; {COPY}")
+
+
+def _check_end(
+    container: InputContainer, stream: VideoStream, name: str | Path, end: float
+) -> None:
+    """Matroska has no such list, and says instead how long each track is, or all of them."""
+    length = 0.0
+    if "DURATION" in stream.metadata:
+        hours, minutes, seconds = map(float, stream.metadata["DURATION"].split(":"))
+        length = 3600 * hours + 60 * minutes + seconds
+    elif container.duration and len(container.streams) == 1:
+        length = container.duration / 1e6
+    if end < length - max(0.5, 0.05 * length):  # how long the last frame stays, nobody knows
+        raise ImageError(f"{name}: truncated, {end:.2f} of {length:.2f} seconds; {COPY}")
+
+
+def _decoded(
+    container: InputContainer, stream: VideoStream, name: str | Path
+) -> Iterator[VideoFrame]:
+    import av
+
+    try:
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise ImageError(f"{name}: truncated or damaged; {COPY}")
+            for frame in packet.decode():
+                if frame.time is None:
+                    raise ImageError(f"{name}: frames without times; {CONVERT_VIDEO}")
+                yield frame
+    except av.FFmpegError as error:
+        raise ImageError(f"{name}: truncated or damaged ({_said(error)}); {COPY}") from error
+
+
+def _check_frame(frame: VideoFrame, name: str | Path) -> None:
+    if frame.is_corrupt:
+        raise ImageError(f"{name}: damaged at {frame.time:.2f} s; {COPY}")
+    if frame.color_trc in HDR:
+        raise ImageError(f"{name}: high dynamic range (PQ or HLG); convert it to SDR, or remove it")
+
+
+def _checked(frame: VideoFrame, stream: VideoStream, name: str | Path) -> Image.Image:
+    _check_frame(frame, name)
+    return _upright(frame, stream)
+
+
+def _upright(frame: VideoFrame, stream: VideoStream) -> Image.Image:
+    """RGB, 8 bits, over white where it is transparent, in square pixels, turned as players do."""
+    if any(component.is_alpha for component in frame.format.components):
+        image = Image.fromarray(frame.to_ndarray(format="rgba"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    else:
+        image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    aspect = stream.sample_aspect_ratio
+    if aspect and aspect != 1:
+        size = (max(1, round(image.width * aspect)), image.height)
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
+
+
+def _said(error: Exception) -> str:
+    return str(error).partition("] ")[2].partition(":")[0] or str(error)

@@ -1,0 +1,83 @@
+"""Pictures for people: grids with labels, and attention maps drawn over images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from trainer.media.images import to_pil
+
+LABEL = 14
+
+
+def grid(
+    rows: Sequence[tuple[str, Tensor]], titles: Sequence[str] = (), side: int = 96
+) -> Image.Image:
+    """Rows of (label, pictures (n, 3, H, W) in [-1, 1]) as one image, titles above the columns. A
+    label wider than a picture goes over several lines. The image has even sides if `side` is even,
+    as films want."""
+    columns = max(len(pictures) for _, pictures in rows)
+    labels = [wrap(label, side) for label, _ in rows]
+    left = 8 + max(_width(line) for label in labels for line in label)
+    left += left % 2
+    lines = [wrap(title, side) for title in titles]
+    top = LABEL * max((len(line) for line in lines), default=0) + (4 if lines else 0)
+    sheet = Image.new("RGB", (left + columns * (side + 2), top + len(rows) * (side + 2)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, line in enumerate(lines):
+        for number, words in enumerate(line):
+            pen.text((left + column * (side + 2), number * LABEL), words, fill="black")
+    for row, (label, (_, pictures)) in enumerate(zip(labels, rows, strict=True)):
+        y = top + row * (side + 2)
+        for number, words in enumerate(label):
+            middle = y + side // 2 - 6 + LABEL * number - LABEL * (len(label) - 1) // 2
+            pen.text((2, middle), words, fill="black")
+        for column, picture in enumerate(pictures):
+            sheet.paste(_scaled(to_pil(picture), side), (left + column * (side + 2), y))
+    return sheet
+
+
+def overlay_maps(pictures: Tensor, maps: Tensor) -> Tensor:
+    """Attention maps (n, h, w) as heat over pictures (n, 3, H, W); each map is scaled to its own
+    largest value."""
+    heat = torch.nn.functional.interpolate(maps[:, None], size=pictures.shape[-2:], mode="bilinear")
+    low, high = heat.amin((2, 3), keepdim=True), heat.amax((2, 3), keepdim=True)
+    heat = (heat - low) / (high - low).clamp(min=1e-12)
+    colour = torch.tensor([1.0, -0.2, -0.9]).reshape(1, 3, 1, 1)
+    gray = pictures.mean(1, keepdim=True).expand_as(pictures) * 0.6
+    return (gray * (1 - heat) + colour * heat).clamp(-1, 1)
+
+
+def _scaled(picture: Image.Image, side: int) -> Image.Image:
+    whole = side % picture.width == 0 or picture.width < side
+    return picture.resize(
+        (side, side), Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS
+    )
+
+
+def _width(text: str) -> int:
+    return int(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(text))
+
+
+def wrap(text: str, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if _width(longer) > width and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def stacked(images: Sequence[Image.Image]) -> Image.Image:
+    """One below the other, on white."""
+    size = max(image.width for image in images), sum(image.height for image in images)
+    sheet, top = Image.new("RGB", size, "white"), 0
+    for image in images:
+        sheet.paste(image, (0, top))
+        top += image.height
+    return sheet

@@ -1,0 +1,75 @@
+"""What a method is: a frozen record of options whose `apply` edits a model and returns an
+`Edit`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.attention.model import AttentionModel
+
+
+ORDER = ("structure", "attention", "storage", "adapt", "select")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What one method did to a model.
+
+    sites: names of the attention sites it touched. claims: `(module or parameter path, aspect)` no
+    other method may claim. trains: names of the parameters it trains. keeps: names of frozen
+    tensors the base cannot give back, stored beside the trained ones. loss: an extra term added to
+    the objective, without arguments. schedule: called before every training step with the share of
+    the run's steps that is done, from 0. prepare: called once before the first step of a new run
+    with a function that runs a few training batches forward, for starts that look at the data.
+    finish: called with the same function once after the last step, before the adapter is stored,
+    for what is kept about the data. report: what really ran at each site so far, by its name; asked
+    once, after the first training batch.
+    """
+
+    sites: tuple[str, ...] = ()
+    claims: tuple[tuple[str, str], ...] = ()
+    trains: tuple[str, ...] = ()
+    keeps: tuple[str, ...] = ()
+    loss: Callable[[], Tensor] | None = None
+    schedule: Callable[[float], None] | None = None
+    prepare: Callable[[Callable[[], None]], None] | None = None
+    finish: Callable[[Callable[[], None]], None] | None = None
+    report: Callable[[], Mapping[str, Sequence[str]]] | None = None
+
+    def renamed(self, names: Mapping[str, str]) -> Edit:
+        """With new names of its tensors that a later method has moved, old name to new."""
+        own = {name: names.get(name, name) for name in (*self.trains, *self.keeps)}
+        return replace(
+            self,
+            claims=tuple((own.get(thing, thing), aspect) for thing, aspect in self.claims),
+            trains=tuple(own[name] for name in self.trains),
+            keeps=tuple(own[name] for name in self.keeps),
+        )
+
+    def held(self) -> Edit:
+        """With all that trains kept as it is instead."""
+        return replace(self, trains=(), keeps=(*self.trains, *self.keeps))
+
+
+class Method(BaseModel):
+    """Options of a method and the one thing it can do. Subclasses are frozen records; importing one
+    loads no torch."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    kind: ClassVar[Literal["structure", "attention", "storage", "adapt", "select"]]
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words it adds to the vocabulary."""
+        return ()
+
+    def apply(self, model: AttentionModel) -> Edit:
+        """Edits `model` in place. Raises ValueError where nothing matches."""
+        raise NotImplementedError

@@ -1,0 +1,1 @@
+"""The torch part of each method, named as the method."""

@@ -1,0 +1,1 @@
+"""Layers beside frozen ones: low rank, 4-bit storage, rows of embeddings."""

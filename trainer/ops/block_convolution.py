@@ -1,0 +1,38 @@
+"""A depthwise convolution over the tokens on their grid, after the block around a site."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from trainer.attention.grid import token_grid
+from trainer.kernels.agent import Shortcut
+
+if TYPE_CHECKING:
+    from trainer.attention.context import StepContext
+    from trainer.attention.sites import Site
+
+
+class BlockConvolution(nn.Module):
+    """x <- DWConv(x) of `size` * `size`, the identity at the start: the local part of DiG's blocks,
+    arXiv 2405.18428.
+
+    Attention by a scan sees far along one line at a time; this sees what lies around.
+    """
+
+    name = "block_convolution"
+
+    def __init__(self, site: Site, size: int, owner: str) -> None:
+        super().__init__()
+        self.owner = owner
+        self.depthwise = Shortcut(site.projection("q").in_features, size)
+        nn.init.dirac_(self.depthwise.weight, groups=len(self.depthwise.weight))
+
+    def block(self, x: Tensor, site: Site, ctx: StepContext) -> Tensor:
+        grid = token_grid(x.shape[1], site, ctx, f"methods.{self.owner}")
+        # all that earlier blocks have said goes through it: under autocast each would round it
+        with torch.autocast(x.device.type, enabled=False):
+            y: Tensor = self.depthwise(x.unsqueeze(1), grid)
+        return y.squeeze(1)

@@ -1,0 +1,1 @@
+"""Layers and ops that look across the frames of a clip."""

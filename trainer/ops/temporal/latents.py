@@ -1,0 +1,98 @@
+"""What methods do to the latents of a clip while it is sampled: a start that moves, and a pull to
+the frame before.
+
+Latents are (b f, c, h, w), the frames of a clip adjacent. alpha and sigma are those of the path
+x_t = alpha x0 + sigma noise, variance-preserving or flow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from trainer.attention.hooks import Denoise
+
+
+@dataclass(frozen=True)
+class GlobalMotion:
+    """The start of Text2Video-Zero (arXiv 2303.13439, section 3.3.1): the first frame is denoised
+    alone up to a share `alone` of the steps, and further up to `until`; frame k is what that shows
+    under a global translation by k * (x, y), noised again to the level of the first frame.
+
+    x, y: of what a frame shows to the left and up, in widths and heights of the picture a frame.
+    The noise is what frame k would have begun with.
+    """
+
+    x: float
+    y: float
+    alone: float
+    until: float
+
+    def __call__(self, noise: Tensor, frames: int, denoise: Denoise) -> tuple[Tensor, int]:
+        first, last = (step_at(denoise.steps, part) for part in (self.alone, self.until))
+        clips = noise.unflatten(0, (-1, frames))  # b f c h w
+        begun = denoise(clips[:, 0], 0, first)
+        shown = denoise(begun, first, last)
+        height, width = shown.shape[-2:]
+        moved = [
+            translated(shown, round(k * self.y * height), round(k * self.x * width))
+            for k in range(1, frames)
+        ]
+        levels = denoise.level(last), denoise.level(first)
+        others = noised_again(torch.stack(moved, 1), clips[:, 1:], *levels)
+        return torch.cat([begun[:, None], others], 1).flatten(0, 1), first
+
+
+def step_at(steps: int, share: float) -> int:
+    """A share of the steps, one at least where it is above 0: before the first there is nothing but
+    noise, in which no motion would be left. A last step stays."""
+    return min(max(round(share * steps), int(share > 0)), steps - 1)
+
+
+def translated(x: Tensor, down: int, right: int) -> Tensor:
+    """y[..., i, j] = x[..., i + down, j + right]; beyond its edges x is mirrored."""
+    rows, columns = (
+        mirrored(length, by, x.device)
+        for length, by in zip(x.shape[-2:], (down, right), strict=True)
+    )
+    return x[..., rows[:, None], columns]
+
+
+def mirrored(length: int, by: int, device: torch.device) -> Tensor:
+    """Places 0 .. length - 1 moved by `by`, in a row that is mirrored at both ends: ..b a a b.."""
+    place = (torch.arange(length, device=device) + by) % (2 * length)
+    return torch.where(place < length, place, 2 * length - 1 - place)
+
+
+def noised_again(
+    x: Tensor, noise: Tensor, now: tuple[float, float], then: tuple[float, float]
+) -> Tensor:
+    """x from the level (alpha, sigma) `now` to the noisier `then`, by fresh noise:
+
+    x_then = r x_now + sqrt(sigma_then^2 - r^2 sigma_now^2) noise,   r = alpha_then / alpha_now
+    """
+    ratio = then[0] / now[0]
+    added = then[1] ** 2 - (ratio * now[1]) ** 2
+    return ratio * x + sqrt(max(0.0, added)) * noise
+
+
+@dataclass(frozen=True)
+class LatentGuidance:
+    """Pix2Video (arXiv 2303.12688, section 3.2): in the first `share` of the steps frame i > 0 goes
+    down the gradient of its distance to the frame before, both as x0 by the network:
+
+        x_i <- x_i - weight d/dx0_i mean((x0_i - x0_(i-1))^2),   the mean over c, h, w
+    """
+
+    weight: float
+    share: float
+
+    def __call__(self, x_t: Tensor, x0: Tensor, step: int, steps: int, frames: int) -> Tensor:
+        if step >= self.share * steps:
+            return x_t
+        clips = x0.unflatten(0, (-1, frames))
+        apart = clips.diff(dim=1, prepend=clips[:, :1])  # 0 for the first
+        return x_t - self.weight * 2 / x0[0].numel() * apart.flatten(0, 1)

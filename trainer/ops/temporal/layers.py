@@ -1,0 +1,223 @@
+"""What looks through time in a denoiser of images: blocks for `insert.py`, each of which adds
+nothing at first, so that the model of clips starts as the image model on every frame.
+
+Their inputs are the frames' features, (b f) c h w or (b f) n c; a pixel through time is a line,
+(b n) f c.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import (
+    SinusoidalPositionalEmbedding,
+    TimestepEmbedding,
+    get_timestep_embedding,
+)
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
+from torch import Tensor, nn
+
+from trainer.attention.insertion import untouched
+
+if TYPE_CHECKING:
+    from trainer.attention.context import StepContext
+
+
+WAVES = 256  # sines and cosines of a frame rate, as of a timestep
+
+
+def pixel_sequences(x: Tensor, frames: int) -> Tensor:
+    """(b f) c h w or (b f) n c -> (b n) f c"""
+    tokens = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+    return tokens.unflatten(0, (-1, frames)).transpose(1, 2).flatten(0, 1)
+
+
+def from_pixel_sequences(y: Tensor, x: Tensor) -> Tensor:
+    """(b n) f c -> the shape of x, from which `lines` made it."""
+    pixels = x.shape[2] * x.shape[3] if x.ndim == 4 else x.shape[1]
+    tokens = y.unflatten(0, (-1, pixels)).transpose(1, 2).flatten(0, 1)  # (b f) n c
+    return tokens.transpose(1, 2).reshape(x.shape) if x.ndim == 4 else tokens
+
+
+def zeroed(layer: nn.Module) -> None:
+    """Weight and bias: with either left the layer would add something."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
+def refuse_longer(frames: int, places: int, owner: str) -> None:
+    if frames > places:
+        raise ValueError(
+            f"methods.{owner} has places for {places} frames, and this clip has {frames}; give "
+            f"methods.{owner}.max_frames={frames}, or shorter clips"
+        )
+
+
+class MotionModule(AnimateDiffTransformer3D):
+    """AnimateDiff's motion module, diffusers' own class with its parameter names: group norm,
+    proj_in, self-attention over frames twice, each with sines of the frame's number added to its
+    input, GEGLU feed-forward, proj_out; all of it a residual, whose proj_out is zero here.
+
+    The forward is our own: diffusers' knows no tokens, and names an argument of its linear layers
+    that adapters and 4-bit layers call otherwise.
+    """
+
+    def __init__(self, width: int, heads: int, groups: int, max_frames: int, owner: str) -> None:
+        super().__init__(
+            num_attention_heads=heads,
+            attention_head_dim=width // heads,
+            in_channels=width,
+            norm_num_groups=groups,
+            positional_embeddings="sinusoidal",
+            num_positional_embeddings=max_frames,
+        )
+        self.max_frames, self.owner = max_frames, owner
+        zeroed(self.proj_out)
+
+    def forward(self, x: Tensor, before: Tensor, ctx: StepContext) -> Tensor:  # type: ignore[override]
+        refuse_longer(ctx.frames, self.max_frames, self.owner)
+        rows = x.flatten(2) if x.ndim == 4 else x.transpose(1, 2)  # (b f) c n
+        # a copy: channels last, PyTorch 2.13's group norm can crash in its backward on a CPU
+        clips = rows.unflatten(0, (-1, ctx.frames)).transpose(1, 2).contiguous()  # b c f n
+        z = self.proj_in(self.norm(clips).permute(0, 3, 2, 1).flatten(0, 1))  # (b n) f c
+        for block in self.transformer_blocks:
+            z = block(z)
+        return x + from_pixel_sequences(self.proj_out(z), x).to(x.dtype)
+
+
+class TemporalAttention(nn.Module):
+    """y = x + W_o attention(norm(z) + place) over the frames of each pixel, W_o and its bias zero.
+
+    z is x, or with `parallel` what the module before got: this attention stands beside that module
+    then, not after it. positions: sines of the frame's number, a learned vector for each, or none,
+    where an op on the attention tells frames apart.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        owner: str,
+        positions: str | None = None,
+        max_frames: int = 0,
+        parallel: bool = False,
+    ) -> None:
+        super().__init__()
+        self.owner, self.max_frames, self.parallel = owner, max_frames, parallel
+        self.norm = nn.LayerNorm(width)
+        self.places = POSITIONS[positions](width, max_frames) if positions else None
+        self.attn = Attention(query_dim=width, heads=heads, dim_head=width // heads)
+        zeroed(self.attn.to_out[0])
+
+    def forward(self, x: Tensor, before: Tensor, ctx: StepContext) -> Tensor:
+        z = self.norm(pixel_sequences(before if self.parallel else x, ctx.frames))
+        if self.places is not None:
+            refuse_longer(ctx.frames, self.max_frames, self.owner)
+            z = self.places(z)
+        return x + from_pixel_sequences(self.attn(z), x).to(x.dtype)
+
+
+class LearnedPositions(nn.Module):
+    """A vector for each frame's number, added: (b n) f c."""
+
+    def __init__(self, width: int, max_frames: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(0.02 * torch.randn(max_frames, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table[: x.shape[1]].to(x.dtype)
+
+
+POSITIONS = {"sines": SinusoidalPositionalEmbedding, "learned": LearnedPositions}
+
+
+class TemporalConv(nn.Module):
+    """y = x + conv1d(x) over the frames of each pixel, its kernel and bias zero.
+
+    The sum is one convolution whose kernel starts as a Dirac, the identity. Apart, that part of it
+    is exact in every precision, and weight decay draws the kernel to the identity, not to nothing.
+    """
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(width, width, size, padding=size // 2)
+        zeroed(self.conv)
+
+    def forward(self, x: Tensor, before: Tensor, ctx: StepContext) -> Tensor:
+        mixed = self.conv(pixel_sequences(x, ctx.frames).transpose(1, 2)).transpose(1, 2)
+        return x + from_pixel_sequences(mixed, x).to(x.dtype)
+
+
+class FrameAdaptor(nn.Module):
+    """y_i = (1 + s_i) x_i + b_i for frame i, channel by channel; s and b (max_frames, c) zero."""
+
+    def __init__(self, width: int, max_frames: int, owner: str) -> None:
+        super().__init__()
+        self.owner = owner
+        self.scale = nn.Parameter(torch.zeros(max_frames, width))
+        self.shift = nn.Parameter(torch.zeros(max_frames, width))
+
+    def forward(self, x: Tensor, before: Tensor, ctx: StepContext) -> Tensor:
+        refuse_longer(ctx.frames, len(self.scale), self.owner)
+        clips = x.unflatten(0, (-1, ctx.frames))
+        scale, shift = (
+            part[: ctx.frames, :, None, None] if x.ndim == 4 else part[: ctx.frames, None]
+            for part in (self.scale, self.shift)
+        )
+        return x + (clips * scale + shift).flatten(0, 1).to(x.dtype)
+
+
+class FrameRate(nn.Module):
+    """y = x + W2 silu(W1 sines(frames a second)), for the embedding x (b f, d) of the timestep; W2
+    and its bias zero. default: the rate where the context names none."""
+
+    def __init__(self, width: int, default: float) -> None:
+        super().__init__()
+        self.default = default
+        self.embedding = TimestepEmbedding(WAVES, width)
+        zeroed(self.embedding.linear_2)
+
+    def forward(self, x: Tensor, before: Tensor, ctx: StepContext) -> Tensor:
+        fps = ctx.fps
+        if fps is None:
+            fps = torch.full((len(x) // ctx.frames,), self.default)
+        if len(fps) * ctx.frames != len(x):
+            raise ValueError(f"{len(fps)} frame rates for {len(x) // ctx.frames} clips; one each")
+        waves = get_timestep_embedding(fps.to(x.device), WAVES, True, 0)
+        rate = self.embedding(waves.to(self.embedding.linear_1.weight.dtype))
+        return x + rate.repeat_interleave(ctx.frames, 0).to(x.dtype)
+
+
+class Structure(nn.Module):
+    """y = x + conv(s), for x that the model's first convolution makes of the latent: what an input
+    channel s beside the latent's own would add, its weights zero.
+
+    s (rows, 1, h, w) is the mean over channels of the clean latent `ctx.source`, made `level` times
+    half as large; in training a level up to `level` is drawn for each batch.
+    """
+
+    def __init__(self, first: nn.Conv2d, level: int) -> None:
+        super().__init__()
+        self.level = level
+        kernel, stride, padding = first.kernel_size, first.stride, first.padding
+        self.conv = nn.Conv2d(1, first.out_channels, kernel, stride, padding, bias=False)  # type: ignore[arg-type]
+        zeroed(self.conv)
+
+    def forward(self, x: Tensor, before: Tensor, ctx: StepContext) -> Tensor:
+        if ctx.source is None:
+            return untouched(x, self)
+        level = int(torch.randint(self.level + 1, ())) if self.training else self.level
+        s = halved(ctx.source.mean(1, keepdim=True), level)
+        return x + self.conv(s.to(self.conv.weight.dtype)).to(x.dtype)
+
+
+def halved(x: Tensor, times: int) -> Tensor:
+    """x (b, c, h, w) made 2 ** times smaller, to a pixel at least, and as large as it was again."""
+    if not times:
+        return x
+    height, width = (max(1, side >> times) for side in x.shape[-2:])
+    small = F.adaptive_avg_pool2d(x, (height, width))
+    return F.interpolate(small, x.shape[-2:], mode="bilinear", align_corners=False)

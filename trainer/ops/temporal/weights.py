@@ -1,0 +1,83 @@
+"""Weights of motion modules, read from files of other tools."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from trainer.common import pickles
+from trainer.common.paths import shipped
+
+if TYPE_CHECKING:
+    from trainer.attention.model import AttentionModel
+
+# the files of a folder of weights: a run of ours, diffusers' MotionAdapter
+FILES = ("adapter.safetensors", "diffusion_pytorch_model.safetensors")
+
+
+@torch.no_grad()
+def read_weights(
+    model: AttentionModel,
+    paths: Sequence[str],
+    where: str,
+    spelling: Callable[[str], str] | None = None,
+) -> None:
+    """Copies trained blocks into those at `paths` from an adapter of ours or the folder of a
+    MotionAdapter; what else an adapter of ours holds stays behind.
+
+    spelling: from what another writer calls a tensor to our name of it.
+
+    Raises:
+        ValueError: there is no such file, or it holds other blocks than these.
+    """
+    file = weights_file(where)
+    if file.suffix in pickles.SUFFIXES:
+        raise ValueError(f"weights={where}: {pickles.refusal(file)}")
+    try:
+        stored = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"weights={where}: not a safetensors file ({error}); pickles are never loaded"
+        ) from None
+    stored = {key.removeprefix(f"{model.denoiser_name}."): value for key, value in stored.items()}
+    if spelling is not None:
+        stored = {spelling(key): value for key, value in stored.items()}
+    inside = tuple(f"{path}." for path in paths)
+    wanted = {n: p for n, p in model.denoiser.named_parameters() if n.startswith(inside)}
+    buffers = {name for name, _ in model.denoiser.named_buffers()}
+    # what blocks of this kind are called, as in `motion_modules`
+    marks = {path.rstrip(".0123456789").rpartition(".")[2] for path in paths}
+    extra = [
+        name
+        for name in stored
+        if name not in wanted and name not in buffers and marks & set(name.split("."))
+    ]
+    if missing := [name for name in wanted if name not in stored]:
+        raise ValueError(f"weights={where}: it lacks {missing[0]}, {len(missing)} tensors in all")
+    if extra:
+        raise ValueError(
+            f"weights={where}: it holds {extra[0]}, {len(extra)} tensors in all, for which these "
+            "options make no place; give the options it was trained with"
+        )
+    for name, parameter in wanted.items():
+        if stored[name].shape != parameter.shape:
+            raise ValueError(
+                f"weights={where}: {name} is {tuple(stored[name].shape)} there and "
+                f"{tuple(parameter.shape)} here; it was trained for another backbone"
+            )
+        parameter.copy_(stored[name])
+
+
+def weights_file(where: str) -> Path:
+    """The file itself, or the one in a folder, which may be one that ships."""
+    path = shipped(where)
+    tried = [path / name for name in FILES] if path.is_dir() else [path]
+    found = [file for file in tried if file.is_file()]
+    if not found:
+        raise ValueError(f"weights={where}: no such file, nor a folder with {' or '.join(FILES)}")
+    return found[0]

@@ -1,0 +1,1 @@
+"""Finished runs: their folder, their adapter, and merging several."""

@@ -1,0 +1,172 @@
+"""The adapter: one safetensors file with exactly the trained tensors by parameter name (and what
+methods keep beside them), and the recipe in its header."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trainer.backbones import load_backbone
+from trainer.config import load
+from trainer.config.header import ADAPTER_FORMAT, HEADER, read_header
+from trainer.config.lineage import spec_of
+from trainer.methods.apply import apply_methods
+
+if TYPE_CHECKING:
+    from trainer.backbones.backbone import Backbone
+    from trainer.backbones.spec import BackboneSpec
+    from trainer.methods.apply import Plan
+    from trainer.methods.method import Edit
+
+
+def save_adapter(
+    path: Path, tensors: Mapping[str, Tensor], tree: Mapping[str, Any], identity: Mapping[str, str]
+) -> None:
+    """Writes the file beside its name and renames it, so that a full disk leaves nothing half
+    written."""
+    facts = {"format": ADAPTER_FORMAT, "recipe": dict(tree), "backbone": dict(identity)}
+    # one entry: safetensors writes several in an order of its own, another at every call
+    metadata = {HEADER: json.dumps(facts, sort_keys=True)}
+    part = path.with_name(f".{path.name}.part")
+    try:
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+            part,
+            metadata,
+        )
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except SafetensorError as error:  # a full disk, said in a way of its own
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(
+            int(number[1]) if number else errno.EIO,
+            f"the adapter was not written: {error}",
+            str(path),
+        ) from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_backbone(path: Path, stored: Mapping[str, str], own: Mapping[str, str]) -> None:
+    """Refuses a file that was trained on another backbone, naming both."""
+    for part, value in stored.items():
+        if part != "name" and own.get(part) != value:
+            raise ValueError(
+                f"adapter={path} was trained on backbone {stored.get('name')} ({part} {value}); "
+                "the one loaded is "
+                f"{own.get('name')} ({part} {own.get(part)})"
+            )
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Refuses tensors that are not those this model trains, naming both sides.
+
+    Raises:
+        ValueError: a missing or unasked key, another shape, a value that is no number.
+    """
+    missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    if missing or extra:
+        raise ValueError(
+            f"adapter={path} does not fit its recipe: the model stores "
+            f"{missing[:3] or 'nothing more'}, which the file "
+            f"lacks; the file holds {extra[:3] or 'nothing more'}, which the model does not store"
+        )
+    for name, own_value in wanted.items():
+        if tensors[name].shape != own_value.shape:
+            raise ValueError(
+                f"adapter={path}: {name} is {tuple(tensors[name].shape)} in the file and "
+                f"{tuple(own_value.shape)} in the model"
+            )
+        if not torch.isfinite(tensors[name]).all():
+            raise ValueError(
+                f"adapter={path}: {name} holds values that are not finite; its training diverged, "
+                "train again with a smaller optim.lr"
+            )
+
+
+def load_adapted(path: Path, backbone: str | None = None) -> tuple[Backbone, dict[str, Any]]:
+    """The backbone an adapter was trained on, adapted, and the recipe it carries.
+
+    Args:
+        backbone: a name or folder to use instead of the recipe's own; it must have the same shapes.
+
+    Raises:
+        ValueError: see `header`, `check_backbone` and `check`.
+    """
+    tree, _ = read_header(path)
+    loaded = load_base(spec_of(tree, backbone), backbone or tree["backbone"])
+    _add(path, loaded)
+    return loaded.eval().requires_grad_(False), tree
+
+
+def load_base(spec: BackboneSpec, name: str) -> Backbone:
+    """The backbone a spec describes, frozen and in eval mode. If it is the result of earlier runs,
+    their methods are applied and their tensors in place.
+
+    Raises:
+        ValueError: as `backbones.load` and `load`.
+    """
+    loaded = load_backbone(spec, name)
+    for path in map(Path, spec.adapters):
+        edits = _add(path, loaded)
+        for edit in edits.values():
+            if edit.schedule is not None:  # their run is over
+                edit.schedule(1.0)
+        loaded.goes_on_from(path)
+    return loaded.eval().requires_grad_(False)
+
+
+def _add(path: Path, backbone: Backbone) -> Mapping[str, Edit]:
+    """Applies an adapter's methods and copies its tensors."""
+    tree, stored = read_header(path)
+    check_backbone(path, stored, backbone.identity())
+    plan = apply_methods(backbone, load.methods_of(tree["methods"]))
+    own = _tensors(backbone)
+    wanted = {key: own[key] for key in plan.stored}
+    tensors = load_file(path)
+    check_tensors(path, tensors, wanted)
+    _copy(tensors, wanted)
+    return plan.edits
+
+
+def start_from(path: Path, backbone: Backbone, plan: Plan) -> None:
+    """Copies every tensor of an earlier adapter into a model that has more: what it learned stands
+    where it stood, the rest keeps its own start.
+
+    Raises:
+        ValueError: the file was trained on another backbone, or holds what this model lacks or its
+        own adapter, as `plan` has it, would not hold.
+    """
+    _, stored = read_header(path)
+    check_backbone(path, stored, backbone.identity())
+    own, tensors = _tensors(backbone), load_file(path)
+    if lost := sorted(set(tensors) - set(plan.stored)):
+        raise ValueError(
+            f"run.start_from={path}: what this recipe stores has no {lost[0]}, {len(lost)} in all; "
+            "name the methods, and their options, that the earlier adapter was trained with, or "
+            f"train over it as it is with backbone={path}"
+        )
+    wanted = {key: own[key] for key in tensors}
+    check_tensors(path, tensors, wanted)
+    _copy(tensors, wanted)
+
+
+def _tensors(model: Backbone) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+@torch.no_grad()
+def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    for key, value in target.items():
+        value.copy_(source[key])

@@ -1,0 +1,122 @@
+"""A run folder: where it is, whether its run is finished, and what happened in it.
+
+    recipe.yaml, plan.json, adapter.safetensors   what was asked, what trains, what came of it
+    checkpoints/step-000120/                      see `checkpoint.py`
+    events.jsonl                                  a line for each start and end, each checkpoint
+                                                  passed over or not written, each step left out
+    metrics.jsonl                                 a line for each time numbers are logged
+    .lock                                         the program that trains here
+
+Previews, the tracker's files and `evaluation.json` lie beside them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from trainer.common.atomic import written_whole
+from trainer.config.header import read_header
+from trainer.config.schema import Recipe, RunSpec
+
+WHERE = ("id", "out", "start_from")
+SAME_SECTIONS = ("backbone", "denoiser", "data", "methods", "objective", "optim")
+# of `run`, what decides which numbers are computed
+SAME_RUN_KEYS = ("batch_size", "accumulate", "seed", "resolution", "precision", "cache_latents")
+
+
+def folder_for(recipe: Recipe) -> Path:
+    """`runs/<recipe>/<id>`; every rank of a run finds the same one."""
+    name = recipe.run.id or os.environ.setdefault("TRAINER_RUN_ID", time.strftime("%Y%m%d-%H%M%S"))
+    return recipe.run.out / Path(recipe.name).stem / name
+
+
+def recipe_header(recipe: Recipe) -> dict[str, Any]:
+    """The recipe an adapter and a checkpoint carry: what was trained, not where it was written."""
+    run = {k: v for k, v in (recipe.tree.get("run") or {}).items() if k not in WHERE}
+    return {"recipe": recipe.name, **recipe.tree, "run": run}
+
+
+def is_finished(folder: Path, recipe: Recipe) -> bool:
+    """Whether the run there has done all its steps; more steps than it was made with go on.
+
+    Raises:
+        ValueError: it is the finished run of another recipe.
+    """
+    path = folder / "adapter.safetensors"
+    if not path.is_file():
+        return False
+    tree, _ = read_header(path)
+    if unlike := differing_keys(tree, recipe):
+        raise ValueError(
+            f"{folder} holds a finished run, with another {unlike[0]}; choose another id"
+        )
+    return bool(_run(tree, "steps") >= recipe.run.steps)
+
+
+def differing_keys(tree: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """The sections, and the keys of `run`, in which a stored recipe is another than this one."""
+    sections = [key for key in SAME_SECTIONS if tree.get(key) != recipe.tree.get(key)]
+    keys = [key for key in SAME_RUN_KEYS if _run(tree, key) != _run(recipe.tree, key)]
+    return [*sections, *(f"run.{key}" for key in keys)]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other programs out of the folder inside the block.
+
+    The system takes the lock back when the process ends, however it ends; a file system that knows
+    no locks keeps nobody out.
+
+    Raises:
+        ValueError: another program is in there; names it.
+    """
+    with (folder / ".lock").open("ab+", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read().decode() or "another program"
+            raise ValueError(
+                f"{folder}: {who} is training there; wait for its end, or choose another run.id"
+            ) from None
+        except OSError:
+            pass
+        with suppress(OSError):  # a full disk
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}".encode())
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                file.truncate(0)
+
+
+def note_event(folder: Path, event: str, **facts: Any) -> None:
+    """Adds a line to `events.jsonl`."""
+    append_line(folder / "events.jsonl", {"event": event, **facts})
+
+
+def append_line(path: Path, facts: Mapping[str, Any]) -> None:
+    """Adds a line of JSON, with the time. A disk without room for it does not end a run."""
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    with suppress(OSError), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": when, **facts}) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside the name and renames: a full disk or a kill leaves what was there before."""
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def _run(tree: Mapping[str, Any], key: str) -> Any:
+    return (tree.get("run") or {}).get(key, RunSpec.model_fields[key].default)

@@ -1,0 +1,103 @@
+"""Exponential moving average over the trained parameters only: averaged <- d averaged + (1 - d)
+parameter.
+
+The decay warms up as min(d, (1 + k) / (10 + k)) after k steps, so that short runs are not averages
+of their start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from trainer.training.module import DiffusionModule
+
+
+class EMA(lightning.Callback):
+    """Holds one copy of what trains; `swapped(module)` lends it to validation, previews and the
+    adapter."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay, self.steps = decay, 0
+        self.averaged: dict[str, Tensor] = {}
+        self._stored: dict[str, Tensor] = {}
+
+    def on_fit_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        own = _module(pl_module).trainable()
+        self.averaged = {name: value.detach().float().clone() for name, value in own.items()}
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any, **__: Any
+    ) -> None:
+        if trainer.global_step <= self.steps:
+            return  # a micro-batch of an accumulated step
+        self.steps = trainer.global_step
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        own = _module(pl_module).trainable()
+        torch._foreach_lerp_(
+            list(self.averaged.values()),
+            [own[name].detach().float() for name in self.averaged],
+            1 - decay,
+        )
+
+    @contextmanager
+    def swapped(self, module: DiffusionModule) -> Iterator[None]:
+        """The module with averaged weights inside the block, and its own again after it."""
+        self._swap(module)
+        try:
+            yield
+        finally:
+            self.take_back(module)
+
+    def on_validation_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        self._swap(_module(pl_module))
+
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        self.take_back(_module(pl_module))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "averaged": {name: value.cpu() for name, value in self.averaged.items()},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Into what `on_fit_start` has made."""
+        self.steps, stored = state_dict["steps"], state_dict["averaged"]
+        assert stored.keys() == self.averaged.keys()
+        for name, value in self.averaged.items():
+            value.copy_(stored[name])
+
+    @torch.no_grad()
+    def _swap(self, module: DiffusionModule) -> None:
+        if not self.averaged:
+            return
+        for name, parameter in module.trainable().items():
+            self._stored[name] = parameter.detach().clone()
+            parameter.copy_(self.averaged[name])
+
+    @torch.no_grad()
+    def take_back(self, module: DiffusionModule) -> None:
+        """The module with its own weights, if it has the averaged ones."""
+        for name, parameter in module.trainable().items():
+            if name in self._stored:
+                parameter.copy_(self._stored[name])
+        self._stored.clear()
+
+
+def _module(module: lightning.LightningModule) -> DiffusionModule:
+    assert isinstance(module, DiffusionModule)
+    return module

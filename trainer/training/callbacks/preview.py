@@ -1,0 +1,175 @@
+"""Pictures, or clips, at fixed prompts and seeds while training, the base model's first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from PIL import Image
+from torch import Tensor
+
+from trainer.attention.sites import select
+from trainer.backbones.backbone import Backbone
+from trainer.diffusion.sampler import sample
+from trainer.media.grids import grid, overlay_maps, stacked
+from trainer.media.write_video import PLAYED, write_frames
+from trainer.ops.attention_maps import MapStore
+from trainer.training.callbacks.ema import EMA
+from trainer.training.callbacks.hang import HangGuard
+from trainer.training.callbacks.trackers import log_clip, log_picture
+from trainer.training.module import DiffusionModule
+
+GRID = "grid.png"
+
+
+class Preview(lightning.Callback):
+    """Writes `previews/grid.png`, a row a look, and each look to every tracker; with `maps`, where
+    that token looks. A run that goes on keeps the rows it had.
+
+    With `frames` above 1 a look is of clips: `previews/<look>.png`, a row a prompt and a column a
+    frame, and `<look>.gif` and `.mp4`, which play all of them side by side. fps: of these clips.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        prompts: Sequence[str],
+        every: int,
+        steps: int,
+        guidance: float,
+        seed: int,
+        negative: str = "",
+        maps: str | None = None,
+        ema: EMA | None = None,
+        hang: HangGuard | None = None,
+        frames: int = 1,
+        fps: float | None = None,
+    ) -> None:
+        self.folder, self.prompts, self.every = folder, list(prompts), every
+        self.maps, self.ema, self.hang = maps, ema, hang
+        self.options: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative": negative}
+        self.frames, self.fps = frames, fps
+        if frames > 1:
+            self.options |= {"frames": frames, "fps": fps}
+        self.seeds = [seed + i for i in range(len(self.prompts))]
+        self.rows: list[tuple[str, Tensor]] = []
+        self.earlier: list[Image.Image] = []  # the sheet of a run that this one goes on with
+        self.last = -1
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        if trainer.global_step == 0:
+            self._look(trainer, pl_module, "base")
+        elif trainer.is_global_zero:
+            with suppress(OSError), Image.open(self.folder / GRID) as sheet:
+                self.earlier = [sheet.copy()]
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any, **__: Any
+    ) -> None:
+        step = trainer.global_step
+        if step != self.last and step % self.every == 0 and step < trainer.max_steps:
+            self._look(trainer, pl_module, f"step {step}")
+
+    def on_train_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        if self.last != trainer.global_step:
+            self._look(trainer, pl_module, f"step {trainer.global_step}")
+
+    def _look(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, label: str
+    ) -> None:
+        self.last = trainer.global_step
+        if not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, DiffusionModule)
+        with (
+            self.hang.inside("preview") if self.hang else nullcontext(),
+            self.ema.swapped(pl_module) if self.ema else nullcontext(),
+        ):
+            pictures, maps = self._paint(pl_module.backbone)
+        rows = [(label, pictures)]
+        if maps is not None and label != "base":
+            rows.append((f"{self.maps}", overlay_maps(pictures, maps)))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.frames > 1:
+            self._show_clips(trainer, rows)
+            return
+        self.rows += rows
+        stacked([*self.earlier, grid(self.rows, self.prompts)]).save(self.folder / GRID)
+        log_picture(trainer, "preview", grid(rows[:1], self.prompts), trainer.global_step)
+
+    def _show_clips(self, trainer: lightning.Trainer, rows: list[tuple[str, Tensor]]) -> None:
+        place = self.folder / rows[0][0].replace(" ", "-")
+        own = [(name, pictures.split(self.frames)) for name, pictures in rows]
+        sheet = [
+            (prompt if i == 0 else name, clips[number])
+            for number, prompt in enumerate(self.prompts)
+            for i, (name, clips) in enumerate(own)
+        ]
+        grid(sheet).save(f"{place}.png")
+        images = [
+            grid([(name, pictures[i :: self.frames]) for name, pictures in rows], self.prompts)
+            for i in range(self.frames)
+        ]
+        log_clip(
+            trainer, "preview", write_frames(images, place, self.fps or PLAYED), trainer.global_step
+        )
+
+    def _paint(self, backbone: Backbone) -> tuple[Tensor, Tensor | None]:
+        """Clips one by one: their frames make the batch."""
+        where = positions(backbone, self.prompts, self.maps) if self.maps else None
+        at_once = len(self.prompts) if self.frames == 1 else 1
+        parts = [
+            self._painted(
+                backbone,
+                self.prompts[i : i + at_once],
+                self.seeds[i : i + at_once],
+                where and where[i : i + at_once],
+            )
+            for i in range(0, len(self.prompts), at_once)
+        ]
+        maps = [maps for _, maps in parts if maps is not None]
+        return torch.cat([pictures for pictures, _ in parts]), torch.cat(maps) if maps else None
+
+    def _painted(
+        self,
+        backbone: Backbone,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        where: list[list[int]] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """where: the places of the token in each prompt, for its maps (rows, h, w)."""
+        if where is None:
+            return sample(backbone, prompts, seeds, **self.options).cpu(), None
+        rows = [places for places in where for _ in range(self.frames)]
+        # the same columns for the unconditional half; its rows are dropped below
+        store = MapStore([*rows, *rows] if self.options["guidance"] > 1 else rows)
+        sites = [site for site in select(backbone.sites, "cross") if site.divisor in (1, 2)]
+        backbone.host.install(store, sites)
+        try:
+            pictures = sample(backbone, prompts, seeds, **self.options).cpu()
+        finally:
+            backbone.host.remove(store)
+        maps = store.average(
+            (pictures.shape[-2] // backbone.divisor, pictures.shape[-1] // backbone.divisor)
+        )
+        return pictures, maps[-len(rows) :, 0]
+
+
+def positions(backbone: Backbone, prompts: Sequence[str], token: str) -> list[list[int]] | None:
+    """Where `token` stands in each tokenised prompt, or None if one lacks it."""
+    wanted = backbone.tokenizer.convert_tokens_to_ids(token)
+    found = []
+    for prompt in prompts:
+        ids = backbone.tokenizer(prompt).input_ids
+        if wanted not in ids or wanted == backbone.tokenizer.unk_token_id:
+            return None
+        found.append([ids.index(wanted)])
+    return found

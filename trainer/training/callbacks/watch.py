@@ -1,0 +1,176 @@
+"""Before every optimiser step all ranks agree, in one small all-reduce, on two things: whether a
+signal asks the run to end, and whether a loss or a gradient is no number.
+
+What is not finite never reaches a weight. `raise` ends the run; `skip` leaves the step out;
+`rollback` also takes weights, optimiser and average back to the last checkpoint and goes on with
+the batches after it, as in PaLM (arXiv 2204.02311, section 5.1). A step left out still counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning
+import torch
+from torch import Tensor
+
+from trainer.common.exit_codes import DISK, INTERRUPTED, NONFINITE, REQUEUE, TERMINATED, LeaveError
+from trainer.data.loader import Batch
+from trainer.runs.run_folder import note_event
+from trainer.training.callbacks.checkpoints import Checkpoints, gather
+from trainer.training.callbacks.signals import Signals
+
+Policy = Literal["raise", "skip", "rollback"]
+SIGNALS = {TERMINATED: "SIGTERM", INTERRUPTED: "SIGINT", REQUEUE: "SIGUSR1"}
+
+
+class Watch(lightning.Callback):
+    """in_a_row, total: how many steps `skip` and `rollback` may leave out. clip: the norm that
+    gradients are cut to, or None. Stands behind
+    `Checkpoints`, whose place it saves. say: prints a line, on the first rank."""
+
+    def __init__(
+        self,
+        signals: Signals,
+        checkpoints: Checkpoints,
+        policy: Policy,
+        in_a_row: int,
+        total: int,
+        clip: float | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.signals, self.checkpoints, self.policy, self.say = signals, checkpoints, policy, say
+        self.in_a_row, self.total, self.clip = in_a_row, total, clip
+        self.row = self.spent = self.stop = 0
+        self.voted = checkpoints.saved
+        self.batches: list[tuple[int, list[str]]] = []
+        self.losses: list[Tensor] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"row": self.row, "spent": self.spent}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.row, self.spent = state_dict["row"], state_dict["spent"]
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, _: int
+    ) -> None:
+        assert isinstance(batch, Batch)
+        self.batches.append((batch.step, list(batch.keys)))
+
+    def on_before_backward(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: Tensor
+    ) -> None:
+        self.losses.append(loss.detach())
+
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        values = [value for group in optimizer.param_groups for value in group["params"]]
+        gradients = [value.grad for value in values if value.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        sound = torch.isfinite(torch.stack(self.losses).float().sum() + norm.to(self.losses[0]))
+        self.stop, unsound = self._agree(trainer, sound)
+        if unsound:
+            self._leave_out(trainer, pl_module, optimizer, float(norm))
+        else:
+            self.row = 0
+            if self.clip is not None:  # here, where the norm is known already
+                torch.nn.utils.clip_grads_with_norm_(values, self.clip, norm)
+        self.batches.clear()
+        self.losses.clear()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any, **__: Any
+    ) -> None:
+        if self.checkpoints.tried != self.voted:  # a save takes time: signals may have come
+            self.voted = self.checkpoints.tried
+            self.stop = self._agree(trainer)[0]
+        if self.stop:
+            self._leave(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any, **__: Any
+    ) -> None:
+        self.stop = self._agree(trainer)[0]
+        if self.stop:
+            self._leave(trainer, pl_module)
+
+    def _agree(self, trainer: lightning.Trainer, sound: Tensor | None = None) -> tuple[int, bool]:
+        """The exit code a signal asks for on any rank, and whether any rank has met what is no
+        number."""
+        device = trainer.strategy.root_device
+        unsound = torch.zeros((), device=device) if sound is None else (~sound).float()
+        received = torch.tensor(float(self.signals.received), device=device)
+        flags = torch.stack([received, unsound.to(device)])
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        code, bad = flags.tolist()
+        return int(code), bool(bad)
+
+    def _leave(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        name, step = SIGNALS[self.stop], trainer.global_step
+        problem = self.checkpoints.save(trainer, pl_module)
+        if trainer.is_global_zero:
+            note_event(
+                self.checkpoints.folder, "stopped", signal=name, step=step, saved=not problem
+            )
+        if problem:
+            raise LeaveError(DISK, f"{name} after step {step}, and {problem}")
+        raise LeaveError(
+            self.stop, f"{name}: saved after step {step}; the same command, with its run=, goes on"
+        )
+
+    def _leave_out(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        optimizer: torch.optim.Optimizer,
+        norm: float,
+    ) -> None:
+        step = trainer.global_step
+        found = [each for rank in gather(trainer, self._found(trainer)) for each in rank]
+        keys = sorted({key for each in found for key in each["keys"]})
+        if trainer.is_global_zero:
+            facts = {"policy": self.policy, "norm": str(norm), "batches": found}
+            note_event(self.checkpoints.folder, "nonfinite", step=step, **facts)
+        what = (
+            f"step {step}: a loss or a gradient is not finite, in a batch of {', '.join(keys[:8])}"
+        )
+        if self.policy == "raise":
+            raise LeaveError(
+                NONFINITE,
+                f"{what}; the weights have not taken it. Mend the samples, lower optim.lr, or set "
+                "run.on_nonfinite to skip or rollback, and go on with run=<run folder>",
+            )
+        self.row, self.spent = self.row + 1, self.spent + 1
+        if self.row > self.in_a_row or self.spent > self.total:
+            raise LeaveError(
+                NONFINITE,
+                f"{what}; {self.row} steps in a row and {self.spent} in all, over "
+                f"run.nonfinite_in_a_row={self.in_a_row} or run.nonfinite_total={self.total}",
+            )
+        if self.policy == "rollback":
+            back = self.checkpoints.go_back(trainer, pl_module)
+            self.say(f"{what}; back to the weights of step {back}, on with the next batch")
+        else:
+            self.say(f"{what}; left out")
+        optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing
+
+    def _found(self, trainer: lightning.Trainer) -> list[dict[str, Any]]:
+        """This rank's micro-batches of the step with their losses; where some are not finite, those
+        alone."""
+        rank, parts = trainer.global_rank, trainer.accumulate_grad_batches
+        losses = [float(loss) * parts for loss in self.losses]
+        pairs = list(zip(self.batches, losses, strict=True))
+        bad = [pair for pair in pairs if not math.isfinite(pair[1])]
+        return [
+            {"rank": rank, "micro_step": micro_step, "loss": str(loss), "keys": keys}
+            for (micro_step, keys), loss in bad or pairs
+        ]

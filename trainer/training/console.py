@@ -1,0 +1,19 @@
+"""Lines for the user, from the first rank alone."""
+
+from __future__ import annotations
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+
+console = Console(stderr=True)
+
+
+def first_rank() -> bool:
+    """Known from the environment, before there is a trainer."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
+
+
+def say(text: str, style: str | None = None) -> None:
+    """A line for the user, from the first rank."""
+    if first_rank():
+        console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,153 @@
+"""`data inspect`: a contact sheet of exactly what the trainer sees, and how many pictures there are
+of each shape and in each bucket."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from trainer.common.seeds import seed_of
+from trainer.config.schema import Recipe
+from trainer.data.buckets import Bucketed, Size, upright_size
+from trainer.data.loader import Batch, Planned
+from trainer.data.source import Dataset
+from trainer.data.sources.concept import ConceptData
+from trainer.data.sources.folder import Photos
+from trainer.data.tars.reader import Tars
+from trainer.media.grids import wrap
+from trainer.media.images import to_pil
+from trainer.runs.adapter import load_base
+from trainer.training.build import needs, step_plan
+
+SIDE, PAD, LINE, COLUMNS = 192, 8, 14, 4
+FRAMES = 4  # of a clip, side by side
+LEFT_OUT = (255, 0, 255)  # what the mask keeps out of the loss
+BAR = 40  # characters
+
+
+def inspect(recipe: Recipe, count: int, step: int, out: Path) -> Iterator[str]:
+    """Draws `count` samples from micro-batch `step` on into `out`, a PNG; yields the lines of the
+    histogram."""
+    backbone = load_base(recipe.backbone, recipe.backbone_name)
+    train, _ = recipe.data.open(needs(recipe, backbone))
+    batches = Planned(train, step_plan(recipe, train), None, 0, 1)
+    cells: list[Image.Image] = []
+    while len(cells) < count:
+        batch = batches[step]
+        captions = seen_captions(recipe, batch)
+        cells += [_cell(batch, i, captions[i]) for i in range(len(batch.keys))]
+        step += 1
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _sheet(cells[:count]).save(out, "PNG")
+    shapes = originals(train)
+    if shapes:
+        yield from _histogram("pictures as stored, by aspect ratio", map(_aspect, shapes))
+    seen = Counter[str]()
+    for group, size in zip(train.groups, _sizes(train, batch), strict=True):
+        seen[f"{size[0]}x{size[1]}"] += len(group)
+    yield from _histogram("buckets, width x height", seen)
+    yield from (f"skipped {reason}" for reason in train.skipped)
+    yield str(out)
+
+
+def seen_captions(recipe: Recipe, batch: Batch) -> list[str]:
+    """The captions of a training batch after dropout, as `DiffusionModule.sample_losses` draws
+    it."""
+    share, seed = recipe.objective.caption_dropout, recipe.run.seed
+    draws = [seed_of(seed, "train", batch.step, place, "caption") / 2**63 for place in batch.places]
+    return ["" if draw < share else text for draw, text in zip(draws, batch.captions, strict=True)]
+
+
+def originals(data: Dataset) -> list[Size]:
+    """Width and height of each picture as it is stored, where the source keeps pictures."""
+    if isinstance(data, Tars):
+        return [(entry.width, entry.height) for _, entry in data.rows]
+    if isinstance(data, Photos):
+        return [upright_size(path) for path, _ in data.pairs]
+    if isinstance(data, ConceptData):
+        return [pair.image.size for pair in data.pairs]
+    return []
+
+
+def _sizes(data: Dataset, batch: Batch) -> list[Size]:
+    """The size of each group; that of the batch where all are of one."""
+    if isinstance(data, Bucketed):
+        return list(data.sizes)
+    assert batch.pixels is not None
+    height, width = batch.pixels.shape[-2:]
+    return [(width, height)] * len(data.groups)
+
+
+def _histogram(title: str, found: Iterator[str] | Counter[str]) -> Iterator[str]:
+    counts = Counter(found)
+    most = max(counts.values())
+    yield f"{title}:"
+    for name, number in sorted(counts.items()):
+        yield f"  {name:>10} {number:>7} {'#' * max(1, round(BAR * number / most))}"
+
+
+def _aspect(shape: Size) -> str:
+    """To the nearest tenth, as in 1.5:1 and 1:1.5."""
+    wide, tall = shape
+    return f"{wide / tall:.1f}:1" if wide >= tall else f"1:{tall / wide:.1f}"
+
+
+def _cell(batch: Batch, index: int, caption: str) -> Image.Image:
+    """One sample: its picture as large as fits, what the loss leaves out marked, and its facts."""
+    assert batch.pixels is not None
+    frames = batch.pixels[index * batch.frames : (index + 1) * batch.frames]
+    shown = [frames[i] for i in _spread(len(frames))]
+    mask = None if batch.masks is None else batch.masks[index]
+    pictures = [_marked(frame, mask) for frame in shown]
+    wide, tall = pictures[0].size
+    scale = min(SIDE / wide / len(pictures), SIDE / tall)
+    size = max(1, round(wide * scale)), max(1, round(tall * scale))
+    kind = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    lines = [
+        f"step {batch.step} place {batch.places[index]}  {wide}x{tall}"
+        + (f" x {batch.frames} frames" if batch.frames > 1 else ""),
+        f"{batch.keys[index]}  weight {float(batch.weights[index]):g}",
+        *wrap(caption or "(caption dropped)" if batch.captions[index] else "(no caption)", SIDE),
+    ]
+    cell = Image.new("RGB", (SIDE, SIDE + 4 + LINE * len(lines)), "white")
+    for number, picture in enumerate(pictures):
+        cell.paste(picture.resize(size, kind), (number * size[0], 0))
+    pen = ImageDraw.Draw(cell)
+    for number, line in enumerate(lines):
+        fill = "red" if number > 1 and not caption else "black"
+        pen.text((0, SIDE + 4 + number * LINE), line, fill=fill)
+    return cell
+
+
+def _spread(count: int) -> Sequence[int]:
+    shown = min(FRAMES, count)
+    return [round(i * (count - 1) / max(1, shown - 1)) for i in range(shown)]
+
+
+def _marked(frame: Tensor, mask: Tensor | None) -> Image.Image:
+    """The picture (3, H, W); what its mask (1, h, w) of latents leaves out is half magenta."""
+    picture = to_pil(frame)
+    if mask is None:
+        return picture
+    whole = torch.nn.functional.interpolate(mask[None].float(), frame.shape[-2:], mode="nearest")
+    share = Image.fromarray(np.uint8(127 * (1 - whole[0, 0].numpy())))
+    return Image.composite(Image.new("RGB", picture.size, LEFT_OUT), picture, share)
+
+
+def _sheet(cells: Sequence[Image.Image]) -> Image.Image:
+    rows = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]
+    heights = [max(cell.height for cell in row) for row in rows]
+    width = PAD + min(COLUMNS, len(cells)) * (SIDE + PAD)
+    sheet = Image.new("RGB", (width, PAD + sum(heights) + PAD * len(rows)), "white")
+    top = PAD
+    for row, height in zip(rows, heights, strict=True):
+        for number, cell in enumerate(row):
+            sheet.paste(cell, (PAD + number * (SIDE + PAD), top))
+        top += height + PAD
+    return sheet

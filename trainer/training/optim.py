@@ -1,0 +1,127 @@
+"""The optimisers of `optim.name`, and what lr does over a run."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.ops.adapters.nf4 import bitsandbytes
+
+# optimisers of bitsandbytes (arXiv 2110.02861); a tensor below 4096 values keeps 32-bit moments
+EIGHT_BIT = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW, one of `EIGHT_BIT`, or Muon: a linear warm-up over `warmup` of `steps`, then constant
+    or cosine to `final_lr` of lr. muon_lr: of what Muon moves; None is lr."""
+
+    lr: float
+    steps: int
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+    warmup: int = 0
+    schedule: str = "constant"
+    final_lr: float = 0.0
+    name: str = "adamw"
+    muon_lr: float | None = None
+
+    def factor(self, step: int) -> float:
+        """What lr is multiplied by at optimiser step `step`."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        if self.schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_optimizer(
+    optim: Optim,
+    named: Mapping[str, nn.Parameter],
+    lrs: Mapping[str, float],
+    blocks: Sequence[str],
+    device: str,
+) -> torch.optim.Optimizer:
+    """The optimiser of `named` parameters.
+
+    lrs: parameters with an lr of their own, by name; blocks: how the names begin of what lies in a
+    block with attention, whose matrices Muon moves unless they have an lr of their own.
+
+    Raises:
+        ValueError: as `optimizer_class`; Muon has nothing to move.
+    """
+    within = tuple(blocks) if optim.name == "muon" else ()
+    matrices, by_lr = [], defaultdict(list)
+    for name, value in named.items():
+        if value.ndim == 2 and name.startswith(within) and name not in lrs:
+            matrices.append(value)
+        else:
+            by_lr[lrs.get(name, optim.lr)].append(value)
+    parts = []
+    if matrices:
+        lr = optim.lr if optim.muon_lr is None else optim.muon_lr
+        decay = optim.weight_decay
+        parts.append(torch.optim.Muon(matrices, lr, decay, adjust_lr_fn="match_rms_adamw"))
+    elif optim.name == "muon":
+        raise ValueError(
+            "optim.name=muon moves matrices in the blocks that hold attention, and none of them "
+            "trains; set optim.name=adamw"
+        )
+    if by_lr:
+        parts.append(
+            optimizer_class(optim.name, device)(
+                [{"params": group, "lr": lr} for lr, group in by_lr.items()],
+                lr=optim.lr,
+                betas=optim.betas,
+                eps=optim.eps,
+                weight_decay=optim.weight_decay,
+            )
+        )
+    return Muon(parts) if matrices else parts[0]
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al., https://kellerjordan.github.io/posts/muon) and what moves all else, as
+    one optimiser: schedules, checkpoints and callbacks see one list of groups and one state.
+
+    Muon's step is the momentum made orthogonal, times 0.2 sqrt(max(rows, columns)) lr, so that its
+    values are of the size of AdamW's (arXiv 2502.16982, section 2.2).
+    """
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = list(parts)
+        super().__init__([group for part in parts for group in part.param_groups], {})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None if closure is None else closure()
+        groups = iter(self.param_groups)
+        for part in self.parts:  # `load_state_dict` puts new groups and a new state here
+            part.param_groups = list(islice(groups, len(part.param_groups)))
+            part.state = self.state
+            part.step()
+        return loss
+
+
+def optimizer_class(name: str, device: str) -> Any:
+    """The class that moves what Muon does not.
+
+    Raises:
+        ValueError: bitsandbytes is not installed, or a paged optimiser is to run on a CPU.
+    """
+    if name not in EIGHT_BIT:
+        return torch.optim.AdamW
+    if name.startswith("paged") and device != "cuda":
+        raise ValueError(
+            f"optim.name={name} pages between a GPU and main memory, and this run is on {device}; "
+            "set optim.name=adamw8bit"
+        )
+    return getattr(bitsandbytes(f"optim.name={name}").optim, EIGHT_BIT[name])
