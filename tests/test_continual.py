@@ -15,10 +15,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from trainer.cli.fit import train_recipe
 from trainer.config.load import load_recipe, task_recipe
 from trainer.config.schema import RecipeError
 from trainer.config.tree import merge_trees
-from trainer.continual import summary
+from trainer.continual import run_continual, summary
 from trainer.runs.adapter import load_adapted
 from trainer.training.fit import fit
 
@@ -66,7 +67,7 @@ def test_two_tasks(
     name: str, tmp_path: Path, tiny_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = [write(tmp_path, tiny_folder, METHODS[name])]
-    folder = fit(load_recipe(words))
+    folder = run_continual(load_recipe(words))
     assert folder == tmp_path / "runs" / "two" / "x"
     first, second = (load_file(folder / f"task-{t}" / "adapter.safetensors") for t in range(2))
     facts = json.loads((folder / "continual.json").read_text())
@@ -88,7 +89,7 @@ def test_two_tasks(
     assert tree["data"]["concept"] == "sprite:panda" and tree["data"]["token"] == "<v2>"
     assert {"<v1>", "<v2>"} <= set(model.tokenizer.get_vocab())
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    assert fit(load_recipe(words)) == folder
+    assert run_continual(load_recipe(words)) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
     assert "forgetting" in capfd.readouterr().err
 
@@ -96,7 +97,7 @@ def test_two_tasks(
 def test_killed_inside_the_second_task_it_goes_on_there(tmp_path: Path, tiny_folder: Path) -> None:
     changes = {"run": {"steps": STEPS}, "continual": {"images": 0}}
     words = [write(tmp_path, tiny_folder, METHODS["inflora"], **changes)]
-    whole = fit(load_recipe([*words, "run.id=whole"]))
+    whole = run_continual(load_recipe([*words, "run.id=whole"]))
     command = [sys.executable, "-m", "trainer", "fit", *words, "run.id=killed"]
     folder = whole.with_name("killed")
     place = folder / "task-1"
@@ -109,7 +110,7 @@ def test_killed_inside_the_second_task_it_goes_on_there(tmp_path: Path, tiny_fol
         process.kill()
     assert not (place / "adapter.safetensors").exists()
     trained = (folder / "task-0" / "adapter.safetensors").stat().st_mtime_ns
-    assert fit(load_recipe([*words, "run.id=killed"])) == folder
+    assert run_continual(load_recipe([*words, "run.id=killed"])) == folder
     assert (folder / "task-0" / "adapter.safetensors").stat().st_mtime_ns == trained
     for task in range(2):
         one, other = (
@@ -123,19 +124,19 @@ def test_killed_inside_the_second_task_it_goes_on_there(tmp_path: Path, tiny_fol
 def test_judged_tasks_are_not_judged_again(tmp_path: Path, tiny_folder: Path) -> None:
     """Stopped between judging the first task and training the second."""
     words = [write(tmp_path, tiny_folder, METHODS["lora"], continual={"images": 2})]
-    one = fit(load_recipe(words))
+    one = run_continual(load_recipe(words))
     facts = json.loads((one / "continual.json").read_text())
     facts["accuracy"] = [[0.123]]
     (one / "continual.json").write_text(json.dumps(facts))
     (one / "task-1" / "adapter.safetensors").unlink()
-    fit(load_recipe(words))
+    run_continual(load_recipe(words))
     again = json.loads((one / "continual.json").read_text())
     assert again["accuracy"][0] == [0.123]
     assert len(again["accuracy"]) == 2
     with pytest.raises(ValueError, match=r"was made with continual\.images=2, and this run has 3"):
-        fit(load_recipe([*words, "continual.images=3"]))
+        run_continual(load_recipe([*words, "continual.images=3"]))
     with pytest.raises(ValueError, match="holds a finished run, with another optim"):
-        fit(load_recipe([*words, "optim.lr=0.5"]))
+        run_continual(load_recipe([*words, "optim.lr=0.5"]))
 
 
 def test_forgetting_by_hand() -> None:
@@ -216,5 +217,17 @@ def test_a_backbone_without_a_judge_is_told_before_training(
 ) -> None:
     words = [write(tmp_path, tiny_folder, METHODS["lora"], continual={"judge": None})]
     with pytest.raises(ValueError, match=r"has no judge of its own; give continual\.judge"):
-        fit(load_recipe(words))
+        run_continual(load_recipe(words))
     assert not list(tmp_path.rglob("checkpoints"))
+
+
+def test_fit_alone_refuses_several_concepts_and_the_command_trains_them(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    words = [write(tmp_path, tiny_folder, METHODS["lora"], continual={"images": 0})]
+    with pytest.raises(ValueError, match=r"two\.yaml learns 2 concepts in .*run_continual"):
+        fit(load_recipe(words))
+    assert not (tmp_path / "runs").exists()
+    folder = train_recipe(load_recipe(words), tmp_path / "given")
+    assert folder == tmp_path / "given"
+    assert all((folder / f"task-{task}" / "adapter.safetensors").is_file() for task in range(2))

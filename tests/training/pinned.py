@@ -43,12 +43,12 @@ RUNS: dict[str, list[str]] = {
 def run(name: str, out: Path) -> dict[str, Any]:
     """Trains one of `RUNS` under `out` and returns its losses in hexadecimal and its adapter's
     digest: names, shapes, types and bytes, not the header, which holds the recipe."""
+    from trainer.cli.fit import train_recipe
     from trainer.config.load import load_recipe
-    from trainer.training.fit import fit
 
     given = {word.split("=")[0] for word in RUNS[name]}
     words = [word for word in SHORT if word.split("=")[0] not in given]
-    folder = fit(load_recipe([*RUNS[name], *words, f"run.out={out}"]))
+    folder = train_recipe(load_recipe([*RUNS[name], *words, f"run.out={out}"]))
     logs = sorted(folder.rglob("metrics.jsonl"))
     lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     kinds = ("train/loss", "val/loss")

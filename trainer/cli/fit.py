@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trainer.cli.options import quiet_libraries
 from trainer.config.load import load_recipe
-from trainer.config.schema import RecipeError
-
-if TYPE_CHECKING:
-    pass
+from trainer.config.schema import Recipe, RecipeError
 
 
 def run(words: list[str]) -> int:
@@ -23,9 +19,23 @@ def run(words: list[str]) -> int:
         raise RecipeError(f"{places[0]} and run.id={loaded.run.id} both name a folder; give one")
     quiet_libraries()
     from trainer.training.console import first_rank
-    from trainer.training.fit import fit as run
 
-    folder = run(loaded, Path(places[0].removeprefix("run=")).expanduser() if places else None)
+    given = Path(places[0].removeprefix("run=")).expanduser() if places else None
+    folder = train_recipe(loaded, given)
     if first_rank():
         print(folder)
     return 0
+
+
+def train_recipe(recipe: Recipe, folder: Path | None = None) -> Path:
+    """Trains a recipe in one run, or in a run for each of its `continual.concepts`.
+
+    Returns the folder of the run, or the one that holds the runs of all concepts.
+    """
+    if recipe.continual.concepts:
+        from trainer.continual import run_continual
+
+        return run_continual(recipe, folder)
+    from trainer.training.fit import fit
+
+    return fit(recipe, folder)

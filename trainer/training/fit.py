@@ -58,12 +58,14 @@ def fit(recipe: Recipe, folder: Path | None = None) -> Path:
 
     Raises:
         LeaveError: it ended early, with what it has reached on disk; see `exits.py`.
-        ValueError: what the user can mend; another program training there, say.
+        ValueError: what the user can correct, such as another program training in that folder, or a
+            recipe with `continual.concepts`, which needs a run for each.
     """
     if recipe.continual.concepts:
-        from trainer.continual import run_continual  # which calls this function for every concept
-
-        return run_continual(recipe, folder)
+        raise ValueError(
+            f"{recipe.name} learns {len(recipe.continual.concepts)} concepts in a run each; train "
+            "it with `python -m trainer fit`, or from Python with trainer.continual.run_continual"
+        )
     folder = folder or folder_for(recipe)
     if is_finished(folder, recipe):
         say(f"{folder}: this run is finished; another run.id or run= starts a new one")
