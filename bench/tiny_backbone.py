@@ -24,7 +24,7 @@ from trainer.config.lineage import backbone_spec
 from trainer.data.world.scenes import RELATIONS, Scene, draw_scene
 from trainer.data.world.sprites import ALL, KNOWN
 from trainer.diffusion.sampler import sample_many
-from trainer.evaluation.judge import Judge, stands
+from trainer.evaluation.judge import Judge, relation_holds
 from trainer.media.grids import grid
 from trainer.media.images import to_tensor
 
@@ -63,10 +63,13 @@ def two(judge: Judge, pictures: Tensor, scenes: Sequence[Scene]) -> tuple[float,
     right."""
     found = judge.found(pictures, ALL)
     both = [row for row, pair in enumerate(found.top(2)) if set(pair) == set(words(scenes[row]))]
-    placed = [
-        stands(found, row, *words(scenes[row]), RELATIONS[str(scenes[row].relation)])
-        for row in both
-    ]
+
+    def placed_right(row: int) -> bool:
+        first, second = words(scenes[row])
+        relation = RELATIONS[str(scenes[row].relation)]
+        return relation_holds(found, row, first=first, second=second, relation=relation)
+
+    placed = [placed_right(row) for row in both]
     return len(both) / len(scenes), float(np.mean(placed)) if placed else 0.0
 
 

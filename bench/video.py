@@ -42,7 +42,7 @@ from torch import Tensor
 
 from trainer.data.world.scenes import article
 from trainer.data.world.sprites import ALL, KNOWN
-from trainer.evaluation.clip_scores import Footage, asked
+from trainer.evaluation.clip_scores import ClipScores, asked
 from trainer.kernels.softmax import sdpa
 from trainer.media.grids import grid
 from trainer.methods.feature.animatediff import AnimateDiff
@@ -207,15 +207,15 @@ def motion(job: Job) -> None:
     frames = model.recipe.data.frames  # type: ignore[attr-defined]
     clips = shots(4 if bars.quick else CAPTIONS, frames)
     captions = [clip.caption for clip in clips]
-    footage = Footage(model.judge, captions, pixels(clips))
+    scorer = ClipScores(model.judge, captions, pixels(clips))
     painted = {
         "sampled": model.paint(model.adapted, captions, frames),
         "frame_by_frame": model.paint(model.adapted, [c for c in captions for _ in range(frames)]),
     }
     found = {
-        "real": footage.scores(footage.real),
-        "real_through_vae": footage.scores(model.through_vae(footage.real)),
-        **{key: footage.scores(x.unflatten(0, (-1, frames))) for key, x in painted.items()},
+        "real": scorer.scores(scorer.real),
+        "real_through_vae": scorer.scores(model.through_vae(scorer.real)),
+        **{key: scorer.scores(x.unflatten(0, (-1, frames))) for key, x in painted.items()},
     }
     bars.note("motion", {"captions": len(captions), **found})
     own, real = found["sampled"], found["real"]

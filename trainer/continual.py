@@ -1,11 +1,11 @@
-"""Concepts one after another: a run for each that goes on from the one before, and after each, how
-much is left of every concept so far.
+"""Continual learning: concepts one after another, each in a run that starts from the run before.
+After each concept, a judge measures how well the model still shows every concept so far.
 
     runs/<recipe>/<id>/task-0, task-1, ...     the run folder of each concept
-    runs/<recipe>/<id>/continual.json          accuracy[t][s]: concept s after task t
+    runs/<recipe>/<id>/continual.json          accuracy[t][s]: of concept s after task t
 
-Started again in the same folder it goes on where it was: a finished task is not trained again,
-an unfinished one goes on from its last checkpoint, what has been judged is not judged again.
+The same command resumes in the same folder: a finished task is not trained again, an unfinished
+one continues from its last checkpoint, and accuracies that are in the file are kept.
 """
 
 from __future__ import annotations
@@ -28,77 +28,89 @@ from trainer.training.build import needs
 from trainer.training.console import console
 from trainer.training.fit import fit
 
-BATCH = 32  # pictures painted at once
-Rows = list[list[float | None]]
+BATCH = 32  # pictures generated at once
+Rows = list[list[float | None]]  # rows[t][s]: the accuracy of concept s after task t, s <= t
 
 
-def run_continual(whole: Recipe, folder: Path | None = None) -> Path:
-    """Learns the concepts of `continual.concepts` in order and returns the folder of all of them:
-    `folder`, or the one of the recipe's id.
+def run_continual(recipe: Recipe, folder: Path | None = None) -> Path:
+    """Learns the concepts of `continual.concepts` in order, each in a run of its own.
+
+    folder: holds all the runs; by default the run folder of the recipe.
+
+    Returns:
+        that folder.
 
     Raises:
-        ValueError: the folder holds another sequence, or there is no judge.
+        ValueError: the folder holds another sequence of concepts, or there is no judge.
     """
-    spec, folder = whole.continual, folder or folder_for(whole)
+    spec, folder = recipe.continual, folder or folder_for(recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = _read(folder / "continual.json", whole)
-    judge = Judge(_judge_folder(whole)) if spec.images else None
+    rows = _read(folder / "continual.json", recipe)
+    judge = Judge(_judge_folder(recipe)) if spec.images else None
     examiners: list[Examiner] = []
     if judge is not None and len(rows) < len(spec.concepts):
-        examiners = _examiners(whole, judge)
+        examiners = _examiners(recipe, judge)
     learned: Path | None = None
-    for number in range(len(spec.concepts)):
-        place, own = folder / f"task-{number}", task_recipe(whole, number, learned)
-        learned = place / "adapter.safetensors"
-        if not is_finished(place, own):
-            console.print(f"task {number}: {spec.concepts[number]}", highlight=False, markup=False)
-            fit(own, place)
+    for number, concept in enumerate(spec.concepts):
+        task_folder, task = folder / f"task-{number}", task_recipe(recipe, number, learned)
+        learned = task_folder / "adapter.safetensors"
+        if not is_finished(task_folder, task):
+            console.print(f"task {number}: {concept}", highlight=False, markup=False)
+            fit(task, task_folder)
         if examiners and number == len(rows):
             adapted, _ = load_adapted(learned)
             rows.append([each.accuracy(adapted) for each in examiners[: number + 1]])
-            _write(folder / "continual.json", whole, rows)
+            _write(folder / "continual.json", recipe, rows)
     if rows:
-        show_continual(whole, rows, console)
+        show_continual(recipe, rows, console)
     return folder
 
 
-def _examiners(whole: Recipe, judge: Judge) -> list[Examiner]:
-    """One for each concept. The base is here for the class images its data may ask for."""
-    base = load_base(whole.backbone, whole.backbone_name)
-    found = []
-    for number in range(len(whole.continual.concepts)):
-        own = task_recipe(whole, number)
-        train, _ = own.data.open(needs(own, base))
-        found.append(Examiner(own, judge, train, whole.continual.images, BATCH))
-    return found
+def _examiners(recipe: Recipe, judge: Judge) -> list[Examiner]:
+    """One for each concept. The base generates the class images that a concept's data may need."""
+    base = load_base(recipe.backbone, recipe.backbone_name)
+    examiners = []
+    for number in range(len(recipe.continual.concepts)):
+        task = task_recipe(recipe, number)
+        train, _ = task.data.open(needs(task, base))
+        examiners.append(
+            Examiner(task, judge, train, num_images=recipe.continual.images, batch_size=BATCH)
+        )
+    return examiners
 
 
 def summary(rows: Rows) -> dict[str, float | None]:
-    """The mean accuracy after the last task, and forgetting: what the concepts before the last have
-    lost since each was learned, mean over s of accuracy[s][s] - accuracy[T - 1][s]."""
+    """The mean accuracy after the last task, and forgetting: the accuracy lost since each concept
+    before the last was learned, as the mean over s of accuracy[s][s] - accuracy[T - 1][s]. Both are
+    None where an accuracy is unknown."""
     last = rows[-1]
     pairs = [(rows[s][s], last[s]) for s in range(len(last) - 1)]
     lost = [None if then is None or now is None else then - now for then, now in pairs]
     return {"mean final accuracy": mean(last), "forgetting": mean(lost)}
 
 
-def show_continual(whole: Recipe, rows: Rows, to: Console) -> None:
-    sheet = Table(title=f"{whole.name}: concept accuracy after each task", title_justify="left")
-    for name in ("after", *whole.continual.concepts):
+def show_continual(recipe: Recipe, rows: Rows, to: Console) -> None:
+    """Prints the accuracies, a line for each task and a column for each concept."""
+    sheet = Table(title=f"{recipe.name}: concept accuracy after each task", title_justify="left")
+    for name in ("after", *recipe.continual.concepts):
         sheet.add_column(name, justify="left" if name == "after" else "right")
     for number, row in enumerate(rows):
-        sheet.add_row(whole.continual.concepts[number], *map(percent, row))
+        sheet.add_row(recipe.continual.concepts[number], *map(percent, row))
     to.print(sheet)
     facts = ", ".join(f"{name} {percent(value)}" for name, value in summary(rows).items())
     to.print(facts, highlight=False)
 
 
-def _read(path: Path, whole: Recipe) -> Rows:
-    """The rows judged so far."""
+def _read(path: Path, recipe: Recipe) -> Rows:
+    """The accuracies measured so far.
+
+    Raises:
+        ValueError: they were measured with other concepts, tokens or numbers of pictures.
+    """
     if not path.is_file():
         return []
     facts = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in _asked(whole).items():
+    for name, value in _asked(recipe).items():
         if facts.get(name) != value:
             raise ValueError(
                 f"{path} was made with continual.{name}={facts.get(name)}, and this run has "
@@ -108,20 +120,20 @@ def _read(path: Path, whole: Recipe) -> Rows:
     return rows
 
 
-def _write(path: Path, whole: Recipe, rows: Rows) -> None:
-    facts = {**_asked(whole), "accuracy": rows, **summary(rows)}
+def _write(path: Path, recipe: Recipe, rows: Rows) -> None:
+    facts = {**_asked(recipe), "accuracy": rows, **summary(rows)}
     write_text(path, json.dumps(facts, indent=1))
 
 
-def _asked(whole: Recipe) -> dict[str, Any]:
-    spec = whole.continual
+def _asked(recipe: Recipe) -> dict[str, Any]:
+    spec = recipe.continual
     return {"concepts": list(spec.concepts), "tokens": list(spec.words), "images": spec.images}
 
 
-def _judge_folder(whole: Recipe) -> Path:
+def _judge_folder(recipe: Recipe) -> Path:
     return judge_folder(
-        whole.continual.judge,
-        whole.backbone.folder,
-        "continual.judge",
-        ", or continual.images=0 to judge nothing",
+        recipe.continual.judge,
+        recipe.backbone.folder,
+        key="continual.judge",
+        instead=", or continual.images=0 to judge nothing",
     )

@@ -1,5 +1,5 @@
-"""The measures of clips: right on real clips of the world, where all is known, and wrong on the
-same clips backwards, shuffled, stood still and mixed."""
+"""The scores of clips: high on real clips of the world, whose content is known, and low on the same
+clips played backwards, shuffled, frozen and mixed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.data.source import Needs
 from trainer.data.sources.world_clips import WorldClips
 from trainer.data.world.clips import DIRECTIONS, Clip, draw_clip, render_clip
-from trainer.evaluation.clip_scores import Footage, asked, named_right, tracks
+from trainer.evaluation.clip_scores import ClipScores, asked, named_right, tracks
 from trainer.evaluation.judge import Judge
 from trainer.media.images import to_tensor
 
@@ -46,69 +46,69 @@ def words(clips: list[Clip]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def footage(judge: Judge, clips: list[Clip]) -> Footage:
-    return Footage(judge, [clip.caption for clip in clips], pixels(clips))
+def scorer(judge: Judge, clips: list[Clip]) -> ClipScores:
+    return ClipScores(judge, [clip.caption for clip in clips], pixels(clips))
 
 
-def test_real_clips_are_all_right(footage: Footage) -> None:
-    scores = footage.scores(footage.real)
+def test_real_clips_are_all_right(scorer: ClipScores) -> None:
+    scores = scorer.scores(scorer.real)
     assert scores["direction right"] == scores["object right"] == 1
     assert scores["frame consistency"] is not None and scores["frame consistency"] > 0.9
 
 
-def test_backwards_they_all_go_the_wrong_way(footage: Footage) -> None:
-    forth, back = (footage.scores(clips) for clips in (footage.real, footage.real.flip(1)))
+def test_backwards_they_all_go_the_wrong_way(scorer: ClipScores) -> None:
+    forth, back = (scorer.scores(clips) for clips in (scorer.real, scorer.real.flip(1)))
     assert back["direction right"] == 0
     assert back["object right"] == 1
     assert back["frame consistency"] == pytest.approx(forth["frame consistency"])
 
 
-def test_shuffled_in_time_they_go_nowhere(footage: Footage) -> None:
+def test_shuffled_in_time_they_go_nowhere(scorer: ClipScores) -> None:
     generator = torch.Generator().manual_seed(0)
-    mixed = torch.stack([c[torch.randperm(FRAMES, generator=generator)] for c in footage.real])
-    assert footage.scores(mixed)["direction right"] <= 0.1
+    mixed = torch.stack([c[torch.randperm(FRAMES, generator=generator)] for c in scorer.real])
+    assert scorer.scores(mixed)["direction right"] <= 0.1
 
 
 def test_stood_still_the_object_stays_and_the_direction_goes(
-    footage: Footage, judge: Judge, words: list[str]
+    scorer: ClipScores, judge: Judge, words: list[str]
 ) -> None:
-    still = footage.real[:, :1].expand_as(footage.real)
+    still = scorer.real[:, :1].expand_as(scorer.real)
     assert set(tracks(judge, still, words).directions()) == {None}
-    scores = footage.scores(still)
+    scores = scorer.scores(still)
     assert scores["direction right"] == 0 and scores["object right"] == 1
     assert scores["frame consistency"] == pytest.approx(1)  # which by itself says nothing
 
 
-def test_frames_of_unlike_clips_are_no_clip(footage: Footage) -> None:
+def test_frames_of_unlike_clips_are_no_clip(scorer: ClipScores) -> None:
     """Frame i of every clip goes to the clip i places on."""
-    apart = torch.stack([footage.real[:, i].roll(i, 0) for i in range(FRAMES)], 1)
-    scores, real = footage.scores(apart), footage.scores(footage.real)
+    apart = torch.stack([scorer.real[:, i].roll(i, 0) for i in range(FRAMES)], 1)
+    scores, real = scorer.scores(apart), scorer.scores(scorer.real)
     assert scores["object right"] == scores["direction right"] == 0
     assert scores["frame consistency"] < 0.5 * real["frame consistency"]
     assert scores["text alignment"] < 0.7 * real["text alignment"]
 
 
-def test_six_frames_of_eight_make_the_object_right(footage: Footage) -> None:
+def test_six_frames_of_eight_make_the_object_right(scorer: ClipScores) -> None:
     """And the direction, too, is that of the frames that show it."""
     for lost, right in ((2, 1), (3, 0)):
-        clips = footage.real.clone()
+        clips = scorer.real.clone()
         clips[:, :lost] = -clips[:, :lost, :, :1, :1]  # a plain colour
-        scores = footage.scores(clips)
+        scores = scorer.scores(clips)
         assert scores["object right"] == scores["direction right"] == right
 
 
 def test_tracks_are_where_the_boxes_are(
-    footage: Footage, judge: Judge, clips: list[Clip], words: list[str]
+    scorer: ClipScores, judge: Judge, clips: list[Clip], words: list[str]
 ) -> None:
     truth = torch.tensor([[frame[0].center for frame in clip.objects] for clip in clips]) / SIDE
-    found = tracks(judge, footage.real, words)
+    found = tracks(judge, scorer.real, words)
     assert found.centers.shape == (COUNT, FRAMES, 2) and found.mass.shape == (COUNT, FRAMES)
     assert float((found.centers - truth).norm(dim=-1).mean()) < 3 / SIDE
     torch.testing.assert_close(found.moved(), truth[:, -1] - truth[:, 0], rtol=0, atol=5 / SIDE)
 
 
 def test_another_object_that_moves_the_same_is_alike(
-    footage: Footage, judge: Judge, clips: list[Clip], words: list[str]
+    scorer: ClipScores, judge: Judge, clips: list[Clip], words: list[str]
 ) -> None:
     others = ["fox" if word != "fox" else "rocket" for word in words]
     swapped = pixels(
@@ -119,7 +119,7 @@ def test_another_object_that_moves_the_same_is_alike(
     )
     assert named_right(judge, swapped, others).float().mean() > 0.95
     assert not named_right(judge, swapped, words).any()
-    own, other = tracks(judge, footage.real, words), tracks(judge, swapped, others)
+    own, other = tracks(judge, scorer.real, words), tracks(judge, swapped, others)
     alike = own.like(other)
     assert float(alike.mean()) > 0.95 and float(alike.min()) > 0.85  # of the slowest
     torch.testing.assert_close(own.like(own), torch.ones(COUNT))
@@ -149,16 +149,16 @@ def test_a_dataset_of_few_clips_asks_again(judge: Judge, tmp_path: Path) -> None
     data, _ = WorldClips(count=3, frames=2, motion="growing", images=0.5, validation=0).open(
         Needs(SIDE, 4, none, tmp_path, lambda: "")
     )
-    footage = Footage.of(judge, data, 5)
-    assert footage.real.shape == (3, 2, 3, SIDE, SIDE)  # clips, though stills come with them
-    assert footage.captions[3:] == footage.captions[:2]
-    assert all("growing" in caption for caption in footage.captions)
-    scores = footage.scores(footage.real)
+    scorer = ClipScores.of(judge, data, 5)
+    assert scorer.real.shape == (3, 2, 3, SIDE, SIDE)  # clips, though stills come with them
+    assert scorer.captions[3:] == scorer.captions[:2]
+    assert all("growing" in caption for caption in scorer.captions)
+    scores = scorer.scores(scorer.real)
     assert scores["direction right"] is None and scores["object right"] == 1
 
 
 def test_nobody_is_asked_for_sprites_of_captions_without(judge: Judge) -> None:
     noise = torch.rand(2, 3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    scores = Footage(judge, ["a man skiing", ""], noise).scores(noise)
+    scores = ClipScores(judge, ["a man skiing", ""], noise).scores(noise)
     assert scores["direction right"] is None and scores["object right"] is None
     assert scores["frame consistency"] is not None and scores["text alignment"] is not None

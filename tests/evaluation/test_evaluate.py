@@ -42,7 +42,9 @@ class Drawn(Examiner):
     shows: Mapping[str, str]
     seen: list[str]
 
-    def _sample(self, model: Any, prompts: Sequence[str]) -> Tensor:
+    def _sample(
+        self, model: Any, prompts: Sequence[str], *, frames: int = 1, fps: float | None = None
+    ) -> Tensor:
         self.seen += prompts
         pictures = []
         for index, prompt in enumerate(prompts):
@@ -60,7 +62,7 @@ def examined(words: Sequence[str], folder: Path, **shows: str) -> tuple[dict[str
 
     chosen = load_recipe(words)
     train, _ = chosen.data.open(Needs(64, 4, paint, folder, lambda: "tiny"))
-    examiner = Drawn(chosen, Judge(CLIP), train, 8, 8)
+    examiner = Drawn(chosen, Judge(CLIP), train, num_images=8, batch_size=8)
     examiner.shows = {f"<{name}>": word for name, word in shows.items()}
     examiner.seen = []
     model: Any = None

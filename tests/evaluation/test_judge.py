@@ -12,7 +12,7 @@ from torchmetrics.multimodal import CLIPScore
 
 from trainer.data.world.scenes import RELATIONS, Spot, article, background, compose, draw_scene
 from trainer.data.world.sprites import ALL, HELD_OUT
-from trainer.evaluation.judge import Judge, Metric, stands
+from trainer.evaluation.judge import Judge, Metric, relation_holds
 from trainer.media.images import to_tensor
 
 CLIP = Path(__file__).parents[2] / "data" / "tiny" / "clip"
@@ -45,9 +45,15 @@ def test_it_knows_the_held_out_sprites(judge: Judge) -> None:
 def test_it_says_where(judge: Judge) -> None:
     found = judge.found(picture(Spot("fox", 16, 32, 26), Spot("octopus", 48, 32, 26))[None], ALL)
     assert set(found.top(2)[0]) == {"fox", "octopus"}
-    assert stands(found, 0, "fox", "octopus", RELATIONS["left of"])
-    assert not stands(found, 0, "octopus", "fox", RELATIONS["left of"])
-    assert not stands(found, 0, "fox", "octopus", RELATIONS["above"])
+
+    def stands(first: str, relation: str, second: str) -> bool:
+        return relation_holds(found, 0, first=first, second=second, relation=RELATIONS[relation])
+
+    assert stands("fox", "left of", "octopus")
+    assert not stands("octopus", "left of", "fox")
+    assert stands("octopus", "right of", "fox")
+    assert not stands("fox", "above", "octopus")
+    assert not stands("fox", "below", "octopus")
     x, y = found.centers[0, ALL.index("fox")].tolist()
     assert abs(x - 0.25) < 0.1
     assert abs(y - 0.5) < 0.1
@@ -74,5 +80,5 @@ def test_refusals(judge: Judge, tmp_path: Path) -> None:
     plain = Judge(CLIP)
     plain.empty = None
     assert not plain.names_patches
-    with pytest.raises(ValueError, match="names whole pictures only"):
+    with pytest.raises(ValueError, match="names complete pictures only"):
         plain.found(picture()[None], ALL)

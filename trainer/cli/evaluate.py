@@ -19,5 +19,10 @@ def run(words: list[str]) -> int:
     quiet_libraries()
     from trainer.evaluation.evaluate import evaluate as judge_run
 
-    judge_run(Path(options["run"]), options["judge"], int(options["images"]), int(options["batch"]))
+    judge_run(
+        Path(options["run"]),
+        options["judge"],
+        images=int(options["images"]),
+        batch=int(options["batch"]),
+    )
     return 0

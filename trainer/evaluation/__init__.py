@@ -1,1 +1,1 @@
-"""How a finished run is measured."""
+"""Scores of finished runs."""

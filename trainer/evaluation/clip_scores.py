@@ -1,5 +1,5 @@
-"""What clips show, by the judge: which way the object goes, whether it is the one the caption asks
-for, and how steady it stays."""
+"""Scores of clips by the judge: which way the object moves, whether it is the object of the
+caption, and how consistent the frames are."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ from trainer.data.world.clips import DIRECTIONS
 from trainer.data.world.sprites import ALL
 from trainer.evaluation.judge import Judge, clip_score
 
-MOST = 0.75  # of the frames, 6 of 8, show the object, or it is not the clip's
-SEEN = 1.0  # patches by which a frame shows it; real clips have 4 at least
-STIRS = 0.04  # of a frame's side, and less is no motion; the slowest of the world goes 0.15
-STEADY = 0.7  # correlation of place and time below which nothing goes one way
+MOST = 0.75  # the share of frames that must show the object: 6 of 8
+SEEN = 1.0  # patches of the object from which on a frame shows it; real clips have 4 at least
+STIRS = 0.04  # of a frame's side: less is no motion; the world's slowest clips move by 0.15
+STEADY = 0.7  # correlation of position and time below which a motion has no direction
 
 
 @dataclass(frozen=True)
 class Tracks:
-    """Where n clips show an object: centers (n, f, 2) as (x, y) in [0, 1], and by how many patches
-    each frame does, mass (n, f)."""
+    """Where n clips of f frames show an object.
+
+    centers (n, f, 2): its centre as (x, y) in [0, 1]; mass (n, f): how many patches show it.
+    """
 
     centers: Tensor
     mass: Tensor
 
     def moved(self) -> Tensor:
-        """From the first frame to the last, along the straight line that fits best: (n, 2) in
-        sides of a frame."""
+        """The motion (n, 2) from the first frame to the last along the best-fitting straight line,
+        in sides of a frame."""
         return self._line()[0] * (self.mass.shape[1] - 1)
 
     def directions(self) -> list[str | None]:
-        """The words of the world for it, by where it goes farthest; None if it goes nowhere, to and
-        fro, or is not there in `MOST` of the frames."""
+        """The direction in which each object moves farthest, as the world's captions name it; None
+        if it stays, moves to and fro, or is missing from too many frames (`MOST`)."""
         steps = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32)
         ways = self.moved() @ steps.T
         goes = (ways > STIRS) & (self._line()[1] @ steps.T > STEADY)
@@ -50,8 +52,8 @@ class Tracks:
         ]
 
     def like(self, other: Tracks) -> Tensor:
-        """Correlation (n,) of two clips' tracks, x and y as one: 1 for the same way at the same
-        times, however long and wherever; 0 if one stands still or is not there."""
+        """Correlation (n,) of two tracks over x and y together: 1 for the same motion at the same
+        times, whatever its length and position; 0 if an object stands still or is missing."""
         both = Tracks(self.centers, self.mass.minimum(other.mass))
         weights = both._weights()
         one, two = (
@@ -61,29 +63,36 @@ class Tracks:
         return torch.cosine_similarity(one, two) * both._there()
 
     def _there(self) -> Tensor:
-        """(n,), 1 or 0"""
+        """1 for each clip that shows its object in enough frames, else 0: (n,)."""
         seen = (self.mass >= SEEN).sum(1)
         return (seen >= ceil(MOST * self.mass.shape[1])).float()
 
     def _weights(self) -> Tensor:
-        """(n, f, 1), alike for the frames that show it and 0 for the others; their sum is 1, or 0
-        where none does."""
+        """Weights (n, f, 1) of the frames: equal for those that show the object and 0 for the
+        others; they add up to 1, or to 0 where no frame shows it."""
         seen = (self.mass >= SEEN).float()
         return (seen / seen.sum(1, keepdim=True).clamp(min=1))[..., None]
 
     def _line(self) -> tuple[Tensor, Tensor]:
-        """Slope a frame and correlation with time, each (n, 2)."""
+        """Slope for each frame, and correlation of position with time, each (n, 2)."""
         weights = self._weights()
         frames = torch.arange(weights.shape[1], dtype=weights.dtype)[:, None].expand_as(weights)
         time = frames - (weights * frames).sum(1, keepdim=True)
-        place = self.centers - (weights * self.centers).sum(1, keepdim=True)
-        shared = (weights * time * place).sum(1)
-        spread, apart = ((weights * x.square()).sum(1).clamp(min=1e-9) for x in (time, place))
-        return shared / spread, shared / (spread * apart).sqrt()
+        position = self.centers - (weights * self.centers).sum(1, keepdim=True)
+        covariance = (weights * time * position).sum(1)
+        time_variance, position_variance = (
+            (weights * x.square()).sum(1).clamp(min=1e-9) for x in (time, position)
+        )
+        slope = covariance / time_variance
+        return slope, covariance / (time_variance * position_variance).sqrt()
 
 
 def tracks(judge: Judge, clips: Tensor, words: Sequence[str]) -> Tracks:
-    """Of the sprite that each clip (n, f, 3, H, W) is asked for; the judge must be the world's."""
+    """The tracks of the sprite `words[i]` in clip i of (n, f, 3, H, W).
+
+    Raises:
+        ValueError: the judge is not the world's, which alone names patches.
+    """
     found = judge.found(clips.flatten(0, 1), ALL)
     frames = clips.shape[1]
     columns = torch.tensor([ALL.index(word) for word in words]).repeat_interleave(frames)
@@ -93,22 +102,22 @@ def tracks(judge: Judge, clips: Tensor, words: Sequence[str]) -> Tracks:
 
 
 def named_right(judge: Judge, clips: Tensor, words: Sequence[str]) -> Tensor:
-    """Whether each frame is named as its clip's sprite, of all there are: (n, f) bool."""
+    """Whether the judge, choosing among all sprites, names each frame as its clip's: (n, f)."""
     frames = clips.shape[1]
-    named = judge.named(clips.flatten(0, 1), ALL)
-    right = [said == words[i // frames] for i, said in enumerate(named)]
+    names = judge.named(clips.flatten(0, 1), ALL)
+    right = [name == words[i // frames] for i, name in enumerate(names)]
     return torch.tensor(right).unflatten(0, (-1, frames))
 
 
 def steadiness(judge: Judge, clips: Tensor) -> Tensor:
-    """Frame consistency (n,): the mean cosine of the embeddings of neighbouring frames."""
+    """Frame consistency (n,): the mean cosine similarity of neighbouring frames' embeddings."""
     frames = judge.images(clips.flatten(0, 1)).unflatten(0, (-1, clips.shape[1]))
     return torch.stack([(a * b).sum(-1) for a, b in pairwise(frames.unbind(1))]).mean(0)
 
 
 def asked(caption: str) -> tuple[str | None, str | None]:
-    """The sprite that a caption names and the way it goes, each None unless it is one; with two
-    sprites there is no saying which of them goes."""
+    """The sprite that a caption names and the direction it moves in; each is None unless there is
+    exactly one. With two sprites it is open which of them moves, so both are None."""
     sprites = [word for word in caption.replace(",", " ").split() if word in ALL]
     ways = [way for way in DIRECTIONS if way in caption]
     if len(sprites) != 1:
@@ -116,27 +125,32 @@ def asked(caption: str) -> tuple[str | None, str | None]:
     return sprites[0], ways[0] if len(ways) == 1 else None
 
 
-class Footage:
-    """Captions for clips, the real clips (n, f, 3, H, W) of the first of them, and what is right
-    about others that are painted by these captions."""
+class ClipScores:
+    """Scores clips that were generated for `captions`.
+
+    real: the clips (n, f, 3, H, W) that the first n captions describe.
+    """
 
     def __init__(self, judge: Judge, captions: Sequence[str], real: Tensor) -> None:
         self.judge, self.captions, self.real = judge, list(captions), real
 
     @classmethod
-    def of(cls, judge: Judge, data: Dataset, count: int) -> Footage:
-        """`count` captions of a dataset's clips, again from the first where it has fewer."""
+    def of(cls, judge: Judge, data: Dataset, count: int) -> ClipScores:
+        """For `count` captions of a dataset's clips; they repeat where it has fewer."""
         frames = max(data.frames)
         clips = data.groups[list(data.frames).index(frames)][:count]
-        told = [data.caption(index, np.random.default_rng(0)) for index in clips]
+        captions = [data.caption(index, np.random.default_rng(0)) for index in clips]
         real = torch.stack([data.image(index) for index in clips])
-        return cls(judge, [told[i % len(told)] for i in range(count)], real)
+        return cls(judge, [captions[i % len(captions)] for i in range(count)], real)
 
     def scores(self, clips: Tensor) -> dict[str, float | None]:
-        """Of clips (n, f, 3, H, W) by the first n captions. direction right: share of those whose
-        one sprite is to go one way that go this way; object right: of those with one sprite that
-        show it in `MOST` of the frames; both None where no caption asks, or the judge does not
-        know the world."""
+        """The scores of clips (n, f, 3, H, W) that were generated for the first n captions.
+
+        object right: among clips whose caption names one sprite, the share that show it in `MOST`
+        of the frames. direction right: among those whose caption also gives one direction, the
+        share that move in it. Both are None where no caption qualifies or the judge is not the
+        world's. frame consistency: see `steadiness`. text alignment: CLIPScore, 0 to 100.
+        """
         captions = self.captions[: len(clips)]
         scores: dict[str, float | None] = {"direction right": None, "object right": None}
         wanted = [asked(caption) for caption in captions]

@@ -1,5 +1,9 @@
-"""Base beside adapted, in numbers: is the concept there, does it keep company, is the rest still
-known? Do clips show what is to move, and does it go where it should?"""
+"""Scores of a finished run beside those of its base model.
+
+Pictures: does the model show the concept, does it show it together with other things, and does it
+still know the rest? Clips: do they show the object of the caption, and does it move the way the
+caption says?
+"""
 
 from __future__ import annotations
 
@@ -8,72 +12,85 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Sheet
 
 from trainer.backbones.backbone import Backbone
 from trainer.config.load import resolve_recipe
 from trainer.config.schema import Recipe
 from trainer.data.loader import Fixed
 from trainer.data.source import Dataset, shape_of_clips
-from trainer.evaluation.clip_scores import Footage
+from trainer.evaluation.clip_scores import ClipScores
 from trainer.evaluation.examiner import Examiner
 from trainer.evaluation.judge import Judge, judge_folder
 from trainer.runs.adapter import load_adapted, load_base
 from trainer.training.build import needs, objective, optim
 from trainer.training.module import QUANTILES, DiffusionModule
 
+Table = dict[str, dict[str, float | None]]  # by column, then by score
+SHARES = (  # the scores shown as percentages, beside every `concept accuracy`
+    "concept beside another", "the other beside it", "two concepts together", "known sprites",
+    "direction right", "object right",
+)  # fmt: skip
 
-def evaluate(
-    run: Path, judge_at: str | None, images: int, batch: int
-) -> dict[str, dict[str, float | None]]:
-    """Judges a run folder, prints the table and keeps it as `evaluation.json` in the folder. A run
-    on clips is asked for clips too, by the captions of held-out ones; what is said of these stands
-    beside it as `real`.
+
+def evaluate(run: Path, judge_at: str | None = None, *, images: int = 32, batch: int = 32) -> Table:
+    """Evaluates a run, prints the table of scores and writes it as `evaluation.json` beside the
+    adapter.
+
+    A run on clips also generates clips, for the captions of held-out ones, or of the training ones
+    if none are held out; the scores of those real clips are the column `real`.
+
+    run: a run folder or an adapter file; judge_at: the judge's folder, by default the backbone's
+    own; images: pictures, and clips, for each kind of prompt; batch: pictures generated at once.
+
+    Returns the columns `base`, `adapted` and, for clips, `real`.
 
     Raises:
-        ValueError: no adapter there, or no judge for this backbone.
+        ValueError: there is no adapter, or no judge for this backbone.
     """
     path = run / "adapter.safetensors" if run.is_dir() else run
     adapted, tree = load_adapted(path)
-    run_recipe = resolve_recipe(tree.get("recipe", path.parent.parent.name), tree, {})
-    base = load_base(run_recipe.backbone, run_recipe.backbone_name)
-    judge = Judge(judge_folder(judge_at, base.folder, "judge"))
-    train, held_out = run_recipe.data.open(needs(run_recipe, base))
-    examiner = Examiner(run_recipe, judge, train, images, batch, base)
+    recipe = resolve_recipe(tree.get("recipe", path.parent.parent.name), tree, {})
+    base = load_base(recipe.backbone, recipe.backbone_name)
+    judge = Judge(judge_folder(judge_at, base.folder, key="judge"))
+    train, held_out = recipe.data.open(needs(recipe, base))
+    examiner = Examiner(recipe, judge, train, num_images=images, batch_size=batch, base=base)
     models = {"base": base, "adapted": adapted}
-    table = {name: examiner.examine(model) for name, model in models.items()}
+    table: Table = {name: examiner.examine(model) for name, model in models.items()}
     frames, fps = shape_of_clips(train)
-    footage = Footage.of(judge, held_out or train, images) if frames > 1 else None
+    scorer = ClipScores.of(judge, held_out or train, images) if frames > 1 else None
     for name, model in models.items():
-        if footage:
-            table[name] |= footage.scores(examiner.film(model, footage.captions, frames, fps))
-        table[name]["validation loss"] = validation_loss(run_recipe, model, held_out)
-    if footage:
-        table["real"] = dict.fromkeys(table["base"]) | footage.scores(footage.real)
-    what = "pictures or clips" if footage else "pictures"
-    show_evaluation(
-        table, f"{run}, judged by {judge.folder.name}, {images} {what} a line", Console()
-    )
-    target = path.parent / "evaluation.json"
-    target.write_text(json.dumps(table, indent=1), encoding="utf-8")
+        if scorer:
+            clips = examiner.clips(model, scorer.captions, frames=frames, fps=fps)
+            table[name] |= scorer.scores(clips)
+        table[name]["validation loss"] = validation_loss(recipe, model, held_out)
+    if scorer:
+        table["real"] = dict.fromkeys(table["base"]) | scorer.scores(scorer.real)
+    what = "pictures or clips" if scorer else "pictures"
+    title = f"{run}, judged by {judge.folder.name}, {images} {what} a line"
+    show_evaluation(table, title, Console())
+    text = json.dumps(table, indent=1)
+    path.with_name("evaluation.json").write_text(text, encoding="utf-8")
     return table
 
 
 @torch.no_grad()
-def validation_loss(chosen: Recipe, model: Backbone, held_out: Dataset | None) -> float | None:
-    """The validation loss of training, on the same noise: `val/loss` of the run's tracker."""
+def validation_loss(recipe: Recipe, model: Backbone, held_out: Dataset | None) -> float | None:
+    """The mean loss on held-out samples, with the noise and timesteps that training validates with,
+    so that it equals `val/loss` of the run's tracker; None without held-out samples."""
     if held_out is None:
         return None
-    module = DiffusionModule(model, objective(chosen, model), optim(chosen), (), chosen.run.seed)
-    fixed = Fixed(held_out, 16, QUANTILES, None)
+    module = DiffusionModule(
+        model, objective(recipe, model), optim(recipe), trained=(), seed=recipe.run.seed
+    )
+    fixed = Fixed(held_out, batch_size=16, levels=QUANTILES, moments=None)
     losses = [module.sample_losses(fixed[i], "validate", 0.0)[0] for i in range(len(fixed))]
     return float(torch.cat(losses).mean())
 
 
-def show_evaluation(
-    table: dict[str, dict[str, float | None]], title: str, console: Console
-) -> None:
-    sheet = Table(title=title, title_justify="left")
+def show_evaluation(table: Table, title: str, console: Console) -> None:
+    """Prints the scores, a line for each and a column for each model."""
+    sheet = Sheet(title=title, title_justify="left")
     sheet.add_column("")
     for name in table:
         sheet.add_column(name, justify="right")
@@ -83,16 +100,11 @@ def show_evaluation(
 
 
 def percent(value: float | None) -> str:
+    """A share of 1 as text, `-` where it is unknown."""
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def _written(line: str, value: float | None) -> str:
-    share = line in (
-        "concept beside another",
-        "the other beside it",
-        "two concepts together",
-        "known sprites",
-        "direction right",
-        "object right",
-    ) or line.startswith("concept accuracy")
-    return percent(value) if share or value is None else f"{value:.4g}"
+    if line in SHARES or line.startswith("concept accuracy") or value is None:
+        return percent(value)
+    return f"{value:.4g}"

@@ -23,13 +23,16 @@ from trainer.data.world.sprites import ALL, KNOWN
 from trainer.diffusion.sampler import sample_many
 from trainer.evaluation.judge import Judge, clip_score
 
-SEED = 10_000  # pictures no preview has shown
+SEED = 10_000  # of the first picture; previews use small seeds, so these pictures are new
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One learned concept: its token, the plain word for it, the sprite it is of, and what the
-    judge makes of its photos (n, d)."""
+    """One learned concept.
+
+    token: the trained token; word: a plain word for the concept; sprite: the sprite it shows, None
+    for photographs; photos: the judge's embeddings (n, d) of its training pictures.
+    """
 
     token: str
     word: str | None
@@ -38,36 +41,43 @@ class Subject:
 
 
 class Examiner:
-    """Paints the recipe's evaluation prompts with a model and reads the pictures with the judge.
+    """Generates pictures for a recipe's evaluation prompts and scores them with the judge.
 
-    Of several concepts each is asked for alone and beside a known sprite by prompts in which its
-    token (and class word) stands in the place of the first one's, and every two together. What the
-    base paints is kept in the cache: it is the same for every run on it. Clips are no photos of a
-    concept.
+    With several concepts, each is evaluated alone and beside a known sprite, by the recipe's
+    prompts with its token (and class word) in place of the first concept's; every pair is also
+    evaluated together. A dataset of clips has no photos of a concept, so nothing is learned there.
+
+    train: the training data, concepts' photos first and class images last; num_images: pictures
+    for each kind of prompt; batch_size: pictures generated at once; base: the plain backbone, whose
+    pictures are cached, since they are the same for every run on it.
     """
 
     def __init__(
         self,
-        chosen: Recipe,
+        recipe: Recipe,
         judge: Judge,
         train: Dataset,
-        images: int,
-        batch: int,
+        *,
+        num_images: int,
+        batch_size: int,
         base: Backbone | None = None,
     ) -> None:
-        self.recipe, self.judge, self.num_images, self.batch = chosen, judge, images, batch
-        self.base = base
-        learned = getattr(chosen.data, "concepts", [("", "", None)])
+        self.recipe, self.judge, self.base = recipe, judge, base
+        self.num_images, self.batch_size = num_images, batch_size
+        learned = getattr(recipe.data, "concepts", [("", "", None)])
         groups = [] if max(train.frames) > 1 else [list(group) for group in train.groups]
         self.subjects = []
         for (concept, token, class_word), rows in zip(learned, groups, strict=False):
             sprite = concept.removeprefix(SPRITE) if concept.startswith(SPRITE) else None
             photos = judge.images(_pictures(train, rows))
-            self.subjects.append(Subject(token, sprite or class_word, sprite, photos))
+            word = sprite or class_word
+            self.subjects.append(Subject(token=token, word=word, sprite=sprite, photos=photos))
         prior = groups[len(learned) :]
         self.others = judge.images(_pictures(train, prior[0][:32])) if prior else None
 
     def examine(self, model: Backbone) -> dict[str, float | None]:
+        """The scores of a model by name; a score that the recipe's prompts or the judge cannot
+        give is None or left out."""
         asked, subjects = self.recipe.evaluate, self.subjects
         named = self.judge.names_patches and all(subject.sprite for subject in subjects)
         scores: dict[str, float | None] = {}
@@ -90,19 +100,21 @@ class Examiner:
         return scores
 
     def accuracy(self, model: Backbone) -> float | None:
-        """Concept accuracy alone, the mean of several concepts'."""
+        """Accuracy of pictures of one concept each, as a mean over the concepts."""
         found = []
         for subject in self.subjects:
-            pictures, _ = self._paint(model, self._asked(subject, self.recipe.evaluate.alone))
+            pictures, _ = self._generate(model, self._asked(subject, self.recipe.evaluate.alone))
             found.append(self._concept_accuracy(subject, pictures))
         return mean(found)
 
     def _alone(self, model: Backbone) -> dict[str, float | None]:
-        """Every score is the mean of the concepts'; of several, accuracy is also told one by
-        one."""
+        """Scores of pictures of one concept each, as means over the concepts. With several
+        concepts, the accuracy of each is listed too."""
         accuracy, similarity, alignment = [], [], []
         for subject in self.subjects:
-            pictures, prompts = self._paint(model, self._asked(subject, self.recipe.evaluate.alone))
+            pictures, prompts = self._generate(
+                model, self._asked(subject, self.recipe.evaluate.alone)
+            )
             accuracy.append(self._concept_accuracy(subject, pictures))
             alike = pairwise_cosine_similarity(self.judge.images(pictures), subject.photos)
             similarity.append(float(alike.mean()))
@@ -116,8 +128,9 @@ class Examiner:
         return scores
 
     def _beside(self, model: Backbone, subject: Subject) -> tuple[float, float]:
-        """Shares of pictures that show the concept, and the known sprite it was asked for with."""
-        pictures, prompts = self._paint(model, self._asked(subject, self.recipe.evaluate.beside))
+        """The shares of pictures that show the concept, and that show the known sprite their
+        prompt names beside it."""
+        pictures, prompts = self._generate(model, self._asked(subject, self.recipe.evaluate.beside))
         seen = self.judge.found(pictures, ALL).top(2)
         others = [_sprite_in(prompt) for prompt in prompts]
         return (
@@ -126,20 +139,21 @@ class Examiner:
         )
 
     def _together(self, model: Backbone) -> float:
-        """The share of pictures that show both concepts they were asked for, over every two."""
+        """The share of pictures that show both concepts of their prompt, as a mean over all
+        pairs of concepts."""
         shares = []
         for one, other in combinations(self.subjects, 2):
             prompts = [
                 prompt.replace("{}", one.token, 1).replace("{}", other.token, 1)
                 for prompt in self.recipe.evaluate.together
             ]
-            pictures, _ = self._paint(model, prompts)
+            pictures, _ = self._generate(model, prompts)
             seen = self.judge.found(pictures, ALL).top(2)
             shares.append(_share({one.sprite, other.sprite} == set(pair) for pair in seen))
         return sum(shares) / len(shares)
 
     def _asked(self, subject: Subject, prompts: Sequence[str]) -> list[str]:
-        """The recipe's prompts, which name the first concept, about any of them."""
+        """The recipe's prompts, which name the first concept, rewritten for `subject`."""
         first = self.subjects[0]
         if subject is first:
             return list(prompts)
@@ -151,8 +165,12 @@ class Examiner:
         ]
 
     def _concept_accuracy(self, subject: Subject, pictures: Tensor) -> float | None:
-        """Named right among all sprites; for photographs, nearer to the concept's photos than to
-        the class images and the other concepts' photos."""
+        """The share of pictures that the judge recognises as the concept.
+
+        A sprite must be named among all sprites. A picture of a photographed concept must be nearer
+        to the mean embedding of its photos than to those of the class images and of the other
+        concepts' photos; None where there is nothing to compare it with.
+        """
         if subject.sprite is not None and self.judge.names_patches:
             return _accuracy(self.judge.named(pictures, ALL), [subject.sprite] * len(pictures))
         rest = [other.photos for other in self.subjects if other is not subject]
@@ -166,51 +184,58 @@ class Examiner:
     def _alignment(
         self, subject: Subject, pictures: Tensor, prompts: Sequence[str]
     ) -> float | None:
-        """CLIPScore (0 to 100) of the prompt with the token's word in plain text."""
+        """CLIPScore (0 to 100) of the prompts with the plain word in place of the token; None for
+        a concept without a word."""
         word, token = subject.word, subject.token
         if word is None:
             return None
         texts = [prompt.replace(f"{token} {word}", word).replace(token, word) for prompt in prompts]
         return clip_score(self.judge, pictures, texts)
 
-    def _paint(self, model: Backbone, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
+    def _generate(self, model: Backbone, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
+        """`num_images` pictures for prompts that repeat in turn, and the prompt of each."""
         every = [prompts[i % len(prompts)] for i in range(self.num_images)]
         return self._sample(model, every), every
 
-    def film(
-        self, model: Backbone, prompts: Sequence[str], frames: int, fps: float | None
+    def clips(
+        self, model: Backbone, prompts: Sequence[str], *, frames: int, fps: float | None
     ) -> Tensor:
-        """A clip a prompt, (n, frames, 3, H, W)."""
-        return self._sample(model, prompts, frames, fps).unflatten(0, (-1, frames))
+        """One clip for each prompt, (n, frames, 3, H, W)."""
+        pictures = self._sample(model, prompts, frames=frames, fps=fps)
+        return pictures.unflatten(0, (-1, frames))
 
     def _sample(
-        self, model: Backbone, prompts: Sequence[str], frames: int = 1, fps: float | None = None
+        self, model: Backbone, prompts: Sequence[str], *, frames: int = 1, fps: float | None = None
     ) -> Tensor:
-        look = self.recipe.preview
+        preview = self.recipe.preview
         seeds = [SEED + i for i in range(len(prompts))]
-        how = (max(1, self.batch // frames), look.steps, look.guidance, look.negative)
-        clip = {"frames": frames, "fps": fps} if frames > 1 else {}
+        options: dict[str, Any] = {
+            "batch_size": max(1, self.batch_size // frames),
+            "steps": preview.steps,
+            "guidance": preview.guidance,
+            "negative": preview.negative,
+        }
+        clip: dict[str, Any] = {"frames": frames, "fps": fps} if frames > 1 else {}
 
-        def paint() -> Tensor:
-            return sample_many(model, prompts, seeds, *how, **clip)  # type: ignore[arg-type]
+        def generate() -> Tensor:
+            return sample_many(model, prompts, seeds, **options, **clip)
 
         if model is not self.base:
-            return paint()
+            return generate()
         device = next(model.denoiser.parameters()).device.type
-        key = repr((model.fingerprint(), device, list(prompts), seeds, how, *clip.values()))
-        return cached_tensor(key, paint, cache_folder())
+        facts = (model.fingerprint(), device, list(prompts), seeds, tuple(options.values()))
+        return cached_tensor(repr((*facts, *clip.values())), generate, cache_folder())
 
 
-def _accuracy(said: Sequence[str], right: Sequence[str]) -> float:
+def _accuracy(named: Sequence[str], right: Sequence[str]) -> float:
     metric = MulticlassAccuracy(num_classes=len(ALL), average="micro")
     numbers = {word: number for number, word in enumerate(ALL)}
-    return float(
-        metric(torch.tensor([numbers[w] for w in said]), torch.tensor([numbers[w] for w in right]))
-    )
+    named_as, wanted = ([numbers[word] for word in words] for words in (named, right))
+    return float(metric(torch.tensor(named_as), torch.tensor(wanted)))
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """None where one of the values is not known."""
+    """The mean; None where a value is unknown (None) or there are no values."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 

@@ -1,5 +1,8 @@
-"""The judge: a CLIP pair that names what pictures show. The world's own also says where; any CLIP
-folder will do for photos."""
+"""The judge: a CLIP model that names what pictures show.
+
+Any CLIP folder can judge photos. The embedded world's own judge was also trained to name single
+patches, so that it says where a thing is.
+"""
 
 from __future__ import annotations
 
@@ -21,22 +24,29 @@ from trainer.media.images import to_pil
 
 @dataclass(frozen=True)
 class Found:
-    """What patches say of n pictures and w words: mass (n, w) in patches, centers (n, w, 2) as (x,
-    y) in [0, 1]."""
+    """Where n pictures show w words.
+
+    mass (n, w): how many patches show the word; centers (n, w, 2): their centre as (x, y) in
+    [0, 1].
+    """
 
     words: tuple[str, ...]
     mass: Tensor
     centers: Tensor
 
     def top(self, count: int) -> list[list[str]]:
-        """The `count` words that fill most of each picture."""
+        """The `count` words with the most patches in each picture, most first."""
         return [
             [self.words[i] for i in row] for row in self.mass.topk(count, dim=1).indices.tolist()
         ]
 
 
 class Judge:
-    """Embeds pictures (n, 3, H, W) in [-1, 1] and texts into one space, unit length (n, d)."""
+    """Embeds pictures (n, 3, H, W) in [-1, 1] and texts in one space, as (n, d) of unit length.
+
+    Raises:
+        ValueError: the folder is not a CLIP model in transformers layout.
+    """
 
     def __init__(self, folder: Path) -> None:
         if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
@@ -55,7 +65,7 @@ class Judge:
 
     @property
     def names_patches(self) -> bool:
-        """Whether the patches were trained to be named (the world's own judge)."""
+        """Whether its patches can be named, which is so for the embedded world's judge."""
         return self.empty is not None
 
     @torch.no_grad()
@@ -69,7 +79,7 @@ class Judge:
         return F.normalize(self.model.text_projection(pooled), dim=-1)
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """input_ids and attention_mask (n, length), padded to what the text encoder takes."""
+        """input_ids and attention_mask (n, length), padded to the text encoder's length."""
         length = self.model.config.text_config.max_position_embeddings
         found = self.tokenizer(
             list(texts),
@@ -81,21 +91,21 @@ class Judge:
         return dict(found)
 
     def named(self, pictures: Tensor, words: Sequence[str]) -> list[str]:
-        """The one word of `words` that each picture is nearest to, as "a <word>"."""
+        """The word of `words` whose phrase "a <word>" is nearest to each picture."""
         scores = self.images(pictures) @ self.texts([article(word) for word in words]).T
         return [words[i] for i in scores.argmax(1).tolist()]
 
     @torch.no_grad()
     def found(self, pictures: Tensor, words: Sequence[str]) -> Found:
-        """Which words stand where, patch by patch.
+        """How many patches of each picture show each word, and where.
 
         Raises:
             ValueError: the judge's patches were not trained to be named.
         """
         if self.empty is None:
             raise ValueError(
-                f"judge={self.folder} names whole pictures only; the world's judge also names "
-                "patches"
+                f"judge={self.folder} names complete pictures only; the embedded world's own "
+                "judge also names patches"
             )
         names = self.texts([*(article(word) for word in words), self.empty])
         scale = self.model.logit_scale.exp()
@@ -125,8 +135,8 @@ class Judge:
 
 
 class Metric:
-    """The judge in the shape `torchmetrics.multimodal.CLIPScore` asks for: model and processor in
-    one."""
+    """The judge with the interface that `torchmetrics.multimodal.CLIPScore` needs: model and
+    processor in one."""
 
     def __init__(self, judge: Judge) -> None:
         self.judge, self.config = judge, judge.model.config
@@ -153,22 +163,22 @@ class Metric:
 
 
 def clip_score(judge: Judge, pictures: Tensor, texts: Sequence[str]) -> float:
-    """CLIPScore (arXiv 2104.08718), 0 to 100: the mean over pictures (n, 3, H, W) and their
-    texts."""
+    """CLIPScore (arXiv 2104.08718), 0 to 100: the mean over pictures (n, 3, H, W) in [-1, 1] and
+    the text of each."""
     metric = Metric(judge)
     score = CLIPScore(model_name_or_path=lambda: (metric, metric))  # type: ignore[arg-type, return-value]
     return float(score([((picture + 1) * 127.5).round().byte() for picture in pictures], texts))
 
 
 def judge_folder(
-    given: str | Path | None, backbone: str | Path | None, key: str, instead: str = ""
+    given: str | Path | None, backbone: str | Path | None, *, key: str, instead: str = ""
 ) -> Path:
-    """The CLIP folder that is given, or the backbone's own, `clip` in its folder.
+    """The judge's folder: the given one, or by default `clip` in the backbone's folder.
 
-    key: what a user gives it with; instead: what else a user could do.
+    key: the option a user gives it by; instead: another way out, added to the error message.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such folder.
     """
     own = Path(backbone, "clip") if backbone else None
     folder = Path(given).expanduser() if given else own
@@ -178,11 +188,17 @@ def judge_folder(
     return folder
 
 
-def stands(
-    found: Found, row: int, first: str, second: str, relation: tuple[int, int], margin: float = 0.1
+def relation_holds(
+    found: Found,
+    row: int,
+    *,
+    first: str,
+    second: str,
+    relation: tuple[int, int],
+    margin: float = 0.1,
 ) -> bool:
-    """Whether `first` is to `second` in picture `row` as `(dx, dy)` says, by more than `margin` of
-    the picture's side."""
+    """Whether, in picture `row`, `second` lies from `first` in the direction `relation` (dx, dy),
+    by more than `margin` of the picture's side."""
     one, two = (found.centers[row, found.words.index(word)] for word in (first, second))
     dx, dy = relation
     return bool(dx * (two[0] - one[0]) + dy * (two[1] - one[1]) > margin)
