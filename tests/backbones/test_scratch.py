@@ -281,7 +281,7 @@ denoiser.self_attention=[32] -> denoiser.self_attention=32: no such grid; this U
 denoiser.cross_attention=[middle] -> denoiser.cross_attention=middle: no such grid; this U-Net has
 denoiser.self_attention=8 -> denoiser.self_attention=8: a list is needed
 denoiser.heads=3 -> denoiser.heads=3 does not divide 16, the width at 16
-denoiser.heads=0 -> denoiser.heads=0: Input should be greater than 0
+denoiser.heads=0 -> denoiser.heads=0: a whole number is needed, at least 1
 denoiser.groups=5 -> denoiser.groups=5 does not divide the width 16
 denoiser.sample_size=18 -> denoiser.sample_size=18 does not halve for each of 3 widths;
 denoiser.width=[] -> denoiser.width=[]: Tuple should have at least 1 item

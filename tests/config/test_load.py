@@ -37,26 +37,26 @@ steps=1 -> steps: no such key; did you mean run.steps or preview.steps?
 xyz=1 -> xyz: no such key; there are: recipe, backbone, data, methods, objective, optim
 backbones.tiny.run.steps=1 -> backbones: no such key; did you mean backbone?
 optim=3 -> optim is 3; it takes name, lr, muon_lr, scale_lr, lrs
-optim.name=adamw8 -> optim.name='adamw8': Input should be 'adamw', 'adamw8bit',
-optim.lr=abc -> optim.lr='abc': Input should be a valid number
-optim.lr.x=1 -> optim.lr: Input should be a valid number
+optim.name=adamw8 -> optim.name='adamw8': adamw, adamw8bit, paged_adamw8bit or
+optim.lr=abc -> optim.lr='abc': a number is needed, above 0
+optim.lr.x=1 -> optim.lr: a number is needed, above 0
 optim.lr=true -> optim.lr=True: a number is needed
-optim.lr=0 -> optim.lr=0: Input should be greater than 0
-optim.lr=.inf -> optim.lr=inf: Input should be a finite number
+optim.lr=0 -> optim.lr=0: a number is needed, above 0
+optim.lr=.inf -> optim.lr=inf: a finite number is needed
 optim.betas=[0.9] -> optim.betas.1: a value is needed
 optim.betas=[0.9, 1.0] -> optim.betas.1=1.0: Input should be less than 1
-optim.ema=1 -> optim.ema=1: Input should be less than 1
-run.steps=1.5 -> run.steps=1.5: Input should be a valid integer
-run.compile=maybe -> run.compile='maybe': Input should be a valid boolean
-run.precision=bf15 -> run.precision='bf15': Input should be 'fp32' or 'bf16'; did you mean bf16?
-run.resolution=8 -> run.resolution=8: Input should be greater than or equal to 16
-run.seed=9223372036854775808 -> run.seed=9223372036854775808: Input should be less than
+optim.ema=1 -> optim.ema=1: a number is needed, above 0 and below 1
+run.steps=1.5 -> run.steps=1.5: a whole number is needed, at least 1
+run.compile=maybe -> run.compile='maybe': true or false is needed
+run.precision=bf15 -> run.precision='bf15': fp32 or bf16 is needed; did you mean bf16?
+run.resolution=8 -> run.resolution=8: a whole number is needed, at least 16
+run.seed=9223372036854775808 -> run.seed=9223372036854775808: a whole number is needed
 run.id=../x -> run.id='../x': String should match pattern
 run.devices=3 -> run.batch_size=8 does not divide by run.devices x run.nodes = 3
 run.devices=2 & run.nodes=16 -> run.devices x run.nodes = 32; give a multiple of 32
-run.steps=0 & run.log_every=0 -> run.log_every=0: Input should be greater than 0
-objective.target=epss -> objective.target='epss': Input should be 'eps', 'v', 'x0' or 'flow'; did
-preview.negative=12 -> preview.negative=12: text is needed; quote what YAML would read otherwise
+run.steps=0 & run.log_every=0 -> run.log_every=0: a whole number is needed, at least 1
+objective.target=epss -> objective.target='epss': eps, v, x0 or flow is needed; did you mean eps?
+preview.negative=12 -> preview.negative=12: text is needed; quote it, as in preview.negative="'12'"
 preview.prompts=a <v1> -> preview.prompts='a <v1>': a list is needed, as in preview.prompts=[a <v1>]
 preview.prompts=[a: b] -> preview.prompts.0: text is needed; quote
 preview.prompts.0=a -> preview.prompts: a list is needed, as in preview.prompts=[...]
@@ -64,8 +64,8 @@ data=3 -> data.source is missing; sources: concept,
 data.source=concpt -> data.source=concpt: no such source; did you mean concept?
 data.sorce=concept -> data.sorce: no such key; did you mean data.source?
 data.prior_image=3 -> data.prior_image: no such key; did you mean data.prior_images?
-data.prior_weight=-1 -> data.prior_weight=-1: Input should be greater than or equal to 0
-data.prior_weight=.inf -> data.prior_weight=inf: Input should be a finite number
+data.prior_weight=-1 -> data.prior_weight=-1: a number is needed, at least 0
+data.prior_weight=.inf -> data.prior_weight=inf: a finite number is needed
 data.concept=./nowhere -> data.concept='./nowhere': nowhere: no such folder
 data.concept=sprite:pengin -> data.concept='sprite:pengin': no sprite is called pengin; did you
 data.prior_folder=./nowhere -> data.prior_folder='./nowhere': nowhere: no such folder
@@ -297,7 +297,7 @@ def test_merge_leaves_both_sides_alone() -> None:
 @pytest.mark.parametrize("name", recipe_names())
 def test_loading_a_recipe_imports_nothing_heavy(name: str) -> None:
     code = (
-        f"import sys; from trainer import recipe; recipe.load(['recipe={name}'])\n"
+        f"import sys; from trainer.config.load import load_recipe; load_recipe(['recipe={name}'])\n"
         "print({'torch', 'diffusers', 'lightning', 'transformers'} & set(sys.modules))"
     )
     command = [sys.executable, "-c", code]

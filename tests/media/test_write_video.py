@@ -95,10 +95,10 @@ def test_what_is_written_reads_as_it_was(tmp_path: Path, tiny: Any) -> None:
     ("words", "says"),
     [
         (["adapter=x", "methods.pix2video={}"], "an adapter brings its methods along"),
-        (["backbone=tiny", "start=nose"], "start=nose: source or noise"),
-        (["backbone=tiny", "fps=0"], "fps=0: frames a second, above 0"),
+        (["backbone=tiny", "start=nose"], "start='nose': source or noise is needed"),
+        (["backbone=tiny", "fps=0"], "fps=0: a number is needed, above 0"),
         (["backbone=tiny", "frames=0"], "frames=0: a whole number is needed, at least 1"),
-        (["backbone=tiny", "source=x.mp4", "count=2"], "start=source paints the same with every"),
+        (["backbone=tiny", "source=x.mp4", "count=2"], "start=source gives the same clip for"),
         (["backbone=tiny", "methods.pix2vid={}"], "methods.pix2vid: no such method; did you mean"),
         (["backbone=tiny", "methods.lora={}", "frames=2"], "methods.lora has weights to train"),
     ],

@@ -158,7 +158,7 @@ def test_a_folder_is_named_once(tmp_path: Path, tiny_folder: Path) -> None:
     result = fit(tmp_path, tiny_folder, "run=here", "run.id=there", code=78)
     assert "run=here and run.id=there both name a folder" in result.stderr
     result = fit(tmp_path, tiny_folder, "run=", code=78)
-    assert "run=<folder> is given once" in result.stderr
+    assert "run= is empty; name a folder" in result.stderr
 
 
 def test_accumulation_sees_as_many_images(tmp_path: Path, tiny_folder: Path) -> None:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pydantic import Field
 
-from trainer.cli.options import quiet_libraries
+from trainer.cli.options import Options, quiet_libraries, split_options
 from trainer.config.load import load_recipe
-from trainer.config.schema import RecipeError
 
-if TYPE_CHECKING:
-    pass
+
+class CheckOptions(Options):
+    """Checks a recipe without loading a weight. Every key of the recipe can be given as well, as in
+    optim.lr=1e-4."""
+
+    plan: bool = Field(
+        False,
+        description="load the backbone, apply the methods, and print what would train and about "
+        "how much memory it takes",
+    )
 
 
 def run(words: list[str]) -> int:
-    """Validates without loading a weight; with plan=true loads the backbone and prints what would
-    train."""
-    plan = [word for word in words if word.startswith("plan=")]
-    loaded = load_recipe(word for word in words if word not in plan)
-    if plan and plan[-1] not in ("plan=true", "plan=false"):
-        raise RecipeError(f"{plan[-1]}: plan is true or false")
-    if "plan=true" not in plan:
+    options, rest = split_options(words, CheckOptions)
+    loaded = load_recipe(rest)
+    if not options.plan:
         print(
             f"{loaded.name}: fine; backbone {loaded.backbone_name}, methods "
             f"{', '.join(loaded.methods)}"
@@ -37,8 +40,7 @@ def run(words: list[str]) -> int:
     applied = apply_methods(backbone, loaded.methods, held=loaded.optim.held)
     if loaded.run.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
-    facts = describe_plan(
-        loaded, backbone, applied, plan_report.peak_memory(loaded, backbone, applied)
-    )
+    peak = plan_report.peak_memory(loaded, backbone, applied)
+    facts = describe_plan(loaded, backbone, applied, memory=peak)
     show_plan(facts, loaded.methods, Console(width=max(100, Console().width)))
     return 0

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
-from trainer.cli.options import quiet_libraries, read_options
+from pydantic import Field, PositiveFloat, model_validator
+
+from trainer.cli.options import Count, Options, Seed, quiet_libraries, read_options, split_options
 from trainer.common.exit_codes import DAMAGED
-from trainer.config import tree as tree_
 from trainer.config.load import load_recipe
-from trainer.config.overrides import parse_words
 from trainer.config.schema import RecipeError
 from trainer.config.validate import build_section
 
@@ -19,53 +19,106 @@ if TYPE_CHECKING:
     from trainer.data.sources.shards import Shards
 
 
+class WorldOptions(Options):
+    """Writes captioned scenes of the embedded world as webdataset shards with a manifest."""
+
+    out: Path = Field(description="the folder to write; it must not exist", examples=["./world"])
+    count: Count = Field(1000, description="scenes, or clips, to write")
+    seed: Seed = Field(0, description="another seed gives other scenes")
+    sprites: Literal["known", "held_out", "all"] = Field(
+        "known",
+        description="which sprites: the 64 the tiny backbones were trained on, the 16 they were "
+        "not, or all",
+    )
+    per_shard: Count = Field(1000, description="samples in each .tar file")
+
+
+class ClipsOptions(WorldOptions):
+    """Writes clips of the embedded world, sprites that move, as MP4 in webdataset shards."""
+
+    frames: Count = Field(8, description="frames of each clip")
+    fps: PositiveFloat | None = Field(
+        None, description="frames a second of all clips; null draws a rate for each"
+    )
+
+
+class BuildOptions(Options):
+    """Reads every shard once and writes the manifest beside them; a manifest that is already there
+    is never replaced, because it may be the only record of what the shards once held."""
+
+    shards: str = Field(description="a folder of .tar files, or one of them", examples=["./shards"])
+    ignore: tuple[str, ...] = Field(
+        (), description="extensions of members to leave out, as in [cls,npy]"
+    )
+
+
+class VerifyOptions(Options):
+    """Compares every byte of shards with their manifest, or decodes every photo of a folder, and
+    names what is wrong; the exit code is 65 if anything is. shards or folder is needed."""
+
+    shards: str | None = Field(None, description="a folder of .tar files, or one of them")
+    ignore: tuple[str, ...] = Field(
+        (), description="with shards=: extensions of members to leave out, as in [cls,npy]"
+    )
+    folder: Path | None = Field(None, description="a folder of photos, in place of shards")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> VerifyOptions:
+        if (self.shards is None) == (self.folder is None):
+            raise ValueError("give shards=<folder or .tar>, or folder=<photos>, and not both")
+        if self.folder is not None and self.ignore:
+            raise ValueError("ignore= goes with shards= alone; remove it")
+        return self
+
+
+class InspectOptions(Options):
+    """Draws what the trainer sees: each sample as it is cut, its caption, mask and bucket; and
+    counts sizes and buckets. Every key of the recipe can be given as well."""
+
+    count: Count = Field(16, description="samples to draw")
+    step: Seed = Field(0, description="the first micro-batch to draw from, counted from 0")
+    out: Path = Field(Path("inspect.png"), description="the PNG to write")
+
+
 def run(words: list[str]) -> int:
-    """`data world`, `clips`, `build`, `verify` or `inspect`, and what each of them takes."""
-    kinds = {
-        "world": _data_world, "clips": _data_clips, "build": _data_build, "verify": _data_verify,
-        "inspect": _data_inspect,
-    }  # fmt: skip
-    kind, rest = (words[0], words[1:]) if words else ("", [])
-    if kind not in kinds:
-        said = f"{kind!r} is none of them" if kind else "one of them is needed"
-        raise RecipeError(f"data {', '.join(kinds)}: {said}, as in data verify shards=./shards")
-    return kinds[kind](rest)
+    """`data world`, `clips`, `build`, `verify` or `inspect`, and the options of each."""
+    name, rest = (words[0], words[1:]) if words else ("", [])
+    if name not in COMMANDS:
+        said = f"{name!r} is none of them" if name else "one of them is needed"
+        raise RecipeError(f"data {', '.join(COMMANDS)}: {said}, as in data verify shards=./shards")
+    command, _ = COMMANDS[name]
+    return command(rest)
 
 
-WORLD = {"out": None, "count": 1000, "seed": 0, "sprites": "known", "per_shard": 1000}
-
-
-def _data_world(words: list[str]) -> int:
+def _world(words: list[str]) -> int:
     from trainer.data.tars.write_shards import write_world
 
-    return _written(write_world, read_options(words, WORLD))
+    return _written(write_world, read_options(words, WorldOptions))
 
 
-def _data_clips(words: list[str]) -> int:
-    options = read_options(words, {**WORLD, "frames": 8, "fps": None})
+def _clips(words: list[str]) -> int:
+    options = read_options(words, ClipsOptions)
     from trainer.data.tars.write_clips import write_clips
 
     return _written(write_clips, options)
 
 
-def _written(write: Callable[..., list[Path]], options: dict[str, Any]) -> int:
-    if not (out := options.pop("out")):
-        raise RecipeError("out is missing, as in out=./world")
-    for path in write(out, **options):
+def _written(write: Callable[..., list[Path]], options: WorldOptions) -> int:
+    for path in write(options.out, **options.model_dump(exclude={"out"})):
         print(path)
     return 0
 
 
-def _data_build(words: list[str]) -> int:
-    """Never over a manifest that is there: it may be the one witness of a damage."""
-    source = _shards(words)
+def _build(words: list[str]) -> int:
+    options = read_options(words, BuildOptions)
+    source = _shards(options.shards, options.ignore)
     from trainer.common.paths import cache_folder
     from trainer.data.tars.ledger import build_manifest, kept_manifest
 
     if (kept := kept_manifest(source.shards, cache_folder())) is not None:
         raise ValueError(
-            f"{kept[0]} is there already; `data verify shards={source.shards}` holds the shards "
-            "against it, and if they are meant to differ, remove it first"
+            f"{kept[0]} is there already; `data verify shards={source.shards}` compares the shards "
+            "with it, and if they are meant to differ, remove it first"
         )
     place, made = build_manifest(source.shards, cache_folder(), source.ignore)
     for shard in made:
@@ -76,44 +129,47 @@ def _data_build(words: list[str]) -> int:
     return 0
 
 
-def _data_verify(words: list[str]) -> int:
+def _verify(words: list[str]) -> int:
+    options = read_options(words, VerifyOptions)
     from trainer.common.paths import cache_folder
     from trainer.data.tars import verify
 
-    given = parse_words(words)
-    if "folder" in given:
-        tree_.refuse_unknown(given, ("folder",), "")
-        found, whole = verify.photos(Path(str(given["folder"])).expanduser())
+    if options.folder is not None:
+        found, summary = verify.photos(options.folder.expanduser())
     else:
-        source = _shards(words)
-        found, whole = verify.shards(source.shards, cache_folder(), source.ignore)
+        source = _shards(options.shards, options.ignore)
+        found, summary = verify.shards(source.shards, cache_folder(), source.ignore)
     for reason in found:
         print(reason)
     if found:
-        print(f"{len(found)} things are wrong; {whole}", file=sys.stderr)
+        print(f"problems found: {len(found)}; {summary}", file=sys.stderr)
         return DAMAGED
-    print(f"all as it should be: {whole}")
+    print(f"no problem found: {summary}")
     return 0
 
 
-def _data_inspect(words: list[str]) -> int:
-    own = [word for word in words if word.startswith(("count=", "out=", "step="))]
-    options = read_options(own, {"count": 16, "step": 0, "out": "inspect.png"})
-    loaded = load_recipe(word for word in words if word not in own)
+def _inspect(words: list[str]) -> int:
+    options, rest = split_options(words, InspectOptions)
+    loaded = load_recipe(rest)
     quiet_libraries()
     from trainer.training.inspect import inspect
 
-    for line in inspect(loaded, options["count"], options["step"], Path(options["out"])):
+    for line in inspect(loaded, options.count, step=options.step, out=options.out):
         print(line)
     return 0
 
 
-def _shards(words: list[str]) -> Shards:
-    """`shards=` and `ignore=`, as the source of that name takes them."""
+def _shards(shards: str | None, ignore: tuple[str, ...]) -> Shards:
+    """The two options, checked as the data source of that name checks them."""
     from trainer.data.sources.shards import Shards
 
-    given = parse_words(words)
-    tree_.refuse_unknown(given, ("shards", "ignore"), "")
-    if "shards" not in given:
-        raise RecipeError("shards is missing, as in shards=./shards, a folder of .tar files")
-    return build_section(Shards, given, "data")
+    return build_section(Shards, {"shards": shards, "ignore": list(ignore)}, "data")
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], type[Options]]] = {
+    "world": (_world, WorldOptions),
+    "clips": (_clips, ClipsOptions),
+    "build": (_build, BuildOptions),
+    "verify": (_verify, VerifyOptions),
+    "inspect": (_inspect, InspectOptions),
+}

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from trainer.cli.options import quiet_libraries, read_options
-from trainer.config.schema import RecipeError
+from pydantic import Field
 
-if TYPE_CHECKING:
-    pass
+from trainer.cli.options import Count, Options, quiet_libraries, read_options
+
+
+class EvaluateOptions(Options):
+    """Prints a table of scores of the base and of the adapted model, and keeps it as
+    evaluation.json in the run folder."""
+
+    run: Path = Field(
+        description="the run folder to judge, or its adapter.safetensors",
+        examples=["runs/custom_diffusion/<id>"],
+    )
+    judge: str | None = Field(
+        None,
+        description="folder of a CLIP model that scores the pictures; null takes the one that the "
+        "backbone ships with",
+    )
+    images: Count = Field(32, description="pictures for each group of prompts")
+    batch: Count = Field(32, description="pictures generated at once")
 
 
 def run(words: list[str]) -> int:
-    options = read_options(words, {"run": None, "judge": None, "images": 32, "batch": 32})
-    if not options["run"]:
-        raise RecipeError("run is missing, as in run=runs/custom_diffusion/<id>")
+    options = read_options(words, EvaluateOptions)
     quiet_libraries()
     from trainer.evaluation.evaluate import evaluate as judge_run
 
-    judge_run(
-        Path(options["run"]),
-        options["judge"],
-        images=int(options["images"]),
-        batch=int(options["batch"]),
-    )
+    judge_run(options.run, options.judge, images=options.images, batch=options.batch)
     return 0

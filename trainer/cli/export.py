@@ -1,30 +1,53 @@
-"""`export`: writes an adapter for other tools, and proves the files."""
+"""`export`: writes an adapter in a format of another tool, and proves that it loads the same."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from trainer.cli.options import quiet_libraries, read_options
-from trainer.config.schema import RecipeError
+from pydantic import Field, model_validator
 
-if TYPE_CHECKING:
-    pass
+from trainer.cli.options import Count, Options, quiet_libraries, read_options
+
+
+class ExportOptions(Options):
+    """Writes an adapter into a new folder in the format of another tool, loads it with that tool's
+    own code, and compares the output with that of the adapter. run or adapter is needed."""
+
+    run: Path | None = Field(None, description="the run folder whose adapter is written")
+    adapter: Path | None = Field(
+        None, description="the adapter to write, in place of run: a file or a run folder"
+    )
+    out: Path = Field(
+        description="the folder to write; it must not exist yet", examples=["./my_dog"]
+    )
+    format: str = Field(
+        "merged",
+        description="merged (a diffusers folder), diffusers, custom_diffusion, kohya, comfyui, "
+        "diff, peft or animatediff",
+    )
+    dtype: str = Field("float32", description="what the file holds: float32, float16 or bfloat16")
+    rank: Count | None = Field(
+        None,
+        description="cut the change of every layer to this many singular directions, for the "
+        "formats of low rank; what it loses is printed. null keeps the change exact",
+    )
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> ExportOptions:
+        if self.run is None and self.adapter is None:
+            raise ValueError("give run=<run folder>, or adapter=<file>")
+        return self
 
 
 def run(words: list[str]) -> int:
-    options = read_options(
-        words,
-        {"run": None, "adapter": None, "out": None, "format": "merged", "dtype": "float32",
-         "rank": None},
-    )  # fmt: skip
-    source = options["adapter"] or options["run"]
-    if not source or not options["out"]:
-        raise RecipeError("give run=<run folder> (or adapter=<file>) and out=<folder>")
+    options = read_options(words, ExportOptions)
+    source = options.adapter or options.run
+    assert source is not None
     quiet_libraries()
     from trainer.config.header import file_of
     from trainer.export.export import export as write
 
-    form, dtype, rank = options["format"], options["dtype"], options["rank"]
-    print(write(file_of(source), Path(options["out"]), form, dtype, rank))
+    print(
+        write(file_of(source), options.out, options.format, dtype=options.dtype, rank=options.rank)
+    )
     return 0

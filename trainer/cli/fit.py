@@ -4,24 +4,38 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.cli.options import quiet_libraries
+from pydantic import Field
+
+from trainer.cli.options import Options, quiet_libraries, split_options
 from trainer.config.load import load_recipe
 from trainer.config.schema import Recipe, RecipeError
 
 
+class FitOptions(Options):
+    """Trains a recipe and prints the run folder with the adapter. Every key of the recipe can be
+    given as well, as in optim.lr=1e-4."""
+
+    run: Path | None = Field(
+        None,
+        description="the run folder: a run in it resumes where it stopped, a finished one stays as "
+        "it is; null makes runs/<recipe>/<id>",
+    )
+
+
 def run(words: list[str]) -> int:
-    """`run=<folder>` is where: a run there goes on, one that is finished is left as it is."""
-    places = [word for word in words if word.startswith("run=") and word[4:5] != "{"]
-    loaded = load_recipe(word for word in words if word not in places)
-    if len(places) > 1 or "run=" in places:
-        raise RecipeError("run=<folder> is given once, as in run=runs/custom_diffusion/<id>")
-    if places and loaded.run.id is not None:
-        raise RecipeError(f"{places[0]} and run.id={loaded.run.id} both name a folder; give one")
+    section = [word for word in words if word.startswith("run={")]
+    if "run=" in words:
+        raise RecipeError("run= is empty; name a folder, as in run=runs/custom_diffusion/<id>")
+    options, rest = split_options([word for word in words if word not in section], FitOptions)
+    loaded = load_recipe([*rest, *section])
+    if options.run is not None and loaded.run.id is not None:
+        raise RecipeError(
+            f"run={options.run} and run.id={loaded.run.id} both name a folder; give one"
+        )
     quiet_libraries()
     from trainer.training.console import first_rank
 
-    given = Path(places[0].removeprefix("run=")).expanduser() if places else None
-    folder = train_recipe(loaded, given)
+    folder = train_recipe(loaded, None if options.run is None else options.run.expanduser())
     if first_rank():
         print(folder)
     return 0

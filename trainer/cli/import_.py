@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from trainer.cli.options import quiet_libraries, read_options
-from trainer.config.schema import RecipeError
+from pydantic import Field
 
-if TYPE_CHECKING:
-    pass
+from trainer.cli.options import Options, quiet_libraries, read_options
+
+
+class ImportOptions(Options):
+    """Reads a LoRA, DoRA, Custom Diffusion or embedding file that another tool has written, and
+    writes an adapter that `run.start_from`, `sample` and `export` take."""
+
+    file: Path = Field(
+        description="a safetensors file, or a folder with one", examples=["./lora.safetensors"]
+    )
+    backbone: str = Field(
+        description="the backbone it was made for: a name or a folder", examples=["sd15"]
+    )
+    out: Path = Field(
+        description="the adapter to write; it must not exist yet",
+        examples=["./lora_adapter.safetensors"],
+    )
+    format: str = Field(
+        "auto", description="the format of the file; auto recognises it by the names of its tensors"
+    )
 
 
 def run(words: list[str]) -> int:
-    options = read_options(words, {"file": None, "backbone": None, "out": None, "format": "auto"})
-    if not (options["file"] and options["backbone"] and options["out"]):
-        raise RecipeError(
-            "give file=<file or folder>, backbone=<name or folder> and out=<adapter.safetensors>"
-        )
+    options = read_options(words, ImportOptions)
     quiet_libraries()
     from trainer.export.import_ import import_file
 
-    source, out = Path(options["file"]).expanduser(), Path(options["out"]).expanduser()
-    print(import_file(source, options["backbone"], out, options["format"]))
+    source, out = options.file.expanduser(), options.out.expanduser()
+    print(import_file(source, options.backbone, out, form=options.format))
     return 0

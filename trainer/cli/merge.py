@@ -1,36 +1,46 @@
-"""`merge`: joins concepts that were trained apart into one adapter."""
+"""`merge`: joins concepts that were trained separately into one adapter."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from trainer.cli.options import quiet_libraries
-from trainer.config import tree as tree_
-from trainer.config.overrides import parse_words
+from pydantic import Field
+
+from trainer.cli.options import Options, quiet_libraries, read_options
 from trainer.config.schema import RecipeError
 
-if TYPE_CHECKING:
-    pass
+
+class MergeOptions(Options):
+    """Joins runs of Custom Diffusion, each on its own concept, into one adapter by the paper's
+    constrained least squares (arXiv 2212.04488, section 3.3)."""
+
+    adapter: tuple[str, ...] = Field(
+        description="the runs to join: run folders or adapter files",
+        examples=["[runs/custom_diffusion/<a>,runs/custom_diffusion/<b>]"],
+    )
+    out: Path = Field(description="the adapter to write", examples=["both.safetensors"])
+    captions: Path | None = Field(
+        None,
+        description="a text file with one ordinary caption a line, whose keys and values the merge "
+        "keeps; null takes the captions that ship with the toolkit",
+    )
 
 
 def run(words: list[str]) -> int:
-    """Captions, if given, are a text file with one ordinary caption a line."""
-    given = parse_words(words)
-    tree_.refuse_unknown(given, ("adapter", "out", "captions"), "")
-    sources, out, captions = (given.get(key) for key in ("adapter", "out", "captions"))
-    if not isinstance(sources, list) or not isinstance(out, str):
-        raise RecipeError("give adapter=[<run>,<run>] and out=<adapter.safetensors>")
-    lines = None
-    if captions is not None:
-        text = Path(str(captions)).expanduser().read_text(encoding="utf-8")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        if not lines:
-            raise RecipeError(f"captions={captions}: no caption in it; write one a line")
+    options = read_options(words, MergeOptions)
+    lines = None if options.captions is None else _captions(options.captions)
     quiet_libraries()
     from trainer.config.header import file_of
     from trainer.runs.merge import merge_concepts as write
 
-    tokens = write([file_of(str(source)) for source in sources], Path(out).expanduser(), lines)
-    print(f"{out}: {', '.join(tokens)}")
+    tokens = write([file_of(each) for each in options.adapter], options.out.expanduser(), lines)
+    print(f"{options.out}: {', '.join(tokens)}")
     return 0
+
+
+def _captions(file: Path) -> list[str]:
+    text = file.expanduser().read_text(encoding="utf-8")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise RecipeError(f"captions={file}: no caption in it; write one a line")
+    return lines

@@ -1,39 +1,50 @@
-"""The `key=value` options of a verb, checked, and the quiet start of the libraries below."""
+"""The `key=value` options of a verb: one frozen record for each verb, checked by pydantic."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Annotated, TypeVar
 
-from trainer.config import tree as tree_
+from pydantic import Field
+
+from trainer.common.strict import Section
 from trainer.config.overrides import parse_words
-from trainer.config.schema import RecipeError
+from trainer.config.tree import refuse_unknown
+from trainer.config.validate import build_section
 
-if TYPE_CHECKING:
-    pass
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
 
 
-def read_options(words: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
-    """A verb's words over its defaults, checked; `key=null` is as if it were not given."""
+class Options(Section):
+    """The options of one verb. A field without a default is required; its first example is what the
+    message about a missing one shows."""
+
+
+Some = TypeVar("Some", bound=Options)
+
+
+def read_options(words: Sequence[str], options: type[Some]) -> Some:
+    """The words of a verb as its record; `key=` and `key=null` are as if the key were not given.
+
+    Raises:
+        RecipeError: an unknown or missing key, or a value of the wrong type or out of range.
+    """
     given = parse_words(words)
-    tree_.refuse_unknown(given, defaults, "")
-    given = {key: value for key, value in given.items() if value is not None}
-    for key, value in given.items():
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        least = 0 if key in ("seed", "step") else 1
-        if isinstance(defaults[key], int) or key in ("steps", "rank", "frames"):
-            if not whole or value < least:
-                raise RecipeError(f"{key}={value!r}: a whole number is needed, at least {least}")
-        elif key in ("guidance", "fps"):
-            if not (whole or isinstance(value, float)):
-                raise RecipeError(f"{key}={value!r}: a number is needed")
-        elif not isinstance(value, str):
-            raise RecipeError(f"{key}={value!r}: text is needed; quote it, as in {key}=\"'12'\"")
-    return {**defaults, **given}
+    refuse_unknown(given, options.model_fields, "")
+    given = {key: value for key, value in given.items() if value not in (None, "")}
+    return build_section(options, given, "")
+
+
+def split_options(words: Sequence[str], options: type[Some]) -> tuple[Some, list[str]]:
+    """The options of a verb that takes a recipe too, and the words that remain for the recipe."""
+    own = [word for word in words if word.partition("=")[0] in options.model_fields]
+    return read_options(own, options), [word for word in words if word not in own]
 
 
 def quiet_libraries() -> None:
-    """The libraries below talk about themselves; the run has its own lines."""
+    """Silences what diffusers, transformers and Lightning print about themselves."""
     import logging
     import warnings
 
@@ -41,9 +52,9 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", module="lightning")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of an optional kernel, at import
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # GPU: no, TPU: no, and advertisements
+        logging.getLogger(name).setLevel(logging.WARNING)  # "GPU: no, TPU: no", and advertisements
     import diffusers
     import transformers
 

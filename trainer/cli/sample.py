@@ -5,48 +5,94 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from trainer.cli.options import quiet_libraries, read_options
+from pydantic import Field, model_validator
+
+from trainer.cli.options import Count, Options, Seed, quiet_libraries, read_options
 from trainer.config import lineage
 from trainer.config import load as recipes
-from trainer.config.overrides import parse_words
-from trainer.config.schema import RecipeError
 from trainer.methods.method import Method
 
 if TYPE_CHECKING:
-    pass
+    from torch import Tensor
 
+    from trainer.backbones.backbone import Backbone
 
-AT_ONCE = 16  # pictures that `sample` paints in one batch, at least one clip
+AT_ONCE = 16  # pictures that one batch generates; at least one clip
 INVERTING = 3  # calls of the network for each step of an inversion
 
 
+class SampleOptions(Options):
+    """Writes PNGs, or of frames=8 an MP4 and a GIF, and prints their paths. adapter or backbone is
+    needed."""
+
+    adapter: Path | None = Field(
+        None,
+        description="a trained adapter: a run folder, its adapter.safetensors, or the name "
+        "of one that ships",
+    )
+    backbone: str | None = Field(
+        None,
+        description="a backbone by name or folder, without an adapter; beside one, what it is "
+        "loaded over in place of the backbone it was trained on",
+    )
+    prompt: str = Field(description="what to generate", examples=['"a <v1> on a blue background"'])
+    count: Count = Field(1, description="pictures or clips, one for each seed from seed on")
+    seed: Seed = Field(0, description="of the first one's noise")
+    steps: Count | None = Field(
+        None,
+        description="steps of the sampler; null takes the preview.steps of the adapter's "
+        "recipe, or 25",
+    )
+    guidance: float | None = Field(
+        None,
+        description="strength of classifier-free guidance, 1 for none (arXiv 2207.12598); null "
+        "takes the preview.guidance of the adapter's recipe, or 5",
+    )
+    negative: str = Field("", description="a prompt to move away from, in place of the empty one")
+    frames: Count | None = Field(
+        None,
+        description="frames of a clip, 1 for pictures; null takes those the adapter was "
+        "trained on, or 1",
+    )
+    fps: float | None = Field(
+        None,
+        gt=0,
+        description="frames a second, given to a model that was trained with them and to the "
+        "player; null plays 8",
+    )
+    source: Path | None = Field(
+        None, description="a video whose structure the clip keeps, see start"
+    )
+    start: Literal["source", "noise"] = Field(
+        "source",
+        description="with source=: begin from the noise that DDIM inversion finds for the video "
+        "(the prompt then edits it), or from the seed's noise",
+    )
+    out: Path = Field(Path("samples"), description="folder to write into")
+    methods: dict[str, Any] | None = Field(
+        None,
+        description="with backbone=: methods that train nothing, as in methods.text2video_zero={}",
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> SampleOptions:
+        if self.adapter is None and self.backbone is None:
+            raise ValueError("give adapter=<file or run folder>, or backbone=<name or folder>")
+        if self.adapter is not None and self.methods:
+            raise ValueError("an adapter brings its methods along; methods go with backbone= alone")
+        if self.count > 1 and self.source is not None and self.start == "source":
+            raise ValueError("start=source gives the same clip for every seed; leave count at 1")
+        return self
+
+
 def run(words: list[str]) -> int:
-    """Methods that train nothing go with a backbone, by `methods.<name>={}`."""
-    named = [word for word in words if word.startswith(("methods.", "methods="))]
-    options = read_options(
-        [word for word in words if word not in named],
-        {"adapter": None, "backbone": None, "prompt": None, "count": 1, "seed": 0, "steps": None,
-        "guidance": None, "frames": None, "fps": None, "source": None, "start": "source",
-         "negative": "", "out": "samples"},
-    )  # fmt: skip
-    if not options["prompt"]:
-        raise RecipeError('prompt is missing, as in prompt="a <v1> on a blue background"')
-    if not (options["adapter"] or options["backbone"]):
-        raise RecipeError("give adapter=<file or run folder>, or backbone=<name or folder>")
-    if named and options["adapter"]:
-        raise RecipeError("an adapter brings its methods along; methods go with backbone= alone")
-    if options["start"] not in ("source", "noise"):
-        raise RecipeError(f"start={options['start']}: source or noise")
-    if options["fps"] is not None and options["fps"] <= 0:
-        raise RecipeError(f"fps={options['fps']}: frames a second, above 0")
-    if options["count"] > 1 and options["source"] and options["start"] == "source":
-        raise RecipeError("start=source paints the same with every seed; leave count at 1")
-    chosen = recipes.methods_of(parse_words(named)["methods"]) if named else {}
+    options = read_options(words, SampleOptions)
+    chosen = recipes.methods_of(options.methods) if options.methods else {}
     quiet_libraries()
     kinds = set()
-    for path in _sampled(options, chosen):
+    for path in _written(options, chosen):
         print(path)
         kinds.add(path.suffix)
     if kinds == {".gif"}:
@@ -54,53 +100,83 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _sampled(options: Mapping[str, Any], chosen: Mapping[str, Method]) -> Iterator[Path]:
-    """The files of `sample`, each when it is written."""
-    from trainer.config import header
-    from trainer.diffusion.inversion import invert
-    from trainer.diffusion.sampler import sample as paint
-    from trainer.diffusion.source_clip import source_latents
+def _written(options: SampleOptions, chosen: Mapping[str, Method]) -> Iterator[Path]:
+    """The files of `sample`, each as soon as it is written."""
+    from trainer.diffusion.sampler import sample
     from trainer.media.write_video import PLAYED, write_clip
-    from trainer.methods.apply import apply_methods
-    from trainer.runs.adapter import load_adapted, load_base
 
-    tree: dict[str, Any] = {}
-    if options["adapter"]:
-        backbone, tree = load_adapted(header.file_of(options["adapter"]), options["backbone"])
-    else:
-        backbone = load_base(lineage.backbone_spec(options["backbone"]), options["backbone"])
-        if chosen:
-            apply_methods(backbone, chosen, trains=False)
-    look, data = tree.get("preview") or {}, tree.get("data") or {}
-    steps = int(options["steps"] or look.get("steps", 25))
-    guidance = look.get("guidance", 5.0) if options["guidance"] is None else options["guidance"]
-    frames, fps = int(options["frames"] or data.get("frames", 1)), options["fps"]
-    source = start = None
-    if options["source"]:
-        source = source_latents(backbone, Path(options["source"]), frames, fps, data)
-        if options["start"] == "source":
-            start = invert(backbone, source, [""], steps, frames, fps, INVERTING)
-    out, name = Path(options["out"]), slug(options["prompt"])
-    out.mkdir(parents=True, exist_ok=True)
-    seeds = range(options["seed"], options["seed"] + options["count"])
+    backbone, tree = _model(options, chosen)
+    previews, data = tree.get("preview") or {}, tree.get("data") or {}
+    steps = options.steps or int(previews.get("steps", 25))
+    guidance = options.guidance
+    if guidance is None:
+        guidance = float(previews.get("guidance", 5.0))
+    frames = options.frames or int(data.get("frames", 1))
+    source, start = _source(backbone, options, steps=steps, frames=frames, data=data)
+    options.out.mkdir(parents=True, exist_ok=True)
+    seeds = range(options.seed, options.seed + options.count)
     at_once = max(1, AT_ONCE // frames)
     for part in (seeds[i : i + at_once] for i in range(0, len(seeds), at_once)):
-        pictures = paint(
+        pictures = sample(
             backbone,
-            [options["prompt"]] * len(part),
+            [options.prompt] * len(part),
             part,
-            steps,
-            float(guidance),
-            str(options["negative"]),
+            steps=steps,
+            guidance=guidance,
+            negative=options.negative,
             frames=frames,
-            fps=fps,
-            source=None if source is None else source.repeat(len(part), 1, 1, 1),
+            fps=options.fps,
+            source=None if source is None else source.repeat((len(part), 1, 1, 1)),
             start=start,
         )
         for seed, clip in zip(part, pictures.split(frames), strict=True):
-            yield from write_clip(clip, out / f"{name}-{seed}", fps or PLAYED)
+            place = options.out / f"{slug(options.prompt)}-{seed}"
+            yield from write_clip(clip, place, options.fps or PLAYED)
+
+
+def _model(
+    options: SampleOptions, chosen: Mapping[str, Method]
+) -> tuple[Backbone, Mapping[str, Any]]:
+    """The model, and the recipe's tree where an adapter has one."""
+    from trainer.config.header import file_of
+    from trainer.methods.apply import apply_methods
+    from trainer.runs.adapter import load_adapted, load_base
+
+    if options.adapter is not None:
+        return load_adapted(file_of(options.adapter), options.backbone)
+    assert options.backbone is not None
+    backbone = load_base(lineage.backbone_spec(options.backbone), options.backbone)
+    if chosen:
+        apply_methods(backbone, chosen, trains=False)
+    return backbone, {}
+
+
+def _source(
+    backbone: Backbone, options: SampleOptions, steps: int, frames: int, data: Mapping[str, Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Clean latents (frames, c, h, w) of the source clip, and the noise that becomes them where
+    sampling begins from it."""
+    from trainer.diffusion.inversion import invert
+    from trainer.diffusion.source_clip import source_latents
+
+    if options.source is None:
+        return None, None
+    source = source_latents(backbone, options.source, frames, fps=options.fps, data=data)
+    if options.start == "noise":
+        return source, None
+    start = invert(
+        backbone,
+        source,
+        [""],
+        steps=steps,
+        frames=frames,
+        fps=options.fps,
+        iterations=INVERTING,
+    )
+    return source, start
 
 
 def slug(text: str) -> str:
+    """Text as a file name, of at most 60 letters."""
     words = "".join(letter if letter.isalnum() else " " for letter in text).split()
     return "-".join(words)[:60] or "sample"
