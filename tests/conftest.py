@@ -11,6 +11,7 @@ THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -157,16 +158,18 @@ def photos() -> Any:
 
 @pytest.fixture(scope="session")
 def train(photos: Any) -> Train:
-    """`train(backbone, plan, steps=2, frames=1)`: AdamW with weight decay on real batches of two
-    images, or of one clip that shows the two; returns the losses."""
+    """`train(backbone, plan, steps=2, frames=1)`: the module that `fit` builds takes its own
+    training steps, on real batches of two images, or of one clip that shows the two; AdamW with
+    weight decay. Returns the losses."""
+    from trainer.config.load import load_recipe
     from trainer.data.loader import Planned
     from trainer.data.plan import StepPlan
-    from trainer.diffusion.objective import Objective
-    from trainer.training.module import DiffusionModule
-    from trainer.training.optim import Optim
+    from trainer.training.build import module_of
 
     groups = tuple((group.start, group.stop) for group in photos.groups)
     batches = Planned(photos, StepPlan(groups, (1.0,), (1.0,), 2, 0), None, 0, 1)
+    words = ["recipe=lora", "optim.lr=1e-2", "optim.weight_decay=0.1", "optim.schedule=constant"]
+    words += ["methods.new_token=null", "data.token=sks", "objective.timesteps=uniform"]
 
     def batch(step: int, frames: int) -> Any:
         found = batches[step]
@@ -176,18 +179,18 @@ def train(photos: Any) -> Train:
         return replace(found, **own, frames=frames, fps=[8.0])
 
     def run(backbone: Any, plan: Any, steps: int = 2, frames: int = 1) -> list[float]:
-        objective = Objective(backbone.target, backbone.alphas_cumprod)
-        module = DiffusionModule(
-            backbone, objective, Optim(1e-2, steps, weight_decay=0.1), plan.names
-        )
-        optimizer = module.configure_optimizers()["optimizer"]
+        module = module_of(load_recipe([*words, f"run.steps={steps}"]), backbone, plan)
+        chosen = module.configure_optimizers()
+        optimizer, schedule = chosen["optimizer"], chosen["lr_scheduler"]["scheduler"]
         losses = []
         for step in range(steps):
             optimizer.zero_grad()
-            torch.manual_seed(step)  # dropout
-            loss = module.sample_losses(batch(step, frames), "train", 0.0)[0].mean()
+            with warnings.catch_warnings():  # there is no `Trainer` to log to
+                warnings.filterwarnings("ignore", message=".*`self.log")
+                loss = module.training_step(batch(step, frames), step)
             loss.backward()
             optimizer.step()
+            schedule.step()
             losses.append(float(loss.detach()))
         return losses
 
