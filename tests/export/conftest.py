@@ -78,7 +78,7 @@ def trained(
             own = dict(model.named_parameters()) | dict(model.named_buffers())
             tensors = {key: own[key] for key in plan.stored}
             header = {"backbone": str(tiny_folder), "methods": tree}
-            save_adapter(path, tensors, header, model.identity())
+            save_adapter(path, tensors, tree=header, identity=model.identity())
         return path
 
     return make

@@ -39,7 +39,9 @@ def trained(
     parameters = dict(tiny.named_parameters())
     path = tmp_path / "adapter.safetensors"
     tree = {"backbone": str(tiny_folder), "methods": METHODS}
-    save_adapter(path, {name: parameters[name] for name in plan.names}, tree, tiny.identity())
+    save_adapter(
+        path, {name: parameters[name] for name in plan.names}, tree=tree, identity=tiny.identity()
+    )
     return path, tiny
 
 
@@ -195,7 +197,9 @@ def test_layers_that_look_through_time_are_not_left_out_unsaid(
     parameters = dict(tiny.named_parameters())
     path = tmp_path / "adapter.safetensors"
     tree = {"backbone": str(tiny_folder), "methods": chosen}
-    save_adapter(path, {name: parameters[name] for name in plan.names}, tree, tiny.identity())
+    save_adapter(
+        path, {name: parameters[name] for name in plan.names}, tree=tree, identity=tiny.identity()
+    )
     with pytest.raises(ValueError, match=f"format={form} cannot carry the .* through time"):
         export(path, tmp_path / "out", form)
     assert not (tmp_path / "out").exists()
@@ -239,7 +243,9 @@ def test_a_base_in_four_bits_is_proven_in_four_bits(
             own[name] += 0.05
     path = tmp_path / "adapter.safetensors"
     header = {"backbone": str(tiny_folder), "methods": tree}
-    save_adapter(path, {name: own[name] for name in plan.stored}, header, tiny.identity())
+    save_adapter(
+        path, {name: own[name] for name in plan.stored}, tree=header, identity=tiny.identity()
+    )
     said: list[str] = []
     export(path, tmp_path / "out", "kohya", say=said.append)
     assert said[0].startswith("proven on the base as methods.nf4 stores it")

@@ -82,7 +82,7 @@ def moving(
                     own[name] += 0.2 * torch.randn(own[name].shape, generator=generator)
             tensors = {name: own[name] for name in plan.stored}
             header = {"backbone": str(tiny_folder), "methods": tree}
-            save_adapter(path, tensors, header, model.identity())
+            save_adapter(path, tensors, tree=header, identity=model.identity())
         return path
 
     return make

@@ -21,7 +21,7 @@ def test_a_second_program_is_refused_and_a_killed_one_keeps_nobody_out(
 ) -> None:
     process = forked(tmp_path / "run", {"sleep": {"seconds": 600, "step": 1}})
     look.wait_for(tmp_path / "run" / "checkpoints" / "step-000001", process)
-    whose = rf"process {process.pid} on {platform.node()} is training there; wait for its end"
+    whose = rf"process {process.pid} on {platform.node()} is training there; wait until it"
     with pytest.raises(ValueError, match=whose):
         run(tmp_path / "run")
     assert len(look.events(tmp_path / "run", "started")) == 1

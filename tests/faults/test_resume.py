@@ -84,7 +84,7 @@ def test_a_finished_run_says_so_and_stays(
     assert run(tmp_path / "run") == 0
     assert "this run is finished" in capfd.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
-    with pytest.raises(ValueError, match="holds a finished run, with another optim"):
+    with pytest.raises(ValueError, match="holds a finished run with another optim"):
         run(tmp_path / "run", "optim.lr=0.5")
 
 

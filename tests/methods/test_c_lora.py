@@ -150,5 +150,5 @@ def test_a_first_adapter_cannot_start_from_a_second(
     path = tmp_path / "1.safetensors"
     save(path, later, plan)
     plan = apply(earlier, 0)
-    with pytest.raises(ValueError, match=r"what this recipe stores has no .*c_lora-1"):
+    with pytest.raises(ValueError, match=r"adapter of this recipe stores no .*c_lora-1"):
         start_from(path, earlier, plan)

@@ -37,7 +37,7 @@ def saved(tiny: Any, tiny_folder: Path, tmp_path: Path) -> tuple[Path, dict[str,
             parameters[name].add_(0.1)
     tensors = {name: parameters[name].detach().clone() for name in plan.names}
     path = tmp_path / "adapter.safetensors"
-    save_adapter(path, tensors, tree(tiny_folder), tiny.identity())
+    save_adapter(path, tensors, tree=tree(tiny_folder), identity=tiny.identity())
     return path, tensors
 
 
@@ -222,11 +222,13 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 FULL_DISK = """
 import resource, sys, torch
 from pathlib import Path
-from trainer import __main__, adapter, verbs
+from trainer import __main__
+from trainer.cli import fit
+from trainer.runs.adapter import save_adapter
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
 tensors = {"x": torch.ones(200_000)}
-verbs.fit = lambda words: adapter.save(Path(sys.argv[1]), tensors, {}, {})
+fit.run = lambda words: save_adapter(Path(sys.argv[1]), tensors, tree={}, identity={})
 sys.exit(__main__.main(["fit"]))
 """
 

@@ -32,7 +32,9 @@ def made(
         for name in plan.names:
             own[name].add_(0.05 * torch.randn(own[name].shape, generator=generator))
     tensors = {name: own[name] for name in plan.names}
-    save_adapter(path, tensors, {"backbone": str(folder), "methods": tree}, model.identity())
+    save_adapter(
+        path, tensors, tree={"backbone": str(folder), "methods": tree}, identity=model.identity()
+    )
     return path, model
 
 
@@ -96,7 +98,7 @@ def test_features_are_what_the_layers_read(either_folder: Path, open_folder: Any
 def test_layers_that_read_the_text_each_in_its_own_way_are_refused(tiny: Any) -> None:
     first, *_ = [site for site in tiny.sites if site.kind == "cross"]
     first.projection("k").register_forward_pre_hook(lambda _, given: (given[0] * 2,))
-    with pytest.raises(ValueError, match="each in a way of its own"):
+    with pytest.raises(ValueError, match="do not all read the same text features"):
         features(tiny, ["a fox"], None)
 
 
@@ -167,7 +169,7 @@ def test_what_cannot_be_merged_is_refused(
     out = tmp_path / "out.safetensors"
     for paths, message in (
         ([first], "give at least two"),
-        ([first, queries], "not that of the first"),
+        ([first, queries], "differs from that of the first"),
         ([queries, queries], "for k and v, which read the text"),
         ([first, foreign], "was trained on backbone"),
     ):
@@ -175,7 +177,7 @@ def test_what_cannot_be_merged_is_refused(
             merge_concepts(paths, out)
     assert not out.exists()
     out.write_text("mine")
-    with pytest.raises(ValueError, match="nothing is written over"):
+    with pytest.raises(ValueError, match="nothing is overwritten"):
         merge_concepts([first, first], out)
     assert out.read_text() == "mine"
 

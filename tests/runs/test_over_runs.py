@@ -47,7 +47,9 @@ def learn(
         tensors = {key: dict(model.named_parameters())[key] for key in plan.stored}
         path = tmp_path / name / "adapter.safetensors"
         path.parent.mkdir()
-        save_adapter(path, tensors, {"backbone": backbone, "methods": tree}, model.identity())
+        save_adapter(
+            path, tensors, tree={"backbone": backbone, "methods": tree}, identity=model.identity()
+        )
         return path.parent
 
     return run
@@ -133,7 +135,7 @@ def test_another_run_below_is_refused(tiny_folder: Path, learn: Any) -> None:
     below = run / "adapter.safetensors"
     tree, identity = read_header(below)
     tensors = {name: value + 1e-3 for name, value in load_file(below).items()}
-    save_adapter(below, tensors, tree, identity)
+    save_adapter(below, tensors, tree=tree, identity=identity)
     with pytest.raises(ValueError, match="adapters"):
         load_adapted(later)
 
@@ -169,7 +171,7 @@ def test_going_on_from_a_run_loses_nothing_of_it(tiny_folder: Path, learn: Any) 
     model = opened(tiny_folder)
     chosen = {"linear_attention": SWAP["linear_attention"], "selective": {"sites": "cross"}}
     plan = apply_methods(model, methods_of(chosen))
-    with pytest.raises(ValueError, match=r"stores has no .*to_k.weight.* with backbone=.*swap"):
+    with pytest.raises(ValueError, match=r"stores no .*to_k.weight.* with backbone=.*swap"):
         start_from(run, model, plan)
     model = opened(tiny_folder)
     start_from(run, model, apply_methods(model, methods_of(SWAP)))
@@ -224,7 +226,7 @@ def test_a_network_made_from_nothing_is_made_again_below(tmp_path: Path) -> None
     plan = apply_methods(model, chosen.methods)
     tensors = {key: dict(model.named_parameters())[key] for key in plan.stored}
     path = tmp_path / "adapter.safetensors"
-    save_adapter(path, tensors, chosen.tree, model.identity())
+    save_adapter(path, tensors, tree=chosen.tree, identity=model.identity())
     later = load_recipe(["recipe=lora", f"backbone={path}"])
     assert "denoiser" not in later.tree
     again = load_base(later.backbone, later.backbone_name)

@@ -1,5 +1,5 @@
-"""The adapter: one safetensors file with exactly the trained tensors by parameter name (and what
-methods keep beside them), and the recipe in its header."""
+"""The adapter: one safetensors file that holds exactly the trained tensors by parameter name, the
+frozen tensors that methods store beside them, and the recipe in its header."""
 
 from __future__ import annotations
 
@@ -30,12 +30,21 @@ if TYPE_CHECKING:
 
 
 def save_adapter(
-    path: Path, tensors: Mapping[str, Tensor], tree: Mapping[str, Any], identity: Mapping[str, str]
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    tree: Mapping[str, Any],
+    identity: Mapping[str, str],
 ) -> None:
-    """Writes the file beside its name and renames it, so that a full disk leaves nothing half
-    written."""
+    """Writes an adapter. The file is written under another name and then renamed, so that a full
+    disk leaves no incomplete file.
+
+    tree: the recipe; identity: what the backbone is (`Backbone.identity`).
+
+    Raises:
+        OSError: the file could not be written; its number is the system's.
+    """
     facts = {"format": ADAPTER_FORMAT, "recipe": dict(tree), "backbone": dict(identity)}
-    # one entry: safetensors writes several in an order of its own, another at every call
+    # in one entry, since safetensors writes several entries in an order that changes between calls
     metadata = {HEADER: json.dumps(facts, sort_keys=True)}
     part = path.with_name(f".{path.name}.part")
     try:
@@ -47,7 +56,7 @@ def save_adapter(
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-    except SafetensorError as error:  # a full disk, said in a way of its own
+    except SafetensorError as error:  # how safetensors reports a full disk
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(
             int(number[1]) if number else errno.EIO,
@@ -59,7 +68,11 @@ def save_adapter(
 
 
 def check_backbone(path: Path, stored: Mapping[str, str], own: Mapping[str, str]) -> None:
-    """Refuses a file that was trained on another backbone, naming both."""
+    """Checks that a file's backbone, as `stored` describes it, is the loaded one.
+
+    Raises:
+        ValueError: it is another one; the message names both.
+    """
     for part, value in stored.items():
         if part != "name" and own.get(part) != value:
             raise ValueError(
@@ -70,10 +83,10 @@ def check_backbone(path: Path, stored: Mapping[str, str], own: Mapping[str, str]
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Refuses tensors that are not those this model trains, naming both sides.
+    """Checks that a file's tensors are those the model stores.
 
     Raises:
-        ValueError: a missing or unasked key, another shape, a value that is no number.
+        ValueError: a missing or additional name, another shape, or a value that is not finite.
     """
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or extra:
@@ -96,13 +109,13 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str
 
 
 def load_adapted(path: Path, backbone: str | None = None) -> tuple[Backbone, dict[str, Any]]:
-    """The backbone an adapter was trained on, adapted, and the recipe it carries.
+    """The model that an adapter makes of its backbone, frozen and in eval mode, and its recipe.
 
     Args:
         backbone: a name or folder to use instead of the recipe's own; it must have the same shapes.
 
     Raises:
-        ValueError: see `header`, `check_backbone` and `check`.
+        ValueError: see `read_header`, `check_backbone` and `check_tensors`.
     """
     tree, _ = read_header(path)
     loaded = load_base(spec_of(tree, backbone), backbone or tree["backbone"])
@@ -111,24 +124,24 @@ def load_adapted(path: Path, backbone: str | None = None) -> tuple[Backbone, dic
 
 
 def load_base(spec: BackboneSpec, name: str) -> Backbone:
-    """The backbone a spec describes, frozen and in eval mode. If it is the result of earlier runs,
-    their methods are applied and their tensors in place.
+    """The backbone that a spec describes, frozen and in eval mode. If it is the result of earlier
+    runs, their methods are applied and their tensors loaded.
 
     Raises:
-        ValueError: as `backbones.load` and `load`.
+        ValueError: see `load_backbone` and `load_adapted`.
     """
     loaded = load_backbone(spec, name)
     for path in map(Path, spec.adapters):
         edits = _add(path, loaded)
         for edit in edits.values():
-            if edit.schedule is not None:  # their run is over
+            if edit.schedule is not None:  # that run is finished, so its schedule is at the end
                 edit.schedule(1.0)
         loaded.goes_on_from(path)
     return loaded.eval().requires_grad_(False)
 
 
 def _add(path: Path, backbone: Backbone) -> Mapping[str, Edit]:
-    """Applies an adapter's methods and copies its tensors."""
+    """Applies an adapter's methods to a backbone and copies its tensors; returns the edits."""
     tree, stored = read_header(path)
     check_backbone(path, stored, backbone.identity())
     plan = apply_methods(backbone, load.methods_of(tree["methods"]))
@@ -141,21 +154,21 @@ def _add(path: Path, backbone: Backbone) -> Mapping[str, Edit]:
 
 
 def start_from(path: Path, backbone: Backbone, plan: Plan) -> None:
-    """Copies every tensor of an earlier adapter into a model that has more: what it learned stands
-    where it stood, the rest keeps its own start.
+    """Copies every tensor of an earlier adapter into a model that may have more; what the adapter
+    does not hold keeps its initial values.
 
     Raises:
-        ValueError: the file was trained on another backbone, or holds what this model lacks or its
-        own adapter, as `plan` has it, would not hold.
+        ValueError: the file was trained on another backbone, or holds a tensor that this model
+            lacks or that its own adapter, by `plan`, would not store.
     """
     _, stored = read_header(path)
     check_backbone(path, stored, backbone.identity())
     own, tensors = _tensors(backbone), load_file(path)
     if lost := sorted(set(tensors) - set(plan.stored)):
         raise ValueError(
-            f"run.start_from={path}: what this recipe stores has no {lost[0]}, {len(lost)} in all; "
-            "name the methods, and their options, that the earlier adapter was trained with, or "
-            f"train over it as it is with backbone={path}"
+            f"run.start_from={path}: the adapter of this recipe stores no {lost[0]}, {len(lost)} "
+            "tensors in all; give the methods, and their options, that the earlier adapter was "
+            f"trained with, or train on top of it with backbone={path}"
         )
     wanted = {key: own[key] for key in tensors}
     check_tensors(path, tensors, wanted)

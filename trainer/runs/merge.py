@@ -1,23 +1,25 @@
-"""Several Custom Diffusion adapters into one, without training: the closed-form solution of the
-paper.
+"""Merges several Custom Diffusion adapters into one without training, by the paper's closed form.
 
-For each key and value matrix W0 of cross-attention, whose concepts n trained it to W_n:
+For each key and value matrix W0 of cross-attention, which the run of concept n trained to W_n:
 
-    W = argmin |W C_reg^T - W0 C_reg^T|  such that  W C^T = V
+    W = argmin |W C_reg^T - W0 C_reg^T|  such that  W C^T = V^T
 
-C (s, d): text features of the concepts' own words, V (s, out) what each concept's W_n made of its
-own, C_reg (m, d): features of ordinary captions, which are to stay as they were. By Lagrange
-multipliers (Custom Diffusion, arXiv 2212.04488, equations 5 and 6):
+C (s, d) holds the text features of the concepts' own words, V (s, out) the outputs that each
+concept's W_n gives for its own words, and C_reg (m, d) the features of ordinary captions, whose
+outputs are to stay as they were. By Lagrange multipliers (Custom Diffusion, arXiv 2212.04488,
+equations 5 and 6):
 
     W = W0 + v^T D,   D = C (C_reg^T C_reg)^-1,   v^T = (V^T - W0 C^T) (D C^T)^-1
 
-A DiT whose cross-attention has K and V is solved the same way. Its features are the text as it has
-projected it for all layers, and a bias is one more column of W, for a feature that is always 1.
+A transformer whose cross-attention has K and V is merged in the same way. Its features are the text
+after the projection that all layers share, and a bias is one more column of W, for a feature that
+is always 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,77 +30,108 @@ from torch import Tensor
 from trainer.backbones.backbone import Backbone
 from trainer.config import load
 from trainer.config.lineage import spec_of
-from trainer.methods.apply import apply_methods
-from trainer.runs import adapter
-from trainer.runs.adapter import load_adapted, load_base, save_adapter
+from trainer.methods.apply import Plan, apply_methods
+from trainer.runs.adapter import check_backbone, load_adapted, load_base, save_adapter
 
-CONCEPT_PROMPTS = ("{}", "a photo of {}")  # as the official code asks for them
+CONCEPT_PROMPTS = ("{}", "a photo of {}")  # as in the official code
 NUM_CAPTIONS = 200
-LATENT_SIDE = 8  # of the latent, where only the text matters
+LATENT_SIDE = 8  # of the latents in a forward in which only the text matters
 ALLOWED = {"selective", "new_token"}
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One adapter to merge.
+
+    parameters: of the adapted model, by name; tree: its recipe; tokens: what its tokens are called
+    in the merged adapter.
+    """
+
+    parameters: Mapping[str, Tensor]
+    tree: Mapping[str, Any]
+    tokens: list[str]
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """What the merged K and V read, in float64.
+
+    ordinary (m, d): the features of ordinary captions; targets: (s, d) of each concept's words.
+    """
+
+    ordinary: Tensor
+    targets: list[Tensor]
 
 
 def merge_concepts(
     paths: Sequence[Path], out: Path, captions: Sequence[str] | None = None
 ) -> list[str]:
-    """Writes one adapter with the concepts of all `paths` and returns its tokens, in their order.
+    """Writes one adapter with the concepts of all `paths` and returns its tokens in their order.
 
-    A token that an earlier adapter has already is renamed, `<v1>` to `<v2>` and so on. captions:
-    the ordinary ones, 200 of the embedded world if None.
+    A token that an earlier adapter also has is renamed, `<v1>` to `<v2>` and so on.
+
+    captions: the ordinary captions; by default 200 of the embedded world.
 
     Raises:
-        ValueError: fewer than two adapters, of different backbones or options, trained with other
-        methods than `selective` and `new_token`, or whose words the text encoder cannot tell apart.
+        ValueError: there are fewer than two adapters, they have different backbones or options or
+            were trained with other methods than `selective` and `new_token`, or the text encoder
+            cannot tell their words apart.
     """
     if out.exists():
-        raise ValueError(f"out={out} exists; name a file that does not, nothing is written over")
+        raise ValueError(f"out={out} exists; give a file that does not, nothing is overwritten")
     if len(paths) < 2:
         raise ValueError("adapter: give at least two, as in adapter=[runs/a/1,runs/b/1]")
-    parts = [load_adapted(path) for path in paths]
-    first, tree = parts[0]
-    for path, (model, other) in zip(paths, parts, strict=True):
-        _refuse_others(path, other, tree)
-        adapter.check_backbone(path, first.identity(), model.identity())
-    names = _tokens([other for _, other in parts])
-    merged_tree = _tree(tree, parts, names)
-    name = tree["backbone"]
-    merged = load_base(spec_of(tree), name)
-    plan = apply_methods(merged, load.methods_of(merged_tree["methods"]))
-    base = {name: value.detach().clone() for name, value in merged.named_parameters()}
-    sources = [dict(model.named_parameters()) for model, _ in parts]
-    rows = [name for name in plan.names if ".rows." in name]
-    _copy_rows(base, rows, merged, sources)
-    ordinary = features(merged, list(captions or _world_captions()), None)
-    own = [
-        [
-            features(merged, [prompt.format(name) for prompt in CONCEPT_PROMPTS], name)
-            for name in new
-        ]
-        for new in names
+    concepts = _load(paths)
+    first = concepts[0].tree
+    tree = _merged_recipe(concepts)
+    model = load_base(spec_of(first), first["backbone"])
+    plan = apply_methods(model, load.methods_of(tree["methods"]))
+    rows = _copy_rows(model, plan, concepts)
+    text = TextFeatures(
+        ordinary=features(model, list(captions or _world_captions()), None),
+        targets=[_concept_features(model, concept.tokens) for concept in concepts],
+    )
+    solved = _solve_layers(model, plan, concepts, text=text)
+    save_adapter(out, rows | solved, tree=tree, identity=model.identity())
+    return tree["methods"]["new_token"]["tokens"]
+
+
+def _load(paths: Sequence[Path]) -> list[Concept]:
+    """The adapters at `paths`, checked against the first."""
+    models = [load_adapted(path) for path in paths]
+    first, first_tree = models[0]
+    for path, (model, tree) in zip(paths, models, strict=True):
+        _refuse_others(path, tree, first_tree)
+        check_backbone(path, first.identity(), model.identity())
+    tokens = _tokens([tree for _, tree in models])
+    return [
+        Concept(dict(model.named_parameters()), tree, own)
+        for (model, tree), own in zip(models, tokens, strict=True)
     ]
-    targets = [torch.cat(each) for each in own]
-    tensors = {name: base[name] for name in rows}
-    for name in sorted(plan.names):
-        if name.endswith(".weight"):
-            bias = f"{name.removesuffix('weight')}bias"
-            layer = [name, bias] if bias in plan.names else [name]
-            tensors |= _solved(layer, base, sources, targets, ordinary)
-    save_adapter(out, tensors, merged_tree, merged.identity())
-    return [name for new in names for name in new]
+
+
+def _concept_features(model: Backbone, tokens: Sequence[str]) -> Tensor:
+    """The features (s, d) of a concept's prompts, for each of its tokens."""
+    prompts = [[prompt.format(token) for prompt in CONCEPT_PROMPTS] for token in tokens]
+    own = zip(prompts, tokens, strict=True)
+    return torch.cat([features(model, each, token) for each, token in own])
 
 
 def closed_form(weight: Tensor, ordinary: Tensor, targets: Tensor, values: Tensor) -> Tensor:
-    """The constrained least squares of this file's head, in float64.
+    """The constrained least squares of this file's docstring, in float64.
 
-    weight (out, d), ordinary (m, d), targets (s, d), values (s, out); returns (out, d).
+    weight: W0 (out, d); ordinary: C_reg (m, d); targets: C (s, d); values: V (s, out).
+
+    Returns:
+        W (out, d).
 
     Raises:
-        ValueError: targets that are not independent, which no matrix can serve at once.
+        ValueError: targets that depend on each other linearly, so that no matrix meets them all.
     """
     keep = _independent(targets)
     targets, values = targets[keep], values[keep]
     gram = ordinary.T @ ordinary
-    # features of few captions may not span the space; what they leave open is free
+    # the features of few captions may not span the space; the least-norm solution is one of many
     directions = torch.linalg.lstsq(gram, targets.T, driver="gelsd").solution.T  # s d
     inner = directions @ targets.T
     if torch.linalg.matrix_rank(inner) < len(inner):
@@ -110,37 +143,50 @@ def closed_form(weight: Tensor, ordinary: Tensor, targets: Tensor, values: Tenso
     return weight + change @ directions
 
 
-def _solved(
-    layer: Sequence[str],
-    base: Mapping[str, Tensor],
-    sources: Sequence[Mapping[str, Tensor]],
-    targets: Sequence[Tensor],
-    ordinary: Tensor,
+def _solve_layers(
+    model: Backbone, plan: Plan, concepts: Sequence[Concept], *, text: TextFeatures
 ) -> dict[str, Tensor]:
-    """The merged tensors of one layer: of its weight, and of its bias if that is named behind.
+    """The merged tensors of all layers that the concepts trained, by name."""
+    base = dict(model.named_parameters())
+    solved: dict[str, Tensor] = {}
+    for name in sorted(plan.names):
+        if name.endswith(".weight"):
+            bias = f"{name.removesuffix('weight')}bias"
+            layer = [name, bias] if bias in plan.names else [name]
+            matrices = [_matrix(concept.parameters, layer) for concept in concepts]
+            merged = _solve_matrix(_matrix(base, layer), matrices, text)
+            width = merged.shape[1] - (len(layer) - 1)
+            solved |= zip(layer, (merged[:, :width], merged[:, -1]), strict=False)
+    return solved
 
-    targets: (s, d) of each source.
-    """
-    biased = len(layer) - 1
 
-    def matrix(tensors: Mapping[str, Tensor]) -> Tensor:
-        parts = [tensors[name].detach().double() for name in layer]
-        return torch.cat([part.view(len(part), -1) for part in parts], dim=1)
+def _matrix(tensors: Mapping[str, Tensor], layer: Sequence[str]) -> Tensor:
+    """A layer's weight (out, d), or with its bias as a last column (out, d + 1), in float64."""
+    parts = [tensors[name].detach().double() for name in layer]
+    return torch.cat([part.view(len(part), -1) for part in parts], dim=1)
 
-    def seen(features: Tensor) -> Tensor:
-        return F.pad(features, (0, biased), value=1.0)
 
-    own = [seen(each) for each in targets]
-    values = [each @ matrix(source).T for each, source in zip(own, sources, strict=True)]
-    found = closed_form(matrix(base), seen(ordinary), torch.cat(own), torch.cat(values)).float()
-    width = found.shape[1] - biased
-    return dict(zip(layer, (found[:, :width], found[:, -1]), strict=False))
+def _solve_matrix(base: Tensor, sources: Sequence[Tensor], text: TextFeatures) -> Tensor:
+    """The merged matrix of one layer in float32, of its base matrix and each concept's."""
+    extra = base.shape[1] - text.ordinary.shape[1]  # 1 where a bias is the last column
+
+    def widened(features: Tensor) -> Tensor:
+        return F.pad(features, (0, extra), value=1.0)
+
+    targets = [widened(each) for each in text.targets]
+    values = [own @ source.T for own, source in zip(targets, sources, strict=True)]
+    return closed_form(
+        weight=base,
+        ordinary=widened(text.ordinary),
+        targets=torch.cat(targets),
+        values=torch.cat(values),
+    ).float()
 
 
 @torch.no_grad()
 def features(model: Backbone, prompts: Sequence[str], word: str | None) -> Tensor:
-    """What K and V read (n, d), in float64, of the prompts' tokens up to the end of text, from
-    `word` on if one is given, from the second token otherwise."""
+    """What K and V read (n, d), in float64, for the prompts' tokens up to the end of text: from
+    `word` on if one is given, else from the second token, after the start of text."""
     found = []
     tokenizer = model.tokenizer
     states = _read(model, prompts).double()
@@ -153,18 +199,18 @@ def features(model: Backbone, prompts: Sequence[str], word: str | None) -> Tenso
 
 
 def _read(model: Backbone, prompts: Sequence[str]) -> Tensor:
-    """What reaches K of the cross-attention layers (b, tokens, d), seen in a forward of a small
-    latent.
+    """The input (b, tokens, d) of the cross-attention layers' K, recorded in a forward on small
+    latents.
 
     Raises:
-        ValueError: it is not the same for all layers, so that no one solution is right for all.
+        ValueError: it differs between layers, so that the closed form does not apply.
     """
     seen: list[Tensor] = []
     layers = [site.projection("k") for site in model.sites if site.kind == "cross"]
     hooks = [
         layer.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for layer in layers
     ]
-    x_t = torch.zeros(len(prompts), model.latent_channels, LATENT_SIDE, LATENT_SIDE)
+    x_t = torch.zeros((len(prompts), model.latent_channels, LATENT_SIDE, LATENT_SIDE))
     try:
         model.predict(x_t, torch.zeros(len(prompts)), model.encode_prompts(prompts))
     finally:
@@ -172,14 +218,14 @@ def _read(model: Backbone, prompts: Sequence[str]) -> Tensor:
             hook.remove()
     if not all(torch.equal(seen[0], other) for other in seen[1:]):
         raise ValueError(
-            "the cross-attention layers of this backbone read the text each in a way of its own; "
-            "merge is for those that read the same, train the concepts together, in one run"
+            "the cross-attention layers of this backbone do not all read the same text features, "
+            "which merge needs; train the concepts together, in one run"
         )
     return seen[0]
 
 
 def _independent(rows: Tensor) -> list[int]:
-    """Row numbers without those that repeat an earlier row."""
+    """The numbers of the rows that do not repeat an earlier row."""
     keep: list[int] = []
     for number, row in enumerate(rows):
         if not any(torch.allclose(row, rows[other], rtol=0, atol=1e-9) for other in keep):
@@ -202,8 +248,8 @@ def _refuse_others(path: Path, tree: dict[str, Any], first: dict[str, Any]) -> N
         )
     if tree["methods"]["selective"] != first["methods"]["selective"]:
         raise ValueError(
-            f"adapter={path}: its methods.selective is not that of the first adapter; they must "
-            "have trained the same layers"
+            f"adapter={path}: its methods.selective differs from that of the first adapter; all "
+            "adapters must have trained the same layers"
         )
     if set(tree["methods"]["selective"].get("projections", ("k", "v"))) - {"k", "v"}:
         raise ValueError(
@@ -216,8 +262,8 @@ def _refuse_others(path: Path, tree: dict[str, Any], first: dict[str, Any]) -> N
 
 
 def _tokens(trees: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The words of each adapter in the merged one; a word that is taken gets the next free
-    number."""
+    """What each adapter's tokens are called in the merged one; a token that an earlier adapter has
+    becomes `<v2>`, `<v3>`, ..., the first that is free."""
     taken: set[str] = set()
     names = []
     for tree in trees:
@@ -233,39 +279,33 @@ def _tokens(trees: Sequence[dict[str, Any]]) -> list[list[str]]:
     return names
 
 
-def _tree(
-    tree: dict[str, Any], parts: Sequence[tuple[Any, dict[str, Any]]], names: list[list[str]]
-) -> dict[str, Any]:
-    """The merged adapter's recipe: the first one's, with all concepts and tokens."""
-    token = {"tokens": [name for new in names for name in new]}
-    data = dict(tree.get("data") or {})
-    trees = [other for _, other in parts]
-    if all(isinstance((other.get("data") or {}).get("concept"), str) for other in trees):
-        words = [other["data"].get("class_word") for other in trees]
-        data["concept"] = [other["data"]["concept"] for other in trees]
-        data["token"] = [new[0] for new in names]
+def _merged_recipe(concepts: Sequence[Concept]) -> dict[str, Any]:
+    """The merged adapter's recipe: the first concept's, with the tokens and data of all."""
+    trees = [concept.tree for concept in concepts]
+    first = trees[0]
+    new_token = {"tokens": [token for concept in concepts for token in concept.tokens]}
+    data = dict(first.get("data") or {})
+    if all(isinstance((tree.get("data") or {}).get("concept"), str) for tree in trees):
+        words = [tree["data"].get("class_word") for tree in trees]
+        data["concept"] = [tree["data"]["concept"] for tree in trees]
+        data["token"] = [concept.tokens[0] for concept in concepts]
         data["class_word"] = words if all(words) else None
-    return {**tree, "data": data, "methods": {**tree["methods"], "new_token": token}}
+    return {**first, "data": data, "methods": {**first["methods"], "new_token": new_token}}
 
 
 @torch.no_grad()
-def _copy_rows(
-    base: dict[str, Tensor],
-    rows: Sequence[str],
-    merged: Backbone,
-    sources: Sequence[dict[str, Any]],
-) -> None:
-    """Every source's token rows, in order, into the merged model's."""
-    own = dict(merged.named_parameters())
-    for part in dict.fromkeys(name.rpartition(".")[0] for name in rows):
-        learned = [row for source in sources for row in _rows(source, part)]
+def _copy_rows(model: Backbone, plan: Plan, concepts: Sequence[Concept]) -> dict[str, Tensor]:
+    """Copies every concept's token rows, in order, into the merged model; returns them by name."""
+    own = dict(model.named_parameters())
+    names = [name for name in plan.names if ".rows." in name]
+    for part in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        learned = [row for concept in concepts for row in _rows(concept.parameters, part)]
         for number, value in enumerate(learned):
-            name = f"{part}.{number}"
-            own[name].copy_(value)
-            base[name] = value.clone()
+            own[f"{part}.{number}"].copy_(value)
+    return {name: own[name].detach().clone() for name in names}
 
 
-def _rows(source: dict[str, Any], part: str) -> list[Tensor]:
+def _rows(parameters: Mapping[str, Tensor], part: str) -> list[Tensor]:
     """The token rows of one text encoder in their order."""
-    count = sum(name.rpartition(".")[0] == part for name in source)
-    return [source[f"{part}.{number}"].detach() for number in range(count)]
+    count = sum(name.rpartition(".")[0] == part for name in parameters)
+    return [parameters[f"{part}.{number}"] for number in range(count)]
