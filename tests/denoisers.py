@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from trainer.attention.denoiser_traits import UNDECLARED, DenoiserTraits
+from trainer.backbones import find_family
+
 Call = Callable[[nn.Module], Tensor]
 
 
@@ -92,6 +95,19 @@ def normed_sana() -> nn.Module:
         if "norm_q" in name or "norm_k" in name:
             nn.init.normal_(parameter, mean=1.0, std=0.5)
     return model
+
+
+FAMILIES = {
+    "UNet2DConditionModel": "sd",
+    "PixArtTransformer2DModel": "pixart",
+    "SanaTransformer2DModel": "sana",
+}
+
+
+def traits_of(model: nn.Module) -> DenoiserTraits:
+    """What the family of a tiny denoiser declares of it; no family loads a DiT."""
+    family = FAMILIES.get(type(model).__name__)
+    return find_family(family).traits if family else UNDECLARED
 
 
 def inputs(seed: int = 1) -> dict[str, Tensor]:

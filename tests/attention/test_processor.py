@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from denoisers import traits_of
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
@@ -123,7 +124,7 @@ def test_denoiser_is_bit_identical(backbone: tuple[nn.Module, Call], gradients: 
     keys = list(model.state_dict())
     expected = call(model)
     expected_gradients = gradients(model, expected)
-    host = Host.attach(model)
+    host = Host.attach(model, traits_of(model))
     assert list(model.state_dict()) == keys
     output = call(model)
     assert torch.equal(output, expected)
@@ -360,11 +361,11 @@ def test_bf16(
 ) -> None:
     model, call = backbone
     hosted = copy.deepcopy(model)
-    host = Host.attach(hosted)
+    host = Host.attach(hosted, traits_of(hosted))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected, output = call(model), call(hosted)
         recorder = Recorder()
-        host.install(recorder, [site for site in host.sites if not site.linear])
+        host.install(recorder, [site for site in host.sites if not site.native.linear])
         explicit = call(hosted)
         host.remove(recorder)
         # few keys go another way in half precision; without it the same bits

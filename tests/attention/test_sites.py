@@ -163,7 +163,7 @@ def test_joint_attention_is_refused() -> None:
     with pytest.raises(ValueError, match="joint attention") as caught:
         scan(model)
     assert "'transformer_blocks.0.attn'" in str(caught.value)
-    assert "U-Nets, DiT, PixArt" in str(caught.value)
+    assert "choose a backbone whose layers are classic" in str(caught.value)
 
 
 def test_newer_attention_class_is_refused_by_class_and_path() -> None:

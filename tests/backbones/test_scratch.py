@@ -312,5 +312,6 @@ def test_what_cannot_be_made_is_refused(name: str, given: str, says: str) -> Non
 
 
 def test_a_family_makes_what_is_its_own() -> None:
+    spec = BackboneSpec(folder="tiny", denoiser=TransformerSpec())
     with pytest.raises(ValueError, match="a TransformerSpec, which the family sd does not make"):
-        BackboneSpec(folder="tiny", denoiser=TransformerSpec())
+        load_backbone(spec, "mine")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from denoisers import traits_of
 from torch import Tensor, nn
 
 TREES: dict[str, dict[str, Any]] = {
@@ -147,7 +148,7 @@ class StandIn(nn.Module):
     def host(self) -> Any:
         from trainer.attention.host import Host
 
-        return Host.attach(self.denoiser)
+        return Host.attach(self.denoiser, traits_of(self.denoiser))
 
     @property
     def sites(self) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from denoisers import traits_of
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class Bare:
 
     @property
     def host(self) -> Host:
-        return Host.attach(self.denoiser)
+        return Host.attach(self.denoiser, traits_of(self.denoiser))
 
     @property
     def sites(self) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from denoisers import traits_of
 from torch import Tensor, nn
 
 from trainer.attention.host import Host
@@ -27,7 +28,7 @@ class Nudge:
 
 def test_nothing_to_learn_where_nothing_changed(backbone: tuple[nn.Module, Any]) -> None:
     model, call = backbone
-    host = Host.attach(model)
+    host = Host.attach(model, traits_of(model))
     sites = [site for site in host.sites if site.kind == "self"]
     distillation = Distillation(2.0, 1.0)
     assert float(distillation.loss()) == 0

@@ -10,16 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from trainer.attention.denoiser_traits import DenoiserTraits
 from trainer.attention.sites import patch_size, scan, unet_divisors
-
-# where the timestep's embedding comes out, and the layer that makes it, by the model's names
-TIMES = (
-    ("time_embedding", "linear_2"),  # U-Nets
-    ("adaln_single.emb", "timestep_embedder.linear_2"),  # PixArt
-    ("time_embed.emb", "timestep_embedder.linear_2"),  # Sana
-)
-# the convolution that reads the latent
-INPUTS = ("conv_in", "pos_embed.proj", "patch_embed.proj")
 
 
 @dataclass(frozen=True)
@@ -59,7 +51,16 @@ def block_points(denoiser: nn.Module) -> list[InsertionPoint]:
             width = int(block.resnets[index].out_channels)
             after = f"{name}.{kind}.{index}"
             reruns = not attentions and name != "mid_block"
-            places.append(InsertionPoint(after, name, index, width, divisors.get(name), reruns))
+            places.append(
+                InsertionPoint(
+                    after=after,
+                    parent=name,
+                    index=index,
+                    width=width,
+                    divisor=divisors.get(name),
+                    reruns=reruns,
+                )
+            )
     return places
 
 
@@ -92,47 +93,70 @@ def convolution_points(denoiser: nn.Module) -> list[InsertionPoint]:
                 after = f"{parent}.{leaf}"
                 reruns = name != "mid_block" or number > 0
                 places.append(
-                    InsertionPoint(after, parent, index, width, divisors.get(name), reruns)
+                    InsertionPoint(
+                        after=after,
+                        parent=parent,
+                        index=index,
+                        width=width,
+                        divisor=divisors.get(name),
+                        reruns=reruns,
+                    )
                 )
     return places
 
 
-def time_point(denoiser: nn.Module) -> InsertionPoint:
+def time_point(denoiser: nn.Module, traits: DenoiserTraits) -> InsertionPoint:
     """After the embedding of the timestep, (rows, width).
 
     Raises:
-        ValueError: it is not where U-Nets, PixArt and Sana have it.
+        ValueError: the denoiser's family declares none, or it is not there.
     """
-    modules = dict(denoiser.named_modules())
-    for after, last in TIMES:
-        layer: Any = modules.get(f"{after}.{last}")
-        if layer is not None:
-            parent = after.rpartition(".")[0]
-            return InsertionPoint(after, parent, 0, int(layer.out_features), None, reruns=True)
-    raise ValueError(
-        f"{type(denoiser).__name__} has no embedding of time that a frame rate could join; choose "
-        "a U-Net, PixArt or Sana"
+    after = traits.time_embedding
+    layer: Any = _module(denoiser, traits.time_width)
+    if layer is None:
+        raise ValueError(
+            f"{type(denoiser).__name__} declares no embedding of time that a frame rate could "
+            "join; choose another backbone"
+        )
+    return InsertionPoint(
+        after=after,
+        parent=after.rpartition(".")[0],
+        index=0,
+        width=int(layer.out_features),
+        divisor=None,
+        reruns=True,
     )
 
 
-def input_convolution(denoiser: nn.Module) -> tuple[InsertionPoint, nn.Conv2d]:
+def input_convolution(
+    denoiser: nn.Module, traits: DenoiserTraits
+) -> tuple[InsertionPoint, nn.Conv2d]:
     """After the convolution that reads the latent, and that convolution.
 
     Raises:
-        ValueError: it is not where U-Nets, DiT, PixArt and Sana have it.
+        ValueError: the denoiser's family declares none, or it is no 2-D convolution.
     """
-    modules = dict(denoiser.named_modules())
-    for after in INPUTS:
-        layer = modules.get(after)
-        if isinstance(layer, nn.Conv2d):
-            parent = after.rpartition(".")[0]
-            return InsertionPoint(
-                after, parent, 0, layer.out_channels, layer.stride[0], reruns=True
-            ), layer
-    raise ValueError(
-        f"{type(denoiser).__name__} has no convolution for its input that is known here; choose a "
-        "U-Net, DiT, PixArt or Sana"
+    after = traits.input
+    layer = _module(denoiser, after)
+    if not isinstance(layer, nn.Conv2d):
+        raise ValueError(
+            f"{type(denoiser).__name__} declares no convolution that reads its input; choose "
+            "another backbone"
+        )
+    point = InsertionPoint(
+        after=after,
+        parent=after.rpartition(".")[0],
+        index=0,
+        width=layer.out_channels,
+        divisor=layer.stride[0],
+        reruns=True,
     )
+    return point, layer
+
+
+def _module(denoiser: nn.Module, name: str) -> nn.Module | None:
+    """The module called so; None where the name is empty or there is none."""
+    return dict(denoiser.named_modules()).get(name) if name else None
 
 
 def norm_groups(denoiser: nn.Module, width: int) -> int:
@@ -168,4 +192,9 @@ def _transformer_blocks(denoiser: nn.Module) -> list[InsertionPoint]:
         widths.setdefault(block, site.projection("q").in_features)
     divisor = patch_size(denoiser)
     names = [f"transformer_blocks.{index}" for index in range(len(found))]
-    return [InsertionPoint(name, name, 0, widths[name], divisor, reruns=True) for name in names]
+    return [
+        InsertionPoint(
+            after=name, parent=name, index=0, width=widths[name], divisor=divisor, reruns=True
+        )
+        for name in names
+    ]

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 class TakenError(ValueError):
     """What a method wants to edit has an owner already, found out before the edit.

@@ -6,15 +6,10 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusers.models.attention_processor import (
-    AttnProcessor,
-    AttnProcessor2_0,
-    SanaLinearAttnProcessor2_0,
-)
-from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import nn
 
 from trainer.attention.context import BoundCheckpoint, ContextHolder, bound, completed, current
+from trainer.attention.denoiser_traits import UNDECLARED, DenoiserTraits
 from trainer.attention.hooks import Guide, Start
 from trainer.attention.insertion import insertions
 from trainer.attention.op import Op, has_stage, refuse_conflicts
@@ -25,7 +20,7 @@ __all__ = ["Host", "HostedProcessor", "Op"]
 
 _HOST = "_attention_host"
 _CHECKPOINT = "_gradient_checkpointing_func"  # where diffusers keeps it on every block
-# what a layer may have around its projections, and Sana's processors leave out
+# norms a layer may have around its projections, which a bare processor leaves out
 _AROUND = ("spatial_norm", "group_norm", "norm_cross")
 
 
@@ -36,8 +31,8 @@ class Host:
     copy's host.
     """
 
-    def __init__(self, denoiser: nn.Module) -> None:
-        self.denoiser = denoiser
+    def __init__(self, denoiser: nn.Module, traits: DenoiserTraits) -> None:
+        self.denoiser, self.traits = denoiser, traits
         self.holder = ContextHolder()
         self.sites: list[Site] = []
         self.processors: dict[str, HostedProcessor] = {}
@@ -52,12 +47,18 @@ class Host:
         ]
 
     @classmethod
-    def attach(cls, denoiser: nn.Module) -> Host:
-        """The host of a denoiser, made at the first call; later calls take in sites added since."""
-        sites = scan(denoiser)
+    def attach(cls, denoiser: nn.Module, traits: DenoiserTraits | None = None) -> Host:
+        """The host of a denoiser, made at the first call; later calls take in sites added since.
+
+        traits: what the denoiser's family declares of it. Without them those of the first call
+        stay, or there are none, and only diffusers' plain processors are hosted.
+        """
         host = denoiser.__dict__.get(_HOST)
+        known = UNDECLARED if host is None else host.traits
+        sites = scan(denoiser, traits or known)
         if host is None:
-            host = denoiser.__dict__[_HOST] = cls(denoiser)
+            host = denoiser.__dict__[_HOST] = cls(denoiser, known)
+        host.traits = traits or known
         host._take(sites)
         return host
 
@@ -119,7 +120,7 @@ class Host:
             processor = known.get(site.name)
             if isinstance(module.processor, HostedProcessor):
                 processor = module.processor
-            elif not _hostable(module):
+            elif not self._hostable(module):
                 continue
             elif processor is None or processor.site.module is not module:
                 processor = HostedProcessor(site, self.holder, module.processor)
@@ -136,6 +137,17 @@ class Host:
         self.checkpointing = [
             m for m in self.denoiser.modules() if hasattr(m, "gradient_checkpointing")
         ]
+
+    def _hostable(self, module: Any) -> bool:
+        """Whether `HostedProcessor` does to the bit what the layer's own processor does."""
+        own = self.traits.of_processor(module.processor)
+        if own is None or not own.bare:
+            return own is not None
+        return (
+            all(getattr(module, name) is None for name in _AROUND)
+            and not module.residual_connection
+            and (own.rescales or module.rescale_output_factor == 1)
+        )
 
     def _set_ops(self, processor: HostedProcessor, ops: tuple[Op, ...]) -> None:
         """Sets them, and hooks the block around the site while one of them needs it."""
@@ -196,19 +208,6 @@ class Host:
                 "Host.attach (set_attn_processor, xformers, fused projections), then attach last"
             )
         self.unproven = bool(unseen)
-
-
-def _hostable(module: Any) -> bool:
-    """Whether `HostedProcessor` does to the bit what the layer's own processor does."""
-    own = type(module.processor)
-    if own in (AttnProcessor, AttnProcessor2_0):
-        return True
-    return (
-        own in (SanaAttnProcessor2_0, SanaLinearAttnProcessor2_0)
-        and all(getattr(module, name) is None for name in _AROUND)
-        and not module.residual_connection
-        and (own is SanaAttnProcessor2_0 or module.rescale_output_factor == 1)
-    )
 
 
 def _refuse_name(op: Op, processor: HostedProcessor) -> None:

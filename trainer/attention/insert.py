@@ -1,5 +1,4 @@
-"""Blocks inserted into a denoiser after modules of its own, as AnimateDiff inserts its motion
-modules.
+"""Blocks inserted into a denoiser after modules of its own, as motion modules are.
 
 A block is a real module under the denoiser, so that optimiser, DDP, EMA and adapters see its
 parameters by name. A forward hook of the module it stands after hands it that module's output:
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, cast
 from torch import nn
 
 from trainer.attention.errors import TakenError
+from trainer.attention.host import Host
 from trainer.attention.insertion import Insertion, Item, inserted_after
 
 if TYPE_CHECKING:
@@ -35,9 +35,7 @@ def insert(model: AttentionModel, items: Sequence[Item], owner: str, trains: boo
         TakenError: another method has inserted something after one of these modules.
         ValueError: the denoiser has a module of that name already.
     """
-    from trainer.attention.host import Host  # which sets the holders
-
-    denoiser = model.denoiser
+    denoiser, traits = model.denoiser, model.host.traits
     modules = dict(denoiser.named_modules())
     for item in items:
         for other in inserted_after(modules[item.after]):
@@ -55,7 +53,8 @@ def insert(model: AttentionModel, items: Sequence[Item], owner: str, trains: boo
         _register(denoiser, item.path, item.block)
         Insertion(modules[item.after], item, owner, trains)
     inside = tuple(f"{item.path}." for item in items)
-    return [site.name for site in Host.attach(denoiser).sites if site.name.startswith(inside)]
+    host = Host.attach(denoiser, traits)  # which sets the holders
+    return [site.name for site in host.sites if site.name.startswith(inside)]
 
 
 def _register(denoiser: nn.Module, path: str, block: nn.Module) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from trainer.attention.context import ContextHolder
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """What the model's own layers do between their projections, without any op: softmax attention in
-most, in Sana's self-attention linear attention."""
+most, linear attention where the site's traits say so."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from trainer.kernels.linear import sana_attention
+from trainer.kernels.linear import relu_attention
 from trainer.kernels.softmax import softmax_attention
 
 if TYPE_CHECKING:
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 def split_heads(site: Site, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What the projections give, (b, . , h * d), as normed heads (b, h, . , d)."""
     attn: Any = site.module
-    if site.norms_first:
+    if site.native.norms_first:
         q, k = _normed(attn, q, k)
     q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
-    if not site.norms_first:
+    if not site.native.norms_first:
         q, k = _normed(attn, q, k)
     return q, k, v
 
@@ -32,11 +32,11 @@ def _normed(attn: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 def attend(site: Site, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """o (b, h, n, d) of q (b, h, n, d), k and v (b, h, m, d)."""
-    if not site.linear:
+    if not site.native.linear:
         return softmax_attention(q, k, v, mask, site.scale)
     if mask is not None:
         raise ValueError(
             f"attention at {site.name!r} is linear, as its model was trained, and has no place for "
             "the mask it was called with; call it without one"
         )
-    return sana_attention(q, k, v)
+    return relu_attention(q, k, v)

@@ -82,11 +82,11 @@ def refuse_conflicts(ops: tuple[Op, ...], site: Site) -> None:
             )
     table = by_stage(ops)
     if not table["kernel"]:
-        if site.linear:
+        if site.native.linear:
             _refuse_on_linear(table, site)
         return
     first, *others = table["kernel"]
-    if site.linear and not getattr(first, "swaps", False):
+    if site.native.linear and not getattr(first, "swaps", False):
         raise ValueError(
             f"{_who(first)} computes softmax attention, and that of {site.name!r} is linear, as "
             "its model was trained; choose other sites, as in sites=cross"

@@ -6,7 +6,7 @@
 and after the whole block around the layer, `block`.
 
 With no op installed it is bit-identical to the processor of diffusers it stands for:
-`AttnProcessor2_0`, or one of Sana's two.
+`AttnProcessor2_0`, or one whose traits the model's family declares.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class HostedProcessor:
         for op in stages["output"]:
             o = op.output(o, site, ctx)
         y = attn.to_out[1](attn.to_out[0](o.transpose(1, 2).flatten(2).to(q.dtype)))
-        if site.linear and x.dtype == torch.float16:
+        if site.native.linear and x.dtype == torch.float16:
             y = y.clip(-65504, 65504)
         for op in stages["restore"]:
             y = op.restore(y, site, ctx)

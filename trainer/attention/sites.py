@@ -10,6 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
+from trainer.attention.denoiser_traits import (
+    PLAIN,
+    UNDECLARED,
+    DenoiserTraits,
+    ProcessorTraits,
+)
 from trainer.attention.selector import Selector, parse_selector
 
 if TYPE_CHECKING:
@@ -26,9 +32,6 @@ TEMPORAL_MARKS = ("motion_modules", "temp_attentions", "attn_temp", "transformer
 UNET_PLACES: dict[str, Place] = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
 # `transformer_in` of the video U-Nets runs before the first down block, hence "block" first
 FORWARD_ORDER: tuple[Place, ...] = ("block", "down", "mid", "up")
-# processors by which diffusers' layers say that they are not as all others
-LINEAR = "SanaLinearAttnProcessor2_0"
-NORMS_FIRST = (LINEAR, "SanaAttnProcessor2_0")
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,7 @@ class Site:
 
     `divisor` says how much coarser the token grid is than the latent (2: half the height and
     width), None where the model does not say. A temporal site has the divisor of the frames it
-    looks through. linear: the model's own attention here is linear, not softmax; norms_first: it
-    norms q and k before it splits them into heads. Both as in Sana.
+    looks through. native: how the layer's own processor computes.
     """
 
     name: str
@@ -50,8 +52,7 @@ class Site:
     divisor: int | None
     heads: int
     head_dim: int
-    linear: bool = False
-    norms_first: bool = False
+    native: ProcessorTraits = PLAIN
 
     @property
     def scale(self) -> float | None:
@@ -59,7 +60,7 @@ class Site:
         return None if self.module.scale_qk else cast(float, self.module.scale)
 
     def projection(self, role: Role) -> nn.Linear:
-        """The layer now in the place of q, k, v or out: after LoRA or NF4, their wrapper."""
+        """The layer now in the place of q, k, v or out: an adapter's wrapper where there is one."""
         if role == "out":
             return cast("nn.Linear", cast("nn.ModuleList", self.module.to_out)[0])
         return cast("nn.Linear", getattr(self.module, f"to_{role}"))
@@ -69,8 +70,8 @@ class Site:
         return {role: self.projection(role) for role in ROLES}
 
 
-def scan(model: nn.Module) -> list[Site]:
-    """All attention sites of a denoiser in forward order.
+def scan(model: nn.Module, traits: DenoiserTraits = UNDECLARED) -> list[Site]:
+    """All attention sites of a denoiser in forward order; traits: what its family declares of it.
 
     Raises `ValueError` at a layer that is no classic self or cross attention (joint attention, the
     newer classes with a forward of their own): skipping it would edit half a model in silence.
@@ -83,8 +84,20 @@ def scan(model: nn.Module) -> list[Site]:
     patch = patch_size(model)
     sites = []
     for index, name in enumerate(names):
-        divisor = divisors.get(_unet_block(name), patch)
-        sites.append(_site(name, found[name], index / last, divisor))
+        module = found[name]
+        heads = cast(int, module.heads)
+        site = Site(
+            name=name,
+            module=module,
+            kind=_kind(name, module),
+            place=_place(name),
+            depth=index / last,
+            divisor=divisors.get(_unet_block(name), patch),
+            heads=heads,
+            head_dim=cast(int, module.inner_dim) // heads,
+            native=traits.of_processor(own_processor(module)) or PLAIN,
+        )
+        sites.append(site)
     return sites
 
 
@@ -111,26 +124,10 @@ def require(sites: Sequence[Site], selector: str | Selector, who: str) -> list[S
     return chosen
 
 
-def _site(name: str, module: nn.Module, depth: float, divisor: int | None) -> Site:
-    heads = cast(int, module.heads)
-    return Site(
-        name=name,
-        module=module,
-        kind=_kind(name, module),
-        place=_place(name),
-        depth=depth,
-        divisor=divisor,
-        heads=heads,
-        head_dim=cast(int, module.inner_dim) // heads,
-        linear=_own_processor(module) == LINEAR,
-        norms_first=_own_processor(module) in NORMS_FIRST,
-    )
-
-
-def _own_processor(module: nn.Module) -> str:
-    """Class name of the processor a layer came with, hosted by now or not."""
+def own_processor(module: nn.Module) -> object:
+    """The processor a layer came with, hosted by now or not."""
     processor = getattr(module, "processor", None)
-    return type(getattr(processor, "previous", processor)).__name__
+    return getattr(processor, "previous", processor)
 
 
 def _attentions(model: nn.Module) -> dict[str, nn.Module]:
@@ -168,8 +165,8 @@ def _refuse_joint(name: str, module: nn.Module) -> None:
 
 def _not_hosted(name: str, what: str) -> str:
     return (
-        f"{what} at {name!r} is not hosted yet; choose a backbone with classic self and cross "
-        "attention: U-Nets, DiT, PixArt, Sana"
+        f"{what} at {name!r} is not hosted yet; choose a backbone whose layers are classic "
+        "self- and cross-attention"
     )
 
 

@@ -1,5 +1,5 @@
-"""What every backbone is, and how its parts are read: one denoiser, one text encoder, a VAE and a
-scheduler, in diffusers folder layout. A family is a file beside this one."""
+"""What every backbone is: one denoiser, one text encoder, a VAE and a scheduler, and what its
+family declares of them. A family is a file beside this one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from trainer.attention.host import Host
 from trainer.attention.sites import Site, scan
+from trainer.backbones.family import Family, Layout, Parts
 from trainer.backbones.schedulers import PREDICTION_TYPES
-
-if TYPE_CHECKING:
-    pass
+from trainer.backbones.vae import pixels_per_latent, posterior_moments
 
 
 class Backbone(nn.Module):
@@ -28,35 +27,27 @@ class Backbone(nn.Module):
     Parameter names start with `denoiser_name`, `text_encoder.` or `vae.`, as adapters store them.
     """
 
-    family: str
-    denoiser_name: str
-
-    def __init__(
-        self,
-        name: str,
-        folder: Path,
-        denoiser: Any,
-        text_encoder: Any,
-        tokenizer: Any,
-        vae: Any,
-        scheduler: Any,
-    ) -> None:
+    def __init__(self, name: str, family: str, declared: Family, parts: Parts) -> None:
         super().__init__()
-        self.name, self.folder = name, folder
-        self.add_module(self.denoiser_name, denoiser)
-        self.text_encoder: Any = text_encoder
-        self.vae: Any = vae
-        self.tokenizer, self.scheduler_config = tokenizer, dict(scheduler.config)
-        self.scheduler_class = type(scheduler)
-        flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        self.name, self.family, self.declared = name, family, declared
+        self.folder, self.prompt_length = parts.folder, parts.prompt_length
+        self.denoiser_name = declared.denoiser
+        self.add_module(self.denoiser_name, parts.denoiser)
+        self.text_encoder: Any = parts.text_encoder
+        self.vae: Any = parts.vae
+        self.tokenizer, self.scheduler_config = parts.tokenizer, dict(parts.scheduler.config)
+        self.scheduler_class = type(parts.scheduler)
+        flow = isinstance(parts.scheduler, FlowMatchEulerDiscreteScheduler)
         # None: trained on the flow path x_t = (1 - t) x0 + t noise
-        self.alphas_cumprod: Tensor | None = None if flow else scheduler.alphas_cumprod.clone()
-        self.target: str = "flow" if flow else PREDICTION_TYPES[scheduler.config.prediction_type]
+        self.alphas_cumprod: Tensor | None = (
+            None if flow else parts.scheduler.alphas_cumprod.clone()
+        )
+        self.target = "flow" if flow else PREDICTION_TYPES[parts.scheduler.config.prediction_type]
         self._identity = {
-            "family": self.family,
+            "family": family,
             "name": name,
-            self.denoiser_name: shapes(denoiser),
-            "text_encoder": shapes(text_encoder),
+            self.denoiser_name: shapes(parts.denoiser),
+            "text_encoder": shapes(parts.text_encoder),
             "target": self.target,
         }
 
@@ -74,7 +65,7 @@ class Backbone(nn.Module):
 
     @cached_property
     def host(self) -> Host:
-        return Host.attach(self.denoiser)
+        return Host.attach(self.denoiser, self.declared.traits)
 
     @property
     def sites(self) -> list[Site]:
@@ -83,7 +74,12 @@ class Backbone(nn.Module):
     @property
     def divisor(self) -> int:
         """Pixels along an edge per latent."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return pixels_per_latent(self.vae)
+
+    @property
+    def layout(self) -> Layout:
+        """How the denoiser takes clips, see `Family`."""
+        return self.declared.layout
 
     @property
     def resolution(self) -> int:
@@ -101,7 +97,8 @@ class Backbone(nn.Module):
     @property
     def text_length(self) -> int:
         """Tokens of a prompt, with padding."""
-        return int(self.tokenizer.model_max_length)
+        most = int(self.tokenizer.model_max_length)
+        return most if self.prompt_length is None else min(self.prompt_length, most)
 
     def scheduler(self) -> Any:
         return self.scheduler_class.from_config(self.scheduler_config)
@@ -109,8 +106,7 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
         """Pixels (b, 3, H, W) in [-1, 1] to the posterior's mean and log-variance (b, 2c, h, w)."""
-        parameters: Tensor = self.vae.encode(pixels).latent_dist.parameters
-        return parameters
+        return posterior_moments(self.vae, pixels)
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """A draw (b, c, h, w) from the posterior, scaled to what the denoiser was trained on."""
@@ -138,16 +134,17 @@ class Backbone(nn.Module):
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Prompts to what `predict` takes: encoder_hidden_states (b, tokens, d), and what goes with
         them."""
-        raise NotImplementedError
+        return self.declared.encode_prompts(self, prompts)
 
     def inputs(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> dict[str, Any]:
         """The denoiser's own arguments for x_t (b, c, h, w) at timesteps t (b,)."""
-        raise NotImplementedError
+        return self.declared.inputs(self, x_t, t, condition)
 
     def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """The network's output (b, c, h, w) at x_t (b, c, h, w) and timesteps t (b,)."""
+        """The network's output (b, c, h, w) at x_t (b, c, h, w) and timesteps t (b,). A learned
+        variance in further channels is left out."""
         output: Tensor = self.denoiser(**self.inputs(x_t, t, condition)).sample
-        return output
+        return output if output.shape[1] <= x_t.shape[1] else output[:, : x_t.shape[1]]
 
     def identity(self) -> dict[str, str]:
         """What an adapter was trained on: the family and the shapes of the parts, as they were
@@ -185,11 +182,16 @@ class Backbone(nn.Module):
             block.compile(dynamic=False)
 
     def blocks(self) -> list[Any]:
-        raise NotImplementedError
+        """The blocks of the denoiser in forward order."""
+        found: list[Any] = []
+        for name in self.declared.blocks:
+            block = self.denoiser.get_submodule(name)
+            found += block if isinstance(block, nn.ModuleList) else [block]
+        return found
 
     def pipeline(self) -> Any:
         """The parts as a stock pipeline; they are shared, not copied."""
-        raise NotImplementedError
+        return self.declared.pipeline(self)
 
 
 @contextmanager

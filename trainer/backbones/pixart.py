@@ -10,24 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-from diffusers import (
-    AutoencoderKL,
-    DPMSolverMultistepScheduler,
-    PixArtAlphaPipeline,
-    PixArtTransformer2DModel,
-)
-from torch import Tensor, nn
-
-from trainer.backbones.backbone import Backbone, seeded, zero_outputs
-from trainer.backbones.pipeline_folder import pipeline_folder
-from trainer.backbones.schedulers import FLOW, flow_or_vp
-from trainer.backbones.spec import TransformerSpec
+from trainer.attention.denoiser_traits import DenoiserTraits
+from trainer.backbones.family import Family, Parts
+from trainer.backbones.spec import BackboneSpec, TransformerSpec
 
 if TYPE_CHECKING:
-    from trainer.backbones.spec import BackboneSpec
+    from torch import Tensor, nn
 
+    from trainer.backbones.backbone import Backbone
 
 # tokens of a prompt: the defaults of diffusers' two pipelines
 LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
@@ -37,74 +27,69 @@ TEXT = {
 }
 
 
-class PixArt(Backbone):
-    """transformer(x_t, t, text) with text (b, tokens, d) and its mask, on latents of a VAE."""
+def encode_prompts(backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Prompts to encoder_hidden_states (b, tokens, d) and encoder_attention_mask (b, tokens), 0 at
+    padding. In lower case, as PixArt's own; added words stay as they are."""
+    added = backbone.tokenizer.get_added_vocab()
+    tokens = backbone.tokens(
+        [
+            " ".join(word if word in added else word.lower() for word in prompt.split())
+            for prompt in prompts
+        ]
+    )
+    ids, mask = tokens.input_ids, tokens.attention_mask
+    states: Tensor = backbone.text_encoder(ids, attention_mask=mask)[0]
+    return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
-    family = "pixart"
-    denoiser_name = "transformer"
-    transformer: Any
-    length = LENGTHS["PixArtAlphaPipeline"]
 
-    @property
-    def text_length(self) -> int:
-        return min(self.length, super().text_length)
+def inputs(
+    backbone: Backbone, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]
+) -> dict[str, Any]:
+    size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+    if backbone.denoiser.use_additional_conditions:  # the picture's size, in pixels
+        height, width = (side * backbone.divisor for side in x_t.shape[-2:])
+        size["resolution"] = x_t.new_tensor([[height, width]]).expand(len(x_t), 2)
+        size["aspect_ratio"] = x_t.new_tensor([[height / width]]).expand(len(x_t), 1)
+    return {"hidden_states": x_t, "timestep": t, "added_cond_kwargs": size, **condition}
 
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Prompts to encoder_hidden_states (b, tokens, d) and encoder_attention_mask (b, tokens), 0
-        at padding. In lower case, as PixArt's own; added words stay as they are."""
-        added = self.tokenizer.get_added_vocab()
-        tokens = self.tokens(
-            [
-                " ".join(word if word in added else word.lower() for word in prompt.split())
-                for prompt in prompts
-            ]
+
+def pipeline(backbone: Backbone) -> Any:
+    """A flow is sampled with a solver that the stock pipeline knows how to call."""
+    from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
+
+    from trainer.backbones.schedulers import FLOW
+
+    scheduler = backbone.scheduler()
+    if backbone.alphas_cumprod is None:
+        scheduler = DPMSolverMultistepScheduler(
+            num_train_timesteps=scheduler.config.num_train_timesteps,
+            prediction_type=FLOW,
+            use_flow_sigmas=True,
+            flow_shift=scheduler.config.shift,
         )
-        ids, mask = tokens.input_ids, tokens.attention_mask
-        states: Tensor = self.text_encoder(ids, attention_mask=mask)[0]
-        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-
-    def inputs(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> dict[str, Any]:
-        size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
-        if self.transformer.use_additional_conditions:  # the picture's size, in pixels
-            height, width = (side * self.divisor for side in x_t.shape[-2:])
-            size["resolution"] = x_t.new_tensor([[height, width]]).expand(len(x_t), 2)
-            size["aspect_ratio"] = x_t.new_tensor([[height / width]]).expand(len(x_t), 1)
-        return {"hidden_states": x_t, "timestep": t, "added_cond_kwargs": size, **condition}
-
-    def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """The network's output (b, c, h, w); a learned variance behind it is left out."""
-        return super().predict(x_t, t, condition)[:, : self.latent_channels]
-
-    def blocks(self) -> list[Any]:
-        return list(self.transformer.transformer_blocks)
-
-    def pipeline(self) -> Any:
-        """A flow is sampled with a solver that the stock pipeline knows how to call."""
-        scheduler = self.scheduler()
-        if self.alphas_cumprod is None:
-            scheduler = DPMSolverMultistepScheduler(
-                num_train_timesteps=scheduler.config.num_train_timesteps,
-                prediction_type=FLOW,
-                use_flow_sigmas=True,
-                flow_shift=scheduler.config.shift,
-            )
-        return PixArtAlphaPipeline(
-            self.tokenizer, self.text_encoder, self.vae, self.transformer, scheduler
-        )
+    return PixArtAlphaPipeline(
+        tokenizer=backbone.tokenizer, text_encoder=backbone.text_encoder, vae=backbone.vae,
+        transformer=backbone.denoiser, scheduler=scheduler,
+    )  # fmt: skip
 
 
-def load(spec: BackboneSpec, name: str) -> PixArt:
+def load(spec: BackboneSpec, name: str) -> Parts:
     """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision.
 
     Raises:
         ValueError: the folder holds another pipeline or a text encoder of another kind, a part is
         missing, or its weights are not safetensors.
     """
+    from diffusers import AutoencoderKL, PixArtTransformer2DModel
+
+    from trainer.backbones.pipeline_folder import pipeline_folder
+    from trainer.backbones.schedulers import flow_or_vp
+
     made = spec.denoiser
     own = ["transformer"] if made is None else []
     folder = pipeline_folder(spec, name, [*own, "text_encoder", "vae"])
-    index = folder.index(name, list(LENGTHS))
-    encoder, tokenizer = (text_class(index, part, name, TEXT[part]) for part in TEXT)
+    index = folder.index(name, FAMILY.pipelines)
+    encoder, tokenizer = text_classes(index, name, TEXT)
     if made is None:
         transformer = folder.load("transformer", PixArtTransformer2DModel)
         if "transformer" in spec.scratch:
@@ -113,31 +98,42 @@ def load(spec: BackboneSpec, name: str) -> PixArt:
     if isinstance(made, TransformerSpec):
         width = text_encoder.config.hidden_size
         transformer = make(made, vae.config.latent_channels, width)
-    backbone = PixArt(
-        name,
-        folder.path,
-        transformer,
-        text_encoder,
-        tokenizer.from_pretrained(folder.of("tokenizer"), local_files_only=True),
-        vae,
-        flow_or_vp(folder.scheduler_config(), folder.of("scheduler")),
+    return Parts(
+        folder=folder.path,
+        denoiser=transformer,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer.from_pretrained(folder.of("tokenizer"), local_files_only=True),
+        vae=vae,
+        scheduler=flow_or_vp(folder.scheduler_config(), folder.of("scheduler")),
+        prompt_length=LENGTHS[index["_class_name"]],
     )
-    backbone.length = LENGTHS[index["_class_name"]]
-    return backbone
 
 
-def text_class(index: dict[str, Any], part: str, name: str, known: tuple[str, ...]) -> Any:
-    """The class of transformers that model_index.json names for a part, out of the `known`."""
-    library, kind = index.get(part) or (None, None)
-    if library != "transformers" or kind not in known:
-        raise ValueError(
-            f"backbone {name}: {part} is a {kind} of {library}; this family has {', '.join(known)}"
-        )
-    return getattr(transformers, kind)
+def text_classes(
+    index: dict[str, Any], name: str, known: dict[str, tuple[str, ...]]
+) -> tuple[Any, Any]:
+    """The classes of transformers that model_index.json names for the text encoder and the
+    tokenizer, out of those `known` for each."""
+    import transformers
+
+    found = []
+    for part in ("text_encoder", "tokenizer"):
+        library, kind = index.get(part) or (None, None)
+        if library != "transformers" or kind not in known[part]:
+            raise ValueError(
+                f"backbone {name}: {part} is a {kind} of {library}; this family has "
+                f"{', '.join(known[part])}"
+            )
+        found.append(getattr(transformers, kind))
+    return found[0], found[1]
 
 
 def make(spec: TransformerSpec, channels: int, text_width: int) -> Any:
     """An untrained transformer on latents of `channels` that reads text of `text_width`."""
+    from diffusers import PixArtTransformer2DModel
+
+    from trainer.backbones.backbone import seeded, zero_outputs
+
     reads = spec.cross_attention
     with seeded(spec.seed):
         transformer: Any = PixArtTransformer2DModel(
@@ -162,20 +158,27 @@ def make(spec: TransformerSpec, channels: int, text_width: int) -> Any:
 def initialise(transformer: Any) -> None:
     """A start for training from nothing, see `initialise_as_dit`."""
     time = transformer.adaln_single
-    initialise_as_dit(transformer, transformer.pos_embed.proj, time.emb, time.linear)
+    initialise_as_dit(
+        transformer, patches=transformer.pos_embed.proj, time=time.emb, narrow=[time.linear]
+    )
 
 
-@torch.no_grad()
-def initialise_as_dit(transformer: Any, patches: Any, time: Any, *narrow: nn.Linear) -> None:
+def initialise_as_dit(
+    transformer: Any, patches: Any, time: Any, narrow: Sequence[nn.Linear]
+) -> None:
     """As DiT and PixArt start (arXiv 2212.09748, section 3.2): every block adds nothing of the text
     at first, and the output is 0. patches: the convolution that reads the latent; time: the
     embedding of the timestep; narrow: further layers that start as narrowly spread as it."""
+    import torch
+    from torch import nn
+
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    nn.init.xavier_uniform_(patches.weight.flatten(1))
+    with torch.no_grad():
+        nn.init.xavier_uniform_(patches.weight.flatten(1))
     nn.init.zeros_(patches.bias)
     for layer in (time.timestep_embedder.linear_1, time.timestep_embedder.linear_2, *narrow):
         nn.init.normal_(layer.weight, std=0.02)
@@ -183,3 +186,27 @@ def initialise_as_dit(transformer: Any, patches: Any, time: Any, *narrow: nn.Lin
         if block.attn2 is not None:
             nn.init.zeros_(block.attn2.to_out[0].weight)
     nn.init.zeros_(transformer.proj_out.weight)
+
+
+FAMILY = Family(
+    denoiser="transformer",
+    pipelines=tuple(LENGTHS),
+    blocks=("transformer_blocks",),
+    load=load,
+    encode_prompts=encode_prompts,
+    inputs=inputs,
+    pipeline=pipeline,
+    makes=TransformerSpec,
+    traits=DenoiserTraits(
+        time_embedding="adaln_single.emb",
+        time_width="adaln_single.emb.timestep_embedder.linear_2",
+        input="pos_embed.proj",
+    ),
+    comfyui_layers={
+        "PixArtTransformer2DModel": (
+            r"transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))"
+            r"|adaln_single\.(linear|emb\.\w+_embedder\.linear_[12])|caption_projection\.linear_[12]"
+            r"|pos_embed\.proj|proj_out"
+        )
+    },
+)

@@ -9,76 +9,63 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from diffusers import AutoencoderDC, AutoencoderKL, SanaPipeline, SanaTransformer2DModel
-from torch import Tensor
-
-from trainer.backbones.pipeline_folder import pipeline_folder
-from trainer.backbones.pixart import PixArt, initialise_as_dit, text_class
-from trainer.backbones.schedulers import flow_or_vp
+from trainer.attention.denoiser_traits import DenoiserTraits, ProcessorTraits
+from trainer.backbones.family import Family, Parts
+from trainer.backbones.pixart import encode_prompts, initialise_as_dit, text_classes
+from trainer.backbones.spec import BackboneSpec
+from trainer.backbones.vae import WIDTHS
 
 if TYPE_CHECKING:
-    from trainer.backbones.spec import BackboneSpec
+    from torch import Tensor
+
+    from trainer.backbones.backbone import Backbone
 
 TEXT = {
     "text_encoder": ("CLIPTextModel", "Gemma2Model"),
     "tokenizer": ("CLIPTokenizer", "GemmaTokenizer", "GemmaTokenizerFast"),
 }
-VAES = {"AutoencoderDC": AutoencoderDC, "AutoencoderKL": AutoencoderKL}
-WIDTHS = "encoder_block_out_channels"  # what AutoencoderDC calls block_out_channels
-EXACT = -30.0  # a log-variance: noise of 3e-7
+VAES = ("AutoencoderDC", "AutoencoderKL")
+PROMPT_LENGTH = 300  # the default of diffusers' pipeline
 
 
-class Sana(PixArt):
-    """transformer(x_t, t, text) with text (b, tokens, d) and its mask, on latents of a VAE."""
-
-    family = "sana"
-    length = 300  # tokens of a prompt: the default of diffusers' pipeline
-
-    @property
-    def divisor(self) -> int:
-        widths = self.vae.config.get(WIDTHS) or self.vae.config.block_out_channels
-        return int(2 ** (len(widths) - 1))
-
-    @torch.no_grad()
-    def moments(self, pixels: Tensor) -> Tensor:
-        """As of every backbone; `AutoencoderDC` has no posterior, only its mean."""
-        vae: Any = self.vae
-        if not isinstance(self.vae, AutoencoderDC):
-            return super().moments(pixels)
-        latent: Tensor = vae.encode(pixels).latent
-        return torch.cat([latent, torch.full_like(latent, EXACT)], dim=1)
-
-    def inputs(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> dict[str, Any]:
-        return {
-            "hidden_states": x_t,
-            "timestep": t * self.transformer.config.timestep_scale,
-            **condition,
-        }
-
-    def pipeline(self) -> Any:
-        """The stock pipeline asks any VAE for `AutoencoderDC`'s widths; its config learns them."""
-        if WIDTHS not in self.vae.config:
-            self.vae.register_to_config(**{WIDTHS: self.vae.config.block_out_channels})
-        return SanaPipeline(
-            self.tokenizer, self.text_encoder, self.vae, self.transformer, self.scheduler()
-        )
+def inputs(
+    backbone: Backbone, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]
+) -> dict[str, Any]:
+    scale = backbone.denoiser.config.timestep_scale
+    return {"hidden_states": x_t, "timestep": t * scale, **condition}
 
 
-def load(spec: BackboneSpec, name: str) -> Sana:
+def pipeline(backbone: Backbone) -> Any:
+    """The stock pipeline asks any VAE for `AutoencoderDC`'s widths; its config learns them."""
+    from diffusers import SanaPipeline
+
+    if WIDTHS not in backbone.vae.config:
+        backbone.vae.register_to_config(**{WIDTHS: backbone.vae.config.block_out_channels})
+    return SanaPipeline(
+        tokenizer=backbone.tokenizer, text_encoder=backbone.text_encoder, vae=backbone.vae,
+        transformer=backbone.denoiser, scheduler=backbone.scheduler(),
+    )  # fmt: skip
+
+
+def load(spec: BackboneSpec, name: str) -> Parts:
     """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision.
 
     Raises:
         ValueError: the folder holds another pipeline, or a text encoder or VAE of another kind, a
         part is missing, its weights are not safetensors, or the transformer is a distilled one.
     """
+    import diffusers
+
+    from trainer.backbones.pipeline_folder import pipeline_folder
+    from trainer.backbones.schedulers import flow_or_vp
+
     folder = pipeline_folder(spec, name, ["transformer", "text_encoder", "vae"])
-    index = folder.index(name, ["SanaPipeline"])
-    encoder, tokenizer = (text_class(index, part, name, TEXT[part]) for part in TEXT)
+    index = folder.index(name, FAMILY.pipelines)
+    encoder, tokenizer = text_classes(index, name, TEXT)
     vae = (index.get("vae") or (None, None))[1]
     if vae not in VAES:
         raise ValueError(f"backbone {name}: vae is a {vae}; this family has {', '.join(VAES)}")
-    transformer = folder.load("transformer", SanaTransformer2DModel)
+    transformer = folder.load("transformer", diffusers.SanaTransformer2DModel)
     if transformer.config.guidance_embeds:
         raise ValueError(
             f"backbone {name}: the transformer was distilled to take its guidance as an input "
@@ -86,17 +73,16 @@ def load(spec: BackboneSpec, name: str) -> Sana:
         )
     if "transformer" in spec.scratch:
         initialise(transformer)
-    return Sana(
-        name,
-        folder.path,
-        transformer,
-        folder.load("text_encoder", encoder),
-        # a tokenizer of Gemma pads on the left, and its pipeline on the right
-        tokenizer.from_pretrained(
-            folder.of("tokenizer"), local_files_only=True, padding_side="right"
-        ),
-        folder.load("vae", VAES[vae]),
-        flow_or_vp(folder.scheduler_config(), folder.of("scheduler")),
+    # a tokenizer of Gemma pads on the left, and its pipeline on the right
+    own = {"local_files_only": True, "padding_side": "right"}
+    return Parts(
+        folder=folder.path,
+        denoiser=transformer,
+        text_encoder=folder.load("text_encoder", encoder),
+        tokenizer=tokenizer.from_pretrained(folder.of("tokenizer"), **own),
+        vae=folder.load("vae", getattr(diffusers, vae)),
+        scheduler=flow_or_vp(folder.scheduler_config(), folder.of("scheduler")),
+        prompt_length=PROMPT_LENGTH,
     )
 
 
@@ -104,5 +90,33 @@ def initialise(transformer: Any) -> None:
     """A start for training from nothing: Sana's own, and cross-attention and the output at 0 as in
     PixArt. Convolutions in the feed-forward layers keep PyTorch's."""
     time, caption = transformer.time_embed, transformer.caption_projection
-    narrow = (time.linear, caption.linear_1, caption.linear_2)
-    initialise_as_dit(transformer, transformer.patch_embed.proj, time.emb, *narrow)
+    initialise_as_dit(
+        transformer,
+        patches=transformer.patch_embed.proj,
+        time=time.emb,
+        narrow=[time.linear, caption.linear_1, caption.linear_2],
+    )
+
+
+FAMILY = Family(
+    denoiser="transformer",
+    pipelines=("SanaPipeline",),
+    blocks=("transformer_blocks",),
+    load=load,
+    encode_prompts=encode_prompts,
+    inputs=inputs,
+    pipeline=pipeline,
+    traits=DenoiserTraits(
+        processors={
+            "diffusers.models.attention_processor.SanaLinearAttnProcessor2_0": ProcessorTraits(
+                linear=True, norms_first=True, bare=True, rescales=False
+            ),
+            "diffusers.models.transformers.sana_transformer.SanaAttnProcessor2_0": ProcessorTraits(
+                norms_first=True, bare=True
+            ),
+        },
+        time_embedding="time_embed.emb",
+        time_width="time_embed.emb.timestep_embedder.linear_2",
+        input="patch_embed.proj",
+    ),
+)

@@ -6,77 +6,79 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from diffusers import (
-    AutoencoderKL,
-    StableDiffusionPipeline,
-    Transformer2DModel,
-    UNet2DConditionModel,
-)
-from diffusers.models.attention import BasicTransformerBlock
-from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
-
-from trainer.backbones.backbone import Backbone, seeded, zero_outputs
-from trainer.backbones.pipeline_folder import pipeline_folder
-from trainer.backbones.schedulers import vp_scheduler
-from trainer.backbones.spec import UNetSpec
+from trainer.attention.denoiser_traits import DenoiserTraits
+from trainer.backbones.family import Family, Parts
+from trainer.backbones.spec import BackboneSpec, UNetSpec
 from trainer.common.seeds import seed_of
 
 if TYPE_CHECKING:
-    from trainer.backbones.spec import BackboneSpec
+    from torch import Tensor, nn
 
-PARTS = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "vae": AutoencoderKL}
-
-
-class StableDiffusion(Backbone):
-    """unet(x_t, t, text) with text (b, 77, d) from CLIP, on latents (b, 4, H/8, W/8) of a VAE."""
-
-    family = "sd"
-    denoiser_name = "unet"
-    unet: Any
-
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Prompts to encoder_hidden_states (b, tokens, d); padding is attended to, as in SD."""
-        ids = self.tokens(prompts).input_ids
-        return {"encoder_hidden_states": self.text_encoder(ids).last_hidden_state}
-
-    def inputs(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> dict[str, Any]:
-        return {"sample": x_t, "timestep": t, **condition}
-
-    def blocks(self) -> list[Any]:
-        return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
-
-    def pipeline(self) -> Any:
-        return StableDiffusionPipeline(
-            vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=self.unet,
-            scheduler=self.scheduler(), safety_checker=None, feature_extractor=None,
-            requires_safety_checker=False,
-        )  # fmt: skip
+    from trainer.backbones.backbone import Backbone
 
 
-def load(spec: BackboneSpec, name: str) -> StableDiffusion:
+def encode_prompts(backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Prompts to encoder_hidden_states (b, 77, d) of CLIP; padding is attended to, as in SD."""
+    ids = backbone.tokens(prompts).input_ids
+    return {"encoder_hidden_states": backbone.text_encoder(ids).last_hidden_state}
+
+
+def inputs(
+    backbone: Backbone, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]
+) -> dict[str, Any]:
+    return {"sample": x_t, "timestep": t, **condition}
+
+
+def pipeline(backbone: Backbone) -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        vae=backbone.vae, text_encoder=backbone.text_encoder, tokenizer=backbone.tokenizer,
+        unet=backbone.denoiser, scheduler=backbone.scheduler(), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def load(spec: BackboneSpec, name: str) -> Parts:
     """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision.
 
     Raises:
         ValueError: the folder holds another pipeline, a part is missing, or its weights are not
         safetensors.
     """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from trainer.backbones.pipeline_folder import pipeline_folder
+    from trainer.backbones.schedulers import vp_scheduler
+
     made = spec.denoiser
-    folder = pipeline_folder(spec, name, [part for part in PARTS if part != "unet" or made is None])
-    folder.index(name, ["StableDiffusionPipeline"])
+    own = ["unet"] if made is None else []
+    folder = pipeline_folder(spec, name, [*own, "text_encoder", "vae"])
+    folder.index(name, FAMILY.pipelines)
     if made is None:
-        unet = folder.load("unet", PARTS["unet"])
-    text_encoder, vae = (folder.load(part, PARTS[part]) for part in ("text_encoder", "vae"))
+        unet = folder.load("unet", UNet2DConditionModel)
+    text_encoder = folder.load("text_encoder", CLIPTextModel)
+    vae = folder.load("vae", AutoencoderKL)
     if isinstance(made, UNetSpec):
         unet = make(made, vae.config.latent_channels, text_encoder.config.hidden_size)
-    tokenizer = CLIPTokenizer.from_pretrained(folder.of("tokenizer"), local_files_only=True)
-    scheduler = vp_scheduler(folder.scheduler_config(), folder.of("scheduler"))
-    return StableDiffusion(name, folder.path, unet, text_encoder, tokenizer, vae, scheduler)
+    return Parts(
+        folder=folder.path,
+        denoiser=unet,
+        text_encoder=text_encoder,
+        tokenizer=CLIPTokenizer.from_pretrained(folder.of("tokenizer"), local_files_only=True),
+        vae=vae,
+        scheduler=vp_scheduler(folder.scheduler_config(), folder.of("scheduler")),
+    )
 
 
 def make(spec: UNetSpec, channels: int, text_width: int) -> Any:
     """An untrained U-Net on latents of `channels` that reads text of `text_width`."""
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention import BasicTransformerBlock
+
+    from trainer.backbones.backbone import seeded
+
     attend = {*spec.self_attention, *spec.cross_attention}
     kinds = ["CrossAttn" if grid in attend else "" for grid in spec.grids]
     with seeded(spec.seed):
@@ -115,11 +117,16 @@ def keep(block: Any, over_itself: bool, over_text: bool) -> None:
         block.attn2 = block.norm2 = None
 
 
-@torch.no_grad()
 def initialise(unet: nn.Module, seed: int, zero: bool) -> None:
     """Each layer as torch starts it, from a seed of its own name. zero: but the outputs of
     attention, and of the transformer around it (as in Latent Diffusion, arXiv 2112.10752), are 0:
     the network begins as the one without them."""
+    import torch
+    from diffusers import Transformer2DModel
+    from torch import nn
+
+    from trainer.backbones.backbone import zero_outputs
+
     for name, module in unet.named_modules():
         if hasattr(module, "reset_parameters"):
             torch.manual_seed(seed_of(seed, name))
@@ -128,5 +135,20 @@ def initialise(unet: nn.Module, seed: int, zero: bool) -> None:
         zero_outputs(unet)
         for module in unet.modules():
             if isinstance(module, Transformer2DModel):
-                for parameter in cast(nn.Module, module.proj_out).parameters():
+                for parameter in cast("nn.Module", module.proj_out).parameters():
                     nn.init.zeros_(parameter)
+
+
+FAMILY = Family(
+    denoiser="unet",
+    pipelines=("StableDiffusionPipeline",),
+    blocks=("down_blocks", "mid_block", "up_blocks"),
+    load=load,
+    encode_prompts=encode_prompts,
+    inputs=inputs,
+    pipeline=pipeline,
+    makes=UNetSpec,
+    traits=DenoiserTraits(
+        time_embedding="time_embedding", time_width="time_embedding.linear_2", input="conv_in"
+    ),
+)

@@ -10,6 +10,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
+    SerializeAsAny,
     model_validator,
 )
 
@@ -19,6 +20,8 @@ GridPlace = int | str  # a grid by its tokens along an edge, or "mid"
 
 
 class DenoiserSpec(BaseModel):
+    """What describes a denoiser that is made from nothing; a family names the one it makes."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
@@ -105,13 +108,6 @@ class TransformerSpec(DenoiserSpec):
         return self
 
 
-# what `denoiser` describes, by the family of the backbone
-DENOISERS: dict[str, type[UNetSpec] | type[TransformerSpec]] = {
-    "sd": UNetSpec,
-    "pixart": TransformerSpec,
-}
-
-
 class BackboneSpec(Section):
     """A diffusers folder (`folder`, relative to `data/` when shipped) or a pinned hub checkpoint
     (`hub`, `revision`). overlay: a folder whose parts stand before those of `folder`, for two
@@ -125,7 +121,7 @@ class BackboneSpec(Section):
     hub: str | None = None
     revision: str | None = None
     scratch: tuple[Literal["unet", "transformer", "vae"], ...] = ()
-    denoiser: UNetSpec | TransformerSpec | None = None
+    denoiser: SerializeAsAny[DenoiserSpec] | None = None
     adapters: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -136,9 +132,4 @@ class BackboneSpec(Section):
             raise ValueError("a hub checkpoint needs revision, the commit it is pinned to")
         if self.overlay is not None and self.folder is None:
             raise ValueError("overlay goes over a folder; give folder, not hub")
-        if self.denoiser is not None and type(self.denoiser) is not DENOISERS.get(self.family):
-            raise ValueError(
-                f"denoiser is a {type(self.denoiser).__name__}, which the family {self.family} "
-                "does not make"
-            )
         return self

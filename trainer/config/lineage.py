@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.backbones import family_of
-from trainer.backbones.spec import DENOISERS, BackboneSpec, TransformerSpec, UNetSpec
+from trainer.backbones import family_of, find_family
+from trainer.backbones.spec import BackboneSpec, DenoiserSpec
 from trainer.common.paths import BACKBONES, DATA
 from trainer.common.suggest import nearest
 from trainer.config.header import file_of, read_header
@@ -95,7 +95,7 @@ def lineage_of(name: str) -> tuple[str, Any, tuple[str, ...]]:
     return name, denoiser, tuple(reversed(adapters))
 
 
-def _denoiser(family: str, name: str, own: Any, given: Any) -> UNetSpec | TransformerSpec | None:
+def _denoiser(family: str, name: str, own: Any, given: Any) -> DenoiserSpec | None:
     """own: what the backbone's file says; given: what the recipe does."""
     if own is None:
         if given is None:
@@ -106,4 +106,10 @@ def _denoiser(family: str, name: str, own: Any, given: Any) -> UNetSpec | Transf
             f"is made from nothing with backbone={' or backbone='.join(made)}"
         )
     values = merge_trees(own, given) if isinstance(given, dict) else own if given is None else given
-    return build_section(DENOISERS[family], values, "denoiser")
+    makes = find_family(family).makes
+    if makes is None:
+        raise RecipeError(
+            f"backbone {name}: the family {family} makes no network from nothing; leave out "
+            "denoiser"
+        )
+    return build_section(makes, values, "denoiser")

@@ -187,8 +187,9 @@ def _refuse_ops(live: Any, form: str, probe: Probe, wanted: Tensor) -> None:
     ops = {
         op.name: site for site, item in live.host.processors.items() for op in item.ops
     }  # one site of each is enough to name it
+    traits = live.host.traits
     Host.attach(live.denoiser).detach()
-    Host.attach(live.denoiser)  # which tells what is inserted of a clip's frames
+    Host.attach(live.denoiser, traits)  # which tells what is inserted of a clip's frames
     lost = difference(probe(live), wanted)
     if lost > LIMIT:
         what = ", ".join(f"{name} (on {site})" for name, site in ops.items())

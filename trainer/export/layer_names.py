@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from trainer.backbones import family_names, find_family
 from trainer.export.apply_bundle import parts
 
 RESNET = {
@@ -25,24 +26,6 @@ INSIDE = re.compile(
 CLIP = re.compile(
     r"(?:text_model\.)?(encoder\.layers\.\d+\.(?:self_attn\.[qkv]_proj|self_attn\.out_proj|mlp\.fc[12]))"
 )
-# the transformers ComfyUI reads under diffusers' names, and which of their layers
-COMFY_DIT = {
-    "PixArtTransformer2DModel": re.compile(
-        r"transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))"
-        r"|adaln_single\.(linear|emb\.\w+_embedder\.linear_[12])|caption_projection\.linear_[12]"
-        r"|pos_embed\.proj|proj_out"
-    ),
-    "SD3Transformer2DModel": re.compile(
-        r"transformer_blocks\.\d+\.(attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
-        r"|ff(_context)?\.net\.(0\.proj|2))|context_embedder|proj_out"
-    ),
-    "FluxTransformer2DModel": re.compile(
-        r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
-        r"|ff(_context)?\.net\.(0\.proj|2))"
-        r"|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)"
-        r"|x_embedder|context_embedder|proj_out"
-    ),
-}
 FUSED = re.compile(r".*\.(to_[qkv]|add_[qkv]_proj)")  # slices of one matrix in ComfyUI's own model
 
 
@@ -120,14 +103,20 @@ def kohya(model: Any) -> dict[str, str]:
 def comfy(model: Any) -> dict[str, str]:
     """Module path to ComfyUI's key; a network it has no names for gives none of its layers."""
     found = {}
-    rules = COMFY_DIT.get(type(model.denoiser).__name__)
+    rules = _comfyui_layers(type(model.denoiser).__name__)
     if model.denoiser_name == "unet":
         found = {f"unet.{name}": f"lora_unet_{_flat(name)}" for name in ldm(model.denoiser)}
     elif rules is not None:
         names = (name for name, _ in model.denoiser.named_modules())
-        paths = [f"{model.denoiser_name}.{name}" for name in names if rules.fullmatch(name)]
+        paths = [f"{model.denoiser_name}.{name}" for name in names if re.fullmatch(rules, name)]
         found = {path: f"transformer.{path.partition('.')[2]}" for path in paths}
     return found | _clip_keys(model)
+
+
+def _comfyui_layers(transformer: str) -> str | None:
+    """The layers of a class of transformers that ComfyUI reads, as its family declares them."""
+    declared = (find_family(name).comfyui_layers for name in family_names())
+    return next((layers[transformer] for layers in declared if transformer in layers), None)
 
 
 def _clip_keys(model: Any) -> dict[str, str]:

@@ -67,7 +67,7 @@ def _attend(
     return o.clamp(-65504, 65504).half() if v.dtype == torch.float16 else o.to(v.dtype)
 
 
-def sana_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def relu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`linear_attention` with `relu`, o (b, h, n, d) in the dtype of v, to the bit as diffusers has
     it in a Sana: channels before tokens, and the sum of the features as that of one more value.
 

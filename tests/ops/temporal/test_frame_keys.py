@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from denoisers import traits_of
 from torch import Tensor, nn
 
 from trainer.attention.context import StepContext, use
@@ -80,7 +81,7 @@ def test_reading_itself_changes_nothing() -> None:
 def test_an_image_stays_as_it_is(backbone: tuple[nn.Module, Call]) -> None:
     model, call = backbone
     base = call(model)
-    host = Host.attach(model)
+    host = Host.attach(model, traits_of(model))
     host.install(FrameKeys(("first", "previous"), "test"), select(host.sites, "self"))
     assert torch.equal(call(model), base)
     with use(StepContext(0, 1, torch.zeros(()), frames=2)):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from denoisers import traits_of
 from torch import Tensor, nn
 
 from trainer.attention.anatomy import (
@@ -21,6 +22,7 @@ from trainer.attention.anatomy import (
     time_point,
 )
 from trainer.attention.context import StepContext, use
+from trainer.attention.denoiser_traits import UNDECLARED
 from trainer.attention.grid import token_grid
 from trainer.attention.host import Host
 from trainer.attention.insert import insert
@@ -50,7 +52,7 @@ class Bare:
 
     @property
     def host(self) -> Host:
-        return Host.attach(self.denoiser)
+        return Host.attach(self.denoiser, traits_of(self.denoiser))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.denoiser.named_parameters(prefix="net")
@@ -425,7 +427,8 @@ def test_places_of_a_unet(tiny_unet: nn.Module) -> None:
         ("up_blocks.1.attentions.1", 16, 1),
     ]
     assert len(convolution_points(tiny_unet)) == 2 * 8
-    assert (time_point(tiny_unet).width, norm_groups(tiny_unet, 16)) == (64, 4)
+    assert time_point(tiny_unet, traits_of(tiny_unet)).width == 64
+    assert norm_groups(tiny_unet, 16) == 4
 
 
 def test_blocks_without_attention_are_places_after_their_resnets() -> None:
@@ -451,5 +454,5 @@ def test_blocks_without_attention_are_places_after_their_resnets() -> None:
 def test_a_denoiser_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="Linear is neither a U-Net nor a transformer"):
         block_points(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="Linear has no embedding of time"):
-        time_point(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="Linear declares no embedding of time"):
+        time_point(nn.Linear(2, 2), UNDECLARED)

@@ -42,6 +42,6 @@ class Gen1(PseudoThreeD):
 
         items = []
         if self.structure is not None:
-            place, first = input_convolution(model.denoiser)
+            place, first = input_convolution(model.denoiser, model.host.traits)
             items.append(item(place, "structure", Structure(first, self.structure), many=False))
         return self.inserted(model, items + self.layers(model, NAME, "learned"), NAME)

@@ -156,5 +156,5 @@ def frame_rate(model: AttentionModel, default: float) -> Item:
     from trainer.attention.anatomy import time_point
     from trainer.ops.temporal.layers import FrameRate
 
-    place = time_point(model.denoiser)
+    place = time_point(model.denoiser, model.host.traits)
     return item(place, "frame_rate", FrameRate(place.width, default), many=False)

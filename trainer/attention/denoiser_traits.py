@@ -1,0 +1,59 @@
+"""What a family of models declares of its denoiser, so that the seam need not know the family.
+
+Plain names and flags: importing this file does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ProcessorTraits:
+    """How layers with a processor of their own compute, where that is not as diffusers' plain one.
+
+    linear: attention is linear, as `kernels.linear.relu_attention`, and its output is clipped to
+    the range of float16; norms_first: q and k are normed before they are split into heads; bare:
+    the processor ignores the norms before the projections and the residual that a layer may have;
+    rescales: it divides by the layer's `rescale_output_factor`.
+    """
+
+    linear: bool = False
+    norms_first: bool = False
+    bare: bool = False
+    rescales: bool = True
+
+
+PLAIN = ProcessorTraits()
+# diffusers' own processors of the classic `Attention`, which any family may use
+PROCESSORS = {
+    "diffusers.models.attention_processor.AttnProcessor": PLAIN,
+    "diffusers.models.attention_processor.AttnProcessor2_0": PLAIN,
+}
+
+
+@dataclass(frozen=True)
+class DenoiserTraits:
+    """Where in the denoisers of a family things are, by names of modules; empty where there is no
+    such module.
+
+    processors: how layers compute, by the full name of their processor's class; each must be hosted
+    bit-equal. time_embedding: the module that puts out the embedding of the timestep, (rows,
+    width); time_width: the linear layer inside it whose `out_features` is that width. input: the
+    convolution that reads the latent.
+    """
+
+    processors: Mapping[str, ProcessorTraits] = field(default_factory=dict)
+    time_embedding: str = ""
+    time_width: str = ""
+    input: str = ""
+
+    def of_processor(self, processor: object) -> ProcessorTraits | None:
+        """The traits of a layer's own processor; None for one that nobody declares."""
+        kind = type(processor)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        return PROCESSORS.get(name) or self.processors.get(name)
+
+
+UNDECLARED = DenoiserTraits()  # of a denoiser whose family is not known

@@ -1,0 +1,67 @@
+"""What a family of backbones declares: the record `FAMILY` in its own file beside this one.
+
+Importing such a file does not import torch, since recipes are checked before that: its functions
+import what they need when they are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from trainer.attention.denoiser_traits import UNDECLARED, DenoiserTraits
+from trainer.backbones.spec import BackboneSpec, DenoiserSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Layout = Literal["rows", "tokens"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a pipeline that a family has loaded from a folder.
+
+    prompt_length: tokens of a prompt with padding, None for as many as the tokenizer takes.
+    """
+
+    folder: Path
+    denoiser: Any
+    text_encoder: Any
+    tokenizer: Any
+    vae: Any
+    scheduler: Any
+    prompt_length: int | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """All that is one family's own; `backbone` below is a `Backbone` of it.
+
+    denoiser: the name of the denoiser among the parts of a pipeline folder. pipelines: the classes
+    of the folders it loads, as model_index.json names them. blocks: the blocks of the denoiser in
+    forward order, modules or lists of them. load: (spec, name) -> its parts, ValueError where the
+    folder holds something else. encode_prompts: (backbone, prompts) -> what the denoiser takes of
+    them. inputs: (backbone, x_t, t, condition) -> the denoiser's own arguments. pipeline:
+    (backbone) -> its parts as a stock pipeline, shared and not copied.
+
+    makes: what describes a denoiser of this family that is made from nothing, None where it makes
+    none. layout: how the denoiser takes clips: as `rows`, every frame a row of the batch, or as
+    `tokens` of space and time, frames an axis of their own (b, c, f, h, w). traits: where things
+    are in the denoiser. comfyui_layers: by the class of a transformer, which of its layers ComfyUI
+    reads under diffusers' names, a regular expression.
+    """
+
+    denoiser: str
+    pipelines: tuple[str, ...]
+    blocks: tuple[str, ...]
+    load: Callable[[BackboneSpec, str], Parts]
+    encode_prompts: Callable[[Any, Sequence[str]], dict[str, Tensor]]
+    inputs: Callable[[Any, Tensor, Tensor, dict[str, Tensor]], dict[str, Any]]
+    pipeline: Callable[[Any], Any]
+    makes: type[DenoiserSpec] | None = None
+    layout: Layout = "rows"
+    traits: DenoiserTraits = UNDECLARED
+    comfyui_layers: Mapping[str, str] = field(default_factory=dict)
