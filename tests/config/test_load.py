@@ -334,6 +334,6 @@ def test_an_lr_of_zero_keeps_what_an_earlier_run_left() -> None:
     words += ["run.start_from=./earlier"]
     tree = recipe_header(load_recipe(words))  # as an adapter carries it: where it began is left out
     name = tree.pop("recipe")
-    assert resolve_recipe(name, tree, {}).optim.held == ("new_token",)
-    assert load_recipe(words).optim.held == ("new_token",)
-    assert load_recipe([*words, "methods.new_token=null", "data.token=sks"]).optim.held == ()
+    assert resolve_recipe(name, tree, {}).optim.frozen == ("new_token",)
+    assert load_recipe(words).optim.frozen == ("new_token",)
+    assert load_recipe([*words, "methods.new_token=null", "data.token=sks"]).optim.frozen == ()

@@ -37,7 +37,7 @@ def run(words: list[str]) -> int:
     from trainer.training.plan_report import describe_plan, show_plan
 
     backbone = load_base(loaded.backbone, loaded.backbone_name)
-    applied = apply_methods(backbone, loaded.methods, held=loaded.optim.held)
+    applied = apply_methods(backbone, loaded.methods, frozen=loaded.optim.frozen)
     if loaded.run.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     peak = plan_report.peak_memory(loaded, backbone, applied)

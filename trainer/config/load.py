@@ -13,17 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.common.paths import RECIPES
+from trainer.common.strict import Section
 from trainer.common.suggest import nearest
 from trainer.config.lineage import backbone_names, backbone_spec, lineage_of
 from trainer.config.overrides import parse_words
-from trainer.config.schema import (
-    KEYS,
-    SECTIONS,
-    TRACKERS,
-    OptimSpec,
-    Recipe,
-    RecipeError,
-)
+from trainer.config.schema import KEYS, SECTIONS, TRACKERS, OptimSpec, Recipe, RecipeError
 from trainer.config.tasks import check_tasks, task_overlay
 from trainer.config.tree import merge_trees, read_yaml, refuse_unknown
 from trainer.config.validate import build_section
@@ -44,9 +38,9 @@ def load_recipe(arguments: Iterable[str]) -> Recipe:
     if not isinstance(name, str):
         raise RecipeError(f"recipe=<name> is missing; recipes: {', '.join(recipe_names())}")
     whole = resolve_recipe(name, read_recipe(name), overrides)
-    if whole.optim.held and whole.run.start_from is None:  # what an adapter carries has none
+    if whole.optim.frozen and whole.run.start_from is None:  # what an adapter carries has none
         raise RecipeError(
-            f"optim.lrs.{whole.optim.held[0]}=0 keeps it as an earlier run left it, and there is "
+            f"optim.lrs.{whole.optim.frozen[0]}=0 keeps it as an earlier run left it, and there is "
             "none; give run.start_from=<a run or its adapter>, or an lr above 0"
         )
     return whole
@@ -54,42 +48,23 @@ def load_recipe(arguments: Iterable[str]) -> Recipe:
 
 def resolve_recipe(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Recipe:
     """Lays the backbone's own values and the overrides over a recipe's tree, and checks the
-    whole."""
-    tree = dict(tree)
-    per_backbone = tree.pop("backbones", None) or {}
-    _check_overlays(per_backbone)
-    backbone_name = overrides.get("backbone", tree.get("backbone", "tiny"))
-    if not isinstance(backbone_name, str) or not backbone_name:
-        raise RecipeError(
-            f"backbone is {backbone_name!r}; it is a name or a folder, as in backbone=tiny"
-        )
-    tree = merge_trees(
-        merge_trees(tree, _own_values(per_backbone, lineage_of(backbone_name)[0])), overrides
-    )
-    tree["backbone"] = backbone_name
-    for key in tree:
-        homes = [f"{name}.{key}" for name, cls in SECTIONS.items() if key in cls.model_fields]
-        if homes and key not in KEYS:
-            raise RecipeError(f"{key}: no such key; did you mean {' or '.join(homes)}?")
-    refuse_unknown(tree, KEYS, "")
+    result."""
+    tree = _overlaid(tree, overrides)
+    _check_keys(tree)
     sections = {key: build_section(cls, tree.get(key), key) for key, cls in SECTIONS.items()}
     tracker = tree.get("tracker", "tensorboard")
     if tracker not in TRACKERS:
         raise RecipeError(f"tracker={tracker}: no such tracker{nearest(str(tracker), TRACKERS)}")
     data, chosen = _data(tree.get("data")), methods_of(tree.get("methods"))
     _check_words(data, chosen)
-    optim = sections["optim"]
-    assert isinstance(optim, OptimSpec)
-    refuse_unknown(optim.lrs, tree["methods"], "optim.lrs")
-    kept = {method: lr for method, lr in optim.lrs.items() if method in chosen}
-    sections["optim"] = optim.model_copy(update={"lrs": kept})  # methods.x=null takes its lr along
-    spec = backbone_spec(backbone_name, tree.pop("denoiser", None))
+    sections["optim"] = _optim(sections["optim"], tree["methods"], chosen)
+    spec = backbone_spec(tree["backbone"], tree.pop("denoiser", None))
     if spec.denoiser is not None and not spec.adapters:
-        # whole, so that an adapter does not hang on our defaults
+        # complete, so that an adapter does not depend on our defaults
         tree["denoiser"] = spec.denoiser.model_dump(mode="json")
-    whole = Recipe(
+    recipe = Recipe(
         name=name,
-        backbone_name=backbone_name,
+        backbone_name=tree["backbone"],
         backbone=spec,
         data=data,
         methods=chosen,
@@ -97,11 +72,45 @@ def resolve_recipe(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]
         tree=tree,
         **sections,  # type: ignore[arg-type]
     )
-    if whole.continual.concepts:
-        check_tasks(whole)
-        for number in range(len(whole.continual.concepts)):
-            task_recipe(whole, number)
-    return whole
+    if recipe.continual.concepts:
+        check_tasks(recipe)
+        for number in range(len(recipe.continual.concepts)):
+            task_recipe(recipe, number)
+    return recipe
+
+
+def _overlaid(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree under what its `backbones:` gives for the backbone, under the overrides."""
+    tree = dict(tree)
+    per_backbone = tree.pop("backbones", None) or {}
+    _check_overlays(per_backbone)
+    backbone = overrides.get("backbone", tree.get("backbone", "tiny"))
+    if not isinstance(backbone, str) or not backbone:
+        raise RecipeError(
+            f"backbone is {backbone!r}; it is a name or a folder, as in backbone=tiny"
+        )
+    own = _own_values(per_backbone, lineage_of(backbone)[0])
+    return merge_trees(merge_trees(tree, own), overrides) | {"backbone": backbone}
+
+
+def _check_keys(tree: Mapping[str, Any]) -> None:
+    """Raises `RecipeError` for an unknown key, or for one that belongs into a section."""
+    for key in tree:
+        homes = [f"{name}.{key}" for name, cls in SECTIONS.items() if key in cls.model_fields]
+        if homes and key not in KEYS:
+            raise RecipeError(f"{key}: no such key; did you mean {' or '.join(homes)}?")
+    refuse_unknown(tree, KEYS, "")
+
+
+def _optim(section: Section, named: Iterable[str], chosen: Mapping[str, Method]) -> OptimSpec:
+    """The optimiser, its `lrs` without those of methods that methods.<name>=null has removed.
+
+    named: the methods the recipe names, removed ones too.
+    """
+    assert isinstance(section, OptimSpec)
+    refuse_unknown(section.lrs, named, "optim.lrs")
+    kept = {method: lr for method, lr in section.lrs.items() if method in chosen}
+    return section.model_copy(update={"lrs": kept})
 
 
 def task_recipe(whole: Recipe, number: int, start_from: Path | None = None) -> Recipe:

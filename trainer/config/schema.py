@@ -73,7 +73,7 @@ class OptimSpec(Section):
         return self
 
     @property
-    def held(self) -> tuple[str, ...]:
+    def frozen(self) -> tuple[str, ...]:
         """Methods whose parameters do not train."""
         return tuple(method for method, lr in self.lrs.items() if lr == 0)
 

@@ -59,64 +59,85 @@ def apply_methods(
     methods: Mapping[str, Method],
     seed: int = 0,
     trains: bool = True,
-    held: Collection[str] = (),
+    frozen: Collection[str] = (),
 ) -> Plan:
     """Freezes the model, applies the methods in the order of `ORDER`, and marks what trains.
 
-    What a method draws at random depends on `seed` and its own name, not on what came before it.
-    trains: False for a model that is used as it is, where nothing may be left to train. held: names
-    of methods whose tensors stay as they are, and are stored.
+    The random numbers of a method depend on `seed` and on its own name, not on the methods before
+    it. trains: False for a model that is used as it is, where nothing may be left to train. frozen:
+    names of methods whose tensors stay as they are, and are stored.
 
     Raises:
-        ValueError: two methods claim one thing, a method matches nothing, or nothing trains, or
-        something does without `trains`.
+        ValueError: two methods claim the same thing, a method matches nothing, or nothing trains,
+        or something does without `trains`.
     """
-    from trainer.ops.adapters.nf4 import numel
-
     edits: dict[str, Edit] = {}
-    owners: dict[tuple[str, str], str] = {}
     for name, method in in_order(methods).items():
         before = dict(model.named_parameters())
-        try:
-            with _seeded(seed, name):
-                edit = method.apply(model)
-        except TakenError as taken:
-            if taken.owner not in edits:
-                raise ValueError(
-                    f"methods.{name}: {taken}, by the run this backbone is the result of; choose "
-                    "other sites, or as the backbone what that run was trained on"
-                    + (", or its export with format=merged" if taken.merges else "")
-                ) from taken
-            raise ValueError(_both_claim(taken.owner, name, taken.aspect, taken.thing)) from taken
-        except ValueError as error:
-            raise ValueError(f"methods.{name}: {error}") from error
+        edit = _apply(model, name, method, seed=seed, earlier=edits)
         if moved := _moved(before, model):
             edits = {other: earlier.renamed(moved) for other, earlier in edits.items()}
-            owners = {claim: own for own, earlier in edits.items() for claim in earlier.claims}
-        for thing, aspect in edit.claims:
-            other = owners.setdefault((thing, aspect), name)
-            if other != name:
-                raise ValueError(_both_claim(other, name, aspect, thing))
+        _check_claims(edits, name, edit)
         edits[name] = edit
-    edits |= {name: edits[name].held() for name in held}
-    trained = {parameter for edit in edits.values() for parameter in edit.trains}
-    if not trains:
-        for name, edit in edits.items():
-            if edit.trains:
-                raise ValueError(
-                    f"methods.{name} has weights to train, which nothing has trained; fit a recipe "
-                    "with it, and give what that made as adapter="
-                )
-    elif not trained:
+    edits |= {name: edits[name].frozen() for name in frozen}
+    if trains:
+        _check_something_trains(edits, frozen)
+    else:
+        _check_nothing_trains(edits)
+    return _planned(model, edits)
+
+
+def _apply(
+    model: AttentionModel, name: str, method: Method, seed: int, earlier: Collection[str]
+) -> Edit:
+    """What one method does, its errors beginning with its name. earlier: the methods before it."""
+    try:
+        with _seeded(seed, name):
+            return method.apply(model)
+    except TakenError as taken:
+        if taken.owner in earlier:
+            raise _both_claim(taken.owner, name, (taken.thing, taken.aspect)) from taken
+        raise ValueError(
+            f"methods.{name}: {taken}, by the run this backbone is the result of; choose "
+            "other sites, or as the backbone what that run was trained on"
+            + (", or its export with format=merged" if taken.merges else "")
+        ) from taken
+    except ValueError as error:
+        raise ValueError(f"methods.{name}: {error}") from error
+
+
+def _check_claims(earlier: Mapping[str, Edit], name: str, edit: Edit) -> None:
+    owners = {claim: other for other, each in earlier.items() for claim in each.claims}
+    for claim in edit.claims:
+        if claim in owners:
+            raise _both_claim(owners[claim], name, claim)
+
+
+def _check_something_trains(edits: Mapping[str, Edit], frozen: Collection[str]) -> None:
+    if not any(edit.trains for edit in edits.values()):
         raise ValueError(
             f"nothing would train with methods {', '.join(edits)}; add one that trains weights"
-            + (f", or give optim.lrs.{next(iter(held))} more than 0" if held else "")
+            + (f", or give optim.lrs.{next(iter(frozen))} more than 0" if frozen else "")
         )
+
+
+def _check_nothing_trains(edits: Mapping[str, Edit]) -> None:
+    for name, edit in edits.items():
+        if edit.trains:
+            raise ValueError(
+                f"methods.{name} has weights to train, which nothing has trained; fit a recipe "
+                "with it, and give what that made as adapter="
+            )
+
+
+def _planned(model: AttentionModel, edits: Mapping[str, Edit]) -> Plan:
+    """Makes what the edits train require a gradient, all else not, and counts both."""
+    from trainer.ops.adapters.nf4 import numel
+
+    trained = {parameter for edit in edits.values() for parameter in edit.trains}
     model.requires_grad_(False)
     parameters = dict(model.named_parameters())
-    for parameter in trained:
-        parameters[parameter].requires_grad_(True)
-    chosen = [parameters[parameter] for parameter in trained]
+    chosen = [parameters[name].requires_grad_(True) for name in trained]
     return Plan(
         edits=edits,
         trained=sum(item.numel() for item in chosen),
@@ -135,8 +156,9 @@ def _moved(before: Mapping[str, Parameter], model: AttentionModel) -> dict[str, 
     return {old: new for old, new in names if old != new}
 
 
-def _both_claim(first: str, second: str, aspect: str, thing: str) -> str:
-    return (
+def _both_claim(first: str, second: str, claim: tuple[str, str]) -> ValueError:
+    thing, aspect = claim
+    return ValueError(
         f"methods.{first} and methods.{second} both claim {aspect} of {thing}; remove one of them, "
         f"as in methods.{second}=null"
     )

@@ -53,7 +53,7 @@ class Edit:
             keeps=tuple(own[name] for name in self.keeps),
         )
 
-    def held(self) -> Edit:
+    def frozen(self) -> Edit:
         """With all that trains kept as it is instead."""
         return replace(self, trains=(), keeps=(*self.trains, *self.keeps))
 

@@ -84,7 +84,7 @@ def _fit(recipe: Recipe, folder: Path) -> None:
     torch.manual_seed(run.seed)  # parts made from scratch, dropout of methods
     backbone = load_base(recipe.backbone, recipe.backbone_name)
     train, held_out = recipe.data.open(needs(recipe, backbone))
-    plan = apply_methods(backbone, recipe.methods, run.seed, held=recipe.optim.held)
+    plan = apply_methods(backbone, recipe.methods, run.seed, frozen=recipe.optim.frozen)
     if run.start_from is not None:
         start_from(file_of(run.start_from), backbone, plan)
     if run.gradient_checkpointing:
