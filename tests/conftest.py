@@ -56,6 +56,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes minutes; left out with -m 'not slow'")
     torch.set_num_threads(THREADS)
     _poison_empty()
+    # which pairs of methods this run tries; workers of pytest-xdist inherit the choice
+    os.environ.setdefault("PAIR_SEED", str(int.from_bytes(os.urandom(4), "big")))
+
+
+def pytest_report_header() -> str:
+    return f"pairs of methods: PAIR_SEED={os.environ['PAIR_SEED']} repeats this run's choice"
 
 
 def pytest_unconfigure() -> None:

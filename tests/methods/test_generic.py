@@ -1,9 +1,17 @@
-"""What every method owes, and every pair of methods: the third, second and fourth point of "works"
-in the design."""
+"""What every method owes, and pairs of methods: the third, second and fourth point of "works" in
+the design.
+
+There are too many pairs to try each of them every time. Plain `pytest` tries all pairs of
+`REPRESENTATIVES` and `DRAWN` others, another choice in every run: a failure prints PAIR_SEED=<n>,
+and the same environment variable repeats that choice. `pytest -m pairs` tries every pair.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -85,7 +93,23 @@ ALIGNED: set[str] = {"pix2video", "text2video_zero", "tune_a_video", "videop2p"}
 # methods that compute the same in another order
 ROUNDED_AT_START: set[str] = {"tiled"}
 NAMES = method_names()
-PAIRS = [pytest.param(*pair, id="+".join(pair)) for pair in itertools.combinations(NAMES, 2)]
+# one method of every kind and set of claimed aspects, and a second one of the same, if there is any
+REPRESENTATIVES: dict[str, str | None] = {
+    "animatediff": "vdm",
+    "coda_prompt": None,
+    "full": "selective",
+    "gated_linear": "agent_attention",
+    "longlora": None,
+    "lora": "dora",
+    "new_token": "word_embedding",
+    "nf4": None,
+    "pix2video": None,
+    "text2video_zero": None,
+    "tiled": "flash",
+    "tune_a_video": "videop2p",
+}
+DRAWN = 25  # pairs besides those of representatives
+SEED = os.environ["PAIR_SEED"]  # tests/conftest.py draws it
 SWAPS = [name for name in NAMES if issubclass(find_method(name), Swap)]
 # what a swap is to go with, by the options that differ from EXAMPLES
 STACKS: dict[str, dict[str, dict[str, Any]]] = {
@@ -96,6 +120,30 @@ STACKS: dict[str, dict[str, dict[str, Any]]] = {
     "coda_prompt": {"coda_prompt": {}},
 }
 each_method = pytest.mark.parametrize("name", NAMES)
+Pair = tuple[str, str]
+Train = Callable[..., list[float]]
+
+
+def all_pairs() -> list[Pair]:
+    return list(itertools.combinations(NAMES, 2))
+
+
+def representative_pairs() -> list[Pair]:
+    """Of two kinds or sets of claims each, and of one where it has two methods."""
+    alike = [tuple(sorted(pair)) for pair in REPRESENTATIVES.items() if pair[1] is not None]
+    chosen = {*itertools.combinations(sorted(REPRESENTATIVES), 2), *alike}
+    return [pair for pair in all_pairs() if pair in chosen]
+
+
+def drawn_pairs(seed: str) -> list[Pair]:
+    others = [pair for pair in all_pairs() if pair not in representative_pairs()]
+    return random.Random(seed).sample(others, min(DRAWN, len(others)))
+
+
+def each_pair(pairs: list[Pair]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("pair", pairs, ids="+".join)
+
+
 each_swap = pytest.mark.parametrize("swap", SWAPS)
 
 
@@ -245,16 +293,65 @@ def test_its_options_survive_the_header(name: str) -> None:
     assert methods_of({name: method.model_dump(mode="json")})[name] == method
 
 
-@pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_pairs_compose_or_are_refused_by_name(
-    first: str,
-    second: str,
-    tiny_folder: Path,
-    open_folder: Callable[[Path], Any],
-    train: Callable[..., list[float]],
+@pytest.fixture(scope="session")
+def signature(dit_folder: Path, open_folder: Callable[[Path], Any]) -> Callable[[str], Any]:
+    """The kind of a method and the set of aspects it claims."""
+
+    @functools.cache
+    def find(name: str) -> Any:
+        plan = apply_methods(open_folder(dit_folder), methods_of(tree_of(name)))
+        return find_method(name).kind, frozenset(aspect for _, aspect in plan.edits[name].claims)
+
+    return find
+
+
+@each_method
+def test_a_representative_stands_for_it(name: str, signature: Callable[[str], Any]) -> None:
+    same = [other for other in REPRESENTATIVES if signature(other) == signature(name)]
+    assert len(same) == 1, f"add {name} to REPRESENTATIVES: none has {signature(name)}"
+    second = REPRESENTATIVES[same[0]]
+    alike = [other for other in NAMES if signature(other) == signature(name)]
+    if second is None:
+        assert alike == same, f"name a second method beside {same[0]} in REPRESENTATIVES"
+    else:
+        assert second in alike and second != same[0]
+
+
+def test_the_drawn_pairs_follow_the_seed() -> None:
+    first, second = drawn_pairs("1"), drawn_pairs("2")
+    assert drawn_pairs("1") == first != second
+    assert len(set(first)) == DRAWN
+    assert not set(first) & set(representative_pairs())
+
+
+@each_pair(representative_pairs())
+def test_representatives_compose_or_are_refused_by_name(
+    pair: Pair, tiny_folder: Path, open_folder: Callable[[Path], Any], train: Train
 ) -> None:
+    compose_or_refuse(pair, open_folder(tiny_folder), open_folder(tiny_folder), train)
+
+
+@each_pair(drawn_pairs(SEED))
+def test_drawn_pairs_compose_or_are_refused_by_name(
+    pair: Pair, tiny_folder: Path, open_folder: Callable[[Path], Any], train: Train
+) -> None:
+    print(f"this choice of pairs: PAIR_SEED={SEED}")
+    compose_or_refuse(pair, open_folder(tiny_folder), open_folder(tiny_folder), train)
+
+
+@pytest.mark.pairs
+@each_pair(all_pairs())
+def test_every_pair_composes_or_is_refused_by_name(
+    pair: Pair, tiny_folder: Path, open_folder: Callable[[Path], Any], train: Train
+) -> None:
+    compose_or_refuse(pair, open_folder(tiny_folder), open_folder(tiny_folder), train)
+
+
+def compose_or_refuse(pair: Pair, backbone: Any, reversed_backbone: Any, train: Train) -> None:
+    """Both orders of a recipe do the same: the same parameters train to the same losses and nothing
+    else changes, or an error names both methods."""
+    first, second = pair
     tree = tree_of(first, second)
-    backbone, reversed_backbone = open_folder(tiny_folder), open_folder(tiny_folder)
     backwards = methods_of(dict(reversed(tree.items())))
     try:
         plan = apply_methods(backbone, methods_of(tree))
