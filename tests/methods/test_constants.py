@@ -1,0 +1,97 @@
+"""The constants that papers and their released code fix are the defaults here, each with its
+source; a method's other defaults are this project's own choice."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+
+from trainer import merge, methods
+from trainer.attention.agents import MergedAgents
+from trainer.recipe import methods_of
+
+# method, what its paper names, where
+PAPERS: list[tuple[str, dict[str, Any], str]] = [
+    ("agent_attention", {"side": 7}, "49 pooled agents: Agent Attention, arXiv 2312.08874"),
+    (
+        "agent_attention",
+        {"cell": 4, "ratio": 0.95, "share": 0.4, "query_power": 0.3, "shortcut": 0.075},
+        "AgentSD: agent_ratio, the first 20 of 50 steps, k_scale2 and k_shortcut of its code",
+    ),
+    ("animatediff", {"max_frames": 32, "mid": True}, "version 2, arXiv 2307.04725's code"),
+    ("c_lora", {"rank": 16, "sites": "cross", "projections": ("k", "v")}, "arXiv 2304.06027"),
+    (
+        "coda_prompt",
+        {"pool": 100, "length": 8, "ortho": 0.1},
+        "arXiv 2211.13218, section 5: 100 components of length 8, lambda 0.1",
+    ),
+    ("gated_linear", {"rank": 16, "tau": 16.0}, "GLA, arXiv 2312.06635, section 4.4"),
+    (
+        "inflora",
+        {"rank": 10, "energy": (0.95, 1.0), "sites": "cross", "projections": ("k", "v")},
+        "arXiv 2404.00228: r = 10, eps from 0.95, on keys and values",
+    ),
+    ("imagen_video", {"kernel": 3, "attention_from": 2}, "arXiv 2210.02303, section 2.2"),
+    ("lora", {"alpha": None, "dropout": 0.0, "rslora": False}, "arXiv 2106.09685, equation 3"),
+    (
+        "longlora",
+        {"rank": 8, "alpha": 16.0, "group": 0.25, "whole": ("norms", "embeddings")},
+        "arXiv 2309.12307: groups of a quarter of the tokens; rank and alpha of its code",
+    ),
+    (
+        "longlora",
+        {"sites": "self", "projections": ("q", "k", "v", "out")},
+        "arXiv 2309.12307, section 3.3",
+    ),
+    ("make_a_video", {"kernel": 3}, "arXiv 2209.14792, section 3.2"),
+    ("magicvideo", {"renormalise": False}, "arXiv 2211.11018: the mask follows the softmax"),
+    (
+        "pix2video",
+        {"weight": 100.0, "share": 0.5, "sites": "self & up | self & block"},
+        "arXiv 2303.12688's code: weight 100 in the first 25 of 50 steps, in the decoder",
+    ),
+    (
+        "selective",
+        {"sites": "cross", "projections": ("k", "v")},
+        "Custom Diffusion, arXiv 2212.04488, section 3.2",
+    ),
+    (
+        "text2video_zero",
+        {"motion": (12 / 512, 12 / 512), "alone": 0.04, "until": 0.1, "sites": "self"},
+        "arXiv 2303.13439's code: 12 of 512 pixels, steps 2 and 5 of 50",
+    ),
+    ("tune_a_video", {"sites": "self"}, "arXiv 2212.11565, section 3.2"),
+    ("videop2p", {"sites": "self"}, "arXiv 2303.04761, section 3.1"),
+    (
+        "vdm",
+        {"images": "self", "relative": "vectors"},
+        "arXiv 2204.03458, section 3: an image attends to itself; Shaw et al.'s positions",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [pytest.param(name, wanted, id=f"{name}-{source}") for name, wanted, source in PAPERS],
+)
+def test_a_default_is_the_papers(name: str, wanted: dict[str, Any]) -> None:
+    method = methods_of({name: {}})[name]
+    assert {field: getattr(method, field) for field in wanted} == wanted
+
+
+def test_the_op_of_agent_sd_has_the_same_defaults_as_its_method() -> None:
+    own = inspect.signature(MergedAgents).parameters
+    fields = methods.find("agent_attention").model_fields
+    assert {name: option.default for name, option in own.items()} == {
+        name: fields[name].default for name in own
+    }
+
+
+def test_a_merge_keeps_two_prompts_a_concept_and_200_captions() -> None:
+    """Custom Diffusion, arXiv 2212.04488, section 3.2 and its code: the word alone and `photo of`;
+    200 captions regularise."""
+    assert merge.CONCEPT_PROMPTS == ("{}", "a photo of {}")
+    assert merge.NUM_CAPTIONS == 200
+    assert len(set(merge._world_captions())) > 190
