@@ -139,6 +139,19 @@ def test_the_hosted_network_is_diffusers_own_to_the_bit(sana: Any) -> None:
     assert all(processor.reached for processor in sana.host.processors.values())
 
 
+def test_the_timestep_is_scaled_as_the_model_says(sana: Any) -> None:
+    """Sana 1.5's transformer takes t / 1000: `timestep_scale` of its configuration, by which
+    diffusers' pipeline multiplies."""
+    seen: list[Tensor] = []
+    sana.transformer.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["timestep"]), with_kwargs=True
+    )
+    for scale in (1.0, 0.001):
+        sana.transformer.register_to_config(timestep_scale=scale)
+        predict(sana)
+        torch.testing.assert_close(seen[-1], torch.tensor([3.0, 900.0]) * scale)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("qk_norm", [None, "rms_norm_across_heads", "l2"])
 def test_a_linear_layer_is_bit_identical(dtype: torch.dtype, qk_norm: str | None) -> None:

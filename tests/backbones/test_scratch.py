@@ -126,6 +126,15 @@ def test_all_placements_start_as_the_network_without_attention(case: str) -> Non
     assert all(torch.equal(own[name], value) for name, value in none.unet.state_dict().items())
 
 
+def test_no_two_layers_start_alike() -> None:
+    """Two layers of one shape that began as one would learn less than two."""
+    own = opened(*at("all"), "denoiser.zero_init=false").unet.named_parameters()
+    drawn = [(name, value) for name, value in own if value.ndim > 1]
+    firsts = {tuple(value.flatten()[:4].tolist()) for _, value in drawn}
+    assert len(drawn) > 100
+    assert len(firsts) == len(drawn)
+
+
 def test_both_outputs_of_a_layer_are_zero_weight_and_bias() -> None:
     backbone = opened(*at("all"))
     last = [site.projection("out") for site in backbone.sites]

@@ -3,7 +3,7 @@ adapter, peft's own model beside ours."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,33 @@ def predict() -> Callable[[Any], Tensor]:
         condition = backbone.encode_prompts(["a fox on a red background", ""])
         output: Tensor = backbone.predict(x_t, torch.tensor([3, 900]), condition)
         return output
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def looped_block() -> Callable[..., Tensor]:
+    """`looped_block(block, x, text, reads)`: a transformer block of a U-Net frame by frame, x (f,
+    n, c), text (f, m, d): self-attention of frame i over the tokens of the frames `reads[i]`, then
+    attention to the text, then the feed-forward layer."""
+
+    def attend(attn: Any, z: Tensor, context: Tensor) -> Tensor:
+        out = []
+        q, k, v = attn.to_q(z), attn.to_k(context), attn.to_v(context)
+        for own, keys, values in zip(*(t.chunk(attn.heads, -1) for t in (q, k, v)), strict=True):
+            scores = own @ keys.T / own.shape[-1] ** 0.5
+            out.append(scores.softmax(-1) @ values)
+        found: Tensor = attn.to_out[0](torch.cat(out, -1))
+        return found
+
+    def run(block: Any, x: Tensor, text: Tensor, reads: Sequence[Sequence[int]]) -> Tensor:
+        normed, rows = [block.norm1(row) for row in x], []
+        for i, sources in enumerate(reads):
+            context = torch.cat([normed[frame] for frame in sources])
+            y = x[i] + attend(block.attn1, normed[i], context)
+            y = y + attend(block.attn2, block.norm2(y), text[i])
+            rows.append(y + block.ff(block.norm3(y)))
+        return torch.stack(rows)
 
     return run
 

@@ -52,6 +52,68 @@ def test_biases_and_shortcut_train(tiny: Any, predict: Predict) -> None:
     assert all(bool(parameters[name].grad.any()) for name in own)
 
 
+def merged_by_a_loop(q: Tensor, x: Tensor, side: int, cell: int, ratio: float, step: int) -> Tensor:
+    """Agents (h, m, d) of one row: the queries of tokens merged as in ToMe for diffusion (arXiv
+    2303.17604). q (h, n, d), x (n, c) of a grid of side * side tokens, row by row.
+
+    One token of every cell stays, drawn from the step; the `ratio` * n others that are most like
+    one of those by cosine are averaged with it; the rest stay, too.
+    """
+    cells = side // cell
+    generator = torch.Generator().manual_seed(step)
+    drawn = torch.randint(cell * cell, (cells, cells), generator=generator)
+    kept = []
+    for row in range(cells):
+        for column in range(cells):
+            inside = int(drawn[row, column])
+            y, across = row * cell + inside // cell, column * cell + inside % cell
+            kept.append(y * side + across)
+    nearest = {}
+    for token in range(side * side):
+        if token not in kept:
+            likeness = [float(torch.cosine_similarity(x[token], x[k], dim=0)) for k in kept]
+            best = max(range(len(kept)), key=likeness.__getitem__)
+            nearest[token] = (likeness[best], kept[best])
+    order = sorted(nearest, key=lambda token: -nearest[token][0])
+    goes = order[: int(ratio * side * side)]
+    agents = [q[:, token] for token in order if token not in goes]
+    for k in kept:
+        group = [k, *(token for token in goes if nearest[token][1] == k)]
+        agents.append(q[:, group].mean(1))
+    return torch.stack(agents, 1)
+
+
+@pytest.mark.parametrize(("cell", "ratio"), [(2, 0.7), (4, 0.95)])
+def test_agent_sd_is_what_a_loop_gives(
+    cell: int, ratio: float, tiny: Any, predict: Predict
+) -> None:
+    """softmax(q a^T d^-0.15) softmax(a k^T d^-0.5) v + 0.075 v in the first part of the steps, with
+    tokens that stay drawn anew at each."""
+    add(tiny, sites="self & /1", agents="merged", cell=cell, ratio=ratio)
+    seen: list[tuple[Tensor, ...]] = []
+    for site in (site for site in tiny.sites if site.kind == "self" and site.divisor == 1):
+        (op,) = tiny.host.processors[site.name].ops
+
+        def kernel(*given: Any, run: Any = op.kernel, own: Any = op) -> Tensor:
+            x = own.x
+            seen.append((*given[:3], x, run(*given)))
+            return seen[-1][4]
+
+        op.kernel = kernel
+    for step in (0, 1, 3):
+        seen.clear()
+        with torch.no_grad(), use(StepContext(step, 10, torch.tensor(0))):
+            predict(tiny)
+        assert seen
+        for q, k, v, x, o in seen[:2]:
+            for row in range(2):
+                a = merged_by_a_loop(q[row], x[row], 8, cell, ratio, step)
+                width = q.shape[-1]
+                asked = (a @ k[row].mT * width**-0.5).softmax(-1) @ v[row]
+                wanted = (q[row] @ a.mT * width**-0.15).softmax(-1) @ asked + 0.075 * v[row]
+                torch.testing.assert_close(o[row], wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_merged_agents_serve_early_steps_of_a_sampler_only(tiny: Any, predict: Predict) -> None:
     base = predict(tiny)
     plan = add(tiny, agents="merged", cell=2, ratio=0.75, share=0.5)

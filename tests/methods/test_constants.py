@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from trainer import merge, methods
-from trainer.attention.agents import MergedAgents
-from trainer.recipe import methods_of
+from trainer.config.load import methods_of
+from trainer.methods.apply import find_method
+from trainer.ops.agent_attention import MergedAgents
+from trainer.runs import merge
 
 # method, what its paper names, where
 PAPERS: list[tuple[str, dict[str, Any], str]] = [
@@ -83,7 +84,7 @@ def test_a_default_is_the_papers(name: str, wanted: dict[str, Any]) -> None:
 
 def test_the_op_of_agent_sd_has_the_same_defaults_as_its_method() -> None:
     own = inspect.signature(MergedAgents).parameters
-    fields = methods.find("agent_attention").model_fields
+    fields = find_method("agent_attention").model_fields
     assert {name: option.default for name, option in own.items()} == {
         name: fields[name].default for name in own
     }

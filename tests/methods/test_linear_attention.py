@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer.attention.context import StepContext
 from trainer.config.load import load_recipe, methods_of
 from trainer.config.schema import RecipeError
 from trainer.kernels.linear import FEATURES, linear_attention
 from trainer.methods.apply import Plan, apply_methods
+from trainer.ops.linear_attention import LinearAttention
 
 Predict = Callable[[Any], Tensor]
 TRAIN = {"selective": {"sites": "self", "projections": ["q", "k", "v", "out"]}}
@@ -146,3 +148,29 @@ def test_refused_before_loading(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError) as error:
         methods_of({"linear_attention": options})
     assert message in str(error.value)
+
+
+def test_random_features_stand_for_the_scale_of_the_site(tiny: Any) -> None:
+    """phi(x) = exp(w x' - |x'|^2 / 2), x' = sqrt(scale) x: the weights of exp(scale q k^T) on the
+    mean, arXiv 2009.14794, lemma 1."""
+    site = next(site for site in tiny.sites if site.kind == "self")
+    width = site.head_dim
+    op = LinearAttention(site, "random", num_features=256, seed=3)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, site.heads, 5, width, generator=generator) for _ in range(3))
+    for scale in (None, 0.04, 0.5):
+        if scale is not None:
+            site.module.scale_qk, site.module.scale = False, scale
+        s = width**-0.5 if scale is None else scale
+        o = op.kernel(q, k, v, None, site, StepContext(0, 1, torch.tensor(0)))
+        for head in range(site.heads):
+            for i in range(5):
+                weights = torch.zeros(5)
+                for j in range(5):
+                    of_q, of_k = (
+                        (s**0.5 * op.projection @ x - s * x.square().sum() / 2).exp()
+                        for x in (q[0, head, i], k[0, head, j])
+                    )
+                    weights[j] = of_q @ of_k
+                wanted = weights @ v[0, head] / weights.sum()
+                torch.testing.assert_close(o[0, head, i], wanted, rtol=1e-3, atol=1e-3)

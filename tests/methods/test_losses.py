@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from trainer import methods
 from trainer.attention.context import current
+from trainer.config.load import load_recipe
 from trainer.data.loader import Batch, Planned
-from trainer.fit import module_of, needs, step_plan
-from trainer.recipe import load
+from trainer.methods.apply import Plan, apply_methods
+from trainer.training.build import module_of, needs, step_plan
 
 PRIOR_WEIGHT = 0.3
 WORDS = [
@@ -75,13 +75,13 @@ def photos(folder: Path, count: int) -> Path:
 
 
 def step(
-    backbone: Any, tree: dict[str, Any], words: list[str], prepare: Callable[[methods.Plan], None]
+    backbone: Any, tree: dict[str, Any], words: list[str], prepare: Callable[[Plan], None]
 ) -> tuple[Tensor, Batch, Call]:
     """One step of Lightning on the module that `fit` builds; prepare: changes the weights first."""
     given = [f"methods.{name}={options}" for name, options in tree.items()]
-    chosen = load([*words, "methods.selective=null", *given])
+    chosen = load_recipe([*words, "methods.selective=null", *given])
     train, _ = chosen.data.open(needs(chosen, backbone))
-    plan = methods.apply(backbone, chosen.methods)
+    plan = apply_methods(backbone, chosen.methods)
     prepare(plan)
     module, spy, losses = module_of(chosen, backbone, plan), Spy(backbone), Losses()
     planned = Planned(train, step_plan(chosen, train), None, 0, 1)
@@ -141,7 +141,7 @@ def test_c_lora_adds_its_penalty(words: list[str], tiny: Any) -> None:
     tree = {"c_lora": "{rank: 2, alpha: 4, task: 1, penalty: 50}"}
     terms: list[Tensor] = []
 
-    def prepare(plan: methods.Plan) -> None:
+    def prepare(plan: Plan) -> None:
         own = dict(tiny.named_parameters())
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -176,7 +176,7 @@ def test_coda_prompt_adds_its_orthogonality(words: list[str], tiny: Any) -> None
     tree = {"coda_prompt": "{pool: 5, length: 4, task: 1, num_tasks: 2, ortho: 0.7}"}
     terms: list[Tensor] = []
 
-    def prepare(plan: methods.Plan) -> None:
+    def prepare(plan: Plan) -> None:
         own = dict(tiny.named_parameters())
         with torch.no_grad():
             for name in plan.names:
@@ -210,7 +210,7 @@ def test_a_swap_adds_its_distillation(
     plain = open_folder(tiny_folder)
     terms: list[Tensor] = []
 
-    def prepare(plan: methods.Plan) -> None:
+    def prepare(plan: Plan) -> None:
         own = dict(tiny.named_parameters())
         with torch.no_grad():
             for name in plan.names:

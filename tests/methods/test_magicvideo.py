@@ -77,3 +77,39 @@ def test_adaptors_follow_convolutions_or_blocks(
     scales = [parameters[name] for name in plan.names if name.endswith(".scale")]
     assert len(scales) == (16 if family == "tiny" else 2)
     assert all(scale.shape[0] == 5 and not scale.any() for scale in scales)
+
+
+def sines(fps: Tensor, width: int) -> Tensor:
+    """[cos(fps w_i), sin(fps w_i)] with w_i = 10000^(-i / half), as diffusers embeds timesteps."""
+    half = width // 2
+    speeds = torch.tensor([10000 ** (-i / half) for i in range(half)])
+    angles = fps[:, None] * speeds
+    return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+@each_family
+def test_frames_a_second_are_embedded_as_the_timestep_is(
+    family: str, request: pytest.FixtureRequest, randomise: Callable[..., None]
+) -> None:
+    """time <- time + Linear(SiLU(Linear(sines(fps)))), section 3.2; 8 where nobody says."""
+    backbone = request.getfixturevalue(family)
+    plan = apply_methods(backbone, {"magicvideo": MagicVideo(heads=2)})
+    randomise(backbone, plan, 0.2)
+    denoiser = backbone.denoiser
+    time = denoiser.time_embedding if family == "tiny" else denoiser.adaln_single.emb
+    around = denoiser if family == "tiny" else denoiser.adaln_single
+    inner: list[Tensor] = []
+    outer: list[Tensor] = []
+    last = time.linear_2 if family == "tiny" else time.timestep_embedder.linear_2
+    last.register_forward_hook(lambda *given: inner.append(given[2]))
+    time.register_forward_hook(lambda *given: outer.append(given[2]))
+    x_t = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(3))
+    condition, t = backbone.encode_prompts(["a fox"] * 4), torch.full((4,), 300)
+    for given, rates in ((torch.tensor([24.0, 5.0]), [24.0, 24.0, 5.0, 5.0]), (None, [8.0] * 4)):
+        with torch.no_grad(), use(StepContext(0, 1, t, frames=2, fps=given)):
+            backbone.predict(x_t, t, condition)
+        embedding = around.frame_rate.embedding
+        with torch.no_grad():
+            hidden = embedding.linear_1(sines(torch.tensor(rates), 256))
+            added = embedding.linear_2(hidden * hidden.sigmoid())
+        torch.testing.assert_close(outer[-1], inner[-1] + added, rtol=1e-4, atol=1e-4)

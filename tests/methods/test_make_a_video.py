@@ -3,6 +3,7 @@ the frame rate."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,31 @@ def test_a_convolution_is_pseudo_3d(tiny: Any, randomise: Callable[..., None]) -
     clips = spatial.unflatten(0, (2, 3)).transpose(1, 2)
     wanted = F.conv3d(clips, kernel[..., None, None], temporal.bias, padding=(1, 0, 0))
     torch.testing.assert_close(own, wanted.transpose(1, 2).flatten(0, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_attention_over_frames_knows_their_order(tiny: Any, randomise: Callable[..., None]) -> None:
+    """h' + W_o softmax(q k^T / sqrt(d)) v of norm(h') + sines of the frame's number, pixel by
+    pixel."""
+    plan = apply_methods(tiny, {"make_a_video": MakeAVideo(heads=2)})
+    randomise(tiny, plan, 0.3)
+    block: Any = tiny.unet.down_blocks[1].temporal[0]
+    x = torch.randn(3, 32, 2, 2, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        own = block(x, x, StepContext(0, 1, torch.zeros(()), frames=3))
+        places = torch.zeros(3, 32)
+        for frame in range(3):
+            for i in range(16):
+                angle = frame * 10000 ** (-2 * i / 32)
+                places[frame, 2 * i], places[frame, 2 * i + 1] = math.sin(angle), math.cos(angle)
+        for row, column in ((0, 0), (1, 0), (1, 1)):
+            z = block.norm(x[:, :, row, column]) + places
+            q, k, v = (
+                layer(z).unflatten(-1, (2, -1)).transpose(0, 1)
+                for layer in (block.attn.to_q, block.attn.to_k, block.attn.to_v)
+            )
+            o = (q @ k.mT / 16**0.5).softmax(-1) @ v
+            wanted = x[:, :, row, column] + block.attn.to_out[0](o.transpose(0, 1).flatten(1))
+            torch.testing.assert_close(own[:, :, row, column], wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_every_layer_has_its_pair(tiny: Any, dit: Any) -> None:

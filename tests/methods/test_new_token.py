@@ -111,6 +111,22 @@ def test_noise_has_the_spread_of_the_table_and_differs(tiny: Any) -> None:
     assert 0.8 < float(spread) < 1.2
 
 
+def test_noise_lies_around_the_mean_of_the_table(tiny: Any) -> None:
+    """mean + std * noise, channel by channel: a start from no known word, as C-LoRA's paper has it
+    (arXiv 2304.06027), within the table's own values."""
+    weight = tiny.text_encoder.get_input_embeddings().weight
+    with torch.no_grad():
+        weight.mul_(torch.linspace(0.5, 2, 128)).add_(torch.linspace(-3, 3, 128))
+    mean, std = weight.detach().mean(0), weight.detach().std(0)
+    tokens = [f"<v{n}>" for n in range(1, 65)]
+    add(tiny, *tokens, init=None)
+    rows = torch.stack(list(table(tiny).rows)).detach()
+    noise = (rows - mean) / std
+    assert float(noise.mean(0).abs().max()) < 5 / 8  # 5 deviations of a mean of 64
+    assert float((noise.std(0) - 1).abs().max()) < 0.5
+    assert abs(float(noise.mean())) < 0.05
+
+
 def test_noise_is_the_same_every_time(tiny: Any, open_folder: Any, tiny_folder: Any) -> None:
     add(tiny, init=None)
     other = open_folder(tiny_folder)

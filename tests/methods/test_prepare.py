@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trainer.fit import fit
-from trainer.recipe import load
+from trainer.config.load import load_recipe
+from trainer.training.fit import fit
 
 CAPTIONS = ["a fox on a red background", "a cat left of a tree on a white background"]
 RANK = 3
@@ -39,7 +39,7 @@ def words(tmp_path: Path, tiny_folder: Path) -> list[str]:
 
 
 def trained(words: list[str], method: str) -> dict[str, Tensor]:
-    folder = fit(load([*words, method]))
+    folder = fit(load_recipe([*words, method]))
     return load_file(folder / "adapter.safetensors")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from trainer.attention.context import StepContext
 from trainer.config.load import methods_of
 from trainer.config.schema import RecipeError
 from trainer.config.validate import build_section
@@ -37,6 +39,21 @@ def test_the_first_frame_is_the_picture_and_without_motion_all_are(model: Any) -
     clips = sample(model, ["a fox", "a cat"], [3, 4], 5, 3, frames=3)
     for row in range(6):
         torch.testing.assert_close(clips[row], pictures[row // 3], rtol=0, atol=1e-3)
+
+
+def test_every_frame_reads_the_first(tiny: Any, looped_block: Callable[..., Tensor]) -> None:
+    """Of its own clip, in every block: softmax(q_i k_0^T / sqrt(d)) v_0."""
+    apply_methods(tiny, {"text2video_zero": STILL}, trains=False)
+    generator = torch.Generator().manual_seed(1)
+    for name in ("down_blocks.0", "mid_block", "up_blocks.1"):
+        block: Any = tiny.unet.get_submodule(f"{name}.attentions.0.transformer_blocks.0")
+        width = block.norm1.weight.shape[0]
+        x = torch.randn(6, 5, width, generator=generator)  # two clips of three frames
+        text = torch.randn(6, 4, 128, generator=generator)
+        with torch.no_grad(), tiny.host.holder.holding(StepContext(0, 1, torch.zeros(()), 3)):
+            own = block(x, encoder_hidden_states=text)
+            wanted = looped_block(block, x, text, [[0], [0], [0], [3], [3], [3]])
+        torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_motion_moves_what_is_painted(model: Any) -> None:

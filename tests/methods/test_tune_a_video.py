@@ -71,6 +71,25 @@ def test_the_recipe_trains_queries_and_temporal_attention() -> None:
         load_recipe([*words, "data.count=null", "data.seed=null"])
 
 
+@pytest.mark.parametrize("name", ["tune_a_video", "videop2p"])
+def test_the_recipes_train_what_the_papers_name(name: str, tiny: Any) -> None:
+    """The queries of self- and of cross-attention, and all of the temporal attention: Tune-A-Video,
+    arXiv 2212.11565, section 3.2, and Video-P2P, arXiv 2303.04761, section 3.1."""
+    plan = apply_methods(tiny, load_recipe([f"recipe={name}"]).methods)
+    blocks = [
+        n for n, m in tiny.unet.named_modules() if type(m).__name__ == "BasicTransformerBlock"
+    ]
+    assert len(blocks) == 7
+    own = dict(tiny.named_parameters())
+    queries = {f"unet.{b}.{attn}.to_q.weight" for b in blocks for attn in ("attn1", "attn2")}
+    temporal = {n for n in own if any(n.startswith(f"unet.{b}.temporal.") for b in blocks)}
+    assert {name.split(".temporal.")[1] for name in temporal} == {
+        "norm.weight", "norm.bias", "attn.to_q.weight", "attn.to_k.weight", "attn.to_v.weight",
+        "attn.to_out.0.weight", "attn.to_out.0.bias",
+    }  # fmt: skip
+    assert set(plan.names) == queries | temporal
+
+
 def test_what_trains(tiny: Any) -> None:
     plan = apply_methods(tiny, methods_of(TREE))
     assert all(".temporal." in name or name.endswith("to_q.weight") for name in plan.names)
