@@ -15,7 +15,7 @@ from trainer.config.load import load_recipe, methods_of
 from trainer.config.schema import RecipeError
 from trainer.kernels.linear import FEATURES, linear_attention
 from trainer.methods.apply import Plan, apply_methods
-from trainer.ops.linear_attention import LinearAttention
+from trainer.ops.linear_attention import LinearAttentionOp
 
 Predict = Callable[[Any], Tensor]
 TRAIN = {"selective": {"sites": "self", "projections": ["q", "k", "v", "out"]}}
@@ -155,7 +155,7 @@ def test_random_features_stand_for_the_scale_of_the_site(tiny: Any) -> None:
     mean, arXiv 2009.14794, lemma 1."""
     site = next(site for site in tiny.sites if site.kind == "self")
     width = site.head_dim
-    op = LinearAttention(site, "random", num_features=256, seed=3)
+    op = LinearAttentionOp(site, "random", num_features=256, seed=3)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, site.heads, 5, width, generator=generator) for _ in range(3))
     for scale in (None, 0.04, 0.5):

@@ -160,6 +160,48 @@ def test_each_concept_keeps_its_values_and_captions_stay(
         assert moved[0] < moved[1]
 
 
+def test_both_prompts_of_a_concept_and_every_caption_are_asked(
+    tiny_folder: Path, tmp_path: Path, open_folder: Any
+) -> None:
+    """The whole Lagrange system of the paper (arXiv 2212.04488, equation 5) for a first layer: each
+    concept's tokens from its word on, of the word alone and of a photo of it, and the tokens of all
+    captions after the first."""
+    parts = [made(tiny_folder, tmp_path / f"{n}.safetensors", n, open_folder) for n in (1, 2)]
+    out = tmp_path / "both.safetensors"
+    merge_concepts([path for path, _ in parts], out, CAPTIONS[:40])
+    both, _ = load_adapted(out)
+    (name, *_) = [n for n, _ in both.named_parameters() if "attn2.to_k.weight" in n]
+
+    def tokens(prompts: list[str], first: str | None) -> Any:
+        with torch.no_grad():
+            read = both.encode_prompts(prompts)["encoder_hidden_states"].double()
+        found = []
+        for prompt, states in zip(prompts, read, strict=True):
+            ids = both.tokenizer(prompt).input_ids
+            begin = 1 if first is None else ids.index(both.tokenizer.convert_tokens_to_ids(first))
+            found.append(states[begin : len(ids)])
+        return torch.cat(found)
+
+    targets, values = [], []
+    for (_, model), word in zip(parts, ("<v1>", "<v2>"), strict=True):
+        own = model.get_parameter(name).detach().double()
+        targets.append(tokens([word, f"a photo of {word}"], word))
+        values.append(targets[-1] @ own.T)
+    ordinary = tokens(CAPTIONS[:40], None)
+    before = open_folder(tiny_folder).get_parameter(name).detach().double()
+    c, v, gram = torch.cat(targets), torch.cat(values), ordinary.T @ ordinary
+    width = len(gram)
+    system = torch.zeros(width + len(c), width + len(c), dtype=torch.float64)
+    system[:width, :width], system[:width, width:], system[width:, :width] = gram, c.T, c
+    right = torch.cat([gram @ before.T, v])
+    wanted = torch.linalg.lstsq(system, right, driver="gelsd").solution[:width].T
+    found = both.get_parameter(name).detach().double()
+    for asked in (c, ordinary):
+        torch.testing.assert_close(asked @ found.T, asked @ wanted.T, rtol=1e-3, atol=1e-3)
+    moved = (ordinary @ (wanted - before).T).norm()
+    assert float((ordinary @ (found - wanted).T).norm()) < 1e-3 * float(moved)
+
+
 def test_what_cannot_be_merged_is_refused(
     tiny_folder: Path, other_folder: Path, tmp_path: Path, open_folder: Any
 ) -> None:
