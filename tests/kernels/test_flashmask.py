@@ -89,6 +89,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROWS", 8)
     monkeypatch.setattr(module, "BLOCK", 4)
     monkeypatch.setattr(module, "COLUMNS", 12)
+    monkeypatch.setattr(column_masks, "COLUMNS", 12)
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -224,7 +225,7 @@ def test_flex_is_refused_on_a_cpu() -> None:
 def test_the_block_mask_of_flex_is_that_of_the_table(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "FLEX_BLOCK", 4)
+    monkeypatch.setattr(column_masks, "FLEX_BLOCK", 4)
     spec = SPECS[name]
     block_mask = spec.block_mask(torch.device("cpu"))
     wanted = spec.kinds(4, 4) != HIDDEN

@@ -525,7 +525,7 @@ def test_a_recipe_names_a_video_that_is_there(grey: Path, tmp_path: Path) -> Non
 
 def test_a_recipe_is_checked_without_the_decoder() -> None:
     code = (
-        "import sys; from trainer.data import Source; names = Source.names();"
+        "import sys; from trainer.data.source import Source; names = Source.names();"
         "assert {'video', 'world_clips'} <= set(names) and 'decode' not in names;"
         "[Source.find(name) for name in names]; print('torch' in sys.modules, 'av' in sys.modules)"
     )
