@@ -572,8 +572,8 @@ def test_checkpoint_of_a_stranger(
     words = [*WORDS, f"backbone={tiny_folder}", f"run={run}", "tracker=none", "preview.prompts=[]"]
     assert main(["fit", *words]) == 0
     said = "".join(capfd.readouterr())
-    assert "goes on with another data than it began with" in said
-    assert "goes on with another methods than it began with" in said
+    assert "resumes with another data than it began with" in said
+    assert "resumes with another methods than it began with" in said
     assert CANARY not in said and CANARY not in (run / "recipe.yaml").read_text()
 
     place = every_checkpoint(run / "checkpoints")[0]

@@ -83,7 +83,7 @@ def test_it_falls_back_by_one_and_says_so(
     assert run(folder) == 0
     told = capfd.readouterr().err
     assert "step-000003 is damaged and passed over" in told and says in told
-    assert "goes on after step 2" in told
+    assert "resumes after step 2" in told
     (event,) = look.events(folder, "fallback")
     assert says in event["reason"]
     pairs = zip(look.checkpoints(whole), look.checkpoints(folder), strict=True)

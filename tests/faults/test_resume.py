@@ -117,4 +117,4 @@ def test_another_recipe_is_refused_or_told(
         run(tmp_path / "run", "optim.ema=null")
     capfd.readouterr()
     assert run(tmp_path / "run", "optim.lr=1e-4") == 0
-    assert "goes on with another optim than it began with" in capfd.readouterr().err
+    assert "resumes with another optim than it began with" in capfd.readouterr().err

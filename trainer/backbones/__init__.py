@@ -54,6 +54,7 @@ def load_backbone(spec: BackboneSpec, name: str) -> Backbone:
         safetensors, or a description of a denoiser that the family does not make.
     """
     from trainer.backbones.backbone import Backbone
+    from trainer.backbones.pipeline_folder import PipelineFolder
 
     try:
         family = find_family(spec.family)
@@ -65,4 +66,9 @@ def load_backbone(spec: BackboneSpec, name: str) -> Backbone:
             f"{spec.family} does not make"
         )
     parts = family.load(spec, name)
-    return Backbone(name=name, family=spec.family, declared=family, parts=parts)
+    backbone = Backbone(name=name, family=spec.family, declared=family, parts=parts)
+    if spec.denoiser is None:
+        overlay = Path(spec.overlay) if spec.overlay else None
+        folder = PipelineFolder(parts.folder, overlay, spec.scratch)
+        backbone.published = folder.published(family.denoiser)
+    return backbone

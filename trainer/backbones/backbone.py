@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ class Backbone(nn.Module):
 
     Parameter names start with `denoiser_name`, `text_encoder.` or `vae.`, as adapters store them.
     """
+
+    published = torch.float32  # what the denoiser's weights are stored in, where they come from
+    computes_in = torch.float32  # see `placement.place`
 
     def __init__(self, name: str, family: str, declared: Family, parts: Parts) -> None:
         super().__init__()
@@ -134,7 +137,8 @@ class Backbone(nn.Module):
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Prompts to what `predict` takes: encoder_hidden_states (b, tokens, d), and what goes with
         them."""
-        return self.declared.encode_prompts(self, prompts)
+        with self.computing():
+            return self.declared.encode_prompts(self, prompts)
 
     def inputs(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> dict[str, Any]:
         """The denoiser's own arguments for x_t (b, c, h, w) at timesteps t (b,)."""
@@ -143,8 +147,24 @@ class Backbone(nn.Module):
     def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """The network's output (b, c, h, w) at x_t (b, c, h, w) and timesteps t (b,). A learned
         variance in further channels is left out."""
-        output: Tensor = self.denoiser(**self.inputs(x_t, t, condition)).sample
+        with self.computing():
+            output: Tensor = self.denoiser(**self.inputs(x_t, t, condition)).sample
+        if self.computes_in != torch.float32:
+            output = output.to(x_t.dtype)
         return output if output.shape[1] <= x_t.shape[1] else output[:, : x_t.shape[1]]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        found: torch.device = next(self.denoiser.parameters()).device
+        return found
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """The denoiser and the text encoders compute in their precision inside; in fp32, as
+        whoever calls them has it."""
+        if self.computes_in == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.computes_in)
 
     def identity(self) -> dict[str, str]:
         """What an adapter was trained on: the family and the shapes of the parts, as they were

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
     from trainer.backbones.spec import BackboneSpec
 
 
 SCHEDULER = "scheduler_config.json"
+STORED = {"F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names of half precision
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,16 @@ class PipelineFolder:
                 "are not of this config.json"
             )
         return model
+
+    def published(self, part: str) -> torch.dtype:
+        """What the weights of a part are stored in; fp32 where it has none, as it starts from
+        scratch."""
+        files = sorted(self.of(part).glob("*.safetensors"))
+        if part in self.scratch or not files:
+            return torch.float32
+        with safe_open(files[0], "pt") as file:
+            kinds = Counter(file.get_slice(key).get_dtype() for key in file.keys())  # noqa: SIM118
+        return STORED.get(kinds.most_common(1)[0][0], torch.float32) if kinds else torch.float32
 
     def scheduler_config(self) -> dict[str, Any]:
         path = self.of("scheduler") / SCHEDULER

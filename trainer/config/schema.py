@@ -87,10 +87,21 @@ class RunSpec(Section):
     accumulate: int = Field(1, gt=0)
     seed: int = Field(0, ge=0, lt=2**63)
     resolution: int | None = Field(None, ge=16)
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description="auto takes a CUDA GPU, then Apple's, then the CPU; cuda:1 is the second GPU",
+    )
+    accelerator: Literal["auto", "cpu", "cuda"] | None = Field(
+        None, description="the earlier name of run.device, still read"
+    )
     devices: int = Field(1, gt=0)
     nodes: int = Field(1, gt=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="of frozen weights and of what is computed; what trains is always fp32. auto: "
+        "as the backbone's weights were published, and fp32 on a CPU",
+    )
     workers: int = Field(0, ge=0)
     gradient_checkpointing: bool = False
     channels_last: bool = False
@@ -116,6 +127,28 @@ class RunSpec(Section):
     start_from: Path | None = Field(
         None, description="an earlier adapter whose tensors this run goes on from"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_name(cls, values: Any) -> Any:
+        """Recipes and adapters made before `device` say `accelerator`."""
+        if isinstance(values, dict) and (earlier := values.get("accelerator")) is not None:
+            if values.get("device", earlier) != earlier:
+                raise ValueError(
+                    f"device={values['device']} and accelerator={earlier} name two devices; leave "
+                    "accelerator out"
+                )
+            return {**values, "device": earlier}
+        return values
+
+    @model_validator(mode="after")
+    def _one_numbered_device(self) -> RunSpec:
+        if ":" in self.device and self.devices > 1:
+            raise ValueError(
+                f"device={self.device} is one GPU, and run.devices={self.devices}; give "
+                "run.device=cuda for several"
+            )
+        return self
 
     @model_validator(mode="after")
     def _divides(self) -> RunSpec:

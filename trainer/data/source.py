@@ -72,15 +72,20 @@ def shape_of_clips(data: Dataset) -> tuple[int, float | None]:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a source may ask of the run: the side of an image, pixels per latent, and a painter of
-    class images from prompts, a seed and a guidance scale (None: the previews'). painter() names
-    the weights and the sampler that paint; it reads them all, so only painting asks."""
+    """What a source may ask of the run.
+
+    resolution: the side of an image in pixels. divisor: pixels per latent along an edge. generate:
+    makes class images from prompts, the seed of the first (the next has the next seed) and a
+    guidance scale, None for that of the previews. cache: the folder for what is kept between runs.
+    generator: names the weights and the sampler of `generate`; it reads all weights, so only who
+    needs class images asks.
+    """
 
     resolution: int
     divisor: int
-    paint: Callable[[Sequence[str], int, float | None], Sequence[Image]]
+    generate: Callable[[Sequence[str], int, float | None], Sequence[Image]]
     cache: Path
-    painter: Callable[[], str]
+    generator: Callable[[], str]
 
 
 class Source(BaseModel):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.backbones import load_backbone
+from trainer.backbones.placement import CPU, Placement, place
 from trainer.config import load
 from trainer.config.header import ADAPTER_FORMAT, HEADER, read_header
 from trainer.config.lineage import spec_of
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from trainer.backbones.backbone import Backbone
     from trainer.backbones.spec import BackboneSpec
     from trainer.methods.apply import Plan
-    from trainer.methods.method import Edit
 
 
 def save_adapter(
@@ -108,40 +108,49 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str
             )
 
 
-def load_adapted(path: Path, backbone: str | None = None) -> tuple[Backbone, dict[str, Any]]:
-    """The model that an adapter makes of its backbone, frozen and in eval mode, and its recipe.
+def load_adapted(
+    path: Path, backbone: str | None = None, placement: Placement = CPU
+) -> tuple[Backbone, dict[str, Any]]:
+    """The model that an adapter makes of its backbone, frozen, in eval mode and placed, and its
+    recipe.
 
     Args:
         backbone: a name or folder to use instead of the recipe's own; it must have the same shapes.
+        placement: where it runs, and in which precision.
 
     Raises:
         ValueError: see `read_header`, `check_backbone` and `check_tensors`.
     """
     tree, _ = read_header(path)
-    loaded = load_base(spec_of(tree, backbone), backbone or tree["backbone"])
-    _add(path, loaded)
-    return loaded.eval().requires_grad_(False), tree
+    loaded = load_base(spec_of(tree, backbone), backbone or tree["backbone"], placement, hold=False)
+    plan = _add(path, loaded)
+    place(loaded.eval().requires_grad_(False), placement, plan.stored)
+    return loaded, tree
 
 
-def load_base(spec: BackboneSpec, name: str) -> Backbone:
-    """The backbone that a spec describes, frozen and in eval mode. If it is the result of earlier
-    runs, their methods are applied and their tensors loaded.
+def load_base(
+    spec: BackboneSpec, name: str, placement: Placement = CPU, hold: bool = True
+) -> Backbone:
+    """The backbone that a spec describes, frozen, in eval mode and placed. If it is the result of
+    earlier runs, their methods are applied and their tensors loaded.
+
+    hold: as of `place`.
 
     Raises:
         ValueError: see `load_backbone` and `load_adapted`.
     """
-    loaded = load_backbone(spec, name)
+    loaded = place(load_backbone(spec, name), placement, hold=False)
     for path in map(Path, spec.adapters):
-        edits = _add(path, loaded)
-        for edit in edits.values():
+        plan = _add(path, loaded)
+        for edit in plan.edits.values():
             if edit.schedule is not None:  # that run is finished, so its schedule is at the end
                 edit.schedule(1.0)
         loaded.goes_on_from(path)
-    return loaded.eval().requires_grad_(False)
+    return place(loaded.eval().requires_grad_(False), placement, hold=hold)
 
 
-def _add(path: Path, backbone: Backbone) -> Mapping[str, Edit]:
-    """Applies an adapter's methods to a backbone and copies its tensors; returns the edits."""
+def _add(path: Path, backbone: Backbone) -> Plan:
+    """Applies an adapter's methods to a backbone and copies its tensors."""
     tree, stored = read_header(path)
     check_backbone(path, stored, backbone.identity())
     plan = apply_methods(backbone, load.methods_of(tree["methods"]))
@@ -150,7 +159,7 @@ def _add(path: Path, backbone: Backbone) -> Mapping[str, Edit]:
     tensors = load_file(path)
     check_tensors(path, tensors, wanted)
     _copy(tensors, wanted)
-    return plan.edits
+    return plan
 
 
 def start_from(path: Path, backbone: Backbone, plan: Plan) -> None:

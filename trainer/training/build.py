@@ -1,18 +1,24 @@
-"""From a recipe to the objects a run needs: data, objective, optimiser, module."""
+"""From a recipe to the objects a run needs: placement, data, objective, optimiser, module."""
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from PIL.Image import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trainer.backbones.backbone import Backbone
+from trainer.backbones.placement import Placement, choose_placement, place
 from trainer.common.paths import cache_folder
-from trainer.config.schema import Recipe
+from trainer.config.header import file_of
+from trainer.config.schema import Recipe, RunSpec
 from trainer.data import cache
 from trainer.data.buckets import Bucketed
 from trainer.data.loader import Fixed, Planned
@@ -21,7 +27,8 @@ from trainer.data.source import Dataset, Needs
 from trainer.diffusion.objective import Objective
 from trainer.diffusion.sampler import evaluating, sample_many
 from trainer.media.images import to_pil
-from trainer.methods import apply
+from trainer.methods.apply import Plan, apply_methods
+from trainer.runs.adapter import start_from
 from trainer.training.console import console
 from trainer.training.module import QUANTILES, DiffusionModule
 from trainer.training.optim import Optim
@@ -29,7 +36,57 @@ from trainer.training.optim import Optim
 PREPARING = 16  # batches that a start which depends on the data may see
 
 
-def module_of(recipe: Recipe, backbone: Backbone, plan: apply.Plan) -> DiffusionModule:
+def seed_everything(seed: int) -> None:
+    """Seeds what draws from a global state: parts made from scratch, dropout of methods."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def placement_of(run: RunSpec) -> Placement:
+    """Where a run's model goes: on the GPU that has this process's number on its machine, of
+    several.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    own = SLURMEnvironment().local_rank() if SLURMEnvironment.detect() else None
+    rank = int(os.environ.get("LOCAL_RANK", 0)) if own is None else own
+    return choose_placement(run.device, run.precision, rank)
+
+
+def adapt(recipe: Recipe, backbone: Backbone, placement: Placement) -> Plan:
+    """Applies the recipe's methods to the base, takes over an earlier run's tensors, and sets up
+    the model for training."""
+    run = recipe.run
+    plan = apply_methods(backbone, recipe.methods, run.seed, frozen=recipe.optim.frozen)
+    if run.start_from is not None:
+        start_from(file_of(run.start_from), backbone, plan)
+    place(backbone, placement, plan.stored)
+    if run.gradient_checkpointing:
+        backbone.enable_gradient_checkpointing()
+    if run.channels_last:
+        backbone.denoiser.to(memory_format=torch.channels_last)
+    if run.compile:
+        backbone.compile_blocks()
+    return plan
+
+
+def prepare_methods(plan: Plan, look: Callable[[], None]) -> None:
+    """The starts that depend on the data; look: see `looker`."""
+    for edit in plan.edits.values():
+        if edit.prepare is not None:
+            edit.prepare(look)
+
+
+def finish_methods(plan: Plan, look: Callable[[], None]) -> None:
+    """What methods keep about the data after the last step; look: see `looker`."""
+    for edit in plan.edits.values():
+        if edit.finish is not None:
+            edit.finish(look)
+
+
+def module_of(recipe: Recipe, backbone: Backbone, plan: Plan) -> DiffusionModule:
     """What trains: the backbone as its methods have left it, the objective and the optimiser."""
     return DiffusionModule(
         backbone,
@@ -46,49 +103,68 @@ def module_of(recipe: Recipe, backbone: Backbone, plan: apply.Plan) -> Diffusion
 
 
 def looker(module: DiffusionModule, batches: Planned) -> Callable[[], None]:
-    """What methods that look at the data call: the first batches, all of every batch on every
-    rank."""
+    """A function that runs the first training batches forward, for methods that read what their
+    layers see; every rank runs the whole of every batch."""
 
     @torch.no_grad()
     def look() -> None:
         with evaluating(module):
             for step in range(PREPARING):
-                module.sample_losses(batches[step], "prepare", 0.0)
+                batch = batches[step].to(module.backbone.device)
+                module.sample_losses(batch, "prepare", dropout=0.0)
 
     return look
 
 
 def needs(recipe: Recipe, backbone: Backbone) -> Needs:
-    """What the data may ask of the run; class images are painted with the recipe's preview
+    """What the data may ask of the run; class images are generated with the recipe's preview
     sampler."""
+    look, side = recipe.preview, recipe.run.resolution or backbone.resolution
 
-    def paint(prompts: Sequence[str], seed: int, guidance: float | None) -> list[Image]:
-        console.print(f"painting {len(prompts)} class images", highlight=False)
+    def generate(prompts: Sequence[str], seed: int, guidance: float | None) -> list[Image]:
+        console.print(f"generating {len(prompts)} class images", highlight=False)
         seeds = [seed + i for i in range(len(prompts))]
         guidance = look.guidance if guidance is None else guidance
         size = None if recipe.run.resolution is None else (side, side)
-        pictures = sample_many(backbone, prompts, seeds, 32, look.steps, guidance, size=size)
+        pictures = sample_many(
+            backbone, prompts, seeds, steps=look.steps, guidance=guidance, size=size
+        )
         return [to_pil(picture) for picture in pictures]
 
-    def painter() -> str:
-        return f"{backbone.fingerprint()}, {look.steps} steps, guidance {look.guidance}"
+    def generator() -> str:
+        precision = "" if backbone.computes_in == torch.float32 else f", {backbone.computes_in}"
+        weights = backbone.fingerprint()
+        return f"{weights}, {look.steps} steps, guidance {look.guidance}{precision}"
 
-    look, side = recipe.preview, recipe.run.resolution or backbone.resolution
-    return Needs(side, backbone.divisor, paint, cache_folder(), painter)
+    return Needs(
+        resolution=side,
+        divisor=backbone.divisor,
+        generate=generate,
+        cache=cache_folder(),
+        generator=generator,
+    )
 
 
 def step_plan(recipe: Recipe, data: Dataset) -> StepPlan:
     groups = tuple((group.start, group.stop) for group in data.groups)
     shares, weights, frames = tuple(data.shares), tuple(data.weights), tuple(data.frames)
     sizes = tuple(data.sizes) if isinstance(data, Bucketed) else ()
-    return StepPlan(groups, shares, weights, recipe.run.batch_size, recipe.run.seed, frames, sizes)
+    return StepPlan(
+        groups,
+        shares,
+        weights,
+        batch_size=recipe.run.batch_size,
+        seed=recipe.run.seed,
+        frames=frames,
+        sizes=sizes,
+    )
 
 
 def checks(recipe: Recipe, backbone: Backbone, held_out: Dataset | None) -> Any:
     """The batches of the validation loss, or None."""
     if held_out is None or not recipe.run.validate_every:
         return None
-    fixed = Fixed(held_out, 16, QUANTILES, latents(recipe, backbone, held_out))
+    fixed = Fixed(held_out, 16, QUANTILES, moments=latents(recipe, backbone, held_out))
     return DataLoader(fixed, batch_size=None)
 
 
@@ -104,9 +180,15 @@ def objective(recipe: Recipe, backbone: Backbone) -> Objective:
         )
     target = chosen.target or ("flow" if chosen.path == "flow" else backbone.target)
     return Objective(
-        target, alphas, chosen.timesteps, chosen.logit_mean, chosen.logit_std, chosen.weighting,
-        chosen.min_snr_gamma, chosen.offset_noise,
-    )  # fmt: skip
+        target,
+        alphas,
+        timesteps=chosen.timesteps,
+        logit_mean=chosen.logit_mean,
+        logit_std=chosen.logit_std,
+        weighting=chosen.weighting,
+        min_snr_gamma=chosen.min_snr_gamma,
+        offset_noise=chosen.offset_noise,
+    )
 
 
 def optim(recipe: Recipe) -> Optim:
@@ -115,18 +197,18 @@ def optim(recipe: Recipe) -> Optim:
     return Optim(
         chosen.lr * factor,
         run.steps,
-        chosen.betas,
-        chosen.eps,
-        chosen.weight_decay,
-        chosen.warmup,
-        chosen.schedule,
-        chosen.final_lr,
-        chosen.name,
-        None if chosen.muon_lr is None else chosen.muon_lr * factor,
+        betas=chosen.betas,
+        eps=chosen.eps,
+        weight_decay=chosen.weight_decay,
+        warmup=chosen.warmup,
+        schedule=chosen.schedule,
+        final_lr=chosen.final_lr,
+        name=chosen.name,
+        muon_lr=None if chosen.muon_lr is None else chosen.muon_lr * factor,
     )
 
 
-def lrs(recipe: Recipe, plan: apply.Plan) -> dict[str, float]:
+def lrs(recipe: Recipe, plan: Plan) -> dict[str, float]:
     """Parameters whose method has an lr of its own, by name."""
     factor = optim(recipe).lr / recipe.optim.lr  # what scale_lr makes of every lr
     return {
@@ -141,6 +223,9 @@ def latents(recipe: Recipe, backbone: Backbone, data: Dataset) -> np.ndarray | N
     if not (recipe.run.cache_latents and data.fixed):
         return None
     side = recipe.run.resolution or backbone.resolution
-    return cache.moments(
-        data, backbone.moments, f"{backbone.vae_fingerprint()}-{side}", cache_folder()
-    )
+
+    def encode(pixels: Tensor) -> Tensor:
+        return backbone.moments(pixels.to(backbone.device))
+
+    encoder = f"{backbone.vae_fingerprint()}-{side}"
+    return cache.moments(data, encode, encoder, folder=cache_folder())

@@ -1,0 +1,117 @@
+"""Where a model runs and in which precision: one function, `place`, that every verb calls before a
+model's first forward.
+
+Linear layers and convolutions that do not train are held in the chosen precision; all else, what
+trains and the VAE among it, stays in fp32. `Backbone` then runs its denoiser and its text encoders
+under autocast, which would round those weights at every call: holding them rounded halves their
+memory and changes no bit of an output computed so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from trainer.backbones.backbone import Backbone
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what autocast computes in half precision
+DEVICES = "auto, cpu, mps, cuda, or one GPU of several as in cuda:1"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A device, and the precision that frozen layers are held in: fp32, bf16, fp16, or auto."""
+
+    device: torch.device
+    precision: str = "auto"
+
+    def dtype(self, published: torch.dtype) -> torch.dtype:
+        """auto is what the weights were `published` in, and fp32 on a CPU, where half precision is
+        the slower one."""
+        if self.precision != "auto":
+            return DTYPES[self.precision]
+        return torch.float32 if self.device.type == "cpu" else published
+
+
+CPU = Placement(torch.device("cpu"))
+
+
+def choose_placement(device: str = "auto", precision: str = "auto", rank: int = 0) -> Placement:
+    """The placement that a user's words name. device: auto takes a CUDA GPU, then Apple's, then the
+    CPU; `cuda` is the GPU numbered `rank`, the number of this process on its machine.
+
+    Raises:
+        ValueError: no such precision or device, or this machine has no such device.
+    """
+    if precision != "auto" and precision not in DTYPES:
+        raise ValueError(f"precision={precision}: there are auto, {', '.join(DTYPES)}")
+    return Placement(_device(device, rank), precision)
+
+
+def _device(name: str, rank: int) -> torch.device:
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "mps", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
+        raise ValueError(f"device={name}: no such device; there are {DEVICES}")
+    if (kind == "cuda" and not cuda) or (kind == "mps" and not mps):
+        raise ValueError(
+            f"device={name}: torch finds no such device on this machine; give device=cpu, or "
+            "install the build of torch that is made for it"
+        )
+    if kind != "cuda":
+        return torch.device(kind)
+    index = int(number) if number else rank
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"device=cuda:{index}: this machine has {torch.cuda.device_count()} GPUs, numbered "
+            "from 0"
+        )
+    return torch.device("cuda", index)
+
+
+def place(
+    model: Backbone,
+    placement: Placement,
+    stored: Collection[str] = (),
+    hold: bool = True,
+) -> Backbone:
+    """Puts a backbone on its device, and its frozen layers in their precision; returns it.
+
+    To be called after a model is loaded, and again after it was edited: layers that an edit brought
+    along are placed too. stored: names of the parameters that an adapter holds, which stay in fp32
+    even where they do not train. hold: False where methods are still to read the exact weights;
+    the model computes in the precision all the same.
+    """
+    dtype = placement.dtype(model.published)
+    model.to(placement.device)
+    model.computes_in = dtype
+    if hold and dtype != torch.float32:
+        own = {id(value) for name, value in model.named_parameters() if name in set(stored)}
+        for part in (model.denoiser, *model.text_encoders.values()):
+            _hold(part, dtype, own)
+    return model
+
+
+def place_module(module: Any, placement: Placement) -> Any:
+    """Puts a network that is no backbone, a judge of pictures, on the device, in fp32."""
+    return module.to(placement.device)
+
+
+def _hold(part: nn.Module, dtype: torch.dtype, stored: Collection[int]) -> None:
+    """Rounds the frozen weights and biases of linear layers and convolutions; those in 4 bits are
+    integers and stay."""
+    for layer in part.modules():
+        if not isinstance(layer, LAYERS) or not layer.weight.is_floating_point():
+            continue
+        for value in layer.parameters(recurse=False):
+            frozen = not value.requires_grad and id(value) not in stored
+            if frozen and value.element_size() > dtype.itemsize:
+                value.data = value.data.to(dtype)

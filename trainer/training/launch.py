@@ -1,0 +1,240 @@
+"""Lightning's trainer with the callbacks of a run, and what surrounds its loop: where the run
+resumes, what is announced at its start, how it ends early."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import yaml
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.plugins.precision.amp import MixedPrecision
+
+from trainer.backbones.backbone import Backbone
+from trainer.common.exit_codes import LeaveError
+from trainer.config.schema import Recipe
+from trainer.data.source import Dataset, shape_of_clips
+from trainer.methods.apply import Plan
+from trainer.runs.run_folder import differing_keys, note_event, recipe_header, write_text
+from trainer.training.callbacks.checkpoints import Checkpoints
+from trainer.training.callbacks.ema import EMA
+from trainer.training.callbacks.hang import HangGuard, vanish
+from trainer.training.callbacks.preview import Preview
+from trainer.training.callbacks.progress import Bar
+from trainer.training.callbacks.ran import Ran
+from trainer.training.callbacks.signals import Signals, keep_lightning_out
+from trainer.training.callbacks.trackers import make_trackers
+from trainer.training.callbacks.watch import Watch
+from trainer.training.checkpoint import Checkpoint, newest_checkpoint
+from trainer.training.console import console, first_rank, say
+from trainer.training.plan_report import describe_plan, report_backends, save_plan, show_plan
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A trainer that is ready to fit, with those of its parts that act before and after it too."""
+
+    trainer: lightning.Trainer
+    signals: Signals
+    ema: EMA | None
+
+
+def launch(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    found: Checkpoint | None,
+    plan: Plan,
+    train: Dataset,
+    backbone: Backbone,
+) -> Launch:
+    """The trainer of a run in `folder`. found: the checkpoint it resumes from; backbone: as placed,
+    it decides device and precision."""
+    signals = Signals(first_rank())
+    ema = EMA(recipe.optim.ema) if recipe.optim.ema else None
+    ran = Ran(partial(report_backends, plan, folder, console=console))
+    own = callbacks(recipe, folder, ema=ema, found=found, signals=signals, train=train)
+    trainer = make_trainer(recipe, folder, backbone=backbone, callbacks=[ran, *own])
+    return Launch(trainer, signals, ema)
+
+
+def last_checkpoint(recipe: Recipe, folder: Path) -> Checkpoint | None:
+    """The checkpoint that a run resumes from. Damaged ones are reported, and so is what differs
+    from the recipe that the run began with."""
+
+    def passed_over(text: str) -> None:
+        say(text, "bold red")
+        if first_rank():
+            note_event(folder, "fallback", reason=text)
+
+    found = newest_checkpoint(folder / "checkpoints", passed_over, tidy=first_rank())
+    if found is not None:
+        say(f"{folder}: resumes after step {found.step}")
+        for key in differing_keys(found.manifest["recipe"], recipe):
+            say(f"{folder}: resumes with another {key} than it began with", "yellow")
+    if first_rank():
+        note_event(folder, "started", step=found.step if found else 0, steps=recipe.run.steps)
+    return found
+
+
+def callbacks(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    ema: EMA | None,
+    found: Checkpoint | None,
+    signals: Signals,
+    train: Dataset,
+) -> list[lightning.Callback]:
+    """In the order they act at the end of a step: what a checkpoint holds is done before it is
+    saved, what only looks comes after."""
+    run = recipe.run
+    hang = HangGuard({str(key): limit for key, limit in run.timeouts.items()}, folder)
+    saver = Checkpoints(
+        folder,
+        every=run.checkpoint_every,
+        keep=run.checkpoint_keep,
+        found=found,
+        facts={"recipe": recipe_header(recipe)},
+        on_full=run.on_disk_full,
+        hang=hang,
+        ema=ema,
+        say=partial(say, style="red"),
+    )
+    watch = Watch(
+        signals,
+        saver,
+        policy=run.on_nonfinite,
+        in_a_row=run.nonfinite_in_a_row,
+        total=run.nonfinite_total,
+        clip=recipe.optim.clip,
+        say=partial(say, style="yellow"),
+    )
+    saver.parts["watch"] = watch
+    bar = Bar(run.batch_size * run.accumulate, max(1, run.steps // 20), console)
+    first: list[lightning.Callback] = [ema] if ema else []
+    return [*first, bar, saver, watch, *previews(recipe, folder, ema, hang=hang, train=train), hang]
+
+
+def previews(
+    recipe: Recipe, folder: Path, ema: EMA | None, *, hang: HangGuard, train: Dataset
+) -> list[lightning.Callback]:
+    """The previews, if the recipe asks for some."""
+    preview = recipe.preview
+    if not (preview.prompts and preview.every):
+        return []
+    frames, fps = shape_of_clips(train)
+    return [
+        Preview(
+            folder / "previews",
+            preview.prompts,
+            every=preview.every,
+            steps=preview.steps,
+            guidance=preview.guidance,
+            seed=preview.seed,
+            negative=preview.negative,
+            maps=preview.maps,
+            ema=ema,
+            hang=hang,
+            frames=frames,
+            fps=fps,
+        )
+    ]
+
+
+def make_trainer(
+    recipe: Recipe, folder: Path, *, backbone: Backbone, callbacks: list[lightning.Callback]
+) -> lightning.Trainer:
+    """Lightning's trainer on the backbone's device, in the precision it computes in."""
+    run, device = recipe.run, backbone.device
+    # requeueing from Lightning's signal handler trains on and rewinds finished runs
+    plugins: list[Any] = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    trainer = lightning.Trainer(
+        plugins=[*plugins, *mixed_precision(backbone.computes_in, device)],
+        accelerator=device.type,
+        devices=[device.index] if device.index is not None and run.devices == 1 else run.devices,
+        num_nodes=run.nodes,
+        strategy="ddp" if run.devices * run.nodes > 1 else "auto",
+        max_steps=run.steps,
+        accumulate_grad_batches=run.accumulate,
+        val_check_interval=run.validate_every * run.accumulate if run.validate_every else None,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=run.log_every,
+        callbacks=callbacks,
+        logger=make_trackers(recipe.tracker, folder, recipe.tree, say=partial(say, style="yellow")),
+        use_distributed_sampler=False,
+        enable_checkpointing=False,  # `Checkpoints` does that
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        default_root_dir=folder,
+    )
+    keep_lightning_out(trainer)
+    return trainer
+
+
+def mixed_precision(dtype: torch.dtype, device: torch.device) -> list[MixedPrecision]:
+    """Lightning's plugin for half precision; none for fp32. In fp16, whose small gradients would be
+    0, the loss is scaled, on a CPU too: there Lightning by itself would take bf16 instead."""
+    if dtype == torch.float32:
+        return []
+    if dtype == torch.bfloat16:
+        return [MixedPrecision("bf16-mixed", device.type)]
+    return [MixedPrecision("16-mixed", device.type, torch.amp.GradScaler(device.type))]
+
+
+@contextmanager
+def ending(trainer: lightning.Trainer, folder: Path) -> Iterator[None]:
+    """How a loop that is left early ends on each rank.
+
+    Raises:
+        LeaveError: also for a data worker that died.
+    """
+    try:
+        yield
+    except LeaveError as leaving:
+        if is_child(trainer):  # whose code would have Lightning kill the first rank
+            leaving.code = 0
+        raise
+    except Exception as error:
+        if trainer.global_rank:  # the others wait for it until it is gone
+            traceback.print_exc()
+            vanish(1)
+        # it is gone; one that raised something is named otherwise
+        if "DataLoader worker (pid" in str(error):
+            raise LeaveError(
+                1,
+                f"{str(error).strip()}; often the memory is full: fewer run.workers need "
+                "less, run.workers=0 has none. The same command resumes from the last "
+                f"checkpoint in {folder}",
+            ) from error
+        raise
+
+
+def is_child(trainer: lightning.Trainer) -> bool:
+    """Whether this rank was started by the first one."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
+
+
+def announce(
+    recipe: Recipe, folder: Path, *, backbone: Backbone, plan: Plan, train: Dataset
+) -> None:
+    """Prints the plan and keeps it, with the resolved recipe, in the run folder."""
+    facts = describe_plan(recipe, backbone, plan, memory=None)
+    show_plan(facts, recipe.methods, console)
+    save_plan(facts, folder)
+    text = yaml.safe_dump(
+        {"recipe": recipe.name, **recipe.tree}, sort_keys=False, allow_unicode=True
+    )
+    write_text(folder / "recipe.yaml", text)
+    for skipped in train.skipped:
+        console.print(f"skipped {skipped}", style="yellow", highlight=False, markup=False)
