@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from trainer.attention.context import BoundCheckpoint, StepContext, current, use
 from trainer.attention.host import Host
+from trainer.attention.rows import Rows
 from trainer.attention.sites import Site, select
 from trainer.ops.attention_maps import MapStore
 
@@ -82,14 +83,14 @@ def test_uses_nest_and_end() -> None:
 def test_ops_see_the_context_with_the_latent_size(tiny_unet: nn.Module, run_unet: Run) -> None:
     witness = Witness()
     hosted(tiny_unet, witness)
-    given = StepContext(4, 9, torch.tensor(3), roles={"cond": slice(1, 2)})
+    given = StepContext(4, 9, torch.tensor(3), groups=Rows.of(("target/uncond", "target/cond"), 1))
     with use(given):
         run_unet(tiny_unet)
     seen = witness.ctx[0]
     assert (seen.step, seen.num_steps, seen.latent_size) == (4, 9, (8, 8))
-    assert seen.rows("cond") == slice(1, 2)
-    with pytest.raises(ValueError, match="the role 'uncond'; roles of this call: cond"):
-        seen.rows("uncond")
+    assert seen.rows("target/cond") == seen.rows("cond") == slice(1, 2)
+    with pytest.raises(ValueError, match="'source'; groups of this call: target/uncond, target/co"):
+        seen.rows("source")
 
 
 def test_without_a_context_ops_see_the_call(tiny_unet: nn.Module, run_unet: Run) -> None:

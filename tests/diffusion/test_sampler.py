@@ -71,6 +71,37 @@ def test_equals_the_stock_pipeline(
     torch.testing.assert_close(own, wanted, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["tiny", "dit"])
+@pytest.mark.parametrize("guidance", [1.0, 4.0], ids=["unguided", "guided"])
+@pytest.mark.parametrize("frames", [1, 2], ids=["pictures", "clips"])
+@torch.no_grad()
+def test_equals_a_loop_written_out(
+    family: str, guidance: float, frames: int, request: pytest.FixtureRequest
+) -> None:
+    """To the last bit: the unconditional rows first, one call of the network for both."""
+    backbone = request.getfixturevalue(family)
+    own = sample(backbone, PROMPTS[:2], SEEDS[:2], 3, guidance, "a red apple", frames=frames)
+    scheduler = backbone.scheduler()
+    scheduler.set_timesteps(3)
+    x = torch.cat(
+        [torch.randn(frames, 8, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (3, 4)]
+    )
+    texts = ["a red apple", "a red apple", *PROMPTS[:2]] if guidance > 1 else PROMPTS[:2]
+    text = {
+        name: value.repeat_interleave(frames, 0)
+        for name, value in backbone.encode_prompts(texts).items()
+    }
+    for t in scheduler.timesteps:
+        if guidance > 1:
+            output = backbone.predict(torch.cat([x, x]), t.expand(4 * frames), text)
+            output = output[: 2 * frames] + guidance * (output[2 * frames :] - output[: 2 * frames])
+        else:
+            output = backbone.predict(x, t.expand(2 * frames), text)
+        x = scheduler.step(output, t, x).prev_sample
+    parts = [x] if frames == 1 else x.split(frames)
+    assert torch.equal(own, torch.cat([backbone.decode(part) for part in parts]))
+
+
 def test_guidance_and_negative_prompt_matter(tiny: Any) -> None:
     pictures = [
         sample(tiny, PROMPTS[:1], [3], 3, guidance, negative)
@@ -117,9 +148,9 @@ def test_ops_are_told_step_and_roles(guidance: float, tiny: Any) -> None:
         cond = tiny.encode_prompts(PROMPTS)["encoder_hidden_states"]
         uncond = tiny.encode_prompts([""] * 3)["encoder_hidden_states"]
     ctx, text = watch.seen[-1], watch.texts[-1]
-    torch.testing.assert_close(text[ctx.rows("cond")], cond)
+    torch.testing.assert_close(text[ctx.rows("target/cond")], cond)
     if guidance > 1:
-        torch.testing.assert_close(text[ctx.rows("uncond")], uncond)
+        torch.testing.assert_close(text[ctx.rows("target/uncond")], uncond)
         assert len(text) == 6
     else:
         assert len(text) == 3
@@ -201,7 +232,7 @@ def test_ops_are_told_of_frames_their_rate_and_all_their_rows(tiny: Any) -> None
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"frames": 0}, "frames=0: a clip has one at least"),
+        ({"frames": 0}, "frames=0: give 1 for pictures, or more for clips"),
         ({"temporal_guidance": 2.0}, "temporal_guidance=2 is for clips that are guided"),
         ({"temporal_guidance": 2.0, "frames": 2, "guidance": 1.0}, "and a guidance above 1"),
     ],

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trainer.attention.context import StepContext, use
 from trainer.attention.host import Host
+from trainer.attention.rows import Rows
 from trainer.attention.sites import Site, require
 from trainer.kernels.softmax import attention_probs, attention_scores
 from trainer.ops.attention_maps import MapStore
@@ -63,6 +64,25 @@ def test_average_is_the_mean_of_the_resized_columns(
     average = store.average((6, 6))
     assert average.shape == (2, 2, 6, 6)
     torch.testing.assert_close(average, torch.stack(expected).mean(0))
+
+
+def test_a_group_keeps_the_maps_of_its_rows_alone(tiny_unet: nn.Module, run_unet: Run) -> None:
+    """A call without the group, at the same step, leaves its maps alone."""
+    host = Host.attach(tiny_unet)
+    sites = require(host.sites, "cross", "test")
+    every, own = MapStore([1]), MapStore([[1]], group="target/cond")
+    own.name = "own"  # type: ignore[misc]
+    for store in (every, own):
+        host.install(store, sites)
+    both = Rows.of(("target/uncond", "target/cond"), 1)
+    for groups in (both, Rows.of(("target/uncond",), 2)):
+        with use(StepContext(0, 1, torch.tensor([7, 3]), groups=groups)), torch.no_grad():
+            run_unet(tiny_unet, seed=len(groups.groups))
+        if groups is both:
+            wanted = {key: maps[1:] for key, maps in every.maps.items()}
+    assert wanted and own.maps.keys() == wanted.keys()
+    for key, maps in wanted.items():
+        assert torch.equal(own.maps[key], maps)
 
 
 def test_maps_are_detached_and_cleared(tiny_unet: nn.Module, run_unet: Run) -> None:

@@ -1,10 +1,10 @@
-"""The step context tells attention ops where in a run they are: step, timestep, frames, roles of
+"""The step context tells attention ops where in a run they are: step, timestep, frames, groups of
 batch rows.
 
 Who runs a denoiser sets it, ops read it:
 
-    roles = {"uncond": slice(0, 2), "cond": slice(2, 4)}
-    with use(StepContext(step=3, num_steps=50, timestep=t, roles=roles)):
+    groups = Rows.of(("target/uncond", "target/cond"), count=2)
+    with use(StepContext(step=3, num_steps=50, timestep=t, groups=groups)):
         denoiser(x_t, t, encoder_hidden_states=text)
 
 Gradient checkpointing runs a block a second time in the backward pass, outside the `with`, on CUDA
@@ -26,35 +26,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.attention.rows import Rows
+
 
 @dataclass(frozen=True, eq=False)
 class StepContext:
     """One call of the denoiser. Frozen: a later change must not reach back into a recompute.
 
-    `timestep` is what the denoiser was called with, `roles` names batch rows, `latent_size` is the
-    (height, width) of the denoiser's input; left None it is filled in from the call. The rows are
-    clips times `frames`, the frames of a clip adjacent; `fps` (clips,) are its frames a second,
-    None where nobody says. `source` (rows, c, h, w) are the clean latents whose structure the
-    output is to have: in training those that noise was added to, in sampling another clip's, or
-    None.
+    `timestep` is what the denoiser was called with, `groups` says which batch rows are whose,
+    `latent_size` is the (height, width) of the denoiser's input; left None it is filled in from the
+    call. The rows are clips times `frames`, the frames of a clip adjacent; `fps` (clips,) are its
+    frames a second, None where nobody says. `source` (rows, c, h, w) are the clean latents whose
+    structure the output is to have: in training those that noise was added to, in sampling another
+    clip's, or None.
     """
 
     step: int
     num_steps: int
     timestep: Tensor
     frames: int = 1
-    roles: Mapping[str, slice | Tensor] = field(default_factory=dict)
+    groups: Rows = field(default_factory=Rows)
     training: bool = False
     latent_size: tuple[int, int] | None = None
     fps: Tensor | None = None
     source: Tensor | None = None
 
-    def rows(self, role: str) -> slice | Tensor:
-        """The batch rows of a role, usable as an index; an unknown role is a `ValueError`."""
-        if role not in self.roles:
-            known = ", ".join(sorted(self.roles)) or "none"
-            raise ValueError(f"no batch rows have the role {role!r}; roles of this call: {known}")
-        return self.roles[role]
+    def rows(self, role: str) -> slice:
+        """The batch rows of a group, such as `target/cond`, or of a branch or text role that one
+        group alone has; a `ValueError` where none or several have it."""
+        return self.groups.find(role)
 
 
 _current: ContextVar[StepContext | None] = ContextVar("step_context", default=None)

@@ -1,11 +1,37 @@
-"""Types of what a method does to the latents while a clip is sampled."""
+"""What a method does while pictures or clips are sampled: hooks, as a record of functions.
+
+In each step of the sampler, every hook in the order in which methods were applied:
+
+    before_step(x_t, predict, ctx) -> x_t     may call the denoiser: predict(x_t)
+    combine(prediction, ctx) -> output        after guidance, in each call of `predict`
+    after_step(x_t, prediction, ctx) -> x_t   x_t after the scheduler's step
+
+and once, before the first step, for the one hook that has it:
+
+    begin(x_t, denoise) -> x_t, step          where sampling starts, and before which step that is
+
+Latents are (b f, c, h, w), the frames of a clip adjacent. The sampler runs without gradients; a
+hook that needs them, for the gradient of a loss on x0 say, enables them around its own calls:
+
+    with torch.enable_grad():
+        x = x_t.detach().requires_grad_()
+        loss = distance(predict(x).x0)
+    (slope,) = torch.autograd.grad(loss, x)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.attention.context import StepContext
+
+START = "the start of sampling"  # the aspect that a hook with `begin` claims
 
 
 class Denoise(Protocol):
@@ -15,6 +41,16 @@ class Denoise(Protocol):
     @property
     def steps(self) -> int: ...
 
+    @property
+    def frames(self) -> int:
+        """Of each clip, 1 for pictures."""
+        ...
+
+    @property
+    def given(self) -> bool:
+        """Whether the caller gave the latents to start from; otherwise they are noise."""
+        ...
+
     def __call__(self, x_t: Tensor, first: int, last: int) -> Tensor: ...
 
     def level(self, step: int) -> tuple[float, float]:
@@ -22,8 +58,33 @@ class Denoise(Protocol):
         ...
 
 
-# from noise (b f, c, h, w), the number of frames and a sampler to where the clips begin: latents,
-# and the step before which they stand
-Start = Callable[[Tensor, int, Denoise], tuple[Tensor, int]]
-# after a step, what else is done to the latents: (latents, x0 by the network, step, steps, frames)
-Guide = Callable[[Tensor, Tensor, int, int, int], Tensor]
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What the denoiser answered at one step.
+
+    x_t (b f, c, h, w) it was asked about; outputs: by the name of each group of rows, as in
+    `target/cond`; output: what guidance makes of them; convert: from an output and x_t to x0.
+    """
+
+    x_t: Tensor
+    outputs: Mapping[str, Tensor]
+    output: Tensor
+    convert: Callable[[Tensor, Tensor], Tensor] = field(repr=False)
+
+    @cached_property
+    def x0(self) -> Tensor:
+        """The clean latents (b f, c, h, w) that `output` means; computed when first asked for."""
+        return self.convert(self.output, self.x_t)
+
+
+Predict = Callable[["Tensor"], Prediction]
+
+
+@dataclass(frozen=True)
+class SamplingHook:
+    """Any of the four functions at the top of this file."""
+
+    begin: Callable[[Tensor, Denoise], tuple[Tensor, int]] | None = None
+    before_step: Callable[[Tensor, Predict, StepContext], Tensor] | None = None
+    combine: Callable[[Prediction, StepContext], Tensor] | None = None
+    after_step: Callable[[Tensor, Prediction, StepContext], Tensor] | None = None

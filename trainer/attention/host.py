@@ -10,7 +10,6 @@ from torch import nn
 
 from trainer.attention.context import BoundCheckpoint, ContextHolder, bound, completed, current
 from trainer.attention.denoiser_traits import UNDECLARED, DenoiserTraits
-from trainer.attention.hooks import Guide, Start
 from trainer.attention.insertion import insertions
 from trainer.attention.op import Op, has_stage, refuse_conflicts
 from trainer.attention.processor import HostedProcessor
@@ -37,9 +36,6 @@ class Host:
         self.sites: list[Site] = []
         self.processors: dict[str, HostedProcessor] = {}
         self.unproven = False
-        # of a clip's latents, by a method that has something to do with them; see `motion.py`
-        self.start: Start | None = None
-        self.guide: Guide | None = None
         self.parameters = list(inspect.signature(denoiser.forward).parameters)
         self.handles = [
             denoiser.register_forward_pre_hook(self._before, with_kwargs=True),

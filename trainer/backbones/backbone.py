@@ -14,6 +14,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from trainer.attention.hooks import SamplingHook
 from trainer.attention.host import Host
 from trainer.attention.sites import Site, scan
 from trainer.backbones.family import Family, Layout, Parts
@@ -38,6 +39,8 @@ class Backbone(nn.Module):
         self.add_module(self.denoiser_name, parts.denoiser)
         self.text_encoder: Any = parts.text_encoder
         self.vae: Any = parts.vae
+        # kept here, since previews, `sample`, `evaluate` and a later run get the backbone alone
+        self.sampling_hooks: dict[str, tuple[SamplingHook, ...]] = {}
         self.tokenizer, self.scheduler_config = parts.tokenizer, dict(parts.scheduler.config)
         self.scheduler_class = type(parts.scheduler)
         flow = isinstance(parts.scheduler, FlowMatchEulerDiscreteScheduler)
@@ -73,6 +76,11 @@ class Backbone(nn.Module):
     @property
     def sites(self) -> list[Site]:
         return self.host.sites
+
+    @property
+    def hooks(self) -> tuple[SamplingHook, ...]:
+        """What its methods do while it is sampled, in the order in which they were applied."""
+        return tuple(hook for hooks in self.sampling_hooks.values() for hook in hooks)
 
     @property
     def divisor(self) -> int:

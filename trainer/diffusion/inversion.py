@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.attention.context import StepContext, per_frame, use
+from trainer.attention.context import StepContext, per_frame
+from trainer.attention.rows import Rows
 from trainer.backbones.backbone import Backbone
 from trainer.diffusion.objective import Objective, to_noise, to_x0
+from trainer.diffusion.predict import predict_groups
 from trainer.diffusion.sampler import evaluating
 
 
@@ -64,16 +66,16 @@ def invert(
     scheduler.set_timesteps(steps, device=device)
     objective = Objective(backbone.target, backbone.alphas_cumprod)
     x = latents = latents.to(device)
-    roles = {"cond": slice(0, len(latents))}
+    rows = Rows.of(("source/cond",), len(latents))
     rate = None if fps is None else torch.full((len(prompts),), fps, device=device)
     with evaluating(backbone):
         condition = per_frame(backbone.encode_prompts(prompts), frames)
         for step, t in reversed(list(enumerate(scheduler.timesteps))):
             a, b = step_of(objective, t, *below(scheduler, step))
+            ctx = StepContext(step, steps, t, frames, rows, fps=rate, source=latents)
             found = x
             for _ in range(iterations):
-                with use(StepContext(step, steps, t, frames, roles, fps=rate, source=latents)):
-                    output = backbone.predict(found, t.expand(len(x)), condition)
+                output = predict_groups(backbone, {"source": found}, condition, ctx)["source/cond"]
                 found = (x - b * output) / a
             x = found
     return x

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from trainer.attention.errors import TakenError
@@ -79,6 +79,9 @@ def apply_methods(
             edits = {other: earlier.renamed(moved) for other, earlier in edits.items()}
         _check_claims(edits, name, edit)
         edits[name] = edit
+        if edit.sampling:
+            of_earlier_runs = model.sampling_hooks.get(name, ())
+            model.sampling_hooks[name] = (*of_earlier_runs, *edit.sampling)
     edits |= {name: edits[name].frozen() for name in frozen}
     if trains:
         _check_something_trains(edits, frozen)
@@ -93,7 +96,7 @@ def _apply(
     """What one method does, its errors beginning with its name. earlier: the methods before it."""
     try:
         with _seeded(seed, name):
-            return method.apply(model)
+            return _with_start(method.apply(model), model)
     except TakenError as taken:
         if taken.owner in earlier:
             raise _both_claim(taken.owner, name, (taken.thing, taken.aspect)) from taken
@@ -146,6 +149,22 @@ def _planned(model: AttentionModel, edits: Mapping[str, Edit]) -> Plan:
         names=tuple(sorted(trained)),
         keeps=tuple(sorted({kept for edit in edits.values() for kept in edit.keeps})),
     )
+
+
+def _with_start(edit: Edit, model: AttentionModel) -> Edit:
+    """The edit with a claim on the start of sampling, where one of its hooks has it.
+
+    Raises:
+        TakenError: a hook of another method has it.
+    """
+    from trainer.attention.hooks import START
+
+    if not any(hook.begin for hook in edit.sampling):
+        return edit
+    for owner, hooks in model.sampling_hooks.items():
+        if any(hook.begin for hook in hooks):
+            raise TakenError(model.denoiser_name, START, owner)
+    return replace(edit, claims=(*edit.claims, (model.denoiser_name, START)))
 
 
 def _moved(before: Mapping[str, Parameter], model: AttentionModel) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer.attention.hooks import SamplingHook
     from trainer.attention.model import AttentionModel
 
 
@@ -29,7 +30,8 @@ class Edit:
     the run's steps that is done, from 0. prepare: called once before the first step of a new run
     with a function that runs a few training batches forward, for starts that look at the data.
     finish: called with the same function once after the last step, before the adapter is stored,
-    for what is kept about the data. report: what really ran at each site so far, by its name; asked
+    for what is kept about the data. sampling: what it does while pictures or clips are sampled, in
+    order; see `attention/hooks.py`. report: what really ran at each site so far, by its name; asked
     once, after the first training batch.
     """
 
@@ -41,6 +43,7 @@ class Edit:
     schedule: Callable[[float], None] | None = None
     prepare: Callable[[Callable[[], None]], None] | None = None
     finish: Callable[[Callable[[], None]], None] | None = None
+    sampling: tuple[SamplingHook, ...] = ()
     report: Callable[[], Mapping[str, Sequence[str]]] | None = None
 
     def renamed(self, names: Mapping[str, str]) -> Edit:

@@ -21,9 +21,10 @@ class MapStore:
     CPU.
 
     `tokens` are positions in the context: one list for all batch rows, or one list per row, (rows,
-    tokens), since a word stands elsewhere in every caption. Sites with more than `max_queries`
-    query tokens keep their fused kernel and are left out: eight heads of a 64x64 self map are 268
-    MB a row in half precision.
+    tokens), since a word stands elsewhere in every caption. With a `group`, as in `target/cond`,
+    the rows are those of this group, and a call without it is passed over. Sites with more than
+    `max_queries` query tokens keep their fused kernel and are left out: eight heads of a 64x64 self
+    map are 268 MB a row in half precision.
 
     `maps` has one (rows, tokens, h, w) float32 tensor per (step, site name). A repeated step
     overwrites: the recompute of gradient checkpointing adds nothing, and a sampler must set
@@ -33,14 +34,17 @@ class MapStore:
     name = "map_store"
 
     def __init__(
-        self, tokens: Sequence[int] | Sequence[Sequence[int]] | Tensor, max_queries: int = 32 * 32
+        self,
+        tokens: Sequence[int] | Sequence[Sequence[int]] | Tensor,
+        max_queries: int = 32 * 32,
+        group: str | None = None,
     ) -> None:
         self.tokens = torch.as_tensor(tokens, dtype=torch.long)
         if self.tokens.ndim not in (1, 2) or self.tokens.numel() == 0:
             raise ValueError(
                 "MapStore needs token positions: a list of them, or one list per batch row"
             )
-        self.max_queries = max_queries
+        self.max_queries, self.group = max_queries, group
         self.maps: dict[tuple[int, str], Tensor] = {}
 
     def gate(self, q: Tensor, site: Site, ctx: StepContext) -> bool:
@@ -48,8 +52,11 @@ class MapStore:
 
     @torch.compiler.disable  # it reads the step: compiled, every step would recompile
     def probs(self, probs: Tensor, site: Site, ctx: StepContext) -> Tensor:
+        if self.group is not None and self.group not in ctx.groups.slices:
+            return probs
         if probs.shape[2] <= self.max_queries:
-            columns = self._columns(probs.detach().mean(dim=1))  # b t n
+            own = probs if self.group is None else probs[ctx.rows(self.group)]
+            columns = self._columns(own.detach().mean(dim=1))  # b t n
             size = token_grid(columns.shape[-1], site, ctx, "MapStore")
             self.maps[ctx.step, site.name] = columns.unflatten(-1, size).float().cpu()
         return probs

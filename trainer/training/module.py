@@ -11,12 +11,15 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from trainer.attention.context import StepContext, per_frame, use
+from trainer.attention.context import StepContext, per_frame
+from trainer.attention.rows import Rows
 from trainer.backbones.backbone import Backbone
 from trainer.common.seeds import seed_of
 from trainer.data.loader import Batch
 from trainer.data.plan import quantiles
+from trainer.diffusion.guidance import COND
 from trainer.diffusion.objective import Objective, add_noise, draw_timesteps, loss_weight, target_of
+from trainer.diffusion.predict import predict_groups
 from trainer.training.optim import Optim, make_optimizer
 
 QUANTILES = quantiles(8)  # of the timesteps, where the validation loss is taken
@@ -89,8 +92,9 @@ class DiffusionModule(lightning.LightningModule):
         condition = per_frame(self.backbone.encode_prompts(captions), frames)
         fps = None if batch.fps is None else torch.tensor(batch.fps, device=x0.device)
         training = self.backbone.denoiser.training
-        with use(StepContext(0, 1, t, frames, training=training, fps=fps, source=x0)):
-            output = self.backbone.predict(x_t, t, condition)
+        rows = Rows.of((COND,), len(x_t))
+        ctx = StepContext(0, 1, t, frames, rows, training=training, fps=fps, source=x0)
+        output = predict_groups(self.backbone, {"target": x_t}, condition, ctx)[COND]
         error = (output.float() - target_of(self.objective, x0, noise, t).float()).square()
         per_sample = _per_sample(error, batch.masks, frames)
         return per_sample * loss_weight(self.objective, each), each

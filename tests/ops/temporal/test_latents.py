@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.attention.context import StepContext
+from trainer.attention.hooks import Prediction
 from trainer.ops.temporal.latents import (
     GlobalMotion,
     LatentGuidance,
@@ -47,9 +49,9 @@ def test_noise_put_back_makes_the_level(path: str) -> None:
 
 
 class Halving:
-    """A sampler whose steps halve the latents."""
+    """A sampler of clips of three frames, whose steps halve the latents."""
 
-    steps = 10
+    steps, frames, given = 10, 3, False
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, int, int]] = []
@@ -66,7 +68,7 @@ class Halving:
 def test_the_first_frame_begins_alone_and_the_others_are_it_moved() -> None:
     noise = torch.randn(6, 2, 4, 8, generator=torch.Generator().manual_seed(0))  # two clips
     sampler = Halving()
-    x, step = GlobalMotion(1 / 8, -1 / 4, 0.2, 0.5)(noise, 3, sampler)
+    x, step = GlobalMotion(1 / 8, -1 / 4, 0.2, 0.5).begin(noise, sampler)
     assert step == 2
     assert sampler.calls == [(2, 0, 2), (2, 2, 5)]
     for clip in range(2):
@@ -79,6 +81,15 @@ def test_the_first_frame_begins_alone_and_the_others_are_it_moved() -> None:
             torch.testing.assert_close(x[3 * clip + k], wanted)
 
 
+def test_pictures_and_given_latents_begin_where_they_are() -> None:
+    noise = torch.randn(6, 2, 4, 8)
+    for name, value in (("frames", 1), ("given", True)):
+        sampler = Halving()
+        setattr(sampler, name, value)
+        x, step = GlobalMotion(1 / 8, -1 / 4, 0.2, 0.5).begin(noise, sampler)
+        assert step == 0 and torch.equal(x, noise) and not sampler.calls
+
+
 @pytest.mark.parametrize(
     ("steps", "share", "wanted"),
     [(50, 0.04, 2), (50, 0.1, 5), (12, 0.04, 1), (12, 0.0, 0), (10, 0.99, 9), (1, 0.1, 0)],
@@ -87,9 +98,18 @@ def test_a_share_of_few_steps(steps: int, share: float, wanted: int) -> None:
     assert step_at(steps, share) == wanted
 
 
+def at(step: int, frames: int) -> StepContext:
+    return StepContext(step, 10, torch.tensor(0), frames)
+
+
+def means(x0: Tensor) -> Prediction:
+    """One whose x0 is this."""
+    return Prediction(x0, {}, x0, lambda output, x_t: output)
+
+
 def test_guidance_is_the_gradient_of_a_distance() -> None:
     x_t, x0 = (torch.randn(6, 2, 3, 4, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
-    own = LatentGuidance(10.0, 0.5)(x_t, x0, 1, 10, 3)
+    own = LatentGuidance(10.0, 0.5).after_step(x_t, means(x0), at(1, 3))
     for i in range(6):
         if i % 3 == 0:
             assert torch.equal(own[i], x_t[i])
@@ -100,8 +120,9 @@ def test_guidance_is_the_gradient_of_a_distance() -> None:
         torch.testing.assert_close(own[i], x_t[i] - 10 * leaf.grad)
 
 
-def test_guidance_ends_after_its_share() -> None:
+def test_guidance_ends_after_its_share_and_passes_pictures_by() -> None:
     x = torch.randn(2, 1, 2, 2)
     guide = LatentGuidance(10.0, 0.5)
-    assert not torch.equal(guide(x, x, 4, 10, 2), x)
-    assert torch.equal(guide(x, x, 5, 10, 2), x)
+    assert not torch.equal(guide.after_step(x, means(x), at(4, 2)), x)
+    assert torch.equal(guide.after_step(x, means(x), at(5, 2)), x)
+    assert torch.equal(guide.after_step(x, means(x), at(4, 1)), x)

@@ -39,8 +39,13 @@ class Pix2Video(Method):
     share: float = Field(0.5, ge=0, le=1)
 
     def apply(self, model: AttentionModel) -> Edit:
+        from trainer.attention.hooks import SamplingHook
         from trainer.ops.temporal.latents import LatentGuidance
 
         edit = align(model, self.sites, ("first", "previous"), "pix2video")
-        model.host.guide = LatentGuidance(self.weight, self.share)
-        return replace(edit, claims=(*edit.claims, (model.denoiser_name, GUIDANCE)))
+        guidance = LatentGuidance(self.weight, self.share)
+        return replace(
+            edit,
+            claims=(*edit.claims, (model.denoiser_name, GUIDANCE)),
+            sampling=(SamplingHook(after_step=guidance.after_step),),
+        )

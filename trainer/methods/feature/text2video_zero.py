@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from trainer.methods.method import Edit, Method
-from trainer.methods.shared.aligned import START, align
+from trainer.methods.shared.aligned import align
 from trainer.methods.shared.options import SiteSelector
 
 if TYPE_CHECKING:
@@ -50,8 +50,9 @@ class Text2VideoZero(Method):
         return self
 
     def apply(self, model: AttentionModel) -> Edit:
+        from trainer.attention.hooks import SamplingHook
         from trainer.ops.temporal.latents import GlobalMotion
 
         edit = align(model, self.sites, ("first",), "text2video_zero")
-        model.host.start = GlobalMotion(*self.motion, self.alone, self.until)
-        return replace(edit, claims=(*edit.claims, (model.denoiser_name, START)))
+        motion = GlobalMotion(*self.motion, alone=self.alone, until=self.until)
+        return replace(edit, sampling=(SamplingHook(begin=motion.begin),))

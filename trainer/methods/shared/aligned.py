@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
 
 SOURCE = "the source of keys"
-START = "the start of clips"
 GUIDANCE = "guidance between frames"
 
 

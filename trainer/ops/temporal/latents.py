@@ -13,7 +13,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from trainer.attention.hooks import Denoise
+from trainer.attention.context import StepContext
+from trainer.attention.hooks import Denoise, Prediction
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,11 @@ class GlobalMotion:
     alone: float
     until: float
 
-    def __call__(self, noise: Tensor, frames: int, denoise: Denoise) -> tuple[Tensor, int]:
+    def begin(self, noise: Tensor, denoise: Denoise) -> tuple[Tensor, int]:
+        """A hook of the sampler. Pictures, and clips from latents that are given, begin there."""
+        frames = denoise.frames
+        if frames == 1 or denoise.given:
+            return noise, 0
         first, last = (step_at(denoise.steps, part) for part in (self.alone, self.until))
         clips = noise.unflatten(0, (-1, frames))  # b f c h w
         begun = denoise(clips[:, 0], 0, first)
@@ -90,9 +95,11 @@ class LatentGuidance:
     weight: float
     share: float
 
-    def __call__(self, x_t: Tensor, x0: Tensor, step: int, steps: int, frames: int) -> Tensor:
-        if step >= self.share * steps:
+    def after_step(self, x_t: Tensor, prediction: Prediction, ctx: StepContext) -> Tensor:
+        """A hook of the sampler."""
+        if ctx.frames == 1 or ctx.step >= self.share * ctx.num_steps:
             return x_t
-        clips = x0.unflatten(0, (-1, frames))
-        apart = clips.diff(dim=1, prepend=clips[:, :1])  # 0 for the first
-        return x_t - self.weight * 2 / x0[0].numel() * apart.flatten(0, 1)
+        x0 = prediction.x0
+        clips = x0.unflatten(0, (-1, ctx.frames))
+        change = clips.diff(dim=1, prepend=clips[:, :1])  # 0 for the first
+        return x_t - self.weight * 2 / x0[0].numel() * change.flatten(0, 1)

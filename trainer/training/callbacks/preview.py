@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainer.attention.sites import select
 from trainer.backbones.backbone import Backbone
+from trainer.diffusion.guidance import COND
 from trainer.diffusion.sampler import sample
 from trainer.media.grids import grid, overlay_maps, stacked
 from trainer.media.write_video import PLAYED, write_frames
@@ -149,8 +150,7 @@ class Preview(lightning.Callback):
         if where is None:
             return sample(backbone, prompts, seeds, **self.options).cpu(), None
         rows = [places for places in where for _ in range(self.frames)]
-        # the same columns for the unconditional half; its rows are dropped below
-        store = MapStore([*rows, *rows] if self.options["guidance"] > 1 else rows)
+        store = MapStore(rows, group=COND)
         sites = [site for site in select(backbone.sites, "cross") if site.divisor in (1, 2)]
         backbone.host.install(store, sites)
         try:
@@ -160,7 +160,7 @@ class Preview(lightning.Callback):
         maps = store.average(
             (pictures.shape[-2] // backbone.divisor, pictures.shape[-1] // backbone.divisor)
         )
-        return pictures, maps[-len(rows) :, 0]
+        return pictures, maps[:, 0]
 
 
 def positions(backbone: Backbone, prompts: Sequence[str], token: str) -> list[list[int]] | None:

@@ -1,0 +1,205 @@
+"""The sampler's loop: latents from one noise level to the next, over any diffusers scheduler, with
+guidance and the hooks of methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.attention.context import StepContext, per_frame
+from trainer.attention.hooks import Prediction, SamplingHook
+from trainer.attention.rows import Rows
+from trainer.backbones.backbone import Backbone
+from trainer.diffusion.guidance import COND, UNCOND, classifier_free, temporal
+from trainer.diffusion.objective import Objective, alpha_sigma, to_x0
+from trainer.diffusion.predict import predict_groups
+
+IMAGE = "image"  # the unconditional output for frames that do not see each other
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures or clips are sampled.
+
+    guidance: the scale of classifier-free guidance; 1 or less runs without the unconditional rows.
+    negative: the prompt of those rows. size: height and width in pixels, multiples of the
+    backbone's divisor; None for the size it was trained at. frames: of a clip, 1 for pictures. fps:
+    frames a second, for a model that has learned of them. temporal_guidance: of clips, see
+    `guidance.temporal`.
+
+    Raises:
+        ValueError: no step, no frame, or temporal guidance without guidance or without frames.
+    """
+
+    steps: int = 25
+    guidance: float = 5.0
+    negative: str = ""
+    size: tuple[int, int] | None = None
+    frames: int = 1
+    fps: float | None = None
+    temporal_guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise ValueError(f"frames={self.frames}: give 1 for pictures, or more for clips")
+        if self.temporal_guidance != 1 and (self.frames == 1 or not self.guided):
+            raise ValueError(
+                f"temporal_guidance={self.temporal_guidance:g} is for clips that are guided; give "
+                "frames and a guidance above 1"
+            )
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance > 1
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of rows of one call of the denoiser."""
+        return (UNCOND, COND) if self.guided else (COND,)
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """A sampler at work on `clips` clips.
+
+    text: a condition for each clip of each group in `settings.groups`; given: whether the latents
+    to start from were given; source, on_step: as of `sample`.
+    """
+
+    backbone: Backbone
+    text: Mapping[str, Tensor]
+    clips: int
+    settings: Sampling
+    given: bool = False
+    source: Tensor | None = None
+    on_step: Callable[[int, Tensor], None] | None = None
+    hooks: tuple[SamplingHook, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        return self.settings.steps
+
+    @property
+    def frames(self) -> int:
+        return self.settings.frames
+
+    @cached_property
+    def objective(self) -> Objective:
+        return Objective(self.backbone.target, self.backbone.alphas_cumprod)
+
+    @property
+    def noise_scale(self) -> float:
+        """Of what sampling starts from; a flow's scheduler starts from unit noise."""
+        return float(getattr(self.backbone.scheduler(), "init_noise_sigma", 1.0))
+
+    def scheduler(self, first: int, device: torch.device) -> Any:
+        """One that is at step `first`; a flow's counts its steps."""
+        scheduler = self.backbone.scheduler()
+        scheduler.set_timesteps(self.steps, device=device)
+        if first and hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        return scheduler
+
+    def level(self, step: int) -> tuple[float, float]:
+        """alpha and sigma before a step."""
+        t = self.scheduler(0, torch.device("cpu")).timesteps[step]
+        alpha, sigma = alpha_sigma(self.objective, t[None], 1)
+        return float(alpha), float(sigma)
+
+    def run(self, x_t: Tensor) -> Tensor:
+        """Clean latents from noise, or from latents given in its place, (b f, c, h, w)."""
+        step = 0
+        if not self.given:
+            x_t = x_t * self.noise_scale
+        starts = [hook.begin for hook in self.hooks if hook.begin is not None]
+        assert len(starts) <= 1, "the methods that were applied claim the start of sampling once"
+        for begin in starts:
+            x_t, step = begin(x_t, self)
+        return self(x_t, step, self.steps)
+
+    def __call__(self, x_t: Tensor, first: int, last: int) -> Tensor:
+        """x_t (b f, c, h, w) from before step `first` to before step `last`, for any number of
+        frames."""
+        scheduler = self.scheduler(first, x_t.device)
+        ctx, condition = self._context(x_t), per_frame(self.text, len(x_t) // self.clips)
+        for step, t in list(enumerate(scheduler.timesteps))[first:last]:
+            predict = Predictor(self, scheduler, condition, replace(ctx, step=step, timestep=t))
+            for hook in self.hooks:
+                if hook.before_step is not None:
+                    x_t = hook.before_step(x_t, predict, predict.ctx)
+            prediction = predict(x_t)
+            x_t = scheduler.step(prediction.output, t, x_t).prev_sample
+            for hook in self.hooks:
+                if hook.after_step is not None:
+                    x_t = hook.after_step(x_t, prediction, predict.ctx)
+            if self.on_step is not None:
+                self.on_step(step, x_t)
+        return x_t
+
+    def _context(self, x_t: Tensor) -> StepContext:
+        """What the calls of every step have in common, for latents (b f, c, h, w)."""
+        frames = len(x_t) // self.clips
+        rows = Rows.of(self.settings.groups, len(x_t))
+        fps = self.settings.fps
+        rate = None
+        if fps is not None:
+            rate = torch.full((self.clips * len(rows.groups),), fps, device=x_t.device)
+        kept = None
+        if self.source is not None:  # of as many frames as these clips have
+            clips = self.source.to(x_t).unflatten(0, (self.clips, -1))[:, :frames].flatten(0, 1)
+            kept = rows.join({"target": clips})
+        unset = torch.zeros((), device=x_t.device)
+        return StepContext(0, self.steps, unset, frames, rows, fps=rate, source=kept)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """The denoiser at one step of a sampler: x_t to what it answers there, guided."""
+
+    sampler: Denoising
+    scheduler: Any
+    condition: dict[str, Tensor]
+    ctx: StepContext
+
+    def __call__(self, x_t: Tensor) -> Prediction:
+        """For latents x_t (b f, c, h, w)."""
+        settings = self.sampler.settings
+        scaled = self._scaled(x_t)
+        outputs = self._call({"target": scaled}, self.condition, self.ctx)
+        output = classifier_free(outputs, settings.guidance)
+        if settings.temporal_guidance != 1 and self.ctx.frames > 1:
+            outputs[IMAGE] = self._as_images(scaled)
+            output = temporal(output, outputs[UNCOND], outputs[IMAGE], settings.temporal_guidance)
+        prediction = Prediction(x_t, outputs, output, self._to_x0)
+        for hook in self.sampler.hooks:
+            if hook.combine is not None:
+                output = hook.combine(prediction, self.ctx)
+                prediction = replace(prediction, output=output)
+        return prediction
+
+    def _call(
+        self, x_t: Mapping[str, Tensor], condition: dict[str, Tensor], ctx: StepContext
+    ) -> dict[str, Tensor]:
+        return predict_groups(self.sampler.backbone, x_t, condition, ctx)
+
+    def _as_images(self, scaled: Tensor) -> Tensor:
+        """The unconditional output where every frame is a picture of its own."""
+        rows = self.ctx.rows(UNCOND)
+        own = {name: value[rows] for name, value in self.condition.items()}
+        alone = Rows.of((UNCOND,), len(scaled))
+        ctx = StepContext(self.ctx.step, self.ctx.num_steps, self.ctx.timestep, groups=alone)
+        return self._call({"target": scaled}, own, ctx)[UNCOND]
+
+    def _scaled(self, x_t: Tensor) -> Tensor:
+        """As the scheduler wants the denoiser's input; not every one has a scale for it."""
+        scale = getattr(self.scheduler, "scale_model_input", None)
+        scaled: Tensor = x_t if scale is None else scale(x_t, self.ctx.timestep)
+        return scaled
+
+    def _to_x0(self, output: Tensor, x_t: Tensor) -> Tensor:
+        return to_x0(self.sampler.objective, output, x_t, self.ctx.timestep.expand(len(x_t)))
