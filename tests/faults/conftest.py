@@ -42,7 +42,7 @@ STREAMED = """
 data: {{source: remote, url: "{url}"}}
 methods: {{selective: {{sites: cross, projections: [k, v]}}}}
 """
-STATE = ("optimizer", "schedule", "parts", "draws")
+STATE = ("optimizer", "schedule", "parts", "rng")
 Words = Callable[..., list[str]]
 Run = Callable[..., int]
 

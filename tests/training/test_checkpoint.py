@@ -1,14 +1,16 @@
-"""What is written comes back: types, shapes, strides and values, small tensors and large ones."""
+"""A checkpoint is read back as it was written, and one of an earlier format is refused."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from trainer.training import checkpoint
-from trainer.training.checkpoint import read_checkpoint, write_checkpoint
+from trainer.training.checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
 
 
 def alike(one: Any, other: Any) -> bool:
@@ -30,10 +32,9 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     }
     state = {
         "optimizer": {"state": moments, "param_groups": [{"lr": 0.1, "params": [0, 1, 2, 3]}]},
-        "draws": [{"torch": torch.get_rng_state(), "python": (3, (1, 2), None)}],
+        "rng": [{"torch": torch.get_rng_state(), "python": (3, (1, 2), None)}],
         "parts": {
             "ema": {"steps": 7, "averaged": {"a.b": torch.randn(2, 2, dtype=torch.bfloat16)}},
-            "large": torch.randn(checkpoint.SMALL + 1),
             "turned": torch.randn(4, 3).t(),
             "empty": torch.zeros(0, 5),
             "flags": torch.tensor([True, False]),
@@ -46,3 +47,14 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     assert alike(found, weights) and alike(read, state)
     alone = read["optimizer"]["state"][0]["exp_avg"].untyped_storage().nbytes()
     assert alone == 3 * 4  # none keeps the others in memory
+
+
+@pytest.mark.parametrize("tidy", [False, True])
+def test_an_earlier_format_is_refused_and_stays_as_it_is(tmp_path: Path, tidy: bool) -> None:
+    made = write_checkpoint(tmp_path, {"w": torch.ones(2)}, {}, {"step": 3, "micro_step": 6})
+    manifest = {**made.manifest, "format": "attention-trainer-checkpoint-1"}
+    sealed = {**manifest, "sha256": checkpoint._seal(manifest)}
+    (made.folder / "manifest.json").write_text(json.dumps(sealed))
+    with pytest.raises(ValueError, match="step-000003 is a checkpoint of an earlier version"):
+        newest_checkpoint(tmp_path, print, tidy=tidy)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]

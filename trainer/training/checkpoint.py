@@ -1,15 +1,11 @@
-"""Checkpoints that are whole or not there: a folder each, written beside its name and renamed.
+"""Checkpoints, a folder each. A folder gets its final name only when it is complete.
 
-    checkpoints/step-000120/weights.safetensors   what the base cannot give back, by name
-                            state.pt              optimiser, EMA, place in the run; plain tensors
+    checkpoints/step-000120/weights.safetensors   trained and kept tensors, by name
+                            state.pt              optimiser, EMA, counters, random number generators
                             manifest.json         bytes and sha256 of both, versions, ranks, parent
 
-Every file and both folders are on the disk before the name is. A folder under its final name that
-does not match its manifest was damaged later; it is never loaded.
-
-A run waits for all of that. An adapter has hundreds of small tensors and few bytes, so the time is
-in the tensors, 0.1 ms each in `torch.save`, and in waiting for the disk file by file: small tensors
-of the state are laid end to end in one, and the files are waited for together.
+All files are flushed to the disk (`fsync`) before the folder is renamed. A folder under its final
+name that does not match its manifest was damaged afterwards; it is never loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +13,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import pickle
 import platform
@@ -38,12 +33,12 @@ from torch import Tensor
 
 from trainer.common.exit_codes import DAMAGED, LeaveError
 
-CHECKPOINT_FORMAT = "attention-trainer-checkpoint-1"
+CHECKPOINT_FORMAT = "attention-trainer-checkpoint-2"
+EARLIER_FORMATS = ("attention-trainer-checkpoint-1",)
 WEIGHTS, STATE, MANIFEST = "weights.safetensors", "state.pt", "manifest.json"
 CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
 LIBRARIES = ("torch", "lightning", "safetensors")
 SPARE = 2**20  # bytes left free beside a checkpoint, and a tenth of it
-SMALL = 2**14  # values: tensors of at most so many are kept end to end
 
 
 class DamagedError(ValueError):
@@ -52,7 +47,7 @@ class DamagedError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. manifest: what `write` was told, and what it added."""
+    """A verified checkpoint. manifest: the facts given to `write_checkpoint`, and what it added."""
 
     folder: Path
     manifest: Mapping[str, Any]
@@ -64,18 +59,23 @@ class Checkpoint:
 
     @property
     def micro_step(self) -> int:
-        """Micro-batches trained: where the data goes on."""
+        """Micro-batches trained: the data resumes at this one."""
         return int(self.manifest["micro_step"])
 
 
 def write_checkpoint(
     root: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> Checkpoint:
-    """Writes `root/step-<facts["step"]>`; one of the same name is replaced by it.
+    """Writes `root/step-<facts["step"]>`, and replaces an earlier folder of that name.
+
+    Args:
+        weights: tensors by name.
+        state: tensors and plain values in nested mappings and lists.
+        facts: plain values for the manifest; `step` and `micro_step` are required.
 
     Raises:
-        OSError: it was not written, and nothing else has changed. ENOSPC also where the disk has
-            no room for it, before a byte is written.
+        OSError: the checkpoint was not written, and nothing else has changed. Its errno is ENOSPC
+            if the disk has too little room, which is checked before the first byte is written.
     """
     root.mkdir(parents=True, exist_ok=True)
     _check_room(root, size_of(weights) + size_of(state))
@@ -102,7 +102,7 @@ def write_checkpoint(
 
 
 def every_checkpoint(root: Path) -> list[Path]:
-    """All checkpoints of a run, the newest first, whole or not."""
+    """The folders of all checkpoints of a run, newest first; damaged ones are included."""
     found = [
         path
         for path in root.glob("step-*")
@@ -114,14 +114,16 @@ def every_checkpoint(root: Path) -> list[Path]:
 def newest_checkpoint(
     root: Path, say: Callable[[str], None], tidy: bool = False
 ) -> Checkpoint | None:
-    """The newest checkpoint that is whole; `say` hears of each damaged one that is passed over.
+    """The newest checkpoint that is complete and undamaged, or None if there is no checkpoint.
 
-    tidy: damaged ones are set aside as `step-<step>.damaged`, and what a killed run left half
-    written is removed; only one process may do that.
+    Args:
+        say: is called with one sentence for each damaged checkpoint that is skipped.
+        tidy: rename damaged checkpoints to `step-<step>.damaged`, and remove what a killed run
+            left half written. Only one process may do that.
 
     Raises:
-        LeaveError: there are checkpoints, and none is whole.
-        ValueError: there is one of an earlier version.
+        LeaveError: all checkpoints are damaged.
+        ValueError: an earlier version of the trainer wrote one in a format not read any more.
     """
     if tidy:
         for left in root.glob(".step-*"):
@@ -131,7 +133,7 @@ def newest_checkpoint(
         try:
             found = verified(folder)
         except DamagedError as error:
-            say(f"checkpoint {folder} is damaged and passed over: {error}")
+            say(f"checkpoint {folder} is damaged and is skipped: {error}")
             continue
         if tidy:
             _set_aside(folders[:number])
@@ -139,22 +141,20 @@ def newest_checkpoint(
     if folders:
         raise LeaveError(
             DAMAGED,
-            f"none of the {len(folders)} checkpoints in {root} is whole, so the run cannot go on; "
+            f"all {len(folders)} checkpoints in {root} are damaged, so the run cannot resume; "
             "remove that folder to train from the start",
         )
     if (root / "last.ckpt").is_file():
-        raise ValueError(
-            f"{root / 'last.ckpt'} is a checkpoint of an earlier version, which cannot be gone on "
-            "with; finish the run with that version, or choose another run.id"
-        )
+        raise _too_old(root / "last.ckpt")
     return None
 
 
 def verified(folder: Path) -> Checkpoint:
-    """The checkpoint, after every byte of it was read.
+    """The checkpoint in `folder`, after every byte of it was read and compared with its manifest.
 
     Raises:
-        DamagedError: a part is missing, shorter or longer, or has changed.
+        DamagedError: a file is missing, has another size, or has changed.
+        ValueError: an earlier version of the trainer wrote it, in a format not read any more.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -162,10 +162,12 @@ def verified(folder: Path) -> Checkpoint:
         raise DamagedError(f"{MANIFEST} is missing or not readable") from None
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _seal(manifest):
         raise DamagedError(f"{MANIFEST} has changed")
+    if manifest.get("format") in EARLIER_FORMATS:
+        raise _too_old(folder)
     if manifest.get("format") != CHECKPOINT_FORMAT or f"step-{manifest['step']:06d}" != folder.name:
         raise DamagedError(
-            f"{MANIFEST} is of {manifest.get('format')}, step {manifest.get('step')}; "
-            f"{CHECKPOINT_FORMAT} of the step in its name is read here"
+            f"{MANIFEST} has the format {manifest.get('format')} and step {manifest.get('step')}; "
+            f"expected are {CHECKPOINT_FORMAT} and the step in the folder's name"
         )
     for name in (WEIGHTS, STATE):
         _check(folder / name, manifest["files"][name])
@@ -173,10 +175,10 @@ def verified(folder: Path) -> Checkpoint:
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Its weights and its state, on the CPU; no pickled code is run.
+    """The weights and the state of a checkpoint, on the CPU. No pickled code is run.
 
     Raises:
-        LeaveError: the state holds more than tensors and plain values.
+        LeaveError: the state contains something else than tensors and plain values.
     """
     path = checkpoint.folder / STATE
     try:
@@ -184,17 +186,18 @@ def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str
     except pickle.UnpicklingError as error:
         raise LeaveError(
             DAMAGED,
-            f"{path} holds more than tensors and plain values, which no checkpoint does; remove "
-            f"{checkpoint.folder} to go on from the one before",
+            f"{path} contains something else than tensors and plain values, so this trainer did "
+            f"not write it; remove {checkpoint.folder} to resume from the checkpoint before it",
         ) from error
-    return load_file(checkpoint.folder / WEIGHTS), _together(state)
+    return load_file(checkpoint.folder / WEIGHTS), state
 
 
 def prune_checkpoints(root: Path, keep: int, safe: Path) -> None:
-    """Removes all but the `keep` newest, and never `safe`, which has just been verified."""
+    """Removes all checkpoints but the `keep` newest; never removes `safe`."""
     for folder in every_checkpoint(root)[keep:]:
         if folder != safe:
-            gone = folder.with_name(f".{folder.name}.gone")  # never half there under its name
+            # renamed first, so that no half-removed folder ever has the name of a checkpoint
+            gone = folder.with_name(f".{folder.name}.gone")
             os.replace(folder, gone)
             shutil.rmtree(gone, ignore_errors=True)
 
@@ -224,6 +227,13 @@ def _check(path: Path, facts: Mapping[str, Any]) -> None:
             raise DamagedError(f"{path.name} has changed: its sha256 is not the manifest's")
 
 
+def _too_old(place: Path) -> ValueError:
+    return ValueError(
+        f"{place} is a checkpoint of an earlier version of the trainer, in a format that this "
+        "version does not read; finish the run with that version, or choose another run.id"
+    )
+
+
 def _check_room(root: Path, needed: int) -> None:
     needed += needed // 10 + SPARE
     free = shutil.disk_usage(root).free
@@ -237,7 +247,7 @@ def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
         save_file(
             {name: value.detach().cpu().contiguous() for name, value in weights.items()}, path
         )
-    except SafetensorError as error:  # a full disk, said in a way of its own
+    except SafetensorError as error:  # how safetensors reports a full disk
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from None
 
@@ -245,60 +255,22 @@ def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
 def _write_state(path: Path, state: Mapping[str, Any]) -> None:
     try:
         with path.open("wb") as file:
-            torch.save(_apart(state), file)
-    except RuntimeError as error:  # torch stumbles once more over what the write has raised
+            torch.save(dict(state), file)
+    except RuntimeError as error:  # torch raises this on top of the error of the write itself
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
 
 
-def _apart(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state with its small tensors end to end under `small`, one tensor of each type, and where
-    they were under `places`: path, type and shape of each, as text."""
-    values: dict[str, list[Tensor]] = {}
-    places: list[tuple[tuple[Any, ...], str, list[int]]] = []
-
-    def without(tree: Any, path: tuple[Any, ...]) -> Any:
-        if isinstance(tree, Mapping):
-            return {key: without(value, (*path, key)) for key, value in tree.items()}
-        if isinstance(tree, list):
-            return [without(value, (*path, i)) for i, value in enumerate(tree)]
-        if not isinstance(tree, Tensor) or tree.numel() > SMALL or not tree.is_contiguous():
-            return tree
-        kind = str(tree.dtype)
-        values.setdefault(kind, []).append(tree.detach().cpu().flatten())
-        places.append((path, kind, list(tree.shape)))
-        return None
-
-    large = without(state, ())
-    small = {kind: torch.cat(those) for kind, those in values.items()}
-    return {**large, "small": small, "places": json.dumps(places)}
-
-
-def _together(state: dict[str, Any]) -> dict[str, Any]:
-    """What `_apart` was given."""
-    small, taken = state.pop("small", {}), dict[str, int]()
-    for path, kind, shape in json.loads(state.pop("places", "[]")):
-        start = taken.get(kind, 0)
-        taken[kind] = start + math.prod(shape)
-        *above, last = path
-        tree: Any = state
-        for key in above:
-            tree = tree[key]
-        tree[last] = small[kind][start : taken[kind]].view(shape).clone()
-    return state
-
-
 def _facts(path: Path) -> dict[str, Any]:
-    """Bytes and sha256 of a file, as they are read back."""
+    """Size in bytes and sha256 of a file, read back from the disk."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def _sync(paths: Sequence[Path]) -> None:
-    """Waits for files and folders to be on the disk, for all at once: a file system writes down
-    together what is asked of it together."""
+    """Flushes files and folders to the disk, in parallel: the file system can then merge writes."""
     with ThreadPoolExecutor(len(paths)) as pool:
         list(pool.map(_sync_one, paths))
 

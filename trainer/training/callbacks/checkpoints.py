@@ -1,9 +1,8 @@
-"""Saves and restores a run: what `checkpoint.py` keeps in a folder, taken from and given back to
-Lightning's loop.
+"""Saves a run's state to the folders of `checkpoint.py`, and restores it from them.
 
-The place a checkpoint stands for is always the end of an optimiser step. A resumed run has, from
-there on, the weights, moments, average and draws of one that never stopped, bit for bit, where
-software, ranks and devices are the same.
+A checkpoint always holds the state at the end of an optimiser step. A resumed run has the same
+weights, moments, moving average and random numbers as a run that never stopped, bit for bit, if
+software, number of ranks and devices are the same.
 """
 
 from __future__ import annotations
@@ -45,22 +44,23 @@ class Stateful(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
-    """The end of an optimiser step: counters of the loop, and what this rank would draw next."""
+class StepEnd:
+    """The state of the loop at the end of an optimiser step: its counters, and the states of this
+    rank's random number generators."""
 
     step: int
     micro_step: int
     loops: dict[str, Any]
-    draws: dict[str, Any]
+    rng: dict[str, Any]
 
 
 class Checkpoints(lightning.Callback):
-    """A checkpoint every `every` steps, 0 for none, after the last step, and where `save` is
-    called; the `keep` newest stay.
+    """Writes a checkpoint every `every` steps (0: never), after the last step, and when `save` is
+    called; keeps the `keep` newest.
 
-    found: where this run goes on. parts: by name, saved beside weights and optimiser. facts: kept
-    in every manifest. on_full: what a save that cannot be written does to the run. say: hears of
-    it, on the first rank.
+    found: the checkpoint to resume from. facts: plain values for every manifest. on_full: whether
+    the run stops or continues when a checkpoint cannot be written. say: prints a line, on the
+    first rank. The attribute `parts` has further objects to save and restore, by name.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class Checkpoints(lightning.Callback):
         self.every, self.keep, self.found, self.facts = every, keep, found, dict(facts)
         self.on_full, self.hang, self.ema, self.say = on_full, hang, ema, say
         self.parts: dict[str, Stateful] = {"ema": ema} if ema else {}
-        self.place: Place | None = None
+        self.end: StepEnd | None = None
         self.saved = self.tried = found.step if found else 0
         self.parent = found.folder.name if found else None
-        self._draws: dict[str, Any] | None = None
+        self._rng: dict[str, Any] | None = None
 
     def on_fit_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -97,14 +97,14 @@ class Checkpoints(lightning.Callback):
             state = self._load(trainer, pl_module, self.found)
             trainer.lr_scheduler_configs[0].scheduler.load_state_dict(state["schedule"])
             trainer.fit_loop.load_state_dict(state["loops"])
-            if len(state["draws"]) == trainer.world_size:
-                self._draws = state["draws"][trainer.global_rank]
+            if len(state["rng"]) == trainer.world_size:
+                self._rng = state["rng"][trainer.global_rank]
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        if self._draws is not None:
-            set_draws(self._draws)
+        if self._rng is not None:
+            set_rng_states(self._rng)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any, **__: Any
@@ -118,32 +118,32 @@ class Checkpoints(lightning.Callback):
             problem = self.save(trainer, pl_module)
             if problem and self.on_full == "stop":
                 raise LeaveError(
-                    DISK, f"{problem}\nThe last checkpoint stands; make room and start again"
+                    DISK, f"{problem}\nThe last checkpoint is kept; make room and start again"
                 )
 
     def save(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> str | None:
-        """Writes the last step's end, if it is not written yet; every rank calls this at the same
-        place. Returns what went wrong, on every rank.
+        """Writes the state at the end of the last step, unless it is written already. Every rank
+        must call this. Returns what went wrong, the same on every rank, or None.
 
         Raises:
-            LeaveError: a trained value is no number; nothing was written.
+            LeaveError: a trained value is not finite; nothing was written.
         """
         assert isinstance(pl_module, DiffusionModule)
-        if self.place is None or self.place.step != trainer.global_step:
+        if self.end is None or self.end.step != trainer.global_step:
             self._mark(trainer)
-        assert self.place is not None
-        if self.saved == self.place.step:
+        assert self.end is not None
+        if self.saved == self.end.step:
             return None
         if self.ema is not None:
-            self.ema.take_back(pl_module)  # validation may have the average in the model
+            self.ema.take_back(pl_module)  # during validation the model has averaged weights
         with self.hang.inside("save"):
-            draws = gather(trainer, self.place.draws)
+            rng = gather(trainer, self.end.rng)
             problem = None
             if trainer.is_global_zero:
-                problem = self._write(trainer, pl_module, self.place, draws)
+                problem = self._write(trainer, pl_module, end=self.end, rng=rng)
             problem = trainer.strategy.broadcast(problem)
         if problem is None:
-            self.saved, self.parent = self.place.step, f"step-{self.place.step:06d}"
+            self.saved, self.parent = self.end.step, f"step-{self.end.step:06d}"
             return None
         code, text = problem
         if code == NONFINITE:
@@ -151,11 +151,11 @@ class Checkpoints(lightning.Callback):
         return text
 
     def go_back(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> int:
-        """Weights, optimiser and average of the newest checkpoint; the loop, the lr and the data
-        stay where they are. Returns its step.
+        """Restores weights, optimiser and moving average from the newest checkpoint. The loop, the
+        learning rate and the data continue from the present step. Returns the checkpoint's step.
 
         Raises:
-            LeaveError: there is none.
+            LeaveError: there is no checkpoint.
         """
         found = newest_checkpoint(self.root, self.say)
         if found is None:
@@ -169,7 +169,12 @@ class Checkpoints(lightning.Callback):
     def _mark(self, trainer: lightning.Trainer) -> None:
         micro_step = trainer.fit_loop.epoch_loop.batch_progress.total.ready
         loops = trainer.fit_loop.state_dict()
-        self.place = Place(trainer.global_step, micro_step, loops, get_draws(trainer))
+        self.end = StepEnd(
+            step=trainer.global_step,
+            micro_step=micro_step,
+            loops=loops,
+            rng=get_rng_states(trainer),
+        )
 
     def _load(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, found: Checkpoint
@@ -198,46 +203,46 @@ class Checkpoints(lightning.Callback):
         self,
         trainer: lightning.Trainer,
         module: DiffusionModule,
-        place: Place,
-        draws: list[dict[str, Any]],
+        end: StepEnd,
+        rng: list[dict[str, Any]],
     ) -> tuple[int, str] | None:
-        """What went wrong: an exit code and a sentence."""
+        """Returns None, or what went wrong: an exit code and a sentence."""
         weights = module.stored()
-        if unsound := _unsound(weights):
+        if nonfinite := _not_finite(weights):
             return NONFINITE, (
-                f"{unsound[0]} holds values that are not finite after step {place.step}, "
-                f"{len(unsound)} tensors in all; nothing was saved, the last checkpoint stands"
+                f"{nonfinite[0]} holds values that are not finite after step {end.step}, "
+                f"{len(nonfinite)} tensors in all; nothing was saved, the last checkpoint is kept"
             )
         optimizer = trainer.optimizers[0]
         state = {
-            "loops": place.loops,
-            "draws": draws,
+            "loops": end.loops,
+            "rng": rng,
             "optimizer": optimizer.state_dict(),
             "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
         facts = {
-            "step": place.step,
-            "micro_step": place.micro_step,
+            "step": end.step,
+            "micro_step": end.micro_step,
             "world_size": trainer.world_size,
             "optimizer": type(optimizer).__name__,
             "parent": self.parent,
             **self.facts,
         }
         try:
-            made = write_checkpoint(self.root, weights, state, facts)
+            made = write_checkpoint(self.root, weights=weights, state=state, facts=facts)
         except OSError as error:
             full = "the disk is full: " if error.errno in FULL else ""
-            text = f"the checkpoint of step {place.step} was not written: {full}{error}"
+            text = f"the checkpoint of step {end.step} was not written: {full}{error}"
             self.say(text)
-            note_event(self.folder, "save_failed", step=place.step, reason=str(error))
+            note_event(self.folder, "save_failed", step=end.step, reason=str(error))
             return DISK, text
         prune_checkpoints(self.root, self.keep, made.folder)
         return None
 
 
 def gather(trainer: lightning.Trainer, own: Any) -> list[Any]:
-    """The plain value of every rank, on every rank."""
+    """The values of all ranks in order, on every rank; `own` is this rank's plain value."""
     if trainer.world_size == 1:
         return [own]
     everyone: list[Any] = [None] * trainer.world_size
@@ -245,39 +250,41 @@ def gather(trainer: lightning.Trainer, own: Any) -> list[Any]:
     return everyone
 
 
-def get_draws(trainer: lightning.Trainer) -> dict[str, Any]:
-    """The states of this rank's random number generators, as torch reads them with weights_only."""
-    legacy = np.random.get_state(legacy=False)
-    place = {**legacy["state"], "key": torch.from_numpy(legacy["state"]["key"].astype(np.int64))}
-    draws = {
+def get_rng_states(trainer: lightning.Trainer) -> dict[str, Any]:
+    """The states of this rank's random number generators, in types that `torch.load` reads with
+    weights_only."""
+    found = np.random.get_state(legacy=False)
+    inner = {**found["state"], "key": torch.from_numpy(found["state"]["key"].astype(np.int64))}
+    states = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": {**legacy, "state": place},
+        "numpy": {**found, "state": inner},
     }
     device = trainer.strategy.root_device
-    return draws | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def set_draws(draws: Mapping[str, Any]) -> None:
-    torch.set_rng_state(draws["torch"])
-    version, numbers, gauss = draws["python"]
+def set_rng_states(states: Mapping[str, Any]) -> None:
+    """The inverse of `get_rng_states`."""
+    torch.set_rng_state(states["torch"])
+    version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
-    place = draws["numpy"]["state"]
-    place = {**place, "key": place["key"].numpy().astype(np.uint32)}
-    np.random.set_state({**draws["numpy"], "state": place})
-    if "cuda" in draws and torch.cuda.is_available():
-        torch.cuda.set_rng_state(draws["cuda"])
+    inner = states["numpy"]["state"]
+    inner = {**inner, "key": inner["key"].numpy().astype(np.uint32)}
+    np.random.set_state({**states["numpy"], "state": inner})
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _validates(trainer: lightning.Trainer) -> bool:
-    """Whether the validation loss is taken after this micro-batch."""
+    """Whether validation runs after this micro-batch."""
     interval = trainer.val_check_batch
     seen = trainer.fit_loop.epoch_loop.batch_progress.total.ready
     return bool(trainer.enable_validation and interval and seen % interval == 0)
 
 
-def _unsound(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of those that hold values that are not finite."""
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors with values that are not finite (NaN or infinite)."""
     real = {name: value.detach() for name, value in tensors.items() if value.is_floating_point()}
     if torch.isfinite(torch.nn.utils.get_total_norm(list(real.values()), float("inf"))):
         return []
@@ -286,12 +293,12 @@ def _unsound(tensors: Mapping[str, Tensor]) -> list[str]:
 
 @torch.no_grad()
 def _fill(own: Mapping[str, Tensor], stored: Mapping[str, Tensor], folder: Path) -> None:
-    """Copies by name, after the names and shapes were compared both ways."""
+    """Copies `stored` into `own` by name. Raises ValueError unless names and shapes agree."""
     missing, extra = sorted(set(own) - set(stored)), sorted(set(stored) - set(own))
     if missing or extra:
         raise ValueError(
             f"{folder} is a checkpoint of another recipe: it lacks {missing[:3] or 'nothing'}, and "
-            f"has unasked {extra[:3] or 'nothing'}"
+            f"has {extra[:3] or 'nothing'} that this recipe does not train"
         )
     for name, tensor in own.items():
         if tensor.shape != stored[name].shape:
