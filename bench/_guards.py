@@ -19,11 +19,11 @@ from trainer.config.load import load_recipe
 from trainer.data.loader import Planned, loader
 from trainer.methods.apply import apply_methods
 from trainer.training.build import latents, module_of, needs, step_plan
+from trainer.training.callbacks.backend_report import BackendReport
 from trainer.training.callbacks.checkpoints import Checkpoints
 from trainer.training.callbacks.ema import EMA
 from trainer.training.callbacks.hang import HangGuard
 from trainer.training.callbacks.progress import Bar
-from trainer.training.callbacks.ran import Ran
 from trainer.training.callbacks.signals import Signals
 from trainer.training.callbacks.watch import Watch
 from trainer.training.console import console
@@ -75,7 +75,7 @@ class Loop:
         clock, signals = Clock(), Signals(False)
         own = callbacks(self.recipe, folder, self._ema(), None, signals, self.items.dataset)
         with signals:
-            self._fit(folder, [clock, Ran(lambda: None), *own])
+            self._fit(folder, [clock, BackendReport(lambda: None), *own])
         return clock, own
 
     def bare(self, folder: Path) -> Clock:

@@ -24,12 +24,12 @@ from trainer.config.schema import Recipe
 from trainer.data.source import Dataset, shape_of_clips
 from trainer.methods.apply import Plan
 from trainer.runs.run_folder import differing_keys, note_event, recipe_header, write_text
+from trainer.training.callbacks.backend_report import BackendReport
 from trainer.training.callbacks.checkpoints import Checkpoints
 from trainer.training.callbacks.ema import EMA
 from trainer.training.callbacks.hang import HangGuard, vanish
 from trainer.training.callbacks.preview import Preview
 from trainer.training.callbacks.progress import Bar
-from trainer.training.callbacks.ran import Ran
 from trainer.training.callbacks.signals import Signals, keep_lightning_out
 from trainer.training.callbacks.trackers import make_trackers
 from trainer.training.callbacks.watch import Watch
@@ -60,7 +60,7 @@ def launch(
     it decides device and precision."""
     signals = Signals(first_rank())
     ema = EMA(recipe.optim.ema) if recipe.optim.ema else None
-    ran = Ran(partial(report_backends, plan, folder, console=console))
+    ran = BackendReport(partial(report_backends, plan, folder, console=console))
     own = callbacks(recipe, folder, ema=ema, found=found, signals=signals, train=train)
     trainer = make_trainer(recipe, folder, backbone=backbone, callbacks=[ran, *own])
     return Launch(trainer, signals, ema)
