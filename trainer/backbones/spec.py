@@ -26,26 +26,37 @@ class DenoiserSpec(BaseModel):
 
 
 class UNetSpec(DenoiserSpec):
-    """A U-Net made from nothing, of diffusers' blocks: a level for each width, the finest first,
-    on a grid half as wide as the one before.
-
-    layers: residual blocks at each level; the way up has one more. self_attention and
-    cross_attention: the grids, in tokens along an edge, where a transformer block as in Stable
-    Diffusion follows every residual block, with that layer or both; and `mid`, the middle block,
-    which with one has a second residual block, too. zero_init: the transformers add nothing at
-    first (ADM, arXiv 2105.05233). seed: of the weights; layers of one name and size start alike in
-    all networks of one seed.
-    """
+    """A U-Net made from nothing, of diffusers' blocks: a level for each width, the finest first, on
+    a grid half as wide as the one before."""
 
     sample_size: int = Field(16, gt=0, description="latents along an edge")
-    width: tuple[PositiveInt, ...] = Field((64, 128, 128), min_length=1)
-    layers: int = Field(1, gt=0)
-    heads: int = Field(4, gt=0)
-    groups: int = Field(16, gt=0, description="of the group norms")
-    self_attention: tuple[GridPlace, ...] = (16, 8, "mid")
-    cross_attention: tuple[GridPlace, ...] = (16, 8, "mid")
-    zero_init: bool = True
-    seed: int = Field(0, ge=0, lt=2**63)
+    width: tuple[PositiveInt, ...] = Field(
+        (64, 128, 128), min_length=1, description="channels of each level, the finest first"
+    )
+    layers: int = Field(
+        1, gt=0, description="residual blocks of each level; the way up has one more"
+    )
+    heads: int = Field(4, gt=0, description="heads of all attention")
+    groups: int = Field(16, gt=0, description="groups of the group norms")
+    self_attention: tuple[GridPlace, ...] = Field(
+        (16, 8, "mid"),
+        description="grids, in tokens along an edge, where a transformer block with self-attention "
+        "follows every residual block; mid is the middle block, which then has a second residual "
+        "block too",
+    )
+    cross_attention: tuple[GridPlace, ...] = Field(
+        (16, 8, "mid"), description="the same for cross-attention, in the same blocks"
+    )
+    zero_init: bool = Field(
+        True, description="transformer blocks add nothing at first (ADM, arXiv 2105.05233)"
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="of the weights; layers of one name and size start alike in all networks of "
+        "one seed",
+    )
 
     @property
     def grids(self) -> tuple[int, ...]:
@@ -79,20 +90,20 @@ class UNetSpec(DenoiserSpec):
 
 class TransformerSpec(DenoiserSpec):
     """A diffusion transformer made from nothing, as PixArt's: `depth` blocks of `width` channels on
-    one grid of sample_size / patch tokens along an edge, all with self-attention.
-
-    zero_init: attention adds nothing at first; false leaves that to cross-attention alone, as
-    PixArt does. seed: of the weights.
-    """
+    one grid of sample_size / patch tokens along an edge, all with self-attention."""
 
     sample_size: int = Field(16, gt=0, description="latents along an edge")
     patch: int = Field(2, gt=0, description="latents along an edge of a token")
-    width: int = Field(192, gt=0)
-    depth: int = Field(7, gt=0)
-    heads: int = Field(6, gt=0)
-    cross_attention: bool = True
-    zero_init: bool = True
-    seed: int = Field(0, ge=0, lt=2**63)
+    width: int = Field(192, gt=0, description="channels of every block, a multiple of 4")
+    depth: int = Field(7, gt=0, description="blocks")
+    heads: int = Field(6, gt=0, description="heads of all attention")
+    cross_attention: bool = Field(True, description="whether every block reads the text too")
+    zero_init: bool = Field(
+        True,
+        description="all attention adds nothing at first; false leaves that to cross-attention "
+        "alone, as PixArt does (arXiv 2310.00426)",
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="of the weights")
 
     @model_validator(mode="after")
     def _fits(self) -> TransformerSpec:
@@ -109,20 +120,29 @@ class TransformerSpec(DenoiserSpec):
 
 
 class BackboneSpec(Section):
-    """A diffusers folder (`folder`, relative to `data/` when shipped) or a pinned hub checkpoint
-    (`hub`, `revision`). overlay: a folder whose parts stand before those of `folder`, for two
-    backbones that share a VAE and a text encoder. denoiser: the network to make in the place of the
-    folder's; it goes with the VAE and the text encoder there. adapters: of earlier runs, one over
-    the other, which are part of it."""
+    """A pretrained model: a folder in diffusers layout, or a checkpoint of the hub pinned to a
+    commit. What a file in recipes/backbone/ holds."""
 
-    family: str = "sd"
-    folder: str | None = None
-    overlay: str | None = None
-    hub: str | None = None
-    revision: str | None = None
-    scratch: tuple[Literal["unet", "transformer", "vae"], ...] = ()
-    denoiser: SerializeAsAny[DenoiserSpec] | None = None
-    adapters: tuple[str, ...] = ()
+    family: str = Field("sd", description="the file in trainer/backbones/ that loads it")
+    folder: str | None = Field(
+        None, description="the folder, relative to data/ for one that ships; or give hub"
+    )
+    overlay: str | None = Field(
+        None,
+        description="a folder whose parts are taken before those of folder, for backbones that "
+        "share a VAE and a text encoder",
+    )
+    hub: str | None = Field(None, description="the repository on the hub, in place of folder")
+    revision: str | None = Field(None, description="the commit that hub is pinned to")
+    scratch: tuple[Literal["unet", "transformer", "vae"], ...] = Field(
+        (), description="parts that start untrained in place of their stored weights"
+    )
+    denoiser: SerializeAsAny[DenoiserSpec] | None = Field(
+        None, description="the network to make in place of the folder's, see help denoiser"
+    )
+    adapters: tuple[str, ...] = Field(
+        (), description="adapters of earlier runs that are part of it, the first one lowest"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> BackboneSpec:

@@ -17,7 +17,8 @@ from trainer.common.strict import Section
 from trainer.common.suggest import nearest
 from trainer.config.lineage import backbone_names, backbone_spec, lineage_of
 from trainer.config.overrides import parse_words
-from trainer.config.schema import KEYS, SECTIONS, TRACKERS, OptimSpec, Recipe, RecipeError
+from trainer.config.schema import KEYS, SECTIONS, TRACKERS, Recipe, RecipeError
+from trainer.config.sections import OptimSpec
 from trainer.config.tasks import check_tasks, task_overlay
 from trainer.config.tree import merge_trees, read_yaml, refuse_unknown
 from trainer.config.validate import build_section

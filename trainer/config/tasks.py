@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.config.schema import ContinualSpec, Recipe, RecipeError
+from trainer.config.schema import Recipe, RecipeError
+from trainer.config.sections import ContinualSpec
 from trainer.methods.method import Method
 
 

@@ -13,13 +13,14 @@ import hashlib
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator, model_validator
 
 from trainer.common.suggest import nearest
 from trainer.data.prior import Pair, class_images
 from trainer.data.source import Dataset, Needs, Sample, Source
+from trainer.data.source_options import Mirror, OnBad
 from trainer.data.templates import TEMPLATES, render
 from trainer.media.images import list_images, read_folder
 
@@ -42,30 +43,58 @@ UNSEEN = range(505, 521)
 
 
 class Concept(Source):
-    """concept: a folder of photos, or `sprite:<word>` for five scenes of a sprite; token: its new
-    word. Several concepts trained jointly are a list each, as in `concept: [./dog, ./cat]`,
-    `token: [<v1>, <v2>]`, `class_word: [dog, cat]`.
+    """Half of every batch is the concept, or several concepts in equal parts, and half are class
+    images. Several concepts trained jointly are a list of each option, as in
+    `concept: [./dog, ./cat]`, `token: [<v1>, <v2>]`, `class_word: [dog, cat]`."""
 
-    class_word: what it is a kind of, as in `dog`; it follows the token in captions from templates
-    (`a photo of a <v1> dog`) and fills the class prompts where `prior_prompts` is empty. A `.txt`
-    beside a photo is its caption and must hold the token. augment: Custom Diffusion's resizing with
-    its prompt edits and loss mask. prior_images: how many class images; prior_folder: take them
-    from there; prior_weight 0 does without. prior_guidance: the guidance they are painted with, if
-    not the previews'; what is learned from guided images is guided again when it paints.
-    """
-
-    concept: str | tuple[str, ...]
-    token: str | tuple[str, ...] = "<v1>"
-    class_word: str | tuple[str, ...] | None = None
-    augment: bool = True
-    flip: bool = False
-    on_bad: Literal["raise", "skip"] = "raise"
-    prior_images: int = Field(200, ge=0)
-    prior_prompts: tuple[str, ...] = ()
-    prior_folder: Path | None = None
-    prior_weight: float = Field(1.0, ge=0)
-    prior_seed: int = Field(0, ge=0)
-    prior_guidance: float | None = Field(None, ge=0)
+    concept: str | tuple[str, ...] = Field(
+        description="a folder of 4 to 20 photos of one thing, or sprite:<word> for five scenes of "
+        "a sprite of the embedded world; a .txt beside a photo is its caption and must hold the "
+        "token",
+        examples=["./my_dog"],
+    )
+    token: str | tuple[str, ...] = Field(
+        "<v1>", description="the new word for the concept; methods.new_token.tokens names it too"
+    )
+    class_word: str | tuple[str, ...] | None = Field(
+        None,
+        description="what it is a kind of, as in dog: it follows the token in captions (a photo of "
+        "a <v1> dog) and makes the prompts of class images where prior_prompts is empty",
+    )
+    augment: bool = Field(
+        True,
+        description="Custom Diffusion's resizing of photos, with words for it in the caption and a "
+        "loss on the photo alone (arXiv 2212.04488)",
+    )
+    flip: Mirror = False
+    on_bad: OnBad = "raise"
+    prior_images: int = Field(
+        200,
+        ge=0,
+        description="class images that the frozen backbone generates once and the cache keeps "
+        "(200 in Custom Diffusion)",
+    )
+    prior_prompts: tuple[str, ...] = Field(
+        (),
+        description="prompts of the class images, in turn; empty asks for a photo of a "
+        "<class_word>",
+    )
+    prior_folder: Path | None = Field(
+        None, description="a folder of class images to take in place of generated ones"
+    )
+    prior_weight: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the class images in the loss (DreamBooth, arXiv 2208.12242, "
+        "equation 2); 0 does without class images",
+    )
+    prior_seed: int = Field(0, ge=0, description="seed of the class images")
+    prior_guidance: float | None = Field(
+        None,
+        ge=0,
+        description="guidance scale of the class images; null takes preview.guidance. What is "
+        "learned from guided images is guided again in sampling",
+    )
 
     @property
     def words(self) -> tuple[str, ...]:

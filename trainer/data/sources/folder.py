@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator, model_validator
 
 from trainer.data.buckets import arrange, check_step, cover, upright_size
 from trainer.data.held_out import KEEP_BYTES, check_split, is_told
 from trainer.data.source import Dataset, Needs, Sample, Source
+from trainer.data.source_options import Buckets, Mirror, OnBad
 from trainer.media.images import (
     READABLE_IMAGES,
     list_images,
@@ -28,18 +29,21 @@ CHECKED_SIDE = 16  # photos are decoded whole to check them, and only this much 
 
 
 class Folder(Source):
-    """folder: JPEG, PNG or WebP photos, subfolders are not read; template: caption of photos
-    without a .txt; validation: the last so many in natural order are held out; flip: mirror every
-    second time, which makes captions that say left or right wrong and latents uncacheable; buckets:
-    cut to aspect-ratio buckets whose sides are multiples of so many pixels, 0 for squares. Latents
-    of more than one size are not cached."""
+    """Photos of a folder, each with its caption."""
 
-    folder: Path
-    template: str | None = None
-    on_bad: Literal["raise", "skip"] = "raise"
-    validation: int = Field(default=0, ge=0)
-    flip: bool = False
-    buckets: int = Field(default=0, ge=0)
+    folder: Path = Field(
+        description="a folder of JPEG, PNG or WebP photos; subfolders are not read",
+        examples=["./pictures"],
+    )
+    template: str | None = Field(
+        None, description="the caption of photos without a .txt; null refuses such photos"
+    )
+    on_bad: OnBad = "raise"
+    validation: int = Field(
+        0, ge=0, description="photos to hold out for the validation loss, the last by name"
+    )
+    flip: Mirror = False
+    buckets: Buckets = 0
 
     @field_validator("folder")
     @classmethod

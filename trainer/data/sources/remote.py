@@ -13,13 +13,14 @@ import urllib.request
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
 from trainer.data.source import Dataset, Needs, Source
+from trainer.data.source_options import Buckets, OnBad
 from trainer.data.tars.ledger import parse_manifest
 from trainer.data.tars.manifest import MANIFEST
 from trainer.data.tars.reader import check_usable, split
@@ -32,14 +33,17 @@ AGAIN = frozenset((408, 425, 429, 500, 502, 503, 504))
 
 
 class Remote(Source):
-    """url: the folder of shards, with manifest.json in it, as https://host/data; validation: the
-    last so many samples are held out; on_bad: what to do with samples that are incomplete or
-    cannot be decoded; buckets: as in the source `shards`."""
+    """Shards of a web server, as the source `shards` reads them from a disk."""
 
-    url: str
-    validation: int = Field(default=0, ge=0)
-    on_bad: Literal["raise", "skip"] = "raise"
-    buckets: int = Field(default=0, ge=0)
+    url: str = Field(
+        description="the folder of shards on the server, with manifest.json in it",
+        examples=["https://host/data"],
+    )
+    validation: int = Field(
+        0, ge=0, description="samples to hold out for the validation loss, the last ones"
+    )
+    on_bad: OnBad = "raise"
+    buckets: Buckets = 0
 
     @field_validator("url")
     @classmethod

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
 from trainer.data.source import Dataset, Needs, Source
+from trainer.data.source_options import Buckets, OnBad
 from trainer.data.tars.ledger import load_manifest, tars_of
 from trainer.data.tars.reader import check_usable, split
 
@@ -26,16 +27,19 @@ if TYPE_CHECKING:
 
 
 class Shards(Source):
-    """shards: a folder of .tar files, or one; validation: the last so many samples are held out;
-    on_bad: what to do with samples that are incomplete or cannot be decoded; ignore: extensions
-    of members to pass over, as in [cls, npy]; buckets: cut to aspect-ratio buckets whose sides are
-    multiples of so many pixels, 0 for squares. Latents of more than one size are not cached."""
+    """Samples of .tar files in webdataset layout."""
 
-    shards: Path
-    validation: int = Field(default=0, ge=0)
-    on_bad: Literal["raise", "skip"] = "raise"
-    ignore: tuple[str, ...] = ()
-    buckets: int = Field(default=0, ge=0)
+    shards: Path = Field(
+        description="a folder of .tar files, or one of them", examples=["./shards"]
+    )
+    validation: int = Field(
+        0, ge=0, description="samples to hold out for the validation loss, the last ones"
+    )
+    on_bad: OnBad = "raise"
+    ignore: tuple[str, ...] = Field(
+        (), description="extensions of members to leave out, as in [cls, npy]"
+    )
+    buckets: Buckets = 0
 
     @field_validator("shards", mode="before")
     @classmethod

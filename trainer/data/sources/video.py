@@ -20,6 +20,7 @@ from pydantic import Field, field_validator, model_validator
 from trainer.data.held_out import check_split, is_told
 from trainer.data.mixed import Mixed, Stills
 from trainer.data.source import Dataset, Needs, Source
+from trainer.data.source_options import OnBad
 from trainer.data.sources.folder import Folder
 from trainer.data.takes import Clips, Take, Window
 from trainer.data.tars.ledger import load_manifest, tars_of
@@ -30,25 +31,49 @@ from trainer.media.images import ImageError, read_caption
 
 
 class Video(Source):
-    """video: a video, a folder of them, a .tar, or a folder of .tar; prompt: the caption of all,
-    read from nowhere else; frames, stride, fps, start: see above; flip: mirror every second time
-    those whose caption tells no side, which makes latents uncacheable; images: share of the
-    batches that are single frames, or photos of the folder `stills`, captioned as in the source
-    `folder`; validation: the last so many videos are held out; on_bad: what to do with videos that
-    are damaged or too short; ignore: extensions of members of tars to pass over."""
+    """One clip of every video."""
 
-    video: Path
-    prompt: str | None = None
-    frames: int = Field(16, gt=0)
-    stride: int = Field(1, gt=0)
-    fps: float | None = Field(None, gt=0)
-    start: int | Literal["random"] = 0
-    flip: bool = False
-    images: float = Field(0.0, ge=0, lt=1)
-    stills: Path | None = None
-    validation: int = Field(0, ge=0)
-    on_bad: Literal["raise", "skip"] = "raise"
-    ignore: tuple[str, ...] = ()
+    video: Path = Field(
+        description="a video, a folder of them, a .tar, or a folder of .tar", examples=["./clips"]
+    )
+    prompt: str | None = Field(
+        None, description="the caption of all videos; null reads the one beside each"
+    )
+    frames: int = Field(16, gt=0, description="frames of a clip")
+    stride: int = Field(
+        1,
+        gt=0,
+        description="frames of the video, at its average rate, from one of the clip to the next",
+    )
+    fps: float | None = Field(
+        None, gt=0, description="frames a second of the clip, in place of stride"
+    )
+    start: int | Literal["random"] = Field(
+        0,
+        description="the first frame of the clip, counted from 0, or random for another one at "
+        "every use",
+    )
+    flip: bool = Field(
+        False,
+        description="mirror clips every second time, except those whose caption names a side; "
+        "latents then cannot be cached",
+    )
+    images: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the batches that are images: single frames, or photos of stills",
+    )
+    stills: Path | None = Field(
+        None, description="a folder of photos for images, captioned as in the source folder"
+    )
+    validation: int = Field(
+        0, ge=0, description="videos to hold out for the validation loss, the last ones"
+    )
+    on_bad: OnBad = "raise"
+    ignore: tuple[str, ...] = Field(
+        (), description="extensions of members of .tar files to leave out, as in [cls, npy]"
+    )
 
     @field_validator("prompt")
     @classmethod

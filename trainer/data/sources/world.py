@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from trainer.data.source import Dataset, Needs, Sample, Source
+from trainer.data.source_options import Sprites, WorldSeed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,13 +18,12 @@ HELD_OUT_SEED = 1_000_003  # added to the seed for validation scenes, which trai
 
 
 class World(Source):
-    """count: scenes to train on; sprites: which of them; validation: unseen scenes for the
-    validation loss."""
+    """Scenes of sprites whose words, boxes and relations are known."""
 
-    count: int = Field(20_000, gt=0)
-    sprites: Literal["known", "held_out", "all"] = "known"
-    seed: int = Field(0, ge=0)
-    validation: int = Field(128, ge=0)
+    count: int = Field(20_000, gt=0, description="scenes to train on")
+    sprites: Sprites = "known"
+    seed: WorldSeed = 0
+    validation: int = Field(128, ge=0, description="unseen scenes for the validation loss")
 
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
         held_out = Scenes(

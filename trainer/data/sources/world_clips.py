@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator, model_validator
 
 from trainer.data.source import Dataset, Needs, Sample, Source
+from trainer.data.source_options import Sprites, WorldSeed
 from trainer.data.sources.world import HELD_OUT_SEED
 
 if TYPE_CHECKING:
@@ -16,20 +17,24 @@ if TYPE_CHECKING:
 
 
 class WorldClips(Source):
-    """count: clips to train on; frames: of each; fps: frames a second of its one second, null to
-    spread them over all of it; sprites: which of them; motion: of all of them, one object each,
-    as in `moving left`, or several motions that take turns, null for clips of every kind; images:
-    share of the batches that are scenes, as from the source `world`; validation: unseen clips for
-    the validation loss."""
+    """Clips, one second long, of sprites that move."""
 
-    count: int = Field(4_000, gt=0)
-    frames: int = Field(8, gt=0)
-    fps: float | None = Field(None, gt=0)
-    sprites: Literal["known", "held_out", "all"] = "known"
-    motion: str | tuple[str, ...] | None = None
-    seed: int = Field(0, ge=0)
-    images: float = Field(0.0, ge=0, lt=1)
-    validation: int = Field(128, ge=0)
+    count: int = Field(4_000, gt=0, description="clips to train on")
+    frames: int = Field(8, gt=0, description="frames of a clip")
+    fps: float | None = Field(
+        None, gt=0, description="frames a second; null spreads the frames over the whole second"
+    )
+    sprites: Sprites = "known"
+    motion: str | tuple[str, ...] | None = Field(
+        None,
+        description="the motion of all clips, of one object each, as in moving left, or several "
+        "motions that take turns; null for clips of every kind",
+    )
+    seed: WorldSeed = 0
+    images: float = Field(
+        0.0, ge=0, lt=1, description="share of the batches that are scenes of the source world"
+    )
+    validation: int = Field(128, ge=0, description="unseen clips for the validation loss")
 
     @field_validator("motion")
     @classmethod
