@@ -29,8 +29,8 @@ from trainer.cli.sample import slug
 from trainer.common import secrets
 from trainer.common.exit_codes import DAMAGED
 from trainer.config.header import HEADER, read_header
+from trainer.config.run_section import RunSpec
 from trainer.config.schema import RecipeError
-from trainer.config.sections import RunSpec
 from trainer.config.validate import build_section
 from trainer.data.source import Needs
 from trainer.data.sources.shards import Shards

@@ -123,25 +123,27 @@ class BackboneSpec(Section):
     """A pretrained model: a folder in diffusers layout, or a checkpoint of the hub pinned to a
     commit. What a file in recipes/backbone/ holds."""
 
-    family: str = Field("sd", description="the file in trainer/backbones/ that loads it")
+    family: str = Field(default="sd", description="the file in trainer/backbones/ that loads it")
     folder: str | None = Field(
-        None, description="the folder, relative to data/ for one that ships; or give hub"
+        default=None, description="the folder, relative to data/ for one that ships; or give hub"
     )
     overlay: str | None = Field(
-        None,
+        default=None,
         description="a folder whose parts are taken before those of folder, for backbones that "
         "share a VAE and a text encoder",
     )
-    hub: str | None = Field(None, description="the repository on the hub, in place of folder")
-    revision: str | None = Field(None, description="the commit that hub is pinned to")
+    hub: str | None = Field(
+        default=None, description="the repository on the hub, in place of folder"
+    )
+    revision: str | None = Field(default=None, description="the commit that hub is pinned to")
     scratch: tuple[Literal["unet", "transformer", "vae"], ...] = Field(
-        (), description="parts that start untrained in place of their stored weights"
+        default=(), description="parts that start untrained in place of their stored weights"
     )
     denoiser: SerializeAsAny[DenoiserSpec] | None = Field(
-        None, description="the network to make in place of the folder's, see help denoiser"
+        default=None, description="the network to make in place of the folder's, see help denoiser"
     )
     adapters: tuple[str, ...] = Field(
-        (), description="adapters of earlier runs that are part of it, the first one lowest"
+        default=(), description="adapters of earlier runs that are part of it, the first one lowest"
     )
 
     @model_validator(mode="after")

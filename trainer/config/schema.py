@@ -7,13 +7,13 @@ from typing import Any
 
 from trainer.backbones.spec import BackboneSpec
 from trainer.common.strict import Section
+from trainer.config.run_section import RunSpec
 from trainer.config.sections import (
     ContinualSpec,
     EvaluateSpec,
     ObjectiveSpec,
     OptimSpec,
     PreviewSpec,
-    RunSpec,
 )
 from trainer.data.source import Source
 from trainer.methods.method import Method

@@ -1,17 +1,16 @@
-"""The sections of a recipe: one frozen record each, every key with its type, range, default and
-meaning, which `python -m trainer help <section>` prints."""
+"""The sections of a recipe but `run`: one frozen record each, every key with its type, range,
+default and meaning, which `python -m trainer help <section>` prints."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
 from trainer.common.strict import Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Seconds = Annotated[float, Field(ge=0)]
 
 
 class ObjectiveSpec(Section):
@@ -122,131 +121,6 @@ class OptimSpec(Section):
     def frozen(self) -> tuple[str, ...]:
         """Methods whose parameters do not train."""
         return tuple(method for method, lr in self.lrs.items() if lr == 0)
-
-
-class RunSpec(Section):
-    """How long, how much at once, on which devices, and what is written where."""
-
-    steps: int = Field(1000, gt=0, description="optimiser steps of the run")
-    batch_size: int = Field(
-        4,
-        gt=0,
-        description="samples at once, over all devices and nodes together, which share them",
-    )
-    accumulate: int = Field(
-        1, gt=0, description="batches whose gradients one optimiser step adds up"
-    )
-    seed: int = Field(
-        0, ge=0, lt=2**63, description="of data order, noise, timesteps and starting weights"
-    )
-    resolution: int | None = Field(
-        None, ge=16, description="side of the pictures in pixels; null is that of the backbone"
-    )
-    device: str = Field(
-        "auto",
-        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
-        description="auto takes a CUDA GPU, then Apple's, then the CPU; cuda:1 is the second GPU",
-    )
-    accelerator: Literal["auto", "cpu", "cuda"] | None = Field(
-        None, description="the earlier name of run.device, still read"
-    )
-    devices: int = Field(1, gt=0, description="devices on each node, one process each")
-    nodes: int = Field(1, gt=0, description="machines that train together; see slurm/")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto",
-        description="of frozen weights and of what is computed; what trains is always fp32. auto: "
-        "as the backbone's weights were published, and fp32 on a CPU",
-    )
-    workers: int = Field(
-        0, ge=0, description="processes that load data for each device; 0 loads in the training one"
-    )
-    gradient_checkpointing: bool = Field(
-        False,
-        description="calculate activations again in the backward pass, which takes less memory and "
-        "more time",
-    )
-    channels_last: bool = Field(
-        False, description="memory layout in which convolutions are faster on GPUs"
-    )
-    compile: bool = Field(
-        False, description="compile the denoiser with torch.compile; the first step takes minutes"
-    )
-    cache_latents: bool = Field(
-        True, description="encode pictures that never change once and keep their latents on disk"
-    )
-    validate_every: int = Field(
-        200, ge=0, description="steps between validation losses; 0 for none"
-    )
-    checkpoint_every: int = Field(
-        500, ge=0, description="steps between checkpoints; 0 writes one only when a run ends early"
-    )
-    checkpoint_keep: int = Field(2, gt=0, description="checkpoints that stay, the newest")
-    on_disk_full: Literal["stop", "continue"] = Field(
-        "stop", description="what a checkpoint that cannot be written does to the run"
-    )
-    on_nonfinite: Literal["raise", "skip", "rollback"] = Field(
-        "raise",
-        description="what a loss or gradient that is NaN or infinite does: end the run, leave out "
-        "the step, or also return to the last checkpoint",
-    )
-    nonfinite_in_a_row: int = Field(
-        3, gt=0, description="steps in a row that skip or rollback leave out before the run ends"
-    )
-    nonfinite_total: int = Field(
-        20, gt=0, description="steps in all that skip or rollback leave out before the run ends"
-    )
-    timeouts: dict[Literal["data", "step", "validate", "save", "preview"], Seconds] = Field(
-        default_factory=dict,
-        description="seconds after which a part of the loop counts as hung and the run ends, as in "
-        "{step: 600}; without one 600 for data and 1800 for each other, 0 for never",
-    )
-    log_every: int = Field(10, gt=0, description="steps between logged losses")
-    out: Path = Field(Path("runs"), description="folder in which runs/<recipe>/<id> is made")
-    id: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="name of the run folder; a run of this name resumes. null makes one from the "
-        "time",
-    )
-    start_from: Path | None = Field(
-        None, description="a run or its adapter, whose trained tensors this run continues from"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _earlier_name(cls, values: Any) -> Any:
-        """Recipes and adapters made before `device` say `accelerator`."""
-        if isinstance(values, dict) and (earlier := values.get("accelerator")) is not None:
-            if values.get("device", earlier) != earlier:
-                raise ValueError(
-                    f"device={values['device']} and accelerator={earlier} name two devices; leave "
-                    "accelerator out"
-                )
-            return {**values, "device": earlier}
-        return values
-
-    @model_validator(mode="after")
-    def _one_numbered_device(self) -> RunSpec:
-        if ":" in self.device and self.devices > 1:
-            raise ValueError(
-                f"device={self.device} is one GPU, and run.devices={self.devices}; give "
-                "run.device=cuda for several"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _divides(self) -> RunSpec:
-        if self.batch_size % (self.devices * self.nodes):
-            ranks = self.devices * self.nodes
-            raise ValueError(
-                f"batch_size={self.batch_size} does not divide by run.devices x run.nodes = "
-                f"{ranks}; give a multiple of {ranks}"
-            )
-        if self.on_nonfinite == "rollback" and not self.checkpoint_every:
-            raise ValueError(
-                "on_nonfinite=rollback goes back to a checkpoint; set run.checkpoint_every"
-            )
-        return self
 
 
 class PreviewSpec(Section):

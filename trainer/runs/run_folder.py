@@ -27,8 +27,8 @@ from typing import Any
 
 from trainer.common.atomic import written_whole
 from trainer.config.header import read_header
+from trainer.config.run_section import RunSpec
 from trainer.config.schema import Recipe
-from trainer.config.sections import RunSpec
 
 WHERE = ("id", "out", "start_from")
 SAME_SECTIONS = ("backbone", "denoiser", "data", "methods", "objective", "optim")

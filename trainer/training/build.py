@@ -18,7 +18,8 @@ from trainer.backbones.backbone import Backbone
 from trainer.backbones.placement import Placement, choose_placement, place
 from trainer.common.paths import cache_folder
 from trainer.config.header import file_of
-from trainer.config.schema import Recipe, RunSpec
+from trainer.config.run_section import RunSpec
+from trainer.config.schema import Recipe
 from trainer.data import cache
 from trainer.data.buckets import Bucketed
 from trainer.data.loader import Fixed, Planned

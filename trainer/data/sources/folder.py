@@ -36,11 +36,11 @@ class Folder(Source):
         examples=["./pictures"],
     )
     template: str | None = Field(
-        None, description="the caption of photos without a .txt; null refuses such photos"
+        default=None, description="the caption of photos without a .txt; null refuses such photos"
     )
     on_bad: OnBad = "raise"
     validation: int = Field(
-        0, ge=0, description="photos to hold out for the validation loss, the last by name"
+        default=0, ge=0, description="photos to hold out for the validation loss, the last by name"
     )
     flip: Mirror = False
     buckets: Buckets = 0
