@@ -24,7 +24,7 @@ from trainer.evaluation.examiner import Examiner, mean
 from trainer.evaluation.judge import Judge, judge_folder
 from trainer.runs.adapter import load_adapted, load_base
 from trainer.runs.run_folder import folder_for, is_finished, write_text
-from trainer.training.build import needs
+from trainer.training.build import needs, placement_of
 from trainer.training.console import console
 from trainer.training.fit import fit
 
@@ -46,7 +46,7 @@ def run_continual(recipe: Recipe, folder: Path | None = None) -> Path:
     spec, folder = recipe.continual, folder or folder_for(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     rows = _read(folder / "continual.json", recipe)
-    judge = Judge(_judge_folder(recipe)) if spec.images else None
+    judge = Judge(_judge_folder(recipe), placement_of(recipe.run)) if spec.images else None
     examiners: list[Examiner] = []
     if judge is not None and len(rows) < len(spec.concepts):
         examiners = _examiners(recipe, judge)
@@ -58,7 +58,7 @@ def run_continual(recipe: Recipe, folder: Path | None = None) -> Path:
             console.print(f"task {number}: {concept}", highlight=False, markup=False)
             fit(task, task_folder)
         if examiners and number == len(rows):
-            adapted, _ = load_adapted(learned)
+            adapted, _ = load_adapted(learned, placement=placement_of(recipe.run))
             rows.append([each.accuracy(adapted) for each in examiners[: number + 1]])
             _write(folder / "continual.json", recipe, rows)
     if rows:
@@ -68,7 +68,7 @@ def run_continual(recipe: Recipe, folder: Path | None = None) -> Path:
 
 def _examiners(recipe: Recipe, judge: Judge) -> list[Examiner]:
     """One for each concept. The base generates the class images that a concept's data may need."""
-    base = load_base(recipe.backbone, recipe.backbone_name)
+    base = load_base(recipe.backbone, recipe.backbone_name, placement_of(recipe.run))
     examiners = []
     for number in range(len(recipe.continual.concepts)):
         task = task_recipe(recipe, number)

@@ -9,7 +9,8 @@ memory and changes no bit of an output computed so.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -101,8 +102,24 @@ def place(
 
 
 def place_module(module: Any, placement: Placement) -> Any:
-    """Puts a network that is no backbone, a judge of pictures, on the device, in fp32."""
+    """Puts what is no backbone, a judge of pictures or a stock pipeline, on the device, in fp32."""
     return module.to(placement.device)
+
+
+@contextmanager
+def proving(model: Any, placement: Placement) -> Iterator[None]:
+    """A model on the device inside the block and on the CPU after it, where weights are compared
+    and written. Products of fp32 are exact inside: a GPU would round what it multiplies to 10 bits
+    (TF32), which is more than a proof allows."""
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolution.allow_tf32
+    place_module(model, placement)
+    matmul.allow_tf32 = convolution.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, convolution.allow_tf32 = before
+        place_module(model, CPU)
 
 
 def _hold(part: nn.Module, dtype: torch.dtype, stored: Collection[int]) -> None:

@@ -31,15 +31,14 @@ def run(words: list[str]) -> int:
     quiet_libraries()
     from rich.console import Console
 
-    from trainer.methods.apply import apply_methods
     from trainer.runs.adapter import load_base
     from trainer.training import plan_report
+    from trainer.training.build import adapt, placement_of
     from trainer.training.plan_report import describe_plan, show_plan
 
-    backbone = load_base(loaded.backbone, loaded.backbone_name)
-    applied = apply_methods(backbone, loaded.methods, frozen=loaded.optim.frozen)
-    if loaded.run.gradient_checkpointing:
-        backbone.enable_gradient_checkpointing()
+    placement = placement_of(loaded.run)
+    backbone = load_base(loaded.backbone, loaded.backbone_name, placement, hold=False)
+    applied = adapt(loaded, backbone, placement)
     peak = plan_report.peak_memory(loaded, backbone, applied)
     facts = describe_plan(loaded, backbone, applied, memory=peak)
     show_plan(facts, loaded.methods, Console(width=max(100, Console().width)))

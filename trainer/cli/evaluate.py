@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from trainer.cli.options import Count, Options, quiet_libraries, read_options
+from trainer.config.run_section import Device, Precision
 
 
 class EvaluateOptions(Options):
@@ -23,13 +24,23 @@ class EvaluateOptions(Options):
         "backbone ships with",
     )
     images: Count = Field(32, description="pictures for each group of prompts")
-    batch: Count = Field(32, description="pictures generated at once")
+    batch: Count = Field(32, description="pictures generated at once, at most")
+    device: Device = "auto"
+    precision: Precision = "auto"
 
 
 def run(words: list[str]) -> int:
     options = read_options(words, EvaluateOptions)
     quiet_libraries()
+    from trainer.backbones.placement import choose_placement
     from trainer.evaluation.evaluate import evaluate as judge_run
 
-    judge_run(options.run, options.judge, images=options.images, batch=options.batch)
+    placement = choose_placement(options.device, options.precision)
+    judge_run(
+        options.run,
+        options.judge,
+        images=options.images,
+        batch=options.batch,
+        placement=placement,
+    )
     return 0

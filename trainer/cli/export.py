@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from trainer.cli.options import Count, Options, quiet_libraries, read_options
+from trainer.config.run_section import DEVICES, Device
 
 
 class ExportOptions(Options):
@@ -32,6 +33,8 @@ class ExportOptions(Options):
         "formats of low rank; what it loses is printed. null keeps the change exact",
     )
 
+    device: Device = Field("auto", description=f"where the files are proven, in fp32: {DEVICES}")
+
     @model_validator(mode="after")
     def _has_a_source(self) -> ExportOptions:
         if self.run is None and self.adapter is None:
@@ -44,10 +47,18 @@ def run(words: list[str]) -> int:
     source = options.adapter or options.run
     assert source is not None
     quiet_libraries()
+    from trainer.backbones.placement import choose_placement
     from trainer.config.header import file_of
     from trainer.export.export import export as write
 
     print(
-        write(file_of(source), options.out, options.format, dtype=options.dtype, rank=options.rank)
+        write(
+            file_of(source),
+            options.out,
+            options.format,
+            dtype=options.dtype,
+            rank=options.rank,
+            placement=choose_placement(options.device, "fp32"),
+        )
     )
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from trainer.cli.options import Options, quiet_libraries, read_options
+from trainer.config.run_section import DEVICES, Device
 
 
 class ImportOptions(Options):
@@ -26,13 +27,16 @@ class ImportOptions(Options):
     format: str = Field(
         "auto", description="the format of the file; auto recognises it by the names of its tensors"
     )
+    device: Device = Field("auto", description=f"where the adapter is proven, in fp32: {DEVICES}")
 
 
 def run(words: list[str]) -> int:
     options = read_options(words, ImportOptions)
     quiet_libraries()
+    from trainer.backbones.placement import choose_placement
     from trainer.export.import_ import import_file
 
     source, out = options.file.expanduser(), options.out.expanduser()
-    print(import_file(source, options.backbone, out, form=options.format))
+    placement = choose_placement(options.device, "fp32")
+    print(import_file(source, options.backbone, out, form=options.format, placement=placement))
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from trainer.cli.options import Options, quiet_libraries, read_options
+from trainer.config.run_section import DEVICES, Device
 from trainer.config.schema import RecipeError
 
 
@@ -24,16 +25,19 @@ class MergeOptions(Options):
         description="a text file with one ordinary caption a line, whose keys and values the merge "
         "keeps; null takes the captions that ship with the toolkit",
     )
+    device: Device = Field("auto", description=f"where captions are read, in fp32: {DEVICES}")
 
 
 def run(words: list[str]) -> int:
     options = read_options(words, MergeOptions)
     lines = None if options.captions is None else _captions(options.captions)
     quiet_libraries()
+    from trainer.backbones.placement import choose_placement
     from trainer.config.header import file_of
     from trainer.runs.merge import merge_concepts as write
 
-    tokens = write([file_of(each) for each in options.adapter], options.out.expanduser(), lines)
+    paths, out = [file_of(each) for each in options.adapter], options.out.expanduser()
+    tokens = write(paths, out, lines, placement=choose_placement(options.device, "fp32"))
     print(f"{options.out}: {', '.join(tokens)}")
     return 0
 

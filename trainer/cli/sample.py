@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from trainer.cli.options import Count, Options, Seed, quiet_libraries, read_options
 from trainer.config import lineage
 from trainer.config import load as recipes
+from trainer.config.run_section import Device, Precision
 from trainer.methods.method import Method
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class SampleOptions(Options):
         "(the prompt then edits it), or from the seed's noise",
     )
     out: Path = Field(Path("samples"), description="folder to write into")
+    device: Device = "auto"
+    precision: Precision = "auto"
     methods: dict[str, Any] | None = Field(
         None,
         description="with backbone=: methods that train nothing, as in methods.text2video_zero={}",
@@ -128,7 +131,7 @@ def _written(options: SampleOptions, chosen: Mapping[str, Method]) -> Iterator[P
             fps=options.fps,
             source=None if source is None else source.repeat((len(part), 1, 1, 1)),
             start=start,
-        )
+        ).cpu()
         for seed, clip in zip(part, pictures.split(frames), strict=True):
             place = options.out / f"{slug(options.prompt)}-{seed}"
             yield from write_clip(clip, place, options.fps or PLAYED)
@@ -137,17 +140,21 @@ def _written(options: SampleOptions, chosen: Mapping[str, Method]) -> Iterator[P
 def _model(
     options: SampleOptions, chosen: Mapping[str, Method]
 ) -> tuple[Backbone, Mapping[str, Any]]:
-    """The model, and the recipe's tree where an adapter has one."""
+    """The model, placed, and the recipe's tree where an adapter has one."""
+    from trainer.backbones.placement import choose_placement, place
     from trainer.config.header import file_of
     from trainer.methods.apply import apply_methods
     from trainer.runs.adapter import load_adapted, load_base
 
+    placement = choose_placement(options.device, options.precision)
     if options.adapter is not None:
-        return load_adapted(file_of(options.adapter), options.backbone)
+        return load_adapted(file_of(options.adapter), options.backbone, placement)
     assert options.backbone is not None
-    backbone = load_base(lineage.backbone_spec(options.backbone), options.backbone)
+    spec = lineage.backbone_spec(options.backbone)
+    backbone = load_base(spec, options.backbone, placement, hold=not chosen)
     if chosen:
         apply_methods(backbone, chosen, trains=False)
+        place(backbone, placement)
     return backbone, {}
 
 

@@ -9,6 +9,21 @@ from pydantic import Field, model_validator
 
 from trainer.common.strict import Section
 
+DEVICES = "auto takes a CUDA GPU, then Apple's (mps), then the CPU; cuda:1 is the second GPU"
+Device = Annotated[
+    str,
+    Field(
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description=f"where the model runs: {DEVICES}",
+    ),
+]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    Field(
+        description="of frozen weights and of what is computed; what trains is always fp32. auto: "
+        "as the backbone's weights were published, and fp32 on a CPU"
+    ),
+]
 Seconds = Annotated[float, Field(ge=0)]
 
 
@@ -30,21 +45,13 @@ class RunSpec(Section):
     resolution: int | None = Field(
         None, ge=16, description="side of the pictures in pixels; null is that of the backbone"
     )
-    device: str = Field(
-        "auto",
-        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
-        description="auto takes a CUDA GPU, then Apple's, then the CPU; cuda:1 is the second GPU",
-    )
+    device: Device = "auto"
     accelerator: Literal["auto", "cpu", "cuda"] | None = Field(
         None, description="the earlier name of run.device, still read"
     )
     devices: int = Field(1, gt=0, description="devices on each node, one process each")
     nodes: int = Field(1, gt=0, description="machines that train together; see slurm/")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto",
-        description="of frozen weights and of what is computed; what trains is always fp32. auto: "
-        "as the backbone's weights were published, and fp32 on a CPU",
-    )
+    precision: Precision = "auto"
     workers: int = Field(
         0, ge=0, description="processes that load data for each device; 0 loads in the training one"
     )

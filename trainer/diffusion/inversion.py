@@ -100,7 +100,7 @@ def step_of(objective: Objective, t: Tensor, alpha: float, sigma: float) -> tupl
     Raises:
         ValueError: the step forgets x_t, as the last does for a network that predicts x0.
     """
-    one = torch.ones(1, dtype=torch.float64, device=t.device)
+    t, one = t.cpu(), torch.ones(1, dtype=torch.float64)  # Apple's GPUs know no float64
     parts = []
     for x_t, output in ((one, 0 * one), (0 * one, one)):
         x0 = to_x0(objective, output, x_t, t[None])

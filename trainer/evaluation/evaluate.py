@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table as Sheet
 
 from trainer.backbones.backbone import Backbone
+from trainer.backbones.placement import CPU, Placement
 from trainer.config.load import resolve_recipe
 from trainer.config.schema import Recipe
 from trainer.data.loader import Fixed
@@ -33,7 +34,14 @@ SHARES = (  # the scores shown as percentages, beside every `concept accuracy`
 )  # fmt: skip
 
 
-def evaluate(run: Path, judge_at: str | None = None, *, images: int = 32, batch: int = 32) -> Table:
+def evaluate(
+    run: Path,
+    judge_at: str | None = None,
+    *,
+    images: int = 32,
+    batch: int = 32,
+    placement: Placement = CPU,
+) -> Table:
     """Evaluates a run, prints the table of scores and writes it as `evaluation.json` beside the
     adapter.
 
@@ -41,7 +49,8 @@ def evaluate(run: Path, judge_at: str | None = None, *, images: int = 32, batch:
     if none are held out; the scores of those real clips are the column `real`.
 
     run: a run folder or an adapter file; judge_at: the judge's folder, by default the backbone's
-    own; images: pictures, and clips, for each kind of prompt; batch: pictures generated at once.
+    own; images: pictures, and clips, for each kind of prompt; batch: pictures generated at once, at
+    most; placement: where both models and the judge run.
 
     Returns the columns `base`, `adapted` and, for clips, `real`.
 
@@ -49,10 +58,10 @@ def evaluate(run: Path, judge_at: str | None = None, *, images: int = 32, batch:
         ValueError: there is no adapter, or no judge for this backbone.
     """
     path = run / "adapter.safetensors" if run.is_dir() else run
-    adapted, tree = load_adapted(path)
+    adapted, tree = load_adapted(path, placement=placement)
     recipe = resolve_recipe(tree.get("recipe", path.parent.parent.name), tree, {})
-    base = load_base(recipe.backbone, recipe.backbone_name)
-    judge = Judge(judge_folder(judge_at, base.folder, key="judge"))
+    base = load_base(recipe.backbone, recipe.backbone_name, placement)
+    judge = Judge(judge_folder(judge_at, base.folder, key="judge"), placement)
     train, held_out = recipe.data.open(needs(recipe, base))
     examiner = Examiner(recipe, judge, train, num_images=images, batch_size=batch, base=base)
     models = {"base": base, "adapted": adapted}
@@ -84,7 +93,10 @@ def validation_loss(recipe: Recipe, model: Backbone, held_out: Dataset | None) -
         model, objective(recipe, model), optim(recipe), trained=(), seed=recipe.run.seed
     )
     fixed = Fixed(held_out, batch_size=16, levels=QUANTILES, moments=None)
-    losses = [module.sample_losses(fixed[i], "validate", 0.0)[0] for i in range(len(fixed))]
+    losses = [
+        module.sample_losses(fixed[i].to(model.device), "validate", 0.0)[0]
+        for i in range(len(fixed))
+    ]
     return float(torch.cat(losses).mean())
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchmetrics.multimodal import CLIPScore
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from trainer.backbones.placement import CPU, Placement, place_module
 from trainer.data.world.scenes import article
 from trainer.media.images import to_pil
 
@@ -48,7 +49,7 @@ class Judge:
         ValueError: the folder is not a CLIP model in transformers layout.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, placement: Placement = CPU) -> None:
         if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
             raise ValueError(
                 f"judge={folder}: a CLIP folder has config.json and safetensors weights"
@@ -57,7 +58,8 @@ class Judge:
         self.model: Any = CLIPModel.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
-        self.model.eval().requires_grad_(False)
+        place_module(self.model.eval().requires_grad_(False), placement)
+        self.device = placement.device
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         self.processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
         marks = folder / "patches.json"
@@ -75,8 +77,8 @@ class Judge:
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         ids = self.tokens(texts)["input_ids"]
-        pooled = self.model.text_model(input_ids=ids).pooler_output
-        return F.normalize(self.model.text_projection(pooled), dim=-1)
+        pooled = self.model.text_model(input_ids=ids.to(self.device)).pooler_output
+        return F.normalize(self.model.text_projection(pooled), dim=-1).cpu()
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """input_ids and attention_mask (n, length), padded to the text encoder's length."""
@@ -108,7 +110,7 @@ class Judge:
                 "judge also names patches"
             )
         names = self.texts([*(article(word) for word in words), self.empty])
-        scale = self.model.logit_scale.exp()
+        scale = self.model.logit_scale.exp().cpu()
         parts = [
             (scale * self._encode(part)[1] @ names.T).softmax(-1)[..., :-1]
             for part in pictures.split(64)
@@ -128,9 +130,9 @@ class Judge:
         pixels = self.processor(
             [to_pil(picture) for picture in pictures], return_tensors="pt"
         ).pixel_values
-        hidden = self.model.vision_model(pixel_values=pixels).last_hidden_state
+        hidden = self.model.vision_model(pixel_values=pixels.to(self.device)).last_hidden_state
         embeds = self.model.visual_projection(self.model.vision_model.post_layernorm(hidden))
-        embeds = F.normalize(embeds, dim=-1)
+        embeds = F.normalize(embeds, dim=-1).cpu()
         return embeds[:, 0], embeds[:, 1:]
 
 
@@ -153,13 +155,15 @@ class Metric:
 
     @torch.no_grad()
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        hidden = self.judge.model.vision_model(pixel_values=pixel_values).pooler_output
-        return self.judge.model.visual_projection(hidden)
+        pixels = pixel_values.to(self.judge.device)
+        hidden = self.judge.model.vision_model(pixel_values=pixels).pooler_output
+        return self.judge.model.visual_projection(hidden).cpu()
 
     @torch.no_grad()
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.judge.model.text_model(input_ids=input_ids).pooler_output
-        return self.judge.model.text_projection(hidden)
+        ids = input_ids.to(self.judge.device)
+        hidden = self.judge.model.text_model(input_ids=ids).pooler_output
+        return self.judge.model.text_projection(hidden).cpu()
 
 
 def clip_score(judge: Judge, pictures: Tensor, texts: Sequence[str]) -> float:

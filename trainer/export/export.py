@@ -17,6 +17,7 @@ from torch import Tensor
 from trainer.attention.host import Host
 from trainer.attention.insertion import insertions
 from trainer.backbones import load_backbone
+from trainer.backbones.placement import CPU, Placement
 from trainer.config import load as load_
 from trainer.config.header import read_header
 from trainer.config.lineage import spec_of
@@ -46,11 +47,13 @@ def export(
     dtype: str = "float32",
     rank: int | None = None,
     say: Say = print,
+    placement: Placement = CPU,
 ) -> Path:
     """Writes an adapter in another form to `out`, a folder that must not exist yet.
 
     dtype: what the file holds; it is proven in float32 first. rank: cut every layer's change to its
-    largest singular directions, which loses something, and how much is said.
+    largest singular directions, which loses something, and how much is said. placement: where the
+    models are asked for the proof; files are computed on the CPU.
 
     Raises:
         ValueError: an unknown format or dtype, the folder exists, the form cannot carry the
@@ -72,7 +75,7 @@ def export(
     _refuse_inserted(live, form)
     _refuse_known(live, form)
     _say_base(tree, form, say)
-    probe = Probe(live, _words(live), _frames(live))
+    probe = Probe(live, _words(live), _frames(live), placement=placement)
     wanted = probe(live)
     _refuse_ops(live, form, probe, wanted)
     if text := getattr(kind, "remark", lambda *_: None)(live, probe, wanted):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.backbones.placement import CPU, Placement
 from trainer.common.atomic import written_whole
 from trainer.config import load
 from trainer.config.lineage import backbone_spec
@@ -37,9 +38,10 @@ def import_file(
     out: Path,
     form: str = "auto",
     say: Callable[[str], None] = print,
+    placement: Placement = CPU,
 ) -> Path:
     """Writes a LoRA, DoRA, Custom Diffusion or embedding file as an adapter to `out`, which must
-    not exist yet.
+    not exist yet. placement: where the models are asked for the proof.
 
     Raises:
         ValueError: the file is no safetensors, is damaged, is of no form we read or was made for
@@ -56,7 +58,7 @@ def import_file(
     for note in bundle.notes:
         say(note)
     tree = recipe_of(bundle, base)
-    probe = Probe(base, [*bundle.tokens, *bundle.known])
+    probe = Probe(base, [*bundle.tokens, *bundle.known], placement=placement)
     wanted = probe(add_to(base, bundle))
     del base
     tensors, identity = _tensors(bundle, tree, load_base(spec, backbone))

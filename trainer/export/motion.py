@@ -113,6 +113,10 @@ class Stock:
         self.pipeline = pipeline
         self.encode_prompts = base.encode_prompts
 
+    def to(self, device: torch.device) -> Stock:
+        self.pipeline.to(device)
+        return self
+
     def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         ctx = current()
         frames = 1 if ctx is None else ctx.frames

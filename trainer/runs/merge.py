@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.backbones.backbone import Backbone
+from trainer.backbones.placement import CPU, Placement, proving
 from trainer.config import load
 from trainer.config.lineage import spec_of
 from trainer.methods.apply import Plan, apply_methods
@@ -64,13 +65,17 @@ class TextFeatures:
 
 
 def merge_concepts(
-    paths: Sequence[Path], out: Path, captions: Sequence[str] | None = None
+    paths: Sequence[Path],
+    out: Path,
+    captions: Sequence[str] | None = None,
+    placement: Placement = CPU,
 ) -> list[str]:
     """Writes one adapter with the concepts of all `paths` and returns its tokens in their order.
 
     A token that an earlier adapter also has is renamed, `<v1>` to `<v2>` and so on.
 
-    captions: the ordinary captions; by default 200 of the embedded world.
+    captions: the ordinary captions; by default 200 of the embedded world. placement: where the
+        model reads them; the rest is computed on the CPU, in float64.
 
     Raises:
         ValueError: there are fewer than two adapters, they have different backbones or options or
@@ -87,10 +92,11 @@ def merge_concepts(
     model = load_base(spec_of(first), first["backbone"])
     plan = apply_methods(model, load.methods_of(tree["methods"]))
     rows = _copy_rows(model, plan, concepts)
-    text = TextFeatures(
-        ordinary=features(model, list(captions or _world_captions()), None),
-        targets=[_concept_features(model, concept.tokens) for concept in concepts],
-    )
+    with proving(model, placement):
+        text = TextFeatures(
+            ordinary=features(model, list(captions or _world_captions()), None),
+            targets=[_concept_features(model, concept.tokens) for concept in concepts],
+        )
     solved = _solve_layers(model, plan, concepts, text=text)
     save_adapter(out, rows | solved, tree=tree, identity=model.identity())
     return tree["methods"]["new_token"]["tokens"]
@@ -189,7 +195,7 @@ def features(model: Backbone, prompts: Sequence[str], word: str | None) -> Tenso
     `word` on if one is given, else from the second token, after the start of text."""
     found = []
     tokenizer = model.tokenizer
-    states = _read(model, prompts).double()
+    states = _read(model, prompts).cpu().double()
     wanted = None if word is None else tokenizer.convert_tokens_to_ids(word)
     for prompt, state in zip(prompts, states, strict=True):
         ids = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
@@ -210,9 +216,10 @@ def _read(model: Backbone, prompts: Sequence[str]) -> Tensor:
     hooks = [
         layer.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for layer in layers
     ]
-    x_t = torch.zeros((len(prompts), model.latent_channels, LATENT_SIDE, LATENT_SIDE))
+    shape = (len(prompts), model.latent_channels, LATENT_SIDE, LATENT_SIDE)
+    x_t, t = (torch.zeros(size, device=model.device) for size in (shape, len(prompts)))
     try:
-        model.predict(x_t, torch.zeros(len(prompts)), model.encode_prompts(prompts))
+        model.predict(x_t, t, model.encode_prompts(prompts))
     finally:
         for hook in hooks:
             hook.remove()

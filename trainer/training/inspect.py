@@ -23,7 +23,7 @@ from trainer.data.tars.reader import Tars
 from trainer.media.grids import wrap
 from trainer.media.images import to_pil
 from trainer.runs.adapter import load_base
-from trainer.training.build import needs, step_plan
+from trainer.training.build import needs, placement_of, step_plan
 
 SIDE, PAD, LINE, COLUMNS = 192, 8, 14, 4
 FRAMES = 4  # of a clip, side by side
@@ -34,7 +34,8 @@ BAR = 40  # characters
 def inspect(recipe: Recipe, count: int, step: int, out: Path) -> Iterator[str]:
     """Draws `count` samples from micro-batch `step` on into `out`, a PNG; yields the lines of the
     histogram."""
-    backbone = load_base(recipe.backbone, recipe.backbone_name)
+    placement = placement_of(recipe.run)
+    backbone = load_base(recipe.backbone, recipe.backbone_name, placement, hold=False)
     train, _ = recipe.data.open(needs(recipe, backbone))
     batches = Planned(train, step_plan(recipe, train), None, 0, 1)
     cells: list[Image.Image] = []

@@ -135,15 +135,18 @@ def saved_bytes(recipe: Recipe, backbone: Backbone, rows: int) -> int:
             for name, (value, trains) in real.items()
         }
         own = {id(value.untyped_storage()) for value in fakes.values()}
-        width = backbone.text_width
-        text = {"encoder_hidden_states": torch.empty(rows, backbone.text_length, width)}
+        width, device = backbone.text_width, backbone.device
+        text = {
+            "encoder_hidden_states": torch.empty(rows, backbone.text_length, width, device=device)
+        }
         inputs = backbone.inputs(
-            torch.empty(rows, backbone.latent_channels, side, side), torch.zeros(rows), text
+            torch.empty(rows, backbone.latent_channels, side, side, device=device),
+            torch.zeros(rows, device=device),
+            text,
         )
-        dtype = torch.bfloat16 if recipe.run.precision == "bf16" else torch.float32
         with (
             torch.autograd.graph.saved_tensors_hooks(count, lambda value: value),
-            torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+            backbone.computing(),
         ):
             functional_call(denoiser, fakes, (), inputs)
     return sum(size for storage, size in seen.items() if storage not in own)
