@@ -77,6 +77,34 @@ def test_a_bias_is_zero_at_the_start_and_fits_any_grid() -> None:
     assert all(p.grad is not None and bool(p.grad.any()) for p in bias.parameters())
 
 
+def stretched(values: Tensor, size: int) -> Tensor:
+    """values (..., n) at `size` places between its edges, each mixed of its two neighbours."""
+    count = values.shape[-1]
+    found = []
+    for place in range(size):
+        at = min(max((place + 0.5) * count / size - 0.5, 0), count - 1)
+        low = int(at)
+        high = min(low + 1, count - 1)
+        found.append(values[..., low] * (1 - (at - low)) + values[..., high] * (at - low))
+    return torch.stack(found, -1)
+
+
+@pytest.mark.parametrize("grid", [(5, 8), (14, 3)], ids=str)
+def test_a_bias_is_a_map_and_two_lines_added(grid: tuple[int, int]) -> None:
+    """block + down + across, arXiv 2312.08874, section 3.3, each stretched over the grid."""
+    bias = AgentBias(heads=2, agents=3)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for part in bias.parameters():
+            part.copy_(torch.randn(part.shape, generator=generator))
+        block = stretched(stretched(bias.block, grid[1]).mT, grid[0]).mT
+        down, across = stretched(bias.down, grid[0]), stretched(bias.across, grid[1])
+        for y in range(grid[0]):
+            for x in range(grid[1]):
+                wanted = block[:, :, y, x] + down[..., y] + across[..., x]
+                torch.testing.assert_close(bias(grid)[:, :, y * grid[1] + x], wanted)
+
+
 def test_the_shortcut_is_a_depthwise_convolution_over_the_values() -> None:
     shortcut = Shortcut(channels=6)
     v = torch.randn(2, 2, 12, 3, generator=torch.Generator().manual_seed(1))

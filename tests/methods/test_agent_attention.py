@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.attention.context import StepContext, use
 from trainer.config.load import methods_of
@@ -83,35 +83,77 @@ def merged_by_a_loop(q: Tensor, x: Tensor, side: int, cell: int, ratio: float, s
     return torch.stack(agents, 1)
 
 
-@pytest.mark.parametrize(("cell", "ratio"), [(2, 0.7), (4, 0.95)])
+@pytest.mark.parametrize(("cell", "ratio", "scale"), [(2, 0.7, None), (4, 0.95, 0.2)])
 def test_agent_sd_is_what_a_loop_gives(
-    cell: int, ratio: float, tiny: Any, predict: Predict
+    cell: int, ratio: float, scale: float | None, tiny: Any, predict: Predict
 ) -> None:
-    """softmax(q a^T d^-0.15) softmax(a k^T d^-0.5) v + 0.075 v in the first part of the steps, with
-    tokens that stay drawn anew at each."""
+    """softmax(q a^T s^0.3) softmax(a k^T s) v + 0.075 v, s = d^-0.5 or the site's own, in the first
+    part of the steps, with tokens that stay drawn anew at each, by what the layer gets."""
     add(tiny, sites="self & /1", agents="merged", cell=cell, ratio=ratio)
     seen: list[tuple[Tensor, ...]] = []
+    given: list[Tensor] = []
     for site in (site for site in tiny.sites if site.kind == "self" and site.divisor == 1):
+        site.module.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+        if scale is not None:
+            site.module.scale_qk, site.module.scale = False, scale
         (op,) = tiny.host.processors[site.name].ops
 
-        def kernel(*given: Any, run: Any = op.kernel, own: Any = op) -> Tensor:
-            x = own.x
-            seen.append((*given[:3], x, run(*given)))
-            return seen[-1][4]
+        def kernel(*args: Any, run: Any = op.kernel) -> Tensor:
+            seen.append((*args[:3], run(*args)))
+            return seen[-1][3]
 
         op.kernel = kernel
     for step in (0, 1, 3):
         seen.clear()
+        given.clear()
         with torch.no_grad(), use(StepContext(step, 10, torch.tensor(0))):
             predict(tiny)
-        assert seen
-        for q, k, v, x, o in seen[:2]:
+        assert len(seen) == len(given) == 3
+        for (q, k, v, o), x in zip(seen[:2], given, strict=False):
+            s = q.shape[-1] ** -0.5 if scale is None else scale
             for row in range(2):
                 a = merged_by_a_loop(q[row], x[row], 8, cell, ratio, step)
-                width = q.shape[-1]
-                asked = (a @ k[row].mT * width**-0.5).softmax(-1) @ v[row]
-                wanted = (q[row] @ a.mT * width**-0.15).softmax(-1) @ asked + 0.075 * v[row]
+                asked = (a @ k[row].mT * s).softmax(-1) @ v[row]
+                wanted = (q[row] @ a.mT * s**0.3).softmax(-1) @ asked + 0.075 * v[row]
                 torch.testing.assert_close(o[row], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [None, 0.2])
+def test_pooled_agents_are_what_a_loop_gives(
+    scale: float | None, tiny: Any, randomise: Callable[..., None]
+) -> None:
+    """softmax(q a^T s + B2) softmax(a k^T s + B1) v + DWC(v), head by head, a the means of q over
+    the quarters of the grid, arXiv 2312.08874, section 3.3."""
+    plan = add(tiny, sites="self & /1", side=2)
+    randomise(tiny, plan, 0.5)
+    site = next(site for site in tiny.sites if site.kind == "self" and site.divisor == 1)
+    if scale is not None:
+        site.module.scale_qk, site.module.scale = False, scale
+    (op,) = tiny.host.processors[site.name].ops
+    s = site.head_dim**-0.5 if scale is None else scale
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, site.heads, 64, site.head_dim, generator=generator) for _ in range(3))
+    with torch.no_grad():
+        o = op.kernel(q, k, v, None, site, StepContext(0, 1, torch.tensor(0), latent_size=(8, 8)))
+        weight, bias = op.shortcut.weight, op.shortcut.bias
+        conv = nn.functional.conv2d(
+            v[0].mT.reshape(1, -1, 8, 8), weight, bias, padding=1, groups=len(weight)
+        )
+        local = conv.view(site.heads, site.head_dim, 64).mT
+        of_keys, of_queries = op.of_keys((8, 8)), op.of_queries((8, 8))
+        for head in range(site.heads):
+            image = q[0, head].view(2, 4, 2, 4, -1)
+            agents = [image[y, :, x].mean((0, 1)) for y in range(2) for x in range(2)]
+            asked = [
+                (k[0, head] @ agent * s + of_keys[head, n]).softmax(0) @ v[0, head]
+                for n, agent in enumerate(agents)
+            ]
+            for i in range(64):
+                scores = torch.stack(
+                    [q[0, head, i] @ a * s + of_queries[head, n, i] for n, a in enumerate(agents)]
+                )
+                wanted = scores.softmax(0) @ torch.stack(asked) + local[head, i]
+                torch.testing.assert_close(o[0, head, i], wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_merged_agents_serve_early_steps_of_a_sampler_only(tiny: Any, predict: Predict) -> None:
