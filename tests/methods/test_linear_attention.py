@@ -174,3 +174,30 @@ def test_random_features_stand_for_the_scale_of_the_site(tiny: Any) -> None:
                     weights[j] = of_q @ of_k
                 wanted = weights @ v[0, head] / weights.sum()
                 torch.testing.assert_close(o[0, head, i], wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_the_shortcut_gives_back_what_is_local(tiny: Any, randomise: Callable[..., None]) -> None:
+    """o + DWC(v), FLatten, arXiv 2308.00442, equation 8: each value beside its eight neighbours,
+    channel by channel."""
+    plan = add(tiny, features="relu", shortcut=3, sites="self & /1")
+    randomise(tiny, plan, 0.3)
+    site = next(site for site in tiny.sites if site.kind == "self" and site.divisor == 1)
+    (op,) = tiny.host.processors[site.name].ops
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, site.heads, 12, site.head_dim, generator=generator) for _ in range(3))
+    with torch.no_grad():
+        ctx = StepContext(0, 1, torch.tensor(0), latent_size=(3, 4))
+        o = op.kernel(q, k, v, None, site, ctx)
+        weight, bias = op.shortcut.weight, op.shortcut.bias
+        for head in range(site.heads):
+            weights = q[0, head].relu() @ k[0, head].relu().T
+            wanted = weights @ v[0, head] / (weights.sum(1, keepdim=True) + 1e-15)
+            for channel in range(site.head_dim):
+                own = head * site.head_dim + channel
+                image = torch.zeros(5, 6)
+                image[1:4, 1:5] = v[0, head, :, channel].view(3, 4)
+                for y in range(3):
+                    for x in range(4):
+                        local = (image[y : y + 3, x : x + 3] * weight[own, 0]).sum() + bias[own]
+                        wanted[4 * y + x, channel] += local
+            torch.testing.assert_close(o[0, head], wanted, rtol=1e-4, atol=1e-4)

@@ -16,6 +16,7 @@ from trainer.config.validate import build_section
 from trainer.diffusion.sampler import sample
 from trainer.methods.apply import apply_methods
 from trainer.methods.feature.text2video_zero import Text2VideoZero
+from trainer.ops.temporal.latents import GlobalMotion
 
 STILL = Text2VideoZero(motion=(0.0, 0.0), alone=0.2, until=0.2)
 
@@ -39,6 +40,14 @@ def test_the_first_frame_is_the_picture_and_without_motion_all_are(model: Any) -
     clips = sample(model, ["a fox", "a cat"], [3, 4], 5, 3, frames=3)
     for row in range(6):
         torch.testing.assert_close(clips[row], pictures[row // 3], rtol=0, atol=1e-3)
+
+
+def test_its_options_are_those_of_the_start(tiny: Any) -> None:
+    """What moves left comes before what moves up, and the first frame begins alone before it is
+    moved; the start itself is tested in tests/ops/temporal/test_latents.py."""
+    own = Text2VideoZero(motion=(0.25, -0.125), alone=0.2, until=0.4)
+    apply_methods(tiny, {"text2video_zero": own}, trains=False)
+    assert tiny.host.start == GlobalMotion(x=0.25, y=-0.125, alone=0.2, until=0.4)
 
 
 def test_every_frame_reads_the_first(tiny: Any, looped_block: Callable[..., Tensor]) -> None:
