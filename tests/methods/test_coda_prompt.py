@@ -121,6 +121,14 @@ def test_no_gradient_goes_through_the_query(tiny: Any) -> None:
     assert pool.tasks[0].prompts.grad is not None
 
 
+@pytest.mark.parametrize(("task", "counts"), [(0, [2]), (2, [2, 2, 3])])
+def test_a_pool_that_tasks_do_not_divide(task: int, counts: list[int], tiny: Any) -> None:
+    """Parts [t M / T, (t + 1) M / T) of 7 in 3 tasks: all of them are somebody's."""
+    apply(tiny, task=task, sites="cross & mid")
+    (site,) = (site for site in tiny.sites if site.kind == "cross" and site.place == "mid")
+    assert [len(part.keys) for part in site.module.coda_prompt.tasks] == counts
+
+
 def test_slices_of_the_pool(tiny: Any) -> None:
     """7 parts in 3 tasks: 2, 2, 3; only the last slice trains, later ones do not exist."""
     plan = apply(tiny, task=1)

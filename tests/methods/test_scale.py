@@ -42,8 +42,6 @@ def by_a_loop(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
 def test_a_kernel_takes_scale_and_mask(
     name: str, scale: float | None, masked: bool, tiny: Any
 ) -> None:
-    if name == "flashmask" and masked:
-        pytest.skip("two masks are no intervals: tests/kernels/test_flashmask.py joins them")
     apply_methods(tiny, methods_of({name: KERNELS[name], "new_token": {}}))
     site = next(site for site in tiny.sites if site.kind == "self" and site.divisor == 2)
     (op,) = tiny.host.processors[site.name].ops
