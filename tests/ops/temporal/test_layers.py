@@ -208,6 +208,15 @@ def test_directed_attention_after_the_softmax_loses_what_later_frames_got() -> N
     assert torch.equal(DirectedAfter().probs(probs, anything, CLIP), probs.tril())
 
 
+def test_learned_positions_start_small_and_apart() -> None:
+    """A vector for each frame's number, added to it; 0.02 wide at first, as positions of GPT-2."""
+    torch.manual_seed(0)
+    places = layers.LearnedPositions(64, 50)
+    assert 0.018 < float(places.table.detach().std()) < 0.022
+    x = torch.randn(3, 5, 64)
+    assert torch.equal(places(x), torch.stack([row + places.table[:5] for row in x]))
+
+
 def test_frame_rate_joins_the_time_of_every_frame() -> None:
     torch.manual_seed(0)
     block = layers.FrameRate(6, default=8.0)
