@@ -61,12 +61,28 @@ class Edit:
         return replace(self, trains=(), keeps=(*self.trains, *self.keeps))
 
 
+Kind = Literal["structure", "attention", "storage", "adapt", "select"]
+
+
 class Method(BaseModel):
     """Options of a method and the one thing it can do. Subclasses are frozen records; importing one
-    loads no torch."""
+    loads no torch.
+
+    Each file declares beside its options what `list` and `help` print of it: kind, when it is
+    applied, see `ORDER`; systems, the published systems it makes, by their names; paper, where it
+    is described, empty for none. The first sentence of the file is its summary. `list` reads all
+    of it as text (`trainer/common/declared.py`), so they are plain strings.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    kind: ClassVar[Literal["structure", "attention", "storage", "adapt", "select"]]
+    kind: ClassVar[Kind]
+    systems: ClassVar[str]
+    paper: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """The name of its file, by which recipes call it and under which it owns what it adds."""
+        return type(self).__module__.rpartition(".")[2]
 
     @property
     def words(self) -> tuple[str, ...]:

@@ -18,25 +18,30 @@ names of the released code (motion modules of versions 1 and 3 with mid=false).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainer.methods.method import Edit
-from trainer.methods.shared.temporal import Attending, item
+from trainer.methods.method import Edit, Kind
+from trainer.methods.shared.temporal import Attending, MaxFrames, item
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
 
-NAME = "animatediff"
-
 
 class AnimateDiff(Attending):
-    """Options of `Attending`; max_frames: the longest clip there are places for; mid: also in the
-    middle block of a U-Net."""
+    """Motion modules and who trains them."""
 
-    max_frames: int = Field(32, gt=0)
-    mid: bool = True
+    kind: ClassVar[Kind] = "structure"
+    systems: ClassVar[str] = "AnimateDiff"
+    paper: ClassVar[str] = "arXiv 2307.04725"
+
+    max_frames: MaxFrames = 32
+    mid: bool = Field(
+        True,
+        description="a motion module in the middle block of a U-Net too, as from version 2 of the "
+        "released code on",
+    )
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.anatomy import block_points, norm_groups
@@ -44,11 +49,15 @@ class AnimateDiff(Attending):
         from trainer.ops.temporal.motion_names import ours
 
         items = []
-        for place in block_points(model.denoiser):
-            if place.parent == "mid_block" and not self.mid:
+        for point in block_points(model.denoiser):
+            if point.parent == "mid_block" and not self.mid:
                 continue
-            groups = norm_groups(model.denoiser, place.width)
-            heads = self.check_heads(place.width)
-            module = MotionModule(place.width, heads, groups, self.max_frames, NAME)
-            items.append(item(place, "motion_modules", module))
-        return self.inserted(model, items, NAME, spelling=ours)
+            module = MotionModule(
+                point.width,
+                heads=self.check_heads(point.width),
+                groups=norm_groups(model.denoiser, point.width),
+                max_frames=self.max_frames,
+                owner=self.name,
+            )
+            items.append(item(point, "motion_modules", module))
+        return self.inserted(model, items, spelling=ours)

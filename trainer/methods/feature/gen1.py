@@ -17,24 +17,30 @@ trains cross-attention on CLIP image embeddings.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainer.methods.method import Edit
+from trainer.methods.method import Edit, Kind
 from trainer.methods.shared.temporal import PseudoThreeD, item
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
 
-NAME = "gen1"
-
 
 class Gen1(PseudoThreeD):
-    """Options of `PseudoThreeD`; structure: how often the structure is halved at most, null for no
-    structure."""
+    """Layers through time, and one more input channel for the structure of a clip."""
 
-    structure: int | None = Field(2, ge=0)
+    kind: ClassVar[Kind] = "structure"
+    systems: ClassVar[str] = "Gen-1"
+    paper: ClassVar[str] = "arXiv 2302.03011"
+
+    structure: int | None = Field(
+        2,
+        ge=0,
+        description="how often the structure is made half as fine, at most, in training (7 in the "
+        "paper); null adds no structure",
+    )
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.anatomy import input_convolution
@@ -42,6 +48,6 @@ class Gen1(PseudoThreeD):
 
         items = []
         if self.structure is not None:
-            place, first = input_convolution(model.denoiser, model.host.traits)
-            items.append(item(place, "structure", Structure(first, self.structure), many=False))
-        return self.inserted(model, items + self.layers(model, NAME, "learned"), NAME)
+            point, first = input_convolution(model.denoiser, model.host.traits)
+            items.append(item(point, "structure", Structure(first, self.structure), many=False))
+        return self.inserted(model, [*items, *self.layers(model, "learned")])

@@ -13,12 +13,12 @@ noise conditioning in a cascade of seven models; the cascade is not here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainer.methods.method import Edit
-from trainer.methods.shared.temporal import Relative, item
+from trainer.methods.method import Edit, Kind
+from trainer.methods.shared.temporal import KernelFrames, Relative, item
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,30 +26,36 @@ if TYPE_CHECKING:
     from trainer.attention.anatomy import InsertionPoint
     from trainer.attention.model import AttentionModel
 
-NAME = "imagen_video"
-
 
 class ImagenVideo(Relative):
-    """Options of `Relative`; attention_from: grids that many times coarser than the latent and
-    more have attention, finer ones the convolution; 1 is attention everywhere. kernel: frames a
-    convolution sees."""
+    """Attention over frames on coarse grids, a convolution over frames on fine ones."""
 
-    attention_from: int = Field(2, gt=0)
-    kernel: int = Field(3, gt=0)
+    kind: ClassVar[Kind] = "structure"
+    systems: ClassVar[str] = "Imagen Video"
+    paper: ClassVar[str] = "arXiv 2210.02303"
+
+    attention_from: int = Field(
+        2,
+        gt=0,
+        description="grids so many times coarser than the latent, and coarser ones, have the "
+        "attention, finer ones the convolution; 1 is attention everywhere",
+    )
+    kernel: KernelFrames = 3
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.anatomy import attention_points
         from trainer.ops.temporal import layers
 
         items = []
-        for place in attention_points(model.denoiser):
-            attends = self.attends(place)
-            block: nn.Module = layers.TemporalConv(place.width, self.kernel)
+        for point in attention_points(model.denoiser):
+            attends = self.attends(point)
+            block: nn.Module = layers.TemporalConv(point.width, self.kernel)
             if attends:
-                heads = self.check_heads(place.width)
-                block = layers.TemporalAttention(place.width, heads, NAME)
-            items.append(item(place, "temporal", block, stills=attends))
-        return self.inserted(model, items, NAME, self.distances(NAME))
+                heads = self.check_heads(point.width)
+                block = layers.TemporalAttention(point.width, heads, self.name)
+            items.append(item(point, "temporal", block, stills=attends))
+        return self.inserted(model, items, self.distances())
 
-    def attends(self, place: InsertionPoint) -> bool:
-        return place.divisor is None or place.divisor >= self.attention_from
+    def attends(self, point: InsertionPoint) -> bool:
+        """Whether an insertion point has the attention, and not the convolution."""
+        return point.divisor is None or point.divisor >= self.attention_from

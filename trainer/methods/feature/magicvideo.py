@@ -16,46 +16,55 @@ published does not say more of how the attention tells frames apart: here by sin
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from trainer.methods.method import Edit
-from trainer.methods.shared.temporal import Attending, frame_rate, item
+from trainer.methods.method import Edit, Kind
+from trainer.methods.shared.temporal import Attending, DefaultRate, MaxFrames, frame_rate, item
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
     from trainer.attention.sites import Site
 
-NAME = "magicvideo"
-
 
 class MagicVideo(Attending):
-    """Options of `Attending`; max_frames: the longest clip there are places for; renormalise: see
-    this file's head; fps: frames a second where nobody says."""
+    """Adaptors for each frame, and directed attention over frames."""
 
-    max_frames: int = Field(32, gt=0)
-    renormalise: bool = False
-    fps: float = Field(8.0, gt=0)
+    kind: ClassVar[Kind] = "structure"
+    systems: ClassVar[str] = "MagicVideo"
+    paper: ClassVar[str] = "arXiv 2211.11018"
+
+    max_frames: MaxFrames = 32
+    renormalise: bool = Field(
+        False,
+        description="mask the scores before the softmax, as causal attention elsewhere, and not "
+        "the probabilities after it, as the paper",
+    )
+    fps: DefaultRate = 8.0
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.anatomy import attention_points, convolution_points
         from trainer.ops.temporal import layers
         from trainer.ops.temporal.directed import Directed, DirectedAfter
 
-        places = attention_points(model.denoiser)
+        points = attention_points(model.denoiser)
         items = [frame_rate(model, self.fps)]
-        for place in convolution_points(model.denoiser) or places:
-            adaptor = layers.FrameAdaptor(place.width, self.max_frames, NAME)
-            items.append(item(place, "frame_adaptors", adaptor))
-        for place in places:
-            heads = self.check_heads(place.width)
+        for point in convolution_points(model.denoiser) or points:
+            adaptor = layers.FrameAdaptor(point.width, self.max_frames, self.name)
+            items.append(item(point, "frame_adaptors", adaptor))
+        for point in points:
             block = layers.TemporalAttention(
-                place.width, heads, NAME, "sines", self.max_frames, parallel=True
+                point.width,
+                heads=self.check_heads(point.width),
+                owner=self.name,
+                positions="sines",
+                max_frames=self.max_frames,
+                parallel=True,
             )
-            items.append(item(place, "temporal", block))
+            items.append(item(point, "temporal", block))
 
         def directed(_: Site) -> Any:
             return Directed() if self.renormalise else DirectedAfter()
 
-        return self.inserted(model, items, NAME, directed)
+        return self.inserted(model, items, directed)

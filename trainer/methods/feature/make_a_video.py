@@ -16,24 +16,24 @@ published does not say how the attention tells frames apart: here by sines of th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
-
-from trainer.methods.method import Edit
-from trainer.methods.shared.temporal import PseudoThreeD, frame_rate
+from trainer.methods.method import Edit, Kind
+from trainer.methods.shared.temporal import DefaultRate, PseudoThreeD, frame_rate
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
 
-NAME = "make_a_video"
-
 
 class MakeAVideo(PseudoThreeD):
-    """Options of `PseudoThreeD`; fps: frames a second where nobody says."""
+    """Pseudo-3D layers and the embedding of frames a second."""
 
-    fps: float = Field(8.0, gt=0)
+    kind: ClassVar[Kind] = "structure"
+    systems: ClassVar[str] = "Make-A-Video"
+    paper: ClassVar[str] = "arXiv 2209.14792"
+
+    fps: DefaultRate = 8.0
 
     def apply(self, model: AttentionModel) -> Edit:
-        items = [frame_rate(model, self.fps), *self.layers(model, NAME, "sines")]
-        return self.inserted(model, items, NAME)
+        items = [frame_rate(model, self.fps), *self.layers(model, "sines")]
+        return self.inserted(model, items)

@@ -16,33 +16,45 @@ since no frame reads a later one. It has nothing to train:
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainer.methods.method import Edit, Method
+from trainer.methods.method import Edit, Kind, Method
 from trainer.methods.shared.aligned import GUIDANCE, align
-from trainer.methods.shared.options import SiteSelector
+from trainer.methods.shared.options import SELECTOR, SiteSelector
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
 
 
 class Pix2Video(Method):
-    """sites: the self-attention that reads other frames, all of it in a transformer, which has no
-    decoder; weight: of the guidance, over a mean, so that it counts for more where latents are
-    small; share: the part of the sampler's steps that are guided."""
+    """Which attention reads other frames, and how strongly frames are pulled together."""
 
-    kind: ClassVar[Literal["attention"]] = "attention"
-    sites: SiteSelector = "self & up | self & block"
-    weight: float = Field(100.0, ge=0)
-    share: float = Field(0.5, ge=0, le=1)
+    kind: ClassVar[Kind] = "attention"
+    systems: ClassVar[str] = "Pix2Video"
+    paper: ClassVar[str] = "arXiv 2303.12688"
+
+    sites: SiteSelector = Field(
+        "self & up | self & block",
+        description="the self-attention that reads other frames: the decoder's of a U-Net, all of "
+        f"a transformer, which has no decoder; {SELECTOR}",
+    )
+    weight: float = Field(
+        100.0,
+        ge=0,
+        description="step size of the guidance; it is over a mean, so it has a stronger effect on "
+        "small latents",
+    )
+    share: float = Field(
+        0.5, ge=0, le=1, description="part of the sampler's steps that are guided, the first ones"
+    )
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.hooks import SamplingHook
         from trainer.ops.temporal.latents import LatentGuidance
 
-        edit = align(model, self.sites, ("first", "previous"), "pix2video")
+        edit = align(model, self.sites, ("first", "previous"), owner=self.name)
         guidance = LatentGuidance(self.weight, self.share)
         return replace(
             edit,

@@ -14,31 +14,47 @@ Not here: the paper's smoothing of the background by a mask of what is salient.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
-from trainer.methods.method import Edit, Method
+from trainer.methods.method import Edit, Kind, Method
 from trainer.methods.shared.aligned import align
-from trainer.methods.shared.options import SiteSelector
+from trainer.methods.shared.options import SELECTOR, SiteSelector
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
 
 
 class Text2VideoZero(Method):
-    """sites: the self-attention that reads the first frame; motion: by how much of its width and
-    height a frame's content moves left and up from one frame to the next; alone: the share of the
-    sampler's steps in which there is the first frame only, until: that at which it is moved.
+    """Which attention reads the first frame, and how the latents move."""
 
-    The defaults are the paper's: 12 of 512 pixels, steps 2 and 5 of 50.
-    """
+    kind: ClassVar[Kind] = "attention"
+    systems: ClassVar[str] = "Text2Video-Zero"
+    paper: ClassVar[str] = "arXiv 2303.13439"
 
-    kind: ClassVar[Literal["attention"]] = "attention"
-    sites: SiteSelector = "self"
-    motion: tuple[float, float] = (12 / 512, 12 / 512)
-    alone: float = Field(0.04, ge=0, lt=1)
-    until: float = Field(0.1, ge=0, lt=1)
+    sites: SiteSelector = Field(
+        "self", description=f"the self-attention that reads the first frame: {SELECTOR}"
+    )
+    motion: tuple[float, float] = Field(
+        (12 / 512, 12 / 512),
+        description="how far the content moves left and up from one frame to the next, as shares "
+        "of width and height (12 of 512 pixels in the paper)",
+    )
+    alone: float = Field(
+        0.04,
+        ge=0,
+        lt=1,
+        description="share of the sampler's steps after which the other frames are made from the "
+        "first (2 of 50 in the paper)",
+    )
+    until: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="share of the steps to which the first frame is denoised before it is moved (5 "
+        "of 50 in the paper)",
+    )
 
     @model_validator(mode="after")
     def _in_order(self) -> Text2VideoZero:
@@ -53,6 +69,6 @@ class Text2VideoZero(Method):
         from trainer.attention.hooks import SamplingHook
         from trainer.ops.temporal.latents import GlobalMotion
 
-        edit = align(model, self.sites, ("first",), "text2video_zero")
+        edit = align(model, self.sites, ("first",), owner=self.name)
         motion = GlobalMotion(*self.motion, alone=self.alone, until=self.until)
         return replace(edit, sampling=(SamplingHook(begin=motion.begin),))

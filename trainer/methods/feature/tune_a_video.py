@@ -14,9 +14,9 @@ A clip then starts from the image model whose frames read each other; an image i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from trainer.methods.method import Edit
+from trainer.methods.method import Edit, Kind
 from trainer.methods.shared.aligned import Inflated
 
 if TYPE_CHECKING:
@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 
 class TuneAVideo(Inflated):
-    """Options of `Inflated`."""
+    """Which attention is inflated, and who trains it."""
+
+    kind: ClassVar[Kind] = "structure"
+    systems: ClassVar[str] = "Tune-A-Video"
+    paper: ClassVar[str] = "arXiv 2212.11565"
 
     def apply(self, model: AttentionModel) -> Edit:
-        return self.inflated(model, ("first", "previous"), "tune_a_video")
+        return self.inflated(model, ("first", "previous"))

@@ -20,28 +20,36 @@ trains all of the network: add `full`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from trainer.methods.method import Edit
+from pydantic import Field
+
+from trainer.methods.method import Edit, Kind
 from trainer.methods.shared.temporal import Relative, item
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
 
-NAME = "vdm"
-
 
 class Vdm(Relative):
-    """Options of `Relative`; images: whether an image attends to itself or passes the layer by."""
+    """Attention over frames, and what it does to images."""
 
-    images: Literal["self", "bypass"] = "self"
+    kind: ClassVar[Kind] = "structure"
+    systems: ClassVar[str] = "Video diffusion models (VDM)"
+    paper: ClassVar[str] = "arXiv 2204.03458"
+
+    images: Literal["self", "bypass"] = Field(
+        "self",
+        description="whether an image attends to itself, or bypasses the layer, which then never "
+        "changes images",
+    )
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.anatomy import attention_points
         from trainer.ops.temporal import layers
 
         items = []
-        for place in attention_points(model.denoiser):
-            block = layers.TemporalAttention(place.width, self.check_heads(place.width), NAME)
-            items.append(item(place, "temporal", block, stills=self.images == "self"))
-        return self.inserted(model, items, NAME, self.distances(NAME))
+        for point in attention_points(model.denoiser):
+            block = layers.TemporalAttention(point.width, self.check_heads(point.width), self.name)
+            items.append(item(point, "temporal", block, stills=self.images == "self"))
+        return self.inserted(model, items, self.distances())

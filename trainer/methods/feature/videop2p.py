@@ -9,9 +9,9 @@ the queries, as in `tune_a_video`: `selective` with `sites=all projections=[q]`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from trainer.methods.method import Edit
+from trainer.methods.method import Edit, Kind
 from trainer.methods.shared.aligned import Inflated
 
 if TYPE_CHECKING:
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 class VideoP2P(Inflated):
-    """Options of `Inflated`."""
+    """Which attention is inflated, and who trains it."""
+
+    kind: ClassVar[Kind] = "structure"
+    systems: ClassVar[str] = "Video-P2P"
+    paper: ClassVar[str] = "arXiv 2303.04761"
 
     def apply(self, model: AttentionModel) -> Edit:
-        return self.inflated(model, ("first",), "videop2p")
+        return self.inflated(model, ("first",))

@@ -10,11 +10,11 @@ beside it with softmax attention.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.methods.method import Edit
+from trainer.methods.method import Edit, Kind
 from trainer.methods.shared.swap import Swap
 
 if TYPE_CHECKING:
@@ -22,20 +22,29 @@ if TYPE_CHECKING:
 
 
 class AgentAttention(Swap):
-    """Options of `Swap`; agents: `pooled`, side * side of them, or `merged`.
+    """Which agents, and where."""
 
-    Of merged ones: cell, ratio: one token in cell * cell stays, `ratio` of all are merged at most;
-    share: the part of the sampler's steps; query_power: the scale of q a^T is d^-0.5 to the power
-    of it; shortcut: what of v is added.
-    """
+    kind: ClassVar[Kind] = "attention"
+    systems: ClassVar[str] = "Agent Attention, AgentSD"
+    paper: ClassVar[str] = "arXiv 2312.08874"
 
-    agents: Literal["pooled", "merged"] = "pooled"
-    side: int = Field(7, gt=1)
-    cell: int = Field(4, gt=1)
-    ratio: float = Field(0.95, gt=0, le=1)
-    share: float = Field(0.4, gt=0, le=1)
-    query_power: float = Field(0.3, ge=0)
-    shortcut: float = Field(0.075, ge=0)
+    agents: Literal["pooled", "merged"] = Field(
+        "pooled",
+        description="pooled agents are means of the queries and train; merged ones are AgentSD, "
+        "which trains nothing",
+    )
+    side: int = Field(7, gt=1, description="with pooled: side x side agents (49 in the paper)")
+    cell: int = Field(4, gt=1, description="with merged: one token in cell x cell always stays")
+    ratio: float = Field(
+        0.95, gt=0, le=1, description="with merged: share of the tokens that are merged, at most"
+    )
+    share: float = Field(
+        0.4, gt=0, le=1, description="with merged: part of the sampler's steps, the first ones"
+    )
+    query_power: float = Field(
+        0.3, ge=0, description="with merged: the scale of q a^T is d^-0.5 to the power of this"
+    )
+    shortcut: float = Field(0.075, ge=0, description="with merged: share of v added to the output")
 
     @model_validator(mode="after")
     def _has_something_to_learn(self) -> AgentAttention:
@@ -51,6 +60,10 @@ class AgentAttention(Swap):
         return self.swap(
             model,
             lambda *_: MergedAgents(
-                self.cell, self.ratio, self.share, self.query_power, self.shortcut
+                cell=self.cell,
+                ratio=self.ratio,
+                share=self.share,
+                query_power=self.query_power,
+                shortcut=self.shortcut,
             ),
         )

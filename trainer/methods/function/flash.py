@@ -11,21 +11,29 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from trainer.methods.method import Edit, Method
+from pydantic import Field
+
+from trainer.methods.method import Edit, Kind, Method
 from trainer.methods.shared.kernel import installed
-from trainer.methods.shared.options import SiteSelector
+from trainer.methods.shared.options import SELECTOR, SiteSelector
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
 
 
 class Flash(Method):
-    """backend: the one that must run; auto leaves the choice to PyTorch and reports it. On a CPU
-    there are flash and math. It trains nothing by itself."""
+    """Which backend must run, and where. It trains nothing by itself."""
 
-    kind: ClassVar[Literal["attention"]] = "attention"
-    sites: SiteSelector = "all"
-    backend: Literal["auto", "flash", "efficient", "cudnn", "math"] = "flash"
+    kind: ClassVar[Kind] = "attention"
+    systems: ClassVar[str] = "FlashAttention-2"
+    paper: ClassVar[str] = "arXiv 2307.08691"
+
+    sites: SiteSelector = Field("all", description=f"attention that uses it: {SELECTOR}")
+    backend: Literal["auto", "flash", "efficient", "cudnn", "math"] = Field(
+        "flash",
+        description="the backend that must run, or it is an error; auto leaves the choice to "
+        "PyTorch and reports it. A CPU has flash and math",
+    )
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.sites import require

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.methods.method import Edit, Method
+from trainer.methods.method import Edit, Kind, Method
 from trainer.methods.shared.kernel import installed
-from trainer.methods.shared.options import SiteSelector
+from trainer.methods.shared.options import SELECTOR, SiteSelector
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -21,20 +21,33 @@ if TYPE_CHECKING:
 
 
 class Flashmask(Method):
-    """mask: which tokens see each other. size: of a window, to either side of a token where it
-    slides, whole where windows stand side by side; a share of the tokens up to 1, or a number of
-    them. seen: tokens at the start that see all and are seen by all. backend: blockwise on any
-    device, flex on CUDA, dense where tokens are few; auto is the fastest there is. It trains
-    nothing by itself."""
+    """Which tokens see each other. It trains nothing by itself."""
 
-    kind: ClassVar[Literal["attention"]] = "attention"
-    sites: SiteSelector = "self"
-    mask: Literal["sliding_window", "windows", "causal", "frames", "causal_frames"] = (
-        "sliding_window"
+    kind: ClassVar[Kind] = "attention"
+    systems: ClassVar[str] = "FlashMask"
+    paper: ClassVar[str] = "arXiv 2410.01359"
+
+    sites: SiteSelector = Field("self", description=f"attention that is masked: {SELECTOR}")
+    mask: Literal["sliding_window", "windows", "causal", "frames", "causal_frames"] = Field(
+        "sliding_window",
+        description="which tokens see each other: those near (sliding_window), of one block of the "
+        "sequence (windows), earlier ones (causal); with the frames of a clip in one sequence, the "
+        "first and the previous frame (frames) or all earlier ones (causal_frames)",
     )
-    size: float = Field(0.125, gt=0)
-    seen: int = Field(0, ge=0)
-    backend: Literal["auto", "blockwise", "flex", "dense"] = "auto"
+    size: float = Field(
+        0.125,
+        gt=0,
+        description="tokens a window reaches to either side where it slides, all its tokens in "
+        "windows; up to 1 a share of all tokens, above it their number",
+    )
+    seen: int = Field(
+        0, ge=0, description="with sliding_window: first tokens that see all and are seen by all"
+    )
+    backend: Literal["auto", "blockwise", "flex", "dense"] = Field(
+        "auto",
+        description="blockwise on any device, flex on CUDA, dense where tokens are few; auto is "
+        "the fastest there is",
+    )
 
     @field_validator("size")
     @classmethod
@@ -79,7 +92,7 @@ class Flashmask(Method):
         if self.mask == "windows":
             return column_masks.windows(tokens, width)
         if self.mask == "sliding_window":
-            return column_masks.global_sliding_window(tokens, self.seen, width, width)
+            return column_masks.global_sliding_window(tokens, self.seen, before=width, after=width)
         if tokens % frames:
             raise ValueError(
                 f"methods.flashmask: mask={self.mask} needs the tokens of all frames in one "

@@ -11,11 +11,11 @@ and v stay; `selective` or `lora` trains them, or `full` all of the denoiser.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from trainer.methods.method import Edit
+from trainer.methods.method import Edit, Kind
 from trainer.methods.shared.options import OddSize
 from trainer.methods.shared.swap import Swap
 
@@ -25,18 +25,26 @@ if TYPE_CHECKING:
 
 
 class GatedLinear(Swap):
-    """Options of `Swap`; rank: columns of W1; tau: the larger, the longer the memory.
+    """How the state is gated and in which order it reads the image."""
 
-    scans: over how many of the four directions a site takes the mean; with 1 and 2 the sites take
-    turns, one direction each, or rows and columns both ways. convolution: size of a depthwise
-    convolution over the tokens after the block around each site, the identity at the start; 3 in
-    DiG, 0 for none.
-    """
+    kind: ClassVar[Kind] = "attention"
+    systems: ClassVar[str] = "Gated Linear Attention (GLA), DiG"
+    paper: ClassVar[str] = "arXiv 2312.06635, 2405.18428"
 
-    rank: int = Field(16, gt=0)
-    tau: float = Field(16.0, gt=0)
-    scans: Literal[1, 2, 4] = 1
-    convolution: OddSize = 0
+    rank: int = Field(16, gt=0, description="columns of W1, the low rank of the gate (16 in GLA)")
+    tau: float = Field(
+        16.0, gt=0, description="temperature of the gate: larger values forget more slowly"
+    )
+    scans: Literal[1, 2, 4] = Field(
+        1,
+        description="directions whose mean a site takes; with 1 the sites take turns with the four "
+        "directions, with 2 with rows and columns, both ways",
+    )
+    convolution: OddSize = Field(
+        0,
+        description="size of a depthwise convolution over the tokens after the block around each "
+        "site, the identity at the start (3 in DiG); 0 for none",
+    )
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.kernels.gated_linear import ORDERS
@@ -45,9 +53,10 @@ class GatedLinear(Swap):
 
         def op(index: int, site: Site) -> GatedLinearOp:
             first = index * self.scans % len(ORDERS)
-            return GatedLinearOp(site, ORDERS[first : first + self.scans], self.rank, self.tau)
+            orders = ORDERS[first : first + self.scans]
+            return GatedLinearOp(site, orders, rank=self.rank, tau=self.tau)
 
         def convolution(_: int, site: Site) -> BlockConvolution:
-            return BlockConvolution(site, self.convolution, "gated_linear")
+            return BlockConvolution(site, self.convolution, self.name)
 
         return self.swap(model, op, convolution if self.convolution else None)

@@ -10,11 +10,11 @@ of the Performer, arXiv 2009.14794). A model trained with softmax attention has 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from trainer.methods.method import Edit
+from trainer.methods.method import Edit, Kind
 from trainer.methods.shared.options import OddSize
 from trainer.methods.shared.swap import Swap
 
@@ -23,16 +23,27 @@ if TYPE_CHECKING:
 
 
 class LinearAttention(Swap):
-    """Options of `Swap`; features: phi; num_features, seed: how many random ones, and which.
+    """Which feature map, and what helps it."""
 
-    shortcut: size of a depthwise convolution over the values on their grid, which trains and gives
-    back what is local (FLatten, equation 8), 0 for none.
-    """
+    kind: ClassVar[Kind] = "attention"
+    systems: ClassVar[str] = (
+        "Linear attention, Sana, FLatten, cosFormer, Efficient Attention, Performer"
+    )
+    paper: ClassVar[str] = "arXiv 2006.16236, 2410.10629"
 
-    features: Literal["relu", "elu", "focused", "cos", "efficient", "random"] = "relu"
-    num_features: int = Field(64, gt=0)
-    seed: int = Field(0, ge=0)
-    shortcut: OddSize = 0
+    features: Literal["relu", "elu", "focused", "cos", "efficient", "random"] = Field(
+        "relu",
+        description="phi: relu (Sana, arXiv 2410.10629), elu (2006.16236), focused (FLatten, "
+        "2308.00442), cos (cosFormer, 2202.08791), efficient (1812.01243) or random (Performer, "
+        "2009.14794)",
+    )
+    num_features: int = Field(64, gt=0, description="with random: how many features")
+    seed: int = Field(0, ge=0, description="with random: another seed gives other features")
+    shortcut: OddSize = Field(
+        0,
+        description="size of a depthwise convolution over the values on their grid, which trains "
+        "and restores local detail (FLatten, equation 8); 0 for none",
+    )
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.ops.linear_attention import LinearAttentionOp
@@ -40,6 +51,10 @@ class LinearAttention(Swap):
         return self.swap(
             model,
             lambda _, site: LinearAttentionOp(
-                site, self.features, self.num_features, self.seed, self.shortcut
+                site,
+                self.features,
+                num_features=self.num_features,
+                seed=self.seed,
+                shortcut=self.shortcut,
             ),
         )

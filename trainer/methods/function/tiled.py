@@ -7,25 +7,28 @@ plain PyTorch, so on any device and with any mask, one that is learned too; equa
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainer.methods.method import Edit, Method
+from trainer.methods.method import Edit, Kind, Method
 from trainer.methods.shared.kernel import installed
-from trainer.methods.shared.options import SiteSelector
+from trainer.methods.shared.options import SELECTOR, SiteSelector
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
 
 
 class Tiled(Method):
-    """rows, columns: the largest tile of queries and keys. It trains nothing by itself."""
+    """How large the tiles are. It trains nothing by itself."""
 
-    kind: ClassVar[Literal["attention"]] = "attention"
-    sites: SiteSelector = "all"
-    rows: int = Field(512, gt=0)
-    columns: int = Field(512, gt=0)
+    kind: ClassVar[Kind] = "attention"
+    systems: ClassVar[str] = "FlashAttention"
+    paper: ClassVar[str] = "arXiv 2205.14135"
+
+    sites: SiteSelector = Field("all", description=f"attention that uses it: {SELECTOR}")
+    rows: int = Field(512, gt=0, description="queries of a tile, at most")
+    columns: int = Field(512, gt=0, description="keys of a tile, at most")
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.sites import require

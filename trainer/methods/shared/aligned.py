@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
 from trainer.methods.method import Edit
-from trainer.methods.shared.options import SiteSelector
+from trainer.methods.shared.options import SELECTOR, SiteSelector
 from trainer.methods.shared.temporal import Temporal, item
 
 if TYPE_CHECKING:
@@ -41,18 +43,18 @@ def align(model: AttentionModel, selector: str, reads: Sequence[str], owner: str
 
 
 class Inflated(Temporal):
-    """Options of `Temporal`; sites: the self-attention whose frames read other frames.
+    """An image model inflated to clips as in Tune-A-Video: frames read other frames in
+    self-attention, and attention over the frames of each pixel ends every transformer block, after
+    its feed-forward, with as many heads as the block has."""
 
-    An image model inflated to clips as in Tune-A-Video: besides that, attention over the frames of
-    each pixel at the end of every transformer block, after its feed-forward, with the heads of the
-    block's own.
-    """
+    sites: SiteSelector = Field(
+        "self", description=f"the self-attention whose frames read other frames: {SELECTOR}"
+    )
 
-    sites: SiteSelector = "self"
-
-    def inflated(self, model: AttentionModel, reads: Sequence[str], owner: str) -> Edit:
-        aligned = align(model, self.sites, reads, owner)
-        added = self.inserted(model, _after_feed_forward(model, owner), owner)
+    def inflated(self, model: AttentionModel, reads: Sequence[str]) -> Edit:
+        """reads: the frames that each frame reads, see `align`."""
+        aligned = align(model, self.sites, reads, owner=self.name)
+        added = self.inserted(model, _after_feed_forward(model, self.name))
         return replace(
             added, sites=(*aligned.sites, *added.sites), claims=(*aligned.claims, *added.claims)
         )
@@ -68,9 +70,11 @@ def _after_feed_forward(model: AttentionModel, owner: str) -> list[Item]:
         if site.kind != "self" or block.split(".")[-2:-1] != ["transformer_blocks"]:
             continue
         width = site.projection("q").in_features
-        place = InsertionPoint(block, block, 0, width, site.divisor, reruns=True)
+        point = InsertionPoint(
+            after=block, parent=block, index=0, width=width, divisor=site.divisor, reruns=True
+        )
         layer = TemporalAttention(width, site.heads, owner)
-        items.append(item(place, "temporal", layer, many=False))
+        items.append(item(point, "temporal", layer, many=False))
     if not items:
         raise ValueError(
             "this backbone has no transformer block with self-attention to put temporal attention "

@@ -6,30 +6,46 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, field_validator
 
 from trainer.attention.sites import Role
 from trainer.methods.method import Edit, Method
-from trainer.methods.shared.options import SiteSelector
+from trainer.methods.shared.options import SELECTOR, SiteSelector
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
     from trainer.ops.adapters.inject import Target
 
 
-class Targeted(Method):
-    """sites, projections: a selector of attention sites and which of their layers. layers: globs
-    over further linear and convolution layers of the denoiser, as in `*ff.net.2`; text_encoder:
-    projections of the text encoders.
-    """
+Sites = Annotated[
+    SiteSelector | None,
+    Field(description=f"attention sites whose layers get an adapter, null for none: {SELECTOR}"),
+]
+Projections = Annotated[
+    tuple[Role, ...], Field(description="which layers of each site: query, key, value, output")
+]
+Rank = Annotated[int, Field(gt=0, description="r, the rows of A and columns of B")]
+Alpha = Annotated[
+    float | None,
+    Field(gt=0, description="the delta is alpha / rank B A; null is alpha = rank, strength 1"),
+]
 
-    kind: ClassVar[Literal["adapt"]] = "adapt"
-    sites: SiteSelector | None = "all"
-    projections: tuple[Role, ...] = ("q", "k", "v", "out")
-    layers: tuple[str, ...] = ()
-    text_encoder: tuple[Role, ...] = ()
+
+class Targeted(Method):
+    """Methods that put adapters on layers, of attention sites and besides."""
+
+    sites: Sites = "all"
+    projections: Projections = ("q", "k", "v", "out")
+    layers: tuple[str, ...] = Field(
+        (),
+        description="further linear and convolution layers of the denoiser, as globs over their "
+        "names, as in *ff.net.2",
+    )
+    text_encoder: tuple[Role, ...] = Field(
+        (), description="which layers of the text encoders' attention get an adapter"
+    )
 
     def targets(self, model: AttentionModel) -> list[Target]:
         """The layers these options name; ValueError if they name none."""
@@ -51,19 +67,24 @@ class Targeted(Method):
 
 
 class LowRank(Targeted):
-    """Options of `Targeted`; rank, alpha: the delta is alpha / rank * B A; alpha null is alpha =
-    rank, strength 1.
+    """Adapters of low rank: W0 stays, and B A of rank r is trained beside it."""
 
-    ranks, alphas: globs over layer names to values of their own, the last match counts. rslora:
-    strength alpha / sqrt(rank) (arXiv 2312.03732). dropout: on the input of A.
-    """
-
-    rank: int = Field(4, gt=0)
-    alpha: float | None = Field(None, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    ranks: dict[str, int] = Field(default_factory=dict)
-    alphas: dict[str, float] = Field(default_factory=dict)
-    rslora: bool = False
+    rank: Rank = 4
+    alpha: Alpha = None
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="probability that an input of A is set to 0 in training"
+    )
+    ranks: dict[str, int] = Field(
+        default_factory=dict,
+        description="ranks of single layers by globs over their names, as in {*to_v: 8}; the last "
+        "match counts",
+    )
+    alphas: dict[str, float] = Field(
+        default_factory=dict, description="alpha of single layers, as in ranks"
+    )
+    rslora: bool = Field(
+        False, description="strength alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732)"
+    )
 
     @field_validator("ranks", "alphas")
     @classmethod
@@ -131,7 +152,7 @@ def edit_of(
     also: Sequence[tuple[str, str]] = (),
     **more: Any,
 ) -> Edit:
-    """What a method did that put adapters on `targets`. It claims these places, the parameters it
+    """What a method did that put adapters on `targets`. It claims these layers, the parameters it
     trains and keeps, and `also`; more: further fields of the `Edit`."""
     from trainer.ops.adapters.inject import claims, sites_of
 

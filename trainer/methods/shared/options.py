@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from trainer.attention.selector import parse_selector
+from trainer.common.field_words import Called
 
 
 def _parses(text: str) -> str:
@@ -14,8 +15,12 @@ def _parses(text: str) -> str:
     return text
 
 
-# names attention sites, as in `cross & up`; the grammar is that of `trainer/attention/selector.py`
-SiteSelector = Annotated[str, AfterValidator(_parses)]
+# names attention sites; the grammar is that of `trainer/attention/selector.py`
+SiteSelector = Annotated[str, AfterValidator(_parses), Called("site selector")]
+SELECTOR = (
+    "a selector is made of self, cross, temporal, all; down, mid, up, block; /2 for a grid; and "
+    "name:<glob>, joined by &, | and !, as in cross & up"
+)
 
 
 def _odd(size: int) -> int:
@@ -25,7 +30,16 @@ def _odd(size: int) -> int:
 
 
 # of a convolution over a token grid
-OddSize = Annotated[int, Field(ge=0), AfterValidator(_odd)]
+OddSize = Annotated[int, Field(ge=0), AfterValidator(_odd), Called("odd whole number")]
+Task = Annotated[
+    int,
+    Field(
+        ge=0,
+        description="number of the task or concept that trains, counted from 0; earlier ones stay "
+        "as they are. A continual recipe sets it",
+    ),
+]
+NumTasks = Annotated[int, Field(gt=0, description="tasks in all; a continual recipe sets it")]
 
 
 def check_task(task: int, num_tasks: int) -> None:

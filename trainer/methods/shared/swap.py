@@ -4,12 +4,12 @@ distillation from what they did before."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from trainer.methods.method import Edit, Method
-from trainer.methods.shared.options import SiteSelector
+from trainer.methods.shared.options import SELECTOR, SiteSelector
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -17,17 +17,19 @@ if TYPE_CHECKING:
 
 
 class Swap(Method):
-    """sites: a selector; distill: weight of a loss that compares what a site puts out to what it
-    put out before, 0 for none; distill_until: the share of the run's steps after which it is 0.
+    """Methods that replace the softmax attention of sites. The projections around the new kernel
+    train by another method: `selective` or `lora` on the same sites."""
 
-    The projections around the new kernel train by another method: `selective` or `lora` on the same
-    sites.
-    """
-
-    kind: ClassVar[Literal["attention"]] = "attention"
-    sites: SiteSelector = "self"
-    distill: float = Field(0.0, ge=0)
-    distill_until: float = Field(1.0, gt=0, le=1)
+    sites: SiteSelector = Field("self", description=f"the attention to replace: {SELECTOR}")
+    distill: float = Field(
+        0.0,
+        ge=0,
+        description="weight of a loss that compares the output of each site with what its softmax "
+        "attention put out; 0 for none",
+    )
+    distill_until: float = Field(
+        1.0, gt=0, le=1, description="share of the run's steps after which distill is 0"
+    )
 
     def swap(
         self,
@@ -35,8 +37,8 @@ class Swap(Method):
         op_of: Callable[[int, Site], Any],
         beside: Callable[[int, Site], Any] | None = None,
     ) -> Edit:
-        """Puts `op_of(index, site)`, a kernel op, on every site, and with it what `beside` makes,
-        an op of another stage."""
+        """Installs `op_of(index, site)`, a kernel op, on every site, and with it the op of another
+        stage that `beside` makes."""
         from torch import nn
 
         from trainer.attention.sites import require

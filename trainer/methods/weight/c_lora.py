@@ -12,14 +12,13 @@ concept and no class word; that is `new_token` with `init: null` and data withou
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from trainer.attention.sites import Role
-from trainer.methods.method import Edit
-from trainer.methods.shared.lowrank import LowRank, edit_of
-from trainer.methods.shared.options import SiteSelector
+from trainer.methods.method import Edit, Kind
+from trainer.methods.shared.lowrank import LowRank, Projections, Rank, Sites, edit_of
+from trainer.methods.shared.options import Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,23 +27,28 @@ if TYPE_CHECKING:
 
 
 class CLora(LowRank):
-    """Options of `LowRank`; task: the concept's number, from 0: earlier ones are kept as they are.
+    """Which concept trains, and how strongly it is kept off the earlier ones."""
 
-    penalty: lambda. It weighs a fourth power of weight changes, so it is a large number, and
-    another one for another rank, learning rate or backbone.
-    """
+    kind: ClassVar[Kind] = "adapt"
+    systems: ClassVar[str] = "C-LoRA (Continual Diffusion)"
+    paper: ClassVar[str] = "arXiv 2304.06027"
 
-    rank: int = Field(16, gt=0)
-    sites: SiteSelector | None = "cross"
-    projections: tuple[Role, ...] = ("k", "v")
-    task: int = Field(0, ge=0)
-    penalty: float = Field(1e6, ge=0)
+    rank: Rank = 16
+    sites: Sites = "cross"
+    projections: Projections = ("k", "v")
+    task: Task = 0
+    penalty: float = Field(
+        1e6,
+        ge=0,
+        description="lambda; it weighs a fourth power of weight changes, so it is a large number, "
+        "and another one for another rank, learning rate or backbone",
+    )
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.ops.adapters.inject import layer_of, stack
 
         targets = self.targets(model)
-        *past, trains = stack(model, targets, self.config, "c_lora", self.task + 1)
+        *past, trains = stack(model, targets, self.config, owner=self.name, count=self.task + 1)
         keeps = [name for names in past for name in names]
         layers = [layer_of(model, target) for target in targets]
         loss = self._penalty(layers) if past and self.penalty else None

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
-from trainer.methods.method import Edit, Method
-from trainer.methods.shared.options import SiteSelector, check_task
+from trainer.methods.method import Edit, Kind, Method
+from trainer.methods.shared.options import SELECTOR, NumTasks, SiteSelector, Task, check_task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,19 +31,22 @@ if TYPE_CHECKING:
 
 
 class CodaPrompt(Method):
-    """pool: M, the parts of all tasks at a site; length: tokens of a prompt, half keys and half
-    values; sites: a selector of cross-attention.
+    """The pool, and which slice of it trains."""
 
-    task: its number, from 0, of `num_tasks` in all; ortho: weight of the orthogonality penalty.
-    """
+    kind: ClassVar[Kind] = "attention"
+    systems: ClassVar[str] = "CODA-Prompt"
+    paper: ClassVar[str] = "arXiv 2211.13218"
 
-    kind: ClassVar[Literal["attention"]] = "attention"
-    pool: int = Field(100, gt=0)
-    length: int = Field(8, gt=0, multiple_of=2)
-    sites: SiteSelector = "cross"
-    task: int = Field(0, ge=0)
-    num_tasks: int = Field(5, gt=0)
-    ortho: float = Field(0.1, ge=0)
+    pool: int = Field(100, gt=0, description="M, parts of a site for all tasks (100 in the paper)")
+    length: int = Field(
+        8, gt=0, multiple_of=2, description="tokens of a prompt, half keys and half values"
+    )
+    sites: SiteSelector = Field(
+        "cross", description=f"cross-attention that gets prompts: {SELECTOR}"
+    )
+    task: Task = 0
+    num_tasks: NumTasks = 5
+    ortho: float = Field(0.1, ge=0, description="weight of the orthogonality penalty")
 
     @model_validator(mode="after")
     def _in_range(self) -> CodaPrompt:
@@ -71,7 +74,7 @@ class CodaPrompt(Method):
         keeps: list[str] = []
         for site in sites:
             text = site.projection("k").in_features
-            pool = PromptPool(counts, self.length, site.heads * site.head_dim, text)
+            pool = PromptPool(counts, self.length, width=site.heads * site.head_dim, text=text)
             model.host.install(pool, [site])
             pools.append(pool)
             for task, components in enumerate(pool.tasks):

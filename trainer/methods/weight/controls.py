@@ -11,9 +11,9 @@ function of single tokens, so that no weight can take it over.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.methods.method import Edit
+from trainer.methods.method import Edit, Kind
 from trainer.methods.shared.lowrank import LowRank, edit_of
 
 if TYPE_CHECKING:
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 
 class Controls(LowRank):
-    """Options of `LowRank`, on linear layers only."""
+    """Options of low rank, on linear layers only."""
+
+    kind: ClassVar[Kind] = "adapt"
+    systems: ClassVar[str] = "PEFT with Controls"
+    paper: ClassVar[str] = "ICML 2024"
 
     def apply(self, model: AttentionModel) -> Edit:
         from torch import nn
@@ -42,5 +46,5 @@ class Controls(LowRank):
             made._register_custom_module({nn.Linear: ControlledLinear})
             return made
 
-        trains = inject(model, targets, config, "controls")
+        trains = inject(model, targets, config, owner=self.name)
         return edit_of(targets, trains)

@@ -7,9 +7,11 @@ base model. The norm is a constant to the gradient (section 4.3 of the paper), a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from trainer.methods.method import Edit
+from pydantic import Field
+
+from trainer.methods.method import Edit, Kind
 from trainer.methods.shared.lowrank import LowRank, edit_of
 
 if TYPE_CHECKING:
@@ -18,9 +20,15 @@ if TYPE_CHECKING:
 
 
 class Dora(LowRank):
-    """Options of `LowRank`; init: where A starts (B is zero)."""
+    """Options of low rank."""
 
-    init: Literal["default", "gaussian"] = "default"
+    kind: ClassVar[Kind] = "adapt"
+    systems: ClassVar[str] = "DoRA"
+    paper: ClassVar[str] = "arXiv 2402.09353"
+
+    init: Literal["default", "gaussian"] = Field(
+        "default", description="where A starts, as of lora; B starts at zero"
+    )
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.ops.adapters.inject import inject
@@ -28,9 +36,11 @@ class Dora(LowRank):
         targets = self.targets(model)
         _refuse_nothing(model, targets)
         start = True if self.init == "default" else self.init
-        trains = inject(
-            model, targets, lambda t: self.config(t, init_lora_weights=start, use_dora=True), "dora"
-        )
+
+        def config(own: Sequence[Target]) -> Any:
+            return self.config(own, init_lora_weights=start, use_dora=True)
+
+        trains = inject(model, targets, config, owner=self.name)
         return edit_of(targets, trains)
 
 

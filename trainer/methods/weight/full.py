@@ -6,20 +6,25 @@ What another method has put into the sites, or inserted and trains, trains as th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
-from trainer.methods.method import Edit, Method
+from pydantic import Field
+
+from trainer.methods.method import Edit, Kind, Method
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
 
 
 class Full(Method):
-    """denoiser, text_encoder: which of the two train."""
+    """Which networks train."""
 
-    kind: ClassVar[Literal["select"]] = "select"
-    denoiser: bool = True
-    text_encoder: bool = False
+    kind: ClassVar[Kind] = "select"
+    systems: ClassVar[str] = "Full fine-tuning"
+    paper: ClassVar[str] = ""
+
+    denoiser: bool = Field(True, description="train the denoiser")
+    text_encoder: bool = Field(False, description="train the text encoders")
 
     def apply(self, model: AttentionModel) -> Edit:
         parts: list[str] = [model.denoiser_name] if self.denoiser else []

@@ -18,14 +18,13 @@ new tokens have moved.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from trainer.attention.sites import Role
-from trainer.methods.method import Edit
-from trainer.methods.shared.lowrank import LowRank, edit_of
-from trainer.methods.shared.options import SiteSelector, check_task
+from trainer.methods.method import Edit, Kind
+from trainer.methods.shared.lowrank import LowRank, Projections, Rank, Sites, edit_of
+from trainer.methods.shared.options import NumTasks, Task, check_task
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -34,17 +33,22 @@ KEPT, COMPLEMENT = "inflora_kept", "inflora_complement"
 
 
 class Inflora(LowRank):
-    """Options of `LowRank`, on linear layers; task: its number, from 0, of `num_tasks` in all.
+    """Options of low rank, on linear layers only, and which task trains."""
 
-    energy: eps of the first task, and what it would be after the last, linear in between.
-    """
+    kind: ClassVar[Kind] = "adapt"
+    systems: ClassVar[str] = "InfLoRA"
+    paper: ClassVar[str] = "arXiv 2404.00228"
 
-    rank: int = Field(10, gt=0)
-    sites: SiteSelector | None = "cross"
-    projections: tuple[Role, ...] = ("k", "v")
-    task: int = Field(0, ge=0)
-    num_tasks: int = Field(5, gt=0)
-    energy: tuple[float, float] = (0.95, 1.0)
+    rank: Rank = 10
+    sites: Sites = "cross"
+    projections: Projections = ("k", "v")
+    task: Task = 0
+    num_tasks: NumTasks = 5
+    energy: tuple[float, float] = Field(
+        (0.95, 1.0),
+        description="share eps of a task's input energy that M keeps: of the first task, and what "
+        "it would be after the last, linear in between",
+    )
 
     @model_validator(mode="after")
     def _in_range(self) -> Inflora:
@@ -62,7 +66,7 @@ class Inflora(LowRank):
         for target in targets:
             if isinstance(base_layer(layer_of(model, target)), nn.Conv2d):
                 raise ValueError(f"layers: {target.path} is a convolution; name linear layers")
-        tasks = stack(model, targets, self.config, "inflora", self.task + 1)
+        tasks = stack(model, targets, self.config, owner=self.name, count=self.task + 1)
         trains = tuple(name for name in tasks[-1] if ".lora_B." in name)
         keeps = [name for names in tasks for name in names if name not in trains]
         layers = {target.path: layer_of(model, target) for target in targets}

@@ -9,31 +9,37 @@ embeddings of time, place and class.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from trainer.methods.method import Edit
-from trainer.methods.shared.lowrank import LowRank, edit_of
-from trainer.methods.shared.options import SiteSelector
+from trainer.methods.method import Edit, Kind
+from trainer.methods.shared.lowrank import Alpha, LowRank, Rank, Sites, edit_of
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
 
 
 class Longlora(LowRank):
-    """Options of `LowRank`; group: G as a share of the tokens up to 1, or as a number of them.
+    """Options of low rank, and the groups that the chosen self-attention gets."""
 
-    whole: what of the denoiser trains without LoRA.
+    kind: ClassVar[Kind] = "adapt"
+    systems: ClassVar[str] = "LongLoRA"
+    paper: ClassVar[str] = "arXiv 2309.12307"
 
-    Of the chosen sites, those of self-attention get the groups.
-    """
-
-    rank: int = Field(8, gt=0)
-    alpha: float | None = Field(16.0, gt=0)
-    sites: SiteSelector | None = "self"
-    group: float = Field(0.25, gt=0)
-    whole: tuple[Literal["norms", "embeddings"], ...] = ("norms", "embeddings")
+    rank: Rank = 8
+    alpha: Alpha = 16.0
+    sites: Sites = "self"
+    group: float = Field(
+        0.25,
+        gt=0,
+        description="G, tokens of a group: up to 1 a share of all tokens (1/4 in the paper), above "
+        "it their number",
+    )
+    whole: tuple[Literal["norms", "embeddings"], ...] = Field(
+        ("norms", "embeddings"),
+        description="what of the denoiser trains directly, without LoRA",
+    )
 
     @field_validator("group")
     @classmethod
@@ -59,7 +65,7 @@ class Longlora(LowRank):
                 raise ValueError(f"{site.name} has one head, and half of the heads are shifted")
         targets = self.targets(model)
         whole = self._whole(model)
-        trains = (*inject(model, targets, self.config, "longlora"), *whole)
+        trains = (*inject(model, targets, self.config, owner=self.name), *whole)
         model.host.install(ShiftedSparse(self.group), grouped)
         kernels = [(f"{model.denoiser_name}.{site.name}", "the kernel") for site in grouped]
         return edit_of(targets, trains, also=kernels)

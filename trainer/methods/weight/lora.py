@@ -11,11 +11,12 @@ W0 stays as it is and the start is subtracted by a frozen second adapter, the sa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from trainer.methods.method import Edit
+from trainer.methods.method import Edit, Kind
 from trainer.methods.shared.lowrank import LowRank, edit_of
 
 if TYPE_CHECKING:
@@ -26,9 +27,19 @@ START = "lora_start"
 
 
 class Lora(LowRank):
-    """Options of `LowRank`; init: where A and B start, see this file's head."""
+    """Options of low rank, and where A and B start."""
 
-    init: Literal["default", "gaussian", "pissa", "olora", "eva"] = "default"
+    kind: ClassVar[Kind] = "adapt"
+    systems: ClassVar[str] = "LoRA, MotionLoRA"
+    paper: ClassVar[str] = "arXiv 2106.09685"
+
+    init: Literal["default", "gaussian", "pissa", "olora", "eva"] = Field(
+        "default",
+        description="where A and B start: default is the paper's, A uniform and B zero; gaussian "
+        "draws A normal with deviation 1 / rank; pissa and olora start from W0 by SVD (arXiv "
+        "2404.02948) or QR (2406.01775); eva takes A from the directions in which the inputs vary "
+        "most (2410.07170)",
+    )
 
     @model_validator(mode="after")
     def _starts_apart(self) -> Lora:
@@ -49,8 +60,8 @@ class Lora(LowRank):
             trains, kept = self._subtracted(model, targets)
         else:
             start = "gaussian" if self.init == "gaussian" else True
-            config = lambda t: self.config(t, init_lora_weights=start)  # noqa: E731
-            trains = inject(model, targets, config, "lora")
+            config = partial(self.config, init_lora_weights=start)
+            trains = inject(model, targets, config, owner=self.name)
         prepare = self._eva(model, targets) if self.init == "eva" else None
         return edit_of(targets, trains, kept, prepare=prepare)
 
@@ -87,13 +98,13 @@ class Lora(LowRank):
             return base_layer(layer_of(model, target)).weight
 
         weights = [weight_of(target).detach().clone() for target in targets]
-        config = lambda t: self.config(t, init_lora_weights=self.init)  # noqa: E731
-        trains = inject(model, targets, config, "lora")
+        config = partial(self.config, init_lora_weights=self.init)
+        trains = inject(model, targets, config, owner=self.name)
         kept: list[str] = []
         for target, weight in zip(targets, weights, strict=True):
             with torch.no_grad():
                 weight_of(target).copy_(weight)
-            kept += add_copy(layer_of(model, target), "lora", START, sign=-1, path=target.path)
+            kept += add_copy(layer_of(model, target), self.name, START, sign=-1, path=target.path)
         return trains, tuple(kept)
 
     def _eva(
@@ -109,7 +120,7 @@ class Lora(LowRank):
             moments = input_moments(layers, run)
             with torch.no_grad():
                 for path, layer in layers.items():
-                    matrix = layer.lora_A["lora"].weight
+                    matrix = layer.lora_A[self.name].weight
                     matrix.copy_(leading(moments[path], len(matrix)))
 
         return prepare

@@ -7,28 +7,37 @@ V. The row starts as the embedding of a known word, or as noise of the table's o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.methods.method import Edit, Method
+from trainer.methods.method import Edit, Kind, Method
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
 
 
 class NewToken(Method):
-    """tokens: the new words, as in `<v1>`; init: the known word each starts from, one for all or
-    one each.
+    """Which words, and where their rows start."""
 
-    task: for concepts learned one after another: only token number `task` trains, earlier ones are
-    kept as they are, later ones do not exist yet.
-    """
+    kind: ClassVar[Kind] = "adapt"
+    systems: ClassVar[str] = "Textual Inversion"
+    paper: ClassVar[str] = "arXiv 2208.01618"
 
-    kind: ClassVar[Literal["adapt"]] = "adapt"
-    tokens: tuple[str, ...] = Field(("<v1>",), min_length=1)
-    init: str | tuple[str, ...] | None = None
-    task: int | None = Field(None, ge=0)
+    tokens: tuple[str, ...] = Field(
+        ("<v1>",), min_length=1, description="the new words; data.token names them too"
+    )
+    init: str | tuple[str, ...] | None = Field(
+        None,
+        description="the known word whose row each token starts from, one for all or one each; "
+        "null starts from noise with the mean and spread of the table",
+    )
+    task: int | None = Field(
+        None,
+        ge=0,
+        description="for concepts learned one after another: only token number task trains, "
+        "earlier ones stay, later ones do not exist yet. A continual recipe sets it",
+    )
 
     @field_validator("tokens")
     @classmethod
@@ -64,7 +73,9 @@ class NewToken(Method):
         keeps: list[str] = []
         for part, encoder in model.text_encoders.items():
             module: Any = encoder
-            rows = extend(module, model.tokenizers[part], self.tokens[:count], words[:count])
+            rows = extend(
+                module, model.tokenizers[part], tokens=self.tokens[:count], words=words[:count]
+            )
             names = [f"{part}.{row}" for row in rows]
             first = 0 if self.task is None else self.task
             keeps += names[:first]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from trainer.methods.method import Edit, Method
+from trainer.methods.method import Edit, Kind, Method
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,17 +25,22 @@ KEPT = ("*norm*", "*emb*", "*adaln*", "proj_out*")
 
 
 class Nf4(Method):
-    """min_size: layers with fewer weights stay as they are; skip: globs over names of layers that
-    stay; compute: what the layers calculate in, bf16 with run.precision=bf16.
+    """Which layers are stored in 4 bits: linear ones only, never convolutions, embeddings or norms,
+    nor a layer that another method has inserted and trains."""
 
-    Only linear layers are packed, never convolutions, embeddings or norms, nor a layer that another
-    method has inserted and trains.
-    """
+    kind: ClassVar[Kind] = "storage"
+    systems: ClassVar[str] = "QLoRA"
+    paper: ClassVar[str] = "arXiv 2305.14314"
 
-    kind: ClassVar[Literal["storage"]] = "storage"
-    min_size: int = Field(4096, gt=0)
-    skip: tuple[str, ...] = KEPT
-    compute: Literal["fp32", "bf16"] = "fp32"
+    min_size: int = Field(4096, gt=0, description="layers with fewer weights stay as they are")
+    skip: tuple[str, ...] = Field(
+        KEPT,
+        description="globs over the names of layers that stay; by default those of time, norms and "
+        "output",
+    )
+    compute: Literal["fp32", "bf16"] = Field(
+        "fp32", description="what the layers calculate in; bf16 goes with run.precision=bf16"
+    )
 
     def apply(self, model: AttentionModel) -> Edit:
         import torch

@@ -22,12 +22,12 @@ so that the trained tensors are all there is to store.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from trainer.common.suggest import nearest
-from trainer.methods.method import Edit
+from trainer.methods.method import Edit, Kind
 from trainer.methods.shared.lowrank import Targeted, edit_of
 
 if TYPE_CHECKING:
@@ -81,11 +81,23 @@ OURS = (
 
 
 class PeftAdapter(Targeted):
-    """Options of `Targeted`; type: see this file's head; options: of peft's configuration of that
-    type, as in `{r: 8, alpha: 8}`."""
+    """Which adapter of peft, and its own options."""
 
-    type: str
-    options: dict[str, Any] = Field(default_factory=dict)
+    kind: ClassVar[Kind] = "adapt"
+    systems: ClassVar[str] = (
+        "LoHa, LoKr, OFT, HRA, IA3, FourierFT, WaveFT, C3A, MiSS, HiRA, DeLoRA, GraLoRA, RoAd"
+    )
+    paper: ClassVar[str] = "arXiv 2108.06098 (LoHa), 2309.14859 (LoKr), 2306.07280 (OFT) and others"
+
+    type: str = Field(
+        description="loha, lokr, oft, hra, ia3, fourierft, waveft, c3a, miss, hira, delora, "
+        "gralora or road",
+        examples=["loha"],
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="options of peft's configuration of that type, as in {r: 8, alpha: 8}",
+    )
 
     @field_validator("type")
     @classmethod
@@ -107,7 +119,7 @@ class PeftAdapter(Targeted):
                     f"{self.type} calculates with W0, and methods.nf4 stores that of {target.path} "
                     f"in 4 bits; use {', '.join(OVER_4_BITS)}, or methods.nf4.skip"
                 )
-        added = inject(model, targets, self._config(), "peft_adapter")
+        added = inject(model, targets, self._config(), owner=self.name)
         parameters = dict(model.named_parameters())
         trains = tuple(name for name in added if parameters[name].requires_grad)
         frozen = [(name, "weight") for name in added if name not in trains]
@@ -132,7 +144,7 @@ class PeftAdapter(Targeted):
         ]
         hints = typing.get_type_hints(cls)
         checked = {
-            key: _checked(key, value, hints, own)
+            key: _checked(key, value, hints=hints, known=own)
             for key, value in self.options.items()
             if value is not None  # options.r=null removes it
         }

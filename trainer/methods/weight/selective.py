@@ -7,26 +7,36 @@ same in every caption, is detached.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from trainer.attention.sites import Role
-from trainer.methods.method import Edit, Method
-from trainer.methods.shared.options import SiteSelector
+from trainer.methods.method import Edit, Kind, Method
+from trainer.methods.shared.options import SELECTOR, SiteSelector
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
 
 
 class Selective(Method):
-    """sites: a selector, as in `cross & up`; projections: which of q, k, v, out;
-    detach_first_token: as in the paper."""
+    """Which projections of which sites train."""
 
-    kind: ClassVar[Literal["select"]] = "select"
-    sites: SiteSelector = "cross"
-    projections: tuple[Role, ...] = Field(("k", "v"), min_length=1)
-    detach_first_token: bool = False
+    kind: ClassVar[Kind] = "select"
+    systems: ClassVar[str] = "Custom Diffusion"
+    paper: ClassVar[str] = "arXiv 2212.04488"
+
+    sites: SiteSelector = Field("cross", description=f"attention that trains: {SELECTOR}")
+    projections: tuple[Role, ...] = Field(
+        ("k", "v"),
+        min_length=1,
+        description="which of its layers: query, key, value, output (keys and values in the paper)",
+    )
+    detach_first_token: bool = Field(
+        False,
+        description="no gradient through the first token of the text, the same in every caption, "
+        "as in the paper",
+    )
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.sites import require

@@ -7,21 +7,28 @@ is read in every prompt that has its word.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, field_validator
 
-from trainer.methods.method import Edit, Method
+from trainer.methods.method import Edit, Kind, Method
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
 
 
 class WordEmbedding(Method):
-    """tokens: known words, each one token of the vocabulary of every text encoder."""
+    """Which words train."""
 
-    kind: ClassVar[Literal["adapt"]] = "adapt"
-    tokens: tuple[str, ...] = Field(min_length=1)
+    kind: ClassVar[Kind] = "adapt"
+    systems: ClassVar[str] = "Textual Inversion"
+    paper: ClassVar[str] = "arXiv 2208.01618"
+
+    tokens: tuple[str, ...] = Field(
+        min_length=1,
+        description="known words, each one token of the vocabulary of every text encoder",
+        examples=["[left,right]"],
+    )
 
     @field_validator("tokens")
     @classmethod
