@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from trainer.attention.call import SiteCall
 from trainer.attention.context import BoundCheckpoint, StepContext, current, use
 from trainer.attention.host import Host
+from trainer.attention.op import Traits
 from trainer.attention.rows import Rows
-from trainer.attention.sites import Site, select
+from trainer.attention.sites import select
 from trainer.ops.attention_maps import MapStore
 
 Run = Callable[..., Tensor]
@@ -24,38 +26,54 @@ class ByStep(nn.Module):
     """Its output, and so its gradients, depend on the step."""
 
     name = "by_step"
+    traits = Traits()
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([1.5]))
         self.steps: list[int] = []
 
-    def output(self, o: Tensor, site: Site, ctx: StepContext) -> Tensor:
-        self.steps.append(ctx.step)
-        return o * self.weight * (1 + ctx.step)
+    def output(self, o: Tensor, call: SiteCall) -> Tensor:
+        self.steps.append(call.ctx.step)
+        return o * self.weight * (1 + call.ctx.step)
 
 
 class Gain(nn.Module):
     """Reads nothing of the context."""
 
     name = "gain"
+    traits = Traits()
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([1.5]))
 
-    def kv(self, q: Tensor, k: Tensor, v: Tensor, site: Site, ctx: StepContext) -> Any:
+    def kv(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> Any:
         return q, k, v * self.weight
+
+
+class Carries(Gain):
+    """What its last stage does depends on what its first one saw, with a gradient."""
+
+    name = "carries"
+
+    def context(self, k_ctx: Tensor, v_ctx: Tensor, call: SiteCall) -> tuple[Tensor, Tensor]:
+        call.scratch(self)["mean"] = v_ctx.mean(dim=(1, 2))[:, None, None, None]  # b 1 1 1
+        return k_ctx, v_ctx
+
+    def output(self, o: Tensor, call: SiteCall) -> Tensor:
+        return o * (self.weight + call.scratch(self)["mean"])
 
 
 class Witness:
     name = "witness"
+    traits = Traits()
 
     def __init__(self) -> None:
         self.ctx: list[StepContext] = []
 
-    def output(self, o: Tensor, site: Site, ctx: StepContext) -> Tensor:
-        self.ctx.append(ctx)
+    def output(self, o: Tensor, call: SiteCall) -> Tensor:
+        self.ctx.append(call.ctx)
         return o
 
 
@@ -164,6 +182,25 @@ def test_recompute_sees_its_own_forward_when_another_came_between(
     assert any(not torch.allclose(off[n], g, atol=1e-3) for n, g in expected.items())
 
 
+def test_recompute_keeps_a_scratch_of_its_own(
+    tiny_unet: nn.Module, run_unet: Run, gradients: Gradients
+) -> None:
+    """Two forwards before the one backward, whose ops must not read each other's tensors."""
+    model: Any = tiny_unet.train()
+    op = Carries()
+    hosted(model, op)
+
+    def step() -> dict[str, Tensor]:
+        return gradients(model, torch.cat([run_unet(model, seed=seed) for seed in (1, 2)]))
+
+    expected = step()
+    model.enable_gradient_checkpointing()
+    actual = step()
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, atol=1e-5, rtol=1e-4)
+    assert set(vars(op)) == set(vars(Gain()))  # nothing is left on the op
+
+
 def test_recompute_stores_no_map_twice(
     tiny_unet: nn.Module, run_unet: Run, gradients: Gradients
 ) -> None:
@@ -187,7 +224,7 @@ def compiled_block(model: Any, backend: Any) -> None:
     block_of(model).compile(backend=backend, fullgraph=True)
 
 
-@pytest.mark.parametrize("op", [None, Gain()])
+@pytest.mark.parametrize("op", [None, Gain(), Carries()])
 def test_compiled_block_is_one_graph_for_all_steps(
     tiny_unet: nn.Module, run_unet: Run, gradients: Gradients, op: nn.Module | None
 ) -> None:
@@ -226,8 +263,8 @@ def test_compiled_block_sees_the_step_and_the_recompute_its_own(
     tiny_unet: nn.Module, run_unet: Run, gradients: Gradients
 ) -> None:
     class Scaled(Gain):
-        def output(self, o: Tensor, site: Site, ctx: StepContext) -> Tensor:
-            return o * self.weight * (1 + ctx.timestep.sum())
+        def output(self, o: Tensor, call: SiteCall) -> Tensor:
+            return o * self.weight * (1 + call.ctx.timestep.sum())
 
     model: Any = tiny_unet.train()
     hosted(model, Scaled())

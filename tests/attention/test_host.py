@@ -12,9 +12,11 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
+from trainer.attention.call import SiteCall
 from trainer.attention.host import Host
+from trainer.attention.op import Traits
 from trainer.attention.processor import HostedProcessor
-from trainer.attention.sites import Site, require, select
+from trainer.attention.sites import require, select
 
 Run = Callable[..., Tensor]
 
@@ -23,34 +25,39 @@ class Gain(nn.Module):
     """A trainable op."""
 
     name = "gain"
+    traits = Traits()
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([1.5]))
 
-    def output(self, o: Tensor, site: Site, ctx: Any) -> Tensor:
+    def output(self, o: Tensor, call: SiteCall) -> Tensor:
         return o * self.weight
 
 
 class Kernel:
+    traits = Traits()
+
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, site: Site, ctx: Any) -> Tensor:
+    def kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, call: SiteCall) -> Tensor:
         return q * v.mean(2, keepdim=True)
 
 
 class Probs:
     name = "probs_reader"
+    traits = Traits(scores=True)
 
-    def probs(self, probs: Tensor, site: Site, ctx: Any) -> Tensor:
+    def probs(self, probs: Tensor, call: SiteCall) -> Tensor:
         return probs
 
 
 class Scores:
     name = "scores_reader"
+    traits = Traits(scores=True)
 
-    def scores(self, scores: Tensor, site: Site, ctx: Any) -> Tensor:
+    def scores(self, scores: Tensor, call: SiteCall) -> Tensor:
         return scores
 
 
@@ -230,6 +237,62 @@ def test_kernel_excludes_readers_of_scores(
     host.install(second, host.sites[1:])
 
 
+def test_a_reader_of_scores_must_say_so(tiny_unet: nn.Module) -> None:
+    class Silent(Probs):
+        traits = Traits()
+
+    class Boastful(Gain):
+        traits = Traits(scores=True)
+
+    host = Host.attach(tiny_unet)
+    with pytest.raises(ValueError, match="'probs_reader' has a stage for scores or probabilities"):
+        host.install(Silent(), host.sites)
+    with pytest.raises(ValueError, match=r"'gain' has no stage for scores .* scores=True; make"):
+        host.install(Boastful(), host.sites)
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        (Traits(owner="mine", masks=False), "op 'masked' has a mask for .*methods.mine has no pl"),
+        (Traits(more_keys=False), "op 'masked' gives .* further keys, .*'linear' needs one for ea"),
+    ],
+)
+def test_a_kernel_refuses_what_its_traits_exclude(
+    tiny_unet: nn.Module, declared: Traits, message: str
+) -> None:
+    class Masked:
+        name = "masked"
+        traits = Traits(appends=True)
+
+        def mask(self, mask: Any, q: Tensor, k: Tensor, call: SiteCall) -> Any:
+            return mask
+
+    host = Host.attach(tiny_unet)
+    kernel = Kernel("linear")
+    kernel.traits = declared
+    host.install(kernel, host.sites)
+    with pytest.raises(ValueError, match=message):
+        host.install(Masked(), host.sites)
+    host.remove(kernel)
+    kernel.traits = Traits()
+    host.install(kernel, host.sites)
+    host.install(Masked(), host.sites)
+
+
+def test_an_op_that_needs_gradients_is_seen_by_the_host(tiny_unet: nn.Module) -> None:
+    host = Host.attach(tiny_unet)
+    gain = Gain()
+    host.install(gain, host.sites[:1])
+    assert not host.needs_grad
+    guide = Gain()
+    guide.name, guide.traits = "guide", Traits(grad=True)
+    host.install(guide, host.sites[1:])
+    assert host.needs_grad
+    host.remove(guide)
+    assert not host.needs_grad
+
+
 def test_refused_install_changes_nothing(tiny_unet: nn.Module, run_unet: Run) -> None:
     host = Host.attach(tiny_unet)
     host.install(Kernel("linear"), host.sites[-1:])
@@ -245,9 +308,10 @@ class AfterBlock:
     """Doubles what a block puts out."""
 
     name = "after_block"
+    traits = Traits()
 
-    def block(self, x: Tensor, site: Site, ctx: Any) -> Tensor:
-        self.seen = (x.shape, site.name, ctx.latent_size)
+    def block(self, x: Tensor, call: SiteCall) -> Tensor:
+        self.seen = (x.shape, call.site.name, call.ctx.latent_size)
         return 2 * x
 
 
@@ -315,6 +379,7 @@ def test_mistaken_installs_are_refused(tiny_unet: nn.Module) -> None:
 
     class Nothing:
         name = "nothing"
+        traits = Traits()
 
     with pytest.raises(ValueError, match="'nothing' has no stage to run at; give it one of tokens"):
         host.install(Nothing(), host.sites)

@@ -13,9 +13,10 @@ from denoisers import traits_of
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
+from trainer.attention.call import SiteCall
 from trainer.attention.host import Host
+from trainer.attention.op import Traits
 from trainer.attention.processor import HostedProcessor
-from trainer.attention.sites import Site
 from trainer.kernels import softmax as kernels
 from trainer.kernels.softmax import eager
 
@@ -140,43 +141,44 @@ class Recorder:
     """Has every stage that can share a site, changes nothing, and notes what it was given."""
 
     name = "recorder"
+    traits = Traits(scores=True)
 
     def __init__(self) -> None:
         self.seen: dict[str, Any] = {}
 
-    def tokens(self, x: Tensor, site: Site, ctx: Any) -> Tensor:
+    def tokens(self, x: Tensor, call: SiteCall) -> Tensor:
         self.seen["tokens"] = x.shape
         return x
 
-    def context(self, k_ctx: Tensor, v_ctx: Tensor, site: Site, ctx: Any) -> tuple[Tensor, Tensor]:
+    def context(self, k_ctx: Tensor, v_ctx: Tensor, call: SiteCall) -> tuple[Tensor, Tensor]:
         self.seen["context"] = (k_ctx.shape, v_ctx.shape)
         return k_ctx, v_ctx
 
-    def kv(self, q: Tensor, k: Tensor, v: Tensor, site: Site, ctx: Any) -> Any:
+    def kv(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> Any:
         self.seen["kv"] = (q.shape, k.shape, v.shape)
         return q, k, v
 
-    def mask(self, mask: Tensor | None, q: Tensor, k: Tensor, site: Site, ctx: Any) -> Any:
+    def mask(self, mask: Tensor | None, q: Tensor, k: Tensor, call: SiteCall) -> Any:
         self.seen["mask"] = None if mask is None else mask.shape
         return mask
 
-    def scores(self, scores: Tensor, site: Site, ctx: Any) -> Tensor:
+    def scores(self, scores: Tensor, call: SiteCall) -> Tensor:
         self.seen["scores"] = scores.shape
         return scores
 
-    def probs(self, probs: Tensor, site: Site, ctx: Any) -> Tensor:
+    def probs(self, probs: Tensor, call: SiteCall) -> Tensor:
         self.seen["probs"] = probs
         return probs
 
-    def branch(self, o: Tensor, q: Tensor, site: Site, ctx: Any) -> Tensor:
+    def branch(self, o: Tensor, q: Tensor, call: SiteCall) -> Tensor:
         self.seen["branch"] = (o.shape, q.shape)
         return o
 
-    def output(self, o: Tensor, site: Site, ctx: Any) -> Tensor:
+    def output(self, o: Tensor, call: SiteCall) -> Tensor:
         self.seen["output"] = o.shape
         return o
 
-    def restore(self, y: Tensor, site: Site, ctx: Any) -> Tensor:
+    def restore(self, y: Tensor, call: SiteCall) -> Tensor:
         self.seen["restore"] = y.shape
         return y
 
@@ -220,21 +222,21 @@ def test_stages_run_in_order_with_the_documented_shapes() -> None:
 class Named:
     def __init__(self, stage: str) -> None:
         self.name = f"double_{stage}"
+        self.traits = Traits(scores=stage in ("scores", "probs"))
 
 
 def doubling(stage: str) -> Any:
     """An op whose class has exactly one stage, and doubles its first tensor there."""
 
-    def run(self: Any, *given: Any) -> Any:
-        first, *rest = given[:-2]
+    def run(self: Any, first: Any, *rest: Any, call: Any = None, mask: Any = None) -> Any:
         if stage == "context":
-            return first, 2 * rest[0]
+            return first, 2 * rest[0]  # the call is the last
         if stage == "kv":
             return 2 * first, *rest
         if stage == "mask":
             return first * 2
         if stage == "kernel":
-            return 2 * eager(first, *rest)
+            return 2 * eager(first, *rest, mask)
         return 2 * first
 
     return type("Doubling", (Named,), {stage: run})(stage)
@@ -274,8 +276,9 @@ def test_v_context_reaches_values_only() -> None:
 
     class OtherValues:
         name = "other_values"
+        traits = Traits()
 
-        def context(self, k_ctx: Tensor, v_ctx: Tensor, site: Site, ctx: Any) -> Any:
+        def context(self, k_ctx: Tensor, v_ctx: Tensor, call: SiteCall) -> Any:
             return k_ctx, other
 
     host = Host.attach(nn.ModuleDict({"attn": attn}))
@@ -298,7 +301,7 @@ def test_gate_keeps_the_fused_kernel() -> None:
     class Gated(Recorder):
         open = False
 
-        def gate(self, q: Tensor, site: Site, ctx: Any) -> bool:
+        def gate(self, q: Tensor, call: SiteCall) -> bool:
             return self.open
 
     host = Host.attach(nn.ModuleDict({"attn": attn}))
@@ -315,14 +318,16 @@ def test_restore_runs_in_reverse_order() -> None:
     order: list[str] = []
 
     class Wrap:
+        traits = Traits()
+
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def tokens(self, x: Tensor, site: Site, ctx: Any) -> Tensor:
+        def tokens(self, x: Tensor, call: SiteCall) -> Tensor:
             order.append(f"+{self.name}")
             return x
 
-        def restore(self, y: Tensor, site: Site, ctx: Any) -> Tensor:
+        def restore(self, y: Tensor, call: SiteCall) -> Tensor:
             order.append(f"-{self.name}")
             return y
 
@@ -337,13 +342,14 @@ def test_restore_runs_in_reverse_order() -> None:
 def test_dropping_tokens_and_restoring_them_keeps_the_shape() -> None:
     class KeepHalf:
         name = "keep_half"
+        traits = Traits()
 
-        def tokens(self, x: Tensor, site: Site, ctx: Any) -> Tensor:
-            self.count = x.shape[1]
+        def tokens(self, x: Tensor, call: SiteCall) -> Tensor:
+            call.scratch(self)["count"] = x.shape[1]
             return x[:, ::2]
 
-        def restore(self, y: Tensor, site: Site, ctx: Any) -> Tensor:
-            return y.repeat_interleave(2, dim=1)[:, : self.count]
+        def restore(self, y: Tensor, call: SiteCall) -> Tensor:
+            return y.repeat_interleave(2, dim=1)[:, : call.scratch(self)["count"]]
 
     attn = layer(residual_connection=True)
     given = data(True, False, "none")
@@ -374,3 +380,32 @@ def test_bf16(
         assert torch.equal(call(hosted), expected)
     assert explicit.dtype == expected.dtype
     torch.testing.assert_close(explicit, expected, atol=5e-2 if autocast else 1e-5, rtol=0)
+
+
+class Halved:
+    """Keeps every `every`-th token, and gives each one that was dropped the next one kept."""
+
+    traits = Traits()
+
+    def __init__(self, name: str, every: int) -> None:
+        self.name, self.every = name, every
+
+    def tokens(self, x: Tensor, call: SiteCall) -> Tensor:
+        assert not call.scratch(self)  # a run of a layer starts with nothing
+        call.scratch(self)["count"] = x.shape[1]
+        return x[:, :: self.every]
+
+    def restore(self, y: Tensor, call: SiteCall) -> Tensor:
+        return y.repeat_interleave(self.every, dim=1)[:, : call.scratch(self)["count"]]
+
+
+def test_ops_of_one_site_and_sites_of_one_op_share_no_scratch() -> None:
+    """Two ops on two layers that are called with clips of different length."""
+    layers = nn.ModuleDict({"a": layer(), "b": layer()})
+    host = Host.attach(layers)
+    ops = [Halved("twos", 2), Halved("threes", 3)]
+    for op in ops:
+        host.install(op, host.sites)
+    for name, tokens in (("a", 13), ("b", 7), ("a", 5)):
+        assert layers[name](torch.randn(1, tokens, WIDTH)).shape[1] == tokens
+    assert all(set(vars(op)) == {"name", "every"} for op in ops)

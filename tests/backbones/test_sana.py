@@ -21,6 +21,7 @@ from diffusers.models.attention_processor import Attention, SanaLinearAttnProces
 from torch import Tensor, nn
 
 from trainer.attention.host import Host
+from trainer.attention.op import Traits
 from trainer.attention.processor import HostedProcessor
 from trainer.backbones import load_backbone
 from trainer.backbones.sana import FAMILY, initialise
@@ -223,8 +224,9 @@ def test_ops_that_read_probabilities_are_refused_on_linear_sites_only(sana: Any)
 
     class Masks:
         name = "masks"
+        traits = Traits()
 
-        def mask(self, mask: Tensor | None, *_: Any) -> Tensor | None:
+        def mask(self, mask: Tensor | None, **_: Any) -> Tensor | None:
             return mask
 
     with pytest.raises(ValueError, match=r"op 'masks' needs a mask at .*attn1'.*linear"):

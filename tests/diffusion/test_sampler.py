@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer.attention.call import SiteCall
 from trainer.attention.context import StepContext
-from trainer.attention.sites import Site, select
+from trainer.attention.op import Traits
+from trainer.attention.sites import select
 from trainer.diffusion.sampler import sample, sample_many
 
 PROMPTS = ["a fox on a red background", "an apple left of a cat", "a tree"]
@@ -20,15 +22,14 @@ class Watch:
     """An op that keeps what it is told of each call, and shows whose rows the text is of."""
 
     name = "watch"
+    traits = Traits()
 
     def __init__(self) -> None:
         self.seen: list[StepContext] = []
         self.texts: list[Tensor] = []
 
-    def context(
-        self, k_ctx: Tensor, v_ctx: Tensor, site: Site, ctx: StepContext
-    ) -> tuple[Tensor, Tensor]:
-        self.seen.append(ctx)
+    def context(self, k_ctx: Tensor, v_ctx: Tensor, call: SiteCall) -> tuple[Tensor, Tensor]:
+        self.seen.append(call.ctx)
         self.texts.append(k_ctx)
         return k_ctx, v_ctx
 

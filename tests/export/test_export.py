@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from trainer.attention.call import SiteCall
+from trainer.attention.op import Traits
 from trainer.config.header import read_header
 from trainer.config.load import methods_of
 from trainer.diffusion.sampler import sample
@@ -173,8 +175,9 @@ class Louder:
     """An op that acts when the model paints."""
 
     name = "louder"
+    traits = Traits()
 
-    def kv(self, q: Any, k: Any, v: Any, site: Any, ctx: Any) -> Any:
+    def kv(self, q: Any, k: Any, v: Any, call: SiteCall) -> Any:
         return q, k, 2 * v
 
 

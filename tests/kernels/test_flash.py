@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.attention.host import Host
+from trainer.attention.op import Traits
 from trainer.kernels.flash import flash_attention, observed
 from trainer.kernels.softmax import sdpa
 from trainer.ops.flash import FlashOp
@@ -86,8 +87,9 @@ def test_every_site_reports_what_ran(tiny_unet: nn.Module, run_unet: Any) -> Non
 def test_a_site_that_falls_back_is_named(tiny_unet: nn.Module, run_unet: Any) -> None:
     class Narrow:
         name = "narrow"
+        traits = Traits()
 
-        def kv(self, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        def kv(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
             return q, k, v.mT.contiguous().mT
 
     host = Host.attach(tiny_unet)

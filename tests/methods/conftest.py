@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer.attention.op import Traits
 from trainer.methods.apply import Plan
 from trainer.runs.adapter import save_adapter
 
@@ -19,8 +20,9 @@ class AppendKey:
     """An op that appends the first key and its value once more."""
 
     name = "append"
+    traits = Traits()
 
-    def kv(self, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def kv(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
         return q, torch.cat([k, k[:, :, :1]], 2), torch.cat([v, v[:, :, :1]], 2)
 
 

@@ -30,8 +30,8 @@ def test_as_many_agents_as_tokens_start_as_two_softmaxes(tiny: Any, predict: Pre
     for site in sites:
         (op,) = tiny.host.processors[site.name].ops
 
-        def kernel(*given: Any, run: Any = op.kernel) -> Tensor:
-            seen.append((*given[:3], run(*given)))
+        def kernel(*given: Any, run: Any = op.kernel, **more: Any) -> Tensor:
+            seen.append((*given, run(*given, **more)))
             return seen[-1][3]
 
         op.kernel = kernel

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.attention.call import SiteCall
+from trainer.attention.context import StepContext
 from trainer.config.load import methods_of
 from trainer.config.schema import RecipeError
 from trainer.export.export import export
@@ -113,8 +115,9 @@ def test_no_gradient_goes_through_the_query(tiny: Any) -> None:
     pool: Any = site.module.coda_prompt
     text = torch.randn(2, 7, 128, requires_grad=True)
     q = torch.zeros(2, site.heads, 5, site.head_dim)
-    pool.context(text, text, site, None)
-    _, k, v = pool.kv(q, q, q, site, None)
+    call = SiteCall(site, StepContext(0, 1, torch.zeros(())))
+    pool.context(text, text, call)
+    _, k, v = pool.kv(q, q, q, call=call)
     assert k.shape == v.shape == (2, site.heads, 5 + 3, site.head_dim)
     (k.sum() + v.sum()).backward()
     assert text.grad is None

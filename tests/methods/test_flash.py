@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from trainer.attention.op import Traits
 from trainer.config.load import load_recipe
 from trainer.methods.apply import apply_methods
 from trainer.methods.function.flash import Flash
@@ -68,8 +69,9 @@ def test_sites_that_fell_back_are_told_by_name(
         """Values with another layout in memory, which no fused kernel of a CPU takes."""
 
         name = "narrow"
+        traits = Traits()
 
-        def kv(self, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        def kv(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
             return q, k, v.mT.contiguous().mT
 
     plan = apply_methods(tiny, {"flash": Flash(backend="auto"), "lora": Lora()})

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer.attention.op import Traits
 from trainer.config.load import methods_of
 from trainer.config.schema import RecipeError
 from trainer.kernels.softmax import eager
@@ -61,7 +62,7 @@ def test_sites_attend_under_the_mask(
     def reference(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
         return eager(q, k, v, sees(method, q.shape[2]))
 
-    monkeypatch.setattr(type(op), "kernel", lambda self, *args: reference(*args))
+    monkeypatch.setattr(type(op), "kernel", lambda self, *args, **_: reference(*args))
     torch.testing.assert_close(own, predict(tiny), rtol=1e-4, atol=1e-4)
 
 
@@ -71,8 +72,9 @@ def test_another_methods_mask_holds_too(
 ) -> None:
     class Itself:
         name = "itself"
+        traits = Traits()
 
-        def mask(self, mask: Any, q: Tensor, *_: Any) -> Tensor:
+        def mask(self, mask: Any, q: Tensor, k: Tensor, **_: Any) -> Tensor:
             allowed = torch.eye(q.shape[2], dtype=torch.bool)
             return (
                 torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf) if added else allowed

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from trainer.attention.context import StepContext, use
+from trainer.attention.op import Traits
 from trainer.common.lookup import method_files
 from trainer.config.load import methods_of
 from trainer.config.schema import RecipeError
@@ -413,13 +414,15 @@ def test_a_swap_goes_with(
 
 class Windows:
     name = "windows"
+    traits = Traits()
 
-    def mask(self, mask: Tensor | None, *_: Any) -> Tensor | None:
+    def mask(self, mask: Tensor | None, **_: Any) -> Tensor | None:
         return mask
 
 
 class Sharper:
     name = "sharper"
+    traits = Traits(scores=True)
 
     def scores(self, scores: Tensor, *_: Any) -> Tensor:
         return 2 * scores

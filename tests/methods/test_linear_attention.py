@@ -32,8 +32,8 @@ def test_the_chosen_sites_run_the_kernel_and_no_others(tiny: Any, predict: Predi
         for op in processor.ops:
             run = op.kernel
 
-            def kernel(*given: Any, run: Any = run, name: str = name) -> Tensor:
-                seen[name] = (*given[:3], run(*given))
+            def kernel(*given: Any, run: Any = run, name: str = name, **more: Any) -> Tensor:
+                seen[name] = (*given, run(*given, **more))
                 return seen[name][3]
 
             op.kernel = kernel

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.attention.call import SiteCall
 from trainer.attention.context import StepContext, use
 from trainer.attention.host import Host
+from trainer.attention.op import Traits
 from trainer.attention.rows import Rows
-from trainer.attention.sites import Site, require
+from trainer.attention.sites import require
 from trainer.kernels.softmax import attention_probs, attention_scores
 from trainer.ops.attention_maps import MapStore
 
@@ -24,14 +26,13 @@ class Grab:
     """Recomputes the probabilities of a site from its q, k and mask."""
 
     name = "grab"
+    traits = Traits()
 
     def __init__(self) -> None:
         self.probs_of: dict[str, Tensor] = {}
 
-    def mask(
-        self, mask: Tensor | None, q: Tensor, k: Tensor, site: Site, ctx: Any
-    ) -> Tensor | None:
-        self.probs_of[site.name] = attention_probs(attention_scores(q, k), mask).detach()
+    def mask(self, mask: Tensor | None, q: Tensor, k: Tensor, call: SiteCall) -> Tensor | None:
+        self.probs_of[call.site.name] = attention_probs(attention_scores(q, k), mask).detach()
         return mask
 
 
@@ -113,10 +114,10 @@ def test_large_sites_keep_the_fused_kernel(tiny_unet: nn.Module, run_unet: Run) 
 
 
 def test_default_limit_is_32_by_32() -> None:
-    site: Any = None
+    call: Any = None
     store = MapStore([0])
-    assert store.gate(torch.empty(1, 1, 1024, 1), site, site)
-    assert not store.gate(torch.empty(1, 1, 1025, 1), site, site)
+    assert store.gate(torch.empty(1, 1, 1024, 1), call)
+    assert not store.gate(torch.empty(1, 1, 1025, 1), call)
 
 
 def test_oblong_latent_needs_and_uses_its_size(tiny_unet: nn.Module) -> None:

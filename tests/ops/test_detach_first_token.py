@@ -63,6 +63,6 @@ def test_first_context_token_gets_no_gradient_and_values_stay() -> None:
 def test_kv_values_keep_every_bit() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 5, 4, generator=generator) for _ in range(3))
-    site: Any = None
-    out = DetachFirstToken().kv(q, k, v, site, site)
+    call: Any = None
+    out = DetachFirstToken().kv(q, k, v, call=call)
     assert all(torch.equal(a, b) for a, b in zip(out, (q, k, v), strict=True))

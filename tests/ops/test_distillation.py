@@ -9,7 +9,9 @@ import torch
 from denoisers import traits_of
 from torch import Tensor, nn
 
+from trainer.attention.call import SiteCall
 from trainer.attention.host import Host
+from trainer.attention.op import Traits
 from trainer.ops.distillation import Distillation, Original
 from trainer.ops.linear_attention import LinearAttentionOp
 
@@ -18,11 +20,12 @@ class Nudge:
     """Adds to what a site puts out."""
 
     name = "nudge"
+    traits = Traits()
 
     def __init__(self, by: float) -> None:
         self.by = by
 
-    def restore(self, y: Tensor, site: Any, ctx: Any) -> Tensor:
+    def restore(self, y: Tensor, call: SiteCall) -> Tensor:
         return y + self.by
 
 
@@ -47,8 +50,9 @@ def test_it_is_the_relative_error_of_outputs(tiny_unet: nn.Module, run_unet: Any
 
     class Look:
         name = "look"
+        traits = Traits()
 
-        def restore(self, y: Tensor, site: Any, ctx: Any) -> Tensor:
+        def restore(self, y: Tensor, call: SiteCall) -> Tensor:
             seen.append(y.detach())
             return y
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from trainer.attention.sites import Site
 
 
-def token_grid(tokens: int, site: Site, ctx: StepContext, who: str) -> tuple[int, int]:
+def token_grid(tokens: int, *, site: Site, ctx: StepContext, who: str) -> tuple[int, int]:
     """Height and width of the token grid; strided convolutions round up at odd sizes. The tokens of
     a temporal site are frames, in one line.
 

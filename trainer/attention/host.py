@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from trainer.attention.conflicts import refuse_conflicts
 from trainer.attention.context import BoundCheckpoint, ContextHolder, bound, completed, current
 from trainer.attention.denoiser_traits import UNDECLARED, DenoiserTraits
 from trainer.attention.insertion import insertions
-from trainer.attention.op import Op, has_stage, refuse_conflicts
+from trainer.attention.op import Op, has_stage
 from trainer.attention.processor import HostedProcessor
 from trainer.attention.sites import Site, scan
 
@@ -57,6 +58,11 @@ class Host:
         host.traits = traits or known
         host._take(sites)
         return host
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether an op needs gradients where a sampler would run without."""
+        return any(op.traits.grad for p in self.processors.values() for op in p.ops)
 
     def install(self, op: Op, sites: Sequence[Site]) -> None:
         """Adds an op to sites; an op that is an `nn.Module` becomes `<site>.<op.name>`.

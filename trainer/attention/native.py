@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trainer.attention.sites import Site
 
 
-def split_heads(site: Site, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(site: Site, *, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What the projections give, (b, . , h * d), as normed heads (b, h, . , d)."""
     attn: Any = site.module
     if site.native.norms_first:
@@ -30,10 +30,10 @@ def _normed(attn: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return q, k if attn.norm_k is None else attn.norm_k(k)
 
 
-def attend(site: Site, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend(site: Site, *, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """o (b, h, n, d) of q (b, h, n, d), k and v (b, h, m, d)."""
     if not site.native.linear:
-        return softmax_attention(q, k, v, mask, site.scale)
+        return softmax_attention(q, k, v, mask=mask, scale=site.scale)
     if mask is not None:
         raise ValueError(
             f"attention at {site.name!r} is linear, as its model was trained, and has no place for "

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from trainer.attention.call import SiteCall
 from trainer.attention.context import ContextHolder
 from trainer.attention.native import attend, split_heads
-from trainer.attention.op import Op, by_stage, has_stage
+from trainer.attention.op import GATE, Op, by_stage
 from trainer.kernels.softmax import attention_probs, attention_scores
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
     from torch.utils.hooks import RemovableHandle
 
-    from trainer.attention.context import StepContext
     from trainer.attention.sites import Site
 
 
@@ -59,25 +59,27 @@ class HostedProcessor:
         temb: Tensor | None = None,
     ) -> Tensor:
         self.reached = True
-        site, ctx, stages = self.site, self.holder.ctx, self.stages
-        x, mask = _enter(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        stages, call = self.stages, SiteCall(self.site, self.holder.ctx)
+        x, mask = _enter(
+            attn, hidden_states, encoder=encoder_hidden_states, mask=attention_mask, temb=temb
+        )
         for op in stages["tokens"]:
-            x = op.tokens(x, site, ctx)
-        q, k, v = self._project(attn, x, encoder_hidden_states, ctx)
+            x = op.tokens(x, call)
+        q, k, v = self._project(attn, x, encoder=encoder_hidden_states, call=call)
         for op in stages["kv"]:
-            q, k, v = op.kv(q, k, v, site, ctx)
+            q, k, v = op.kv(q, k, v, call=call)
         for op in stages["mask"]:
-            mask = op.mask(mask, q, k, site, ctx)
-        o = self._attend(q, k, v, mask, ctx)
+            mask = op.mask(mask, q, k, call=call)
+        o = self._attend(q, k, v, mask=mask, call=call)
         for op in stages["branch"]:
-            o = op.branch(o, q, site, ctx)
+            o = op.branch(o, q, call)
         for op in stages["output"]:
-            o = op.output(o, site, ctx)
+            o = op.output(o, call)
         y = attn.to_out[1](attn.to_out[0](o.transpose(1, 2).flatten(2).to(q.dtype)))
-        if site.native.linear and x.dtype == torch.float16:
+        if self.site.native.linear and x.dtype == torch.float16:
             y = y.clip(-65504, 65504)
         for op in stages["restore"]:
-            y = op.restore(y, site, ctx)
+            y = op.restore(y, call)
         return _leave(attn, y, hidden_states)
 
     def after_block(self, block: object, args: object, output: Any) -> Any:
@@ -87,46 +89,52 @@ class HostedProcessor:
                 f"{type(block).__name__} around {self.site.name!r} does not put out tokens alone; "
                 f"op {self.stages['block'][0].name!r} needs sites inside transformer blocks"
             )
+        call = SiteCall(self.site, self.holder.ctx)
         for op in self.stages["block"]:
-            output = op.block(output, self.site, self.holder.ctx)
+            output = op.block(output, call)
         return output
 
     def _project(
-        self, attn: Attention, x: Tensor, encoder: Tensor | None, ctx: StepContext
+        self, attn: Attention, x: Tensor, *, encoder: Tensor | None, call: SiteCall
     ) -> tuple[Tensor, Tensor, Tensor]:
         q = attn.to_q(x)
         k_ctx = v_ctx = x if encoder is None else encoder
         for op in self.stages["context"]:
-            k_ctx, v_ctx = op.context(k_ctx, v_ctx, self.site, ctx)
+            k_ctx, v_ctx = op.context(k_ctx, v_ctx, call)
         if encoder is not None and attn.norm_cross is not None:
             same = k_ctx is v_ctx
             k_ctx = attn.norm_encoder_hidden_states(k_ctx)
             v_ctx = k_ctx if same else attn.norm_encoder_hidden_states(v_ctx)
-        return split_heads(self.site, q, attn.to_k(k_ctx), attn.to_v(v_ctx))
+        return split_heads(self.site, q=q, k=attn.to_k(k_ctx), v=attn.to_v(v_ctx))
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ctx: StepContext
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, call: SiteCall
     ) -> Tensor:
-        site = self.site
         if self.stages["kernel"]:
             (op,) = self.stages["kernel"]
-            return op.kernel(q, k, v, mask, site, ctx)
-        on_scores = _open(self.stages["scores"], q, site, ctx)
-        on_probs = _open(self.stages["probs"], q, site, ctx)
+            return op.kernel(q, k, v, mask=mask, call=call)
+        on_scores = self._open("scores", q, call)
+        on_probs = self._open("probs", q, call)
         if not on_scores and not on_probs:
-            return attend(site, q, k, v, mask)
-        scores = attention_scores(q, k, site.scale)
+            return attend(self.site, q=q, k=k, v=v, mask=mask)
+        scores = attention_scores(q, k, self.site.scale)
         for op in on_scores:
-            scores = op.scores(scores, site, ctx)
+            scores = op.scores(scores, call)
         probs = attention_probs(scores, mask).to(v.dtype)
         for op in on_probs:
-            probs = op.probs(probs, site, ctx)
+            probs = op.probs(probs, call)
         return probs @ v
+
+    def _open(self, stage: str, q: Tensor, call: SiteCall) -> list[Any]:
+        """The ops of a stage that want to run here, see `gate` in `op.py`."""
+        gated = self.stages[GATE]
+        return [op for op in self.stages[stage] if op not in gated or op.gate(q, call)]
 
 
 def _enter(
     attn: Attention,
     hidden: Tensor,
+    *,
     encoder: Tensor | None,
     mask: Tensor | None,
     temb: Tensor | None,
@@ -151,8 +159,3 @@ def _leave(attn: Attention, y: Tensor, hidden: Tensor) -> Tensor:
         y = y + hidden
     # a division by 1 changes nothing, and is a pass forward and one back
     return y if attn.rescale_output_factor == 1 else y / attn.rescale_output_factor
-
-
-def _open(ops: tuple[Any, ...], q: Tensor, site: Site, ctx: StepContext) -> list[Any]:
-    """The ops that want to run here, see `gate` in `op.py`."""
-    return [op for op in ops if not has_stage(op, "gate") or op.gate(q, site, ctx)]

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from trainer.attention.grid import token_grid
-from trainer.attention.op import refuse_mask, refuse_other_keys
+from trainer.attention.conflicts import refuse_mask, refuse_other_keys
+from trainer.attention.op import Traits, label
 from trainer.kernels.agent import AgentBias, Shortcut, agent_attention, merged, num_merged, pooled
 from trainer.kernels.softmax import softmax_attention
 
 if TYPE_CHECKING:
+    from trainer.attention.call import SiteCall
     from trainer.attention.context import StepContext
     from trainer.attention.sites import Site
 
@@ -20,10 +21,8 @@ class PooledAgents(nn.Module):
     """A kernel op: agents are side * side means of the queries; a bias for both steps and a
     depthwise shortcut train."""
 
-    name = owner = "agent_attention"
-    masks = False
-    more_keys = False
-    swaps = True
+    name = "agent_attention"
+    traits = Traits(owner="agent_attention", masks=False, more_keys=False, swaps=True)
 
     def __init__(self, site: Site, side: int) -> None:
         super().__init__()
@@ -33,13 +32,13 @@ class PooledAgents(nn.Module):
         self.shortcut = Shortcut(site.heads * site.head_dim)
 
     def kernel(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: Site, ctx: StepContext
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: SiteCall
     ) -> Tensor:
-        refuse_mask(mask, self, site)
-        refuse_other_keys(q, k, self, site)
-        grid = token_grid(q.shape[2], site, ctx, f"methods.{self.owner}")
+        refuse_mask(mask, self, call)
+        refuse_other_keys(q, k, op=self, call=call)
+        grid = call.grid(q.shape[2], label(self))
         bias = self.of_keys(grid), self.of_queries(grid).transpose(1, 2)
-        o = agent_attention(q, pooled(q, grid, self.side), k, v, site.scale, None, bias)
+        o = agent_attention(q, pooled(q, grid, self.side), k, v=v, scale=call.site.scale, bias=bias)
         return o + self.shortcut(v, grid)
 
 
@@ -52,9 +51,8 @@ class MergedAgents:
         o = softmax(q a^T s^query_power) softmax(a k^T s) v + shortcut * v
     """
 
-    name = owner = "agent_attention"
-    masks = False
-    more_keys = False
+    name = "agent_attention"
+    traits = Traits(owner="agent_attention", masks=False, more_keys=False)
 
     def __init__(
         self,
@@ -66,27 +64,25 @@ class MergedAgents:
     ) -> None:
         self.cell, self.ratio, self.share = cell, ratio, share
         self.query_power, self.shortcut = query_power, shortcut
-        self.x: Tensor | None = None
 
-    def context(
-        self, k_ctx: Tensor, v_ctx: Tensor, site: Site, ctx: StepContext
-    ) -> tuple[Tensor, Tensor]:
-        self.x = k_ctx if self.early(ctx) else None
+    def context(self, k_ctx: Tensor, v_ctx: Tensor, call: SiteCall) -> tuple[Tensor, Tensor]:
+        if self.early(call.ctx):
+            call.scratch(self)["x"] = k_ctx
         return k_ctx, v_ctx
 
     def kernel(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: Site, ctx: StepContext
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: SiteCall
     ) -> Tensor:
-        refuse_mask(mask, self, site)
-        x, self.x = self.x, None
-        scale = site.scale
+        refuse_mask(mask, self, call)
+        x = call.scratch(self).get("x")
+        scale = call.site.scale
         if x is None:
-            return softmax_attention(q, k, v, None, scale)
-        refuse_other_keys(q, k, self, site)
-        grid = token_grid(q.shape[2], site, ctx, f"methods.{self.owner}")
+            return softmax_attention(q, k, v, scale=scale)
+        refuse_other_keys(q, k, op=self, call=call)
+        grid = call.grid(q.shape[2], label(self))
         if 2 * num_merged(grid, self.cell, self.ratio) >= q.shape[2]:
-            return softmax_attention(q, k, v, None, scale)
-        agents = merged(q, x, grid, self.cell, self.ratio, seed=ctx.step)
+            return softmax_attention(q, k, v, scale=scale)
+        agents = merged(q, x, grid, self.cell, self.ratio, seed=call.ctx.step)
         query_scale = (q.shape[-1] ** -0.5 if scale is None else scale) ** self.query_power
         return agent_attention(q, agents, k, v, scale, query_scale) + self.shortcut * v
 

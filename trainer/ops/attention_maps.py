@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.attention.grid import token_grid
+from trainer.attention.op import Traits
 
 if TYPE_CHECKING:
-    from trainer.attention.context import StepContext
-    from trainer.attention.sites import Site
+    from trainer.attention.call import SiteCall
 
 
 class MapStore:
@@ -32,6 +31,7 @@ class MapStore:
     """
 
     name = "map_store"
+    traits = Traits(scores=True)
 
     def __init__(
         self,
@@ -47,18 +47,19 @@ class MapStore:
         self.max_queries, self.group = max_queries, group
         self.maps: dict[tuple[int, str], Tensor] = {}
 
-    def gate(self, q: Tensor, site: Site, ctx: StepContext) -> bool:
+    def gate(self, q: Tensor, call: SiteCall) -> bool:
         return q.shape[2] <= self.max_queries
 
     @torch.compiler.disable  # it reads the step: compiled, every step would recompile
-    def probs(self, probs: Tensor, site: Site, ctx: StepContext) -> Tensor:
+    def probs(self, probs: Tensor, call: SiteCall) -> Tensor:
+        ctx = call.ctx
         if self.group is not None and self.group not in ctx.groups.slices:
             return probs
         if probs.shape[2] <= self.max_queries:
             own = probs if self.group is None else probs[ctx.rows(self.group)]
             columns = self._columns(own.detach().mean(dim=1))  # b t n
-            size = token_grid(columns.shape[-1], site, ctx, "MapStore")
-            self.maps[ctx.step, site.name] = columns.unflatten(-1, size).float().cpu()
+            size = call.grid(columns.shape[-1], "MapStore")
+            self.maps[ctx.step, call.site.name] = columns.unflatten(-1, size).float().cpu()
         return probs
 
     def clear(self) -> None:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from trainer.attention.grid import token_grid
+from trainer.attention.op import Traits, label
 from trainer.kernels.agent import Shortcut
 
 if TYPE_CHECKING:
-    from trainer.attention.context import StepContext
+    from trainer.attention.call import SiteCall
     from trainer.attention.sites import Site
 
 
@@ -26,12 +26,12 @@ class BlockConvolution(nn.Module):
 
     def __init__(self, site: Site, size: int, owner: str) -> None:
         super().__init__()
-        self.owner = owner
+        self.traits = Traits(owner=owner)
         self.depthwise = Shortcut(site.projection("q").in_features, size)
         nn.init.dirac_(self.depthwise.weight, groups=len(self.depthwise.weight))
 
-    def block(self, x: Tensor, site: Site, ctx: StepContext) -> Tensor:
-        grid = token_grid(x.shape[1], site, ctx, f"methods.{self.owner}")
+    def block(self, x: Tensor, call: SiteCall) -> Tensor:
+        grid = call.grid(x.shape[1], label(self))
         # all that earlier blocks have said goes through it: under autocast each would round it
         with torch.autocast(x.device.type, enabled=False):
             y: Tensor = self.depthwise(x.unsqueeze(1), grid)

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.attention.op import Traits
+
 if TYPE_CHECKING:
-    from trainer.attention.context import StepContext
-    from trainer.attention.sites import Site
+    from trainer.attention.call import SiteCall
 
 
 class Components(nn.Module):
@@ -40,33 +41,26 @@ class PromptPool(nn.Module):
     """
 
     name = "coda_prompt"
+    traits = Traits(owner="coda_prompt", appends=True)
 
     def __init__(self, counts: Sequence[int], length: int, width: int, text: int) -> None:
         super().__init__()
         self.tasks = nn.ModuleList(Components(count, length, width, text) for count in counts)
         self.added = length // 2
-        self.query: Tensor | None = None
 
-    def context(
-        self, k_ctx: Tensor, v_ctx: Tensor, site: Site, ctx: StepContext
-    ) -> tuple[Tensor, Tensor]:
-        self.query = k_ctx.detach().mean(1)
+    def context(self, k_ctx: Tensor, v_ctx: Tensor, call: SiteCall) -> tuple[Tensor, Tensor]:
+        call.scratch(self)["query"] = k_ctx.detach().mean(1)
         return k_ctx, v_ctx
 
-    def kv(
-        self, q: Tensor, k: Tensor, v: Tensor, site: Site, ctx: StepContext
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        query, self.query = self.query, None
-        assert query is not None  # `context` ran just before
+    def kv(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> tuple[Tensor, Tensor, Tensor]:
+        query = call.scratch(self)["query"]  # `context` ran just before
         keys, values = (
             half.unflatten(2, (k.shape[1], -1)).transpose(1, 2).to(k)  # b h l d
             for half in self.prompt(query).chunk(2, dim=1)
         )
         return q, torch.cat([k, keys], dim=2), torch.cat([v, values], dim=2)
 
-    def mask(
-        self, mask: Tensor | None, q: Tensor, k: Tensor, site: Site, ctx: StepContext
-    ) -> Tensor | None:
+    def mask(self, mask: Tensor | None, q: Tensor, k: Tensor, call: SiteCall) -> Tensor | None:
         """The prompt is seen by every query."""
         if mask is None:
             return None

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from trainer.attention.op import Traits
+
 if TYPE_CHECKING:
-    from trainer.attention.context import StepContext
-    from trainer.attention.sites import Site
+    from trainer.attention.call import SiteCall
 
 
 class DetachFirstToken:
@@ -23,10 +24,9 @@ class DetachFirstToken:
     """
 
     name = "detach_first_token"
+    traits = Traits()
 
-    def kv(
-        self, q: Tensor, k: Tensor, v: Tensor, site: Site, ctx: StepContext
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def kv(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> tuple[Tensor, Tensor, Tensor]:
         return q, _detach_first(k), _detach_first(v)
 
 

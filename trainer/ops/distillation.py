@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.attention.native import attend, split_heads
+from trainer.attention.op import Traits
 from trainer.attention.sites import ROLES
 from trainer.ops.temporal.frame_keys import FrameKeys
 
 if TYPE_CHECKING:
+    from trainer.attention.call import SiteCall
     from trainer.attention.context import StepContext
     from trainer.attention.sites import Role, Site
 
@@ -40,11 +42,11 @@ class Distillation:
     def schedule(self, done: float) -> None:
         self.done = done
 
-    def add(self, site: Site, ctx: StepContext, term: Tensor) -> None:
+    def add(self, call: SiteCall, term: Tensor) -> None:
         """A forward that gradient checkpointing repeats after `loss` has been taken does not
         count."""
-        if ctx is not self.closed:
-            self.terms[site.name] = ctx, term
+        if call.ctx is not self.closed:
+            self.terms[call.site.name] = call.ctx, term
 
     def loss(self) -> Tensor:
         """Of the forward just run; it is called once for each."""
@@ -64,53 +66,54 @@ class Original(nn.Module):
     """
 
     name = "original"
+    traits = Traits()
 
     def __init__(self, site: Site, distillation: Distillation) -> None:
         super().__init__()
         self.distillation = distillation
-        self.x: Tensor | None = None
-        self.contexts: tuple[Tensor, Tensor] | None = None
         self.layers: dict[Role, tuple[Tensor, Tensor | None]] = {}
         for role in ROLES:
             layer = site.projection(role)
             bias = None if layer.bias is None else layer.bias.detach().clone()
             self.layers[role] = layer.weight.detach().clone(), bias
 
-    def tokens(self, x: Tensor, site: Site, ctx: StepContext) -> Tensor:
+    def tokens(self, x: Tensor, call: SiteCall) -> Tensor:
         learning = self.training and torch.is_grad_enabled() and self.distillation.weight > 0
-        self.x = x.detach() if learning else None
+        if learning:
+            call.scratch(self)["x"] = x.detach()
         return x
 
-    def context(
-        self, k_ctx: Tensor, v_ctx: Tensor, site: Site, ctx: StepContext
-    ) -> tuple[Tensor, Tensor]:
-        self.contexts = None if self.x is None else (k_ctx.detach(), v_ctx.detach())
+    def context(self, k_ctx: Tensor, v_ctx: Tensor, call: SiteCall) -> tuple[Tensor, Tensor]:
+        if "x" in (kept := call.scratch(self)):
+            kept["contexts"] = k_ctx.detach(), v_ctx.detach()
         return k_ctx, v_ctx
 
     @torch.compiler.disable  # it hands a tensor to the loss of the step
-    def restore(self, y: Tensor, site: Site, ctx: StepContext) -> Tensor:
-        x, contexts = self.x, self.contexts
-        self.x = self.contexts = None
-        if x is not None and contexts is not None:
-            wanted = self.as_before(x, *contexts, site, ctx).float()
+    def restore(self, y: Tensor, call: SiteCall) -> Tensor:
+        kept = call.scratch(self)
+        if "x" in kept:
+            wanted = self.as_before(kept["x"], kept["contexts"], call).float()
             size = wanted.square().mean().clamp(min=1e-12)
-            self.distillation.add(site, ctx, (y.float() - wanted).square().mean() / size)
+            self.distillation.add(call, (y.float() - wanted).square().mean() / size)
         return y
 
     @torch.no_grad()
-    def as_before(
-        self, x: Tensor, k_ctx: Tensor, v_ctx: Tensor, site: Site, ctx: StepContext
-    ) -> Tensor:
+    def as_before(self, x: Tensor, contexts: tuple[Tensor, Tensor], call: SiteCall) -> Tensor:
         """y0 (b, n, c); frames of a clip read the frames they read now."""
+        site, (k_ctx, v_ctx) = call.site, contexts
         attn: Any = site.module
         if site.kind == "cross" and attn.norm_cross is not None:
             k_ctx, v_ctx = (attn.norm_encoder_hidden_states(c) for c in (k_ctx, v_ctx))
-        projected = (self._project("q", x), self._project("k", k_ctx), self._project("v", v_ctx))
-        q, k, v = split_heads(site, *projected)
+        q, k, v = split_heads(
+            site,
+            q=self._project("q", x),
+            k=self._project("k", k_ctx),
+            v=self._project("v", v_ctx),
+        )
         for op in attn.processor.stages["kv"]:
             if isinstance(op, FrameKeys):
-                q, k, v = op.kv(q, k, v, site, ctx)
-        o = attend(site, q, k, v, None)
+                q, k, v = op.kv(q, k, v, call=call)
+        o = attend(site, q=q, k=k, v=v, mask=None)
         return self._project("out", o.transpose(1, 2).flatten(2))
 
     def _project(self, role: Role, x: Tensor) -> Tensor:

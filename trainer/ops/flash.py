@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from trainer.attention.op import Traits
 from trainer.kernels.flash import backend_of, describe, flash_attention, log, observed
 
 if TYPE_CHECKING:
-    from trainer.attention.context import StepContext
-    from trainer.attention.sites import Site
+    from trainer.attention.call import SiteCall
 
 
 class FlashOp:
@@ -21,7 +21,8 @@ class FlashOp:
     The first call with tensors of a kind is watched and logged; `ran` holds what ran by site.
     """
 
-    name = owner = "flash"
+    name = "flash"
+    traits = Traits(owner="flash")
 
     def __init__(self, backend: str | None = None) -> None:
         self.backend = backend
@@ -33,18 +34,18 @@ class FlashOp:
 
     @torch.compiler.disable
     def kernel(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: Site, ctx: StepContext
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: SiteCall
     ) -> Tensor:
-        scale = site.scale
-        known = self.ran.setdefault(site.name, {})
+        scale = call.site.scale
+        known = self.ran.setdefault(call.site.name, {})
         kind = tuple(backend_of(x) for x in (q, k, v, mask))
         if kind in known:
             return flash_attention(q, k, v, mask, scale, self.backend)
         try:
             o, known[kind] = observed(q, k, v, mask, scale, self.backend)
         except ValueError as error:
-            raise ValueError(f"methods.flash at {site.name}: {error}") from error
+            raise ValueError(f"methods.flash at {call.site.name}: {error}") from error
         log.info(
-            "%s: %s ran for q %s, mask %s", site.name, known[kind], describe(q), describe(mask)
+            "%s: %s ran for q %s, mask %s", call.site.name, known[kind], describe(q), describe(mask)
         )
         return o

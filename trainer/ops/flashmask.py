@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trainer.attention.op import refuse_other_keys
+from trainer.attention.conflicts import refuse_other_keys
+from trainer.attention.op import Traits
 from trainer.kernels.column_masks import MaskSpec
 from trainer.kernels.flashmask import BACK_ENDS, FEW, both
 from trainer.kernels.softmax import sdpa
 
 if TYPE_CHECKING:
-    from trainer.attention.context import StepContext
-    from trainer.attention.sites import Site
+    from trainer.attention.call import SiteCall
 
 
 class FlashMask:
@@ -24,8 +24,8 @@ class FlashMask:
     make: from the number of tokens, and of frames in them, to the mask.
     """
 
-    name = owner = "flashmask"
-    more_keys = False
+    name = "flashmask"
+    traits = Traits(owner="flashmask", more_keys=False)
 
     def __init__(self, make: Callable[[int, int], MaskSpec], backend: str | None = None) -> None:
         self.make, self.backend = make, backend
@@ -33,11 +33,11 @@ class FlashMask:
 
     @torch.compiler.disable
     def kernel(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: Site, ctx: StepContext
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: SiteCall
     ) -> Tensor:
-        scale = site.scale
-        refuse_other_keys(q, k, self, site)
-        spec = self._spec(q, ctx.frames)
+        scale = call.site.scale
+        refuse_other_keys(q, k, op=self, call=call)
+        spec = self._spec(q, call.ctx.frames)
         if mask is not None:
             # exact, but saves nothing: two masks are no intervals
             return sdpa(q, k, v, both(mask, spec.dense()), scale)

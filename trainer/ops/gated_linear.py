@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.attention.grid import token_grid
-from trainer.attention.op import refuse_mask, refuse_other_keys
+from trainer.attention.conflicts import refuse_mask, refuse_other_keys
+from trainer.attention.op import Traits, label
 from trainer.kernels.gated_linear import ORDERS, gated_attention, ordered, restored
 from trainer.kernels.linear import at_least_float32
 
 if TYPE_CHECKING:
-    from trainer.attention.context import StepContext
+    from trainer.attention.call import SiteCall
     from trainer.attention.sites import Site
 
 OPEN = 1.278465  # swish of it is 1
@@ -29,10 +29,8 @@ class GatedLinearOp(nn.Module):
     output through unchanged at the start, where Wr is zero.
     """
 
-    name = owner = "gated_linear"
-    masks = False
-    more_keys = False
-    swaps = True
+    name = "gated_linear"
+    traits = Traits(owner="gated_linear", masks=False, more_keys=False, swaps=True)
 
     def __init__(self, site: Site, orders: Sequence[str], rank: int = 16, tau: float = 16) -> None:
         super().__init__()
@@ -45,24 +43,20 @@ class GatedLinearOp(nn.Module):
         self.let = nn.Linear(width, inner)
         nn.init.zeros_(self.let.weight)
         nn.init.constant_(self.let.bias, OPEN)
-        self.x: Tensor | None = None
 
-    def context(
-        self, k_ctx: Tensor, v_ctx: Tensor, site: Site, ctx: StepContext
-    ) -> tuple[Tensor, Tensor]:
-        self.x = k_ctx
+    def context(self, k_ctx: Tensor, v_ctx: Tensor, call: SiteCall) -> tuple[Tensor, Tensor]:
+        call.scratch(self)["x"] = k_ctx
         return k_ctx, v_ctx
 
     def kernel(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: Site, ctx: StepContext
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: SiteCall
     ) -> Tensor:
-        refuse_mask(mask, self, site)
-        refuse_other_keys(q, k, self, site)
-        x, self.x = self.x, None
-        assert x is not None  # `context` ran just before
-        grid = token_grid(q.shape[2], site, ctx, f"methods.{self.owner}")
+        refuse_mask(mask, self, call)
+        refuse_other_keys(q, k, op=self, call=call)
+        x = call.scratch(self)["x"]  # `context` ran just before
+        grid = call.grid(q.shape[2], label(self))
         g = F.logsigmoid(at_least_float32(self.up(self.down(x)))) / self.tau
-        g, let = (t.unflatten(-1, (site.heads, -1)).transpose(1, 2) for t in (g, self.let(x)))
+        g, let = (t.unflatten(-1, (call.site.heads, -1)).transpose(1, 2) for t in (g, self.let(x)))
         scans = [self.scan(q, k, v, g, order, grid) for order in self.orders]
         o = sum(scans[1:], scans[0]) / len(scans)
         normed: Tensor = self.norm(at_least_float32(o))

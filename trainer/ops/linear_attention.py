@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from trainer.attention.grid import token_grid
-from trainer.attention.op import refuse_mask, refuse_other_keys
+from trainer.attention.conflicts import refuse_mask, refuse_other_keys
+from trainer.attention.op import Traits, label
 from trainer.kernels.agent import Shortcut
 from trainer.kernels.linear import FEATURES, linear_attention, orthogonal_gaussian, random_features
 
 if TYPE_CHECKING:
-    from trainer.attention.context import StepContext
+    from trainer.attention.call import SiteCall
     from trainer.attention.sites import Site
 
 
@@ -23,9 +23,7 @@ class LinearAttentionOp(nn.Module):
     shortcut: size of a depthwise convolution over the values, 0 for none.
     """
 
-    name = owner = "linear_attention"
-    masks = False
-    swaps = True
+    name = "linear_attention"
     projection: Tensor
 
     def __init__(
@@ -37,17 +35,19 @@ class LinearAttentionOp(nn.Module):
             self.register_buffer("projection", projection, persistent=False)
         self.features = features
         self.shortcut = Shortcut(site.heads * site.head_dim, shortcut) if shortcut else None
-        self.more_keys = not shortcut
+        self.traits = Traits(
+            owner="linear_attention", masks=False, more_keys=not shortcut, swaps=True
+        )
 
     def kernel(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: Site, ctx: StepContext
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: SiteCall
     ) -> Tensor:
-        refuse_mask(mask, self, site)
+        refuse_mask(mask, self, call)
         random = self.features == "random"
         features = random_features(self.projection) if random else FEATURES[self.features]
-        o = linear_attention(q, k, v, features, site.scale)
+        o = linear_attention(q, k, v, features, call.site.scale)
         if self.shortcut is None:
             return o
-        refuse_other_keys(q, k, self, site)
-        grid = token_grid(v.shape[2], site, ctx, f"methods.{self.owner}")
+        refuse_other_keys(q, k, op=self, call=call)
+        grid = call.grid(v.shape[2], label(self))
         return o + self.shortcut(v, grid)

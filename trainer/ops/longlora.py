@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from trainer.attention.op import Traits
 from trainer.kernels.softmax import softmax_attention
 
 if TYPE_CHECKING:
-    from trainer.attention.context import StepContext
-    from trainer.attention.sites import Site
+    from trainer.attention.call import SiteCall
 
 
 class ShiftedSparse(nn.Module):
@@ -30,8 +30,7 @@ class ShiftedSparse(nn.Module):
     """
 
     name = "shifted_sparse"
-    owner = "longlora"
-    more_keys = False
+    traits = Traits(owner="longlora", more_keys=False)
 
     def __init__(self, group: float) -> None:
         super().__init__()
@@ -42,13 +41,13 @@ class ShiftedSparse(nn.Module):
         return max(1, round(share))
 
     def kernel(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: Site, ctx: StepContext
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: SiteCall
     ) -> Tensor:
-        scale = site.scale
+        scale = call.site.scale
         if self.training and torch.is_grad_enabled():
             if k.shape[2] != q.shape[2]:
                 raise ValueError(
-                    f"methods.longlora groups the tokens of {site.name}, where another method "
+                    f"methods.longlora groups the tokens of {call.site.name}, where another method "
                     "appends keys that are in no group; choose other sites for one of them"
                 )
             return shifted_sparse(q, k, v, mask, scale, self.size(q.shape[2]))

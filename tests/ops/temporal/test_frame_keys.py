@@ -11,8 +11,10 @@ import torch
 from denoisers import traits_of
 from torch import Tensor, nn
 
+from trainer.attention.call import SiteCall
 from trainer.attention.context import StepContext, use
 from trainer.attention.host import Host
+from trainer.attention.op import Traits
 from trainer.attention.sites import Site, select
 from trainer.kernels.column_masks import causal_mask
 from trainer.kernels.softmax import eager
@@ -32,6 +34,10 @@ def context(frames: int) -> StepContext:
     return StepContext(0, 1, torch.zeros(()), frames=frames)
 
 
+def called(frames: int, site: Any = None) -> SiteCall:
+    return SiteCall(site, context(frames))
+
+
 def heads(*shape: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator).requires_grad_() for _ in range(3)]
@@ -40,7 +46,7 @@ def heads(*shape: int) -> list[Tensor]:
 @pytest.mark.parametrize("reads", READS, ids="+".join)
 def test_it_is_what_a_loop_over_frames_gives(reads: tuple[str, ...]) -> None:
     q, k, v = heads(6, 2, 5, 3)  # two clips of three frames
-    found = FrameKeys(reads, "test").kv(q, k, v, Any, context(3))
+    found = FrameKeys(reads, "test").kv(q, k, v, call=called(3))
     own = eager(*found)
     rows = []
     for clip in (0, 3):
@@ -61,7 +67,7 @@ def test_it_is_what_a_loop_over_frames_gives(reads: tuple[str, ...]) -> None:
 def test_first_and_previous_are_a_mask_over_all_frames() -> None:
     frames, n = 4, 3
     q, k, v = heads(frames, 2, n, 5)
-    own = eager(*FrameKeys(("first", "previous"), "test").kv(q, k, v, Any, context(frames)))
+    own = eager(*FrameKeys(("first", "previous"), "test").kv(q, k, v, call=called(frames)))
     mask = torch.zeros(frames, frames, dtype=torch.bool)
     for name in ("first", "previous"):
         mask[torch.arange(frames), places(frames, name)] = True
@@ -106,14 +112,13 @@ class Bank:
     last frame kept from theirs."""
 
     name = "bank"
+    traits = Traits()
 
     def __init__(self) -> None:
         self.kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
-    def kv(
-        self, q: Tensor, k: Tensor, v: Tensor, site: Site, ctx: StepContext
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        kept = self.kept.setdefault(site.name, [])
+    def kv(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> tuple[Tensor, Tensor, Tensor]:
+        kept = self.kept.setdefault(call.site.name, [])
         kept.append((k, v))
         before = kept[max(len(kept) - 2, 0)]
         return q, *(torch.cat([kept[0][i], before[i]], 2) for i in (0, 1))
@@ -138,7 +143,7 @@ def test_a_batch_of_all_frames_is_a_bank_of_them(tiny_unet: Any) -> None:
 def test_half_a_clip_is_refused() -> None:
     q, k, v = heads(4, 1, 2, 3)
     with pytest.raises(ValueError, match=r"methods\.mine sees clips of 3 frames, and a batch of 4"):
-        FrameKeys(("first",), "mine").kv(q, k, v, Any, context(3))
+        FrameKeys(("first",), "mine").kv(q, k, v, call=called(3))
 
 
 KERNELS: dict[str, Callable[[Site], Any]] = {
@@ -187,11 +192,11 @@ def test_a_linear_kernel_sums_over_what_is_read(tiny_unet: Any) -> None:
     host.install(FrameKeys(("first", "previous"), "tune_a_video"), [site])
     host.install(op, [site])
     q, k, v = heads(3, site.heads, 4, site.head_dim)
-    q, k, v = FrameKeys(("first", "previous"), "x").kv(q, k, v, site, context(3))
+    q, k, v = FrameKeys(("first", "previous"), "x").kv(q, k, v, call=called(3))
     phi_q, phi_k = q.relu(), k.relu()
     weights = phi_q @ phi_k.transpose(-2, -1)
     wanted = (weights / (weights.sum(-1, keepdim=True) + 1e-15)) @ v
-    torch.testing.assert_close(op.kernel(q, k, v, None, site, context(3)), wanted)
+    torch.testing.assert_close(op.kernel(q, k, v, mask=None, call=called(3, site)), wanted)
 
 
 def test_a_distilled_site_learns_what_it_did_to_clips(tiny_unet: Any, run_unet: Call) -> None:

@@ -21,12 +21,13 @@ from trainer.attention.anatomy import (
     norm_groups,
     time_point,
 )
+from trainer.attention.call import SiteCall
 from trainer.attention.context import StepContext, use
 from trainer.attention.denoiser_traits import UNDECLARED
-from trainer.attention.grid import token_grid
 from trainer.attention.host import Host
 from trainer.attention.insert import insert
 from trainer.attention.insertion import Item, insertions
+from trainer.attention.op import Traits
 from trainer.attention.sites import select
 from trainer.ops.temporal import layers
 from trainer.ops.temporal.directed import Directed, DirectedAfter
@@ -183,29 +184,31 @@ def test_relative_vectors_mask_and_leave_appended_keys_alone() -> None:
         if mask is not None:
             scores = scores.masked_fill(~seen, -torch.inf) if mask is seen else scores + mask
         wanted = (scores.softmax(-1)[..., None] * (v[:, :, None] + b)).sum(3)
-        torch.testing.assert_close(op.kernel(q, k, v, mask, site, CLIP), wanted)
+        torch.testing.assert_close(op.kernel(q, k, v, mask=mask, call=SiteCall(site, CLIP)), wanted)
 
 
 def test_masks_join_what_is_there() -> None:
     op = RelativeBias(layer(1), 3, "vdm")
     q, k = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 3, 4)  # one key appended
-    anything: Any = None
-    own = op.mask(None, q, k, anything, CLIP)
+    site: Any = None
+    call = SiteCall(site, CLIP)
+    own = op.mask(None, q, k, call=call)
     assert own.shape == (1, 1, 2, 3)
     assert not own[..., 2].any()
     seen = torch.tensor([[[[True, False, True]]]])
-    assert op.mask(seen, q, k, anything, CLIP)[..., 1].isneginf().all()
-    assert torch.equal(op.mask(own, q, k, anything, CLIP), 2 * own)
-    directed = Directed().mask(seen, q, k, anything, CLIP)
+    assert op.mask(seen, q, k, call=call)[..., 1].isneginf().all()
+    assert torch.equal(op.mask(own, q, k, call=call), 2 * own)
+    directed = Directed().mask(seen, q, k, call=call)
     assert directed.tolist() == [[[[True, False, True], [True, False, True]]]]
-    added = Directed().mask(own, q, k, anything, CLIP)
+    added = Directed().mask(own, q, k, call=call)
     assert added[0, 0, 0, 1].isneginf() and added.isneginf().sum() == 1
 
 
 def test_directed_attention_after_the_softmax_loses_what_later_frames_got() -> None:
     probs = torch.rand(1, 2, 3, 3).softmax(-1)
-    anything: Any = None
-    assert torch.equal(DirectedAfter().probs(probs, anything, CLIP), probs.tril())
+    site: Any = None
+    call = SiteCall(site, CLIP)
+    assert torch.equal(DirectedAfter().probs(probs, call=call), probs.tril())
 
 
 def test_learned_positions_start_small_and_apart() -> None:
@@ -379,12 +382,13 @@ def test_compiled_it_is_the_same(tiny_unet: nn.Module, run_unet: Call) -> None:
 
 class Probe:
     name = "probe"
+    traits = Traits()
 
     def __init__(self) -> None:
         self.grids: list[tuple[int, int]] = []
 
-    def output(self, o: Tensor, site: Any, ctx: StepContext) -> Tensor:
-        self.grids.append(token_grid(o.shape[2], site, ctx, "test"))
+    def output(self, o: Tensor, call: SiteCall) -> Tensor:
+        self.grids.append(call.grid(o.shape[2], "test"))
         return o
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.attention.processor import HostedProcessor
+
 
 def bitsandbytes(who: str) -> Any:
     """The package; ValueError says who asked and how to get it."""
@@ -80,8 +82,9 @@ def unpacked(layer: nn.Module) -> nn.Module:
 
 def inside_ops(denoiser: nn.Module) -> set[int]:
     """Ids of the modules inside attention ops, which are a method's own and train."""
-    hosts = [getattr(module, "processor", None) for module in denoiser.modules()]
-    ops = [op for host in hosts for op in getattr(host, "ops", ()) if isinstance(op, nn.Module)]
+    processors = [getattr(module, "processor", None) for module in denoiser.modules()]
+    hosted = [processor for processor in processors if isinstance(processor, HostedProcessor)]
+    ops = [op for processor in hosted for op in processor.ops if isinstance(op, nn.Module)]
     return {id(module) for op in ops for module in op.modules()}
 
 

@@ -8,20 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.attention.op import Traits
+
 if TYPE_CHECKING:
-    from trainer.attention.context import StepContext
-    from trainer.attention.sites import Site
+    from trainer.attention.call import SiteCall
 
 
 class Directed:
     """An op of a temporal site: frame i sees frames up to i, by a mask before the softmax."""
 
     name = "directed"
-    owner = "magicvideo"
+    traits = Traits(owner="magicvideo")
 
-    def mask(
-        self, mask: Tensor | None, q: Tensor, k: Tensor, site: Site, ctx: StepContext
-    ) -> Tensor:
+    def mask(self, mask: Tensor | None, q: Tensor, k: Tensor, call: SiteCall) -> Tensor:
         seen = causal_frames(q.shape[2], k.shape[2], q.device)
         if mask is None:
             return seen
@@ -33,9 +32,9 @@ class DirectedAfter:
     it gave to them is lost, so that its probabilities sum to less than 1."""
 
     name = "directed"
-    owner = "magicvideo"
+    traits = Traits(owner="magicvideo", scores=True)
 
-    def probs(self, probs: Tensor, site: Site, ctx: StepContext) -> Tensor:
+    def probs(self, probs: Tensor, call: SiteCall) -> Tensor:
         return probs * causal_frames(probs.shape[-2], probs.shape[-1], probs.device)
 
 

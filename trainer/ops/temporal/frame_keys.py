@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from trainer.attention.op import Traits, label
+
 if TYPE_CHECKING:
-    from trainer.attention.context import StepContext
-    from trainer.attention.sites import Site
+    from trainer.attention.call import SiteCall
 
 FRAMES: dict[str, Callable[[int], int]] = {
     "own": lambda i: i,
@@ -35,21 +36,19 @@ class FrameKeys:
     """
 
     def __init__(self, reads: Sequence[str], owner: str) -> None:
-        self.name = self.owner = owner
-        self.reads = tuple(reads)
-        self.appends = len(self.reads) > 1
+        self.name, self.reads = owner, tuple(reads)
+        self.traits = Traits(owner=owner, appends=len(self.reads) > 1)
 
-    def kv(
-        self, q: Tensor, k: Tensor, v: Tensor, site: Site, ctx: StepContext
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if ctx.frames == 1:
+    def kv(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> tuple[Tensor, Tensor, Tensor]:
+        frames = call.ctx.frames
+        if frames == 1:
             return q, k, v
-        if len(k) % ctx.frames:
+        if len(k) % frames:
             raise ValueError(
-                f"methods.{self.owner} sees clips of {ctx.frames} frames, and a batch of {len(k)} "
-                "rows is no whole number of them; give every frame of a clip a row"
+                f"{label(self)} sees clips of {frames} frames, and a batch of {len(k)} rows is no "
+                "whole number of them; give every frame of a clip a row"
             )
-        return q, gathered(k, ctx.frames, self.reads), gathered(v, ctx.frames, self.reads)
+        return q, gathered(k, frames, self.reads), gathered(v, frames, self.reads)
 
 
 def gathered(x: Tensor, frames: int, reads: Sequence[str]) -> Tensor:

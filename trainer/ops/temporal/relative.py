@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.attention.op import Traits
 from trainer.kernels.softmax import attention_probs, attention_scores
 
 if TYPE_CHECKING:
-    from trainer.attention.context import StepContext
+    from trainer.attention.call import SiteCall
     from trainer.attention.sites import Site
 
 
@@ -28,16 +29,14 @@ class RelativeBias(nn.Module):
 
     def __init__(self, site: Site, reach: int, owner: str) -> None:
         super().__init__()
-        self.reach, self.owner = reach, owner
+        self.reach, self.traits = reach, Traits(owner=owner)
         self.table = nn.Parameter(torch.randn(site.heads, 2 * reach + 1))
 
     def bias(self, frames: int) -> Tensor:
         """(h, f, f)"""
         return self.table[:, distances(frames, self.reach, self.table.device)]
 
-    def mask(
-        self, mask: Tensor | None, q: Tensor, k: Tensor, site: Site, ctx: StepContext
-    ) -> Tensor:
+    def mask(self, mask: Tensor | None, q: Tensor, k: Tensor, call: SiteCall) -> Tensor:
         bias = self.bias(q.shape[2]).to(q.dtype)
         bias = F.pad(bias, (0, k.shape[2] - q.shape[2]))[None]  # appended keys have no distance
         if mask is None:
@@ -64,12 +63,12 @@ class RelativeVectors(nn.Module):
 
     def __init__(self, site: Site, reach: int, owner: str) -> None:
         super().__init__()
-        self.reach, self.owner = reach, owner
+        self.reach, self.traits = reach, Traits(owner=owner)
         self.keys = nn.Parameter(torch.randn(2 * reach + 1, site.head_dim))
         self.values = nn.Parameter(torch.randn(2 * reach + 1, site.head_dim))
 
     def kernel(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: Site, ctx: StepContext
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: SiteCall
     ) -> Tensor:
         frames, more = q.shape[2], k.shape[2] - q.shape[2]
         distance = distances(frames, self.reach, q.device)
@@ -77,6 +76,7 @@ class RelativeVectors(nn.Module):
             F.pad(table.to(q.dtype)[distance], (0, 0, 0, more))
             for table in (self.keys, self.values)
         )
+        site = call.site
         q = q * (site.head_dim**-0.5 if site.scale is None else site.scale)
         scores = attention_scores(q, k, 1.0) + torch.einsum("bhid,ijd->bhij", q, a)
         probs = attention_probs(scores, mask).to(v.dtype)

@@ -1,0 +1,102 @@
+"""Which ops can share a site, and which inputs a kernel refuses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trainer.attention.errors import TakenError
+from trainer.attention.op import STAGES, Op, by_stage, has_stage, label
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.attention.call import SiteCall
+    from trainer.attention.sites import Site
+
+
+def refuse_conflicts(ops: tuple[Op, ...], site: Site) -> None:
+    """Raises `ValueError` where ops cannot share a site, naming both and the site: `TakenError`
+    where a method has replaced the kernel already."""
+    for op in ops:
+        _refuse_undeclared(op)
+    kernels = by_stage(ops)["kernel"]
+    if not kernels:
+        if site.native.linear:
+            _refuse_on_linear(ops, site)
+        return
+    first, *others = kernels
+    if site.native.linear and not first.traits.swaps:
+        raise ValueError(
+            f"{label(first)} computes softmax attention, and that of {site.name!r} is linear, as "
+            "its model was trained; choose other sites, as in sites=cross"
+        )
+    if others:
+        if first.traits.owner is not None:
+            raise TakenError(site.name, "the kernel", first.traits.owner)
+        raise ValueError(
+            f"{label(first)} and {label(others[0])} both replace the kernel of {site.name!r}; "
+            "install one of them, or choose other sites for the second"
+        )
+    for op in ops:
+        _refuse_beside_kernel(op, first, site)
+
+
+def _refuse_undeclared(op: Op) -> None:
+    if not any(has_stage(op, stage) for stage in STAGES):
+        raise ValueError(
+            f"op {op.name!r} has no stage to run at; give it one of {', '.join(STAGES)}"
+        )
+    reads = has_stage(op, "scores") or has_stage(op, "probs")
+    if reads != op.traits.scores:
+        raise ValueError(
+            f"op {op.name!r} has {'a' if reads else 'no'} stage for scores or probabilities, and "
+            f"its traits say scores={op.traits.scores}; make them agree"
+        )
+
+
+def _refuse_beside_kernel(op: Op, kernel: Op, site: Site) -> None:
+    """What another op at the site of a kernel may not ask for."""
+    if op.traits.scores:
+        raise ValueError(
+            f"{label(op)} asks for scores or probabilities of {site.name!r}, where the kernel of "
+            f"{label(kernel)} computes none; choose other sites for one of them"
+        )
+    if op.traits.appends and not kernel.traits.more_keys:
+        raise ValueError(
+            f"{label(op)} gives {site.name!r} further keys, and the kernel of {label(kernel)} "
+            "needs one for each query; choose other sites for one of them"
+        )
+    if has_stage(op, "mask") and not kernel.traits.masks:
+        raise ValueError(
+            f"{label(op)} has a mask for {site.name!r}, where the kernel of {label(kernel)} has no "
+            "place for one; choose other sites for one of them"
+        )
+
+
+def _refuse_on_linear(ops: tuple[Op, ...], site: Site) -> None:
+    for stage, what in (("mask", "a mask"), ("scores", "scores"), ("probs", "probabilities")):
+        for op in ops:
+            if has_stage(op, stage):
+                raise ValueError(
+                    f"{label(op)} needs {what} at {site.name!r}, whose attention is linear, as its "
+                    "model was trained, and has none; choose other sites, as in sites=cross"
+                )
+
+
+def refuse_mask(mask: Tensor | None, op: Op, call: SiteCall) -> None:
+    """What a kernel without masks does about one that comes with the model's own call."""
+    if mask is not None:
+        raise ValueError(
+            f"the model masks keys at {call.site.name!r}, and the kernel of {label(op)} has no "
+            "place for a mask; choose other sites, or inputs of one length"
+        )
+
+
+def refuse_other_keys(queries: Tensor, keys: Tensor, *, op: Op, call: SiteCall) -> None:
+    """What a kernel for which tokens have a place among each other does about further keys."""
+    if keys.shape[2] != queries.shape[2]:
+        raise ValueError(
+            f"{label(op)} needs the tokens of {call.site.name!r} to look at themselves, and there "
+            f"are {keys.shape[2]} keys for {queries.shape[2]} queries; choose sites of "
+            "self-attention to which no other method appends keys"
+        )
