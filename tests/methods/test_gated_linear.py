@@ -109,7 +109,7 @@ def test_a_token_is_scanned_after_those_before_it(order: str, tiny: Any) -> None
     q, k, v = (torch.randn(1, 2, 12, 4, generator=generator) for _ in range(3))
     g = torch.full_like(q, -0.1)
     v.requires_grad_()
-    o = op.scan(q, k, v, g, order, (3, 4))
+    o = op.scan((q, k, v, g), order, (3, 4))
     for place, token in enumerate(SCANS[order].tolist()):
         (grad,) = torch.autograd.grad(o[:, :, token].sum(), v, retain_graph=True)
         reached = grad.abs().sum((0, 1, 3)).nonzero().flatten().tolist()

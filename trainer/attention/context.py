@@ -93,7 +93,9 @@ def completed(ctx: StepContext | None, call: Mapping[str, Any], training: bool) 
         return ctx if ctx.latent_size is not None else replace(ctx, latent_size=size)
     frames = sample.shape[2] if isinstance(sample, Tensor) and sample.ndim == 5 else 1
     timestep = torch.as_tensor(call.get("timestep", 0))
-    return StepContext(0, 1, timestep, frames, training=training, latent_size=size)
+    return StepContext(
+        step=0, num_steps=1, timestep=timestep, frames=frames, training=training, latent_size=size
+    )
 
 
 class ContextHolder:

@@ -51,7 +51,7 @@ def insert(model: AttentionModel, items: Sequence[Item], owner: str, trains: boo
         if item.checkpoint:
             item.block.gradient_checkpointing = False  # type: ignore[assignment]  # diffusers' switch
         _register(denoiser, item.path, item.block)
-        Insertion(modules[item.after], item, owner, trains)
+        Insertion(modules[item.after], item, owner=owner, trains=trains)
     inside = tuple(f"{item.path}." for item in items)
     host = Host.attach(denoiser, traits)  # which sets the holders
     return [site.name for site in host.sites if site.name.startswith(inside)]

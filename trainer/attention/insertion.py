@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -58,7 +59,7 @@ class Insertion:
             )
         if torch.is_grad_enabled() and getattr(block, "gradient_checkpointing", False):
             again: Any = block._gradient_checkpointing_func
-            return cast(Tensor, again(block, x, before, ctx))
+            return cast(Tensor, again(partial(block, ctx=ctx), x, before))
         return cast(Tensor, block(x, before, ctx))
 
 

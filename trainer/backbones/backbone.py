@@ -150,7 +150,7 @@ class Backbone(nn.Module):
 
     def inputs(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> dict[str, Any]:
         """The denoiser's own arguments for x_t (b, c, h, w) at timesteps t (b,)."""
-        return self.declared.inputs(self, x_t, t, condition)
+        return self.declared.inputs(self, x_t, t, condition=condition)
 
     def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """The network's output (b, c, h, w) at x_t (b, c, h, w) and timesteps t (b,). A learned

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from trainer.attention.denoiser_traits import UNDECLARED, DenoiserTraits
 from trainer.backbones.spec import BackboneSpec, DenoiserSpec
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Layout = Literal["rows", "tokens"]
+
+
+class Inputs(Protocol):
+    def __call__(
+        self, backbone: Any, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        """The denoiser's own arguments for x_t (b, c, h, w) at timesteps t (b,)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class Family:
     blocks: tuple[str, ...]
     load: Callable[[BackboneSpec, str], Parts]
     encode_prompts: Callable[[Any, Sequence[str]], dict[str, Tensor]]
-    inputs: Callable[[Any, Tensor, Tensor, dict[str, Tensor]], dict[str, Any]]
+    inputs: Inputs
     pipeline: Callable[[Any], Any]
     makes: type[DenoiserSpec] | None = None
     layout: Layout = "rows"

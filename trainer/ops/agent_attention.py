@@ -82,9 +82,10 @@ class MergedAgents:
         grid = call.grid(q.shape[2], label(self))
         if 2 * num_merged(grid, self.cell, self.ratio) >= q.shape[2]:
             return softmax_attention(q, k, v, scale=scale)
-        agents = merged(q, x, grid, self.cell, self.ratio, seed=call.ctx.step)
+        agents = merged(q, x, grid, cell=self.cell, ratio=self.ratio, seed=call.ctx.step)
         query_scale = (q.shape[-1] ** -0.5 if scale is None else scale) ** self.query_power
-        return agent_attention(q, agents, k, v, scale, query_scale) + self.shortcut * v
+        o = agent_attention(q, agents, k, v=v, scale=scale, query_scale=query_scale)
+        return o + self.shortcut * v
 
     def early(self, ctx: StepContext) -> bool:
         return ctx.num_steps > 1 and ctx.step < self.share * ctx.num_steps

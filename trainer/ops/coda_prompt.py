@@ -25,7 +25,7 @@ class Components(nn.Module):
     """The parts of one task: prompts P (m, length, width), keys K and attentions A (m, text), each
     set with orthonormal rows where they fit."""
 
-    def __init__(self, count: int, length: int, width: int, text: int) -> None:
+    def __init__(self, count: int, *, length: int, width: int, text: int) -> None:
         super().__init__()
         self.prompts = nn.Parameter(_orthonormal(count, length * width).unflatten(1, (length, -1)))
         self.keys = nn.Parameter(_orthonormal(count, text))
@@ -45,7 +45,9 @@ class PromptPool(nn.Module):
 
     def __init__(self, counts: Sequence[int], length: int, width: int, text: int) -> None:
         super().__init__()
-        self.tasks = nn.ModuleList(Components(count, length, width, text) for count in counts)
+        self.tasks = nn.ModuleList(
+            Components(count, length=length, width=width, text=text) for count in counts
+        )
         self.added = length // 2
 
     def context(self, k_ctx: Tensor, v_ctx: Tensor, call: SiteCall) -> tuple[Tensor, Tensor]:

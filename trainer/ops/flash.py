@@ -40,9 +40,9 @@ class FlashOp:
         known = self.ran.setdefault(call.site.name, {})
         kind = tuple(backend_of(x) for x in (q, k, v, mask))
         if kind in known:
-            return flash_attention(q, k, v, mask, scale, self.backend)
+            return flash_attention(q, k, v, mask=mask, scale=scale, backend=self.backend)
         try:
-            o, known[kind] = observed(q, k, v, mask, scale, self.backend)
+            o, known[kind] = observed(q, k, v, mask=mask, scale=scale, backend=self.backend)
         except ValueError as error:
             raise ValueError(f"methods.flash at {call.site.name}: {error}") from error
         log.info(

@@ -40,10 +40,10 @@ class FlashMask:
         spec = self._spec(q, call.ctx.frames)
         if mask is not None:
             # exact, but saves nothing: two masks are no intervals
-            return sdpa(q, k, v, both(mask, spec.dense()), scale)
+            return sdpa(q, k, v, mask=both(mask, spec.dense()), scale=scale)
         few = "dense" if q.shape[2] <= FEW else "blockwise"
         backend = self.backend or ("flex" if q.is_cuda else few)
-        return BACK_ENDS[backend](q, k, v, spec, scale)
+        return BACK_ENDS[backend](q, k, v, spec=spec, scale=scale)
 
     def _spec(self, q: Tensor, frames: int) -> MaskSpec:
         key = (q.shape[2], frames, q.device)

@@ -57,13 +57,13 @@ class GatedLinearOp(nn.Module):
         grid = call.grid(q.shape[2], label(self))
         g = F.logsigmoid(at_least_float32(self.up(self.down(x)))) / self.tau
         g, let = (t.unflatten(-1, (call.site.heads, -1)).transpose(1, 2) for t in (g, self.let(x)))
-        scans = [self.scan(q, k, v, g, order, grid) for order in self.orders]
+        scans = [self.scan((q, k, v, g), order, grid) for order in self.orders]
         o = sum(scans[1:], scans[0]) / len(scans)
         normed: Tensor = self.norm(at_least_float32(o))
         return (F.silu(at_least_float32(let)) * normed).to(v.dtype)
 
     def scan(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, order: str, grid: tuple[int, int]
+        self, qkvg: tuple[Tensor, Tensor, Tensor, Tensor], order: str, grid: tuple[int, int]
     ) -> Tensor:
-        q, k, v, g = (ordered(t, order, grid) for t in (q, k, v, g))
-        return restored(gated_attention(q, k, v, g), order, grid)
+        q, k, v, g = (ordered(t, order, grid) for t in qkvg)
+        return restored(gated_attention(q, k, v, g=g), order, grid)

@@ -45,7 +45,7 @@ class LinearAttentionOp(nn.Module):
         refuse_mask(mask, self, call)
         random = self.features == "random"
         features = random_features(self.projection) if random else FEATURES[self.features]
-        o = linear_attention(q, k, v, features, call.site.scale)
+        o = linear_attention(q, k, v, features=features, scale=call.site.scale)
         if self.shortcut is None:
             return o
         refuse_other_keys(q, k, op=self, call=call)

@@ -50,8 +50,8 @@ class ShiftedSparse(nn.Module):
                     f"methods.longlora groups the tokens of {call.site.name}, where another method "
                     "appends keys that are in no group; choose other sites for one of them"
                 )
-            return shifted_sparse(q, k, v, mask, scale, self.size(q.shape[2]))
-        return softmax_attention(q, k, v, mask, scale)
+            return shifted_sparse(q, k, v, mask=mask, scale=scale, group=self.size(q.shape[2]))
+        return softmax_attention(q, k, v, mask=mask, scale=scale)
 
 
 def shifted_sparse(
@@ -60,13 +60,23 @@ def shifted_sparse(
     """q, k, v and the result (b, h, n, d) of self-attention; n need not divide by `group`, the last
     group is shorter then. One group of all tokens is full attention in every head."""
     if group >= q.shape[2]:
-        return softmax_attention(q, k, v, mask, scale)
+        return softmax_attention(q, k, v, mask=mask, scale=scale)
     plain = q.shape[1] - q.shape[1] // 2
     heads = [slice(plain), slice(plain, None)]
     parts = []
     for chosen, first in zip(heads, (0, group // 2), strict=True):
         bias = mask if mask is None or mask.shape[1] == 1 else mask[:, chosen]
-        parts.append(grouped(q[:, chosen], k[:, chosen], v[:, chosen], bias, scale, group, first))
+        parts.append(
+            grouped(
+                q[:, chosen],
+                k[:, chosen],
+                v[:, chosen],
+                mask=bias,
+                scale=scale,
+                group=group,
+                first=first,
+            )
+        )
     return torch.cat(parts, dim=1)
 
 
@@ -74,6 +84,7 @@ def grouped(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     mask: Tensor | None,
     scale: float | None,
     group: int,
@@ -83,7 +94,9 @@ def grouped(
     tokens = q.shape[2]
     whole = (tokens - first) // group
     if mask is not None:
-        return softmax_attention(q, k, v, inside(mask, tokens, group, first), scale)
+        return softmax_attention(
+            q, k, v, mask=inside(mask, tokens, group=group, first=first), scale=scale
+        )
     edges = sorted({0, first, first + whole * group, tokens})
     parts = []
     for start, stop in pairwise(edges):
@@ -95,7 +108,7 @@ def grouped(
     return torch.cat(parts, dim=2)
 
 
-def inside(mask: Tensor, tokens: int, group: int, first: int) -> Tensor:
+def inside(mask: Tensor, tokens: int, *, group: int, first: int) -> Tensor:
     """A mask of another op's, (b, h or 1, n or 1, n), closed between groups: attention under it is
     exact but saves nothing."""
     number = (torch.arange(tokens, device=mask.device) - first).div(group, rounding_mode="floor")

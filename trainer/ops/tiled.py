@@ -25,5 +25,6 @@ class TiledOp:
     def kernel(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: SiteCall
     ) -> Tensor:
-        scale = call.site.scale
-        return tiled(q, k, v, mask, scale, self.rows, self.columns)
+        return tiled(
+            q, k, v, mask=mask, scale=call.site.scale, rows=self.rows, columns=self.columns
+        )

@@ -87,7 +87,9 @@ class _Lora(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, low, a, b = ctx.saved_tensors
         need = ctx.needs_input_grad[0]
-        on_x, on_a, on_b = _gradients(_rows(grad), x, weight, low, a, b, ctx.scale, need)
+        on_x, on_a, on_b = _gradients(
+            _rows(grad), x, weight=weight, low=low, a=a, b=b, scale=ctx.scale, need=need
+        )
         return on_x, None, None, on_a, on_b, None
 
 
@@ -118,13 +120,16 @@ class _Dora(torch.autograd.Function):
         x, kept, low, a, b, straight, norm, length = ctx.saved_tensors
         rows, need = _rows(grad), ctx.needs_input_grad[0]
         on_length = (rows * _rows(straight)).sum(0) / norm
-        on_x, on_a, on_b = _gradients(rows * (length / norm), x, kept, low, a, b, ctx.scale, need)
+        on_x, on_a, on_b = _gradients(
+            rows * (length / norm), x, weight=kept, low=low, a=a, b=b, scale=ctx.scale, need=need
+        )
         return on_x, None, None, on_a, on_b, on_length, None
 
 
 def _gradients(
     grad: Tensor,
     x: Tensor,
+    *,
     weight: Tensor,
     low: Tensor | None,
     a: Tensor,

@@ -147,7 +147,7 @@ def inject(
         if isinstance(layer, BaseTunerLayer):
             other = layer.active_adapters[0].partition(TASK)[0]
             raise TakenError(target.path, "the adapter", other, merges=True)
-    return _add(model, targets, config, owner)
+    return _add(model, targets, config=config, name=owner)
 
 
 def stack(
@@ -160,8 +160,8 @@ def stack(
     """Puts `count` adapters on each target, one a task, called `owner-0` and on; their deltas add
     up. Returns the names of each one's parameters; raises as `inject` does."""
     tasks = [f"{owner}{TASK}{task}" for task in range(count)]
-    found = [inject(model, targets, config, tasks[0])]
-    found += [_add(model, targets, config, task) for task in tasks[1:]]
+    found = [inject(model, targets, config, owner=tasks[0])]
+    found += [_add(model, targets, config=config, name=task) for task in tasks[1:]]
     for target in targets:
         layer_of(model, target).set_adapter(tasks)
     return found
@@ -170,6 +170,7 @@ def stack(
 def _add(
     model: AttentionModel,
     targets: Sequence[Target],
+    *,
     config: Callable[[Sequence[Target]], PeftConfig],
     name: str,
 ) -> tuple[str, ...]:
@@ -201,7 +202,7 @@ def add_copy(layer: Any, owner: str, name: str, sign: int, path: str) -> list[st
     """A second, frozen adapter `name` beside `owner` on a LoRA layer, with sign * B; the names of
     its parameters."""
     rank, scale = layer.r[owner], layer.scaling[owner]
-    layer.update_layer(name, rank, rank, LoraConfig(r=rank, lora_alpha=rank))
+    layer.update_layer(name, rank, lora_alpha=rank, config=LoraConfig(r=rank, lora_alpha=rank))
     layer.lora_A[name].weight.copy_(layer.lora_A[owner].weight)
     layer.lora_B[name].weight.copy_(sign * layer.lora_B[owner].weight)
     layer.scaling[name] = scale

@@ -122,7 +122,7 @@ def extend(
             "the text encoder has new tokens already; name them all in one tokens list, and go on "
             "from a run that added some with run.start_from, not as the backbone"
         )
-    rows = [_start(table, tokenizer, word, place) for place, word in enumerate(words)]
+    rows = [_start(table, tokenizer, word=word, place=place) for place, word in enumerate(words)]
     first = len(tokenizer)
     if first != table.num_embeddings:
         raise ValueError(
@@ -177,7 +177,7 @@ def known_id(tokenizer: Any, word: str) -> int:
     Raises:
         ValueError: the vocabulary has no such word, or has it as several tokens.
     """
-    number = _one_token(tokenizer, word, "word", "left")
+    number = _one_token(tokenizer, word, what="word", example="left")
     if number in (tokenizer.unk_token_id, tokenizer.pad_token_id):
         raise ValueError(f"word {word!r} is not in the vocabulary; new words are new_token's")
     return number
@@ -188,7 +188,7 @@ def _names(encoder: nn.Module, embedding: RowsEmbedding) -> list[str]:
     return [names[id(row)] for row in embedding.rows]
 
 
-def _one_token(tokenizer: Any, word: str, what: str, example: str) -> int:
+def _one_token(tokenizer: Any, word: str, *, what: str, example: str) -> int:
     ids = tokenizer(word, add_special_tokens=False).input_ids
     if len(ids) != 1:
         raise ValueError(
@@ -203,10 +203,10 @@ def _added(token: str) -> AddedToken:
     return AddedToken(token, single_word=token[0].isalnum() or token[-1].isalnum())
 
 
-def _start(table: nn.Embedding, tokenizer: Any, word: str | None, place: int) -> Tensor:
+def _start(table: nn.Embedding, tokenizer: Any, *, word: str | None, place: int) -> Tensor:
     weight = table.weight.detach()
     if word is None:
         generator = torch.Generator().manual_seed(place)
         noise = torch.randn(weight.shape[1], generator=generator).to(weight)
         return weight.mean(0) + weight.std(0) * noise
-    return weight[_one_token(tokenizer, word, "init", "dog")].clone()
+    return weight[_one_token(tokenizer, word, what="init", example="dog")].clone()

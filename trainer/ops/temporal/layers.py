@@ -186,7 +186,9 @@ class FrameRate(nn.Module):
             fps = torch.full((len(x) // ctx.frames,), self.default)
         if len(fps) * ctx.frames != len(x):
             raise ValueError(f"{len(fps)} frame rates for {len(x) // ctx.frames} clips; one each")
-        waves = get_timestep_embedding(fps.to(x.device), WAVES, True, 0)
+        waves = get_timestep_embedding(
+            fps.to(x.device), WAVES, flip_sin_to_cos=True, downscale_freq_shift=0
+        )
         rate = self.embedding(waves.to(self.embedding.linear_1.weight.dtype))
         return x + rate.repeat_interleave(ctx.frames, 0).to(x.dtype)
 
@@ -202,8 +204,14 @@ class Structure(nn.Module):
     def __init__(self, first: nn.Conv2d, level: int) -> None:
         super().__init__()
         self.level = level
-        kernel, stride, padding = first.kernel_size, first.stride, first.padding
-        self.conv = nn.Conv2d(1, first.out_channels, kernel, stride, padding, bias=False)  # type: ignore[arg-type]
+        self.conv = nn.Conv2d(
+            1,
+            first.out_channels,
+            kernel_size=first.kernel_size,  # type: ignore[arg-type]
+            stride=first.stride,  # type: ignore[arg-type]
+            padding=first.padding,  # type: ignore[arg-type]
+            bias=False,
+        )
         zeroed(self.conv)
 
     def forward(self, x: Tensor, before: Tensor, ctx: StepContext) -> Tensor:

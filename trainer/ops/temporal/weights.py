@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from trainer.common import pickles
 from trainer.common.paths import shipped
@@ -35,15 +36,7 @@ def read_weights(
     Raises:
         ValueError: there is no such file, or it holds other blocks than these.
     """
-    file = weights_file(where)
-    if file.suffix in pickles.SUFFIXES:
-        raise ValueError(f"weights={where}: {pickles.refusal(file)}")
-    try:
-        stored = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"weights={where}: not a safetensors file ({error}); pickles are never loaded"
-        ) from None
+    stored = _stored(where)
     stored = {key.removeprefix(f"{model.denoiser_name}."): value for key, value in stored.items()}
     if spelling is not None:
         stored = {spelling(key): value for key, value in stored.items()}
@@ -65,12 +58,29 @@ def read_weights(
             "options make no place; give the options it was trained with"
         )
     for name, parameter in wanted.items():
-        if stored[name].shape != parameter.shape:
-            raise ValueError(
-                f"weights={where}: {name} is {tuple(stored[name].shape)} there and "
-                f"{tuple(parameter.shape)} here; it was trained for another backbone"
-            )
-        parameter.copy_(stored[name])
+        _copy(name, stored[name], into=parameter, where=where)
+
+
+def _stored(where: str) -> dict[str, Tensor]:
+    """The tensors of the file, which must be safetensors."""
+    file = weights_file(where)
+    if file.suffix in pickles.SUFFIXES:
+        raise ValueError(f"weights={where}: {pickles.refusal(file)}")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"weights={where}: not a safetensors file ({error}); pickles are never loaded"
+        ) from None
+
+
+def _copy(name: str, value: Tensor, *, into: Tensor, where: str) -> None:
+    if value.shape != into.shape:
+        raise ValueError(
+            f"weights={where}: {name} is {tuple(value.shape)} there and {tuple(into.shape)} here; "
+            "it was trained for another backbone"
+        )
+    into.copy_(value)
 
 
 def weights_file(where: str) -> Path:
