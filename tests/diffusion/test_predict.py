@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.attention.call import SiteCall
 from trainer.attention.context import StepContext
+from trainer.attention.op import Traits
 from trainer.attention.rows import Rows
-from trainer.attention.sites import Site, select
+from trainer.attention.sites import select
 from trainer.diffusion.predict import predict_groups
 
 NAMES = ("source/cond", "target/uncond", "target/cond")
@@ -19,10 +21,11 @@ class Muted:
     """An op that takes away what one group's rows attend to."""
 
     name = "muted"
+    traits = Traits()
 
-    def output(self, o: Tensor, site: Site, ctx: StepContext) -> Tensor:
+    def output(self, o: Tensor, call: SiteCall) -> Tensor:
         o = o.clone()
-        o[ctx.rows("source/cond")] = 0
+        o[call.ctx.rows("source/cond")] = 0
         return o
 
 
