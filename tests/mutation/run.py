@@ -1,0 +1,227 @@
+"""Changes the code in many small ways and looks whether the tests notice.
+
+    python tests/mutation/run.py                      # 160 changes over four rooms
+    python tests/mutation/run.py --seed 7 --count 40  # another sample
+    python tests/mutation/run.py --rooms diffusion --count 1000   # every change of a room
+    python tests/mutation/run.py --key 0123abcdef     # one change, with the output of its tests
+    python tests/mutation/run.py --write              # writes report.md beside this file
+
+Each change is made in a copy of the project. The tests that mirror the changed file run first, then
+the pinned and the reference runs, then the tests of the room; a change is noticed when one fails.
+The report lists what was not noticed, with a reason from `explained.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE))
+
+from mutants import Mutant, mutants  # noqa: E402
+
+ROOMS = ("training", "data", "config", "diffusion")
+FIRST = ("tests/training/test_pinned.py", "tests/training/test_reference_loop.py")
+LIMIT = 420  # seconds for the tests of one change; one that hangs is noticed
+COPIED = ("trainer", "tests", "recipes", "data", "slurm", "pyproject.toml", "docs", "bench")
+PRELOADED = (
+    "torch",
+    "lightning.pytorch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "pytest",
+    "omegaconf",
+)
+
+
+def main(words: Sequence[str]) -> int:
+    options = parsed(words)
+    chosen = sample(options)
+    print(f"{len(chosen)} changes, seed {options.seed}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
+        copies: SimpleQueue[Path] = SimpleQueue()
+        for number in range(options.jobs):
+            copies.put(copied(Path(folder) / str(number)))
+        check_unchanged(copies)
+        with ThreadPoolExecutor(options.jobs) as pool:
+            results = list(pool.map(lambda each: tried(each, copies, bool(options.key)), chosen))
+    explained = json.loads((HERE / "explained.json").read_text(encoding="utf-8"))
+    text = report(list(zip(chosen, results, strict=True)), explained, options.seed)
+    print(text)
+    if options.write:
+        (HERE / "report.md").write_text(text, encoding="utf-8")
+    return 0
+
+
+def parsed(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rooms", nargs="+", default=list(ROOMS))
+    parser.add_argument("--count", type=int, default=160)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--key", help="one change alone, by its key in the report")
+    parser.add_argument("--write", action="store_true")
+    return parser.parse_args(words)
+
+
+def sample(options: argparse.Namespace) -> list[Mutant]:
+    """As many changes of each file as its share of all, at least one."""
+    folders = [ROOT / "trainer" / room for room in options.rooms]
+    files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    found = {path: mutants(path, ROOT) for path in files}
+    if options.key:
+        return [each for own in found.values() for each in own if each.key == options.key]
+    total = sum(map(len, found.values()))
+    rng = random.Random(options.seed)
+    chosen: list[Mutant] = []
+    for own in found.values():
+        share = max(1, round(options.count * len(own) / total))
+        chosen += rng.sample(own, min(share, len(own)))
+    return rng.sample(chosen, min(options.count, len(chosen)))
+
+
+def copied(place: Path) -> Path:
+    for name in COPIED:
+        source, target = ROOT / name, place / name
+        if source.is_dir():
+            ignore = shutil.ignore_patterns("__pycache__", "*.png")
+            shutil.copytree(source, target, ignore=ignore)
+        else:
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+    return place
+
+
+def check_unchanged(copies: SimpleQueue[Path]) -> None:
+    """Without a change the first tests pass; else every change would count as noticed."""
+    place = copies.get()
+    if not passes(place, list(FIRST), loud=True):
+        raise SystemExit("the tests fail without any change; fix that first")
+    copies.put(place)
+
+
+def tried(mutant: Mutant, copies: SimpleQueue[Path], loud: bool) -> tuple[str, float]:
+    """By which tests a change was noticed, or "", and how long that took."""
+    place, began = copies.get(), time.monotonic()
+    file = place / mutant.path
+    before = file.read_text(encoding="utf-8")
+    file.write_text(mutant.applied(before), encoding="utf-8")
+    noticed = ""
+    try:
+        for stage in stages(mutant, place):
+            if not passes(place, stage, loud):
+                noticed = stage[0]
+                break
+    finally:
+        file.write_text(before, encoding="utf-8")
+        copies.put(place)
+    took = time.monotonic() - began
+    print(f"{took:5.0f} s  {'noticed' if noticed else 'SURVIVED':9}{line(mutant)}", flush=True)
+    return noticed, took
+
+
+def stages(mutant: Mutant, place: Path) -> list[list[str]]:
+    """Groups of tests, the likeliest to notice first."""
+    path = Path(mutant.path)
+    room, stem = path.parts[1], path.stem
+    own = [str(each.relative_to(place)) for each in sorted(place.glob(f"tests/**/test_{stem}.py"))]
+    own = [each for each in own if each not in FIRST]
+    rest = [f"tests/{room}"]
+    groups = [own, [FIRST[0]], [FIRST[1]], rest, EXTRA.get(room, [])]
+    return [group for group in groups if group]
+
+
+EXTRA = {
+    "training": ["tests/faults", "tests/test_continual.py", "tests/methods/test_generic.py"],
+    "data": ["tests/faults/test_data.py", "tests/evaluation"],
+    "config": ["tests/cli", "tests/runs", "tests/test_continual.py"],
+    "diffusion": ["tests/methods", "tests/evaluation"],
+}
+
+
+def passes(place: Path, tests: list[str], loud: bool = False) -> bool:
+    """Whether these tests pass in a fork of this process, which has loaded the large libraries."""
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=_run, args=(place, tests, loud))
+    child.start()
+    child.join(LIMIT)
+    if child.exitcode is None:
+        subprocess.run(["pkill", "-9", "-P", str(child.pid)], check=False)
+        child.kill()
+        child.join()
+    return child.exitcode == 0
+
+
+def _run(place: Path, tests: list[str], loud: bool) -> None:
+    os.chdir(place)
+    os.environ["PYTHONPATH"] = str(place)
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, str(place))
+    if not loud:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+    import pytest
+
+    marks = "not gpu and not long and not slow and not pairs"
+    words = [*tests, "-x", "-q", "-m", marks, "-p", "no:cacheprovider", "-p", "no:xdist"]
+    os._exit(int(pytest.main([*words, "-o", "addopts=--import-mode=importlib --strict-markers"])))
+
+
+def line(mutant: Mutant) -> str:
+    old, new = (" ".join(text.split())[:60] for text in (mutant.old, mutant.new))
+    return (
+        f"{mutant.key}  {mutant.path}:{mutant.line} {mutant.where}: {mutant.kind}: {old} -> {new}"
+    )
+
+
+def report(
+    results: Sequence[tuple[Mutant, tuple[str, float]]], explained: dict[str, str], seed: int
+) -> str:
+    """A table of what was noticed, by room, and each change that was not, with its reason."""
+    by_room: dict[str, list[bool]] = {}
+    for mutant, (noticed, _) in results:
+        by_room.setdefault(Path(mutant.path).parts[1], []).append(bool(noticed))
+    total = [found for own in by_room.values() for found in own]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    share = 100 * sum(total) / max(1, len(total))
+    lines = [
+        "# Changes to the code that the tests notice", "",
+        f"`python tests/mutation/run.py --count {len(total)} --seed {seed} --write`, at {commit}.", "",
+        "| room | changes | noticed |", "|---|---|---|",
+        *(f"| {room} | {len(own)} | {sum(own)} |" for room, own in sorted(by_room.items())),
+        f"| all | {len(total)} | {sum(total)} ({share:.1f} %) |", "",
+        f"BAR mutants_noticed {share:.1f} 90 {'ok' if share >= 90 else 'short'}", "",
+        "Not noticed:", "",
+    ]  # fmt: skip
+    for mutant, (noticed, _) in results:
+        if not noticed:
+            lines.append(f"- `{line(mutant)}`: {explained.get(mutant.key, 'not explained')}")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in PRELOADED:
+        __import__(name)
+    sys.exit(main(sys.argv[1:]))
