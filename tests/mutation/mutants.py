@@ -1,7 +1,7 @@
 """Small changes to source code, each of which a test should notice.
 
-A mutant is one edit of one expression: an operator exchanged, a term dropped, an axis, a constant or
-a default changed, two arguments exchanged, a keyword left out, a condition reversed, a call left
+A mutant is one edit of one expression: an operator exchanged, a term dropped, an axis, a constant
+or a default changed, two arguments exchanged, a keyword left out, a condition reversed, a call left
 out. Messages, annotations, docstrings, assertions and `raise` statements stay as they are.
 """
 

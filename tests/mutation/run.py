@@ -205,7 +205,8 @@ def report(
     share = 100 * sum(total) / max(1, len(total))
     lines = [
         "# Changes to the code that the tests notice", "",
-        f"`python tests/mutation/run.py --count {len(total)} --seed {seed} --write`, at {commit}.", "",
+        f"`python tests/mutation/run.py --count {len(total)} --seed {seed} --write`, at {commit}.",
+        "",
         "| room | changes | noticed |", "|---|---|---|",
         *(f"| {room} | {len(own)} | {sum(own)} |" for room, own in sorted(by_room.items())),
         f"| all | {len(total)} | {sum(total)} ({share:.1f} %) |", "",
