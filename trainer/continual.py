@@ -61,6 +61,8 @@ def run_continual(recipe: Recipe, folder: Path | None = None) -> Path:
             adapted, _ = load_adapted(learned, placement=placement_of(recipe.run))
             rows.append([each.accuracy(adapted) for each in examiners[: number + 1]])
             _write(folder / "continual.json", recipe, rows)
+            for each in examiners:
+                each.finish()
     if rows:
         show_continual(recipe, rows, console)
     return folder
@@ -68,13 +70,14 @@ def run_continual(recipe: Recipe, folder: Path | None = None) -> Path:
 
 def _examiners(recipe: Recipe, judge: Judge) -> list[Examiner]:
     """One for each concept. The base generates the class images that a concept's data may need."""
-    base = load_base(recipe.backbone, recipe.backbone_name, placement_of(recipe.run))
+    placement, spec = placement_of(recipe.run), recipe.continual
+    base = load_base(recipe.backbone, recipe.backbone_name, placement, hold=False)
     examiners = []
     for number in range(len(recipe.continual.concepts)):
         task = task_recipe(recipe, number)
         train, _ = task.data.open(needs(task, base))
         examiners.append(
-            Examiner(task, judge, train, num_images=recipe.continual.images, batch_size=BATCH)
+            Examiner(task, judge, train, num_images=spec.images, batch_size=BATCH, resumes=True)
         )
     return examiners
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from trainer.attention.host import Host
 from trainer.attention.sites import Site, scan
 from trainer.backbones.family import Family, Layout, Parts
 from trainer.backbones.schedulers import PREDICTION_TYPES
-from trainer.backbones.vae import pixels_per_latent, posterior_moments
+from trainer.backbones.vae import in_slices, pixels_per_latent, posterior_moments
 
 
 class Backbone(nn.Module):
@@ -117,7 +117,12 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
         """Pixels (b, 3, H, W) in [-1, 1] to the posterior's mean and log-variance (b, 2c, h, w)."""
-        return posterior_moments(self.vae, pixels)
+        return in_slices(
+            self.vae,
+            partial(posterior_moments, self.vae),
+            pixels,
+            pixels=pixels.shape[-2] * pixels.shape[-1],
+        )
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """A draw (b, c, h, w) from the posterior, scaled to what the denoiser was trained on."""
@@ -128,6 +133,10 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (b, c, h, w) to pixels (b, 3, H, W) in [-1, 1]."""
+        pixels = latents.shape[-2] * latents.shape[-1] * self.divisor**2
+        return in_slices(self.vae, self._decode, latents, pixels=pixels)
+
+    def _decode(self, latents: Tensor) -> Tensor:
         pixels: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor).sample
         return pixels.clamp(-1, 1)
 

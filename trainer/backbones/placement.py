@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trainer.backbones.backbone import Backbone
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PIXELS = 4 * 512 * 512  # of the pictures that a model generates at once, see `pictures_at_once`
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what autocast computes in half precision
 DEVICES = "auto, cpu, mps, cuda, or one GPU of several as in cuda:1"
 
@@ -120,6 +121,13 @@ def proving(model: Any, placement: Placement) -> Iterator[None]:
     finally:
         matmul.allow_tf32, convolution.allow_tf32 = before
         place_module(model, CPU)
+
+
+def pictures_at_once(most: int, pixels: int) -> int:
+    """How many pictures of so many pixels (clips: with those of all frames) are generated at once:
+    `most`, or fewer where they are large, since memory grows with the pixels. It does not depend on
+    the memory that is free: the same numbers in the same batches give the same pictures."""
+    return max(1, min(most, PIXELS // pixels))
 
 
 def _hold(part: nn.Module, dtype: torch.dtype, stored: Collection[int]) -> None:

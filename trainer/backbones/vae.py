@@ -5,10 +5,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 WIDTHS = "encoder_block_out_channels"  # what AutoencoderDC calls block_out_channels
 EXACT = -30.0  # a log-variance: noise of 3e-7
+SLICE = 512 * 512  # pixels that a VAE takes at once, at least one picture
+TILED = 1024 * 1024  # pixels of a picture above which it is computed in overlapping tiles
+
+
+def in_slices(vae: Any, step: Callable[[Tensor], Tensor], rows: Tensor, *, pixels: int) -> Tensor:
+    """`step` over rows (b, ...), which are pictures of so many pixels or their latents: as many at
+    once as `SLICE` holds. What a VAE needs in memory grows with the pixels it takes at once, to 21
+    GB for 32 pictures of 512x512. Larger pictures than `TILED` are computed in tiles."""
+    import torch
+
+    if hasattr(vae, "enable_tiling"):
+        vae.enable_tiling() if pixels > TILED else vae.disable_tiling()
+    at_once = max(1, SLICE // pixels)
+    if len(rows) <= at_once:
+        return step(rows)
+    return torch.cat([step(part) for part in rows.split(at_once)])
 
 
 def pixels_per_latent(vae: Any) -> int:

@@ -105,6 +105,7 @@ def run(words: list[str]) -> int:
 
 def _written(options: SampleOptions, chosen: Mapping[str, Method]) -> Iterator[Path]:
     """The files of `sample`, each as soon as it is written."""
+    from trainer.backbones.placement import pictures_at_once
     from trainer.diffusion.sampler import sample
     from trainer.media.write_video import PLAYED, write_clip
 
@@ -118,7 +119,8 @@ def _written(options: SampleOptions, chosen: Mapping[str, Method]) -> Iterator[P
     source, start = _source(backbone, options, steps=steps, frames=frames, data=data)
     options.out.mkdir(parents=True, exist_ok=True)
     seeds = range(options.seed, options.seed + options.count)
-    at_once = max(1, AT_ONCE // frames)
+    most = max(1, AT_ONCE // frames)
+    at_once = pictures_at_once(most, frames * backbone.resolution**2)
     for part in (seeds[i : i + at_once] for i in range(0, len(seeds), at_once)):
         pictures = sample(
             backbone,

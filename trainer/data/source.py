@@ -78,7 +78,7 @@ class Needs:
     makes class images from prompts, the seed of the first (the next has the next seed) and a
     guidance scale, None for that of the previews. cache: the folder for what is kept between runs.
     generator: names the weights and the sampler of `generate`; it reads all weights, so only who
-    needs class images asks.
+    needs class images asks. at_once: pictures that `generate` should make in one call.
     """
 
     resolution: int
@@ -86,6 +86,7 @@ class Needs:
     generate: Callable[[Sequence[str], int, float | None], Sequence[Image]]
     cache: Path
     generator: Callable[[], str]
+    at_once: int = 32
 
 
 class Source(BaseModel):

@@ -60,10 +60,12 @@ def evaluate(
     path = run / "adapter.safetensors" if run.is_dir() else run
     adapted, tree = load_adapted(path, placement=placement)
     recipe = resolve_recipe(tree.get("recipe", path.parent.parent.name), tree, {})
-    base = load_base(recipe.backbone, recipe.backbone_name, placement)
+    base = load_base(recipe.backbone, recipe.backbone_name, placement, hold=False)
     judge = Judge(judge_folder(judge_at, base.folder, key="judge"), placement)
     train, held_out = recipe.data.open(needs(recipe, base))
-    examiner = Examiner(recipe, judge, train, num_images=images, batch_size=batch, base=base)
+    examiner = Examiner(
+        recipe, judge, train, num_images=images, batch_size=batch, base=base, resumes=True
+    )
     models = {"base": base, "adapted": adapted}
     table: Table = {name: examiner.examine(model) for name, model in models.items()}
     frames, fps = shape_of_clips(train)
@@ -80,6 +82,7 @@ def evaluate(
     show_evaluation(table, title, Console())
     text = json.dumps(table, indent=1)
     path.with_name("evaluation.json").write_text(text, encoding="utf-8")
+    examiner.finish()
     return table
 
 

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional.pairwise import pairwise_cosine_similarity
 
 from trainer.backbones.backbone import Backbone
+from trainer.backbones.placement import pictures_at_once
 from trainer.common.paths import cache_folder
 from trainer.config.schema import Recipe
-from trainer.data.cache import cached_tensor
+from trainer.data.kept import kept_pictures
 from trainer.data.source import Dataset
 from trainer.data.sources.concept import SPRITE
 from trainer.data.world.scenes import article
 from trainer.data.world.sprites import ALL, KNOWN
 from trainer.diffusion.sampler import sample_many
 from trainer.evaluation.judge import Judge, clip_score
+from trainer.media.images import to_pil, to_tensor
 
 SEED = 10_000  # of the first picture; previews use small seeds, so these pictures are new
 
@@ -49,7 +55,8 @@ class Examiner:
 
     train: the training data, concepts' photos first and class images last; num_images: pictures
     for each kind of prompt; batch_size: pictures generated at once; base: the plain backbone, whose
-    pictures are cached, since they are the same for every run on it.
+    pictures are cached, since they are the same for every run on it; resumes: whether those of
+    other models are kept as well, for an evaluation that is interrupted, until `finish`.
     """
 
     def __init__(
@@ -61,9 +68,12 @@ class Examiner:
         num_images: int,
         batch_size: int,
         base: Backbone | None = None,
+        resumes: bool = False,
     ) -> None:
         self.recipe, self.judge, self.base = recipe, judge, base
-        self.num_images, self.batch_size = num_images, batch_size
+        self.num_images, self.batch_size, self.resumes = num_images, batch_size, resumes
+        self.unfinished: set[Path] = set()
+        self.weights: dict[int, str] = {}  # fingerprints; reading all weights takes seconds
         learned = getattr(recipe.data, "concepts", [("", "", None)])
         groups = [] if max(train.frames) > 1 else [list(group) for group in train.groups]
         self.subjects = []
@@ -204,27 +214,56 @@ class Examiner:
         pictures = self._sample(model, prompts, frames=frames, fps=fps)
         return pictures.unflatten(0, (-1, frames))
 
+    def finish(self) -> None:
+        """Removes the pictures of adapted models: the scores are stored, so nothing resumes."""
+        for folder in self.unfinished:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.unfinished.clear()
+
     def _sample(
         self, model: Backbone, prompts: Sequence[str], *, frames: int = 1, fps: float | None = None
     ) -> Tensor:
         preview = self.recipe.preview
         seeds = [SEED + i for i in range(len(prompts))]
+        most = max(1, self.batch_size // frames)
         options: dict[str, Any] = {
-            "batch_size": max(1, self.batch_size // frames),
+            "batch_size": pictures_at_once(most, frames * model.resolution**2),
             "steps": preview.steps,
             "guidance": preview.guidance,
             "negative": preview.negative,
         }
         clip: dict[str, Any] = {"frames": frames, "fps": fps} if frames > 1 else {}
 
-        def generate() -> Tensor:
-            return sample_many(model, prompts, seeds, **options, **clip)
+        def make(batch: range) -> list[Image]:
+            own = slice(batch.start // frames, batch.stop // frames)
+            pictures = sample_many(model, prompts[own], seeds[own], **options, **clip)
+            return [to_pil(picture) for picture in pictures]
 
+        facts = (list(prompts), seeds, tuple(options.values()), *clip.values())
+        folder = self._folder(model, facts)
+        count, at_once = len(prompts) * frames, options["batch_size"] * frames
+        if folder is None:
+            batches = (range(i, min(i + at_once, count)) for i in range(0, count, at_once))
+            pictures = [picture for batch in batches for picture in make(batch)]
+        else:
+            what = "pictures of the base" if model is self.base else "pictures of the adapted model"
+            pictures = kept_pictures(folder, count, make, at_once=at_once, what=what)
+        return torch.stack([to_tensor(picture) for picture in pictures])
+
+    def _folder(self, model: Backbone, facts: tuple[Any, ...]) -> Path | None:
+        """Where the pictures of a model are kept, by all they depend on; None for nowhere."""
+        if model is not self.base and not self.resumes:
+            return None
+        if id(model) not in self.weights:
+            self.weights[id(model)] = model.fingerprint()
+        own = (self.weights[id(model)], model.device.type, str(model.computes_in), *facts)
         if model is not self.base:
-            return generate()
-        device = next(model.denoiser.parameters()).device.type
-        facts = (model.fingerprint(), device, list(prompts), seeds, tuple(options.values()))
-        return cached_tensor(repr((*facts, *clip.values())), generate, cache_folder())
+            own = (*own, self.recipe.tree.get("methods"))
+        key = hashlib.sha256(repr(own).encode()).hexdigest()[:24]
+        folder = cache_folder() / "generated" / key
+        if model is not self.base:
+            self.unfinished.add(folder)
+        return folder
 
 
 def _accuracy(named: Sequence[str], right: Sequence[str]) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trainer.backbones.backbone import Backbone
-from trainer.backbones.placement import Placement, choose_placement, place
+from trainer.backbones.placement import Placement, choose_placement, pictures_at_once, place
 from trainer.common.paths import cache_folder
 from trainer.config.header import file_of
 from trainer.config.run_section import RunSpec
@@ -30,10 +30,10 @@ from trainer.diffusion.sampler import evaluating, sample_many
 from trainer.media.images import to_pil
 from trainer.methods.apply import Plan, apply_methods
 from trainer.runs.adapter import start_from
-from trainer.training.console import console
 from trainer.training.module import QUANTILES, DiffusionModule
 from trainer.training.optim import Optim
 
+CLASS_IMAGES = 32  # generated at once, at most
 PREPARING = 16  # batches that a start which depends on the data may see
 
 
@@ -123,7 +123,6 @@ def needs(recipe: Recipe, backbone: Backbone) -> Needs:
     look, side = recipe.preview, recipe.run.resolution or backbone.resolution
 
     def generate(prompts: Sequence[str], seed: int, guidance: float | None) -> list[Image]:
-        console.print(f"generating {len(prompts)} class images", highlight=False)
         seeds = [seed + i for i in range(len(prompts))]
         guidance = look.guidance if guidance is None else guidance
         size = None if recipe.run.resolution is None else (side, side)
@@ -133,9 +132,7 @@ def needs(recipe: Recipe, backbone: Backbone) -> Needs:
         return [to_pil(picture) for picture in pictures]
 
     def generator() -> str:
-        precision = "" if backbone.computes_in == torch.float32 else f", {backbone.computes_in}"
-        weights = backbone.fingerprint()
-        return f"{weights}, {look.steps} steps, guidance {look.guidance}{precision}"
+        return f"{backbone.fingerprint()}, {look.steps} steps, guidance {look.guidance}"
 
     return Needs(
         resolution=side,
@@ -143,6 +140,7 @@ def needs(recipe: Recipe, backbone: Backbone) -> Needs:
         generate=generate,
         cache=cache_folder(),
         generator=generator,
+        at_once=pictures_at_once(CLASS_IMAGES, side * side),
     )
 
 

@@ -1,0 +1,144 @@
+"""Pictures that are generated once: what an interruption leaves is kept, what is damaged is made
+anew, and neither changes a bit of the set."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trainer.data.kept import kept_pictures, read_kept
+
+COUNT, AT_ONCE = 12, 4
+
+
+def picture(number: int, company: range) -> Image.Image:
+    """It depends, as floating-point sums do, on the batch that it is made in."""
+    values = np.random.default_rng([number, company.start, company.stop]).integers(
+        0, 256, (8, 8, 3), dtype=np.uint8
+    )
+    return Image.fromarray(values)
+
+
+class Maker:
+    """Makes pictures, and raises before the batch with the number `breaks`."""
+
+    def __init__(self, breaks: int | None = None) -> None:
+        self.made: list[int] = []
+        self.breaks = breaks
+
+    def __call__(self, batch: range) -> list[Image.Image]:
+        if self.breaks is not None and self.breaks in batch:
+            raise RuntimeError("interrupted")
+        self.made += batch
+        return [picture(number, batch) for number in batch]
+
+
+def kept(folder: Path, make: Callable[[range], Sequence[Image.Image]]) -> list[bytes]:
+    found = kept_pictures(folder, COUNT, make, at_once=AT_ONCE, what="pictures")
+    return [each.tobytes() for each in found]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_an_interruption_keeps_what_is_finished(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    wanted = kept(whole, Maker())
+    with pytest.raises(RuntimeError, match="interrupted"):
+        kept(broken, Maker(breaks=9))
+    assert sorted(files(broken)) == [f"{number:05d}.png" for number in range(8)]
+    rest = Maker()
+    assert kept(broken, rest) == wanted
+    assert rest.made == [8, 9, 10, 11]
+    assert files(broken) == files(whole)
+
+
+def test_a_finished_set_is_read_alone(tmp_path: Path) -> None:
+    wanted = kept(tmp_path, Maker())
+    assert kept(tmp_path, lambda batch: pytest.fail("made again")) == wanted
+
+
+def cut(data: bytes) -> bytes:
+    return data[:-20]
+
+
+def flip(data: bytes) -> bytes:
+    middle = data.index(b"IDAT") + 40
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize("spoil", [cut, flip, lambda data: b"", lambda data: b"nothing of ours"])
+def test_a_damaged_picture_is_made_anew(spoil: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    wanted, before = kept(tmp_path, Maker()), files(tmp_path)
+    path = tmp_path / "00005.png"
+    path.write_bytes(spoil(path.read_bytes()))
+    assert read_kept(path) is None
+    again = Maker()
+    assert kept(tmp_path, again) == wanted
+    assert again.made == [4, 5, 6, 7]  # in the company that it was first made in
+    assert files(tmp_path) == before
+
+
+def test_what_another_process_has_made_meanwhile_is_taken(tmp_path: Path) -> None:
+    other = Maker()
+
+    def make(batch: range) -> list[Image.Image]:
+        kept(tmp_path, other)  # all of them, while this process makes its first batch
+        return [picture(number, batch) for number in batch]
+
+    assert len(kept(tmp_path, make)) == COUNT
+    assert other.made == list(range(COUNT))
+
+
+WORDS = "fit recipe=lora run.steps=1 run.batch_size=2 tracker=none preview.prompts=[] run.id=one"
+PRIOR = "data.class_word=null data.prior_prompts=[a_fox,a_cat] data.prior_images=160"
+SHORT = "preview.steps=1 run.validate_every=0 run.checkpoint_every=0 run.device=cpu"
+
+
+def command(backbone: Path, folder: Path) -> subprocess.Popen[str]:
+    words = [*WORDS.split(), *PRIOR.split(), *SHORT.split(), f"backbone={backbone}"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainer", *words, f"run.out={folder / 'runs'}"],
+        env={**os.environ, "TRAINER_CACHE": str(folder / "cache")},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def pngs(folder: Path) -> dict[str, Path]:
+    return {path.name: path for path in (folder / "cache" / "prior").glob("*/[0-9]*.png")}
+
+
+def test_class_images_survive_a_kill(tiny_folder: Path, tmp_path: Path) -> None:
+    """160 are wanted; the process is killed when 40 are there, and the next one makes the rest."""
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = command(tiny_folder, killed)
+    end = time.monotonic() + 240
+    while len(pngs(killed)) < 40 and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = {name: path.stat().st_mtime_ns for name, path in pngs(killed).items()}
+    assert 40 <= len(before) < 160
+    for folder in (killed, whole):
+        process = command(tiny_folder, folder)
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said[-2000:]
+        if folder == killed:
+            assert f"class images: {len(before)} of 160 are there already" in said
+        assert "class images: 160 of 160 after" in said
+    after = pngs(killed)
+    assert {name: after[name].stat().st_mtime_ns for name in before} == before
+    made = {name: path.read_bytes() for name, path in pngs(whole).items()}
+    assert {name: path.read_bytes() for name, path in after.items()} == made
+    assert len(made) == 160

@@ -1,0 +1,84 @@
+"""What a model has generated, kept between runs and through interruptions: one file for each
+picture, written completely or not at all, and verified when it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.common.atomic import written_whole
+from trainer.common.long_work import long_work
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def kept_pictures(
+    folder: Path,
+    count: int,
+    make: Callable[[range], Sequence[Image.Image]],
+    *,
+    at_once: int,
+    what: str,
+) -> list[Image.Image]:
+    """Pictures 0 to count - 1, read from a folder of PNGs; those that are missing or damaged are
+    made and stored there.
+
+    A batch is always made of the same numbers, so that what is made after an interruption is equal
+    to what would have been made without one.
+
+    make: the pictures with the numbers of a range, of at most `at_once` numbers. what: the pictures
+    for the display of the progress, as in "class images".
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    found = [read_kept(_path(folder, number)) for number in range(count)]
+    missing = [number for number, picture in enumerate(found) if picture is None]
+    if missing:
+        with long_work(what, count, count - len(missing)) as advance:
+            for first in range(0, count, at_once):
+                batch = range(first, min(first + at_once, count))
+                absent = [number for number in batch if found[number] is None]
+                _fill(folder, batch, found, make=make)
+                advance(len(absent))
+    return [picture for picture in found if picture is not None]
+
+
+def read_kept(path: Path) -> Image.Image | None:
+    """A picture of `kept_pictures`; None where there is no file, or one with a wrong checksum or
+    without its end."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()  # the checksum of every part, which reading the pixels passes over
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError):  # what PIL raises for a damaged file
+        return None
+
+
+def _fill(
+    folder: Path,
+    batch: range,
+    found: list[Image.Image | None],
+    *,
+    make: Callable[[range], Sequence[Image.Image]],
+) -> None:
+    """Makes those pictures of a batch that are missing, unless another process has just done so."""
+    absent = [number for number in batch if found[number] is None]
+    for number in absent:
+        found[number] = read_kept(_path(folder, number))
+    absent = [number for number in absent if found[number] is None]
+    if not absent:
+        return
+    made = make(batch)
+    for number in absent:
+        picture = made[number - batch.start]
+        with written_whole(_path(folder, number)) as part:
+            picture.save(part, "PNG")
+        found[number] = picture
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.png"
