@@ -41,6 +41,20 @@ def test_the_equation_with_a_norm_that_is_constant_to_the_gradient(
         torch.testing.assert_close(mine, reference, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("init", "spread"), [("gaussian", 1 / 4), ("default", 1 / (3 * 128) ** 0.5)]
+)
+def test_a_starts_as_its_option_says(init: Any, spread: float, tiny: Any) -> None:
+    """Normal of deviation 1 / rank, or Kaiming's uniform start as in LoRA's code; B is zero."""
+    plan = add(tiny, sites="cross", projections=("k", "v"), rank=4, init=init)
+    parameters = dict(tiny.named_parameters())
+    downs = [parameters[name].detach().flatten() for name in plan.names if ".lora_A." in name]
+    ups = [parameters[name] for name in plan.names if ".lora_B." in name]
+    assert len(downs) == len(ups) == 14
+    assert float(torch.cat(downs).std()) == pytest.approx(spread, rel=0.1)
+    assert not any(bool(up.any()) for up in ups)
+
+
 def test_magnitude_starts_as_the_norm_of_each_row(tiny: Any) -> None:
     plan = add(tiny, sites="cross", rank=2)
     parameters = dict(tiny.named_parameters())

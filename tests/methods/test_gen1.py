@@ -29,6 +29,15 @@ def test_its_layers(tiny: Any, dit: Any) -> None:
     assert kinds.count(Structure) == 0
 
 
+def test_its_options_reach_its_layers(tiny: Any) -> None:
+    apply_methods(tiny, {"gen1": Gen1(heads=4, kernel=5, max_frames=7, structure=3)})
+    layers = list(tiny.unet.modules())
+    assert {m.level for m in layers if isinstance(m, Structure)} == {3}
+    assert {m.conv.kernel_size for m in layers if isinstance(m, TemporalConv)} == {(5,)}
+    assert {len(m.table) for m in layers if isinstance(m, LearnedPositions)} == {7}
+    assert {site.heads for site in tiny.sites if site.kind == "temporal"} == {4}
+
+
 def predict(backbone: Any, source: Tensor | None, frames: int = 2) -> Tensor:
     x_t = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(3))
     condition = backbone.encode_prompts(["a fox"] * 4)

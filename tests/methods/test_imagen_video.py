@@ -28,6 +28,12 @@ def test_coarse_grids_attend_and_fine_ones_convolve(start: int, attention: int, 
     assert sum(name.endswith("relative_vectors.keys") for name in plan.names) == attention
 
 
+def test_a_convolution_sees_as_many_frames_as_asked(tiny: Any) -> None:
+    apply_methods(tiny, {"imagen_video": ImagenVideo(heads=2, attention_from=3, kernel=5)})
+    convs = [m.conv for m in tiny.unet.modules() if isinstance(m, TemporalConv)]
+    assert {conv.kernel_size for conv in convs} == {(5,)}
+
+
 def test_a_transformer_has_one_grid(dit: Any) -> None:
     plan = apply_methods(dit, {"imagen_video": ImagenVideo(heads=2)})
     assert len(plan.edits["imagen_video"].sites) == 2

@@ -75,6 +75,40 @@ def test_output_and_gradients_are_those_of_peft(
     same_as_peft(tiny, plan, "lora", plain, config)
 
 
+@pytest.mark.parametrize("method", ["lora", "controls"])
+def test_dropout_acts_on_the_input_of_a_and_in_training_alone(
+    method: str, tiny: Any, randomise: Callable[..., None]
+) -> None:
+    """h = W0 x + B A dropout(x), and what the controls of a layer add to that is of it alone."""
+    tree = {method: {"sites": "cross", "rank": 3, "dropout": 0.5}}
+    randomise(tiny, apply_methods(tiny, methods_of(tree)), 0.3)
+    layer = dict(tiny.named_modules())[UP]
+    a, b = layer.lora_A[method].weight, layer.lora_B[method].weight
+    x = torch.randn(3, 7, 128, generator=torch.Generator().manual_seed(1))
+    for training in (True, False):
+        layer.train(training)
+        torch.manual_seed(5)
+        own = layer(x)
+        torch.manual_seed(5)
+        kept = torch.nn.functional.dropout(x, 0.5, training)
+        assert bool((kept == 0).any()) == training
+        y = kept @ a.T @ b.T
+        if method == "controls":
+            y = y + (y @ y.mT).softmax(-1) @ y
+        wanted = x @ layer.base_layer.weight.T + y
+        torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_subtracted_start_has_the_strength_of_what_trains(
+    init: str, tiny: Any, predict: Callable[[Any], Tensor]
+) -> None:
+    """W0 - s B0 A0 + s B A, s = alpha / rank = 2, is W0 at the start."""
+    base = predict(tiny)
+    add(tiny, sites="cross", rank=3, alpha=6.0, init=init)
+    torch.testing.assert_close(predict(tiny), base, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("init", ["default", "gaussian", "pissa", "olora", "eva"])
 def test_every_start_is_the_base_model_and_leaves_its_weights(
     init: str, tiny: Any, predict: Callable[[Any], Tensor]

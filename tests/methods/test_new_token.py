@@ -102,6 +102,20 @@ def test_several_tokens_each_with_its_word(tiny: Any) -> None:
     assert torch.equal(found, wanted)
 
 
+def test_only_the_token_of_the_task_trains(tiny: Any) -> None:
+    """Of three words, in the second task: the first is kept, the third does not exist yet."""
+    method = NewToken(tokens=("<v1>", "<v2>", "<v3>"), init=("fox", "cat", "dog"), task=1)
+    assert method.words == ("<v1>", "<v2>")
+    old = table(tiny).weight.detach().clone()
+    plan = apply_methods(tiny, {"new_token": method})
+    assert [name.rpartition(".")[2] for name in plan.names] == ["1"]
+    assert [name.rpartition(".")[2] for name in plan.keeps] == ["0"]
+    assert len(table(tiny).rows) == 2
+    for row, word in zip(table(tiny).rows, ("fox", "cat"), strict=True):
+        assert torch.equal(row, old[tiny.tokenizer.convert_tokens_to_ids(f"{word}</w>")])
+    assert "<v3>" not in tiny.tokenizer.get_vocab()
+
+
 def test_noise_has_the_spread_of_the_table_and_differs(tiny: Any) -> None:
     old = table(tiny).weight.detach().clone()
     add(tiny, "<v1>", "<v2>", init=None)

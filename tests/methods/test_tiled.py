@@ -46,6 +46,12 @@ def test_runs_at_the_chosen_sites_and_claims_their_kernel(tiny: Any) -> None:
     }
 
 
+def test_tiles_are_of_the_size_that_is_asked_for(tiny: Any) -> None:
+    apply_methods(tiny, {"tiled": Tiled(rows=16, columns=24), "full": Full()})
+    found = {(op.rows, op.columns) for p in tiny.host.processors.values() for op in p.ops}
+    assert found == {(16, 24)}
+
+
 def test_alone_it_trains_nothing(tiny: Any) -> None:
     with pytest.raises(ValueError, match="nothing would train with methods tiled"):
         apply_methods(tiny, {"tiled": Tiled()})

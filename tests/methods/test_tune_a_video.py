@@ -101,6 +101,17 @@ def test_what_trains(tiny: Any) -> None:
     assert {site.name for site in temporal} <= set(plan.edits["tune_a_video"].sites)
 
 
+def test_attention_over_frames_has_the_heads_of_its_block(tiny: Any) -> None:
+    apply_methods(tiny, {"tune_a_video": TuneAVideo()})
+    spatial = {s.name.rpartition(".")[0]: s for s in tiny.sites if s.name.endswith(".attn1")}
+    temporal = [site for site in tiny.sites if site.kind == "temporal"]
+    assert len(temporal) == len(spatial) == 7
+    for site in temporal:
+        block = spatial[site.name.partition(".temporal")[0]]
+        assert (site.heads, site.head_dim) == (block.heads, block.head_dim)
+        assert site.heads > 1
+
+
 def test_an_image_is_the_image_models_whatever_was_learned(
     tiny: Any, predict: Callable[[Any], Tensor], randomise: Callable[..., None]
 ) -> None:
