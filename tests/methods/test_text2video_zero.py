@@ -46,8 +46,10 @@ def test_its_options_are_those_of_the_start(tiny: Any) -> None:
     """What moves left comes before what moves up, and the first frame begins alone before it is
     moved; the start itself is tested in tests/ops/temporal/test_latents.py."""
     own = Text2VideoZero(motion=(0.25, -0.125), alone=0.2, until=0.4)
-    apply_methods(tiny, {"text2video_zero": own}, trains=False)
-    assert tiny.host.start == GlobalMotion(x=0.25, y=-0.125, alone=0.2, until=0.4)
+    plan = apply_methods(tiny, {"text2video_zero": own}, trains=False)
+    (hook,) = plan.edits["text2video_zero"].sampling
+    start: Any = hook.begin
+    assert start.__self__ == GlobalMotion(x=0.25, y=-0.125, alone=0.2, until=0.4)
 
 
 def test_every_frame_reads_the_first(tiny: Any, looped_block: Callable[..., Tensor]) -> None:
