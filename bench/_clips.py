@@ -38,7 +38,9 @@ AT_ONCE = 64  # pictures
 def shots(count: int, frames: int) -> list[Clip]:
     """Clips of one object each, the four directions in turn."""
     ways = list(DIRECTIONS)
-    return [draw_clip(SEED, i, KNOWN, frames, motion=ways[i % len(ways)]) for i in range(count)]
+    return [
+        draw_clip(SEED, i, KNOWN, frames=frames, motion=ways[i % len(ways)]) for i in range(count)
+    ]
 
 
 def pixels(clips: Sequence[Clip]) -> Tensor:

@@ -61,8 +61,10 @@ class Painter:
         self.original = self.fresh()
         self.judge = Judge(self.original.folder / "clip")
         relations = ("left of", "above")
-        self.singles = [draw_scene(SEED + 2, i, KNOWN, 1) for i in range(count)]
-        self.pairs = [draw_scene(SEED + 1, i, KNOWN, 2, relations[i % 2]) for i in range(count)]
+        self.singles = [draw_scene(SEED + 2, i, KNOWN, count=1) for i in range(count)]
+        self.pairs = [
+            draw_scene(SEED + 1, i, KNOWN, count=2, relation=relations[i % 2]) for i in range(count)
+        ]
         self.expected = self.scores(self.original)
 
     def fresh(self) -> Any:

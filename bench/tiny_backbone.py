@@ -91,15 +91,17 @@ def main() -> None:
     judge = Judge(backbone.folder / "clip")
     count = 48 if options.quick else 200
 
-    unseen = [draw_scene(SEED, i, ALL, 1) for i in range(400 if options.quick else 2000)]
+    unseen = [draw_scene(SEED, i, ALL, count=1) for i in range(400 if options.quick else 2000)]
     bars.at_least("judge_real_one", one(judge, real(unseen), unseen), 0.95)
     relations = ("left of", "above")
-    pairs = [draw_scene(SEED + 1, i, KNOWN, 2, relations[i % 2]) for i in range(count)]
+    pairs = [
+        draw_scene(SEED + 1, i, KNOWN, count=2, relation=relations[i % 2]) for i in range(count)
+    ]
     both, placed = two(judge, real(pairs), pairs)
     bars.note("judge_real_two_both", both)
     bars.note("judge_real_two_relation", placed)
 
-    singles = [draw_scene(SEED + 2, i, KNOWN, 1) for i in range(count)]
+    singles = [draw_scene(SEED + 2, i, KNOWN, count=1) for i in range(count)]
     bars.note("judge_real_one_known", one(judge, real(singles), singles))
     look = {"steps": options.steps, "guidance": options.guidance}
     seeds = list(range(count))

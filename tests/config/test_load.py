@@ -149,7 +149,7 @@ def test_held_out_images_that_are_all_there_are(tmp_path: Path) -> None:
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     data = {"source": "folder", "folder": str(tmp_path), "template": "a dot", "validation": 1}
     message = refusal(write(tmp_path, {**SMALL, "data": data}))
-    assert message.startswith("data.validation=1 leaves none to train on of 1 images in")
+    assert message.startswith("data.validation=1 holds out all 1 images in")
 
 
 @pytest.mark.parametrize(

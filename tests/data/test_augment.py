@@ -31,7 +31,9 @@ def at_scale(monkeypatch: pytest.MonkeyPatch, scale: int) -> None:
 def test_mask_covers_only_pixels_of_the_photo(size: int, divisor: int) -> None:
     rng, kinds = random.Random(0), set()
     for _ in range(150):
-        pixels, caption, mask = resize_augment(WHITE, "cat", size, divisor, rng)
+        pixels, caption, mask = resize_augment(
+            WHITE, "cat", size=size, mask_divisor=divisor, rng=rng
+        )
         assert pixels.shape == (3, size, size)
         assert mask.shape == (1, size // divisor, size // divisor)
         assert (pixels.dtype, mask.dtype) == (torch.float32, torch.float32)
@@ -50,7 +52,9 @@ def test_mask_covers_only_pixels_of_the_photo(size: int, divisor: int) -> None:
 
 def test_mask_of_the_official_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     at_scale(monkeypatch, 30)
-    pixels, _, mask = resize_augment(WHITE, "cat", SIZE, DIVISOR, random.Random(3))
+    pixels, _, mask = resize_augment(
+        WHITE, "cat", size=SIZE, mask_divisor=DIVISOR, rng=random.Random(3)
+    )
     rows = torch.nonzero(pixels[0].amax(1)).flatten()
     columns = torch.nonzero(pixels[0].amax(0)).flatten()
     assert (len(rows), len(columns)) == (30, 30)
@@ -65,18 +69,24 @@ def test_mask_of_the_official_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pasted_and_cropped_pixels_are_those_of_the_photo(monkeypatch: pytest.MonkeyPatch) -> None:
     image = noise_image()
     at_scale(monkeypatch, 24)
-    pixels, _, _ = resize_augment(image, "cat", SIZE, DIVISOR, random.Random(0))
+    pixels, _, _ = resize_augment(
+        image, "cat", size=SIZE, mask_divisor=DIVISOR, rng=random.Random(0)
+    )
     patches = pixels.unfold(1, 24, 1).unfold(2, 24, 1)  # 3 y x 24 24
     small = to_tensor(resize_cover(image, 24))[:, None, None]
     assert int((patches == small).all(dim=(0, 3, 4)).sum()) == 1
 
     at_scale(monkeypatch, 80)
-    pixels, _, _ = resize_augment(image, "cat", SIZE, DIVISOR, random.Random(0))
+    pixels, _, _ = resize_augment(
+        image, "cat", size=SIZE, mask_divisor=DIVISOR, rng=random.Random(0)
+    )
     windows = to_tensor(resize_cover(image, 80)).unfold(1, SIZE, 1).unfold(2, SIZE, 1)
     assert int((windows == pixels[:, None, None]).all(dim=(0, 3, 4)).sum()) == 1
 
     at_scale(monkeypatch, 50)
-    pixels, caption, _ = resize_augment(image, "a cat", SIZE, DIVISOR, random.Random(0))
+    pixels, caption, _ = resize_augment(
+        image, "a cat", size=SIZE, mask_divisor=DIVISOR, rng=random.Random(0)
+    )
     assert torch.equal(pixels, to_tensor(resize_cover(image, SIZE)))
     assert caption == "a cat"
 
@@ -102,7 +112,10 @@ def test_prefix_agrees_with_scale(
 ) -> None:
     at_scale(monkeypatch, scale)
     rng = random.Random(0)
-    captions = {resize_augment(WHITE, "A photo of a cat", SIZE, 4, rng)[1] for _ in range(20)}
+    captions = {
+        resize_augment(WHITE, "A photo of a cat", size=SIZE, mask_divisor=4, rng=rng)[1]
+        for _ in range(20)
+    }
     assert captions == ({p + "photo of a cat" for p in prefixes} or {"A photo of a cat"})
 
 
@@ -110,7 +123,10 @@ def test_prefix_agrees_with_scale(
 def test_same_seed_same_result(make: type[random.Random]) -> None:
     def draw(seed: int) -> list[tuple[torch.Tensor, str, torch.Tensor]]:
         rng = make(seed)
-        return [resize_augment(noise_image(), "cat", SIZE, 4, rng, hflip=True) for _ in range(6)]
+        return [
+            resize_augment(noise_image(), "cat", size=SIZE, mask_divisor=4, rng=rng, hflip=True)
+            for _ in range(6)
+        ]
 
     for first, second in zip(draw(5), draw(5), strict=True):
         assert torch.equal(first[0], second[0])
@@ -125,7 +141,10 @@ def test_horizontal_flip_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> Non
     upright, rng = to_tensor(resize_cover(noise_image(), SIZE)), random.Random(0)
 
     def flipped(hflip: bool) -> list[bool]:
-        views = (resize_augment(noise_image(), "", SIZE, 4, rng, hflip)[0] for _ in range(20))
+        views = (
+            resize_augment(noise_image(), "", size=SIZE, mask_divisor=4, rng=rng, hflip=hflip)[0]
+            for _ in range(20)
+        )
         return [not torch.equal(view, upright) for view in views]
 
     assert not any(flipped(False))
@@ -135,7 +154,7 @@ def test_horizontal_flip_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(("size", "divisor"), [(66, 4), (20, 4), (64, 0)])
 def test_sizes_that_do_not_fit_are_refused(size: int, divisor: int) -> None:
     with pytest.raises(ValueError, match=rf"size={size} .*mask_divisor={divisor}; choose"):
-        resize_augment(WHITE, "cat", size, divisor, random.Random(0))
+        resize_augment(WHITE, "cat", size=size, mask_divisor=divisor, rng=random.Random(0))
 
 
 def test_templates() -> None:

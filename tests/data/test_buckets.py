@@ -126,7 +126,7 @@ def as_shards(photos: Path) -> Path:
         (path.stem, {"png": path.read_bytes(), "txt": path.with_suffix(".txt").read_bytes()})
         for path in sorted(photos.glob("*.png"))
     ]
-    write_shards(photos.parent / "shards", records, 4)
+    write_shards(photos.parent / "shards", records, per_shard=4)
     return photos.parent / "shards"
 
 

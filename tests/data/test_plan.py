@@ -174,7 +174,7 @@ def test_quantiles_are_midpoints() -> None:
 
 
 def planned(seed: int = 5) -> Planned:
-    scenes = Scenes(0, 7, "known", 16)
+    scenes = Scenes(0, count=7, sprites="known", side=16)
     return Planned(scenes, changed(ONE, seed=seed), None, rank=0, world_size=1)
 
 
@@ -205,7 +205,7 @@ def test_loader_gives_the_same_batches_from_any_start_and_any_workers() -> None:
 
 def test_ranks_read_the_rows_of_the_one_process_batch() -> None:
     plan = changed(ONE, batch_size=4)
-    scenes = Scenes(0, 7, "known", 16)
+    scenes = Scenes(0, count=7, sprites="known", side=16)
     whole, *parts = [Planned(scenes, plan, None, *who)[2] for who in ((0, 1), (0, 2), (1, 2))]
     assert [part.places for part in parts] == [[0, 1], [2, 3]]
     assert [key for part in parts for key in part.keys] == whole.keys

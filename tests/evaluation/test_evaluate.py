@@ -51,7 +51,13 @@ class Drawn(Examiner):
             for token, word in self.shows.items():
                 prompt = prompt.replace(token, word)
             words = tuple(dict.fromkeys(word for word in prompt.split() if word in ALL))
-            scene = draw_scene(9, index, words, len(words), "left of" if len(words) > 1 else None)
+            scene = draw_scene(
+                9,
+                index,
+                words,
+                count=len(words),
+                relation="left of" if len(words) > 1 else None,
+            )
             pictures.append(to_tensor(Image.fromarray(scene.image)))
         return torch.stack(pictures)
 
@@ -108,7 +114,7 @@ def test_photographs_are_told_apart_and_class_words_change_with_the_token(tmp_pa
     for word in ("car", "rose"):
         (tmp_path / word).mkdir()
         for index in range(4):
-            picture = Image.fromarray(draw_scene(3, index, (word,), 1).image)
+            picture = Image.fromarray(draw_scene(3, index, (word,), count=1).image)
             picture.save(tmp_path / word / f"{index}.png")
     words = [word for word in TWO if not word.startswith("data.concept")] + [
         f"data.concept=[{tmp_path / 'car'}, {tmp_path / 'rose'}]",

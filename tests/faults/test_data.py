@@ -57,7 +57,7 @@ def make(folder: Path, *counts: int) -> Path:
         part = folder.parent / f".{folder.name}-{number}"
         names = [f"s{i}" for i in range(total, total + count)]
         members = [{"png": encoded(noise(int(k[1:]))), "txt": f"thing {k}".encode()} for k in names]
-        (path,) = write_shards(part, zip(names, members, strict=True), count)
+        (path,) = write_shards(part, zip(names, members, strict=True), per_shard=count)
         path.rename(folder / f"shard-{number:06d}.tar")
         total += count
     return folder
@@ -202,13 +202,13 @@ DAMAGE: list[tuple[Callable[[Path], None], tuple[str, ...], str | None]] = [
     (cut_and_closed, (f"{ONE}: ", "sample s2 is missing", "sample s3 is missing"), None),
     (flipped_picture, (f"{ONE}: s2.png",), "s2.png: truncated or damaged"),
     (flipped_caption, (f"{ONE}: s2.txt has other bytes",), None),
-    (broken_header, (f"{ONE}: cut, damaged or compressed",), "no end mark"),
-    (wrong_size, (f"{ONE}: cut, damaged or compressed",), "no end mark"),
+    (broken_header, (f"{ONE}: truncated, damaged or compressed",), "no end mark"),
+    (wrong_size, (f"{ONE}: truncated, damaged or compressed",), "no end mark"),
     (missing_member, (f"{ONE}: s2: an image without a caption",), "s2: an image without a caption"),
     (missing_sample, (f"{ONE}: sample s2 is missing",), None),
     (duplicate_member, (f"{ONE}: duplicate key 's2'",), "duplicate key 's2'"),
     (duplicate_key, (f"{ONE}: duplicate key 's1'",), "duplicate key 's1'"),
-    (zeroed, (f"{ONE}: no sample in this shard", "s0.png has other bytes"), "no sample in this"),
+    (zeroed, (f"{ONE}: this shard has no sample", "s0.png has other bytes"), "no sample in this"),
     (empty, (f"{ONE}: 0 bytes", "s0.png is cut off"), "cut, damaged"),
     (missing_shard, (f"{ONE}: the shard is missing, and 4 samples with it",), None),
     (extra_shard, ("more.tar: not in manifest.json",), "duplicate key"),
@@ -332,7 +332,7 @@ def animated() -> bytes:
 REFUSED = {
     "truncated": (encoded(noise(0), "JPEG")[:500], "jpg", "truncated or damaged"),
     "wrong_magic": (b"GIF89a" + bytes(100), "png", "a GIF"),
-    "text": (b"<html>404 not found</html>", "jpg", "not an image"),
+    "text": (b"<html>404 not found</html>", "jpg", "not a readable image"),
     "empty": (b"", "png", "the file is empty"),
     "bomb": (bomb(), "png", "pixels, the limit is"),
     "text_bomb": (text_bomb(), "png", "truncated or damaged"),

@@ -1,8 +1,9 @@
-"""Resize augmentation of Custom Diffusion: a concept seen small, whole and close, and said so.
+"""Resize augmentation of Custom Diffusion: a concept seen small, complete and close, with a caption
+that says so.
 
     scale ~ U[size/3, size] with probability 2/3, else U[1.2 size, 1.4 size)
-    scale <  0.6 size: pasted at a random place on grey, "very small ...", loss masked to the photo
-    scale <= size:     the whole photo at full size, caption as it is
+    scale <  0.6 size: pasted at a random position on grey, "very small ...", masked loss
+    scale <= size:     the complete photo at full size, caption unchanged
     scale >  size:     a random crop, "close up ..."
 
 Kumari et al., Multi-Concept Customization of Text-to-Image Diffusion, CVPR 2023, arXiv:2212.04488.
@@ -10,8 +11,8 @@ Constants read in adobe-research/custom-diffusion at 7c19c9a, `src/diffusers_dat
 `src/finetune_data.py`, which agree. The later script of diffusers differs: probability 0.66, and
 scales from 0.6 to 1 are pasted on grey too. The departures from the official code: a photo that
 is not square is cut to its centre, not squeezed; odd scales are kept (the official code rounds
-them up because it places by centre); a leading article gives way to the prefix, so that "a photo
-of a cat" becomes "very small photo of a cat"; resampling is Lanczos and not bilinear.
+them up because it positions by centre); the prefix replaces a leading article, so that "a photo of
+a cat" becomes "very small photo of a cat"; resampling is Lanczos and not bilinear.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ CLOSE_PREFIXES = ("zoomed in ", "close up ")
 
 
 class Uniform(Protocol):
-    """A source of floats in [0, 1): `random.Random` and `numpy.random.Generator` both are one."""
+    """A source of floats in [0, 1), such as `random.Random` or `numpy.random.Generator`."""
 
     def random(self) -> float: ...
 
@@ -42,12 +43,13 @@ class Uniform(Protocol):
 def resize_augment(
     image: Image.Image,
     caption: str,
+    *,
     size: int,
     mask_divisor: int,
     rng: Uniform,
     hflip: bool = False,
 ) -> tuple[Tensor, str, Tensor]:
-    """Draw one augmented view of a photo, its caption and the mask of its real pixels.
+    """One random augmented view of a photo, its caption and the mask of its real pixels.
 
     The masked loss of a sample is `(loss * mask).sum() / mask.sum()`; the mask is never empty.
 
@@ -60,7 +62,7 @@ def resize_augment(
         hflip: mirror with probability 1/2. Captions that say left or right become wrong.
 
     Returns:
-        Image float32 (3, size, size) in [-1, 1] with 0 where no photo is; caption; mask float32
+        Image float32 (3, size, size) in [-1, 1], 0 outside the photo; caption; mask float32
         (1, size // mask_divisor, size // mask_divisor) of 0 and 1.
 
     Raises:
@@ -71,16 +73,16 @@ def resize_augment(
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     scale = draw_scale(size, mask_divisor, rng)
     if scale < FAR_BELOW * size:
-        pixels, mask = _paste(image, size, scale, mask_divisor, rng)
+        pixels, mask = _paste(image, size=size, scale=scale, mask_divisor=mask_divisor, rng=rng)
         return pixels, _prefixed(caption, FAR_PREFIXES, rng), mask
     if scale > size:
-        pixels, mask = _crop(image, size, scale, rng), _full_mask(size, mask_divisor)
-        return pixels, _prefixed(caption, CLOSE_PREFIXES, rng), mask
+        pixels = _crop(image, size=size, scale=scale, rng=rng)
+        return pixels, _prefixed(caption, CLOSE_PREFIXES, rng), _full_mask(size, mask_divisor)
     return to_tensor(resize_cover(image, size)), caption, _full_mask(size, mask_divisor)
 
 
 def draw_scale(size: int, mask_divisor: int, rng: Uniform) -> int:
-    """Draw the side in pixels to which the photo is scaled, see the head of this file.
+    """A random side in pixels to which the photo is scaled, see the top of this file.
 
     The lower end is raised to 3 mask cells where `size / 3` is less: below that the cut of the
     mask's border could leave no cell at all, and the masked loss would divide by zero. Sizes of
@@ -93,7 +95,7 @@ def draw_scale(size: int, mask_divisor: int, rng: Uniform) -> int:
 
 
 def _paste(
-    image: Image.Image, size: int, scale: int, mask_divisor: int, rng: Uniform
+    image: Image.Image, *, size: int, scale: int, mask_divisor: int, rng: Uniform
 ) -> tuple[Tensor, Tensor]:
     import torch
 
@@ -112,7 +114,7 @@ def _inner_cells(start: int, length: int, divisor: int) -> slice:
     return slice(start // divisor + 1, (start + length) // divisor - 1)
 
 
-def _crop(image: Image.Image, size: int, scale: int, rng: Uniform) -> Tensor:
+def _crop(image: Image.Image, *, size: int, scale: int, rng: Uniform) -> Tensor:
     top, left = (_integer(0, scale - size + 1, rng) for _ in range(2))
     box = (left, top, left + size, top + size)
     return to_tensor(resize_cover(image, scale).crop(box))
@@ -130,7 +132,7 @@ def _prefixed(caption: str, prefixes: tuple[str, ...], rng: Uniform) -> str:
 
 
 def _integer(low: int, high: int, rng: Uniform) -> int:
-    """Draw uniformly from low, ..., high - 1."""
+    """A uniformly random integer from low, ..., high - 1."""
     return low + int(rng.random() * (high - low))
 
 

@@ -1,5 +1,6 @@
-"""Aspect-ratio buckets: each picture is cut to the size nearest to its own shape, and a batch is of
-one size. Which bucket makes which batch is planned for all ranks at once, see `plan.py`.
+"""Aspect-ratio buckets: each picture is cut to the size with the nearest aspect ratio, and all
+pictures of a batch have one size. `plan.py` decides which bucket makes which batch, the same on all
+ranks.
 """
 
 from __future__ import annotations
@@ -13,24 +14,24 @@ from PIL import Image, ImageOps
 
 from trainer.media.images import FORMATS
 
-MAX_ASPECT = 2.0  # what is longer is cut to it
-TURNED = (5, 6, 7, 8)  # EXIF orientations that lie on their side
+MAX_ASPECT = 2.0  # pictures with a larger ratio are cut to this one
+TURNED = (5, 6, 7, 8)  # EXIF orientations rotated by 90 degrees
 Size = tuple[int, int]  # width, height in pixels
 
 
 @runtime_checkable
 class Bucketed(Protocol):
-    """A dataset whose groups need not be of one size; sizes: of the samples of each group."""
+    """A dataset whose groups may differ in size; sizes: of the samples of each group."""
 
     sizes: Sequence[Size]
 
 
 def bucket_sizes(side: int, step: int) -> list[Size]:
-    """Every size with sides that are multiples of `step`, as many pixels as a square of `side` or
-    the fewer that the step allows, and an aspect ratio of at most 2.
+    """Every size (width, height) with sides that are multiples of `step`, an aspect ratio of at
+    most `MAX_ASPECT`, and the largest height with no more pixels than a square of `side`.
 
     Raises:
-        ValueError: the square is not among them.
+        ValueError: `step` does not divide `side`.
     """
     if side % step:
         raise ValueError(
@@ -45,7 +46,7 @@ def bucket_sizes(side: int, step: int) -> list[Size]:
 
 
 def nearest_bucket(shape: Size, among: Sequence[Size]) -> Size:
-    """The size whose aspect ratio is nearest, as a factor; of two as near, the larger one."""
+    """The size with the nearest aspect ratio, by their quotient; of two as near, the larger one."""
     aspect = log(shape[0] / shape[1])
     return min(among, key=lambda size: (abs(log(size[0] / size[1]) - aspect), -size[0] * size[1]))
 
@@ -53,8 +54,8 @@ def nearest_bucket(shape: Size, among: Sequence[Size]) -> Size:
 def arrange(
     shapes: Sequence[Size], side: int, step: int
 ) -> tuple[list[int], list[range], list[Size]]:
-    """The samples in an order in which those of a bucket stand together, the range of each bucket
-    in that order, and its size. step 0: one bucket, the square."""
+    """An order of the samples that puts each bucket's together, the range of each bucket in that
+    order, and its size. step 0: one bucket, the square."""
     if not step:
         return list(range(len(shapes))), [range(len(shapes))], [(side, side)]
     among = bucket_sizes(side, step)
@@ -69,7 +70,7 @@ def arrange(
 
 
 def check_step(step: int, divisor: int) -> None:
-    """Raises ValueError unless latents of `divisor` pixels fill the sides of every bucket."""
+    """Raises ValueError unless `step` is a multiple of `divisor`, the pixels per latent."""
     if step % divisor:
         raise ValueError(
             f"buckets={step}: this backbone takes sides in multiples of {divisor} pixels; give "
@@ -83,7 +84,7 @@ def cover(image: Image.Image, size: Size) -> Image.Image:
 
 
 def upright_size(path: Path) -> Size:
-    """Width and height of a photo as it is seen, from its header."""
+    """Width and height of a photo after EXIF rotation, read from its header."""
     with Image.open(path, formats=FORMATS) as image:
         width, height = image.size
         turned = image.getexif().get(0x0112) in TURNED

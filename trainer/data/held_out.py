@@ -1,36 +1,30 @@
-"""Samples held out of training for the validation loss."""
+"""Checks that several data sources share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from trainer.media.images import (
-    ImageError,
-    read_caption,
-)
+from trainer.media.images import ImageError
+from trainer.media.photos import read_caption
 
-if TYPE_CHECKING:
-    pass
-
-
-# Cut photos of a folder that fits are decoded once a process; a larger one is read anew each time.
+# a process keeps decoded pictures in memory up to this size; larger data are decoded each time
 KEEP_BYTES = 256 * 2**20
 
 
 def check_split(validation: int, count: int, what: str) -> None:
-    """Raises ValueError if holding out `validation` of `count` samples leaves none to train on."""
+    """Raises ValueError if no sample is left to train on after `validation` of `count` are held
+    out. what: names the samples in the message."""
     if validation >= count:
         raise ValueError(
-            f"validation={validation} leaves none to train on of {count} {what}; "
-            f"hold out at most {count - 1}"
+            f"validation={validation} holds out all {count} {what}, and none is left to train on; "
+            f"give at most {count - 1}"
         )
 
 
-def is_told(path: Path, caption: Callable[[Path], str | None] = read_caption) -> bool:
-    """Whether there is a caption for a file, usable or not; caption: how it is read."""
+def has_caption(path: Path, caption: Callable[[Path], str | None] = read_caption) -> bool:
+    """Whether there is a caption for a file, readable or not; caption: reads it."""
     try:
         return caption(path) is not None
     except ImageError:
-        return True  # there is one, and `open` says what is wrong with it
+        return True  # `open` reports what is wrong with it

@@ -1,4 +1,4 @@
-"""Clips and still images as one dataset: they take turns by whole batches."""
+"""Clips and still images as one dataset; a batch has only clips or only images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Mixed:
-    """The samples of `clips`, then those of `stills`, which make `images` of the batches."""
+    """The samples of `clips`, then those of `stills`. images: the share of batches of `stills`."""
 
     def __init__(self, clips: Dataset, stills: Dataset, images: float) -> None:
         self.parts = (clips, stills)
@@ -69,7 +69,7 @@ class Stills:
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         found = self.clips.sample(index, rng)
-        return Sample(_middle(found.image), found.caption, found.key)
+        return Sample(image=_middle(found.image), caption=found.caption, key=found.key)
 
     def image(self, index: int) -> Tensor:
         return _middle(self.clips.image(index))
@@ -82,4 +82,4 @@ class Stills:
 
 
 def _middle(frames: Tensor) -> Tensor:
-    return frames[len(frames) // 2].clone()  # a view would keep the whole clip
+    return frames[len(frames) // 2].clone()  # a view would keep the complete clip in memory

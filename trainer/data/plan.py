@@ -1,8 +1,7 @@
-"""The step plan: which samples make micro-batch k, and which random numbers they meet, as pure
-functions of (seed, k).
+"""The step plan: which samples make micro-batch k, as a pure function of (seed, k).
 
-Nothing here depends on workers, ranks or anything drawn before, so a run's data state is one
-integer.
+Nothing here depends on workers, ranks or earlier random numbers, so the state of a run's data is
+one integer.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ from functools import lru_cache
 
 import numpy as np
 
-CYCLE = 100  # batches in which every kind has its share of the turns, if sizes do not part them
+CYCLE = 100  # batches in which every kind gets its share of batches, if the groups have no sizes
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One place in a batch: which sample, its place in the global batch, and its weight in the
-    loss."""
+    """One row of a batch: the index of its sample, its place in the global batch, and its weight in
+    the loss."""
 
     index: int
     place: int
@@ -28,15 +27,16 @@ class Slot:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """groups: index ranges that share every batch by `shares`; weights: each group's weight in the
-    loss.
+    """Which samples of which group make each batch.
 
-    Each group runs through its own shuffled epochs. The loss is sum over groups of weight * mean
-    over its samples, whatever the shares.
+    groups: index ranges (start, stop); shares: the part of every batch that each group gets;
+    weights: each group's weight in the loss. Each group is shuffled anew in each of its epochs. The
+    loss is the sum over groups of weight * mean over the group's samples, whatever the shares.
 
-    frames, sizes: of the samples of each group, empty if all are alike. Samples that are not make
-    no batch together: such groups take turns, each kind as often as its share says. Buckets of
-    sizes are planned by the epoch of all of them: what does not fill a batch waits for the next.
+    frames, sizes: of the samples of each group, empty if they are all the same. Samples that differ
+    in them are a different kind and are never in one batch: the kinds take turns, and a kind makes
+    as many batches as its share says. With sizes, turns are planned for an epoch of all samples;
+    samples that do not fill a batch are used in the next epoch.
     """
 
     groups: tuple[tuple[int, int], ...]
@@ -48,11 +48,11 @@ class StepPlan:
     sizes: tuple[tuple[int, int], ...] = ()
 
     def counts(self) -> list[int]:
-        """Samples of each group in a batch that all of them share, see `_counts`."""
+        """How many samples of each group a batch of all groups has, see `_counts`."""
         return _counts(self.shares, self.batch_size)
 
     def turn(self, step: int) -> tuple[list[int], int]:
-        """The groups that make batch `step`, and how many batches they have made before."""
+        """The groups that make batch `step`, and how many batches they made before it."""
         own = self._kinds()
         kinds = sorted(set(own))
         if len(kinds) < 2:
@@ -67,25 +67,28 @@ class StepPlan:
         before = [_turns(rate, cycle) for rate in rates]
         turns = [_turns(rate, cycle + 1) - had for rate, had in zip(rates, before, strict=True)]
         order = np.repeat(range(len(kinds)), turns)
-        order = order[_permutation(self.seed, len(self.groups), cycle, len(order))]
+        order = order[
+            _permutation(seed=self.seed, group=len(self.groups), epoch=cycle, size=len(order))
+        ]
         place = step - sum(before)
         now = int(order[place])
         return groups[now], before[now] + int((order[:place] == now).sum())
 
     def batch(self, step: int) -> list[Slot]:
-        """The global micro-batch number `step`, groups interleaved so that every rank gets its part
-        of each."""
+        """The global micro-batch number `step`. Groups are interleaved, so that every rank gets a
+        part of each."""
         slots: list[tuple[float, int, float]] = []
         groups, turn = self.turn(step)
         shares = [self.shares[group] for group in groups]
-        if len(groups) < len(self.groups):  # they have the whole batch to themselves
+        if len(groups) < len(self.groups):  # these groups fill the complete batch
             shares = [share / sum(shares) for share in shares]
         counts = _counts(shares, self.batch_size)
         for group, count in zip(groups, counts, strict=True):
             (start, stop), weight = self.groups[group], self.weights[group]
             for i in range(count):
                 epoch, position = divmod(turn * count + i, stop - start)
-                index = start + int(_permutation(self.seed, group, epoch, stop - start)[position])
+                order = _permutation(seed=self.seed, group=group, epoch=epoch, size=stop - start)
+                index = start + int(order[position])
                 slots.append(((i + 0.5) / count, index, weight * self.batch_size / count))
         slots.sort(key=lambda slot: slot[0])
         return [Slot(index, place, weight) for place, (_, index, weight) in enumerate(slots)]
@@ -103,10 +106,10 @@ class StepPlan:
 
 
 def _counts(shares: Sequence[float], total: int) -> list[int]:
-    """`total` parted by shares: rounded, at least one of each.
+    """`total` divided by shares, rounded, at least one for each share.
 
     Raises:
-        ValueError: there are more shares than things to part.
+        ValueError: there are more shares than `total`.
     """
     if total < len(shares):
         raise ValueError(
@@ -114,13 +117,13 @@ def _counts(shares: Sequence[float], total: int) -> list[int]:
             f"give at least {len(shares)}"
         )
     counts = [max(1, round(share * total)) for share in shares]
-    while sum(counts) != total:  # the largest group takes what rounding left over
+    while sum(counts) != total:  # the largest group gets the rest from rounding
         counts[counts.index(max(counts))] += 1 if sum(counts) < total else -1
     return counts
 
 
 def _turns(rate: float, cycles: int) -> int:
-    """Whole batches of a kind in so many cycles; what is left over is made up for in later ones."""
+    """Complete batches of a kind in so many cycles; a fraction adds up over later cycles."""
     return int(rate * cycles + 1e-6)
 
 
@@ -130,7 +133,7 @@ def _permutation(seed: int, group: int, epoch: int, size: int) -> np.ndarray:
 
 
 class Cursor:
-    """A sampler over micro-steps: yields `start..total-1` but is `total` long, so a resumed loop
+    """A sampler over micro-steps `start..total-1`. Its length is `total`, so that a resumed loop
     counts right."""
 
     def __init__(self, total: int, start: int = 0) -> None:

@@ -1,8 +1,8 @@
-"""Captions for a concept whose photos have none: `{}` stands for the token phrase.
+"""Captions for a concept whose photos have none; `{}` is replaced by the token phrase.
 
-Training on many wordings keeps the concept from tying itself to a single one, the use textual
-inversion (Gal et al., arXiv:2208.01618) and DreamBooth (Ruiz et al., arXiv:2208.12242) make of
-them. Each wording is true of any photo of the concept: none names a style, a place or a number.
+Many wordings keep the concept from being tied to a single one, as in textual inversion (Gal et al.,
+arXiv:2208.01618) and DreamBooth (Ruiz et al., arXiv:2208.12242). Each wording is true of any photo
+of the concept: none names a style, a position or a number.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ TEMPLATES: tuple[str, ...] = (
 
 
 def render(template: str, token_phrase: str) -> str:
-    """Put a token phrase such as "<new1> cat" in the place of `{}`.
+    """Replaces `{}` by a token phrase such as "<new1> cat".
 
-    The article is the template's: a phrase that needs "an" wants a template of its own.
+    The article is the template's: a phrase that needs "an" needs another template.
 
     Raises:
-        ValueError: the template does not hold exactly one `{}`, or the phrase is blank.
+        ValueError: the template does not have exactly one `{}`, or the phrase is blank.
     """
     if template.count("{}") != 1:
         raise ValueError(
@@ -46,5 +46,5 @@ def render(template: str, token_phrase: str) -> str:
         )
     if not token_phrase.strip():
         raise ValueError("the token phrase is blank; give the new token, such as '<new1> cat'")
-    # Not str.format: braces in a template or a phrase are plain text.
+    # not str.format: other braces in a template or a phrase are plain text
     return template.replace("{}", token_phrase.strip())

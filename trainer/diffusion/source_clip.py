@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trainer.data.takes import Clips, Take, Window
+from trainer.data.video_clips import CaptionedVideo, VideoClips, Window
 from trainer.media.decode import examine
 
 if TYPE_CHECKING:
@@ -29,11 +29,14 @@ def source_latents(
     own = dict(data) if data.get("source") == "video" and fps is None else {}
     start = own.get("start", 0)
     window = Window(
-        frames, own.get("stride", 1), own.get("fps", fps), start if start != "random" else 0
+        frames=frames,
+        stride=own.get("stride", 1),
+        fps=own.get("fps", fps),
+        start=start if start != "random" else 0,
     )
     path = path.expanduser()
-    take = Take(path.name, "", examine(path, path.name), path)
-    pixels = Clips([take], window, backbone.resolution, False, ()).image(0)
+    video = CaptionedVideo(path.name, "", facts=examine(path, path.name), source=path)
+    pixels = VideoClips([video], window, side=backbone.resolution, flip=False).image(0)
     device = next(backbone.vae.parameters()).device
     moments = backbone.moments(pixels.to(device))
     return backbone.latents(moments, torch.zeros_like(moments.chunk(2, 1)[0]))

@@ -1,9 +1,9 @@
-"""Video files from users: the one place where they are opened, checked and turned into frames.
+"""Opens users' video files, checks them and turns them into frames.
 
-What a file is, its content decides and not its name, and it is read by the demuxer that its first
-bytes name and by no other: a playlist that calls itself .mp4 would fetch what it lists. A frame
-ends here as an upright 8-bit RGB image of square pixels; what cannot become one ends as an
-`ImageError` that names the file and says what to do. PyAV is imported only when a file is opened.
+A file's format is known by its first bytes, not by its name, and only the demuxer for that format
+reads it: otherwise a playlist with the name of an .mp4 could make FFmpeg fetch what it lists. Every
+frame becomes an upright 8-bit RGB image of square pixels; if it cannot, an `ImageError` names the
+file and says what to do. PyAV is imported only when a file is opened.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
-from trainer.media.images import MAX_PIXELS, MIN_SIDE, ImageError, natural
+from trainer.media.images import MAX_PIXELS, MIN_SIDE, ImageError
+from trainer.media.photos import natural_order
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     Opened = tuple[InputContainer, VideoStream]
 
 READABLE_VIDEOS = frozenset((".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"))
-# Listed so that reading refuses them by name: a video must not vanish from a folder in silence.
+# These are listed too, so that reading reports an error: a video must not go unnoticed.
 LISTED_VIDEOS = READABLE_VIDEOS.union(
     (".gif", ".wmv", ".flv", ".mpg", ".mpeg", ".ts", ".mts", ".3gp", ".ogv")
 )
@@ -39,12 +40,12 @@ SIGNATURES = (
     (8, b"AVI ", "avi"),
 )
 HDR = (16, 18)  # transfer functions PQ and HLG, ITU-T H.273 table 3
-SLACK = 0.1  # of a frame: containers round times, Matroska to a millisecond
+SLACK = 0.1  # frames of tolerance: containers round times, Matroska to a millisecond
 
 
 class VideoFacts(NamedTuple):
-    """What is known of a whole video: width, height of its upright frames in square pixels; number
-    of frames; times of the first and last in seconds; average frames a second."""
+    """Facts of one video: width and height of its upright frames in square pixels, number of
+    frames, times of the first and the last frame in seconds, average frames a second."""
 
     width: int
     height: int
@@ -55,10 +56,10 @@ class VideoFacts(NamedTuple):
 
 
 def list_videos(place: str | Path) -> list[Path]:
-    """The video files of a folder, not of its subfolders, in natural order; or the file given.
+    """The video files of a folder, not of its subfolders, in natural order; or the given file.
 
     Raises:
-        ValueError: missing, or a folder without any.
+        ValueError: the file or folder is missing, or the folder has no video.
     """
     place = Path(place)
     expected = f"expected a video ({', '.join(sorted(READABLE_VIDEOS))}), or a folder of them"
@@ -70,19 +71,19 @@ def list_videos(place: str | Path) -> list[Path]:
     found = [path for path in found if not path.name.startswith(".") and not path.is_dir()]
     if not found:
         raise ValueError(f"{place}: no video in this folder; {expected}, subfolders are not read")
-    return sorted(found, key=natural)
+    return sorted(found, key=natural_order)
 
 
 def examine(source: Path | bytes, name: str | Path) -> VideoFacts:
-    """Decodes a video from end to end, so that damage anywhere is found now.
+    """Decodes every frame of a video, so that any damage is found now.
 
     Args:
         source: the file, or its bytes.
-        name: stands for it in errors.
+        name: its name in errors.
 
     Raises:
-        ImageError: missing, truncated or damaged, no video in it, another format, too large or too
-            small, high dynamic range, frames without times.
+        ImageError: the file is missing, truncated or damaged, has no video or another format; the
+            frames are too large or too small, have a high dynamic range, or have no times.
         ModuleNotFoundError: PyAV is not installed.
     """
     with _opened(source, name) as (container, stream):
@@ -96,22 +97,22 @@ def examine(source: Path | bytes, name: str | Path) -> VideoFacts:
         if not frames:
             raise ImageError(f"{name}: no frame could be decoded; {COPY}")
         rate = (frames - 1) / (last - first) if last > first else float(stream.average_rate or 1)
-        _check_end(container, stream, name, last + 1 / rate)
-        return VideoFacts(*size, frames, first, last, rate)
+        _check_end(container, stream, name=name, end=last + 1 / rate)
+        return VideoFacts(*size, frames=frames, first=first, last=last, rate=rate)
 
 
 def read_clip(
-    source: Path | bytes, name: str | Path, film: VideoFacts, times: Sequence[float]
+    source: Path | bytes, name: str | Path, *, video: VideoFacts, times: Sequence[float]
 ) -> list[Image.Image]:
-    """The frames that are on screen at `times`, in seconds after the first frame, ascending.
+    """The frames that a player shows at `times`, in seconds after the first frame, ascending.
 
     Raises:
-        ImageError: as `examine`, of the part that is read.
+        ImageError: as `examine`, for the part that is read.
     """
-    slack = SLACK / film.rate
-    wanted = [film.first + time + slack for time in times]
+    slack = SLACK / video.rate
+    wanted = [video.first + time + slack for time in times]
     with _opened(source, name) as (container, stream):
-        if times[0] > 0 and stream.time_base:  # from the last key frame before it
+        if times[0] > 0 and stream.time_base:  # go to the last key frame before it
             container.seek(int(wanted[0] / stream.time_base), stream=stream)
         images: list[Image.Image] = []
         shown: VideoFrame | None = None
@@ -139,26 +140,26 @@ def _opened(source: Path | bytes, name: str | Path) -> Iterator[Opened]:
         ) from missing
     demuxer, size = _demuxer(source, name)
     try:
-        # absolute: FFmpeg takes a name that begins as "concat:" does for a protocol of its own
+        # absolute, because FFmpeg takes a name such as "concat:x" for one of its protocols
         file = io.BytesIO(source) if isinstance(source, bytes) else str(source.absolute())
         container = av.open(file, "r", format=demuxer)
     except (av.FFmpegError, ValueError) as error:
-        raise ImageError(f"{name}: truncated or damaged ({_said(error)}); {COPY}") from error
+        raise ImageError(f"{name}: truncated or damaged ({_reason(error)}); {COPY}") from error
     with container:
-        # a cover picture of a song is a stream of its own
+        # the cover picture of a song is a separate stream
         streams = [
             stream
             for stream in container.streams.video
             if not stream.disposition & av.stream.Disposition.attached_pic
         ]
         if not streams:
-            raise ImageError(f"{name}: no video in it; {CONVERT_VIDEO}")
+            raise ImageError(f"{name}: the file has no video; {CONVERT_VIDEO}")
         _check_header(streams[0], name, size)
         yield container, streams[0]
 
 
 def _demuxer(source: Path | bytes, name: str | Path) -> tuple[str, int]:
-    """The demuxer for what a file holds, and its size in bytes."""
+    """The demuxer for a file's content, and the size of the file in bytes."""
     if isinstance(source, bytes):
         head, size = source[:64], len(source)
     else:
@@ -173,7 +174,7 @@ def _demuxer(source: Path | bytes, name: str | Path) -> tuple[str, int]:
     for offset, magic, demuxer in SIGNATURES:
         if head[offset:].startswith(magic):
             return demuxer, size
-    raise ImageError(f"{name}: not a video that is read; {CONVERT_VIDEO}")
+    raise ImageError(f"{name}: not a readable video; {CONVERT_VIDEO}")
 
 
 def _check_header(stream: VideoStream, name: str | Path, size: int) -> None:
@@ -185,23 +186,24 @@ def _check_header(stream: VideoStream, name: str | Path, size: int) -> None:
             f"{name}: {stream.width}x{stream.height} pixels, each side must have at least "
             f"{MIN_SIDE}; use a larger version of the video"
         )
-    # MP4 and AVI list where every frame lies, also those that are no longer there
+    # MP4 and AVI list the position of every frame, also of those that were cut off
     end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
     if end > size:
         raise ImageError(f"{name}: truncated, {size:,} bytes of at least {end:,}; {COPY}")
 
 
 def _check_end(
-    container: InputContainer, stream: VideoStream, name: str | Path, end: float
+    container: InputContainer, stream: VideoStream, *, name: str | Path, end: float
 ) -> None:
-    """Matroska has no such list, and says instead how long each track is, or all of them."""
+    """Raises ImageError if the video ends before the duration in its header. Matroska, which has no
+    list of frames, has the duration of each track, or of all."""
     length = 0.0
     if "DURATION" in stream.metadata:
         hours, minutes, seconds = map(float, stream.metadata["DURATION"].split(":"))
         length = 3600 * hours + 60 * minutes + seconds
     elif container.duration and len(container.streams) == 1:
         length = container.duration / 1e6
-    if end < length - max(0.5, 0.05 * length):  # how long the last frame stays, nobody knows
+    if end < length - max(0.5, 0.05 * length):  # a last frame may be shown long
         raise ImageError(f"{name}: truncated, {end:.2f} of {length:.2f} seconds; {COPY}")
 
 
@@ -219,7 +221,7 @@ def _decoded(
                     raise ImageError(f"{name}: frames without times; {CONVERT_VIDEO}")
                 yield frame
     except av.FFmpegError as error:
-        raise ImageError(f"{name}: truncated or damaged ({_said(error)}); {COPY}") from error
+        raise ImageError(f"{name}: truncated or damaged ({_reason(error)}); {COPY}") from error
 
 
 def _check_frame(frame: VideoFrame, name: str | Path) -> None:
@@ -235,7 +237,8 @@ def _checked(frame: VideoFrame, stream: VideoStream, name: str | Path) -> Image.
 
 
 def _upright(frame: VideoFrame, stream: VideoStream) -> Image.Image:
-    """RGB, 8 bits, over white where it is transparent, in square pixels, turned as players do."""
+    """The frame as 8-bit RGB in square pixels, on white where it is transparent, rotated as a
+    player shows it."""
     if any(component.is_alpha for component in frame.format.components):
         image = Image.fromarray(frame.to_ndarray(format="rgba"))
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -248,5 +251,5 @@ def _upright(frame: VideoFrame, stream: VideoStream) -> Image.Image:
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return str(error).partition("] ")[2].partition(":")[0] or str(error)

@@ -1,4 +1,4 @@
-"""Pictures for people: grids with labels, and attention maps drawn over images."""
+"""Grids of pictures with labels, and attention maps drawn over images."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ LABEL = 14
 def grid(
     rows: Sequence[tuple[str, Tensor]], titles: Sequence[str] = (), side: int = 96
 ) -> Image.Image:
-    """Rows of (label, pictures (n, 3, H, W) in [-1, 1]) as one image, titles above the columns. A
-    label wider than a picture goes over several lines. The image has even sides if `side` is even,
-    as films want."""
+    """Rows of (label, pictures (n, 3, H, W) in [-1, 1]) as one image, with titles above columns.
+
+    A label wider than a picture is broken into several lines. If `side` is even, the width is even,
+    which video formats need.
+    """
     columns = max(len(pictures) for _, pictures in rows)
     labels = [wrap(label, side) for label, _ in rows]
     left = 8 + max(_width(line) for label in labels for line in label)
@@ -41,12 +43,12 @@ def grid(
 
 
 def overlay_maps(pictures: Tensor, maps: Tensor) -> Tensor:
-    """Attention maps (n, h, w) as heat over pictures (n, 3, H, W); each map is scaled to its own
-    largest value."""
+    """Attention maps (n, h, w) drawn as red heat over grey pictures (n, 3, H, W) in [-1, 1]. Each
+    map is scaled from its least value to its largest."""
     heat = torch.nn.functional.interpolate(maps[:, None], size=pictures.shape[-2:], mode="bilinear")
     low, high = heat.amin((2, 3), keepdim=True), heat.amax((2, 3), keepdim=True)
     heat = (heat - low) / (high - low).clamp(min=1e-12)
-    colour = torch.tensor([1.0, -0.2, -0.9]).reshape(1, 3, 1, 1)
+    colour = torch.tensor([1.0, -0.2, -0.9])[None, :, None, None]
     gray = pictures.mean(1, keepdim=True).expand_as(pictures) * 0.6
     return (gray * (1 - heat) + colour * heat).clamp(-1, 1)
 
@@ -63,6 +65,7 @@ def _width(text: str) -> int:
 
 
 def wrap(text: str, width: int) -> list[str]:
+    """The text in lines of at most `width` pixels, broken between words."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -74,7 +77,7 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 def stacked(images: Sequence[Image.Image]) -> Image.Image:
-    """One below the other, on white."""
+    """The images below each other, on white."""
     size = max(image.width for image in images), sum(image.height for image in images)
     sheet, top = Image.new("RGB", size, "white"), 0
     for image in images:

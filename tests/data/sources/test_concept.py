@@ -88,9 +88,9 @@ def test_sprites_can_be_several_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        pytest.param({"token": "<v1>"}, "give each its own", id="one token"),
-        pytest.param({"token": ["<v1>", "<v1>"]}, "give each its own", id="same token"),
-        pytest.param({"class_word": ["mug"]}, "give one each", id="one class word"),
+        pytest.param({"token": "<v1>"}, "give each a different one", id="one token"),
+        pytest.param({"token": ["<v1>", "<v1>"]}, "give each a different one", id="same token"),
+        pytest.param({"class_word": ["mug"]}, "give one for each", id="one class word"),
         pytest.param({"concept": []}, "the list is empty", id="no concept"),
         pytest.param({"concept": ["sprite:penguin", "sprite:owll"]}, "did you mean owl", id="typo"),
     ],

@@ -85,7 +85,7 @@ def test_the_last_are_held_out(photos: Path) -> None:
     assert [train.sample(i, RNG).key for i in range(len(train))] == ["1.png"]
     assert [held_out.sample(i, RNG).key for i in range(len(held_out))] == ["2.png", "10.png"]
     assert (train.fixed, held_out.fixed) == (False, True)
-    with pytest.raises(ValueError, match=r"validation=3 leaves none .* of 3 images .* at most 2"):
+    with pytest.raises(ValueError, match=r"validation=3 holds out all 3 images .* at most 2"):
         Folder(folder=photos, validation=3)
 
 
@@ -147,7 +147,7 @@ def test_bad_photos_end_the_run_or_are_named(photos: Path) -> None:
         "export one frame as JPEG, PNG or WebP"
     )
     source = Folder(folder=photos, on_bad="skip", validation=3)
-    with pytest.raises(ValueError, match="validation=3 leaves none to train on of 2 usable"):
+    with pytest.raises(ValueError, match="validation=3 holds out all 2 usable"):
         source.open(needs(photos.parent))
 
 
@@ -164,7 +164,7 @@ def test_a_photo_without_caption_is_named(photos: Path) -> None:
 
 @pytest.mark.parametrize("template", ["", " ", "a photo of a {}"])
 def test_templates_that_are_no_caption_are_refused(photos: Path, template: str) -> None:
-    with pytest.raises(ValueError, match="write the caption as it is"):
+    with pytest.raises(ValueError, match="write the caption itself"):
         Folder(folder=photos, template=template)
 
 

@@ -103,7 +103,7 @@ def test_samples_are_the_scenes_of_the_source_world(world: Path) -> None:
     assert held_out is None
     assert (len(train), train.fixed, list(train.skipped)) == (7, True, [])
     assert (train.groups, train.shares, train.weights) == ((range(7),), (1.0,), (1.0,))
-    scenes = Scenes(3, 7, "known", 64)
+    scenes = Scenes(3, count=7, sprites="known", side=64)
     copy = pickle.loads(pickle.dumps(train))  # as for a worker
     for i in (6, 0, 3, 5):
         sample, scene = copy.sample(i, RNG), scenes.sample(i, RNG)
@@ -158,7 +158,7 @@ def test_validation_is_disjoint(world: Path) -> None:
     assert (
         len({train.fingerprint(), held_out.fingerprint(), open_shards(world)[0].fingerprint()}) == 3
     )
-    assert "validation=7 leaves none to train on of 7 samples" in refusal(world, validation=7)
+    assert "validation=7 holds out all 7 samples" in refusal(world, validation=7)
 
 
 def test_one_tar_of_a_folder(world: Path) -> None:
@@ -217,7 +217,7 @@ def test_a_cut_shard_is_found(world: Path) -> None:
     (world / "manifest.json").unlink()
     for length in (boundary, last.offset + 40, 0):
         (world / FIRST).write_bytes(whole[:length])
-        assert f"{FIRST}: cut, damaged or compressed" in refusal(world)
+        assert f"{FIRST}: truncated, damaged or compressed" in refusal(world)
     # closed again after the cut: only the manifest can tell, as above
     (world / FIRST).write_bytes(whole[:boundary] + bytes(1024))
     assert len(open_shards(world)[0]) == 6
@@ -233,7 +233,7 @@ def test_damaged_headers_and_other_files_are_found(world: Path) -> None:
     (world / FIRST).write_bytes(whole + whole)
     assert "no end mark" in refusal(world)
     (world / FIRST).write_bytes(bytes(len(whole)))
-    assert "no sample in this shard" in refusal(world)
+    assert "this shard has no sample" in refusal(world)
     (world / FIRST).write_bytes(b"\x1f\x8b" + whole)
     assert "copy it again as a plain .tar" in refusal(world)
 
@@ -269,7 +269,7 @@ PNG, TXT = ("a.png", png()), ("a.txt", b"a thing")
             ((f"b.{kind}", b"x"), f"'b.{kind}': a pickle can run code")
             for kind in ("pyd", "pkl", "pickle", "pth", "PT", "json.pkl")
         ],
-        (("b.npy", b"x"), "'b.npy': an extension not known"),
+        (("b.npy", b"x"), "'b.npy': an unknown extension"),
         (("a.PNG", png()), "duplicate key 'a': it has two .png members"),
     ],
 )
@@ -350,7 +350,7 @@ def test_caption_from_json_and_members_passed_over(tmp_path: Path) -> None:
         ("./a.json", b'{"caption": " a thing ", "url": "x"}'),
         ("./a.cls", b"7"),
     )
-    assert "name it in data.ignore" in refusal(folder)
+    assert "list it in data.ignore" in refusal(folder)
     train, _ = open_shards(folder, ignore=(".cls",))
     assert train.sample(0, RNG).caption == "a thing"
     assert train.metadata(0)["url"] == "x"
@@ -362,9 +362,7 @@ def test_caption_from_json_and_members_passed_over(tmp_path: Path) -> None:
     "value", ["pipe:cat a.tar", "https://host/a.tar", "s3://bucket/a", "file:a.tar", "s3:/bucket"]
 )
 def test_commands_and_remote_addresses_are_refused(value: str) -> None:
-    with pytest.raises(
-        RecipeError, match=r"data\.shards=.*stream the shards to a local disk first"
-    ):
+    with pytest.raises(RecipeError, match=r"data\.shards=.*copy the shards to a local disk"):
         build_section(Shards, {"shards": value}, "data")
 
 
@@ -386,20 +384,20 @@ def test_writer_refuses_what_readers_would_not_understand(tmp_path: Path, world:
         ([], "no record"),
         ([("a.b", good)], "first dot"),
         ([("../a", good)], "first dot"),
-        ([("a", {**good, "pkl": b""})], "not known"),
+        ([("a", {**good, "pkl": b""})], "unknown extension"),
         ([("a", good), ("a", good)], "duplicate key"),
         ([("a", {"png": png()})], "1 samples could not be read back.*without a caption"),
     )
     for records, says in cases:
         with pytest.raises(ValueError, match=says):
-            write_shards(tmp_path / "out", records, 1)
+            write_shards(tmp_path / "out", records, per_shard=1)
     with pytest.raises(ValueError, match="per_shard=0"):
-        write_shards(tmp_path / "out", [("a", good)], 0)
+        write_shards(tmp_path / "out", [("a", good)], per_shard=0)
     with pytest.raises(ValueError, match="world: exists and is not empty; give a new folder"):
         write_world(world, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["world"]
     (tmp_path / "out").mkdir()
-    assert write_shards(tmp_path / "out", [("a", good)], 5)[0].name == "shard-000000.tar"
+    assert write_shards(tmp_path / "out", [("a", good)], per_shard=5)[0].name == "shard-000000.tar"
 
 
 def test_a_full_disk_or_an_interruption_leaves_nothing(tmp_path: Path) -> None:
@@ -408,7 +406,7 @@ def test_a_full_disk_or_an_interruption_leaves_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_shards(tmp_path / "out", interrupted(), 1)
+        write_shards(tmp_path / "out", interrupted(), per_shard=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:

@@ -155,9 +155,9 @@ def test_stride_rate_and_start_choose_the_frames(
 def test_a_clip_from_the_middle_is_that_of_the_whole(grey: Path) -> None:
     """Seeking to a key frame and decoding from the first frame on give the same pixels."""
     known = examine(grey, "grey")
-    whole = read_clip(grey, "grey", known, [i / 8 for i in range(30)])
+    whole = read_clip(grey, "grey", video=known, times=[i / 8 for i in range(30)])
     for start in range(0, 27, 5):
-        part = read_clip(grey, "grey", known, [(start + i) / 8 for i in range(3)])
+        part = read_clip(grey, "grey", video=known, times=[(start + i) / 8 for i in range(3)])
         assert [each.tobytes() for each in part] == [
             each.tobytes() for each in whole[start : start + 3]
         ]
@@ -184,13 +184,13 @@ def test_rotation_in_the_metadata_is_applied(tmp_path: Path) -> None:
     path = film(tmp_path / "a.mp4", [frame] * 4, set_display_matrix=matrix)
     known = examine(path, "a")
     assert (known.width, known.height) == (32, 48)
-    image = read_clip(path, "a", known, [0.0])[0]
+    image = read_clip(path, "a", video=known, times=[0.0])[0]
     assert image.size == (32, 48)
     above, below = np.asarray(image, int)[4, 16], np.asarray(image, int)[44, 16]
     assert above[0] > 150 > above[2]
     assert below[2] > 150 > below[0]
     half = film(tmp_path / "b.mp4", [frame] * 4, set_display_rotation=180)
-    image = read_clip(half, "b", examine(half, "b"), [0.0])[0]
+    image = read_clip(half, "b", video=examine(half, "b"), times=[0.0])[0]
     assert image.size == (48, 32)
     assert np.asarray(image, int)[16, 44, 0] > 150
 
@@ -223,7 +223,7 @@ def test_odd_sizes_and_oblong_pixels(tmp_path: Path) -> None:
     assert train.image(0).shape == (4, 3, 17, 17)
     wide = film(tmp_path / "wide.mp4", greys(4), sample_aspect_ratio=Fraction(2, 1))
     assert examine(wide, "wide")[:2] == (96, 32)
-    assert read_clip(wide, "wide", examine(wide, "wide"), [0.0])[0].size == (96, 32)
+    assert read_clip(wide, "wide", video=examine(wide, "wide"), times=[0.0])[0].size == (96, 32)
 
 
 def test_what_is_see_through_is_seen_on_white(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_what_is_see_through_is_seen_on_white(tmp_path: Path) -> None:
         frame[:16] = (200, 20, 20, 255)
         container.mux(out.encode(av.VideoFrame.from_ndarray(frame, format="rgba")))
         container.mux(out.encode())
-    image = read_clip(path, "a", examine(path, "a"), [0.0])[0]
+    image = read_clip(path, "a", video=examine(path, "a"), times=[0.0])[0]
     assert image.getpixel((5, 5)) == (200, 20, 20)
     assert image.getpixel((5, 25)) == (255, 255, 255)
 
@@ -273,13 +273,13 @@ REASONS = {
     "holed.mp4": "truncated or damaged",
     "gone.mp4": "no such file",
     "hdr.mp4": "high dynamic range (PQ or HLG); convert it to SDR",
-    "list.mp4": "not a video that is read; convert it to MP4, or remove it",
-    "moving.gif": "not a video that is read",
+    "list.mp4": "not a readable video; convert it to MP4, or remove it",
+    "moving.gif": "not a readable video",
     "one.mp4": "1 frames at 8 a second are too short for 4 frames at 8 from frame 0; lower",
     "pointer.mp4": "a Git LFS pointer, not the video; run `git lfs pull`",
     "short.mp4": "3 frames at 8 a second are too short",
     "small.mp4": "12x12 pixels, each side must have at least 16",
-    "song.mp4": "no video in it",
+    "song.mp4": "the file has no video",
 }
 
 
@@ -294,11 +294,11 @@ def test_bad_videos_are_refused_by_name_all_at_once(bad: Path) -> None:
 
 def test_bad_videos_are_skipped_and_counted(bad: Path) -> None:
     train, _ = source(bad, on_bad="skip")
-    assert [take.key for take in train.takes] == ["good.mp4"]
+    assert [take.key for take in train.videos] == ["good.mp4"]
     assert {line.partition(":")[0] for line in train.skipped} == REASONS.keys()
     assert "14 of 14" in refusal(_without_good(bad), on_bad="skip")
     message = refusal(bad, on_bad="skip", validation=1)
-    assert "validation=1 leaves none to train on of 1 usable videos" in message
+    assert "validation=1 holds out all 1 usable videos" in message
 
 
 def _without_good(bad: Path) -> Path:
@@ -324,10 +324,12 @@ def test_captions_stand_beside_or_are_given(tmp_path: Path) -> None:
         film(folder / f"{name}.mp4", greys(4))
     (folder / "a10.txt").write_text("ten\n", encoding="utf-8-sig")
     (folder / "a2.json").write_text(json.dumps({"caption": " two ", "id": 7}))
-    asked = f"no caption for {folder / 'b.mp4'}: write it into b.txt beside it, or give data.prompt"
+    asked = f"no caption for {folder / 'b.mp4'}: write it into b.txt beside it, or set data.prompt"
     assert asked in refusal(folder, prompt=None)
     (folder / "b.json").write_text("{}")
-    assert "b.json: no caption in it; write one, or b.txt beside it" in refusal(folder, prompt=None)
+    assert "b.json has no caption; add one, or write b.txt beside it" in refusal(
+        folder, prompt=None
+    )
     (folder / "b.txt").write_text("bee")
     train, held_out = source(folder, prompt=None, validation=1)
     assert [train.caption(i, RNG) for i in range(2)] == ["two", "ten"]  # 2 before 10
@@ -459,16 +461,16 @@ def test_encoded_frames_are_the_frames() -> None:
         assert data == encode_video(list(frames), 12.5, pixels)
         known = examine(data, "a")
         assert (known.frames, known.rate) == (8, pytest.approx(12.5))
-        shown = np.stack(read_clip(data, "a", known, [i / 12.5 for i in range(8)]))
+        shown = np.stack(read_clip(data, "a", video=known, times=[i / 12.5 for i in range(8)]))
         error = np.square(shown.astype(float) - frames).mean()
         assert 10 * np.log10(255**2 / error) > least
 
 
 def test_images_and_videos_in_shards_are_told_apart(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"there are videos in it; give data\.source=video"):
+    with pytest.raises(ValueError, match=r"contains videos; read them by data\.source=video"):
         Shards(shards=shards).open(needs(tmp_path))
     write_world(tmp_path / "scenes", 2)
-    assert "there are images in it; give data.source=shards" in refusal(tmp_path / "scenes")
+    assert "contains images; read them by data.source=shards" in refusal(tmp_path / "scenes")
     world = json.loads((tmp_path / "scenes" / "manifest.json").read_text())
     assert all("film" not in entry for shard in world["shards"] for entry in shard["samples"])
 
@@ -493,20 +495,20 @@ def test_bad_videos_in_shards_are_counted_with_their_names(tmp_path: Path) -> No
     assert (len(train), train.caption(0, RNG), len(train.skipped)) == (1, "a", 3)
     assert numbers(train.image(0)) == list(range(8))
     with pytest.raises(ValueError, match=r"could not be read back, such as .*a\.mp4: truncated"):
-        write_shards(tmp_path / "new", [("a", {"mp4": good[:300], "txt": b"a"})], 1)
+        write_shards(tmp_path / "new", [("a", {"mp4": good[:300], "txt": b"a"})], per_shard=1)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stride": 2, "fps": 4.0}, "stride=2 and fps=4: give one of them"),
+        ({"stride": 2, "fps": 4.0}, "stride=2 and fps=4: give only one of them"),
         ({"frames": 1, "images": 0.5}, "set images=0"),
-        ({"stills": Path("photos")}, "stills are not seen with images=0"),
+        ({"stills": Path("photos")}, "images=0 never uses stills"),
         ({"start": -1}, "give the number of a frame"),
         ({"prompt": " "}, "write what the video shows"),
         ({"fps": 9.0}, "8 frames a second, fewer than data.fps=9; lower it"),
         ({"start": 27}, "too short for 4 frames at 8 from frame 27"),
-        ({"validation": 1}, "validation=1 leaves none to train on of 1 videos"),
+        ({"validation": 1}, "validation=1 holds out all 1 videos"),
     ],
     ids=str,
 )

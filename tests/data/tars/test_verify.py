@@ -33,7 +33,7 @@ def place(tmp_path: Path) -> Path:
         picture(i).save(tmp_path / "a.png")
         members = {"png": (tmp_path / "a.png").read_bytes(), "txt": f"thing {i}".encode()}
         records.append((f"s{i}", members))
-    write_shards(tmp_path / "shards", records, 3)
+    write_shards(tmp_path / "shards", records, per_shard=3)
     return tmp_path / "shards"
 
 

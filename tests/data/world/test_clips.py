@@ -197,7 +197,7 @@ def test_refusals() -> None:
         draw_clip(0, 0, frames=0)
     with pytest.raises(ValueError, match="motion='flying': choose one of moving up"):
         draw_clip(0, 0, motion="flying")
-    with pytest.raises(ValueError, match="names given"):
+    with pytest.raises(ValueError, match="as many names"):
         [draw_plot(0, i, names=("fox",)) for i in range(20)]
     with pytest.raises(ValueError, match="lasts one second"):
         WorldClips(frames=16, fps=8)
@@ -228,7 +228,7 @@ def test_frames_of_a_clip_are_adjacent_in_a_batch() -> None:
     for i, slot in enumerate(steps(train).batch(1)):
         assert batch.pixels[3 * i : 3 * i + 3].equal(train.image(slot.index))
         assert batch.captions[i] == train.caption(slot.index, RNG)
-    scenes = Scenes(0, 7, "known", 16)
+    scenes = Scenes(0, count=7, sprites="known", side=16)
     image = Planned(scenes, steps(scenes), None, 0, 1)[0]
     assert (image.frames, image.fps) == (1, None)
 
@@ -287,7 +287,7 @@ def test_cached_latents_are_those_of_every_frame(tiny: Any, tmp_path: Path) -> N
 
 
 def test_cached_latents_of_images_lie_as_they_always_did(tiny: Any, tmp_path: Path) -> None:
-    scenes = Scenes(0, 7, "known", 16)
+    scenes = Scenes(0, count=7, sprites="known", side=16)
     moments = cache.moments(scenes, tiny.moments, "vae", tmp_path, batch_size=4)
     batches = [torch.stack([scenes.image(i) for i in rows]) for rows in (range(4), range(4, 7))]
     wanted = torch.cat([tiny.moments(each) for each in batches]).half().numpy()

@@ -147,9 +147,9 @@ def test_article(words: str, wanted: str) -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="1, 2 or 3"):
         draw_scene(0, 0, count=4)
-    with pytest.raises(ValueError, match="names given"):
+    with pytest.raises(ValueError, match="as many names"):
         draw_scene(0, 0, names=("fox",), count=2)
-    with pytest.raises(ValueError, match="no sprite is called 'foks'"):
+    with pytest.raises(ValueError, match="unknown sprite 'foks'"):
         sprite("foks")
     with pytest.raises(ValueError, match="no background is called"):
         background("azure")

@@ -1,16 +1,17 @@
-"""Data source `concept`: a few photos of one thing and its word, beside class images that keep the
-rest in place.
+"""Data source `concept`: a few photos of one thing and its word, with class images that preserve
+what the model knows already.
 
-Half of every batch is the concept (or concepts, in equal parts), half class images: loss =
+Half of every batch is the concept (or several concepts, in equal parts), half class images: loss =
 mean(concept) + prior_weight * mean(class), the prior-preservation loss of DreamBooth (arXiv
-2208.12242, equation 2) as Custom Diffusion uses it (arXiv 2212.04488). The class images are painted
-once by the frozen backbone and cached, or read from a folder.
+2208.12242, equation 2) as Custom Diffusion uses it (arXiv 2212.04488). The class images are
+generated once by the frozen backbone and cached, or read from a folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from trainer.data.prior import Pair, class_images
 from trainer.data.source import Dataset, Needs, Sample, Source
 from trainer.data.source_options import Mirror, OnBad
 from trainer.data.templates import TEMPLATES, render
-from trainer.media.images import list_images, read_folder
+from trainer.media.photos import list_images, read_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 
 SPRITE = "sprite:"
-# what one would take photos of: the thing alone and near, then in company; each an index in the
-# world 77 and what stands beside the sprite
+# as a user would take photos: the thing alone, then beside others. Each is a scene index in the
+# world of seed 77, and the other sprite in it
 SCENES: tuple[tuple[int, str | None], ...] = (
     (0, None),
     (11, None),
@@ -49,8 +50,8 @@ class Concept(Source):
 
     concept: str | tuple[str, ...] = Field(
         description="a folder of 4 to 20 photos of one thing, or sprite:<word> for five scenes of "
-        "a sprite of the embedded world; a .txt beside a photo is its caption and must hold the "
-        "token",
+        "a sprite of the embedded world; a .txt beside a photo is its caption and must contain "
+        "the token",
         examples=["./my_dog"],
     )
     token: str | tuple[str, ...] = Field(
@@ -58,7 +59,7 @@ class Concept(Source):
     )
     class_word: str | tuple[str, ...] | None = Field(
         None,
-        description="what it is a kind of, as in dog: it follows the token in captions (a photo of "
+        description="the kind of thing, as in dog: it follows the token in captions (a photo of "
         "a <v1> dog) and makes the prompts of class images where prior_prompts is empty",
     )
     augment: bool = Field(
@@ -86,7 +87,7 @@ class Concept(Source):
         1.0,
         ge=0,
         description="weight of the class images in the loss (DreamBooth, arXiv 2208.12242, "
-        "equation 2); 0 does without class images",
+        "equation 2); 0 uses no class images",
     )
     prior_seed: int = Field(0, ge=0, description="seed of the class images")
     prior_guidance: float | None = Field(
@@ -103,9 +104,9 @@ class Concept(Source):
     @property
     def concepts(self) -> list[tuple[str, str, str | None]]:
         """(concept, token, class word) of each."""
-        places = _listed(self.concept)
-        words = _listed(self.class_word) if self.class_word else [None] * len(places)
-        return list(zip(places, _listed(self.token), words, strict=True))
+        folders = _listed(self.concept)
+        words = _listed(self.class_word) if self.class_word else [None] * len(folders)
+        return list(zip(folders, _listed(self.token), words, strict=True))
 
     @field_validator("concept")
     @classmethod
@@ -142,12 +143,13 @@ class Concept(Source):
         count, tokens = len(_listed(self.concept)), _listed(self.token)
         if len(tokens) != count or len(set(tokens)) != count:
             raise ValueError(
-                f"token={list(tokens)} for {count} concepts; give each its own, as in "
+                f"token={list(tokens)} for {count} concepts; give each a different one, as in "
                 f"data.token=[{','.join(f'<v{i + 1}>' for i in range(count))}]"
             )
         if self.class_word is not None and len(_listed(self.class_word)) != count:
             raise ValueError(
-                f"class_word={list(_listed(self.class_word))} for {count} concepts; give one each"
+                f"class_word={list(_listed(self.class_word))} for {count} concepts; "
+                "give one for each"
             )
         return self
 
@@ -156,8 +158,8 @@ class Concept(Source):
         known = self.prior_folder or self.prior_prompts or self.class_word
         if self.prior_weight > 0 and self.prior_images > 0 and not known:
             raise ValueError(
-                "class images need class_word, as in data.class_word=dog (or prior_weight=0 to "
-                "do without)"
+                "class images need class_word, as in data.class_word=dog; or set prior_weight=0 to "
+                "train without class images"
             )
         return self
 
@@ -173,16 +175,18 @@ class Concept(Source):
             if self.prior_weight > 0 and (self.prior_images or self.prior_folder)
             else []
         )
-        options = (self.augment, self.flip, self.prior_weight, needs.resolution, needs.divisor)
         checked = unseen or [pair for group in photos for pair in group]
-        held_out = ConceptData([checked], [], (False, False, 0.0, *options[3:]), [])
-        return ConceptData(photos, prior, options, skipped), held_out
+        plain = View(side=needs.resolution, divisor=needs.divisor)
+        view = replace(plain, augment=self.augment, flip=self.flip)
+        train = ConceptData(
+            photos, view, prior=prior, prior_weight=self.prior_weight, skipped=skipped
+        )
+        return train, ConceptData([checked], plain)
 
     def _photos(
         self, concept: str, token: str, class_word: str | None
     ) -> tuple[list[Pair], list[str], list[Pair]]:
-        """Training photos, the skipped ones with the reason, and held-out ones where there are
-        some."""
+        """Training photos, a sentence for each skipped one, and held-out photos, if any."""
         if concept.startswith(SPRITE):
             word = concept.removeprefix(SPRITE)
             unseen = [(index, None) for index in UNSEEN]
@@ -195,7 +199,8 @@ class Concept(Source):
             if photo.caption is not None:
                 if token not in photo.caption:
                     raise ValueError(
-                        f"{photo.path.with_suffix('.txt')}: the caption must hold the token {token}"
+                        f"{photo.path.with_suffix('.txt')}: the caption must contain the token "
+                        f"{token}"
                     )
                 captions = (photo.caption,)
             pairs.append(Pair(photo.image, captions, photo.path.name))
@@ -211,26 +216,39 @@ class Concept(Source):
             ]
         prompts = self.prior_prompts or self._class_prompts()
         every = [prompts[i % len(prompts)] for i in range(self.prior_images)]
-        return class_images(every, self.prior_seed, self.prior_guidance, needs)
+        return class_images(every, seed=self.prior_seed, guidance=self.prior_guidance, needs=needs)
 
     def _class_prompts(self) -> tuple[str, ...]:
         return tuple(f"a photo of a {word}" for _, _, word in self.concepts if word)
 
 
+@dataclass(frozen=True)
+class View:
+    """How photos become samples: the side in pixels, the pixels per latent, whether photos are
+    augmented, and whether half of them are mirrored."""
+
+    side: int
+    divisor: int
+    augment: bool = False
+    flip: bool = False
+
+
 class ConceptData:
-    """The photos of each concept first, class images after them; each group fills its share of
-    every batch, the class images a half."""
+    """The photos of each concept, then the class images. Each concept is a group; all concepts
+    together have the same share of a batch as the class images."""
 
     rates: Sequence[float] = ()
 
     def __init__(
         self,
         photos: Sequence[Sequence[Pair]],
-        prior: Sequence[Pair],
-        options: tuple[bool, bool, float, int, int],
-        skipped: Sequence[str],
+        view: View,
+        *,
+        prior: Sequence[Pair] = (),
+        prior_weight: float = 0.0,
+        skipped: Sequence[str] = (),
     ) -> None:
-        self.augment, self.flip, prior_weight, self.side, self.divisor = options
+        self.view = view
         each = [group for group in (*photos, prior) if group]
         self.pairs = [pair for group in each for pair in group]
         ends = list(accumulate(len(group) for group in each))
@@ -243,7 +261,7 @@ class ConceptData:
         self.weights: Sequence[float] = (own,) * len(photos) + ((prior_weight,) if prior else ())
         self.frames: Sequence[int] = (1,) * len(each)
         self.num_photos = ends[len(photos) - 1]
-        self.fixed = not (self.augment or self.flip)
+        self.fixed = not (view.augment or view.flip)
         self.skipped: Sequence[str] = tuple(skipped)
 
     def __len__(self) -> int:
@@ -255,28 +273,33 @@ class ConceptData:
         from trainer.data.augment import resize_augment
         from trainer.media.images import resize_cover, to_tensor
 
-        pair, caption = self.pairs[index], self.caption(index, rng)
-        if self.augment and index < self.num_photos:
+        pair, caption, view = self.pairs[index], self.caption(index, rng), self.view
+        if view.augment and index < self.num_photos:
             image, caption, mask = resize_augment(
-                pair.image, caption, self.side, self.divisor, rng, self.flip
+                pair.image,
+                caption,
+                size=view.side,
+                mask_divisor=view.divisor,
+                rng=rng,
+                hflip=view.flip,
             )
-            return Sample(image, caption, pair.key, mask)
-        photo = resize_cover(pair.image, self.side)
-        if self.flip and rng.random() < 0.5:
+            return Sample(image=image, caption=caption, key=pair.key, mask=mask)
+        photo = resize_cover(pair.image, view.side)
+        if view.flip and rng.random() < 0.5:
             photo = ImageOps.mirror(photo)
-        return Sample(to_tensor(photo), caption, pair.key)
+        return Sample(image=to_tensor(photo), caption=caption, key=pair.key)
 
     def image(self, index: int) -> Tensor:
         from trainer.media.images import resize_cover, to_tensor
 
-        return to_tensor(resize_cover(self.pairs[index].image, self.side))
+        return to_tensor(resize_cover(self.pairs[index].image, self.view.side))
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         captions = self.pairs[index].captions
         return captions[int(rng.integers(len(captions)))]
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(f"concept-1-{self.side}".encode())
+        digest = hashlib.sha256(f"concept-1-{self.view.side}".encode())
         for pair in self.pairs:
             digest.update(repr(pair.image.size).encode() + pair.image.tobytes())
         return digest.hexdigest()
@@ -287,7 +310,7 @@ def _listed(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def _scenes(word: str, token: str, chosen: Sequence[tuple[int, str | None]]) -> list[Pair]:
-    """Scenes of a world no backbone was trained on, the sprite's word replaced by the token."""
+    """Scenes of a seed that no backbone was trained on, with the token as the sprite's word."""
     from PIL import Image
 
     from trainer.data.world.scenes import draw_scene

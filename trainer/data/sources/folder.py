@@ -10,22 +10,20 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, field_validator, model_validator
 
 from trainer.data.buckets import arrange, check_step, cover, upright_size
-from trainer.data.held_out import KEEP_BYTES, check_split, is_told
+from trainer.data.held_out import KEEP_BYTES, check_split, has_caption
 from trainer.data.source import Dataset, Needs, Sample, Source
 from trainer.data.source_options import Buckets, Mirror, OnBad
-from trainer.media.images import (
-    READABLE_IMAGES,
-    list_images,
-    read_folder,
-    read_image,
-)
+from trainer.media.images import read_image
+from trainer.media.photos import READABLE_IMAGES, list_images, read_folder
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
     from torch import Tensor
 
-CHECKED_SIDE = 16  # photos are decoded whole to check them, and only this much is held meanwhile
+CHECKED_SIDE = (
+    16  # photos are decoded to check them, and only a small copy of this side is kept meanwhile
+)
 
 
 class Folder(Source):
@@ -57,8 +55,8 @@ class Folder(Source):
     def _is_a_caption(cls, template: str | None) -> str | None:
         if template is not None and ("{" in template or not template.strip()):
             raise ValueError(
-                "write the caption as it is, such as 'a photo of a cat'; it is not blank, and no "
-                "concept stands here for {}"
+                "write the caption itself, such as 'a photo of a cat'; it must not be blank, "
+                "and {} is not replaced here"
             )
         return template
 
@@ -67,21 +65,21 @@ class Folder(Source):
         paths = list_images(self.folder)
         check_split(self.validation, len(paths), f"images in {self.folder}")
         for path in paths:
-            # The others are refused or skipped in `open`, whatever stands beside them.
+            # `open` reports or skips files that are not readable images
             if (
                 self.template is None
                 and path.suffix.lower() in READABLE_IMAGES
-                and not is_told(path)
+                and not has_caption(path)
             ):
                 raise _no_caption(path)
         return self
 
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
-        """Decodes every photo once, so that a bad one ends or leaves the run now and not later.
+        """Decodes every photo once, so that a bad one is found before training starts.
 
         Raises:
             ImageError: photos or captions that cannot be used, all of them in one message.
-            ValueError: what is left after skipping is no more than `validation`.
+            ValueError: no more than `validation` photos are usable.
         """
         check_step(self.buckets, needs.divisor)
         photos, bad = read_folder(self.folder, self.on_bad, CHECKED_SIDE)
@@ -94,15 +92,16 @@ class Folder(Source):
         check_split(self.validation, len(pairs), f"usable images in {self.folder}")
         skipped = [f"{path.name}: {text.removeprefix(f'{path}: ')}" for path, text in bad]
         cut = len(pairs) - self.validation
-        train = Photos(pairs[:cut], needs.resolution, self.flip, skipped, self.buckets)
+        side, step = needs.resolution, self.buckets
+        train = Photos(pairs[:cut], side, step=step, flip=self.flip, skipped=skipped)
         if not self.validation:
             return train, None
-        return train, Photos(pairs[cut:], needs.resolution, False, (), self.buckets)
+        return train, Photos(pairs[cut:], side, step=step)
 
 
 class Photos:
-    """Photos of a folder, scaled until they cover their size, its centre cut out: a square of
-    `side`, or with `step` a bucket of as many pixels, see `buckets.py`."""
+    """Photos (path, caption), each scaled to cover its size and cut to the centre. The size is a
+    square of `side`, or with `step` that of a bucket, see `buckets.py`."""
 
     rates: Sequence[float] = ()
 
@@ -110,9 +109,10 @@ class Photos:
         self,
         pairs: Sequence[tuple[Path, str]],
         side: int,
-        flip: bool,
-        skipped: Sequence[str],
+        *,
         step: int = 0,
+        flip: bool = False,
+        skipped: Sequence[str] = (),
     ) -> None:
         self.side, self.flip, self.skipped, self.step = side, flip, skipped, step
         shapes = [upright_size(path) for path, _ in pairs] if step else [(side, side)] * len(pairs)
@@ -130,15 +130,15 @@ class Photos:
         return len(self.pairs)
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        """Image and caption; raises ImageError if the file cannot be read any more."""
+        """Image and caption; raises ImageError if the file has become unreadable."""
         path, caption = self.pairs[index]
         image = self.image(index)
         if self.flip and rng.random() < 0.5:
             image = image.flip(-1)
-        return Sample(image, caption, path.name)
+        return Sample(image=image, caption=caption, key=path.name)
 
     def image(self, index: int) -> Tensor:
-        """The photo as it is, float32 (3, H, W) in [-1, 1]; raises ImageError as `sample`."""
+        """The photo without mirroring, float32 (3, H, W) in [-1, 1]; raises as `sample`."""
         from trainer.media.images import to_tensor
 
         return to_tensor(self._cut(index))
@@ -147,12 +147,12 @@ class Photos:
         return self.pairs[index][1]
 
     def fingerprint(self) -> str:
-        """SHA-256 of every file's bytes, in order, and of what is done to them."""
+        """SHA-256 of every file's bytes, in order, and of the options that change the images."""
         cut = f"-{self.sizes}" if self.step else ""
         digest = hashlib.sha256(f"folder-1-{self.side}-{self.flip}{cut}".encode())
         for path, _ in self.pairs:
             with path.open("rb") as file:
-                # A digest of digests: bytes moved from one file to the next would go unseen.
+                # a digest of digests, which changes when bytes move from one file to the next
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
@@ -168,12 +168,12 @@ class Photos:
         return image
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker gets the paths; sending it the pixels would take longer than reading them.
+        # data workers get paths: sending them pixels would take longer than reading the files
         return {**self.__dict__, "_kept": {}}
 
 
 def _no_caption(path: Path) -> ValueError:
     return ValueError(
-        f"no caption for {path}: write it into {path.with_suffix('.txt').name} beside it, or give "
+        f"no caption for {path}: write it into {path.with_suffix('.txt').name} beside it, or set "
         "data.template, a caption for all images without one"
     )

@@ -1,8 +1,8 @@
 """Data source `remote`: shards on a web server, read sample by sample by HTTP range requests.
 
-The manifest that `data build` writes lies beside the shards on the server. It says where every
-member is, so the order is that of the same shards on a disk, a resumed run begins at its place
-without reading what is before it, and every sample's CRC-32 is compared.
+The manifest that `data build` writes is beside the shards on the server. It has the position of
+every member, so the order of samples is the same as from a disk, a resumed run reads nothing
+before the sample it resumes at, and every member's CRC-32 is checked.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from trainer.data.source import Dataset, Needs, Source
 from trainer.data.source_options import Buckets, OnBad
 from trainer.data.tars.ledger import parse_manifest
 from trainer.data.tars.manifest import MANIFEST
-from trainer.data.tars.reader import check_usable, split
+from trainer.data.tars.reader import Opening, check_usable, split
 
 SCHEMES = ("http", "https")
 MAX_MANIFEST = 2**28
 TRIES, WAIT, TIMEOUT = 4, 0.5, 60.0  # seconds; the wait doubles
-# the server is busy or asks for patience; any other answer is final
-AGAIN = frozenset((408, 425, 429, 500, 502, 503, 504))
+# HTTP codes of a busy server; any other error is final
+RETRIED = frozenset((408, 425, 429, 500, 502, 503, 504))
 
 
 class Remote(Source):
@@ -50,40 +50,46 @@ class Remote(Source):
     def _is_an_address(cls, url: str) -> str:
         parts = urlsplit(url)
         if parts.scheme not in SCHEMES or not parts.hostname:
-            raise ValueError("an address is needed, as https://host/data; nothing else is opened")
+            raise ValueError(
+                "give an address that begins with https:// or http://, as https://host/data"
+            )
         if parts.username is not None or parts.query or parts.fragment:
             raise ValueError(
-                "leave out user, password and what follows a ?; a recipe is written into the run "
-                "folder and the adapter, where they would be read by others"
+                "leave out user, password and what follows ? or #; the recipe is written into the "
+                "run folder and the adapter, where others could read them"
             )
         return url.rstrip("/")
 
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
-        """Gets the manifest; shards are asked for when their samples are.
+        """Gets the manifest. Samples are read from the server when they are used.
 
         Raises:
             ValueError: there is no manifest, or no connection.
             ImageError: samples that cannot be used, all in one message.
         """
-        place = f"{self.url}/{MANIFEST}"
-        found = parse_manifest(get(place, 0, MAX_MANIFEST), place).shards
+        address = f"{self.url}/{MANIFEST}"
+        found = parse_manifest(get(address, 0, MAX_MANIFEST), address).shards
         strange = [each.name for each in found if not re.fullmatch(r"[\w-][\w.-]*\.tar", each.name)]
         if strange:
-            raise ValueError(f"{place}: {strange[0]!r} is no plain name of a .tar")
+            raise ValueError(f"{address}: {strange[0]!r} is not the plain name of a .tar")
         bad = check_usable(found, self.url, self.on_bad)
-        return split(found, self.url, needs, self.validation, bad, self.buckets, read_remote)
+        opening = Opening(
+            folder=self.url, skipped=bad, validation=self.validation, step=self.buckets,
+            read=read_remote,
+        )  # fmt: skip
+        return split(found, needs, opening)
 
 
-def read_remote(folder: Path | str, name: str, offset: int, size: int) -> bytes:
-    """Bytes of a shard; raises ValueError, see `get`."""
+def read_remote(folder: Path | str, name: str, *, offset: int, size: int) -> bytes:
+    """Bytes of a shard; raises ValueError as `get` does."""
     return get(f"{folder}/{name}", offset, size)
 
 
 def get(url: str, offset: int, size: int) -> bytes:
-    """At most `size` bytes from `offset` on; a failing connection is tried again a few times.
+    """At most `size` bytes from `offset` on. A failed request is repeated up to `TRIES` times.
 
     Raises:
-        ValueError: the server refuses, knows no ranges, or cannot be reached; names the address.
+        ValueError: the server refuses, supports no ranges, or cannot be reached.
     """
     for attempt in range(TRIES):
         if attempt:
@@ -93,27 +99,27 @@ def get(url: str, offset: int, size: int) -> bytes:
         except HTTPError as error:
             why = f"{error.code} {error.reason}"
             error.close()
-            if error.code not in AGAIN:
+            if error.code not in RETRIED:
                 break
         except (OSError, HTTPException) as error:
             why = str(error) or type(error).__name__
-    raise ValueError(f"{url}: {why}; check the address and the connection, then go on with run=")
+    raise ValueError(f"{url}: {why}; check the address and the connection, then resume with run=")
 
 
 def _get_once(url: str, offset: int, size: int) -> bytes:
     headers = {"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
     with _opener().open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as answer:
-        # an empty range of the whole is how small files may be answered
+        # a server may answer a request from byte 0 with the complete file
         if offset and answer.status != 206:
             raise ValueError(
-                f"{url}: the server knows no range requests; copy the shards to a disk"
+                f"{url}: the server does not support range requests; copy the shards to a disk"
             )
         data: bytes = answer.read(size)
     return data
 
 
 class _SameScheme(urllib.request.HTTPRedirectHandler):
-    """Follows to other hosts, never to another kind of address, nor out of TLS."""
+    """Follows redirects to other hosts by HTTP or HTTPS, but never from HTTPS to HTTP."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any,
@@ -121,13 +127,13 @@ class _SameScheme(urllib.request.HTTPRedirectHandler):
     ) -> urllib.request.Request | None:  # fmt: skip
         old, new = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
         if new not in SCHEMES or (old, new) == ("https", "http"):
-            raise ValueError(f"{req.full_url}: redirected to {newurl}, which is not opened")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+            raise ValueError(f"{req.full_url}: redirected to {newurl}, which is not allowed")
+        return super().redirect_request(req, fp, code=code, msg=msg, headers=headers, newurl=newurl)
 
 
 @lru_cache(maxsize=1)
 def _opener() -> urllib.request.OpenerDirector:
-    """Knows HTTP and HTTPS; unlike urllib's own, not ftp:, file: and data:."""
+    """Opens HTTP and HTTPS only; urllib's default also opens ftp:, file: and data:."""
     opener = urllib.request.OpenerDirector()
     handlers = (
         urllib.request.ProxyHandler(),

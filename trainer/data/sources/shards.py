@@ -1,29 +1,26 @@
 """Data source `shards`: tars in webdataset layout, read by index and checked by a manifest.
 
-    000012.jpg  000012.txt  000012.json  000012.mask.png     one sample: consecutive, of one stem
+    000012.jpg  000012.txt  000012.json  000012.mask.png     one sample: adjacent, with one stem
 
-A reader of streams passes over a cut shard or a flipped bit in silence. So the first use reads
-each tar once, decodes every image, and keeps where each member lies and its CRC-32; a sample is
-then one seek and one read of the exact bytes, and whatever has changed since is an error. The
-SHA-256 of a shard is taken again where its size or its time of change is another than when it last
-was, on this machine; that of all, and of every sample, by `data verify`.
+A stream reader does not notice a truncated shard or a flipped bit. Therefore the first use reads
+each tar once, decodes every image, and stores the position and CRC-32 of each member. A sample is
+then one seek and one read of the exact bytes, and any later change is an error. The SHA-256 of a
+shard is computed again if its size or time of change differs from the last use on this machine;
+`data verify` checks all shards and every sample.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field, field_validator
 
 from trainer.data.source import Dataset, Needs, Source
 from trainer.data.source_options import Buckets, OnBad
 from trainer.data.tars.ledger import load_manifest, tars_of
-from trainer.data.tars.reader import check_usable, split
-
-if TYPE_CHECKING:
-    pass
+from trainer.data.tars.reader import Opening, check_usable, split
 
 
 class Shards(Source):
@@ -46,8 +43,8 @@ class Shards(Source):
     def _is_local(cls, value: Any) -> Any:
         if re.match(r"pipe:|file:|[a-z][a-z0-9+.-]+:/", str(value), re.IGNORECASE):
             raise ValueError(
-                "commands and remote addresses are not read; stream the shards to a local disk "
-                "first and give the folder, or read them by data.source=remote data.url=https://..."
+                "commands and remote addresses are not read here; copy the shards to a local disk "
+                "and give the folder, or read them by data.source=remote data.url=https://..."
             )
         return value
 
@@ -67,10 +64,12 @@ class Shards(Source):
         """Finds or makes the manifest and checks every shard against it.
 
         Raises:
-            ValueError: a shard that is cut, changed, missing, or holds what it must not.
+            ValueError: a shard is truncated, changed or missing, or has a member that is not
+                allowed.
             ImageError: samples that cannot be used, all in one message.
         """
         found = load_manifest(self.shards, needs.cache, self.ignore)
         folder = self.shards if self.shards.is_dir() else self.shards.parent
         bad = check_usable(found, self.shards, self.on_bad)
-        return split(found, folder, needs, self.validation, bad, self.buckets)
+        opening = Opening(folder=folder, skipped=bad, validation=self.validation, step=self.buckets)
+        return split(found, needs, opening)

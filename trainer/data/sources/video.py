@@ -1,11 +1,12 @@
-"""Data source `video`: clips cut from a video, from a folder of them, or from shards of them.
+"""Data source `video`: clips cut from a video, from a folder of videos, or from tars of videos.
 
-    cat.mp4  cat.txt  cat.json          a caption beside each; `caption` in the .json
-    000012.mp4  000012.txt  000012.json the same as members of tars in webdataset layout
+    cat.mp4  cat.txt  cat.json          in a folder; the caption is in the .txt, or is the value
+                                        of `caption` in the .json
+    000012.mp4  000012.txt  000012.json in tars in webdataset layout, the same
 
-A clip is what is on screen at `frames` moments that lie one step apart, so a variable frame rate
-changes nothing: a step is `stride` frames of the video at its average rate, or 1 / `fps` seconds.
-Each video gives one clip, from frame `start` or from anywhere.
+A clip has the frames that a player shows at `frames` moments. The time between two of them is
+`stride` frames of the video at its average rate, or 1 / `fps` seconds, so a variable frame rate is
+no problem. Each video gives one clip; it begins at frame `start`, or at a random frame.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from trainer.data.held_out import check_split, is_told
+from trainer.data.held_out import check_split, has_caption
 from trainer.data.mixed import Mixed, Stills
 from trainer.data.source import Dataset, Needs, Source
 from trainer.data.source_options import OnBad
 from trainer.data.sources.folder import Folder
-from trainer.data.takes import Clips, Take, Window
 from trainer.data.tars.ledger import load_manifest, tars_of
 from trainer.data.tars.manifest import metadata_of
 from trainer.data.tars.reader import Tars
+from trainer.data.video_clips import CaptionedVideo, VideoClips, Window
 from trainer.media.decode import VideoFacts, examine, list_videos
-from trainer.media.images import ImageError, read_caption
+from trainer.media.images import ImageError
+from trainer.media.photos import read_caption
 
 
 class Video(Source):
@@ -79,14 +81,16 @@ class Video(Source):
     @classmethod
     def _is_a_caption(cls, prompt: str | None) -> str | None:
         if prompt is not None and not prompt.strip():
-            raise ValueError("write what the video shows, such as 'a man skiing'")
+            raise ValueError(
+                "the prompt is blank; write what the video shows, as in 'a man skiing'"
+            )
         return prompt
 
     @field_validator("start")
     @classmethod
     def _is_a_frame(cls, start: int | str) -> int | str:
         if isinstance(start, int) and start < 0:
-            raise ValueError("give the number of a frame, the first is 0, or random")
+            raise ValueError("give the number of a frame, counted from 0, or the word random")
         return start
 
     @field_validator("ignore")
@@ -96,18 +100,20 @@ class Video(Source):
 
     @field_validator("video", "stills")
     @classmethod
-    def _at_home(cls, path: Path | None) -> Path | None:
+    def _expand_home(cls, path: Path | None) -> Path | None:
         return path and path.expanduser()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Video:
         if self.fps is not None and self.stride != 1:
-            raise ValueError(f"stride={self.stride} and fps={self.fps:g}: give one of them")
+            raise ValueError(f"stride={self.stride} and fps={self.fps:g}: give only one of them")
         if self.images and self.frames == 1:
             raise ValueError(f"images={self.images} of clips of one frame; set images=0")
         if self.stills is not None:
             if not self.images:
-                raise ValueError("stills are not seen with images=0; give their share of batches")
+                raise ValueError(
+                    "images=0 never uses stills; set images to their share of the batches"
+                )
             Folder(folder=self.stills)
         return self
 
@@ -119,82 +125,95 @@ class Video(Source):
         paths = list_videos(self.video)
         check_split(self.validation, len(paths), f"videos in {self.video}")
         for path in paths:
-            if self.prompt is None and not is_told(path, _beside):
+            if self.prompt is None and not has_caption(path, _beside):
                 raise _no_caption(path)
         return self
 
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
-        """Decodes every video once, so that a bad one ends or leaves the run now and not later.
+        """Decodes every video once, so that a bad one is found before training starts.
 
         Raises:
             ImageError: videos or captions that cannot be used, all of them in one message.
-            ValueError: what is left after skipping is no more than `validation`; shards that are
-                damaged, or hold images.
+            ValueError: no more than `validation` videos are usable; tars are damaged, or contain
+                images.
         """
-        takes, bad = self._in_tars(needs) if _holds_tars(self.video) else self._in_files()
-        if bad and (self.on_bad == "raise" or not takes):
+        videos, bad = self._in_tars(needs) if _holds_tars(self.video) else self._in_files()
+        if bad and (self.on_bad == "raise" or not videos):
             more = f"\n... and {len(bad) - 20} more" if len(bad) > 20 else ""
             raise ImageError(
-                f"{self.video}: {len(bad)} of {len(bad) + len(takes)} videos cannot be used, "
+                f"{self.video}: {len(bad)} of {len(bad) + len(videos)} videos cannot be used, "
                 "data.on_bad=skip leaves them out:\n" + "\n".join(bad[:20]) + more
             )
-        check_split(self.validation, len(takes), f"usable videos in {self.video}")
-        cut, side = len(takes) - self.validation, needs.resolution
-        window = Window(self.frames, self.stride, self.fps, self.start)
-        train: Dataset = Clips(takes[:cut], window, side, self.flip, bad)
+        check_split(self.validation, len(videos), f"usable videos in {self.video}")
+        cut = len(videos) - self.validation
+        window, side = self._window(self.start), needs.resolution
+        train: Dataset = VideoClips(videos[:cut], window, side=side, flip=self.flip, skipped=bad)
         if self.images:
             train = Mixed(train, self._stills(train, needs), self.images)
         if not self.validation:
             return train, None
-        held_out = Window(self.frames, self.stride, self.fps, 0) if self.start == "random" else None
-        return train, Clips(takes[cut:], held_out or window, side, False, ())
+        if self.start == "random":
+            window = self._window(0)  # the validation loss needs the same clip every time
+        return train, VideoClips(videos[cut:], window, side=side, flip=False)
+
+    def _window(self, start: int | Literal["random"]) -> Window:
+        return Window(frames=self.frames, stride=self.stride, fps=self.fps, start=start)
 
     def _stills(self, clips: Dataset, needs: Needs) -> Dataset:
         if self.stills is None:
             return Stills(clips)
         return Folder(folder=self.stills, on_bad=self.on_bad, flip=self.flip).open(needs)[0]
 
-    def _in_files(self) -> tuple[list[Take], list[str]]:
-        takes: list[Take] = []
+    def _in_files(self) -> tuple[list[CaptionedVideo], list[str]]:
+        """The usable videos of a folder, and what is wrong with the others."""
+        videos: list[CaptionedVideo] = []
         bad: list[str] = []
         for path in list_videos(self.video):
             try:
                 caption = self.prompt or _beside(path)
                 if caption is None:
                     raise _no_caption(path)
-                film = self._long_enough(examine(path, path.name), path.name)
-                takes.append(Take(path.name, caption, film, path))
+                facts = self._long_enough(examine(path, path.name), path.name)
+                videos.append(CaptionedVideo(path.name, caption, facts=facts, source=path))
             except ImageError as error:
                 bad.append(str(error))
-        return takes, bad
+        return videos, bad
 
-    def _in_tars(self, needs: Needs) -> tuple[list[Take], list[str]]:
+    def _in_tars(self, needs: Needs) -> tuple[list[CaptionedVideo], list[str]]:
+        """The usable videos of tars, and what is wrong with the others."""
         found = load_manifest(self.video, needs.cache, self.ignore)
         bad = [f"{shard.name}: {reason}" for shard in found for reason in shard.bad]
         rows = [(shard.name, entry) for shard in found for entry in shard.samples]
         folder = self.video if self.video.is_dir() else self.video.parent
         digests = {shard.name: shard.sha256 for shard in found}
-        tars = Tars(folder, rows, list(digests.values()), needs.resolution, ())
-        takes, rng = [], np.random.default_rng(0)  # a caption in a tar draws nothing
+        tars = Tars(folder, rows, digests=list(digests.values()), side=needs.resolution)
+        videos, rng = [], np.random.default_rng(0)  # captions in tars use no random numbers
         for i, (name, entry) in enumerate(rows):
-            if entry.film is None:
+            if entry.video is None:
                 raise ValueError(
-                    f"{self.video}: there are images in it; give data.source=shards "
+                    f"{self.video} contains images; read them by data.source=shards "
                     f"data.shards={self.video}"
                 )
             try:
-                film = self._long_enough(entry.film, f"{name}: {entry.key}")
+                facts = self._long_enough(entry.video, f"{name}: {entry.key}")
             except ImageError as error:
                 bad.append(str(error))
                 continue
-            caption = self.prompt or tars.caption(i, rng)
-            digest = f"{digests[name]} {entry.key}"
-            takes.append(Take(entry.key, caption, film, partial(tars.video, i), digest))
-        return takes, bad
+            videos.append(
+                CaptionedVideo(
+                    entry.key,
+                    self.prompt or tars.caption(i, rng),
+                    facts=facts,
+                    source=partial(tars.video, i),
+                    digest=f"{digests[name]} {entry.key}",
+                )
+            )
+        return videos, bad
 
-    def _long_enough(self, film: VideoFacts, name: str) -> VideoFacts:
-        Window(self.frames, self.stride, self.fps, self.start).starts(film, name)
-        return film
+    def _long_enough(self, facts: VideoFacts, name: str) -> VideoFacts:
+        """`facts`; raises ImageError if the video is too short for a clip."""
+        self._window(self.start).starts(facts, name)
+        return facts
 
 
 def _holds_tars(place: Path) -> bool:
@@ -204,18 +223,18 @@ def _holds_tars(place: Path) -> bool:
 
 
 def _beside(path: Path) -> str | None:
-    """The text of .txt, or without one the `caption` of .json; None without both."""
-    told, data = read_caption(path), path.with_suffix(".json")
-    if told is not None or not data.is_file():
-        return told
+    """The caption in the .txt beside a video, else in the .json; None without either file."""
+    caption, data = read_caption(path), path.with_suffix(".json")
+    if caption is not None or not data.is_file():
+        return caption
     found = metadata_of(data.read_bytes(), path.stem).get("caption")
     if not isinstance(found, str):
-        raise ImageError(f"{data.name}: no caption in it; write one, or {path.stem}.txt beside it")
+        raise ImageError(f"{data.name} has no caption; add one, or write {path.stem}.txt beside it")
     return found.strip()
 
 
 def _no_caption(path: Path) -> ValueError:
     return ValueError(
-        f"no caption for {path}: write it into {path.with_suffix('.txt').name} beside it, or give "
-        "data.prompt, the caption of all videos"
+        f"no caption for {path}: write it into {path.with_suffix('.txt').name} beside it, or set "
+        "data.prompt, one caption for all videos"
     )

@@ -1,4 +1,4 @@
-"""Data source `world`: scenes of the embedded world, drawn on the fly from a seed."""
+"""Data source `world`: scenes of the embedded world, drawn from a seed when they are used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-HELD_OUT_SEED = 1_000_003  # added to the seed for validation scenes, which training never draws
+HELD_OUT_SEED = (
+    1_000_003  # added to the seed for validation scenes, so that they are not training scenes
+)
 
 
 class World(Source):
@@ -26,16 +28,17 @@ class World(Source):
     validation: int = Field(128, ge=0, description="unseen scenes for the validation loss")
 
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
-        held_out = Scenes(
-            self.seed + HELD_OUT_SEED, self.validation, self.sprites, needs.resolution
-        )
-        return Scenes(
-            self.seed, self.count, self.sprites, needs.resolution
-        ), held_out if self.validation else None
+        def scenes(seed: int, count: int) -> Scenes:
+            return Scenes(seed, count=count, sprites=self.sprites, side=needs.resolution)
+
+        train = scenes(self.seed, self.count)
+        if not self.validation:
+            return train, None
+        return train, scenes(self.seed + HELD_OUT_SEED, self.validation)
 
 
 class Scenes:
-    """Scene i of a seed as sample i. The image has one caption."""
+    """Sample i is scene i of a seed, `side` pixels wide, with one caption."""
 
     shares: Sequence[float] = (1.0,)
     weights: Sequence[float] = (1.0,)
@@ -44,7 +47,7 @@ class Scenes:
     fixed = True
     skipped: Sequence[str] = ()
 
-    def __init__(self, seed: int, count: int, sprites: str, side: int) -> None:
+    def __init__(self, seed: int, *, count: int, sprites: str, side: int) -> None:
         from trainer.data.world import sprites as table
 
         self.seed, self.count, self.sprites, self.side = seed, count, sprites, side
@@ -55,7 +58,8 @@ class Scenes:
         return self.count
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        return Sample(self.image(index), self.caption(index, rng), f"scene-{self.seed}-{index}")
+        key = f"scene-{self.seed}-{index}"
+        return Sample(image=self.image(index), caption=self.caption(index, rng), key=key)
 
     def image(self, index: int) -> Tensor:
         from PIL import Image

@@ -1,4 +1,4 @@
-"""Data source `world_clips`: clips of the embedded world, drawn on the fly from a seed."""
+"""Data source `world_clips`: clips of the embedded world, drawn from a seed when they are used."""
 
 from __future__ import annotations
 
@@ -58,20 +58,30 @@ class WorldClips(Source):
         from trainer.data.mixed import Mixed
         from trainer.data.sources.world import Scenes
 
-        def clips(seed: int, count: int) -> Drawn:
-            side, frames = needs.resolution, self.frames
-            return Drawn(seed, count, self.sprites, side, frames, self.fps, _each(self.motion))
+        def clips(seed: int, count: int) -> DrawnClips:
+            return DrawnClips(
+                seed,
+                count=count,
+                sprites=self.sprites,
+                side=needs.resolution,
+                frames=self.frames,
+                fps=self.fps,
+                motions=_each(self.motion),
+            )
 
         train: Dataset = clips(self.seed, self.count)
         if self.images:
-            scenes = Scenes(self.seed, self.count, self.sprites, needs.resolution)
+            scenes = Scenes(
+                self.seed, count=self.count, sprites=self.sprites, side=needs.resolution
+            )
             train = Mixed(train, scenes, self.images)
         held_out = clips(self.seed + HELD_OUT_SEED, self.validation) if self.validation else None
         return train, held_out
 
 
-class Drawn:
-    """Clip i of a seed as sample i, with one caption."""
+class DrawnClips:
+    """Sample i is clip i of a seed, `side` pixels wide, with one caption. Clip i has motion i of
+    `motions`, which repeat; without any it has a random motion."""
 
     shares: Sequence[float] = (1.0,)
     weights: Sequence[float] = (1.0,)
@@ -81,6 +91,7 @@ class Drawn:
     def __init__(
         self,
         seed: int,
+        *,
         count: int,
         sprites: str,
         side: int,
@@ -103,7 +114,8 @@ class Drawn:
         return self.count
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        return Sample(self.image(index), self.caption(index, rng), f"clip-{self.seed}-{index}")
+        key = f"clip-{self.seed}-{index}"
+        return Sample(image=self.image(index), caption=self.caption(index, rng), key=key)
 
     def image(self, index: int) -> Tensor:
         """Float32 (frames, 3, side, side) in [-1, 1]."""
@@ -114,7 +126,12 @@ class Drawn:
         from trainer.media.images import resize_cover, to_tensor
 
         clip = draw_clip(
-            self.seed, index, self.names, self.frames[0], self.fps, self._motion(index)
+            self.seed,
+            index,
+            names=self.names,
+            frames=self.frames[0],
+            fps=self.fps,
+            motion=self._motion(index),
         )
         frames = (resize_cover(Image.fromarray(frame), self.side) for frame in clip.frames)
         return torch.stack([to_tensor(frame) for frame in frames])
@@ -122,7 +139,7 @@ class Drawn:
     def caption(self, index: int, rng: np.random.Generator) -> str:
         from trainer.data.world.clips import draw_plot
 
-        return draw_plot(self.seed, index, self.names, self._motion(index)).caption
+        return draw_plot(self.seed, index, names=self.names, motion=self._motion(index)).caption
 
     def _motion(self, index: int) -> str | None:
         return self.motions[index % len(self.motions)] if self.motions else None

@@ -1,4 +1,4 @@
-"""The manifest of a set of shards: found, made, checked and kept."""
+"""Finds, makes, checks and stores the manifest of a set of shards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -20,15 +20,12 @@ from trainer.data.tars.manifest import (
     save_manifest,
 )
 
-if TYPE_CHECKING:
-    pass
-
 
 def tars_of(shards: Path) -> list[Path]:
-    """The .tar files of a folder by name, or the one given.
+    """The .tar files of a folder, sorted by name; or the given .tar.
 
     Raises:
-        ValueError: missing, not a .tar, or a folder without any.
+        ValueError: the path is missing, is not a .tar, or is a folder without any.
     """
     expected = "expected a folder of .tar files in webdataset layout, or one .tar"
     if not shards.exists():
@@ -44,7 +41,8 @@ def tars_of(shards: Path) -> list[Path]:
 
 
 def load_manifest(shards: Path, cache: Path, ignore: Collection[str] = ()) -> list[Shard]:
-    """What the shards hold, by the manifest beside them or in `cache`; made and kept if missing.
+    """The shards with their samples, from the manifest beside them or in `cache`. A missing
+    manifest is made and stored.
 
     Raises:
         ValueError: a shard differs from the manifest; anything `index` refuses.
@@ -56,14 +54,14 @@ def load_manifest(shards: Path, cache: Path, ignore: Collection[str] = ()) -> li
     if shards.is_dir():
         _check_names({path.name for path in paths}, listed.keys(), place)
     with Hashed(shards, cache) as hashed:
-        return [_unchanged(path, listed[path.name], place, hashed) for path in paths]
+        return [_unchanged(path, listed[path.name], place=place, hashed=hashed) for path in paths]
 
 
 def kept_manifest(shards: Path, cache: Path) -> tuple[Path, dict[str, Shard]] | None:
-    """Where the manifest of shards is kept, and what it lists by name; None if there is none.
+    """The path of the stored manifest, and its shards by name; None if there is no manifest.
 
     Raises:
-        ValueError: a file in its place is no manifest.
+        ValueError: the file at that path is not a manifest.
     """
     folder = shards if shards.is_dir() else shards.parent
     for place in dict.fromkeys([folder / MANIFEST, *_places(shards, cache)]):
@@ -79,8 +77,8 @@ def kept_manifest(shards: Path, cache: Path) -> tuple[Path, dict[str, Shard]] | 
 def build_manifest(
     shards: Path, cache: Path, ignore: Collection[str] = ()
 ) -> tuple[Path, list[Shard]]:
-    """Reads every shard from end to end and keeps what it holds: the place of the manifest, beside
-    the shards or where nobody may write there in `cache`, and what it lists."""
+    """Reads every shard completely and stores a manifest beside the shards, or in `cache` if that
+    folder is not writable. Returns the manifest's path and its shards."""
     paths = tars_of(shards)
     with Hashed(shards, cache) as hashed:
         stamps = [hashed.stamp(path) for path in paths]
@@ -91,9 +89,9 @@ def build_manifest(
 
 
 class Hashed:
-    """The shards whose SHA-256 was taken on this machine: size, time of change in nanoseconds, and
-    digest of each, kept in the cache. What changes a file and neither of the first two is left to
-    the CRC-32 of each sample, which is compared at every read."""
+    """SHA-256 digests that this machine has computed, in the cache: of each shard its size, time of
+    change in nanoseconds, and digest. A change of the bytes that changes neither size nor time is
+    found by the CRC-32 of each member, which is checked at every read."""
 
     def __init__(self, shards: Path, cache: Path) -> None:
         self.place = cache / "hashed" / f"{_identity(shards)}.json"
@@ -109,7 +107,7 @@ class Hashed:
     def __exit__(self, *_: object) -> None:
         if self.known == self.before:
             return
-        with suppress(OSError):  # without it the next run hashes once more
+        with suppress(OSError):  # without this file the next run computes the digests again
             self.place.parent.mkdir(parents=True, exist_ok=True)
             with written_whole(self.place) as part:
                 part.write_text(json.dumps(self.known), encoding="utf-8")
@@ -130,33 +128,35 @@ class Hashed:
 
 
 def parse_manifest(data: bytes, place: object) -> Manifest:
-    """A manifest as it is written; raises ValueError if it is none."""
+    """A manifest from its JSON; raises ValueError if it is not a manifest."""
     try:
         return Manifest.model_validate_json(data)
     except ValidationError as error:
         why = error.errors()[0]["msg"]
         raise ValueError(
-            f"{place}: not a manifest of shards ({why}); move it away, and it is made anew"
+            f"{place}: not a manifest of shards ({why}); move it away, and a new one is made"
         ) from error
 
 
 def _check_names(there: Collection[str], listed: Collection[str], place: Path) -> None:
     missing, new = sorted(set(listed) - set(there)), sorted(set(there) - set(listed))
     if missing or new:
-        said = [f"{name} is missing" for name in missing] + [f"{name} is not in it" for name in new]
-        raise ValueError(f"{place}: {', '.join(said)}; {_mend(place)}")
+        reasons = [f"{name} is missing" for name in missing]
+        reasons += [f"{name} is not in it" for name in new]
+        raise ValueError(f"{place}: {', '.join(reasons)}; {_advice(place)}")
 
 
-def _unchanged(path: Path, shard: Shard, place: Path, hashed: Hashed) -> Shard:
+def _unchanged(path: Path, shard: Shard, *, place: Path, hashed: Hashed) -> Shard:
+    """`shard`; raises ValueError if the file differs from it."""
     size = path.stat().st_size
     if size != shard.size:
-        held = len(shard.samples) + len(shard.bad)
+        samples = len(shard.samples) + len(shard.bad)
         raise ValueError(
-            f"{path}: {size} bytes, {place.name} lists {shard.size} with {held} samples; "
-            + _mend(place)
+            f"{path}: {size} bytes, {place.name} lists {shard.size} with {samples} samples; "
+            + _advice(place)
         )
     if hashed.sha256(path) != shard.sha256:
-        raise ValueError(f"{path}: not the bytes that {place.name} lists; {_mend(place)}")
+        raise ValueError(f"{path}: not the bytes that {place.name} lists; {_advice(place)}")
     return shard
 
 
@@ -165,18 +165,18 @@ def _identity(shards: Path) -> str:
 
 
 def _places(shards: Path, cache: Path) -> list[Path]:
-    """Where the manifest of these shards is written, the best place first."""
+    """The paths where the manifest of these shards may be written, the best first."""
     beside = shards / MANIFEST if shards.is_dir() else shards.with_suffix(f".{MANIFEST}")
     return [beside, cache / "shards" / f"{_identity(shards)}.json"]
 
 
-def _mend(place: Path) -> str:
-    return f"copy the shards again, or if the change is meant remove {place}, and it is made anew"
+def _advice(place: Path) -> str:
+    return f"copy the shards again; if you changed them, remove {place}, and a new one is made"
 
 
 def _keep(found: Manifest, places: Sequence[Path]) -> Path:
     for place in places[:-1]:
-        with suppress(OSError):  # a data folder that only others may write
+        with suppress(OSError):  # a data folder that is not writable
             save_manifest(found, place)
             return place
     save_manifest(found, places[-1])

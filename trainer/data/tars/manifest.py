@@ -1,7 +1,7 @@
-"""The index of a tar in webdataset layout: where members lie, their CRC-32, and what is wrong.
+"""The index of a tar in webdataset layout: position and CRC-32 of its members, and its errors.
 
-Each tar is read once, every image and video decoded; the manifest keeps the result beside the
-shards.
+Each tar is read once, and every image and video decoded; the result is kept in a manifest beside
+the shards.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from PIL import Image
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     NonNegativeInt,
     PositiveInt,
     field_validator,
@@ -30,24 +31,19 @@ from pydantic import (
 
 from trainer.common.atomic import written_whole
 from trainer.media.decode import VideoFacts, examine
-from trainer.media.images import (
-    DAMAGED_IMAGE,
-    READABLE_IMAGES,
-    ImageError,
-    decode_caption,
-    decode_image,
-)
+from trainer.media.images import DAMAGED_IMAGE, ImageError, decode_image
+from trainer.media.photos import READABLE_IMAGES, decode_caption
 
 MAX_MEMBER = 64 * 2**20
 IMAGES = frozenset(suffix[1:] for suffix in READABLE_IMAGES)
 CAPTION, METADATA, MASK, VIDEO = "txt", "json", "mask.png", "mp4"
 KNOWN_FIELDS = IMAGES | {CAPTION, METADATA, MASK, VIDEO}
-PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")  # what webdataset's own decoders would execute
+PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")  # webdataset's decoders would execute these
 MANIFEST = "manifest.json"
 
 
 class Part(NamedTuple):
-    """Where a member's bytes lie in its shard, and their CRC-32."""
+    """Position and size of a member in its shard, in bytes, and its CRC-32."""
 
     offset: NonNegativeInt
     size: NonNegativeInt
@@ -60,18 +56,18 @@ class Listed(BaseModel):
 
 class Entry(Listed):
     """One sample: its members by extension, the size of its upright image or frames in pixels, and
-    what is known of its video."""
+    the facts of its video, which are called `film` in the file."""
 
     key: str
     width: PositiveInt
     height: PositiveInt
     members: dict[str, Part]
-    film: VideoFacts | None = None
+    video: VideoFacts | None = Field(None, alias="film")
 
     @field_validator("members")
     @classmethod
-    def _is_whole(cls, members: dict[str, Part]) -> dict[str, Part]:
-        # Manifests are read from outside, with the shards they come along with.
+    def _is_complete(cls, members: dict[str, Part]) -> dict[str, Part]:
+        # manifests are untrusted, as are the shards they come with
         media = members.keys() & (IMAGES | {VIDEO})
         if len(media) != 1 or not members.keys() & {CAPTION, METADATA}:
             raise ValueError("a sample has one image or video, and a caption")
@@ -79,13 +75,13 @@ class Entry(Listed):
 
     @model_validator(mode="after")
     def _knows_its_video(self) -> Entry:
-        if (VIDEO in self.members) != (self.film is not None):
-            raise ValueError("what is known of a video stands beside it")
+        if (VIDEO in self.members) != (self.video is not None):
+            raise ValueError("a sample with a video has its facts as `film`, and no other has")
         return self
 
 
 class Shard(Listed):
-    """What one tar holds; bad: samples that cannot be used, each with the reason."""
+    """The samples of one tar; bad: a sentence for each sample that cannot be used."""
 
     name: str
     size: int
@@ -100,25 +96,27 @@ class Manifest(Listed):
 
 
 def index(paths: Sequence[Path], ignore: Collection[str] = ()) -> list[Shard]:
-    """Reads tars from end to end: every member checked, every image and video decoded once.
+    """Reads tars completely: checks every member, decodes every image and video once.
 
     Raises:
-        ValueError: a cut or compressed tar; links, absolute or upward names, pickles, unknown
-            extensions not in `ignore`, members over 64 MiB; a key that comes twice.
+        ValueError: a truncated or compressed tar; links, absolute or upward names, pickles, unknown
+            extensions not in `ignore`, members over 64 MiB; a duplicate key.
     """
     seen: dict[str, str] = {}
     return [_index_one(path, seen, ignore) for path in paths]
 
 
 def save_manifest(found: Manifest, place: Path) -> None:
-    """Writes a manifest beside its place and renames it: it is there whole or not at all."""
+    """Writes a manifest; the file is replaced in one step, so it is never incomplete."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(place) as part:
-        part.write_text(found.model_dump_json(exclude_none=True) + "\n", encoding="utf-8")
+        part.write_text(
+            found.model_dump_json(exclude_none=True, by_alias=True) + "\n", encoding="utf-8"
+        )
 
 
 def caption_of(members: Mapping[str, bytes], name: str) -> str:
-    """The text of .txt, or without one the `caption` of .json; ImageError if there is neither."""
+    """The text of the .txt, else the `caption` of the .json; ImageError without either."""
     if CAPTION in members:
         return decode_caption(members[CAPTION], f"{name}.{CAPTION}")
     caption = metadata_of(members[METADATA], name).get("caption") if METADATA in members else None
@@ -128,25 +126,25 @@ def caption_of(members: Mapping[str, bytes], name: str) -> str:
 
 
 def metadata_of(data: bytes, name: str) -> dict[str, Any]:
-    """The object a .json holds; ImageError if it does not."""
+    """The object in a .json; raises ImageError if it is something else."""
     try:
         found = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ImageError(f"{name}.json: not readable as JSON ({error}); write it anew") from error
+        raise ImageError(f"{name}.json: not readable as JSON ({error}); write it again") from error
     if not isinstance(found, dict):
-        raise ImageError(f"{name}.json: not an object of named values; write it anew")
+        raise ImageError(f"{name}.json: not an object of named values; write it again")
     return found
 
 
 def mask_of(data: bytes, name: str, size: tuple[int, int]) -> np.ndarray:
-    """Pixel values uint8 (height, width) of a mask of `size` = (width, height), else ImageError."""
+    """The mask as uint8 (height, width); ImageError unless its size is `size` = (width, height)."""
     try:
         with Image.open(BytesIO(data), formats=("PNG",)) as image:
-            if image.size == size and image.mode in ("P", "L"):  # seen before a pixel is decoded
+            if image.size == size and image.mode in ("P", "L"):  # checked before a pixel is decoded
                 return np.array(image)
             got = f"{image.size[0]}x{image.size[1]} {image.mode}"
     except (*DAMAGED_IMAGE, Image.DecompressionBombError) as error:
-        raise ImageError(f"{name}.{MASK}: damaged or no PNG ({error}); write it anew") from error
+        raise ImageError(f"{name}.{MASK}: damaged or no PNG ({error}); write it again") from error
     raise ImageError(f"{name}.{MASK}: {got}, not an 8-bit palette of {size[0]}x{size[1]}")
 
 
@@ -160,15 +158,15 @@ def _index_one(path: Path, seen: dict[str, str], ignore: Collection[str]) -> Sha
             if key in seen:
                 raise ValueError(
                     f"{path}: duplicate key {key!r}, already in {seen[key]}; the members of a "
-                    "sample stand together, and no two samples share a key"
+                    "sample must be adjacent, and each sample needs its own key"
                 )
             seen[key] = path.name
             try:
-                samples.append(_entry(path, file, key, group))
+                samples.append(_entry(path, file, key=key, group=group))
             except ImageError as error:
                 bad.append(str(error))
     if not samples and not bad:
-        raise ValueError(f"{path}: no sample in this shard; remove it or copy it again")
+        raise ValueError(f"{path}: this shard has no sample; remove it or copy it again")
     size = path.stat().st_size
     return Shard(name=path.name, size=size, sha256=digest, samples=tuple(samples), bad=tuple(bad))
 
@@ -176,7 +174,7 @@ def _index_one(path: Path, seen: dict[str, str], ignore: Collection[str]) -> Sha
 def _members(
     path: Path, file: BinaryIO, ignore: Collection[str]
 ) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Key, extension and header of each file; refuses the shard unless it ends as a tar must."""
+    """Key, extension and header of each file; raises ValueError unless the tar has its end mark."""
     end = 0
     file.seek(0)
     try:
@@ -192,7 +190,7 @@ def _members(
         raise _cut(path, str(error)) from error
     file.seek(end)
     rest = file.read(2**20)
-    # tarfile takes a broken header, or the end of the file, for the end of the archive.
+    # tarfile takes a broken header, or the end of the file, for the end of the archive
     if len(rest) < 1024 or rest.strip(b"\0") or file.read(1):
         raise _cut(path, f"no end mark after byte {end}")
 
@@ -214,19 +212,19 @@ def _check_member(path: Path, info: tarfile.TarInfo, ignore: Collection[str]) ->
         reason = "a pickle can run code when it is read; store .npy or safetensors elsewhere"
     elif _split(name)[1] not in KNOWN_FIELDS.union(ignore, ("",)):
         known = ", ".join(sorted(KNOWN_FIELDS))
-        reason = f"an extension not known ({known}); name it in data.ignore to pass over it"
+        reason = f"an unknown extension (known: {known}); list it in data.ignore to ignore it"
     if reason:
         raise ValueError(f"{path}: member {name!r}: {reason}")
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and extension as webdataset splits them, at the first dot; nothing of a hidden file."""
+    """Key and extension, split at the first dot as webdataset does; two "" for a hidden file."""
     found = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", name)
     return (found[1], found[2].lower()) if found else ("", "")
 
 
 def _entry(
-    path: Path, file: BinaryIO, key: str, group: Iterator[tuple[str, str, tarfile.TarInfo]]
+    path: Path, file: BinaryIO, *, key: str, group: Iterator[tuple[str, str, tarfile.TarInfo]]
 ) -> Entry:
     data: dict[str, bytes] = {}
     parts: dict[str, Part] = {}
@@ -240,19 +238,21 @@ def _entry(
         parts[extension] = Part(info.offset_data, info.size, zlib.crc32(data[extension]))
     media = sorted(data.keys() & (IMAGES | {VIDEO}))
     if len(media) != 1:
-        held = ", ".join(f".{extension}" for extension in sorted(data))
+        members = ", ".join(f".{extension}" for extension in sorted(data))
         raise ImageError(
-            f"{key}: {len(media)} images among {held}; a sample has one image, or one video"
+            f"{key}: {len(media)} images among {members}; a sample has one image, or one video"
         )
-    film = examine(data[VIDEO], f"{key}.{VIDEO}") if VIDEO in data else None
-    size = film[:2] if film else decode_image(data[media[0]], f"{key}.{media[0]}").size
+    video = examine(data[VIDEO], f"{key}.{VIDEO}") if VIDEO in data else None
+    size = video[:2] if video else decode_image(data[media[0]], f"{key}.{media[0]}").size
     caption_of(data, key)
     if MASK in data:
         mask_of(data[MASK], key, size)
     if METADATA in data:
         metadata_of(data[METADATA], key)
-    return Entry(key=key, width=size[0], height=size[1], members=parts, film=film)
+    return Entry(key=key, width=size[0], height=size[1], members=parts, film=video)
 
 
 def _cut(path: Path, why: str) -> ValueError:
-    return ValueError(f"{path}: cut, damaged or compressed ({why}); copy it again as a plain .tar")
+    return ValueError(
+        f"{path}: truncated, damaged or compressed ({why}); copy it again as a plain .tar"
+    )

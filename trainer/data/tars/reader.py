@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -32,16 +33,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# folder, shard, offset and number of bytes
-Read = Callable[[Path | str, str, int, int], bytes]
+class Read(Protocol):
+    """Reads `size` bytes from `offset` on, of the shard `name` in a folder or at an address."""
+
+    def __call__(self, folder: Path | str, name: str, *, offset: int, size: int) -> bytes: ...
 
 
 def check_usable(found: Sequence[Shard], place: object, on_bad: str) -> list[str]:
-    """The samples that cannot be used, each with the reason.
+    """A sentence for each sample that cannot be used. place: names the shards in messages.
 
     Raises:
-        ImageError: there are some, and they are not to be left out, or there are no others.
-        ValueError: there are videos.
+        ImageError: there are such samples, and `on_bad` is "raise" or no other samples exist.
+        ValueError: the shards contain videos.
     """
     bad = [f"{shard.name}: {reason}" for shard in found for reason in shard.bad]
     rows = [entry for shard in found for entry in shard.samples]
@@ -51,45 +54,58 @@ def check_usable(found: Sequence[Shard], place: object, on_bad: str) -> list[str
             f"{place}: {len(bad)} of {len(bad) + len(rows)} samples cannot be used, "
             "data.on_bad=skip leaves them out:\n" + "\n".join(bad[:20]) + more
         )
-    if any(entry.film for entry in rows):
+    if any(entry.video for entry in rows):
         raise ValueError(
-            f"{place}: there are videos in it; give data.source=video data.video={place}"
+            f"{place} contains videos; read them by data.source=video data.video={place}"
         )
     return bad
 
 
-def split(
-    found: Sequence[Shard],
-    folder: Path | str,
-    needs: Needs,
-    validation: int,
-    bad: Sequence[str],
-    step: int,
-    read: Read | None = None,
-) -> tuple[Tars, Tars | None]:
-    """The samples of shards to train on, and the last `validation` ones."""
-    check_step(step, needs.divisor)
-    rows = [(shard.name, entry) for shard in found for entry in shard.samples]
-    check_split(validation, len(rows), f"samples in {folder}")
-    cut = len(rows) - validation
-    digests = [shard.sha256 for shard in found]
-    side, how = needs.resolution, (step, read or read_local)
-    train = Tars(folder, rows[:cut], digests, side, bad, *how)
-    if not validation:
-        return train, None
-    return train, Tars(folder, rows[cut:], digests, side, (), *how)
-
-
-def read_local(folder: Path | str, name: str, offset: int, size: int) -> bytes:
-    # Opened for each read: a handle would be shared by forked workers, position and all.
+def read_local(folder: Path | str, name: str, *, offset: int, size: int) -> bytes:
+    """Bytes of a shard in a local folder."""
+    # opened for each read: forked workers would share a handle and its position
     with (Path(folder) / name).open("rb") as file:
         file.seek(offset)
         return file.read(size)
 
 
+@dataclass(frozen=True)
+class Opening:
+    """How shards are opened: the folder or address they are read from by `read`; a sentence for
+    each skipped sample; how many samples, the last ones, are held out; step: see `buckets.py`."""
+
+    folder: Path | str
+    skipped: Sequence[str]
+    validation: int
+    step: int
+    read: Read = read_local
+
+
+def split(found: Sequence[Shard], needs: Needs, opening: Opening) -> tuple[Tars, Tars | None]:
+    """The samples of shards to train on, and the held-out ones, if any."""
+    folder, validation, step = opening.folder, opening.validation, opening.step
+    check_step(step, needs.divisor)
+    rows = [(shard.name, entry) for shard in found for entry in shard.samples]
+    check_split(validation, len(rows), f"samples in {folder}")
+    cut = len(rows) - validation
+
+    def tars(part: Sequence[tuple[str, Entry]], skipped: Sequence[str]) -> Tars:
+        return Tars(
+            folder,
+            part,
+            digests=[shard.sha256 for shard in found],
+            side=needs.resolution,
+            skipped=skipped,
+            step=step,
+            read=opening.read,
+        )
+
+    return tars(rows[:cut], opening.skipped), tars(rows[cut:], ()) if validation else None
+
+
 class Tars:
-    """Random access to the samples of shards, which `read` gets byte by byte. step: see
-    `buckets.py`."""
+    """Random access to the samples of shards, given as (name of the shard, entry). digests: of all
+    shards; step: see `buckets.py`."""
 
     rates: Sequence[float] = ()
 
@@ -97,9 +113,10 @@ class Tars:
         self,
         folder: Path | str,
         rows: Sequence[tuple[str, Entry]],
+        *,
         digests: Sequence[str],
         side: int,
-        skipped: Sequence[str],
+        skipped: Sequence[str] = (),
         step: int = 0,
         read: Read = read_local,
     ) -> None:
@@ -119,8 +136,9 @@ class Tars:
         return len(self.rows)
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        """Image and caption; raises ValueError if their bytes changed since `open`."""
-        return Sample(self.image(index), self.caption(index, rng), self.rows[index][1].key)
+        """Image and caption; raises ValueError if their bytes changed since they were indexed."""
+        key = self.rows[index][1].key
+        return Sample(image=self.image(index), caption=self.caption(index, rng), key=key)
 
     def image(self, index: int) -> Tensor:
         """Float32 (3, H, W) in [-1, 1]; raises ValueError as `sample`."""
@@ -135,30 +153,30 @@ class Tars:
         return to_tensor(cover(image, size))
 
     def video(self, index: int) -> bytes:
-        """The sample's .mp4 as it lies in the shard; raises ValueError as `sample`."""
+        """The bytes of the sample's .mp4; raises ValueError as `sample`."""
         return self._read(index, VIDEO)
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         members = self.rows[index][1].members
-        told = CAPTION if CAPTION in members else METADATA
-        return caption_of({told: self._read(index, told)}, self.rows[index][1].key)
+        extension = CAPTION if CAPTION in members else METADATA
+        return caption_of({extension: self._read(index, extension)}, self.rows[index][1].key)
 
     def metadata(self, index: int) -> dict[str, Any]:
-        """The sample's .json, empty without one."""
+        """The object in the sample's .json, empty without one."""
         if METADATA not in self.rows[index][1].members:
             return {}
         return metadata_of(self._read(index, METADATA), self.rows[index][1].key)
 
     def mask(self, index: int) -> np.ndarray | None:
-        """Owner of each pixel, uint8 (height, width): 0 background, k the k-th object from back to
-        front; at the size of the image as stored. None without a mask."""
+        """The object at each pixel, uint8 (height, width) in the size of the stored image: 0 is the
+        background, k the k-th object from back to front. None without a mask."""
         entry = self.rows[index][1]
         if MASK not in entry.members:
             return None
         return mask_of(self._read(index, MASK), entry.key, (entry.width, entry.height))
 
     def fingerprint(self) -> str:
-        """SHA-256 over the checksums of the shards, the samples taken, and what is done to them."""
+        """SHA-256 over the checksums of the shards, the keys of the samples, and the sizes."""
         keys = [entry.key for _, entry in self.rows]
         cut = (self.sizes,) if self.step else ()
         done = ("shards-1", self.side, self.digests, keys, *cut)
@@ -167,10 +185,11 @@ class Tars:
     def _read(self, index: int, extension: str) -> bytes:
         name, entry = self.rows[index]
         part = entry.members[extension]
-        data = self.read(self.folder, name, part.offset, min(part.size, MAX_MEMBER))
+        size = min(part.size, MAX_MEMBER)
+        data = self.read(self.folder, name, offset=part.offset, size=size)
         if len(data) != part.size or zlib.crc32(data) != part.crc32:
             raise ValueError(
-                f"{self.folder}/{name}: the bytes of {entry.key}.{extension} are not those that "
-                "were indexed; the shard is damaged or was replaced, copy it again"
+                f"{self.folder}/{name}: the bytes of {entry.key}.{extension} have changed since "
+                "they were indexed; the shard is damaged or was replaced, copy it again"
             )
         return data

@@ -1,5 +1,5 @@
-"""What is wrong with shards or with a folder of photos: every byte held against the manifest, every
-picture decoded. One sentence for each thing, with the shard and the sample it is in."""
+"""Finds errors in shards or in a folder of photos: compares every byte with the manifest, decodes
+every picture. Each error is one sentence that names the shard and the sample."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from pathlib import Path
 
 from trainer.data.tars.ledger import kept_manifest, tars_of
 from trainer.data.tars.manifest import MAX_MEMBER, Shard, index
-from trainer.media.images import read_folder
+from trainer.media.photos import read_folder
 
 
 def photos(folder: Path) -> tuple[list[str], str]:
-    """The photos and captions of a folder that cannot be used, and a line about the whole."""
+    """A sentence for each photo or caption of a folder that cannot be used, and a summary."""
     good, bad = read_folder(folder, "skip", size=16)
     return [reason for _, reason in bad], f"{len(good)} of {len(good) + len(bad)} photos are fine"
 
 
 def shards(place: Path, cache: Path, ignore: Collection[str] = ()) -> tuple[list[str], str]:
-    """All that is wrong with shards, and a line about the whole.
+    """A sentence for each error in shards, and a summary.
 
     Raises:
-        ValueError: they have no manifest, or there is no shard.
+        ValueError: the shards have no manifest, or there is no shard.
     """
     paths = {path.name: path for path in tars_of(place)}
     kept = kept_manifest(place, cache)
     if kept is None:
         raise ValueError(
-            f"{place}: no manifest to hold the shards against; `data build shards={place}` makes it"
+            f"{place}: no manifest to compare the shards with; `data build shards={place}` makes it"
         )
     at, listed = kept
     if not place.is_dir():
@@ -58,33 +58,33 @@ def _of_shard(path: Path, shard: Shard, ignore: Collection[str]) -> list[str]:
     if digest == shard.sha256:  # the manifest itself may be wrong
         return [*found, *_by_place(path, shard)]
     try:
-        (fresh,) = index([path], ignore)
+        (present,) = index([path], ignore)
     except ValueError as error:
         return [*found, str(error).removeprefix(f"{path.parent}/"), *_by_place(path, shard)]
-    found += _differences(shard, fresh)
-    return found or [f"{path.name}: every sample is whole, but its bytes were packed anew"]
+    found += _differences(shard, present)
+    return found or [f"{path.name}: all samples are as listed, but the tar was packed again"]
 
 
 def _by_place(path: Path, shard: Shard) -> Iterator[str]:
-    """Members that do not lie where the manifest says, as it says."""
+    """A sentence for each member whose bytes differ from those that the manifest lists."""
     with path.open("rb") as file:
         for entry in shard.samples:
             for extension, part in entry.members.items():
                 file.seek(part.offset)
                 data = file.read(min(part.size, MAX_MEMBER))
                 if len(data) < part.size:
-                    yield f"{path.name}: {entry.key}.{extension} is cut off"
+                    yield f"{path.name}: {entry.key}.{extension} is truncated"
                 elif zlib.crc32(data) != part.crc32:
                     yield f"{path.name}: {entry.key}.{extension} has other bytes than were listed"
 
 
-def _differences(shard: Shard, fresh: Shard) -> Iterator[str]:
-    """What two lists of one shard do not share, wherever it lies."""
-    now = {entry.key: entry for entry in fresh.samples}
+def _differences(shard: Shard, present: Shard) -> Iterator[str]:
+    """A sentence for each difference between two lists of one shard, whatever their order."""
+    now = {entry.key: entry for entry in present.samples}
     before = {entry.key: entry for entry in shard.samples}
     for key, entry in before.items():
         if key not in now:
-            reasons = [each for each in fresh.bad if each.startswith((f"{key}.", f"{key}:"))]
+            reasons = [each for each in present.bad if each.startswith((f"{key}.", f"{key}:"))]
             yield f"{shard.name}: {reasons[0] if reasons else f'sample {key} is missing'}"
             continue
         for extension in sorted(entry.members.keys() | now[key].members.keys()):

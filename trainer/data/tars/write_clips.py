@@ -1,13 +1,13 @@
-"""Writes clips of the embedded world as shards of MP4, with what is known of every frame:
+"""Writes clips of the embedded world as shards of MP4, with the truth about every frame:
 
     clip-<seed>-<index>.mp4    the frames
     clip-<seed>-<index>.txt    the caption
     clip-<seed>-<index>.json   background, crossing, fps, and from back to front the word, motion
                                and speed of each object with its box in every frame
 
-H.264 at a quality near lossless and with colour at full resolution: the usual 4:2:0 halves it,
-which at 64x64 blurs the colours of a sprite into the background. Masks are not stored;
-`trainer.data.clips.draw` paints them again from seed and index.
+H.264 is nearly lossless here and has colour at full resolution: the usual 4:2:0 halves it, which at
+64x64 blurs the colours of a sprite into the background. Masks are not stored; `draw_clip` draws
+them again from seed and index.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from trainer.media.write_video import encode_video
 def write_clips(
     folder: str | Path,
     count: int,
+    *,
     seed: int = 0,
     sprites: str = "known",
     frames: int = 8,
@@ -33,8 +34,7 @@ def write_clips(
     """Writes clips 0..count-1 of a seed as `clips-000000.tar`, ...; returns the shards.
 
     Raises:
-        ValueError: see `write_shards.write` and `clips.paint`; no such set of sprites; a count
-            below 1.
+        ValueError: as `write_shards` and `draw_clip`; no such set of sprites; a count below 1.
     """
     if sprites not in SPRITES:
         raise ValueError(f"sprites={sprites}: choose one of {', '.join(SPRITES)}")
@@ -42,10 +42,10 @@ def write_clips(
         raise ValueError(f"count={count}: write at least one clip")
     names = SPRITES[sprites]
     records = (
-        clip_record(draw_clip(seed, i, names, frames, fps), f"clip-{seed}-{i}")
+        clip_record(draw_clip(seed, i, names=names, frames=frames, fps=fps), f"clip-{seed}-{i}")
         for i in range(count)
     )
-    return write_shards(folder, records, per_shard, "clips")
+    return write_shards(folder, records, per_shard=per_shard, stem="clips")
 
 
 def clip_record(clip: Clip, key: str) -> Record:

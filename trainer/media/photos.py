@@ -1,0 +1,121 @@
+"""Folders of photos: which files they list, and the caption beside each photo."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from trainer.media.images import ImageError, read_image, resize_cover
+
+READABLE_IMAGES = frozenset((".jpg", ".jpeg", ".png", ".webp"))
+# These are listed too, so that reading reports an error: a photo must not go unnoticed.
+ANIMATED_OR_WEB = (".gif", ".apng", ".heic", ".heif", ".avif", ".jxl", ".svg", ".ico", ".jfif")
+EDITED_OR_RAW = (".bmp", ".tif", ".tiff", ".jp2", ".mpo", ".psd", ".dng", ".cr2", ".nef", ".arw")
+LISTED_IMAGES = READABLE_IMAGES.union(ANIMATED_OR_WEB, EDITED_OR_RAW)
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One photo of a folder: RGB `image`, and the text of its caption file, or None without one."""
+
+    path: Path
+    image: Image.Image
+    caption: str | None
+
+
+def read_caption(path: str | Path) -> str | None:
+    """The caption beside an image or video: `cat.txt` for `cat.jpg`, UTF-8 with or without BOM.
+
+    Returns the text without surrounding white space, or None if there is no file.
+
+    Raises:
+        ImageError: the text is not UTF-8; names the file and the offset of the first wrong byte.
+    """
+    candidates = [Path(path).with_suffix(suffix) for suffix in (".txt", ".TXT")]
+    caption_path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if caption_path is None:
+        return None
+    return decode_caption(caption_path.read_bytes(), caption_path)
+
+
+def decode_caption(data: bytes, name: str | Path) -> str:
+    """The text of a caption file, see `read_caption`; `name` is the file's name in errors."""
+    try:
+        # not "utf-8-sig", which does not count the BOM in the offset of an error
+        return data.decode("utf-8").removeprefix("\ufeff").strip()
+    except UnicodeDecodeError as error:
+        where = f"{name}: not UTF-8 at byte {error.start}"
+        raise ImageError(f"{where}; save it as UTF-8") from error
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """The image files of a folder, not of its subfolders, in natural order (2 before 10).
+
+    Files of image formats that cannot be read (GIF, HEIC, ...) are listed too, so that reading
+    them reports an error. Hidden files, captions and other files are not listed.
+
+    Raises:
+        ValueError: the folder is missing, is a file, or holds no image.
+    """
+    folder = Path(folder)
+    expected = f"expected a folder with images ({', '.join(sorted(READABLE_IMAGES))})"
+    if not folder.exists():
+        raise ValueError(f"{folder}: no such folder; {expected}")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: this is a file; {expected}, give the folder that holds it")
+    paths = [path for path in folder.iterdir() if _is_listed(path)]
+    if not paths:
+        raise ValueError(f"{folder}: no image in this folder; {expected}, subfolders are not read")
+    return sorted(paths, key=natural_order)
+
+
+def read_folder(
+    folder: str | Path,
+    on_bad: Literal["raise", "skip"] = "raise",
+    size: int | None = None,
+) -> tuple[list[Photo], list[tuple[Path, str]]]:
+    """Reads all images of a folder with their captions, in natural order.
+
+    Args:
+        on_bad: "raise" reports all bad images and captions in one error; "skip" skips them.
+        size: cut each image by `resize_cover` while reading, so that large photos fit in memory.
+
+    Returns the photos, and `(path, reason)` for each file skipped.
+
+    Raises:
+        ImageError: a bad file with "raise", or only bad files with "skip".
+        ValueError: see `list_images`; `on_bad` is neither "raise" nor "skip".
+    """
+    if on_bad not in ("raise", "skip"):
+        raise ValueError(f"on_bad={on_bad!r}: choose 'raise' or 'skip'")
+    photos: list[Photo] = []
+    skipped: list[tuple[Path, str]] = []
+    for path in list_images(folder):
+        try:
+            image = read_image(path)
+            caption = read_caption(path)
+        except ImageError as error:
+            skipped.append((path, str(error)))
+            continue
+        photos.append(Photo(path, image if size is None else resize_cover(image, size), caption))
+    if skipped and (on_bad == "raise" or not photos):
+        reasons = "\n".join(reason for _, reason in skipped)
+        of = len(photos) + len(skipped)
+        raise ImageError(f"{folder}: {len(skipped)} of {of} images cannot be used:\n{reasons}")
+    return photos, skipped
+
+
+def _is_listed(path: Path) -> bool:
+    hidden = path.name.startswith(".")
+    # not `is_file`: a broken link with the name of an image must be reported as missing
+    return not hidden and path.suffix.lower() in LISTED_IMAGES and not path.is_dir()
+
+
+def natural_order(path: Path) -> tuple[list[str | int], str]:
+    """A key to sort file names by number, 2 before 10."""
+    parts = re.split(r"([0-9]+)", path.name.casefold())  # odd parts are numbers
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
