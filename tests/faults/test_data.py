@@ -197,8 +197,12 @@ def grown(folder: Path) -> None:
 # what `verify` says of it, and what opening says where there is no manifest yet (None: no more is
 # there to tell it from other data)
 DAMAGE: list[tuple[Callable[[Path], None], tuple[str, ...], str | None]] = [
-    (cut_inside, (f"{ONE}: cut, damaged", "s2.png is cut off", "s3.txt is cut off"), "cut"),
-    (cut_between, (f"{ONE}: cut, damaged", "s2.png is cut off"), "no end mark"),
+    (
+        cut_inside,
+        (f"{ONE}: truncated, damaged", "s2.png is truncated", "s3.txt is truncated"),
+        "truncated",
+    ),
+    (cut_between, (f"{ONE}: truncated, damaged", "s2.png is truncated"), "no end mark"),
     (cut_and_closed, (f"{ONE}: ", "sample s2 is missing", "sample s3 is missing"), None),
     (flipped_picture, (f"{ONE}: s2.png",), "s2.png: truncated or damaged"),
     (flipped_caption, (f"{ONE}: s2.txt has other bytes",), None),
@@ -208,12 +212,16 @@ DAMAGE: list[tuple[Callable[[Path], None], tuple[str, ...], str | None]] = [
     (missing_sample, (f"{ONE}: sample s2 is missing",), None),
     (duplicate_member, (f"{ONE}: duplicate key 's2'",), "duplicate key 's2'"),
     (duplicate_key, (f"{ONE}: duplicate key 's1'",), "duplicate key 's1'"),
-    (zeroed, (f"{ONE}: this shard has no sample", "s0.png has other bytes"), "no sample in this"),
-    (empty, (f"{ONE}: 0 bytes", "s0.png is cut off"), "cut, damaged"),
+    (
+        zeroed,
+        (f"{ONE}: this shard has no sample", "s0.png has other bytes"),
+        "this shard has no sample",
+    ),
+    (empty, (f"{ONE}: 0 bytes", "s0.png is truncated"), "truncated, damaged"),
     (missing_shard, (f"{ONE}: the shard is missing, and 4 samples with it",), None),
     (extra_shard, ("more.tar: not in manifest.json",), "duplicate key"),
     (exchanged, (f"{ONE}: ", "sample s4 was not there", "sample s0 is missing"), None),
-    (grown, (f"{ONE}: cut, damaged", "and had"), "no end mark"),
+    (grown, (f"{ONE}: truncated, damaged", "and had"), "no end mark"),
 ]
 damaged = pytest.mark.parametrize(
     ("spoil", "says", "unlisted"), DAMAGE, ids=[spoil.__name__ for spoil, *_ in DAMAGE]
@@ -289,7 +297,7 @@ def test_damage_while_a_run_is_going_on_ends_it(
     monkeypatch.setattr(Planned, "__getitem__", getitem)
     run = place.parent / "run"
     loaded = load_recipe([*words, "run.cache_latents=false"])
-    with pytest.raises(ValueError, match=r"shard-00000\d\.tar: the bytes of s\d\.png are not"):
+    with pytest.raises(ValueError, match=r"shard-00000\d\.tar: the bytes of s\d\.png have changed"):
         fit(loaded, run)
     assert not (run / "adapter.safetensors").exists()
     assert [verified(path).step for path in every_checkpoint(run / "checkpoints")] == [2, 1]

@@ -173,7 +173,7 @@ def test_folders_without_images_are_refused_by_full_key(tmp_path: Path) -> None:
         build_section(Folder, {"folder": str(tmp_path / "none")}, "data")
     with pytest.raises(RecipeError, match=r"data\.folder=.*: no image in this folder"):
         build_section(Folder, {"folder": str(tmp_path)}, "data")
-    with pytest.raises(RecipeError, match=r"data\.folder: a value is needed"):
+    with pytest.raises(RecipeError, match=r"data\.folder is missing"):
         build_section(Folder, {}, "data")
 
 

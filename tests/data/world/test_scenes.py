@@ -151,7 +151,7 @@ def test_refusals() -> None:
         draw_scene(0, 0, names=("fox",), count=2)
     with pytest.raises(ValueError, match="unknown sprite 'foks'"):
         sprite("foks")
-    with pytest.raises(ValueError, match="no background is called"):
+    with pytest.raises(ValueError, match="unknown background colour"):
         background("azure")
 
 
