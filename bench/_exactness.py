@@ -27,7 +27,7 @@ from trainer.methods.weight.nf4 import Nf4
 from trainer.ops.adapters import nf4
 
 SHOWN = re.compile(r"largest difference ([0-9.e+-]+|inf)")
-WRONG = re.compile(r"the file gives an output ([0-9.e+-]+|inf) from the model's")
+WRONG = re.compile(r"the output differs by ([0-9.e+-]+|inf) from the model's")
 DIT: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"sites": "all", "rank": 2, "alpha": 3, "layers": ["*ff*"]}},
     "dora": {"dora": {"sites": "all", "rank": 2, "alpha": 3}},
@@ -149,54 +149,63 @@ def counts() -> dict[str, int]:
 
 
 def exported(adapter: Path, out: Path) -> dict[str, float | str]:
-    """Every form of an adapter: the largest difference of what any of its readers gives, or why the
-    form is not offered."""
+    """Every format of an adapter: the largest difference of any of its readers' models, or why the
+    format cannot carry it."""
     folder = out / adapter.parent.name
-    return {form: _apart(partial(_export, form, adapter, folder / form)) for form in format_names()}
+    return {
+        name: _largest(partial(_export, name, adapter, folder / name)) for name in format_names()
+    }
 
 
-def _export(form: str, adapter: Path, out: Path) -> list[float]:
+def _export(format_name: str, adapter: Path, out: Path) -> list[float]:
     out.parent.mkdir(parents=True, exist_ok=True)
     said: list[str] = []
-    export(adapter, out, form, say=said.append)
+    export(adapter, out, format_name, say=said.append)
     return [float(number) for line in said for number in SHOWN.findall(line)]
 
 
 def exported_transformers(out: Path) -> dict[str, dict[str, float | str]]:
     """The same of transformers with disturbed adapters, by network and method; a single network has
-    no whole pipeline to merge into."""
+    no complete pipeline to merge into."""
     found = {}
     for network in (pixart, sana):
         for name, tree in DIT.items():
             title = f"{network.__name__} {name}"
             found[title] = {
-                form: _apart(partial(_read_back, form, network, tree, out / f"{title}-{form}"))
-                for form in format_names()
-                if form != "merged"
-            }
+                format_name: _largest(
+                    partial(
+                        _read_back, format_name, network, tree=tree,
+                        folder=out / f"{title}-{format_name}",
+                    )
+                )
+                for format_name in format_names()
+                if format_name != "merged"
+            }  # fmt: skip
     return found
 
 
 @torch.no_grad()
 def _read_back(
-    form: str, network: Callable[[], Network], tree: dict[str, Any], folder: Path
+    format_name: str, network: Callable[[], Network], *, tree: dict[str, Any], folder: Path
 ) -> list[float]:
-    live = network()
-    plan = apply_methods(live, methods_of(tree))  # type: ignore[arg-type]
-    own, generator = dict(live.named_parameters()), torch.Generator().manual_seed(1)
+    adapted = network()
+    plan = apply_methods(adapted, methods_of(tree))  # type: ignore[arg-type]
+    own, generator = dict(adapted.named_parameters()), torch.Generator().manual_seed(1)
     for name in plan.names:  # as if trained
         own[name] += 0.01 * torch.randn(own[name].shape, generator=generator)
-    job, kind = Job(live, network, plan.stored, "title"), find_format(form)
+    job = Job(adapted, network, stored=plan.stored, title="title")
+    found_format = find_format(format_name)
     folder.mkdir(parents=True)
-    probe = Probe(live, ())
-    wanted = probe(live)
-    kind.write(job, folder, torch.float32)
-    models = [load(folder, job.fresh()) for load in kind.READERS.values()]
+    probe = Probe(adapted, ())
+    wanted = probe(adapted)
+    found_format.write(job, folder, torch.float32)
+    models = [load(folder, job.make_base()) for load in found_format.readers.values()]
     return [difference(probe(model), wanted) for model in models if model is not None]
 
 
-def _apart(write: Callable[[], list[float]]) -> float | str:
-    """A refusal is a sentence; a file that is read back wrongly is no refusal, but a difference."""
+def _largest(write: Callable[[], list[float]]) -> float | str:
+    """The largest difference; or the refusal, as text. A file that is read back wrongly is not
+    refused beforehand: its difference counts."""
     try:
         return max(write())
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Adapters to export, and stand-ins for families that are no backbone yet: two text encoders as in
+"""Adapters to export, and stand-ins for model families without a backbone: two text encoders as in
 SDXL, and transformers."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from denoisers import traits_of
 from torch import Tensor, nn
 
 TREES: dict[str, dict[str, Any]] = {
-    # two ranks, alpha that is not the rank, text encoder, a convolution, feed-forward
+    # several ranks, an alpha that is not the rank, a text encoder, other layers than attention
     "lora": {
         "lora": {
             "sites": "all",
@@ -48,7 +48,8 @@ Trained = Callable[[str], Path]
 
 @torch.no_grad()
 def disturb(model: Any, names: tuple[str, ...]) -> None:
-    """As if trained: every tensor moves by a tenth of its spread, or of 0.05 where it has none."""
+    """Changes every named tensor as if it had trained, by a tenth of its standard deviation, or of
+    0.05 where that is larger."""
     own = dict(model.named_parameters())
     generator = torch.Generator().manual_seed(1)
     for name in names:
@@ -87,7 +88,7 @@ def trained(
 
 @pytest.fixture(scope="session")
 def bundle_of(trained: Trained, tiny_folder: Path, open_folder: Callable[[Path], Any]) -> Any:
-    """The bundle of one of `TREES`, read off the live model."""
+    """The bundle of one of `TREES`, extracted from the adapted model."""
     from safetensors.torch import load_file
 
     from trainer.export.extract import extract
@@ -102,8 +103,8 @@ def bundle_of(trained: Trained, tiny_folder: Path, open_folder: Callable[[Path],
 
 @pytest.fixture(scope="session")
 def same() -> Callable[..., None]:
-    """`same(one, other, base)`: two bundles change the same layers by the same dW and db, and
-    teach the same words."""
+    """`same(one, other, base)` asserts that two bundles change the same layers by the same dW and
+    db, and hold the same words with the same rows."""
     from trainer.export.apply_bundle import full_delta, layer_at
 
     def check(one: Any, other: Any, base: Any) -> None:
@@ -126,7 +127,7 @@ def same() -> Callable[..., None]:
 
 
 class StandIn(nn.Module):
-    """What exports ask of a backbone, around any denoiser."""
+    """The interface of a backbone that exports use, around any denoiser."""
 
     name, target = "stand-in", "eps"
     resolution, divisor = 64, 8
@@ -167,7 +168,7 @@ class StandIn(nn.Module):
 
 
 class TwoEncoders(StandIn):
-    """SDXL: text from two encoders side by side, and the second one's pooled."""
+    """SDXL: the features of two text encoders side by side, and the pooled ones of the second."""
 
     denoiser_name = "unet"
 
@@ -266,35 +267,35 @@ def sdxl(tiny_folder: Path) -> Callable[[], StandIn]:
 
 @pytest.fixture
 def job_of() -> Callable[..., Any]:
-    """A job from a stand-in: its methods applied and disturbed."""
+    """`job_of(make_base, tree)`: a job whose model has these methods, disturbed as if trained."""
     from trainer.config.load import methods_of
     from trainer.export.job import Job
     from trainer.methods.apply import apply_methods
 
-    def make(fresh: Callable[[], StandIn], tree: dict[str, Any]) -> Any:
-        live = fresh()
-        plan = apply_methods(live, methods_of(tree))
-        disturb(live, plan.names)
-        return Job(live.eval(), fresh, plan.stored, "title")
+    def make(make_base: Callable[[], StandIn], tree: dict[str, Any]) -> Any:
+        adapted = make_base()
+        plan = apply_methods(adapted, methods_of(tree))
+        disturb(adapted, plan.names)
+        return Job(adapted.eval(), make_base, stored=plan.stored, title="title")
 
     return make
 
 
 @pytest.fixture
 def read_back(tmp_path: Path) -> Callable[..., dict[str, float]]:
-    """Writes a job in a form and gives the largest difference of each of its readers; the adapter
-    itself makes much more."""
+    """Writes a job in a format and returns the largest difference of each of its readers; asserts
+    that the adapter itself makes a much larger one."""
     from trainer.export.find_format import find_format
     from trainer.export.proof import Probe, difference
 
-    def check(form: str, job: Any, folder: Path | None = None) -> dict[str, float]:
-        kind, folder = find_format(form), folder or tmp_path / form
+    def check(name: str, job: Any, folder: Path | None = None) -> dict[str, float]:
+        chosen, folder = find_format(name), folder or tmp_path / name
         folder.mkdir()
-        probe = Probe(job.live, job.bundle.tokens)
-        wanted = probe(job.live)
+        probe = Probe(job.adapted, job.bundle.tokens)
+        wanted = probe(job.adapted)
         assert difference(probe(job.base), wanted) > 1e-3
-        kind.write(job, folder, torch.float32)
-        models = {name: load(folder, job.fresh()) for name, load in kind.READERS.items()}
+        chosen.write(job, folder, torch.float32)
+        models = {name: load(folder, job.make_base()) for name, load in chosen.readers.items()}
         return {name: difference(probe(model), wanted) for name, model in models.items() if model}
 
     return check

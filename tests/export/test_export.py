@@ -1,5 +1,5 @@
-"""Export: a folder that stock diffusers loads by itself, giving our sampler's picture; and what
-every form owes. The forms are tested one by one in `formats/`."""
+"""Export: a folder that stock diffusers loads by itself and that gives our sampler's picture, and
+what holds for every format. Each format is tested in `formats/`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from trainer.attention.op import Traits
 from trainer.config.header import read_header
 from trainer.config.load import methods_of
 from trainer.diffusion.sampler import sample
-from trainer.export import export as exports
-from trainer.export.export import export
-from trainer.export.find_format import find_format, format_names
+from trainer.export.export import base_of, export, refuse_ops
+from trainer.export.find_format import format_names
 from trainer.export.formats.merged import merge
-from trainer.export.proof import Probe
+from trainer.export.proof import Probe, Proof, prove
 from trainer.methods.apply import apply_methods
 from trainer.runs.adapter import save_adapter
 
@@ -114,9 +113,9 @@ def test_nothing_is_written_over(trained: tuple[Path, Any], tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        pytest.param({"form": "ckpt"}, "format=ckpt: no such format", id="format"),
+        pytest.param({"format_name": "ckpt"}, "format=ckpt: no such format", id="format"),
         pytest.param({"dtype": "int4"}, "dtype=int4: no such dtype", id="dtype"),
-        pytest.param({"rank": 2}, "rank=2 is for the forms comfyui, diffusers,", id="rank"),
+        pytest.param({"rank": 2}, "rank=2 is for format=comfyui, diffusers,", id="rank"),
     ],
 )
 def test_unknown_options_are_refused_before_loading(
@@ -135,7 +134,7 @@ def test_what_stock_cannot_hold_is_refused(tiny: Any) -> None:
         merge(tiny)
 
 
-def test_every_form_is_listed_in_the_refusal(tmp_path: Path) -> None:
+def test_every_format_is_listed_in_the_refusal(tmp_path: Path) -> None:
     listed = ", ".join(format_names())
     assert listed == "animatediff, comfyui, custom_diffusion, diff, diffusers, kohya, merged, peft"
     with pytest.raises(ValueError, match=f"format=ckpt: no such format; there are: {listed}"):
@@ -162,17 +161,20 @@ def test_a_file_that_loads_and_does_nothing_is_refused(
     probe = Probe(model, ["<v1>", "sks"])
     tree, _ = read_header(path)
 
-    def fresh() -> Any:
-        return exports.base_of(tree)
+    proof = Proof(
+        "kohya", lambda: base_of(tree), probe=probe, wanted=probe(model), say=lambda line: None
+    )
+    with pytest.raises(ValueError, match=r"differs by \S+ from the model's, and \S+ is allowed"):
+        prove(proof, out)
 
-    with pytest.raises(ValueError, match=r"an output \S+ from the model's, where \S+ is allowed"):
-        exports._prove(
-            find_format("kohya"), "kohya", out, fresh, probe, probe(model), (), lambda line: None
-        )
+
+def proof_of(model: Any) -> Proof:
+    probe = Probe(model, ())
+    return Proof("kohya", lambda: model, probe=probe, wanted=probe(model), say=lambda line: None)
 
 
 class Louder:
-    """An op that acts when the model paints."""
+    """An op that changes what the model generates."""
 
     name = "louder"
     traits = Traits()
@@ -185,16 +187,15 @@ def test_an_op_that_only_trains_is_left_out(tiny: Any) -> None:
     from trainer.ops.detach_first_token import DetachFirstToken
 
     tiny.host.install(DetachFirstToken(), tiny.sites)
-    probe = Probe(tiny, ())
-    exports._refuse_ops(tiny, "kohya", probe, probe(tiny))
+    refuse_ops(tiny, proof_of(tiny))
     assert not any(processor.ops for processor in tiny.host.processors.values())
 
 
-@pytest.mark.parametrize("form", ["kohya", "merged"])
-def test_layers_that_look_through_time_are_not_left_out_unsaid(
-    form: str, tiny: Any, tiny_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("name", ["kohya", "merged"])
+def test_temporal_layers_are_not_silently_left_out(
+    name: str, tiny: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """A file is proven by pictures, which such layers let pass."""
+    """Temporal layers do not change single pictures, so a proof by pictures would not notice."""
     chosen: dict[str, Any] = {"animatediff": {}, "lora": {"sites": "cross", "rank": 2}}
     plan = apply_methods(tiny, methods_of(chosen))
     parameters = dict(tiny.named_parameters())
@@ -203,8 +204,8 @@ def test_layers_that_look_through_time_are_not_left_out_unsaid(
     save_adapter(
         path, {name: parameters[name] for name in plan.names}, tree=tree, identity=tiny.identity()
     )
-    with pytest.raises(ValueError, match=f"format={form} cannot carry the .* through time"):
-        export(path, tmp_path / "out", form)
+    with pytest.raises(ValueError, match=f"format={name} cannot carry the .* temporal layers"):
+        export(path, tmp_path / "out", name)
     assert not (tmp_path / "out").exists()
 
 
@@ -213,17 +214,16 @@ def test_an_op_that_acts_at_inference_is_named(
 ) -> None:
     model = open_folder(tiny_folder)
     model.host.install(Louder(), model.sites[:2])
-    probe = Probe(model, ())
     with pytest.raises(ValueError, match=r"format=kohya cannot carry louder \(on down_blocks\S+"):
-        exports._refuse_ops(model, "kohya", probe, probe(model))
+        refuse_ops(model, proof_of(model))
 
 
-@pytest.mark.parametrize("form", ["diffusers", "comfyui"])
-def test_a_cut_to_a_rank_says_what_it_keeps(
-    form: str, trained: tuple[Path, Any], tmp_path: Path
+@pytest.mark.parametrize("name", ["diffusers", "comfyui"])
+def test_a_reduced_rank_reports_what_it_keeps(
+    name: str, trained: tuple[Path, Any], tmp_path: Path
 ) -> None:
     said: list[str] = []
-    out = export(trained[0], tmp_path / "out", form, rank=2, say=said.append)
+    out = export(trained[0], tmp_path / "out", name, rank=2, say=said.append)
     assert said[0].startswith("rank 2: every layer keeps ")
     assert "the output differs from the trained model's by" in said[0]
     assert "read back by" in said[1]

@@ -1,4 +1,4 @@
-"""Files made elsewhere: what is read, what is said, what is refused."""
+"""Import of other tools' files: what is read, what is reported, what is refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def changed(kohya_file: Path, tmp_path: Path) -> Callable[[Edit], Path]:
     return change
 
 
-def test_a_run_goes_on_from_it(
+def test_a_run_starts_from_it(
     kohya_file: Path, tiny: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:
     path = import_file(kohya_file, str(tiny_folder), tmp_path / "back.safetensors", say=quiet)
@@ -66,7 +66,7 @@ def test_a_run_goes_on_from_it(
 
 
 @pytest.mark.parametrize(
-    ("name", "form", "wanted"),
+    ("name", "written", "wanted"),
     [
         ("lora", "kohya", "kohya"),
         ("custom", "comfyui", "diff"),
@@ -75,8 +75,10 @@ def test_a_run_goes_on_from_it(
         ("words", "diffusers", "diffusers"),
     ],
 )
-def test_the_form_is_seen(name: str, form: str, wanted: str, trained: Any, tmp_path: Path) -> None:
-    assert detect(export(trained(name), tmp_path / "out", form, say=quiet)) == wanted
+def test_the_format_is_recognised(
+    name: str, written: str, wanted: str, trained: Any, tmp_path: Path
+) -> None:
+    assert detect(export(trained(name), tmp_path / "out", written, say=quiet)) == wanted
 
 
 def test_an_embedding_alone(trained: Any, tiny_folder: Path, tmp_path: Path) -> None:
@@ -98,7 +100,7 @@ def test_several_rows_under_one_word(tiny_folder: Path, tmp_path: Path) -> None:
     assert words == ["<cat>", "<cat>_1"]
 
 
-def test_a_missing_alpha_is_the_rank_and_said(
+def test_a_missing_alpha_is_the_rank_and_is_reported(
     changed: Callable[[Edit], Path], tiny_folder: Path, tmp_path: Path
 ) -> None:
     def drop(tensors: dict[str, Tensor]) -> None:
@@ -107,7 +109,7 @@ def test_a_missing_alpha_is_the_rank_and_said(
 
     said: list[str] = []
     import_file(changed(drop), str(tiny_folder), tmp_path / "back", say=said.append)
-    assert said[0] == "77 layers have no .alpha: taken as their rank, strength 1"
+    assert said[0] == "77 layers have no .alpha: their rank is used, which is a factor of 1"
 
 
 def pop(key: str) -> Edit:
@@ -131,7 +133,7 @@ def rename(old: str, new: str) -> Edit:
     [
         pytest.param(
             pop(f"{MIDDLE}.lora_up.weight"),
-            rf"the down matrix of {MIDDLE} without its up matrix; 1 of 77 pairs are half",
+            rf"the down matrix of {MIDDLE} without its up matrix; 1 of 77 pairs are incomplete",
             id="half",
         ),
         pytest.param(
@@ -156,16 +158,16 @@ def rename(old: str, new: str) -> Edit:
         ),
         pytest.param(
             put(f"{MIDDLE}.dora_scale", torch.ones(1, 128)),
-            "DoRA as dora_scale, whose axis its writers do not agree on",
+            "DoRA as dora_scale, whose axis differs between the tools",
             id="dora-scale",
         ),
         pytest.param(
             put(f"{MIDDLE}.hada_w1_a", torch.ones(4, 4)), "hada_w1_a: LoHa; merge it", id="loha"
         ),
-        pytest.param(put("step", torch.ones(1)), "holds step, which is nothing of", id="stray"),
+        pytest.param(put("step", torch.ones(1)), "holds step, which belongs to no", id="stray"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(
+def test_the_message_says_what_is_wrong_with_a_file(
     edit: Edit, message: str, changed: Callable[[Edit], Path], tiny_folder: Path, tmp_path: Path
 ) -> None:
     path = changed(edit)
@@ -179,7 +181,7 @@ def test_a_text_encoders_feed_forward_has_no_method(tiny: Any) -> None:
     path = "text_encoder.encoder.layers.0.mlp.fc1"
     layer = tiny.get_submodule(path)
     pair = LowRankDelta(torch.ones(2, layer.in_features), torch.ones(layer.out_features, 2))
-    with pytest.raises(ValueError, match=rf"adapts {path}, 1 such .* encoder's attention only"):
+    with pytest.raises(ValueError, match=rf"adapts {path}, 1 such .* adapt the attention only"):
         recipe_of(Bundle({path: pair}, {}), tiny)
 
 
@@ -201,16 +203,16 @@ class Canary:
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt"])
-@pytest.mark.parametrize("whole", [False, True], ids=["file", "folder"])
+@pytest.mark.parametrize("in_folder", [False, True], ids=["file", "folder"])
 def test_a_pickle_is_never_opened_and_its_conversion_named(
-    suffix: str, whole: bool, tmp_path: Path
+    suffix: str, in_folder: bool, tmp_path: Path
 ) -> None:
     folder = tmp_path / "made"
     folder.mkdir()
     path = folder / f"lora{suffix}"
     torch.save({"weight": Canary(tmp_path / "sprung")}, path)
     with pytest.raises(ValueError, match=r"a pickle.*weights_only=True.*'lora\.safetensors'"):
-        import_file(folder if whole else path, "tiny", tmp_path / "back", say=quiet)
+        import_file(folder if in_folder else path, "tiny", tmp_path / "back", say=quiet)
     assert not (tmp_path / "sprung").exists()
     assert not (tmp_path / "back").exists()
 
@@ -227,22 +229,22 @@ def test_the_named_conversion_works(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(load_file(tmp_path / "x.safetensors")) == ["a.to_k_custom_diffusion.weight"]
 
 
-def test_places_that_are_no_file_to_import(trained: Any, tiny_folder: Path, tmp_path: Path) -> None:
+def test_paths_that_cannot_be_imported(trained: Any, tiny_folder: Path, tmp_path: Path) -> None:
     where = {"backbone": "tiny", "out": tmp_path / "back"}
     with pytest.raises(ValueError, match="no such file or folder"):
         import_file(tmp_path / "nowhere", **where)
     with pytest.raises(
-        ValueError, match="is a whole pipeline; train on it as it is, with backbone="
+        ValueError, match="is a complete pipeline; train on it as it is, with backbone="
     ):
         import_file(tiny_folder, **where)
-    with pytest.raises(ValueError, match=r"an adapter of ours already; give it to run\.start_from"):
+    with pytest.raises(ValueError, match=r"is already an adapter .*; use it as run\.start_from="):
         import_file(trained("lora"), **where)
     (tmp_path / "mine").write_text("keep")
-    with pytest.raises(ValueError, match=r"out=\S+mine exists; .* nothing is written over"):
+    with pytest.raises(ValueError, match=r"out=\S+mine exists; .* nothing is overwritten"):
         import_file(trained("lora"), "tiny", tmp_path / "mine")
     assert (tmp_path / "mine").read_text() == "keep"
     save_file({"conv.weight": torch.ones(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"its keys, like conv\.weight, are of no form we read"):
+    with pytest.raises(ValueError, match=r"its keys, like conv\.weight, are of no known format"):
         import_file(tmp_path / "model.safetensors", **where)
 
 
@@ -253,15 +255,15 @@ def test_the_verb(
     assert main(["import", *words]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("kohya: 77 LoRA layers; largest difference")
-    assert lines[1].startswith(f"go on from it with run.start_from={tmp_path / 'back'} and methods")
+    assert lines[1].startswith(f"to start from it: run.start_from={tmp_path / 'back'} and methods")
     assert lines[2] == str(tmp_path / "back")
     assert main(["import", *words]) == BAD_RECIPE
-    assert "exists; name a file that does not" in capsys.readouterr().err
+    assert "exists; give a file that does not" in capsys.readouterr().err
     assert main(["import", words[0]]) == BAD_RECIPE
     assert "error: give file=<file or folder>, backbone=" in capsys.readouterr().err
 
 
-def test_a_selector_stands_for_the_layers_where_one_does(tiny: Any) -> None:
+def test_a_selector_replaces_the_names_of_layers_where_possible(tiny: Any) -> None:
     def pair(path: str) -> LowRankDelta:
         layer = tiny.get_submodule(path)
         return LowRankDelta(torch.ones(2, layer.in_features), torch.ones(layer.out_features, 2))
@@ -279,14 +281,14 @@ def test_a_selector_stands_for_the_layers_where_one_does(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (4, 3, 3, 3), (30, 2, 3, 3)], ids=str)
-def test_a_whole_matrix_is_a_pair_of_full_rank(shape: tuple[int, ...]) -> None:
+def test_a_full_matrix_is_a_pair_of_full_rank(shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape)
     pair = exact(weight)
     assert pair.rank == min(shape[0], weight[0].numel())
     assert torch.equal((pair.up.flatten(1) @ pair.down.flatten(1)).view(shape), weight)
 
 
-def test_a_rank_above_the_layer_is_brought_down_without_loss() -> None:
+def test_a_rank_above_the_layers_sides_is_lowered_without_loss() -> None:
     pair = LowRankDelta(torch.randn(20, 5), torch.randn(9, 20), 0.5)
     small = fitted(pair)
     assert small.rank == 5

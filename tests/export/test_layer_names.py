@@ -1,4 +1,4 @@
-"""The tables of names, on the full geometry of SD 1.5 and SDXL, built without weights."""
+"""The tables of names, on the full sizes of SD 1.5 and SDXL, built without weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ each_geometry = pytest.mark.parametrize("geometry", CONFIGS)
 
 @pytest.fixture(scope="module")
 def built() -> Any:
-    """`built("sdxl")`: what exports ask of a backbone, its U-Net on the meta device."""
+    """`built("sdxl")`: the attributes of a backbone that exports use, with its U-Net on the meta
+    device."""
     from diffusers import UNet2DConditionModel
 
     made: dict[str, Any] = {}
@@ -140,29 +141,29 @@ def test_older_names_by_hand(geometry: str, name: str, old: str, built: Any) -> 
     assert ldm(built(geometry).denoiser)[name] == old
 
 
-@pytest.mark.parametrize("form", ["kohya", "comfyui"])
+@pytest.mark.parametrize("name", ["kohya", "comfyui"])
 @each_geometry
-def test_files_of_low_rank_pairs(geometry: str, form: str, built: Any, tmp_path: Path) -> None:
+def test_files_of_low_rank_pairs(geometry: str, name: str, built: Any, tmp_path: Path) -> None:
     model = built(geometry)
     layers = {}
     for path, layer in cross_kv(model).items():
         out, width = layer.weight.shape
         layers[path] = LowRankDelta(torch.zeros(4, width), torch.ones(out, 4), 0.5)
     job = SimpleNamespace(base=model, bundle=Bundle(layers, {}), title="lora")
-    find_format(form).write(job, tmp_path, torch.float16)
+    find_format(name).write(job, tmp_path, torch.float16)
     path = tmp_path / "lora.safetensors"
     tensors = load_file(path)
     assert len(tensors) == 3 * len(layers)
     assert tensors["lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.alpha"] == 2
     values = sum(4 * sum(layer.weight.shape) for layer in cross_kv(model).values())
     assert 0 < path.stat().st_size - 2 * values < 2 * len(layers) * 250
-    if form == "kohya":
+    if name == "kohya":
         version = {"sd15": "sd_v1", "sdxl": "sdxl_base_v1-0"}[geometry]
         with safe_open(path, "pt") as file:
             assert file.metadata()["ss_base_model_version"] == version
 
 
-def test_a_file_of_whole_matrices_of_sd15(built: Any, tmp_path: Path) -> None:
+def test_a_file_of_full_matrices_of_sd15(built: Any, tmp_path: Path) -> None:
     model = built("sd15")
     layers = {
         path: FullDelta(torch.zeros(layer.weight.shape)) for path, layer in cross_kv(model).items()

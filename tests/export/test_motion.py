@@ -1,5 +1,5 @@
-"""Motion modules: diffusers' `MotionAdapter` and its pipeline, AnimateDiff's own keys, and both
-back in."""
+"""Motion modules: written as diffusers' `MotionAdapter` for its pipeline and under AnimateDiff's
+own keys, and read back from both."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from trainer.attention import host
 from trainer.config.header import read_header
 from trainer.config.load import methods_of
 from trainer.diffusion.sampler import sample
-from trainer.export import export as exports
 from trainer.export import motion
 from trainer.export.detect import detect
-from trainer.export.export import export
-from trainer.export.find_format import find_format, format_names
+from trainer.export.export import base_of, export, refuse_inserted
+from trainer.export.find_format import format_names
 from trainer.export.formats import diffusers
 from trainer.export.import_ import import_file
 from trainer.export.job import Job
 from trainer.export.motion import motion_config
-from trainer.export.proof import LIMIT, Probe, difference
+from trainer.export.proof import LIMIT, Probe, Proof, difference, prove
 from trainer.methods.apply import apply_methods
 from trainer.methods.feature.animatediff import AnimateDiff
 from trainer.ops.temporal.motion_names import ours, theirs
@@ -55,7 +54,7 @@ def quiet(line: str) -> None:
 
 
 def numbers(said: list[str]) -> list[float]:
-    """The largest differences that were said."""
+    """The largest differences that were reported."""
     marked = [line.partition("largest difference ")[2] for line in said]
     return [float(rest.split()[0]) for rest in marked if rest]
 
@@ -66,8 +65,7 @@ def moving(
     tmp_path_factory: pytest.TempPathFactory,
     open_folder: Callable[[Path], Any],
 ) -> Make:
-    """`moving(tree)`: the adapter of a run with these methods, in which nothing that trains is
-    zero."""
+    """`moving(tree)`: an adapter with these methods, in which no trained tensor is zero."""
     folder = tmp_path_factory.mktemp("moving")
 
     def make(tree: dict[str, Any]) -> Path:
@@ -90,7 +88,7 @@ def moving(
 
 @pytest.fixture
 def answer() -> Callable[[Any], Tensor]:
-    """`answer(model)`: what a model makes of two clips of four frames."""
+    """`answer(model)`: a model's output for two clips of four frames."""
 
     def ask(model: Any) -> Tensor:
         probe = Probe(SimpleNamespace(resolution=64, divisor=8, latent_channels=8), (), frames=4)
@@ -118,7 +116,7 @@ def pipeline(folder: Path, out: Path, **parts: Any) -> Any:
 
 
 @pytest.mark.parametrize("tree", [BOTH, ANEW, V1], ids=["lora-and-words", "words-anew", "v1"])
-def test_the_stock_pipeline_paints_the_same_clip(
+def test_the_stock_pipeline_generates_the_same_clip(
     tree: dict[str, Any], moving: Make, tiny_folder: Path, tmp_path: Path
 ) -> None:
     said: list[str] = []
@@ -142,51 +140,57 @@ def test_the_stock_pipeline_paints_the_same_clip(
         latents=noise.transpose(0, 1)[None],
         output_type="pt",
     ).frames[0]
-    live, _ = load_adapted(moving(tree))
-    own = sample(live, [prompt], [0], steps=3, guidance=4.0, frames=3, start=noise) / 2 + 0.5
+    adapted, _ = load_adapted(moving(tree))
+    own = sample(adapted, [prompt], [0], steps=3, guidance=4.0, frames=3, start=noise) / 2 + 0.5
     print(f"largest difference of a pixel {float((clip - own).abs().max()):.1e}")
     assert float((clip - own).abs().max()) < 1e-4
-    still = sample(live, [prompt], [0], steps=3, guidance=4.0, start=noise[:1]) / 2 + 0.5
+    still = sample(adapted, [prompt], [0], steps=3, guidance=4.0, start=noise[:1]) / 2 + 0.5
     assert float((still[0] - own[0]).abs().max()) > 2 / 255
 
 
-def test_known_words_that_learned_anew_are_in_the_text_encoder(
+def test_trained_known_words_are_in_the_text_encoder(
     moving: Make, tiny_folder: Path, tmp_path: Path
 ) -> None:
     out = export(moving(ANEW), tmp_path / "out", "diffusers", say=quiet)
-    live, _ = load_adapted(moving(ANEW))
-    learned = live.text_encoder.get_input_embeddings().weight.detach()[: live.tokenizer.vocab_size]
+    adapted, _ = load_adapted(moving(ANEW))
+    learned = adapted.text_encoder.get_input_embeddings().weight.detach()[
+        : adapted.tokenizer.vocab_size
+    ]
     stock = encoder_of(out).get_input_embeddings().weight.detach()
     base = encoder_of(tiny_folder).get_input_embeddings().weight.detach()
+    assert len(stock) == adapted.tokenizer.vocab_size
     assert torch.equal(stock, learned[: len(stock)])
-    ids = live.tokenizer(["left", "moving"], add_special_tokens=False).input_ids
+    ids = adapted.tokenizer(["left", "moving"], add_special_tokens=False).input_ids
     moved = (stock != base).any(1).nonzero().flatten().tolist()
     assert moved == sorted(number for row in ids for number in row)
-    with pytest.raises(ValueError, match="cannot carry 'left', a known word that has learned") as e:
+    with pytest.raises(
+        ValueError, match="cannot carry 'left', a word of the vocabulary whose"
+    ) as e:
         export(moving(STILL), tmp_path / "peft", "peft", say=quiet)
-    assert "format=diffusers and format=kohya and format=merged" in str(e.value)
+    able = ["animatediff", "comfyui", "diff", "diffusers", "kohya", "merged"]
+    assert str(e.value).endswith("these can: " + ", ".join(f"format={name}" for name in able))
 
 
-@pytest.mark.parametrize("form", ["animatediff", "kohya", "comfyui", "diff"])
-def test_known_words_that_learned_anew_are_embeddings_named_like_them(
-    form: str, moving: Make, tiny: Any, tmp_path: Path
+@pytest.mark.parametrize("name", ["animatediff", "kohya", "comfyui", "diff"])
+def test_trained_known_words_are_embeddings_named_like_them(
+    name: str, moving: Make, tiny: Any, tmp_path: Path
 ) -> None:
-    """A prompt's ids that are those of a file's name read its row: so does the A1111 family."""
+    """UIs of the A1111 family use a file's row where a prompt has the token ids of its name."""
     said: list[str] = []
-    path = moving(ANEW if form == "animatediff" else STILL)
-    out = export(path, tmp_path / "mine", form, say=said.append)
+    path = moving(ANEW if name == "animatediff" else STILL)
+    out = export(path, tmp_path / "mine", name, say=said.append)
     assert max(numbers(said)) <= LIMIT
-    assert "(left, moving): with embeddings/ among a UI's embeddings" in "\n".join(said)
+    assert "known words were trained: left, moving. Copy the files of" in "\n".join(said)
     assert "`embedding:left`" in "\n".join(said)
     rows = {file.stem: load_file(file) for file in (out / "embeddings").iterdir()}
     assert set(rows) - {"v1"} == {"left", "moving"}
     table = tiny.text_encoder.get_input_embeddings().weight
     with torch.no_grad():
-        for name in ("left", "moving"):
-            ((number,),) = tiny.tokenizer([name], add_special_tokens=False).input_ids
-            table[number] = rows[name][name]
-    live, _ = load_adapted(path)
-    learned = live.text_encoder.get_input_embeddings().weight.detach()
+        for word in ("left", "moving"):
+            ((number,),) = tiny.tokenizer([word], add_special_tokens=False).input_ids
+            table[number] = rows[word][word]
+    adapted, _ = load_adapted(path)
+    learned = adapted.text_encoder.get_input_embeddings().weight.detach()
     assert torch.equal(table, learned[: len(table)])
 
 
@@ -197,17 +201,17 @@ def test_known_words_come_back_in(moving: Make, tmp_path: Path, tiny_folder: Pat
     assert "the known words left, moving" in said[0]
     tree, _ = read_header(back)
     assert tree["methods"]["word_embedding"] == {"tokens": ["left", "moving"]}
-    live, again = load_adapted(moving(STILL))[0], load_adapted(back)[0]
-    probe = Probe(live, ["left", "moving"])
-    assert difference(probe(again), probe(live)) <= LIMIT
+    adapted, again = load_adapted(moving(STILL))[0], load_adapted(back)[0]
+    probe = Probe(adapted, ["left", "moving"])
+    assert difference(probe(again), probe(adapted)) <= LIMIT
     file = out / "embeddings" / "left.safetensors"
     alone = import_file(file, str(tiny_folder), tmp_path / "left.safetensors", say=quiet)
     assert read_header(alone)[0]["methods"] == {"word_embedding": {"tokens": ["left"]}}
 
 
-def test_a_word_that_no_file_can_be_named_is_refused(moving: Make, tmp_path: Path) -> None:
+def test_a_word_that_cannot_name_a_file_is_refused(moving: Make, tmp_path: Path) -> None:
     path = moving({"lora": BOTH["lora"], "word_embedding": {"tokens": ["!"]}})
-    with pytest.raises(ValueError, match=r"'!' has learned anew, and UIs know .*; format=diffuser"):
+    with pytest.raises(ValueError, match=r"embedding of '!' was trained, .*; format=diffuser"):
         export(path, tmp_path / "out", "kohya", say=quiet)
 
 
@@ -300,28 +304,30 @@ def test_the_original_keys_and_the_image_layers_beside_them(moving: Make, tmp_pa
     assert all(key.startswith(("lora_unet_", "lora_te_")) for key in beside)
 
 
-def test_how_far_readers_are_that_norm_each_frame_by_itself_is_said(
+def test_the_difference_of_readers_that_normalise_each_frame_is_reported(
     moving: Make, tmp_path: Path, answer: Callable[[Any], Tensor]
 ) -> None:
-    """As if the clips of a batch were as many as the frames, in the norm alone."""
+    """The reference folds the frames into the batch before the norm and back after it."""
     said: list[str] = []
     export(moving(MODULES), tmp_path / "mine", "animatediff", say=said.append)
-    live, _ = load_adapted(moving(MODULES))
-    wanted = answer(live)
-    for module in motion.modules(live).values():
+    adapted, _ = load_adapted(moving(MODULES))
+    wanted = answer(adapted)
+    for module in motion.modules(adapted).values():
         module.norm.register_forward_pre_hook(
             lambda norm, args: (args[0].transpose(1, 2).flatten(0, 1),)
         )
         module.norm.register_forward_hook(
             lambda norm, args, rows: rows.unflatten(0, (-1, 4)).transpose(1, 2)
         )
-    apart = difference(answer(live), wanted)
+    apart = difference(answer(adapted), wanted)
     assert apart > 1e-3
-    assert said[0].startswith("AnimateDiff's own code and most UIs norm each frame of a clip by it")
+    assert said[0].startswith("AnimateDiff's own code and most UIs normalise each frame of a clip")
     assert float(said[0].rpartition(" ")[2]) == pytest.approx(apart, rel=0.05)
 
 
-def test_dora_on_the_image_layers_is_whole_beside_the_modules(moving: Make, tmp_path: Path) -> None:
+def test_dora_on_the_image_layers_is_a_full_delta_beside_the_modules(
+    moving: Make, tmp_path: Path
+) -> None:
     tree = MODULES | {"dora": {"sites": "cross", "projections": ["k"], "rank": 2}}
     out = export(moving(tree), tmp_path / "mine", "animatediff", say=quiet)
     beside = load_file(out / "loras" / "mine.safetensors")
@@ -340,7 +346,7 @@ def test_lora_inside_modules_that_train_is_folded_in(
 
 
 @pytest.mark.parametrize("name", ["diffusers", "animatediff"])
-def test_it_comes_back_in_by_the_method(
+def test_the_method_reads_it_back(
     name: str,
     moving: Make,
     tiny: Any,
@@ -350,14 +356,14 @@ def test_it_comes_back_in_by_the_method(
     out = export(moving(MODULES), tmp_path / "mine", name, say=quiet)
     where = out if name == "diffusers" else out / "mine.safetensors"
     apply_methods(tiny, methods_of({"animatediff": {"weights": str(where)}}))
-    live, _ = load_adapted(moving(MODULES))
-    assert torch.equal(answer(tiny), answer(live))
+    adapted, _ = load_adapted(moving(MODULES))
+    assert torch.equal(answer(tiny), answer(adapted))
 
 
-def test_what_animatediffs_own_trainer_saves_comes_in_once_it_is_no_pickle(
+def test_a_checkpoint_of_animatediffs_own_trainer_is_read_once_it_is_converted(
     moving: Make, tiny: Any, tmp_path: Path, answer: Callable[[Any], Tensor]
 ) -> None:
-    """The whole network under `state_dict`, every name with `module.` before it."""
+    """It holds the complete network under `state_dict`, with `module.` before every name."""
     out = export(moving(MODULES), tmp_path / "mine", "animatediff", say=quiet)
     state = {f"module.{k}": v for k, v in load_file(out / "mine.safetensors").items()}
     state |= {f"module.{k}": v for k, v in tiny.unet.state_dict().items()}
@@ -370,10 +376,10 @@ def test_what_animatediffs_own_trainer_saves_comes_in_once_it_is_no_pickle(
     subprocess.run(command, cwd=tmp_path, check=True)
     model = load_adapted(moving(MODULES))[0]
     wanted = answer(model)
-    fresh = exports.base_of(read_header(moving(MODULES))[0])
+    base = base_of(read_header(moving(MODULES))[0])
     options = {"weights": str(tmp_path / "checkpoint.safetensors")}
-    apply_methods(fresh, methods_of({"animatediff": options}))
-    assert torch.equal(answer(fresh), wanted)
+    apply_methods(base, methods_of({"animatediff": options}))
+    assert torch.equal(answer(base), wanted)
 
 
 @pytest.fixture
@@ -408,17 +414,17 @@ def test_motion_lora_is_a_lora_for_the_pipeline_with_the_modules_it_was_trained_
     assert all(".motion_modules." in key for key in load_file(out / diffusers.FILE))
     modules = export(moving(MODULES), tmp_path / "modules", "diffusers", say=quiet)
     stock = pipeline(tiny_folder, modules)
-    live, _ = load_adapted(path)
+    adapted, _ = load_adapted(path)
 
     def ask() -> Tensor:
-        asked = motion.Stock.__new__(motion.Stock)
-        asked.pipeline, asked.encode_prompts = stock, live.encode_prompts
+        asked = motion.AnimateDiffModel.__new__(motion.AnimateDiffModel)
+        asked.pipeline, asked.encode_prompts = stock, adapted.encode_prompts
         return answer(asked)
 
     stock.unet.eval()
-    assert difference(ask(), answer(live)) > 1e-2
+    assert difference(ask(), answer(adapted)) > 1e-2
     stock.load_lora_weights(out)
-    assert difference(ask(), answer(live)) <= LIMIT
+    assert difference(ask(), answer(adapted)) <= LIMIT
 
 
 def test_motion_lora_beside_lora_on_the_image_model_is_one_file(
@@ -432,7 +438,7 @@ def test_motion_lora_beside_lora_on_the_image_model_is_one_file(
     assert {"motion_modules" in key for key in keys} == {True, False}
 
 
-def test_what_diffusers_cannot_run_is_refused_and_carried_by_the_other_form(
+def test_what_diffusers_cannot_run_is_refused_and_the_other_format_carries_it(
     motion_lora: Callable[..., Path], moving: Make, tmp_path: Path
 ) -> None:
     path = motion_lora(layers=["*motion_modules.?.proj_in"])
@@ -445,59 +451,59 @@ def test_what_diffusers_cannot_run_is_refused_and_carried_by_the_other_form(
     said: list[str] = []
     export(path, tmp_path / "out", "animatediff", say=said.append)
     assert max(numbers(said[1:])) <= LIMIT
-    # the reason that is given: the file loads, and the network does not run
+    # the reason in the message: the file loads, but the network does not run
     tree, _ = read_header(path)
-    live, base = load_adapted(path)[0], exports.base_of(tree)
-    stock = motion.Stock(base, motion.adapter(base))
+    adapted, base = load_adapted(path)[0], base_of(tree)
+    stock = motion.AnimateDiffModel(base, motion.adapter(base))
     layer = "unet.down_blocks.0.motion_modules.0.proj_in"
-    pair = live.get_submodule(layer)
+    pair = adapted.get_submodule(layer)
     stock.pipeline.load_lora_weights(
         {f"{layer}.lora_{m}.weight": getattr(pair, f"lora_{m}")["lora"].weight for m in "AB"}
     )
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
-        Probe(live, (), 4)(stock)
+        Probe(adapted, (), 4)(stock)
 
 
-def test_heads_that_the_keys_do_not_say_are_refused(moving: Make, tmp_path: Path) -> None:
+def test_another_number_of_heads_is_refused(moving: Make, tmp_path: Path) -> None:
     path = moving({"animatediff": {"heads": 2}})
-    with pytest.raises(ValueError, match=r"cannot carry down_blocks\S+ with 2 heads: .*takes 8"):
+    with pytest.raises(ValueError, match=r"cannot carry down_blocks\S+ with 2 heads: .*assumes 8"):
         export(path, tmp_path / "out", "animatediff", say=quiet)
     export(path, tmp_path / "out", "diffusers", say=quiet)
 
 
-def test_forms_without_a_place_for_modules_name_those_that_have_one(
+def test_formats_without_a_place_for_modules_name_those_that_have_one(
     moving: Make, tmp_path: Path
 ) -> None:
     others = [name for name in format_names() if name not in ("animatediff", "diffusers")]
     assert len(others) == len(format_names()) - 2
-    live, _ = load_adapted(moving(BOTH))
+    adapted, _ = load_adapted(moving(BOTH))
     for name in others:
         with pytest.raises(
             ValueError,
-            match=rf"format={name} cannot carry the 7 layers that look through time "
+            match=rf"format={name} cannot carry the 7 temporal layers "
             r"\(MotionModule\); format=animatediff and format=diffusers can",
         ):
-            exports._refuse_inserted(live, name)
-    with pytest.raises(ValueError, match="format=merged cannot carry the 7 layers"):
+            refuse_inserted(adapted, name)
+    with pytest.raises(ValueError, match="format=merged cannot carry the 7 temporal layers"):
         export(moving(BOTH), tmp_path / "out", say=quiet)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_layers_through_time_have_no_form(tiny: Any) -> None:
+def test_no_format_carries_other_temporal_layers(tiny: Any) -> None:
     apply_methods(tiny, methods_of({"vdm": {}}))
     for name in format_names():
-        with pytest.raises(ValueError, match=r"through time \(TemporalAttention\); paint with"):
-            exports._refuse_inserted(tiny, name)
+        with pytest.raises(ValueError, match=r"temporal layers \(TemporalAttention\); generate"):
+            refuse_inserted(tiny, name)
 
 
-def test_modules_of_a_transformer_have_no_form(dit: Any) -> None:
+def test_no_format_carries_modules_of_a_transformer(dit: Any) -> None:
     AnimateDiff(heads=2).apply(dit)
-    with pytest.raises(ValueError, match=r"format=diffusers cannot carry the 2 layers .*; paint"):
-        exports._refuse_inserted(dit, "diffusers")
+    with pytest.raises(ValueError, match=r"diffusers cannot carry the 2 temporal .*; generate"):
+        refuse_inserted(dit, "diffusers")
 
 
 def test_a_rank_is_for_lora_alone(moving: Make, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="rank=1 cuts the change of layers, and the layers this"):
+    with pytest.raises(ValueError, match="rank=1 reduces changes of existing layers, and this"):
         export(moving(BOTH), tmp_path / "out", "diffusers", rank=1, say=quiet)
 
 
@@ -514,13 +520,11 @@ def test_modules_that_load_and_do_nothing_are_refused(
     (file,) = out.glob("*.safetensors")
     zero = {k: v * (0 if "proj_out" in k else 1) for k, v in load_file(file).items()}
     save_file(zero, file, {"format": "pt"})
-    live, tree = load_adapted(moving(MODULES))
-    probe = Probe(live, (), 4)
-    with pytest.raises(ValueError, match=r"an output \S+ from the model's, where \S+ is allowed"):
-        exports._prove(
-            find_format(name), name, out, lambda: exports.base_of(tree), probe, probe(live), (),
-            quiet,
-        )  # fmt: skip
+    adapted, tree = load_adapted(moving(MODULES))
+    probe = Probe(adapted, (), 4)
+    proof = Proof(name, lambda: base_of(tree), probe=probe, wanted=probe(adapted), say=quiet)
+    with pytest.raises(ValueError, match=r"differs by \S+ from the model's, and \S+ is allowed"):
+        prove(proof, out)
 
 
 def test_an_op_that_acts_on_clips_is_named(moving: Make, tmp_path: Path) -> None:
@@ -545,7 +549,7 @@ def test_a_base_in_four_bits(
         assert any(line.startswith("proven on the base as methods.nf4 stores it") for line in said)
 
 
-def test_import_takes_the_lora_and_names_the_way_of_the_modules(
+def test_import_reads_the_lora_and_says_what_reads_the_modules(
     moving: Make, tiny_folder: Path, tmp_path: Path
 ) -> None:
     out = export(moving(BOTH), tmp_path / "out", "diffusers", say=quiet)
@@ -556,7 +560,9 @@ def test_import_takes_the_lora_and_names_the_way_of_the_modules(
     original = export(moving(V1), tmp_path / "mine", "animatediff", say=quiet)
     for where in (alone, original, original / "mine.safetensors"):
         assert detect(where) == "animatediff"
-        with pytest.raises(ValueError, match=r"train on from them with methods\.animatediff\.wei"):
+        with pytest.raises(
+            ValueError, match=r"start from them, train with methods\.animatediff\.wei"
+        ):
             import_file(where, str(tiny_folder), tmp_path / "none", say=quiet)
 
 
@@ -564,17 +570,17 @@ def test_import_refuses_a_motion_lora(
     motion_lora: Callable[..., Path], tiny_folder: Path, tmp_path: Path
 ) -> None:
     out = export(motion_lora(), tmp_path / "out", "diffusers", say=quiet)
-    with pytest.raises(ValueError, match="is a MotionLoRA, a change of motion modules, and a back"):
+    with pytest.raises(ValueError, match="is a MotionLoRA, which changes motion modules, and"):
         import_file(out, str(tiny_folder), tmp_path / "none", say=quiet)
 
 
 def test_nothing_of_the_modules_is_left_in_the_bundle(
     moving: Make, tiny_folder: Path, open_folder: Callable[[Path], Any]
 ) -> None:
-    """What else is stored goes its own way, so that nothing is dropped."""
-    live, _ = load_adapted(moving(BOTH))
+    """The modules are written separately, so that nothing is dropped."""
+    adapted, _ = load_adapted(moving(BOTH))
     stored = tuple(load_file(moving(BOTH)))
-    job = Job(live, lambda: open_folder(tiny_folder), stored, "title")
+    job = Job(adapted, lambda: open_folder(tiny_folder), stored=stored, title="title")
     assert job.inserts
     assert job.bundle.dropped == ()
     assert not any("motion" in path for path in job.bundle.layers)

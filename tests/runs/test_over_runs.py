@@ -154,13 +154,13 @@ def test_a_kernel_over_a_kernel_is_refused_by_name(
     said = rf"methods\.{kernel}: the kernel of .* belongs to methods\.linear_attention, by the run"
     with pytest.raises(ValueError, match=said) as caught:
         apply_methods(backbone, methods_of({kernel: {"sites": "self"}}), trains=False)
-    assert "merged" not in str(caught.value)  # no form of weights holds a kernel
+    assert "merged" not in str(caught.value)  # no file of weights can hold a kernel
 
 
-def test_a_form_would_lack_what_lies_below(tiny_folder: Path, learn: Any, tmp_path: Path) -> None:
+def test_an_export_would_lack_the_run_below(tiny_folder: Path, learn: Any, tmp_path: Path) -> None:
     run = learn("one", {"selective": {"sites": "cross"}}, str(tiny_folder))
     later = learn("later", LORA, str(run))
-    with pytest.raises(ValueError, match=r"trained over another, .*one, which no form holds"):
+    with pytest.raises(ValueError, match=r"on top of another, .*one, which no format includes"):
         export(later / "adapter.safetensors", tmp_path / "out", "kohya")
     assert not (tmp_path / "out").exists()
 

@@ -38,5 +38,7 @@ def run(words: list[str]) -> int:
 
     source, out = options.file.expanduser(), options.out.expanduser()
     placement = choose_placement(options.device, "fp32")
-    print(import_file(source, options.backbone, out, form=options.format, placement=placement))
+    print(
+        import_file(source, options.backbone, out, format_name=options.format, placement=placement)
+    )
     return 0

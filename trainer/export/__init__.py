@@ -1,1 +1,1 @@
-"""Adapters written for other tools, proven, and read back."""
+"""Writes adapters for other tools, checks what was written, and reads other tools' files."""

@@ -1,4 +1,4 @@
-"""A bundle put on a plain model by its own arithmetic: the reader that needs no other tool."""
+"""Adds a bundle to a plain model by its own arithmetic: the reader that needs no other tool."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from trainer.ops.adapters.token_rows import extend, known_id
 
 
 def parts(model: Any) -> dict[str, nn.Module]:
-    """What adapters change: the denoiser and the text encoders, by part name."""
+    """The parts that adapters change, by name: the denoiser and the text encoders."""
     return {model.denoiser_name: model.denoiser, **model.text_encoders}
 
 
 def layer_at(model: Any, path: str) -> nn.Module:
-    """The layer at a module path that starts with its part."""
+    """The layer at a module path whose first component is the part's name."""
     part, _, name = path.partition(".")
     return part_of(model, part).get_submodule(name)
 
 
 def product(delta: LowRankDelta | DoRADelta) -> Tensor:
-    """scale * up down as (out, in * kh * kw)."""
+    """scale * up down as a matrix (out, in * kh * kw)."""
     return delta.scale * (delta.up.flatten(1) @ delta.down.flatten(1))
 
 
 def full_delta(delta: Delta, layer: nn.Module) -> FullDelta:
-    """dW and db of a delta on a plain layer."""
+    """dW and db of a delta on a plain layer, in the shapes of its weight and bias."""
     if isinstance(delta, FullDelta):
         return delta
     weight: Any = layer.weight
@@ -43,7 +43,7 @@ def full_delta(delta: Delta, layer: nn.Module) -> FullDelta:
 
 @torch.no_grad()
 def add_to(base: Any, bundle: Bundle) -> Any:
-    """Adds every delta and every word to a plain model, in place; returns it."""
+    """Adds every delta and every word of a bundle to a plain model, in place; returns the model."""
     for path, delta in bundle.layers.items():
         layer: Any = unpacked(layer_at(base, path))
         part, _, name = path.partition(".")
@@ -61,7 +61,7 @@ def add_to(base: Any, bundle: Bundle) -> Any:
         words = [word for word, own in bundle.tokens.items() if part in own]
         if words:
             module: Any = encoder
-            extend(module, base.tokenizers[part], words, [None] * len(words))
+            extend(module, base.tokenizers[part], tokens=words, words=[None] * len(words))
             for row, word in zip(module.get_input_embeddings().rows, words, strict=True):
                 row.copy_(bundle.tokens[word][part])
     return base

@@ -1,14 +1,4 @@
-"""Forms: how an adapter is written for other tools, and read from them. One file each, found by its
-name.
-
-A form's file has `write(job, folder, dtype)`, a table `READERS` of the loaders that must read the
-files back (`(folder, base) -> model`, or None where a tool has no loader for this kind of network),
-and where other tools write it too `read(path, base)`. A form that has a place for what methods
-insert into a denoiser says for which by `carries(model)`, and one whose readers are known to differ
-says by how much in `remark(model, probe, answer)`; `relearns` is True in one that carries known
-words which have learned anew. Between an adapter and a form stands a `Bundle`. Files that begin
-with `_` are no forms.
-"""
+"""What an adapter adds to a stock model, in the terms that all formats share."""
 
 from __future__ import annotations
 
@@ -22,7 +12,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LowRankDelta:
-    """dW = scale * up down. down (r, in) or (r, in, kh, kw), up (out, r) or (out, r, 1, 1)."""
+    """LoRA, dW = scale * up down; down (r, in) or (r, in, kh, kw), up (out, r) or (out, r, 1, 1)
+    (arXiv 2106.09685, equation 3)."""
 
     down: Tensor
     up: Tensor
@@ -35,8 +26,8 @@ class LowRankDelta:
 
 @dataclass(frozen=True)
 class DoRADelta:
-    """W' = magnitude * V / |V| by row, V = W + scale * up down; magnitude (out,), or (1, out, 1, 1)
-    of a convolution."""
+    """DoRA, W' = magnitude * V / |V| for each row, where V = W + scale * up down; magnitude (out,),
+    or (1, out, 1, 1) of a convolution (arXiv 2402.09353, equation 5)."""
 
     down: Tensor
     up: Tensor
@@ -50,7 +41,7 @@ class DoRADelta:
 
 @dataclass(frozen=True)
 class FullDelta:
-    """The whole dW and db of a layer; None is no change."""
+    """dW and db of a layer as they are; None is no change."""
 
     weight: Tensor | None
     bias: Tensor | None = None
@@ -63,10 +54,10 @@ Delta = LowRankDelta | DoRADelta | FullDelta
 class Bundle:
     """What an adapter adds to a stock model.
 
-    layers: by module path, as in `unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k`.
-    tokens: each new word's row (d,) for each text encoder. known: the same of words that the
-    vocabulary had and that have learned anew. dropped: stored tensors that are neither; they must
-    not matter to the output. notes: what a user should hear about a file.
+    layers: by module path, as in `unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k`;
+    tokens: the row (d,) of each new word, for each text encoder; known: the same for words of the
+    vocabulary whose embeddings were trained; dropped: the adapter's tensors that are none of these,
+    which must not matter to the output; notes: what a user should know about a file that was read.
     """
 
     layers: Mapping[str, Delta]

@@ -1,4 +1,4 @@
-"""Which form a file or folder has, by what is in it."""
+"""Recognises the format of a file or folder."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from trainer.export.formats.diffusers import FILE
 
 
 def detect(path: Path) -> str:
-    """The form of a file or folder by what is in it.
+    """The format of a file or folder, from the names of its files and tensors.
 
     Raises:
-        ValueError: it is a whole pipeline, an adapter of ours, or nothing we know.
+        ValueError: it is a complete pipeline, an adapter of this toolkit, or of no known format.
     """
     if path.is_dir():
         return _detect_folder(path)
@@ -25,12 +25,12 @@ def detect(path: Path) -> str:
     keys = list(loaded)
     if HEADER in metadata:
         raise ValueError(
-            f"file={path} is an adapter of ours already; give it to run.start_from as it is"
+            f"file={path} is already an adapter of this toolkit; use it as run.start_from={path}"
         )
     if any("motion_modules." in key and "lora" in key for key in keys):
         raise ValueError(
-            f"file={path} is a MotionLoRA, a change of motion modules, and a backbone has none; "
-            "only whole modules are read, by methods.animatediff.weights=<file or folder>"
+            f"file={path} is a MotionLoRA, which changes motion modules, and a backbone has none; "
+            "only complete modules are read, by methods.animatediff.weights=<file or folder>"
         )
     if any("motion_modules." in key for key in keys):
         return "animatediff"
@@ -47,20 +47,20 @@ def detect(path: Path) -> str:
     if any("lora" in key for key in keys):
         return "diffusers"
     raise ValueError(
-        f"file={path}: its keys, like {keys[0] if keys else '(none)'}, are of no form we read; "
-        "there are LoRA and DoRA of diffusers, peft, sd-scripts and ComfyUI, Custom Diffusion of "
-        "diffusers, and embeddings"
+        f"file={path}: its keys, like {keys[0] if keys else '(none)'}, are of no known format; "
+        "these are read: LoRA and DoRA of diffusers, peft, sd-scripts and ComfyUI, Custom "
+        "Diffusion of diffusers, and embeddings"
     )
 
 
 def _detect_folder(path: Path) -> str:
     if (path / "model_index.json").is_file():
         raise ValueError(
-            f"file={path} is a whole pipeline; train on it as it is, with backbone={path}"
+            f"file={path} is a complete pipeline; train on it as it is, with backbone={path}"
         )
     if (path / "adapter_config.json").is_file() or list(path.glob("*/adapter_config.json")):
         return "peft"
-    if (path / FILE).is_file():  # motion modules may lie beside it
+    if (path / FILE).is_file():  # motion modules may be in the same folder
         return detect(path / FILE)
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
@@ -68,5 +68,5 @@ def _detect_folder(path: Path) -> str:
             return "diffusers"
         weights = sorted(item for item in path.iterdir() if item.suffix in pickles.SUFFIXES)
     if len(weights) != 1:
-        raise ValueError(f"file={path}: {len(weights)} files of weights are here; give one of them")
+        raise ValueError(f"file={path}: it holds {len(weights)} files of weights; give one of them")
     return detect(weights[0])

@@ -1,4 +1,4 @@
-"""What an adapted model adds to its base, read off the live model."""
+"""What an adapted model adds to its base, read from the two models."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ DORA = (DoraLinearVariant, DoraConv2dVariant)
 
 
 @torch.no_grad()
-def extract(live: Any, base: Any, stored: Iterable[str]) -> Bundle:
-    """The bundle that turns `base` into `live`, but for what is inserted into it.
+def extract(adapted: Any, base: Any, stored: Iterable[str]) -> Bundle:
+    """The bundle that turns `base` into `adapted`, except for inserted layers.
 
-    stored: names of the tensors the adapter holds; nothing else of the model may differ.
+    stored: the names of the adapter's tensors; nothing else of the model may differ.
 
     Raises:
-        ValueError: an adapter does what no weight can do.
+        ValueError: an adapter changes a layer in a way that no weight can express.
     """
-    new = inserted(live, base)
+    new = inserted(adapted, base)
     left = {name for name in stored if not name.startswith(new)}
     layers: dict[str, Delta] = {}
-    for path, layer in _adapted(live):
+    for path, layer in _tuner_layers(adapted):
         if path.startswith(new):
             continue
         if reason := getattr(layer, "unfoldable", None):
@@ -43,24 +43,25 @@ def extract(live: Any, base: Any, stored: Iterable[str]) -> Bundle:
         trained = any(name.startswith(f"{path}.base_layer.") for name in own)
         layers[path] = _of_tuner(layer, layer_at(base, path), trained)
         left -= own
-    tokens, rows = _new_words(live)
-    known, anew = _known_words(live)
-    full, dropped = _whole(live, base, left - rows - anew)
-    return Bundle(layers | full, tokens, known, dropped)
+    tokens, new_rows = _new_words(adapted)
+    known, known_rows = _known_words(adapted)
+    full, dropped = _full_deltas(adapted, base, left - new_rows - known_rows)
+    return Bundle(layers | full, tokens, known=known, dropped=dropped)
 
 
-def inserted(live: Any, base: Any) -> tuple[str, ...]:
-    """How the names begin of all that is inserted into the denoiser and its base lacks."""
-    blocks = {id(found.block) for found in insertions(live.denoiser)}
+def inserted(adapted: Any, base: Any) -> tuple[str, ...]:
+    """The prefixes of the names of all layers that were inserted into the denoiser and that the
+    base lacks."""
+    blocks = {id(found.block) for found in insertions(adapted.denoiser)}
     known = {name for name, _ in base.denoiser.named_modules()}
     return tuple(
-        f"{live.denoiser_name}.{name}."
-        for name, module in live.denoiser.named_modules()
+        f"{adapted.denoiser_name}.{name}."
+        for name, module in adapted.denoiser.named_modules()
         if id(module) in blocks and name not in known
     )
 
 
-def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
+def _tuner_layers(model: Any) -> Iterator[tuple[str, Any]]:
     for part, module in parts(model).items():
         for name, layer in module.named_modules():
             if isinstance(layer, BaseTunerLayer):
@@ -68,7 +69,10 @@ def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _of_tuner(layer: Any, plain: nn.Module, trained: bool) -> Delta:
-    """A peft layer's delta in its own terms where it is LoRA or DoRA, as a whole dW where not."""
+    """A peft layer's delta: low-rank where it is plain LoRA or DoRA, else a full dW.
+
+    trained: whether the layer's own weight was trained too.
+    """
     active = [name for name in layer.active_adapters if name in getattr(layer, "lora_A", {})]
     simple = isinstance(layer, LoraLayer) and not trained and not layer.disable_adapters
     if simple and active and not any(layer.lora_bias.get(name) for name in active):
@@ -79,17 +83,18 @@ def _of_tuner(layer: Any, plain: nn.Module, trained: bool) -> Delta:
             (name,) = active
             down, up = (matrix[name].weight.clone() for matrix in (layer.lora_A, layer.lora_B))
             magnitude = layer.lora_magnitude_vector[name].weight.clone()
-            return DoRADelta(down, up, magnitude, float(layer.scaling[name]))
+            return DoRADelta(down, up, magnitude, scale=float(layer.scaling[name]))
     alone = nn.Sequential(copy.deepcopy(layer))
     fold(alone)
-    whole: Any = alone[0]
+    folded: Any = alone[0]
     old: Any = unpacked(plain)
-    bias = None if whole.bias is None else _changed(whole.bias, old.bias)
-    return FullDelta(whole.weight - old.weight, bias)
+    bias = None if folded.bias is None else _changed(folded.bias, old.bias)
+    return FullDelta(folded.weight - old.weight, bias)
 
 
 def _summed(layer: Any, active: list[str]) -> LowRankDelta:
-    """sum_i scale_i up_i down_i as one pair of summed rank; one adapter keeps its scale apart."""
+    """sum_i scale_i up_i down_i as one pair whose rank is the sum of the ranks. A single adapter
+    keeps its matrices and its scale."""
     downs = [layer.lora_A[name].weight for name in active]
     ups = [layer.lora_B[name].weight for name in active]
     scales = [float(layer.scaling[name]) for name in active]
@@ -99,16 +104,16 @@ def _summed(layer: Any, active: list[str]) -> LowRankDelta:
     return LowRankDelta(torch.cat(downs), torch.cat(scaled, dim=1))
 
 
-def _new_words(live: Any) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
-    """Each new word's rows by text encoder, and the names those tensors are stored under."""
+def _new_words(model: Any) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
+    """Each new word's rows by text encoder, and the names of those tensors in the adapter."""
     tokens: dict[str, dict[str, Tensor]] = {}
     stored: set[str] = set()
-    for part, encoder in live.text_encoders.items():
+    for part, encoder in model.text_encoders.items():
         table = encoder.get_input_embeddings()
         if not isinstance(table, ExtendedEmbedding):
             continue
         ids = range(table.table.num_embeddings, table.num_embeddings)
-        words = live.tokenizers[part].convert_ids_to_tokens(list(ids))
+        words = model.tokenizers[part].convert_ids_to_tokens(list(ids))
         names = {id(parameter): name for name, parameter in encoder.named_parameters()}
         for word, row in zip(words, table.rows, strict=True):
             tokens.setdefault(word, {})[part] = row.detach().clone()
@@ -116,14 +121,14 @@ def _new_words(live: Any) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
     return tokens, stored
 
 
-def _known_words(live: Any) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
-    """The rows known words have learned by text encoder, and the names those tensors are stored
-    under."""
+def _known_words(model: Any) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
+    """The trained rows of words of the vocabulary by text encoder, and the names of those tensors
+    in the adapter."""
     known: dict[str, dict[str, Tensor]] = {}
     stored: set[str] = set()
-    for part, encoder in live.text_encoders.items():
+    for part, encoder in model.text_encoders.items():
         if (table := relearned(encoder)) is not None:
-            words = relearned_words(encoder, live.tokenizers[part])
+            words = relearned_words(encoder, model.tokenizers[part])
             for word, row in zip(words, table.rows, strict=True):
                 known.setdefault(word, {})[part] = row.detach().clone()
             own = {id(row) for row in table.rows}
@@ -131,9 +136,12 @@ def _known_words(live: Any) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
     return known, stored
 
 
-def _whole(live: Any, base: Any, names: set[str]) -> tuple[dict[str, FullDelta], tuple[str, ...]]:
-    """Weights and biases that trained as they are; and the stored names that are nothing such."""
-    own, old = dict(live.named_parameters()), dict(base.named_parameters())
+def _full_deltas(
+    adapted: Any, base: Any, names: set[str]
+) -> tuple[dict[str, FullDelta], tuple[str, ...]]:
+    """The changes of weights and biases that were trained themselves, and those of `names` that are
+    neither a weight nor a bias of the base."""
+    own, old = dict(adapted.named_parameters()), dict(base.named_parameters())
     known = {name for name in names if name in old and name.endswith((".weight", ".bias"))}
     found: dict[str, FullDelta] = {}
     for path in sorted({name.rpartition(".")[0] for name in known}):

@@ -1,4 +1,4 @@
-"""Whole deltas as products of two matrices, for the forms that hold nothing else."""
+"""Full deltas as products of two matrices, for the formats that hold nothing else."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from trainer.export.apply_bundle import product
 from trainer.export.bundle import Bundle, Delta, DoRADelta, FullDelta, LowRankDelta
 
 
-def factored(bundle: Bundle, form: str) -> Mapping[str, LowRankDelta | DoRADelta]:
-    """Every layer as LoRA or DoRA; a whole dW becomes one of full rank, which is the same dW.
+def factored(bundle: Bundle, format_name: str) -> Mapping[str, LowRankDelta | DoRADelta]:
+    """Every layer's delta as LoRA or DoRA; a full dW becomes a LoRA of full rank, which gives the
+    same dW.
 
     Raises:
-        ValueError: a bias or a norm's weight changed, which no product of two matrices holds.
+        ValueError: a bias or a norm's weight was trained, which no product of two matrices can be.
     """
     found: dict[str, LowRankDelta | DoRADelta] = {}
     for path, delta in bundle.layers.items():
@@ -24,9 +25,9 @@ def factored(bundle: Bundle, form: str) -> Mapping[str, LowRankDelta | DoRADelta
             if delta.bias is not None or delta.weight is None or delta.weight.ndim < 2:
                 what = "weight" if delta.bias is None else "bias"
                 raise ValueError(
-                    f"format={form} cannot carry the trained {what} of {path}: it holds low-rank "
-                    "matrices only; format=merged carries it, format=diff where a UI has a name "
-                    "for it"
+                    f"format={format_name} cannot carry the trained {what} of {path}: it holds "
+                    "low-rank matrices only; format=merged carries it, format=diff where a UI has "
+                    "a name for it"
                 )
             delta = exact(delta.weight)
         found[path] = delta
@@ -34,7 +35,7 @@ def factored(bundle: Bundle, form: str) -> Mapping[str, LowRankDelta | DoRADelta
 
 
 def exact(weight: Tensor) -> LowRankDelta:
-    """dW (out, in, ...) as itself times the identity, on the side that gives the smaller rank."""
+    """dW (out, in, ...) as its product with the identity, on the side that gives the lower rank."""
     rows = weight.flatten(1)  # out, in * kh * kw
     out, width = rows.shape
     down = rows if out <= width else torch.eye(width, dtype=rows.dtype)
@@ -43,37 +44,45 @@ def exact(weight: Tensor) -> LowRankDelta:
 
 
 def truncated(bundle: Bundle, rank: int) -> tuple[Bundle, float]:
-    """The bundle with every dW cut to its `rank` largest singular directions (DoRA as it is), and
-    the least energy, the sum of squares of the singular values, that any layer keeps."""
+    """The bundle with every dW reduced to its `rank` largest singular directions, and the smallest
+    share of its energy (the sum of the squared singular values) that a layer keeps.
+
+    DoRA, and layers whose bias was trained, stay as they are.
+    """
     layers: dict[str, Delta] = {}
     least = 1.0
     for path, delta in bundle.layers.items():
         if isinstance(delta, LowRankDelta) and delta.rank > rank:
             shape = (len(delta.up), *delta.down.shape[1:])
             layers[path], kept = _leading(product(delta), rank, shape)
-        elif isinstance(delta, FullDelta) and delta.weight is not None and delta.weight.ndim > 1:
+        elif isinstance(delta, FullDelta) and _is_matrix(delta):
+            assert delta.weight is not None
             layers[path], kept = _leading(delta.weight.flatten(1), rank, delta.weight.shape)
-            if delta.bias is not None:
-                layers[path], kept = delta, 1.0
         else:
             layers[path], kept = delta, 1.0
         least = min(least, kept)
     return dataclasses.replace(bundle, layers=layers), least
 
 
+def _is_matrix(delta: FullDelta) -> bool:
+    """Whether only a weight with at least two dimensions changed."""
+    return delta.weight is not None and delta.weight.ndim > 1 and delta.bias is None
+
+
 def fitted(delta: LowRankDelta) -> LowRankDelta:
-    """The same dW at a rank its layer can have: a rank above both sides says nothing more."""
+    """The same dW with a rank of at most its smaller side; a higher rank adds nothing."""
     shape = (len(delta.up), *delta.down.shape[1:])
     most = min(delta.up.shape[0], delta.down[0].numel())
     return delta if delta.rank <= most else _leading(product(delta), most, shape)[0]
 
 
 def folded(delta: LowRankDelta | DoRADelta) -> tuple[Tensor, Tensor]:
-    """down and up with the scale in up, which every reader takes at strength 1."""
+    """down and up with the scale multiplied into up, for readers that apply a factor of 1."""
     return delta.down, delta.up * delta.scale
 
 
 def _leading(matrix: Tensor, rank: int, shape: tuple[int, ...]) -> tuple[LowRankDelta, float]:
+    """The `rank` largest singular directions of a matrix and the share of its energy they hold."""
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
     energy = s.square()
     kept = float(energy[:rank].sum() / energy.sum()) if energy.sum() > 0 else 1.0
@@ -83,7 +92,7 @@ def _leading(matrix: Tensor, rank: int, shape: tuple[int, ...]) -> tuple[LowRank
 
 
 def _shaped(down: Tensor, up: Tensor, shape: tuple[int, ...]) -> LowRankDelta:
-    """The pair as a linear layer's, or a convolution's, whose weight has this shape."""
+    """A pair (r, in * kh * kw), (out, r) in the shapes of a layer whose weight has `shape`."""
     if len(shape) == 2:
         return LowRankDelta(down.clone(), up.clone())
     ones = (1,) * (len(shape) - 2)

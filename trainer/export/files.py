@@ -1,9 +1,11 @@
-"""Files of tensors, read and written with everything that can be wrong with them said."""
+"""Safetensors files of other tools: read with a clear message for everything that can be wrong with
+them, and written."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from trainer.export.bundle import Delta, DoRADelta, FullDelta, LowRankDelta
 from trainer.export.layer_names import readable
 from trainer.ops.adapters.nf4 import unpacked
 
-# how the tools spell what stands behind a layer's name
+# the ends of tensor names, after the layer's name, as the tools spell them
 TENSOR_KINDS = {
     "lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down",
     "lora_B.weight": "up", "lora.down.weight": "down", "lora.up.weight": "up",
@@ -27,10 +29,11 @@ TENSOR_KINDS = {
     "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
     "alpha": "alpha", "diff": "diff", "diff_b": "diff_b",
 }  # fmt: skip
+Scale = Callable[[str, LowRankDelta | DoRADelta], float]
 KIND = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, TENSOR_KINDS))})")
 OTHERS = {
-    "dora_scale": "DoRA as dora_scale, whose axis its writers do not agree on; write it again in "
-    "peft style, with lora_magnitude_vector",
+    "dora_scale": "DoRA as dora_scale, whose axis differs between the tools that write it; save it "
+    "again in peft style, with lora_magnitude_vector",
     "hada_": "LoHa; merge it into a model and train from that",
     "lokr_": "LoKr; merge it into a model and train from that",
     "lora_mid": "a convolution in three factors; merge it into a model and train from that",
@@ -40,22 +43,30 @@ OTHERS = {
 
 
 def save_tensors(
-    tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype, metadata: dict[str, str]
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Single numbers (`.alpha`) keep their precision."""
+    """Writes a file of tensors in `dtype`; single numbers such as `.alpha` stay in fp32.
+
+    metadata: more entries of the header.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     rounded = {
         key: value.detach().cpu().to(dtype if value.ndim else torch.float32).contiguous()
         for key, value in tensors.items()
     }
-    save_file(rounded, path, {"format": "pt"} | metadata)
+    save_file(rounded, path, {"format": "pt", **(metadata or {})})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors in fp32, and the header's entries.
 
     Raises:
-        ValueError: no such file, a pickle, no safetensors, or a value that is no number.
+        ValueError: there is no such file, it is a pickle or otherwise not safetensors, or it holds
+            a value that is not finite.
     """
     if not path.is_file():
         raise ValueError(f"file={path}: no such file")
@@ -79,45 +90,46 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def deltas(
     tensors: Mapping[str, Tensor],
     base: Any,
-    scale: Callable[[str, LowRankDelta | DoRADelta], float] | None = None,
+    scale: Scale | None = None,
 ) -> tuple[dict[str, Delta], tuple[str, ...]]:
-    """What a file in any spelling adds to each layer, by module path, and notes on what it left
-    open.
+    """What a file in any spelling adds to each layer, by module path, and notes for the user on
+    what the file leaves open.
 
-    scale: a layer's strength by its key, where the file does not say it by `.alpha`; without one a
-    missing `.alpha` is the rank, strength 1.
+    scale: returns a layer's factor by its key and delta, for files without `.alpha`. If it is None,
+    a missing `.alpha` counts as the rank, which is a factor of 1.
 
     Raises:
-        ValueError: keys of a kind we do not read, half a pair, a layer the backbone does not have
-        or has in another shape.
+        ValueError: a tensor of an unknown kind, a pair with only one matrix, or a layer that the
+            backbone does not have or has in another shape.
     """
     parts = _by_layer(tensors)
     _refuse_halves(parts)
     paths = readable(base)
-    strange = [name for name in parts if name not in paths]
-    if strange:
+    unknown = [name for name in parts if name not in paths]
+    if unknown:
         raise ValueError(
-            f"the file adapts {strange[0]}, {len(strange)} such layers of {len(parts)}, which "
-            f"backbone {base.name} does not have; it was made for another"
+            f"the file adapts {unknown[0]}, {len(unknown)} such layers of {len(parts)}, which "
+            f"backbone {base.name} does not have; the file was made for another backbone"
         )
     found: dict[str, Delta] = {}
     seen: dict[str, str] = {}
-    silent = 0
+    without_alpha = 0
     for name, kinds in parts.items():
         path = paths[name]
         if path in seen:
             raise ValueError(f"the file adapts {path} twice, as {seen[path]} and as {name}")
         seen[path] = name
         delta = _delta(kinds, name, scale)
-        _check_shape(path, delta, unpacked(layer_at(base, path)), base.name)
-        silent += "down" in kinds and "alpha" not in kinds and scale is None
+        _check_shape(path, delta, layer=unpacked(layer_at(base, path)), backbone=base.name)
+        without_alpha += "down" in kinds and "alpha" not in kinds and scale is None
         if not isinstance(delta, LowRankDelta) or delta.up.any():
             found[path] = delta
-    notes = (f"{silent} layers have no .alpha: taken as their rank, strength 1",) if silent else ()
-    return found, notes
+    note = f"{without_alpha} layers have no .alpha: their rank is used, which is a factor of 1"
+    return found, (note,) if without_alpha else ()
 
 
 def _by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each layer by kind (`TENSOR_KINDS`)."""
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         for mark, what in OTHERS.items():
@@ -125,7 +137,7 @@ def _by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
                 raise ValueError(f"the file holds {key}: {what}")
         match = KIND.fullmatch(key)
         if match is None:
-            raise ValueError(f"the file holds {key}, which is nothing of a LoRA we know")
+            raise ValueError(f"the file holds {key}, which belongs to no kind of LoRA that is read")
         parts.setdefault(match[1], {})[TENSOR_KINDS[match[2]]] = value
     return parts
 
@@ -136,7 +148,8 @@ def _refuse_halves(parts: Mapping[str, Mapping[str, Tensor]]) -> None:
         has, lacks = ("down", "up") if "down" in parts[halves[0]] else ("up", "down")
         raise ValueError(
             f"the file holds the {has} matrix of {halves[0]} without its {lacks} matrix; "
-            f"{len(halves)} of {len(parts)} pairs are half. It was cut or filtered; get it whole"
+            f"{len(halves)} of {len(parts)} pairs are incomplete. The file was truncated or "
+            "filtered; get the complete one"
         )
     bare = [name for name, kinds in parts.items() if not {"down", "diff", "diff_b"} & set(kinds)]
     if bare:
@@ -145,29 +158,21 @@ def _refuse_halves(parts: Mapping[str, Mapping[str, Tensor]]) -> None:
         )
 
 
-def _delta(
-    kinds: Mapping[str, Tensor],
-    name: str,
-    scale: Callable[[str, LowRankDelta | DoRADelta], float] | None,
-) -> Delta:
+def _delta(kinds: Mapping[str, Tensor], name: str, scale: Scale | None) -> Delta:
     if "down" not in kinds:
         return FullDelta(kinds.get("diff"), kinds.get("diff_b"))
     if {"diff", "diff_b"} & set(kinds):
-        raise ValueError(f"the file holds low-rank matrices and a whole delta of {name}")
+        raise ValueError(f"the file holds low-rank matrices and a full delta of {name}")
     down, up = kinds["down"], kinds["up"]
     delta: LowRankDelta | DoRADelta = LowRankDelta(down, up)
     if "magnitude" in kinds:
         delta = DoRADelta(down, up, kinds["magnitude"])
     if "alpha" in kinds:
-        strength = float(kinds["alpha"]) / delta.rank
-    else:
-        strength = scale(name, delta) if scale else 1.0
-    if isinstance(delta, DoRADelta):
-        return DoRADelta(down, up, delta.magnitude, strength)
-    return LowRankDelta(down, up, strength)
+        return replace(delta, scale=float(kinds["alpha"]) / delta.rank)
+    return replace(delta, scale=scale(name, delta)) if scale else delta
 
 
-def _check_shape(path: str, delta: Delta, layer: Any, backbone: str) -> None:
+def _check_shape(path: str, delta: Delta, *, layer: Any, backbone: str) -> None:
     own = tuple(layer.weight.shape)
     if isinstance(delta, FullDelta):
         found = own if delta.weight is None else tuple(delta.weight.shape)

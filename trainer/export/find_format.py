@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    pass
+from trainer.export.formats import Format
 
 
 def format_names() -> list[str]:
-    """Every form there is, by file name."""
+    """The names of all formats, which are those of their files."""
     files = (Path(__file__).parent / "formats").glob("*.py")
     return sorted(path.stem for path in files if not path.stem.startswith("_"))
 
 
-def find_format(name: str) -> Any:
-    """The file of a form.
+def find_format(name: str) -> Format:
+    """The format of that name.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none.
     """
     if name not in format_names():
         raise ValueError(f"format={name}: no such format; there are: {', '.join(format_names())}")
-    return importlib.import_module(f"trainer.export.formats.{name}")
+    found: Format = importlib.import_module(f"trainer.export.formats.{name}").FORMAT
+    return found

@@ -1,5 +1,6 @@
-"""What other tools call the layers of a model: the key rules of sd-scripts (networks/lora.py) and
-of ComfyUI (comfy/lora.py, comfy/utils.py), and the names of the first latent-diffusion code."""
+"""The names that other tools have for the layers of a model: the key rules of sd-scripts
+(networks/lora.py) and of ComfyUI (comfy/lora.py, comfy/utils.py), and the block names of the
+original latent-diffusion code (ldm)."""
 
 from __future__ import annotations
 
@@ -18,7 +19,10 @@ TOP = {
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
 }  # fmt: skip
-BLOCK = re.compile(r"(down_blocks|mid_block|up_blocks)\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)")
+BLOCK = re.compile(
+    r"(?P<where>down_blocks|mid_block|up_blocks)\.(?:(?P<block>\d+)\.)?"
+    r"(?P<kind>\w+)\.(?P<index>\d+)\.(?P<rest>.+)"
+)
 INSIDE = re.compile(
     r"proj_in|proj_out|norm"
     r"|transformer_blocks\.\d+\.(norm[123]|attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))"
@@ -38,7 +42,7 @@ def ldm(unet: Any) -> dict[str, str]:
     found = {name: other for name, other in TOP.items() if name in known}
     for name in known:
         match = BLOCK.fullmatch(name)
-        other = _block(depths, known, *match.groups()) if match else None
+        other = _block(depths, known, **match.groupdict()) if match else None
         if other:
             found[name] = other
     return found
@@ -47,13 +51,15 @@ def ldm(unet: Any) -> dict[str, str]:
 def _block(
     depths: list[int],
     known: dict[str, Any],
+    *,
     where: str,
     block: str | None,
     kind: str,
     index: str,
     rest: str,
 ) -> str | None:
-    """Blocks of three lists are one list of steps there: what comes first in a step is `.0`."""
+    """The name of one layer. Latent diffusion numbers the steps of all down blocks, and of all up
+    blocks, in one list each; within a step the residual block is `.0` and the transformer `.1`."""
     inside = RESNET.get(rest) if kind == "resnets" else rest if INSIDE.fullmatch(rest) else None
     i = int(index)
     if where == "mid_block":
@@ -70,28 +76,29 @@ def _block(
         backwards = depths[::-1]
         step, side = sum(depth + 1 for depth in backwards[:x]) + i, "output_blocks"
         if kind == "upsamplers" and rest == "conv":
-            place = 2 if f"up_blocks.{x}.attentions" in known else 1
-            return f"output_blocks.{step + backwards[x]}.{place}.conv"
+            position = 2 if f"up_blocks.{x}.attentions" in known else 1
+            return f"output_blocks.{step + backwards[x]}.{position}.conv"
     if inside is None or kind not in ("resnets", "attentions"):
         return None
     return f"{side}.{step}.{0 if kind == 'resnets' else 1}.{inside}"
 
 
 def clip_name(part: str, name: str) -> str | None:
-    """A layer of a CLIP text encoder as it was called before transformers 5 dropped a level."""
+    """The name of a layer of a CLIP text encoder before transformers 5, which dropped the level
+    `text_model`; None for a layer that is not part of a CLIP block."""
     match = CLIP.fullmatch(name) if part.startswith("text_encoder") else None
     return f"text_model.{match[1]}" if match else None
 
 
 def long_name(path: str) -> str:
-    """A module path with that level in it, as older readers want it and newer ones take it."""
+    """A module path with the level `text_model` in it, which all versions of readers accept."""
     part, _, name = path.partition(".")
     return f"{part}.{clip_name(part, name) or name}"
 
 
 def kohya(model: Any) -> dict[str, str]:
-    """Module path to sd-scripts' key, of the layers it adapts: those inside transformers, residual
-    blocks and resamplers of a U-Net, and inside the layers of CLIP."""
+    """sd-scripts' keys by module path, for the layers that it adapts: those inside a U-Net's
+    transformers, residual blocks and resamplers, and inside the blocks of CLIP."""
     found = {}
     if model.denoiser_name == "unet":
         for name in ldm(model.denoiser):
@@ -101,7 +108,7 @@ def kohya(model: Any) -> dict[str, str]:
 
 
 def comfy(model: Any) -> dict[str, str]:
-    """Module path to ComfyUI's key; a network it has no names for gives none of its layers."""
+    """ComfyUI's keys by module path; empty, but for CLIP, for a network it has no names for."""
     found = {}
     rules = _comfyui_layers(type(model.denoiser).__name__)
     if model.denoiser_name == "unet":
@@ -130,7 +137,7 @@ def _clip_keys(model: Any) -> dict[str, str]:
 
 
 def readable(model: Any) -> dict[str, str]:
-    """Key to module path, of every spelling we read."""
+    """Module paths by key, for every spelling that is read."""
     found: dict[str, str] = {}
     for part, module in parts(model).items():
         for name, layer in module.named_modules():

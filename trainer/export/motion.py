@@ -1,4 +1,4 @@
-"""Motion modules between our model and diffusers' `MotionAdapter`, and that adapter at work in an
+"""Motion modules of a model as a `MotionAdapter` of diffusers, and that adapter in an
 `AnimateDiffPipeline`."""
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from trainer.attention.insertion import insertions
 from trainer.ops.adapters.inject import fold
 from trainer.ops.temporal.layers import MotionModule
 
-# the layers of a motion module that diffusers calls by the name of their argument
+# the layers of a motion module to which diffusers passes the input by keyword
 NAMED = ("proj_in", "proj_out")
 
 
 def carries_motion(model: Any) -> bool:
-    """Whether all that is inserted are motion modules of a U-Net, for which there is a form."""
+    """Whether all inserted layers are motion modules of a U-Net, which is what a `MotionAdapter`
+    can hold."""
     blocks = [found.block for found in insertions(model.denoiser)]
     return is_unet(model.denoiser) and all(isinstance(block, MotionModule) for block in blocks)
 
 
 def modules(model: Any) -> dict[str, MotionModule]:
-    """By their paths in the denoiser."""
+    """The motion modules by their paths in the denoiser."""
     named = model.denoiser.named_modules()
     return {name: module for name, module in named if isinstance(module, MotionModule)}
 
 
 @torch.no_grad()
 def tensors(model: Any) -> dict[str, Tensor]:
-    """What a `MotionAdapter` holds, by its names: adapters inside are folded in, 4-bit layers
-    unpacked."""
+    """The tensors of a `MotionAdapter` by its names: adapters inside the modules are folded in, and
+    4-bit layers are unpacked."""
     found: dict[str, Tensor] = {}
     for path, module in modules(model).items():
         alone = nn.Sequential(copy.deepcopy(module))
@@ -47,7 +48,7 @@ def tensors(model: Any) -> dict[str, Tensor]:
 
 
 def motion_config(model: Any) -> dict[str, Any]:
-    """The arguments of a `MotionAdapter` of these modules."""
+    """The arguments of a `MotionAdapter` for the model's modules."""
     unet, found = model.denoiser.config, modules(model)
     one = next(iter(found.values()))
     return {
@@ -61,7 +62,7 @@ def motion_config(model: Any) -> dict[str, Any]:
 
 
 def adapter(model: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """Our modules as a `MotionAdapter`."""
+    """The model's modules as a `MotionAdapter`."""
     with torch.device("meta"):
         made: Any = MotionAdapter(**motion_config(model))
     made.load_state_dict({k: v.to(dtype) for k, v in tensors(model).items()}, assign=True)
@@ -69,7 +70,7 @@ def adapter(model: Any, dtype: torch.dtype = torch.float32) -> Any:
 
 
 class FrameNorm(nn.Module):
-    """A motion module's group norm on every frame by itself: (b, c, f, n)."""
+    """Applies a motion module's group norm to each frame separately; x (b, c, f, n)."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -82,8 +83,8 @@ class FrameNorm(nn.Module):
 
 @contextmanager
 def framewise(model: Any) -> Iterator[None]:
-    """The motion modules norm each frame by itself inside, and the frames of a clip together
-    again after."""
+    """Inside the block, the motion modules normalise each frame separately instead of all frames of
+    a clip together."""
     found: list[Any] = list(modules(model).values())
     norms = [module.norm for module in found]
     for module in found:
@@ -95,19 +96,19 @@ def framewise(model: Any) -> Iterator[None]:
             module.norm = norm
 
 
-class Stock:
-    """The parts of `base` as an `AnimateDiffPipeline` with a `MotionAdapter`, asked like a model of
-    ours: rows are (b f), the frames of a clip adjacent.
+class AnimateDiffModel:
+    """The parts of `base` in an `AnimateDiffPipeline` with a `MotionAdapter`, with the `predict` of
+    a backbone: the rows are (b f), the frames of a clip adjacent.
 
-    The text encoder is that of `base` itself: what the pipeline loads into it is there, too.
+    The pipeline shares the text encoder of `base`, and so what it loads into it.
     """
 
-    def __init__(self, base: Any, given: Any) -> None:
-        fold(base)  # diffusers copies the weights of plain layers
+    def __init__(self, base: Any, motion_adapter: Any) -> None:
+        fold(base)  # the pipeline copies the weights of plain layers only
         stock = base.pipeline()
         parts = {name: stock.components[name] for name in ("vae", "text_encoder", "tokenizer")}
         pipeline: Any = AnimateDiffPipeline(
-            **parts, unet=base.denoiser, motion_adapter=given, scheduler=stock.scheduler
+            **parts, unet=base.denoiser, motion_adapter=motion_adapter, scheduler=stock.scheduler
         )
         pipeline.unet.eval()
         self.pipeline = pipeline
@@ -118,6 +119,7 @@ class Stock:
         return self
 
     def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """The denoiser's output (b f, c, h, w), with the frames a clip has in the current step."""
         ctx = current()
         frames = 1 if ctx is None else ctx.frames
         clips = x_t.unflatten(0, (-1, frames)).transpose(1, 2)  # b c f h w

@@ -1,8 +1,8 @@
-"""Words, one file each in `embeddings/`: `{"<v1>": row}` as diffusers and ComfyUI read it, with
-`clip_l` and `clip_g` where there are two text encoders.
+"""Trained words, one file each in `embeddings/`: `{"<v1>": row}` as diffusers and ComfyUI read it,
+with the keys `clip_l` and `clip_g` where there are two text encoders.
 
-A known word that has learned anew is such a file, too, for the UIs: what a file is named stands for
-its row in a prompt. diffusers takes no word that its tokenizer has."""
+A word of the vocabulary whose embedding was trained can be such a file too, for UIs: there the name
+of the file, in a prompt, stands for its row. diffusers accepts no word that its tokenizer has."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ from trainer.ops.adapters.token_rows import known_id, relearned_words
 
 EMBEDDINGS = "embeddings"
 CLIPS = ("clip_l", "clip_g")  # the text encoders of SDXL in their order
-UNNAMED = ("emb_params", "*")  # keys that do not say the word; the file's name does
-WORD = "attention_trainer_token"  # the header entry that does, where the keys name encoders
+UNNAMED = ("emb_params", "*")  # keys that do not give the word; the file's name gives it
+WORD = "attention_trainer_token"  # the header entry with the word, where the keys name encoders
 
 
-def write_tokens(bundle: Bundle, folder: Path, dtype: torch.dtype, known: bool = False) -> None:
-    """`<` and `>` are no letters of a file name on Windows: `<v1>` is in `v1.safetensors`.
+def write_tokens(bundle: Bundle, folder: Path, dtype: torch.dtype, *, known: bool = False) -> None:
+    """Writes a file for each new word. Windows allows no `<` and `>` in the names of files, so
+    `<v1>` becomes `v1.safetensors`.
 
-    known: write known words that have learned anew, too.
+    known: also write the words of the vocabulary whose embeddings were trained.
 
     Raises:
-        ValueError: such a word is none that a file can be named.
+        ValueError: such a word cannot be the name of a file.
     """
     taken: set[str] = set()
     words = bundle.known if known else {}
     if unnamable := [word for word in words if not word.isalnum()]:
         raise ValueError(
-            f"{unnamable[0]!r} has learned anew, and UIs know such a word by the name of its file, "
-            "which it cannot be; format=diffusers and format=merged carry it in the text encoder"
+            f"the embedding of {unnamable[0]!r} was trained, and UIs find it by the name of its "
+            "file, which this word cannot be; format=diffusers and format=merged carry it in the "
+            "text encoder"
         )
     for word, rows in (*words.items(), *bundle.tokens.items()):
         letters = "".join(letter if letter.isalnum() else " " for letter in word).split()
@@ -48,15 +50,18 @@ def write_tokens(bundle: Bundle, folder: Path, dtype: torch.dtype, known: bool =
         taken.add(name.lower())
         tensors = dict(zip(CLIPS, rows.values(), strict=False)) if len(rows) > 1 else {}
         own = tensors or {word: next(iter(rows.values()))}
-        save_tensors(own, folder / EMBEDDINGS / f"{name}.safetensors", dtype, {WORD: word})
+        path = folder / EMBEDDINGS / f"{name}.safetensors"
+        save_tensors(own, path, dtype=dtype, metadata={WORD: word})
 
 
 def files(folder: Path) -> list[Path]:
+    """The files of words in an export's folder."""
     return sorted((folder / EMBEDDINGS).glob("*.safetensors"))
 
 
 def load_stock(folder: Path, base: Any) -> None:
-    """Through `load_textual_inversion` of the stock pipeline, which the parts of `base` make up."""
+    """Loads a folder's words with `load_textual_inversion` of the stock pipeline, which shares its
+    parts with `base`."""
     pipeline = base.pipeline()
     for path in files(folder):
         tensors = load_file(path)
@@ -71,20 +76,20 @@ def load_stock(folder: Path, base: Any) -> None:
             pipeline.load_textual_inversion(path.parent, weight_name=path.name)
 
 
-def token_remark(live: Any, *_: Any) -> str | None:
-    """What to tell a UI's user of known words that have learned anew."""
-    if not (words := known_words(live)):
+def token_remark(adapted: Any, *_: Any) -> str | None:
+    """How UIs use the embeddings of trained words of the vocabulary; None if there are none."""
+    if not (words := known_words(adapted)):
         return None
     return (
-        f"known words have learned anew ({', '.join(words)}): with {EMBEDDINGS}/ among a UI's "
-        "embeddings the A1111 family reads them where they stand in a prompt, and in ComfyUI they "
-        f"are written `embedding:{words[0]}`"
+        f"the embeddings of these known words were trained: {', '.join(words)}. Copy the files of "
+        f"{EMBEDDINGS}/ to the UI's embeddings: UIs of the A1111 family then apply them wherever "
+        f"the words occur in a prompt, and in ComfyUI the prompt says `embedding:{words[0]}`"
     )
 
 
 def known_words(model: Any) -> list[str]:
-    """The words of the vocabulary that a model has learned anew, of its first text encoder with
-    any."""
+    """The words of the vocabulary whose embeddings a model has trained, in the first text encoder
+    that has any."""
     for part, encoder in model.text_encoders.items():
         if words := relearned_words(encoder, model.tokenizers[part]):
             return words
@@ -92,15 +97,16 @@ def known_words(model: Any) -> list[str]:
 
 
 def load_own(folder: Path, base: Any) -> None:
+    """Adds a folder's words to the base without another tool's code."""
     add_to(base, read_tokens(files(folder), base))
 
 
 def read_tokens(paths: list[Path], base: Any) -> Bundle:
-    """The words of files in any of these shapes; several rows under one word are `word`, `word_1`,
+    """The words of files in any of the spellings. Several rows in one file become `word`, `word_1`,
     ... Words that the vocabulary has are the bundle's known ones.
 
     Raises:
-        ValueError: a row that is not as wide as the text encoder's.
+        ValueError: a row's width is not that of the text encoder.
     """
     tokens: dict[str, dict[str, Tensor]] = {}
     known: dict[str, dict[str, Tensor]] = {}
@@ -118,13 +124,14 @@ def read_tokens(paths: list[Path], base: Any) -> Bundle:
             if value.shape[-1] != width:
                 raise ValueError(
                     f"file={path}: the row of {word} is {value.shape[-1]} wide; the {part} of "
-                    f"backbone {base.name} has rows of {width}, so it was made for another"
+                    f"backbone {base.name} has rows of {width}; the file was made for another "
+                    "backbone"
                 )
-            for place, vector in enumerate(value.reshape(-1, width)):
-                name = word if place == 0 else f"{word}_{place}"
+            for number, vector in enumerate(value.reshape(-1, width)):
+                name = word if number == 0 else f"{word}_{number}"
                 found = known if _knows(base.tokenizers[part], name) else tokens
                 found.setdefault(name, {})[part] = vector
-    return Bundle({}, tokens, known)
+    return Bundle({}, tokens, known=known)
 
 
 def _knows(tokenizer: Any, word: str) -> bool:
@@ -136,7 +143,8 @@ def _knows(tokenizer: Any, word: str) -> bool:
 
 
 def is_embedding(tensors: Mapping[str, Tensor]) -> bool:
-    """One row, or few, under one key that is no layer's; or one a text encoder."""
+    """Whether a file holds one word: a row or a few under one key that is not a layer's, or one row
+    for each text encoder."""
     if set(tensors) <= set(CLIPS):
         return bool(tensors)
     return len(tensors) == 1 and all("." not in k and v.ndim <= 2 for k, v in tensors.items())

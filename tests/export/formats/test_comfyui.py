@@ -1,4 +1,4 @@
-"""`comfyui` and `diff`: the names its loader knows, low-rank pairs and whole deltas."""
+"""`comfyui` and `diff`: low-rank pairs and full deltas under the names that ComfyUI reads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def quiet(line: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["lora", "pissa", "custom", "projections", "full"])
-def test_comfyui_carries_pairs_and_whole_deltas(
+def test_comfyui_carries_pairs_and_full_deltas(
     name: str, trained: Any, bundle_of: Any, tiny: Any, tmp_path: Path, same: Any
 ) -> None:
     out = export(trained(name), tmp_path / "out", "comfyui", say=quiet)
@@ -30,7 +30,7 @@ def test_comfyui_carries_pairs_and_whole_deltas(
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "custom"])
-def test_diff_carries_everything_whole(
+def test_diff_carries_everything_as_full_deltas(
     name: str, trained: Any, bundle_of: Any, tiny: Any, tmp_path: Path, same: Any
 ) -> None:
     out = export(trained(name), tmp_path / "out", "diff", say=quiet)
@@ -42,7 +42,7 @@ def test_diff_carries_everything_whole(
 def test_custom_diffusion_comes_back_as_it_was(
     trained: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """Whole matrices, so the adapter's tensors are the same; the tokens' order is the files'."""
+    """With full matrices the adapter has the same tensors; the tokens are in the files' order."""
     from trainer.config.header import read_header
 
     out = export(trained("custom"), tmp_path / "out", "comfyui", say=quiet)
@@ -59,7 +59,7 @@ def test_custom_diffusion_comes_back_as_it_was(
             torch.testing.assert_close(own[key], other[key], rtol=0, atol=1e-7)
 
 
-def test_dora_is_sent_to_diff(trained: Any, tmp_path: Path) -> None:
+def test_dora_is_refused_in_favour_of_diff(trained: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"format=comfyui cannot carry DoRA.* format=diff writes"):
         export(trained("dora"), tmp_path / "out", "comfyui")
     assert list(tmp_path.iterdir()) == []
@@ -69,8 +69,8 @@ def test_a_pixart_transformer_has_names(
     pixart: Any, job_of: Any, read_back: Callable[..., dict[str, float]], tmp_path: Path, same: Any
 ) -> None:
     job = job_of(pixart, {"lora": {"sites": "all", "rank": 2, "alpha": 3, "layers": ["*ff.net.2"]}})
-    apart = read_back("comfyui", job, tmp_path / "out")
-    assert max(apart.values()) <= LIMIT
+    differences = read_back("comfyui", job, tmp_path / "out")
+    assert max(differences.values()) <= LIMIT
     tensors = load_file(tmp_path / "out" / "title.safetensors")
     key = "transformer.transformer_blocks.1.attn2.to_k"
     assert tensors[f"{key}.lora_A.weight"].shape == (2, 16)

@@ -1,4 +1,4 @@
-"""`custom_diffusion`: what `load_attn_procs` makes of the file, which has an entry of length zero
+"""`custom_diffusion`: what `load_attn_procs` reads from the file, which has an entry of length zero
 for every layer that did not train."""
 
 from __future__ import annotations
@@ -52,6 +52,6 @@ def test_comes_back_as_an_adapter(trained: Any, tiny_folder: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["lora", "projections"])
 def test_anything_else_is_refused(name: str, trained: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds whole matrices of cross-attention only"):
+    with pytest.raises(ValueError, match="holds full matrices of cross-attention only"):
         export(trained(name), tmp_path / "out", "custom_diffusion")
     assert list(tmp_path.iterdir()) == []

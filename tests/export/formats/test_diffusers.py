@@ -1,4 +1,4 @@
-"""`diffusers`: what `load_lora_weights` and `load_textual_inversion` make of the file."""
+"""`diffusers`: what `load_lora_weights` and `load_textual_inversion` read from the files."""
 
 from __future__ import annotations
 

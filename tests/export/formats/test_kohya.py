@@ -103,7 +103,7 @@ def test_a_text_encoder_without_output_projections_gets_one_of_zeros(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        pytest.param("dora", "DoRA: as dora_scale .* format=diffusers carries it", id="dora"),
+        pytest.param("dora", "DoRA: readers of dora_scale .* format=diffusers carries", id="dora"),
         pytest.param("full", "the trained bias of unet", id="full"),
     ],
 )
@@ -129,9 +129,9 @@ def test_two_text_encoders(
 ) -> None:
     tree = {"lora": {"sites": "all", "rank": 2, "alpha": 3, "text_encoder": ["q", "out"]}}
     job = job_of(sdxl, tree)
-    apart = read_back("kohya", job, tmp_path / "out")
-    assert len(apart) == 2
-    assert max(apart.values()) <= LIMIT
+    differences = read_back("kohya", job, tmp_path / "out")
+    assert len(differences) == 2
+    assert max(differences.values()) <= LIMIT
     tensors = load_file(tmp_path / "out" / "title.safetensors")
     assert {key.split("_")[1] for key in tensors} == {"unet", "te1", "te2"}
     same(form.read(tmp_path / "out", job.base), job.bundle, job.base)
@@ -164,13 +164,13 @@ def test_half_precision_is_proven_first_and_then_rounded(
     from trainer.runs.adapter import load_adapted
 
     said: list[str] = []
-    out = export(trained("lora"), tmp_path / "out", "kohya", "bfloat16", say=said.append)
+    out = export(trained("lora"), tmp_path / "out", "kohya", dtype="bfloat16", say=said.append)
     assert len(said) == 3
     assert said[-1].startswith("rounded to bfloat16, read back by sd-scripts' key rules: largest")
     tensors = load_file(out / "out.safetensors")
     assert {v.dtype for k, v in tensors.items() if not k.endswith("alpha")} == {torch.bfloat16}
     assert {v.dtype for k, v in tensors.items() if k.endswith("alpha")} == {torch.float32}
     probe = Probe(tiny, ())
-    apart = difference(probe(form.by_rules(out, tiny)), probe(load_adapted(trained("lora"))[0]))
-    assert LIMIT < apart < 0.05
+    wanted = probe(load_adapted(trained("lora"))[0])
+    assert LIMIT < difference(probe(form.by_rules(out, tiny)), wanted) < 0.05
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

@@ -1,4 +1,4 @@
-"""`peft`: what `PeftModel.from_pretrained` makes of the folder."""
+"""`peft`: what `PeftModel.from_pretrained` reads from the folder."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_another_kind_of_adapter_is_refused(trained: Any, tiny: Any, tmp_path: P
     out = export(trained("pissa"), tmp_path / "out", "peft", say=quiet)
     config = out / "unet" / form.CONFIG
     config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "LOHA"}))
-    with pytest.raises(ValueError, match="peft_type is LOHA; LORA is read"):
+    with pytest.raises(ValueError, match="peft_type is LOHA; only LORA can be read"):
         form.read(out, tiny)
 
 

@@ -2,14 +2,16 @@
 
     <name>.safetensors          the motion modules
     loras/<name>.safetensors    what changed in the image model, under ComfyUI's keys
-    embeddings/                 new words, and known ones that have learned anew
+    embeddings/                 trained words, new ones and known ones
 
-The keys say widths, layers and the number of places; heads and groups of the norm are what every
-reader of such files takes, 8 and the U-Net's own. LoRA inside the modules is folded in.
+The keys determine the widths, the layers and the number of frame positions. For the number of heads
+and of the norm's groups, every reader of such files assumes 8 and the U-Net's. LoRA inside the
+modules is folded in.
 
-The proof is by diffusers' reader. The modules norm the frames of a clip together there and here;
-AnimateDiff's own code norms each by itself, and so do ComfyUI's nodes (AnimateDiff-Evolved) but for
-modules without one in the middle and with 24 places. What that changes is measured and said.
+The proof uses diffusers' reader. There, as in this toolkit, the modules normalise the frames of a
+clip together; AnimateDiff's own code normalises each frame separately, and so do ComfyUI's nodes
+(AnimateDiff-Evolved), except for modules with 24 frame positions and no module in the middle block.
+The difference that this makes is measured and reported.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from trainer.export import motion, tokens
 from trainer.export.apply_bundle import add_to, full_delta, layer_at
 from trainer.export.bundle import Bundle, Delta, DoRADelta
 from trainer.export.files import load_tensors, save_tensors
-from trainer.export.formats import comfyui, kohya
+from trainer.export.formats import Format, comfyui, kohya
 from trainer.export.job import Job
 from trainer.export.motion import carries_motion
 from trainer.export.proof import Probe, difference
@@ -38,13 +40,10 @@ from trainer.ops.temporal.motion_names import PLACES, ours, theirs
 HEADS = 8
 LORAS = "loras"
 
-carries = carries_motion
-relearns = True
-
 
 @torch.no_grad()
 def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
-    found = motion.modules(job.live)
+    found = motion.modules(job.adapted)
     if not found:
         raise ValueError(
             "format=animatediff is for motion modules, and this adapter has none; format=comfyui "
@@ -54,32 +53,37 @@ def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
         if module.num_attention_heads != HEADS:
             raise ValueError(
                 f"format=animatediff cannot carry {path} with {module.num_attention_heads} heads: "
-                f"its keys do not say how many, and every reader takes {HEADS}; format=diffusers "
-                "says it"
+                f"its keys do not give the number, and every reader assumes {HEADS}; "
+                "format=diffusers stores it"
             )
-    own = motion.tensors(job.live)
+    own = motion.tensors(job.adapted)
     renamed = {other: value.clone() for name, value in own.items() for other in theirs(name)}
-    save_tensors(renamed, folder / f"{job.title}.safetensors", dtype, {})
-    comfyui.save(job, _image_layers(job), folder / LORAS, dtype, "animatediff")
+    save_tensors(renamed, folder / f"{job.title}.safetensors", dtype=dtype)
+    layers = _image_layers(job)
+    comfyui.save(job, folder / LORAS, dtype, layers=layers, format_name="animatediff")
     write_tokens(job.bundle, folder, dtype, known=True)
 
 
-def remark(live: Any, probe: Probe, wanted: Tensor) -> str | None:
-    if not motion.modules(live):
+def remark(adapted: Any, probe: Probe, output: Tensor) -> str | None:
+    """How far the output of readers differs that normalise each frame separately, and how UIs use
+    the trained words."""
+    if not motion.modules(adapted):
         return None
-    with motion.framewise(live):
-        apart = difference(probe(live), wanted)
+    with motion.framewise(adapted):
+        found = difference(probe(adapted), output)
     norms = (
-        "AnimateDiff's own code and most UIs norm each frame of a clip by itself, where diffusers "
-        f"and this model norm them together: there the output differs by {apart:.1e}"
+        "AnimateDiff's own code and most UIs normalise each frame of a clip separately, where "
+        "diffusers and this model normalise them together: there the output differs by "
+        f"{found:.1e}"
     )
-    words = token_remark(live)
+    words = token_remark(adapted)
     return f"{norms}\n{words}" if words else norms
 
 
 def _image_layers(job: Job) -> dict[str, Delta]:
-    """Those outside the modules; DoRA as whole deltas, which ComfyUI reads alike in any version."""
-    inside = tuple(f"{job.live.denoiser_name}.{path}." for path in motion.modules(job.live))
+    """The deltas outside the modules; DoRA as full deltas, which every version of ComfyUI reads in
+    the same way."""
+    inside = tuple(f"{job.adapted.denoiser_name}.{path}." for path in motion.modules(job.adapted))
     return {
         path: full_delta(delta, unpacked(layer_at(job.base, path)))
         if isinstance(delta, DoRADelta)
@@ -90,39 +94,46 @@ def _image_layers(job: Job) -> dict[str, Delta]:
 
 
 def _from_single_file(folder: Path, base: Any) -> Any:
-    """diffusers' reading of the same keys; the image model by ComfyUI's key rules."""
+    """Loads the modules with diffusers, and the image model's changes by ComfyUI's key rules."""
     (file,) = folder.glob("*.safetensors")
     beside = list((folder / LORAS).glob("*.safetensors"))
     layers = kohya.read(beside[0], base).layers if beside else {}
     add_to(base, replace(read_tokens(tokens.files(folder), base), layers=layers))
-    with TemporaryDirectory() as place:
+    with TemporaryDirectory() as config:
         with torch.device("meta"):
             empty: Any = MotionAdapter(**_config(load_tensors(file)[0], base))
-        empty.save_config(place)
-        given = MotionAdapter.from_single_file(str(file), config=place)
-    return motion.Stock(base, given)
+        empty.save_config(config)
+        loaded = MotionAdapter.from_single_file(str(file), config=config)
+    return motion.AnimateDiffModel(base, loaded)
 
 
 def _config(stored: dict[str, Tensor], base: Any) -> dict[str, Any]:
-    """What a reader concludes from the keys of a file, and knows of the U-Net it is for."""
+    """The arguments of a `MotionAdapter` as a reader infers them from a file and its U-Net."""
     unet = base.denoiser.config
-    places = next(value for key, value in stored.items() if ours(key).endswith(PLACES))
+    positions = next(value for key, value in stored.items() if ours(key).endswith(PLACES))
     return {
         "block_out_channels": list(unet.block_out_channels),
         "motion_layers_per_block": unet.layers_per_block,
         "motion_num_attention_heads": HEADS,
         "motion_norm_num_groups": unet.norm_num_groups,
-        "motion_max_seq_length": places.shape[1],
+        "motion_max_seq_length": positions.shape[1],
         "use_motion_mid_block": any(key.startswith("mid_block.") for key in stored),
     }
 
 
-READERS = {"MotionAdapter.from_single_file": _from_single_file}
-
-
 def read(path: Path, base: Any) -> Bundle:
-    """Raises ValueError: motion modules come in by the method that inserts them."""
+    """Raises `ValueError`: the method that inserts motion modules reads them."""
     raise ValueError(
-        f"file={path} holds motion modules, which insert layers; train on from them with "
-        f"methods.animatediff.weights={path}"
+        f"file={path} holds motion modules, which are inserted layers; to start from them, train "
+        f"with methods.animatediff.weights={path}"
     )
+
+
+FORMAT = Format(
+    write,
+    readers={"MotionAdapter.from_single_file": _from_single_file},
+    read=read,
+    carries=carries_motion,
+    carries_known_words=True,
+    remark=remark,
+)

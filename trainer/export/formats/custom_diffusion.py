@@ -1,9 +1,9 @@
 """`custom_diffusion`: K and V of cross-attention as diffusers' own trainer writes them, for
 `load_attn_procs`.
 
-Its documented call changes nothing; `pipe.unet.load_attn_procs(folder, weight_name=FILE,
-_pipeline=pipe)` does. The loader wants an entry for every attention layer: those without weights
-are tensors of length zero, which safetensors can hold where it cannot hold `{}`.
+The call that diffusers documents loads nothing; `pipe.unet.load_attn_procs(folder,
+weight_name=FILE, _pipeline=pipe)` does. The loader needs an entry for every attention layer: those
+that did not train are tensors of length zero, since safetensors cannot hold `{}`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from trainer.export import tokens
 from trainer.export.apply_bundle import layer_at
 from trainer.export.bundle import Bundle, Delta, FullDelta
 from trainer.export.files import load_tensors, save_tensors
+from trainer.export.formats import Format
 from trainer.export.job import Job
 from trainer.export.tokens import read_tokens, write_tokens
 
@@ -35,7 +36,7 @@ def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
     if tensors:
         rest = (name for name in job.base.denoiser.attn_processors if name not in _owners(tensors))
         tensors |= {name: torch.zeros(0) for name in rest}
-        save_tensors(tensors, folder / FILE, dtype, {})
+        save_tensors(tensors, folder / FILE, dtype=dtype)
     write_tokens(job.bundle, folder, dtype)
 
 
@@ -44,7 +45,7 @@ def _owners(tensors: dict[str, Tensor]) -> set[str]:
 
 
 def _cross(bundle: Bundle, base: Any) -> dict[str, Tensor]:
-    """The whole new matrices of every layer that changed, as the processors keep them."""
+    """The new matrices of every site that changed, under the names of diffusers' processors."""
     if not hasattr(base.denoiser, "load_attn_procs"):
         raise ValueError(
             "format=custom_diffusion is for U-Nets only; format=comfyui, peft or merged carries "
@@ -56,7 +57,7 @@ def _cross(bundle: Bundle, base: Any) -> dict[str, Tensor]:
         site, _, role = name.partition(".attn2.")
         if not isinstance(delta, FullDelta) or delta.weight is None or role not in KEYS:
             raise ValueError(
-                f"format=custom_diffusion cannot carry {path}: it holds whole matrices of "
+                f"format=custom_diffusion cannot carry {path}: it holds full matrices of "
                 "cross-attention only; format=diffusers or format=merged carries it"
             )
         sites.setdefault(f"{site}.attn2", set()).add(role)
@@ -88,16 +89,13 @@ def _load_attn_procs(folder: Path, base: Any) -> Any:
     return base
 
 
-READERS = {"load_attn_procs(_pipeline=)": _load_attn_procs}
-
-
 def read(path: Path, base: Any) -> Bundle:
-    """A file of whole matrices, or a folder with `FILE` and `embeddings/`."""
+    """Reads a file of full matrices, or a folder with `FILE` and `embeddings/`."""
     file = path / FILE if path.is_dir() else path
     layers: dict[str, Delta] = {}
     if file.is_file() or not path.is_dir():
-        whole = {key: value for key, value in load_tensors(file)[0].items() if value.numel()}
-        layers = _differences(whole, base)
+        matrices = {key: value for key, value in load_tensors(file)[0].items() if value.numel()}
+        layers = _differences(matrices, base)
     return replace(read_tokens(tokens.files(path), base), layers=layers)
 
 
@@ -116,7 +114,7 @@ def _differences(tensors: dict[str, Tensor], base: Any) -> dict[str, Delta]:
             own = "nothing" if old is None else tuple(old.shape)
             raise ValueError(
                 f"the file's {key} is {tuple(value.shape)}; backbone {base.name} has {own} there, "
-                "so it was made for another"
+                "so the file was made for another backbone"
             )
         change = None if torch.equal(old, value) else value - old.detach()
         other = found.get(path, FullDelta(None))
@@ -124,3 +122,6 @@ def _differences(tensors: dict[str, Tensor], base: Any) -> dict[str, Delta]:
             FullDelta(change, other.bias) if leaf == "weight" else FullDelta(other.weight, change)
         )
     return {p: d for p, d in found.items() if d.weight is not None or d.bias is not None}
+
+
+FORMAT = Format(write, readers={"load_attn_procs(_pipeline=)": _load_attn_procs}, read=read)

@@ -1,5 +1,5 @@
-"""`diff`: every change as a whole delta, W + diff, under ComfyUI's names: larger than low-rank
-matrices, and the same in every version, DoRA too."""
+"""`diff`: every change, DoRA included, as a full delta W + diff under ComfyUI's names: larger files
+than low-rank matrices, which every version of ComfyUI reads in the same way."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 
 from trainer.export.apply_bundle import full_delta, layer_at
+from trainer.export.formats import Format
 from trainer.export.formats.comfyui import READERS, save
-from trainer.export.formats.kohya import read, relearns, remark
+from trainer.export.formats.kohya import read
 from trainer.export.job import Job
-from trainer.export.tokens import write_tokens
+from trainer.export.tokens import token_remark, write_tokens
 from trainer.ops.adapters.nf4 import unpacked
-
-__all__ = ["READERS", "read", "relearns", "remark", "write"]
 
 
 @torch.no_grad()
@@ -23,5 +22,8 @@ def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
         path: full_delta(delta, unpacked(layer_at(job.base, path)))
         for path, delta in job.bundle.layers.items()
     }
-    save(job, layers, folder, dtype, "diff")
+    save(job, folder, dtype, layers=layers, format_name="diff")
     write_tokens(job.bundle, folder, dtype, known=True)
+
+
+FORMAT = Format(write, READERS, read, carries_known_words=True, remark=token_remark)

@@ -1,11 +1,11 @@
 """`diffusers`: `pytorch_lora_weights.safetensors` for `load_lora_weights`, DoRA in peft's style.
 
-The scale is folded into B and alpha is the rank, so that every reader takes it at strength 1; the
-header still says so in the fewest fields, since a field an older peft does not know stops it.
-Known words that learned anew have no place in such files: the text encoder with their rows is whole
-in a folder of its name, to give to the pipeline in place of the stock one, before all else. Motion
-modules that trained are a `MotionAdapter` in the same folder. A clip of one frame meets them
-in diffusers, and here it is an image, which does not.
+The scale is folded into B and alpha is the rank, so that every reader applies a factor of 1. The
+header repeats this in as few fields as possible, since an older peft fails on a field it does not
+know. Words of the vocabulary whose embeddings were trained have no place in such a file: a folder
+with the text encoder's name holds the complete encoder, to be given to the pipeline in place of the
+stock one before anything else is loaded. Motion modules that trained are a `MotionAdapter` in the
+same folder; diffusers applies it to a clip of one frame too, which this toolkit treats as an image.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from trainer.export.apply_bundle import add_to
 from trainer.export.bundle import Bundle, Delta, DoRADelta, LowRankDelta
 from trainer.export.factor import factored, folded
 from trainer.export.files import load_tensors, save_tensors
+from trainer.export.formats import Format
 from trainer.export.job import Job
 from trainer.export.layer_names import long_name
 from trainer.export.motion import carries_motion
@@ -38,15 +39,12 @@ METADATA = "lora_adapter_metadata"
 MODULES = "diffusion_pytorch_model.safetensors"  # of a `MotionAdapter`
 OLD = re.compile(r"\.(?:processor|self_attn)\.to_(q|k|v|out)_lora\.")
 
-carries = carries_motion
-relearns = True
-
 
 def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
     layers = factored(job.bundle, "diffusers")
     _refuse_unloadable(job, layers)
     if job.inserts:
-        motion.adapter(job.live, dtype).save_pretrained(folder, safe_serialization=True)
+        motion.adapter(job.adapted, dtype).save_pretrained(folder, safe_serialization=True)
     tensors: dict[str, Tensor] = {}
     for path, delta in layers.items():
         key = long_name(path)
@@ -55,23 +53,29 @@ def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
             tensors[f"{key}.{magnitude_of(path)}"] = delta.magnitude
     if tensors:
         metadata = {METADATA: json.dumps(config(layers), indent=2, sort_keys=True)}
-        save_tensors(tensors, folder / FILE, dtype, metadata)
+        save_tensors(tensors, folder / FILE, dtype=dtype, metadata=metadata)
     if job.bundle.known:
-        plain = add_to(job.fresh(), Bundle({}, {}, job.bundle.known)).text_encoders
-        for part in dict.fromkeys(part for rows in job.bundle.known.values() for part in rows):
-            plain[part].to(dtype).save_pretrained(folder / part, safe_serialization=True)
+        _save_text_encoders(job, folder, dtype)
     write_tokens(job.bundle, folder, dtype)
 
 
+def _save_text_encoders(job: Job, folder: Path, dtype: torch.dtype) -> None:
+    """The base's text encoders with the trained rows of known words, each in a folder."""
+    known = job.bundle.known
+    encoders = add_to(job.make_base(), Bundle({}, {}, known=known)).text_encoders
+    for part in dict.fromkeys(part for rows in known.values() for part in rows):
+        encoders[part].to(dtype).save_pretrained(folder / part, safe_serialization=True)
+
+
 def magnitude_of(path: str) -> str:
-    """transformers 5 wants `.weight` behind it, and without it leaves the magnitudes as they are,
-    in silence; peft takes both, and writes the short one."""
+    """The end of the magnitude's name in the file. transformers 5 needs `.weight` after it, and
+    without it silently leaves the magnitudes as they are; peft reads both and writes it without."""
     name = "lora_magnitude_vector"
     return f"{name}.weight" if path.startswith("text_encoder") else name
 
 
 def config(layers: Mapping[str, LowRankDelta | DoRADelta]) -> dict[str, Any]:
-    """The fewest fields of a peft `LoraConfig` for each part, with the part before each."""
+    """As few fields of a peft `LoraConfig` as possible for each part, under `<part>.<field>`."""
     fields: dict[str, Any] = {}
     for part in dict.fromkeys(path.partition(".")[0] for path in layers):
         own = {p.partition(".")[2]: d for p, d in layers.items() if p.partition(".")[0] == part}
@@ -80,8 +84,15 @@ def config(layers: Mapping[str, LowRankDelta | DoRADelta]) -> dict[str, Any]:
 
 
 def part_config(part: str, layers: Mapping[str, LowRankDelta | DoRADelta]) -> dict[str, Any]:
-    """peft tries every pattern on every layer: a denoiser's begins at the start of the name, a text
-    encoder's does not, since older transformers have one more level there."""
+    """The fields for one part, whose layers are given by their names in it.
+
+    peft tries every pattern of ranks on every layer. A denoiser's pattern is therefore tied to the
+    start of the name; a text encoder's is not, since older versions of transformers have one more
+    level there.
+
+    Raises:
+        ValueError: some of the layers are LoRA and others DoRA.
+    """
     rank = Counter(delta.rank for delta in layers.values()).most_common(1)[0][0]
     start = "" if part.startswith("text_encoder") else "^"
     ranks = {f"{start}{re.escape(n)}": d.rank for n, d in layers.items() if d.rank != rank}
@@ -109,21 +120,21 @@ def _refuse_unloadable(job: Job, layers: Mapping[str, object]) -> None:
     for path in layers:
         if ".motion_modules." in path and path.rpartition(".")[2] in motion.NAMED:
             raise ValueError(
-                f"format=diffusers cannot carry a LoRA of {path}: diffusers gives this layer its "
-                "input by a name that peft's layer does not have; format=animatediff writes the "
-                "motion modules with it folded in"
+                f"format=diffusers cannot carry a LoRA of {path}: diffusers passes this layer its "
+                "input by a keyword that peft's layer does not have; format=animatediff writes the "
+                "motion modules with the LoRA folded in"
             )
 
 
 def _load_text_encoders(folder: Path, base: Any) -> None:
     for part, encoder in base.text_encoders.items():
         if (folder / part).is_dir():
-            given = type(encoder).from_pretrained(folder / part, dtype=torch.float32)
-            setattr(base, part, given.eval().requires_grad_(False))
+            loaded = type(encoder).from_pretrained(folder / part, dtype=torch.float32)
+            setattr(base, part, loaded.eval().requires_grad_(False))
 
 
 def _load_lora_weights(folder: Path, base: Any) -> Any:
-    if _moves(folder, base):
+    if _has_motion(folder, base):
         return None
     _load_text_encoders(folder, base)
     tokens.load_stock(folder, base)
@@ -132,31 +143,29 @@ def _load_lora_weights(folder: Path, base: Any) -> Any:
     return base
 
 
-def _moves(folder: Path, base: Any) -> bool:
+def _has_motion(folder: Path, base: Any) -> bool:
+    """Whether the files or the base have motion modules, which need another pipeline."""
     return (folder / MODULES).is_file() or bool(motion.modules(base))
 
 
-def _animate(folder: Path, base: Any) -> Any:
-    """The pipeline of clips with the folder's motion modules, or with those the base has; None
-    where there are none."""
-    if not _moves(folder, base):
+def _load_animatediff(folder: Path, base: Any) -> Any:
+    """The video pipeline with the folder's motion modules, or with those of the base; None where
+    there are none."""
+    if not _has_motion(folder, base):
         return None
     _load_text_encoders(folder, base)
     tokens.load_stock(folder, base)
     trained = (folder / MODULES).is_file()
-    given = MotionAdapter.from_pretrained(folder) if trained else motion.adapter(base)
-    model = motion.Stock(base, given)
+    modules = MotionAdapter.from_pretrained(folder) if trained else motion.adapter(base)
+    model = motion.AnimateDiffModel(base, modules)
     if (folder / FILE).is_file():
         model.pipeline.load_lora_weights(folder, weight_name=FILE)
     return model
 
 
-READERS = {"load_lora_weights": _load_lora_weights, "AnimateDiffPipeline": _animate}
-
-
 def read(path: Path, base: Any) -> Bundle:
-    """A file, or a folder with `FILE` and `embeddings/`, in diffusers' present spelling or the
-    former ones."""
+    """Reads a file, or a folder with `FILE` and `embeddings/`, in diffusers' current spelling or a
+    former one."""
     file = path / FILE if path.is_dir() else path
     layers: dict[str, Delta] = {}
     notes: tuple[str, ...] = ()
@@ -173,12 +182,13 @@ def read(path: Path, base: Any) -> Bundle:
         notes += (f"its motion modules are read by methods.animatediff.weights={path}",)
     for part in base.text_encoders if path.is_dir() else ():
         if (path / part).is_dir():
-            notes += (f"{part}/, in which known words have learned anew, is not read",)
+            notes += (f"{part}/, with the trained embeddings of known words, is not read",)
     return replace(read_tokens(tokens.files(path), base), layers=layers, notes=notes)
 
 
 def strength(fields: Mapping[str, Any], name: str, rank: int) -> float:
-    """alpha / r as a peft configuration says it for a layer; 1 where there is none."""
+    """A layer's factor alpha / r by a peft configuration (alpha / sqrt(r) for rsLoRA); 1 if the
+    configuration has no alpha."""
     if "lora_alpha" not in fields:
         return 1.0
     patterns = fields.get("alpha_pattern") or {}
@@ -192,7 +202,8 @@ def _of_part(known: Mapping[str, Any], part: str) -> dict[str, Any]:
 
 
 def _modern(key: str) -> str:
-    """`attn1.processor.to_q_lora.down` and the text encoder's `self_attn.to_q_lora.down`."""
+    """A key in the current spelling. Formerly a denoiser's keys were like
+    `attn1.processor.to_q_lora.down`, and a text encoder's like `self_attn.to_q_lora.down`."""
     match = OLD.search(key)
     if match is None:
         return key
@@ -200,3 +211,12 @@ def _modern(key: str) -> str:
         layer = "to_out.0" if match[1] == "out" else f"to_{match[1]}"
         return f"{key[: match.start()]}.{layer}.lora.{key[match.end() :]}"
     return f"{key[: match.start()]}.self_attn.{match[1]}_proj.lora.{key[match.end() :]}"
+
+
+FORMAT = Format(
+    write,
+    readers={"load_lora_weights": _load_lora_weights, "AnimateDiffPipeline": _load_animatediff},
+    read=read,
+    carries=carries_motion,
+    carries_known_words=True,
+)

@@ -1,4 +1,4 @@
-"""`kohya`: LoRA as sd-scripts writes it, with `.alpha` and its header; other UIs read it too."""
+"""`kohya`: LoRA as sd-scripts writes it, with `.alpha` and its header; most UIs read it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from trainer.export.apply_bundle import add_to
 from trainer.export.bundle import Bundle, Delta, DoRADelta, LowRankDelta
 from trainer.export.factor import factored
 from trainer.export.files import load_tensors, save_tensors
+from trainer.export.formats import Format
 from trainer.export.job import Job
 from trainer.export.layer_names import kohya as keys_of
 from trainer.export.tokens import read_tokens, token_remark, write_tokens
 
 SPEC = "1.0.1"
-relearns = True
-remark = token_remark
-# by the width of the text a U-Net reads: sd-scripts' name, ModelSpec's architecture, resolution
+# by the width of the U-Net's text features: sd-scripts' name, ModelSpec's architecture, resolution
 VERSIONS = {
     768: ("sd_v1", "stable-diffusion-v1", "512x512"),
     1024: ("sd_v2", "stable-diffusion-v2-512", "512x512"),
@@ -47,8 +46,8 @@ def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
             )
         if isinstance(delta, DoRADelta):
             raise ValueError(
-                "format=kohya cannot carry DoRA: as dora_scale its readers take the norm along "
-                "different axes, and diffusers drops it; format=diffusers carries it for "
+                "format=kohya cannot carry DoRA: readers of dora_scale compute the norm along "
+                "different axes, and diffusers ignores it; format=diffusers carries it for "
                 "diffusers, format=diff for ComfyUI"
             )
         tensors |= pair(keys[path], delta, alpha)
@@ -56,17 +55,20 @@ def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
         tensors |= _with_out_proj(tensors)
         rounded = {k: v.to(dtype if v.ndim else torch.float32) for k, v in tensors.items()}
         metadata = _header(job, layers, alpha) | _hashes(rounded)
-        save_tensors(rounded, folder / f"{job.title}.safetensors", dtype, metadata)
+        file = folder / f"{job.title}.safetensors"
+        save_tensors(rounded, file, dtype=dtype, metadata=metadata)
     write_tokens(job.bundle, folder, dtype, known=True)
 
 
 def common_alpha(deltas: Iterable[LowRankDelta | DoRADelta]) -> float:
-    """The alpha most layers have. All get it: diffusers keeps one of a file, whatever it says."""
+    """The alpha that most layers have. All layers are written with it, since diffusers applies one
+    alpha of a file to all of them."""
     alphas = Counter(delta.scale * delta.rank for delta in deltas)
     return alphas.most_common(1)[0][0] if alphas else 1.0
 
 
 def pair(key: str, delta: LowRankDelta | DoRADelta, alpha: float) -> dict[str, Tensor]:
+    """A layer's three tensors; where its own alpha differs, `up` is scaled so that dW stays."""
     own = delta.scale * delta.rank
     return {
         f"{key}.lora_down.weight": delta.down,
@@ -76,8 +78,8 @@ def pair(key: str, delta: LowRankDelta | DoRADelta, alpha: float) -> dict[str, T
 
 
 def _with_out_proj(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A pair of zeros on an output projection of each text encoder whose file has none: without one
-    diffusers does not know the spelling of its other layers, and raises."""
+    """A pair of zeros for one output projection of each text encoder that has none in the file.
+    Without one, diffusers does not recognise the spelling of the other layers and raises."""
     found: dict[str, Tensor] = {}
     for prefix in ("lora_te_", "lora_te1_", "lora_te2_"):
         own = [key for key in tensors if key.startswith(prefix) and "_self_attn_" in key]
@@ -117,8 +119,8 @@ def _header(
 
 
 def _hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """What UIs know a network by: SHA-256 of all behind the header; and, as it was once done, of
-    64 KiB behind the first MiB."""
+    """The hashes by which UIs identify a network: SHA-256 of everything after the header, and the
+    older hash of the 64 KiB after the first MiB."""
     data = to_bytes({key: value.contiguous() for key, value in tensors.items()})
     start = 8 + int.from_bytes(data[:8], "little")
     legacy = hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
@@ -129,18 +131,22 @@ def _hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def file_in(folder: Path) -> Path | None:
-    """The one file of weights in an export's folder; none where only words were trained."""
+    """The one file of weights in an export's folder; None where only words were trained.
+
+    Raises:
+        ValueError: there are several.
+    """
     found = sorted(folder.glob("*.safetensors"))
     if len(found) > 1:
         raise ValueError(
-            f"file={folder}: {', '.join(path.name for path in found)} are here; give one of them"
+            f"file={folder} holds {', '.join(path.name for path in found)}; give one of them"
         )
     return found[0] if found else None
 
 
 def _load_lora_weights(folder: Path, base: Any) -> Any:
-    """diffusers' own reading of the same keys; None where its pipeline has no loader, or the files
-    hold words that its tokenizer has."""
+    """Loads the files with diffusers; None where its pipeline has no loader, or where the files
+    hold words that its tokenizer already has."""
     pipeline = base.pipeline()
     known = read_tokens(tokens.files(folder), base).known
     if known or not hasattr(pipeline, "load_lora_weights"):
@@ -153,18 +159,25 @@ def _load_lora_weights(folder: Path, base: Any) -> Any:
 
 
 def by_rules(folder: Path, base: Any) -> Any:
+    """Adds the files to the base by the key rules alone, without another tool's code."""
     return add_to(base, read(folder, base))
 
 
-READERS = {"sd-scripts' key rules": by_rules, "load_lora_weights": _load_lora_weights}
-
-
 def read(path: Path, base: Any) -> Bundle:
-    """A file under diffusers' block names or the older ones, or a folder with it and
-    `embeddings/`."""
+    """Reads a file under diffusers' block names or latent diffusion's, or a folder with such a file
+    and `embeddings/`."""
     file = file_in(path) if path.is_dir() else path
     layers: dict[str, Delta] = {}
     notes: tuple[str, ...] = ()
     if file is not None:
         layers, notes = files.deltas(load_tensors(file)[0], base)
     return replace(read_tokens(tokens.files(path), base), layers=layers, notes=notes)
+
+
+FORMAT = Format(
+    write,
+    readers={"sd-scripts' key rules": by_rules, "load_lora_weights": _load_lora_weights},
+    read=read,
+    carries_known_words=True,
+    remark=token_remark,
+)

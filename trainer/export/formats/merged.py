@@ -1,4 +1,4 @@
-"""`merged`: the whole pipeline in diffusers layout, which stock diffusers loads by itself."""
+"""`merged`: the complete pipeline in diffusers layout, which stock diffusers loads by itself."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 import torch
 
 from trainer.attention.host import Host
+from trainer.export.formats import Format
 from trainer.export.job import Job
 from trainer.ops.adapters.inject import fold
 from trainer.ops.adapters.token_rows import RowsEmbedding
 
-relearns = True
 STOCK = ("torch", "diffusers", "transformers")
 
 
 def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
-    merge(job.live).to(dtype).pipeline().save_pretrained(folder, safe_serialization=True)
+    merge(job.adapted).to(dtype).pipeline().save_pretrained(folder, safe_serialization=True)
 
 
 def merge(backbone: Any) -> Any:
-    """Folds everything a stock pipeline has no name for into plain layers, in place.
+    """Folds all adapters and trained words into plain layers, in place; returns the backbone.
 
     Raises:
-        ValueError: something is left that a stock pipeline has no place for.
+        ValueError: a module is left that a stock pipeline has no place for.
     """
     Host.attach(backbone.denoiser).detach()
     fold(backbone)
@@ -44,20 +44,21 @@ def merge(backbone: Any) -> Any:
 
 
 def _refuse_unwritten(denoiser: Any) -> None:
-    """A folder holds a network as its config, from which a layer more or less cannot be known."""
+    """Refuses a network whose layers differ from those its config describes, since the config is
+    all that a pipeline's folder says of them."""
     with torch.device("meta"):
         stock = type(denoiser).from_config(dict(denoiser.config)).state_dict().keys()
-    if apart := sorted(stock ^ denoiser.state_dict().keys()):
-        have = "has" if apart[0] in stock else "lacks"
+    if unlike := sorted(stock ^ denoiser.state_dict().keys()):
+        have = "has" if unlike[0] in stock else "lacks"
         raise ValueError(
-            f"format=merged cannot carry this network: made again from its config it {have} "
-            f"{apart[0]}, {len(apart)} tensors in all; paint, or train on with run.start_from, "
-            "from the adapter, which says how it was made"
+            f"format=merged cannot carry this network: made from its config it {have} {unlike[0]}, "
+            f"{len(unlike)} tensors in all; generate from the adapter, or continue training from "
+            "it with run.start_from: the adapter says how the network is made"
         )
 
 
 def _from_pretrained(folder: Path, base: Any) -> Any:
-    """The parts of the stock pipeline, under the names the backbone has for them."""
+    """Loads the folder as a stock pipeline and puts its parts in place of the backbone's."""
     pipeline = type(base.pipeline()).from_pretrained(folder, dtype=torch.float32)
     for name, part in pipeline.components.items():
         if hasattr(base, name) and part is not None:
@@ -65,4 +66,4 @@ def _from_pretrained(folder: Path, base: Any) -> Any:
     return base
 
 
-READERS = {"from_pretrained": _from_pretrained}
+FORMAT = Format(write, readers={"from_pretrained": _from_pretrained}, carries_known_words=True)

@@ -1,4 +1,4 @@
-"""`peft`: a folder a part with `adapter_config.json` and `adapter_model.safetensors`, for
+"""`peft`: for each part a folder with `adapter_config.json` and `adapter_model.safetensors`, for
 `PeftModel.from_pretrained`."""
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from trainer.export import files, tokens
 from trainer.export.bundle import Bundle, Delta, DoRADelta, LowRankDelta
 from trainer.export.factor import factored, folded
 from trainer.export.files import load_tensors, save_tensors
+from trainer.export.formats import Format
 from trainer.export.formats.diffusers import part_config, strength
 from trainer.export.job import Job
 from trainer.export.tokens import read_tokens, write_tokens
@@ -35,28 +36,25 @@ def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
             tensors |= {f"{PREFIX}{name}.lora_A.weight": down, f"{PREFIX}{name}.lora_B.weight": up}
             if isinstance(delta, DoRADelta):
                 tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = delta.magnitude
-        save_tensors(tensors, folder / part / WEIGHTS, dtype, {})
+        save_tensors(tensors, folder / part / WEIGHTS, dtype=dtype)
         fields = {"peft_type": "LORA", "inference_mode": True} | part_config(part, own)
         (folder / part / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     write_tokens(job.bundle, folder, dtype)
 
 
 def _peft_model(folder: Path, base: Any) -> Any:
-    """`PeftModel` puts the adapter on the very module it is given."""
+    """Loads each part's folder. `PeftModel` changes the module that it is given."""
     tokens.load_own(folder, base)
     for path in sorted(folder.glob(f"*/{CONFIG}")):
         PeftModel.from_pretrained(part_of(base, path.parent.name), path.parent)
     return base
 
 
-READERS = {"PeftModel.from_pretrained": _peft_model}
-
-
 def read(path: Path, base: Any) -> Bundle:
-    """A folder a part as `write` makes them, or one such folder by itself: the denoiser's.
+    """Reads the folders that `write` makes, or a single one, which is then the denoiser's.
 
     Raises:
-        ValueError: no such folder, or an adapter of another kind than LoRA.
+        ValueError: there is no such folder, or an adapter is not LoRA.
     """
     single = path / CONFIG if path.is_dir() else path.parent / CONFIG
     found = [single] if single.is_file() else sorted(path.glob(f"*/{CONFIG}"))
@@ -67,7 +65,8 @@ def read(path: Path, base: Any) -> Bundle:
     for config in found:
         fields = json.loads(config.read_text(encoding="utf-8"))
         if fields.get("peft_type") != "LORA":
-            raise ValueError(f"file={config}: peft_type is {fields.get('peft_type')}; LORA is read")
+            kind = fields.get("peft_type")
+            raise ValueError(f"file={config}: peft_type is {kind}; only LORA can be read")
         part = base.denoiser_name if config == single else config.parent.name
         tensors, _ = load_tensors(config.parent / WEIGHTS)
         named = {f"{part}.{key.removeprefix(PREFIX)}": value for key, value in tensors.items()}
@@ -80,3 +79,6 @@ def read(path: Path, base: Any) -> Bundle:
         own, more = files.deltas(named, base, scale)
         layers, notes = layers | own, notes + more
     return replace(read_tokens(tokens.files(path), base), layers=layers, notes=notes)
+
+
+FORMAT = Format(write, readers={"PeftModel.from_pretrained": _peft_model}, read=read)
