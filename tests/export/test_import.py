@@ -260,7 +260,7 @@ def test_the_verb(
     assert main(["import", *words]) == BAD_RECIPE
     assert "exists; give a file that does not" in capsys.readouterr().err
     assert main(["import", words[0]]) == BAD_RECIPE
-    assert "error: give file=<file or folder>, backbone=" in capsys.readouterr().err
+    assert "error: backbone is missing, as in backbone=sd15" in capsys.readouterr().err
 
 
 def test_a_selector_replaces_the_names_of_layers_where_possible(tiny: Any) -> None:

@@ -227,7 +227,7 @@ def test_the_folder_says_all_that_the_modules_are(moving: Make, tmp_path: Path) 
     assert (config["motion_layers_per_block"], config["motion_norm_num_groups"]) == (1, 8)
     assert (config["motion_max_seq_length"], config["motion_num_attention_heads"]) == (6, 8)
     assert not any("motion_modules" in key for key in load_file(out / diffusers.FILE))
-    alone = export(moving(V1), tmp_path / "alone", "diffusers", "float16", say=quiet)
+    alone = export(moving(V1), tmp_path / "alone", "diffusers", dtype="float16", say=quiet)
     assert sorted(path.name for path in alone.iterdir()) == ["config.json", diffusers.MODULES]
     assert not MotionAdapter.load_config(alone)["use_motion_mid_block"]
     assert {v.dtype for v in load_file(alone / diffusers.MODULES).values()} == {torch.float16}
