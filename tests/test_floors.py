@@ -14,31 +14,23 @@ Rule = Callable[[Path], list[str]]
 
 # breaches that are still open: an entry goes when its breach does, and none is added
 KNOWN: dict[str, tuple[str, ...]] = {
-    "repeated_public_names": ("Concept is defined",),
     "long_functions": (
         "cli/sample.py _sampled",
         "config/load.py resolve_recipe",
         "diffusion/inversion.py invert",
         "diffusion/sampler.py sample",
-        "export/export.py export",
-        "export/import_.py import_file",
         "methods/apply.py apply_methods",
-        "runs/merge.py merge_concepts",
         "training/fit.py _fit",
         "training/optim.py make_optimizer",
     ),
     "crowded_calls": (
         "cli/",
         "config/",
-        "continual.py",
         "data/",
         "diffusion/",
-        "evaluation/",
-        "export/",
         "kernels/",
         "media/",
         "methods/",
-        "runs/",
         "training/",
     ),
 }

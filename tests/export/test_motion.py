@@ -27,7 +27,8 @@ from trainer.export.formats import diffusers
 from trainer.export.import_ import import_file
 from trainer.export.job import Job
 from trainer.export.motion import motion_config
-from trainer.export.proof import LIMIT, Probe, Proof, difference, prove
+from trainer.export.proof import LIMIT, Probe, difference
+from trainer.export.read_back import Proof, prove
 from trainer.methods.apply import apply_methods
 from trainer.methods.feature.animatediff import AnimateDiff
 from trainer.ops.temporal.motion_names import ours, theirs

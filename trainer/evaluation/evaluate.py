@@ -8,6 +8,7 @@ caption says?
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -67,22 +68,49 @@ def evaluate(
         recipe, judge, train, num_images=images, batch_size=batch, base=base, resumes=True
     )
     models = {"base": base, "adapted": adapted}
-    table: Table = {name: examiner.examine(model) for name, model in models.items()}
-    frames, fps = shape_of_clips(train)
-    scorer = ClipScores.of(judge, held_out or train, images) if frames > 1 else None
-    for name, model in models.items():
-        if scorer:
-            clips = examiner.clips(model, scorer.captions, frames=frames, fps=fps)
-            table[name] |= scorer.scores(clips)
-        table[name]["validation loss"] = validation_loss(recipe, model, held_out)
-    if scorer:
-        table["real"] = dict.fromkeys(table["base"]) | scorer.scores(scorer.real)
-    what = "pictures or clips" if scorer else "pictures"
+    table = _score(examiner, models, train=train, held_out=held_out)
+    what = "pictures or clips" if max(train.frames) > 1 else "pictures"
     title = f"{run}, judged by {judge.folder.name}, {images} {what} a line"
     show_evaluation(table, title, Console())
     text = json.dumps(table, indent=1)
     path.with_name("evaluation.json").write_text(text, encoding="utf-8")
     examiner.finish()
+    return table
+
+
+def _score(
+    examiner: Examiner, models: Mapping[str, Backbone], *, train: Dataset, held_out: Dataset | None
+) -> Table:
+    table: Table = {name: examiner.examine(model) for name, model in models.items()}
+    shape = shape_of_clips(train)
+    moving = shape[0] > 1
+    clips = _score_clips(examiner, models, held_out or train, shape=shape) if moving else {}
+    for name, model in models.items():
+        table[name] |= clips.get(name, {})
+        table[name]["validation loss"] = validation_loss(examiner.recipe, model, held_out)
+    if moving:
+        table["real"] = dict.fromkeys(table["base"]) | clips["real"]
+    return table
+
+
+def _score_clips(
+    examiner: Examiner,
+    models: Mapping[str, Backbone],
+    data: Dataset,
+    *,
+    shape: tuple[int, float | None],
+) -> Table:
+    """The scores of clips that each model generates for the captions of `data`, and those of its
+    own clips as the column `real`.
+
+    shape: the frames of a clip, and how many are shown in a second.
+    """
+    frames, fps = shape
+    scorer = ClipScores.of(examiner.judge, data, examiner.num_images)
+    table = {"real": scorer.scores(scorer.real)}
+    for name, model in models.items():
+        generated = examiner.clips(model, scorer.captions, frames=frames, fps=fps)
+        table[name] = scorer.scores(generated)
     return table
 
 

@@ -24,16 +24,8 @@ from trainer.export.apply_bundle import add_to
 from trainer.export.factor import truncated
 from trainer.export.find_format import find_format, format_names
 from trainer.export.job import Job
-from trainer.export.proof import (
-    LIMIT,
-    PROOF_FRAMES,
-    Probe,
-    Proof,
-    Say,
-    difference,
-    measure_rounding,
-    prove,
-)
+from trainer.export.proof import LIMIT, PROOF_FRAMES, Probe, Say, difference
+from trainer.export.read_back import Proof, measure_rounding, prove
 from trainer.export.tokens import known_words
 from trainer.methods.apply import in_order
 from trainer.methods.method import Method
@@ -69,18 +61,13 @@ def export(
     path: the adapter's file; dtype: of the written files, which are proven in float32 before they
     are rounded; rank: reduces every layer's change to its largest singular directions; what that
     loses is reported; say: receives each line for the user; placement: where the models are proven,
-    while the files are computed on the CPU.
-
-    Returns:
-        `out`.
+    while the files are computed on the CPU. Returns `out`.
 
     Raises:
         ValueError: the format or dtype is unknown, the folder exists, the format cannot carry the
             adapter, or the output of the files read back differs by more than `LIMIT`.
     """
-    _check_options(format_name, dtype, rank)
-    if out.exists():
-        raise ValueError(f"out={out} exists; give a folder that does not, nothing is overwritten")
+    _check_options(out, format_name, dtype=dtype, rank=rank)
     request = Request(format_name, say, placement)
     job, proof = _prepare(path, out.name, request)
     if rank is not None:
@@ -99,12 +86,14 @@ def export(
     return out
 
 
-def _check_options(format_name: str, dtype: str, rank: int | None) -> None:
+def _check_options(out: Path, format_name: str, *, dtype: str, rank: int | None) -> None:
     find_format(format_name)
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}: no such dtype; there are: {', '.join(DTYPES)}")
     if rank is not None and format_name not in LOW_RANK:
         raise ValueError(f"rank={rank} is for format={', '.join(LOW_RANK)}, not for {format_name}")
+    if out.exists():
+        raise ValueError(f"out={out} exists; give a folder that does not, nothing is overwritten")
 
 
 def _prepare(path: Path, title: str, request: Request) -> tuple[Job, Proof]:

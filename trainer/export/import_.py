@@ -51,10 +51,7 @@ def import_file(
         ValueError: `out` exists; the file is not safetensors, is damaged, is of no known format or
             was made for another backbone; or it changes layers that no method adapts.
     """
-    if out.exists():
-        raise ValueError(f"out={out} exists; give a file that does not, nothing is overwritten")
-    if not path.exists():
-        raise ValueError(f"file={path}: no such file or folder")
+    _check_paths(path, out)
     spec = backbone_spec(backbone)
     found = detect(path) if format_name == "auto" else format_name
     base = load_base(spec, backbone)
@@ -75,6 +72,13 @@ def import_file(
     say(f"{found}: {_counted(bundle)}; largest difference {largest:.1e} (allowed {LIMIT:.0e})")
     say(f"to start from it: run.start_from={out} and methods: {json.dumps(methods)}")
     return out
+
+
+def _check_paths(path: Path, out: Path) -> None:
+    if out.exists():
+        raise ValueError(f"out={out} exists; give a file that does not, nothing is overwritten")
+    if not path.exists():
+        raise ValueError(f"file={path}: no such file or folder")
 
 
 def _refuse_difference(path: Path, largest: float) -> None:

@@ -114,7 +114,8 @@ class AnimateDiffModel:
         self.pipeline = pipeline
         self.encode_prompts = base.encode_prompts
 
-    def to(self, device: torch.device) -> Stock:
+    def to(self, device: torch.device) -> AnimateDiffModel:
+        """Moves the pipeline's parts, which are those of `base`."""
         self.pipeline.to(device)
         return self
 

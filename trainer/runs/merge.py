@@ -41,7 +41,7 @@ ALLOWED = {"selective", "new_token"}
 
 
 @dataclass(frozen=True)
-class Concept:
+class LearnedConcept:
     """One adapter to merge.
 
     parameters: of the adapted model, by name; tree: its recipe; tokens: what its tokens are called
@@ -102,7 +102,7 @@ def merge_concepts(
     return tree["methods"]["new_token"]["tokens"]
 
 
-def _load(paths: Sequence[Path]) -> list[Concept]:
+def _load(paths: Sequence[Path]) -> list[LearnedConcept]:
     """The adapters at `paths`, checked against the first."""
     models = [load_adapted(path) for path in paths]
     first, first_tree = models[0]
@@ -111,7 +111,7 @@ def _load(paths: Sequence[Path]) -> list[Concept]:
         check_backbone(path, first.identity(), model.identity())
     tokens = _tokens([tree for _, tree in models])
     return [
-        Concept(dict(model.named_parameters()), tree, own)
+        LearnedConcept(dict(model.named_parameters()), tree, own)
         for (model, tree), own in zip(models, tokens, strict=True)
     ]
 
@@ -150,7 +150,7 @@ def closed_form(weight: Tensor, ordinary: Tensor, targets: Tensor, values: Tenso
 
 
 def _solve_layers(
-    model: Backbone, plan: Plan, concepts: Sequence[Concept], *, text: TextFeatures
+    model: Backbone, plan: Plan, concepts: Sequence[LearnedConcept], *, text: TextFeatures
 ) -> dict[str, Tensor]:
     """The merged tensors of all layers that the concepts trained, by name."""
     base = dict(model.named_parameters())
@@ -286,7 +286,7 @@ def _tokens(trees: Sequence[dict[str, Any]]) -> list[list[str]]:
     return names
 
 
-def _merged_recipe(concepts: Sequence[Concept]) -> dict[str, Any]:
+def _merged_recipe(concepts: Sequence[LearnedConcept]) -> dict[str, Any]:
     """The merged adapter's recipe: the first concept's, with the tokens and data of all."""
     trees = [concept.tree for concept in concepts]
     first = trees[0]
@@ -301,7 +301,9 @@ def _merged_recipe(concepts: Sequence[Concept]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _copy_rows(model: Backbone, plan: Plan, concepts: Sequence[Concept]) -> dict[str, Tensor]:
+def _copy_rows(
+    model: Backbone, plan: Plan, concepts: Sequence[LearnedConcept]
+) -> dict[str, Tensor]:
     """Copies every concept's token rows, in order, into the merged model; returns them by name."""
     own = dict(model.named_parameters())
     names = [name for name in plan.names if ".rows." in name]
