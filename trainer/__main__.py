@@ -6,6 +6,8 @@ import gc
 import sys
 
 from trainer.common.exit_codes import BAD_RECIPE, DISK, INTERRUPTED, LeaveError
+from trainer.common.spinning import watched
+from trainer.common.threads import limit_threads
 
 VERBS = ("fit", "check", "sample", "evaluate", "export", "import", "merge", "data")
 USAGE = """usage: python -m trainer <verb> [key=value ...]
@@ -69,8 +71,10 @@ def main(words: list[str]) -> int:
     try:
         import importlib
 
+        limit_threads()
         name = "import_" if verb == "import" else verb  # a word of Python's own
-        return int(importlib.import_module(f"trainer.cli.{name}").run(rest) or 0)
+        with watched():
+            return int(importlib.import_module(f"trainer.cli.{name}").run(rest) or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

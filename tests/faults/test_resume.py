@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from trainer.common.spinning import watched
+from trainer.common.threads import USERS, this_machine, thread_count
 
 pytestmark = pytest.mark.faults
 BUSY = ("run.validate_every=2", "preview.every=2", "preview.steps=1", "preview.prompts=[a <v1>]")
@@ -61,6 +65,25 @@ def test_workers_change_nothing(
             assert run(tmp_path / "broken", f"run.workers={workers}", *own) == 143
     assert run(tmp_path / "broken", *own) == 0
     assert compared(tmp_path / "whole", tmp_path / "broken", look) == 5
+
+
+def test_the_number_of_threads_stays(
+    tmp_path: Path, run: Any, fault: Any, look: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun with two threads, gone on with by a process that would take one."""
+    if thread_count(this_machine(), {}) < 2:
+        pytest.skip("a run would not take two threads on one processor")
+    for name in USERS:
+        monkeypatch.delenv(name, raising=False)
+    with watched():
+        torch.set_num_threads(2)
+        assert run(tmp_path / "whole") == 0
+        with fault(signals={"numbers": [signal.SIGTERM], "step": 1}):
+            assert run(tmp_path / "broken") == 143
+        torch.set_num_threads(1)
+        assert run(tmp_path / "broken") == 0
+    assert compared(tmp_path / "whole", tmp_path / "broken", look) == 5
+    assert [each.manifest["threads"] for each in look.checkpoints(tmp_path / "broken")] == [2] * 5
 
 
 def test_only_periodic_checkpoints_are_enough(

@@ -26,6 +26,7 @@ from trainer.training.build import (
 )
 from trainer.training.console import first_rank, say
 from trainer.training.launch import announce, ending, last_checkpoint, launch
+from trainer.training.thread_count import settle_threads
 
 
 def fit(recipe: Recipe, folder: Path | None = None) -> Path:
@@ -56,16 +57,18 @@ def fit(recipe: Recipe, folder: Path | None = None) -> Path:
 
 def _fit(recipe: Recipe, folder: Path) -> None:
     """The run itself, from its last complete checkpoint on."""
-    found = last_checkpoint(recipe, folder)
-    seed_everything(recipe.run.seed)
-    placement = placement_of(recipe.run)
+    found, run = last_checkpoint(recipe, folder), recipe.run
+    manifest = found.manifest if found else {}
+    settle_threads(ranks=run.devices, machines=run.nodes, manifest=manifest, say=say)
+    seed_everything(run.seed)
+    placement = placement_of(run)
     backbone = load_base(recipe.backbone, recipe.backbone_name, placement, hold=False)
     train, held_out = recipe.data.open(needs(recipe, backbone))
     plan = adapt(recipe, backbone, placement)
     module = module_of(recipe, backbone, plan)
-    run = launch(recipe, folder, found=found, plan=plan, train=train, backbone=backbone)
-    rank, ranks = run.trainer.global_rank, run.trainer.world_size
-    if run.trainer.is_global_zero:
+    launched = launch(recipe, folder, found=found, plan=plan, train=train, backbone=backbone)
+    rank, ranks = launched.trainer.global_rank, launched.trainer.world_size
+    if launched.trainer.is_global_zero:
         announce(recipe, folder, backbone=backbone, plan=plan, train=train)
     cached, order = latents(recipe, backbone, train), step_plan(recipe, train)
     look = looker(module, Planned(train, order, cached, rank=0, world_size=1))
@@ -73,17 +76,17 @@ def _fit(recipe: Recipe, folder: Path) -> None:
         prepare_methods(plan, look)
     batches = loader(
         Planned(train, order, cached, rank=rank, world_size=ranks),
-        recipe.run.steps * recipe.run.accumulate,
+        run.steps * run.accumulate,
         start=found.micro_step if found else 0,
-        workers=recipe.run.workers,
+        workers=run.workers,
     )
-    with run.signals, ending(run.trainer, folder):
-        run.trainer.fit(module, batches, checks(recipe, backbone, held_out))
-    if run.trainer.is_global_zero:
+    with launched.signals, ending(launched.trainer, folder):
+        launched.trainer.fit(module, batches, checks(recipe, backbone, held_out))
+    if launched.trainer.is_global_zero:
         place(backbone, placement, plan.stored)  # Lightning leaves it on the CPU
         path = folder / "adapter.safetensors"
-        with run.ema.swapped(module) if run.ema else nullcontext():
+        with launched.ema.swapped(module) if launched.ema else nullcontext():
             finish_methods(plan, look)
             save_adapter(path, module.stored(), recipe_header(recipe), identity=backbone.identity())
-        note_event(folder, "finished", step=recipe.run.steps)
+        note_event(folder, "finished", step=run.steps)
         say(f"adapter: {path}")

@@ -225,6 +225,7 @@ class Checkpoints(lightning.Callback):
             "step": end.step,
             "micro_step": end.micro_step,
             "world_size": trainer.world_size,
+            "threads": torch.get_num_threads(),  # the last bits of sums depend on it
             "optimizer": type(optimizer).__name__,
             "parent": self.parent,
             **self.facts,
