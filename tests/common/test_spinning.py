@@ -10,8 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from trainer.common import spinning
+from trainer.__main__ import main
+from trainer.cli import check
+from trainer.common import spinning, threads
 from trainer.common.spinning import Decision, Look, watched
+from trainer.common.threads import Machine
 
 BUSY, FREE = Look(1.0, 0.5, 1.5), Look(1.0, 0.01, 0.05)
 needs_two = pytest.mark.skipif(
@@ -213,3 +216,23 @@ def test_only_the_first_rank_speaks() -> None:
     assert spinning._first({"RANK": "0", "LOCAL_RANK": "0"})
     assert not spinning._first({"LOCAL_RANK": "1"})
     assert not spinning._first({"SLURM_PROCID": "3"})
+
+
+@needs_two
+def test_every_verb_is_watched_and_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container of one core; what `check` sees when it begins."""
+    seen: list[tuple[str | None, bool]] = []
+
+    def run(words: list[str]) -> int:
+        watching = any(thread.name == "spinning" for thread in threading.enumerate())
+        seen.append((os.environ.get("OMP_NUM_THREADS"), watching))
+        return 0
+
+    monkeypatch.setattr(check, "run", run)
+    for cores in (2, 1):
+        monkeypatch.setattr(threads, "this_machine", lambda cores=cores: Machine(2, 2, 2, cores))
+        for name in (*threads.USERS, *spinning.USERS_WAIT, threads.OWN):
+            monkeypatch.setenv(name, "")  # so that what the program sets is undone
+            monkeypatch.delenv(name)
+        assert main(["check", "recipe=lora"]) == 0
+    assert seen == [(None, True), ("1", False)]  # one thread waits for no other

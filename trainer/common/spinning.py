@@ -128,7 +128,9 @@ def watched(
     told = say or (_complain if _first(environment) else lambda text: None)
     ended = threading.Event()
     decision = Decision(max(0, len(allowed_processors()) - threads))
-    watch = threading.Thread(target=_watch, args=(decision, told, ended), daemon=True)
+    watch = threading.Thread(
+        target=_watch, args=(decision, told, ended), name="spinning", daemon=True
+    )
     watch.start()
     try:
         yield
