@@ -136,6 +136,7 @@ def watched(
         yield
     finally:
         ended.set()
+        watch.join(EVERY)
 
 
 def _watch(decision: Decision, say: Callable[[str], None], ended: threading.Event) -> None:
