@@ -68,7 +68,7 @@ def test_what_is_declared_is_there(name: str) -> None:
     BACKBONES[name][1](model)
     assert [shape[-1] for shape in seen] == [time.width]
     assert all(model.get_submodule(block) is not None for block in family.blocks)
-    assert family.layout == "rows"
+    assert family.traits.layout == "rows"
 
 
 def test_only_what_a_family_declares_is_hosted() -> None:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
+
+Layout = Literal["rows", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,15 @@ class DenoiserTraits:
     processors: how layers compute, by the full name of their processor's class; each must be hosted
     bit-equal. time_embedding: the module that puts out the embedding of the timestep, (rows,
     width); time_width: the linear layer inside it whose `out_features` is that width. input: the
-    convolution that reads the latent.
+    convolution that reads the latent. layout: how the denoiser takes clips: as `rows`, every frame
+    a row of the batch, or as `tokens` of space and time, the frames an axis (b, c, f, h, w).
     """
 
     processors: Mapping[str, ProcessorTraits] = field(default_factory=dict)
     time_embedding: str = ""
     time_width: str = ""
     input: str = ""
+    layout: Layout = "rows"
 
     def of_processor(self, processor: object) -> ProcessorTraits | None:
         """The traits of a layer's own processor; None for one that nobody declares."""

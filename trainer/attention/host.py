@@ -12,7 +12,7 @@ from trainer.attention.conflicts import refuse_conflicts
 from trainer.attention.context import BoundCheckpoint, ContextHolder, bound, completed, current
 from trainer.attention.denoiser_traits import UNDECLARED, DenoiserTraits
 from trainer.attention.insertion import insertions
-from trainer.attention.op import Op, has_stage
+from trainer.attention.op import Op, has_stage, label
 from trainer.attention.processor import HostedProcessor
 from trainer.attention.sites import Site, scan
 
@@ -72,6 +72,11 @@ class Host:
         """
         if not sites:
             raise ValueError(f"op {op.name!r} was given no site; widen its selector")
+        if op.traits.frames and self.traits.layout != "rows":
+            raise ValueError(
+                f"{label(op)} needs every frame of a clip as a row of the batch, and this model "
+                "has frames as tokens; choose a backbone of images"
+            )
         hosted = [self._hosted(site) for site in sites]
         for processor in hosted:
             if not any(other is op for other in processor.ops):

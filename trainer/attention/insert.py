@@ -36,6 +36,11 @@ def insert(model: AttentionModel, items: Sequence[Item], owner: str, trains: boo
         ValueError: the denoiser has a module of that name already.
     """
     denoiser, traits = model.denoiser, model.host.traits
+    if traits.layout != "rows":
+        raise ValueError(
+            "the denoiser has frames as tokens, so it is a model of clips; choose a backbone of "
+            "images"
+        )
     modules = dict(denoiser.named_modules())
     for item in items:
         for other in inserted_after(modules[item.after]):

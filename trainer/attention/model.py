@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import nn
 
+    from trainer.attention.extras import Extras
     from trainer.attention.hooks import SamplingHook
     from trainer.attention.host import Host
     from trainer.attention.sites import Site
@@ -19,6 +20,8 @@ class AttentionModel(Protocol):
     `unet.conv_in.weight`."""
 
     denoiser_name: str
+    # modules of methods that belong to no site, see `extras.py`
+    extras: Extras
     # by method, in the order in which they were applied
     sampling_hooks: dict[str, tuple[SamplingHook, ...]]
 

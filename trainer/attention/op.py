@@ -54,7 +54,8 @@ class Traits:
     more_keys: its kernel takes more keys than queries. appends: its `kv` gives more keys than it
     got. swaps: its kernel may replace attention other than softmax attention, as it is trained to.
     scores: it needs scores or probabilities, which only unfused attention has. grad: it needs
-    gradients where a sampler would run without.
+    gradients where a sampler would run without. frames: it needs every frame of a clip to be a row
+    of the batch.
     """
 
     owner: str | None = None
@@ -64,6 +65,7 @@ class Traits:
     swaps: bool = False
     scores: bool = False
     grad: bool = False
+    frames: bool = False
 
 
 class Op(Protocol):

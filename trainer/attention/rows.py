@@ -12,7 +12,7 @@ from. Its text role says which text they see: `cond` the prompt, `uncond` the em
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,10 @@ class Rows:
             raise ValueError(f"a group of rows is named twice in {', '.join(names)}")
         parts = (name.split("/") for name in names)
         return cls(tuple(Group(branch, text, count) for branch, text in parts))
+
+    def of_clips(self, frames: int) -> Rows:
+        """The same groups where a clip of so many rows, its frames, is one row."""
+        return Rows(tuple(replace(group, count=group.count // frames) for group in self.groups))
 
     @property
     def slices(self) -> dict[str, slice]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,14 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from trainer.attention.context import current, use
+from trainer.attention.denoiser_traits import Layout
+from trainer.attention.extras import Extras
 from trainer.attention.hooks import SamplingHook
 from trainer.attention.host import Host
 from trainer.attention.sites import Site, scan
-from trainer.backbones.family import Family, Layout, Parts
+from trainer.backbones.family import Family, Parts
+from trainer.backbones.layout import folded, per_clip, unfolded
 from trainer.backbones.schedulers import PREDICTION_TYPES
 from trainer.backbones.vae import in_slices, pixels_per_latent, posterior_moments
 
@@ -25,7 +30,8 @@ from trainer.backbones.vae import in_slices, pixels_per_latent, posterior_moment
 class Backbone(nn.Module):
     """denoiser(x_t, t, text) with text (b, tokens, d), on latents (b, c, H/f, W/f) of a VAE.
 
-    Parameter names start with `denoiser_name`, `text_encoder.` or `vae.`, as adapters store them.
+    Parameter names start with `denoiser_name`, `text_encoder.`, `vae.` or, of modules that methods
+    have registered, `extras.`, as adapters store them.
     """
 
     published = torch.float32  # what the denoiser's weights are stored in, where they come from
@@ -40,6 +46,7 @@ class Backbone(nn.Module):
         self.text_encoder: Any = parts.text_encoder
         self.vae: Any = parts.vae
         # kept here, since previews, `sample`, `evaluate` and a later run get the backbone alone
+        self.extras = Extras()
         self.sampling_hooks: dict[str, tuple[SamplingHook, ...]] = {}
         self.tokenizer, self.scheduler_config = parts.tokenizer, dict(parts.scheduler.config)
         self.scheduler_class = type(parts.scheduler)
@@ -89,8 +96,8 @@ class Backbone(nn.Module):
 
     @property
     def layout(self) -> Layout:
-        """How the denoiser takes clips, see `Family`."""
-        return self.declared.layout
+        """How the denoiser takes clips, see `DenoiserTraits`."""
+        return self.declared.traits.layout
 
     @property
     def resolution(self) -> int:
@@ -158,17 +165,32 @@ class Backbone(nn.Module):
             return self.declared.encode_prompts(self, prompts)
 
     def inputs(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> dict[str, Any]:
-        """The denoiser's own arguments for x_t (b, c, h, w) at timesteps t (b,)."""
+        """The denoiser's own arguments for x_t (b, c, h, w) at timesteps t (b,) and a condition
+        for each row, whatever its `layout`: the step context says how many frames a clip has."""
+        ctx = current()
+        frames = 1 if ctx is None else ctx.frames
+        if self.layout == "tokens":
+            x_t, t = folded(x_t, frames), t[::frames] if t.ndim else t
+            condition = per_clip(condition, frames)
         return self.declared.inputs(self, x_t, t, condition=condition)
 
     def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """The network's output (b, c, h, w) at x_t (b, c, h, w) and timesteps t (b,). A learned
         variance in further channels is left out."""
-        with self.computing():
+        with self.computing(), self._by_clips():
             output: Tensor = self.denoiser(**self.inputs(x_t, t, condition)).sample
+        if self.layout == "tokens":
+            output = unfolded(output)
         if self.computes_in != torch.float32:
             output = output.to(x_t.dtype)
         return output if output.shape[1] <= x_t.shape[1] else output[:, : x_t.shape[1]]
+
+    def _by_clips(self) -> AbstractContextManager[Any]:
+        """Groups of rows are groups of clips inside, where the denoiser has clips for rows."""
+        ctx = current()
+        if ctx is None or self.layout == "rows":
+            return nullcontext()
+        return use(replace(ctx, groups=ctx.groups.of_clips(ctx.frames)))
 
     @property
     def device(self) -> torch.device:

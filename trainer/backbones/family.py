@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from trainer.attention.denoiser_traits import UNDECLARED, DenoiserTraits
 from trainer.backbones.spec import BackboneSpec, DenoiserSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Layout = Literal["rows", "tokens"]
 
 
 class Inputs(Protocol):
@@ -56,10 +54,9 @@ class Family:
     (backbone) -> its parts as a stock pipeline, shared and not copied.
 
     makes: what describes a denoiser of this family that is made from nothing, None where it makes
-    none. layout: how the denoiser takes clips: as `rows`, every frame a row of the batch, or as
-    `tokens` of space and time, frames an axis of their own (b, c, f, h, w). traits: where things
-    are in the denoiser. comfyui_layers: by the class of a transformer, which of its layers ComfyUI
-    reads under diffusers' names, a regular expression.
+    none. traits: where things are in the denoiser and how it takes clips. comfyui_layers: by the
+    class of a transformer, which of its layers ComfyUI reads under diffusers' names, a regular
+    expression.
     """
 
     denoiser: str
@@ -70,6 +67,5 @@ class Family:
     inputs: Inputs
     pipeline: Callable[[Any], Any]
     makes: type[DenoiserSpec] | None = None
-    layout: Layout = "rows"
     traits: DenoiserTraits = UNDECLARED
     comfyui_layers: Mapping[str, str] = field(default_factory=dict)

@@ -37,7 +37,7 @@ class FrameKeys:
 
     def __init__(self, reads: Sequence[str], owner: str) -> None:
         self.name, self.reads = owner, tuple(reads)
-        self.traits = Traits(owner=owner, appends=len(self.reads) > 1)
+        self.traits = Traits(owner=owner, appends=len(self.reads) > 1, frames=True)
 
     def kv(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> tuple[Tensor, Tensor, Tensor]:
         frames = call.ctx.frames

@@ -1,0 +1,32 @@
+"""How a denoiser takes clips. Samplers and losses have a row of a batch for every frame, and every
+text and timestep once a row; a denoiser of video has the frames as an axis of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+
+def folded(x: Tensor, frames: int) -> Tensor:
+    """Rows (b f, c, h, w), the frames of a clip adjacent, to clips (b, c, f, h, w).
+
+    Raises:
+        ValueError: the rows are no whole number of clips.
+    """
+    if len(x) % frames:
+        raise ValueError(
+            f"clips of {frames} frames, and a batch of {len(x)} rows is no whole number of them; "
+            "give every frame of a clip a row"
+        )
+    return x.unflatten(0, (-1, frames)).transpose(1, 2)
+
+
+def unfolded(x: Tensor) -> Tensor:
+    """Clips (b, c, f, h, w) to rows (b f, c, h, w)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def per_clip(condition: Mapping[str, Tensor], frames: int) -> dict[str, Tensor]:
+    """What is given once a row (b f, ...), once a clip (b, ...): that of its first frame."""
+    return {name: value[::frames] for name, value in condition.items()}
