@@ -30,8 +30,9 @@ from torch import Tensor
 
 from trainer.kernels import flashmask, gated_linear, linear
 from trainer.kernels.agent import agent_attention
-from trainer.kernels.column_masks import MaskSpec, sliding_window
+from trainer.kernels.column_masks import sliding_window
 from trainer.kernels.flash import observed
+from trainer.kernels.mask_spec import MaskSpec
 from trainer.kernels.softmax import eager, sdpa, softmax_attention
 from trainer.kernels.tiled import tiled
 

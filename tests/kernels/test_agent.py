@@ -8,14 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.kernels.agent import (
-    AgentBias,
-    Shortcut,
     agent_attention,
     in_blocks,
     merged,
     num_merged,
     pooled,
 )
+from trainer.ops.grid_modules import AgentBias, Shortcut
 
 
 def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:

@@ -63,7 +63,9 @@ def test_a_silent_fallback_is_refused_with_the_reason() -> None:
 
 @pytest.mark.parametrize("backend", ["efficient", "cudnn"])
 def test_a_backend_of_cuda_is_refused_on_a_cpu(backend: str) -> None:
-    with pytest.raises(ValueError, match=rf"backend '{backend}' needs CUDA, and this ran on cpu"):
+    with pytest.raises(
+        ValueError, match=rf"backend '{backend}' needs CUDA, and these tensors are on cpu"
+    ):
         observed(*qkv(), backend=backend)
 
 

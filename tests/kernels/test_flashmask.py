@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.kernels import column_masks
+from trainer.kernels import column_masks, mask_spec
 from trainer.kernels import flashmask as module
-from trainer.kernels.column_masks import HIDDEN, OPEN, PARTLY, MaskSpec, causal_mask, full_mask
+from trainer.kernels.column_masks import causal_mask, full_mask
+from trainer.kernels.mask_spec import HIDDEN, OPEN, PARTLY, MaskSpec
 from trainer.kernels.softmax import eager
 
 N = 37
@@ -89,7 +90,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROWS", 8)
     monkeypatch.setattr(module, "BLOCK", 4)
     monkeypatch.setattr(module, "COLUMNS", 12)
-    monkeypatch.setattr(column_masks, "COLUMNS", 12)
+    monkeypatch.setattr(mask_spec, "COLUMNS", 12)
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -114,7 +115,7 @@ def test_an_evicted_key_is_seen_from_itself_to_some_row() -> None:
 @pytest.mark.parametrize("name", SPECS)
 def test_from_dense_is_the_inverse(name: str) -> None:
     mask = SPECS[name].dense()
-    assert torch.equal(column_masks.from_dense(mask).dense(), mask)
+    assert torch.equal(mask_spec.from_dense(mask).dense(), mask)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 100])
@@ -189,7 +190,7 @@ def test_more_than_two_runs_are_refused() -> None:
     mask = torch.ones(9, 3, dtype=torch.bool)
     mask[[1, 3, 5], 1] = False
     with pytest.raises(ValueError, match="column 1 is hidden in 3 runs of rows"):
-        column_masks.from_dense(mask)
+        mask_spec.from_dense(mask)
 
 
 @pytest.mark.parametrize(
@@ -199,10 +200,10 @@ def test_more_than_two_runs_are_refused() -> None:
             lambda: column_masks.regions(torch.tensor([0, 1, 0])),
             "a region is in several pieces; sort",
         ),
-        (lambda: column_masks.hash_sparse(torch.tensor([1, 0])), "the buckets of hash_sparse rise"),
+        (lambda: column_masks.hash_sparse(torch.tensor([1, 0])), "buckets must be ascending"),
         (
             lambda: column_masks.hash_sparse(torch.tensor([0, 0]), torch.tensor([1, 0])),
-            "order falls within a bucket",
+            "order must be ascending within a bucket",
         ),
         (
             lambda: column_masks.frames(4, [[0], [2]]),
@@ -225,7 +226,7 @@ def test_flex_is_refused_on_a_cpu() -> None:
 def test_the_block_mask_of_flex_is_that_of_the_table(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(column_masks, "FLEX_BLOCK", 4)
+    monkeypatch.setattr(mask_spec, "FLEX_BLOCK", 4)
     spec = SPECS[name]
     block_mask = spec.block_mask(torch.device("cpu"))
     wanted = spec.kinds(4, 4) != HIDDEN

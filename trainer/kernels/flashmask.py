@@ -1,48 +1,46 @@
-"""Masks as intervals of rows per column, and attention that skips what they hide.
+"""Attention that skips hidden tiles, with masks given as intervals of rows for each column.
 
 FlashMask (Wang et al., arXiv 2410.01359): column (key) j is hidden from the rows (queries)
 
     LTS_j <= i < LTE_j   or   UTS_j <= i < UTE_j                            (section 4.1)
 
-so that a mask is O(m) numbers, not n m. The extrema of the four over a block of columns tell which
-tiles are all hidden and which have nothing hidden (section 4.2, equations 3 and 4).
+so a mask is O(m) numbers, not n m. From the extrema of the four over a block of columns follows
+which tiles are completely hidden and which are completely visible (section 4.2, equations 3 and 4).
 
-Three back ends agree: `dense` (SDPA under the mask written out), `blockwise` (the tiled kernel over
-the tiles there are, forward and backward, any device), `flex` (PyTorch's compiled flex_attention,
-CUDA only: it has no backward on a CPU).
+Three back ends give the same result: `dense` (SDPA with the complete mask), `blockwise` (the tiled
+kernel without the hidden tiles, forward and backward, on any device), `flex` (PyTorch's compiled
+flex_attention, CUDA only, because it has no backward on a CPU).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer.kernels.column_masks import MaskSpec
+from trainer.kernels.mask_spec import MaskSpec
 from trainer.kernels.softmax import sdpa
 from trainer.kernels.tiled import COLUMNS, Sizes, Span, blocks, tiled_attention
 
-if TYPE_CHECKING:
-    pass
-
-
-ROWS, BLOCK = 128, 64  # queries in a tile; keys, of which neighbours alike make one tile
-FEW = 512  # tokens up to which a CPU is faster under the mask written out
+ROWS, BLOCK = 128, 64  # queries of a tile; keys of a block, adjacent blocks of one kind make a tile
+FEW = 512  # tokens up to which a CPU is faster with the complete mask
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, scale: float | None = None) -> Tensor:
-    """SDPA under the mask written out: O(n m) memory, and hidden scores are computed too."""
-    return sdpa(q, k, v, spec.dense().to(q.device), scale)
+    """SDPA with the complete mask: O(n m) memory, and hidden scores are computed too."""
+    return sdpa(q, k, v, mask=spec.dense().to(q.device), scale=scale)
 
 
 def blockwise(
     q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, scale: float | None = None
 ) -> Tensor:
-    """The tiled kernel over tiles that are not all hidden; masked inside only where partly so."""
-    return tiled_attention(q, k, v, _Blocks(spec.to(q.device), q.shape[1]), scale, ROWS, COLUMNS)
+    """The tiled kernel without completely hidden tiles; a mask is applied only in partly hidden
+    ones."""
+    tiles = _Blocks(spec.to(q.device), q.shape[1])
+    return tiled_attention(q, k, v, tiles=tiles, scale=scale, rows=ROWS, columns=COLUMNS)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, scale: float | None = None) -> Tensor:
@@ -64,7 +62,7 @@ BACK_ENDS = {"dense": dense, "blockwise": blockwise, "flex": flex}
 
 
 class _Blocks:
-    """The tiles of a mask: heads that share one are taken together."""
+    """The tiles of a mask. Heads with the same mask are computed together."""
 
     def __init__(self, spec: MaskSpec, heads: int) -> None:
         self.spec, self.heads = spec, heads
@@ -78,13 +76,13 @@ class _Blocks:
                 for part in blocks(shared.stop - shared.start, sizes.group)
             ]
             for rows, runs in zip(blocks(sizes.queries, sizes.rows), plans[own], strict=True):
-                # once for all heads: a row of tiles is O(m)
+                # made once for all heads: a row of tiles is O(m)
                 spans = [self._span(own, rows, *run) for run in runs]
                 for part in parts:
                     yield part, rows, spans
 
     def _shared(self, count: int, batches: int, heads: int) -> Iterator[tuple[slice, int]]:
-        """Heads with one mask, and which one."""
+        """Each group of heads with one mask, and the index of that mask."""
         if batches == heads == 1:
             yield slice(0, count), 0
         elif heads == 1:
@@ -101,11 +99,12 @@ class _Blocks:
             return columns, None
         return columns, self.spec.hidden(rows, columns).flatten(0, 1)[own]
 
-    def add_gradient(self, heads: slice, rows: slice, columns: slice, scores: Tensor) -> None:
-        """There is nothing to learn in a mask of intervals."""
+    def add_gradient(self, heads: slice, rows: slice, columns: slice, *, scores: Tensor) -> None:
+        """Does nothing: a mask of intervals has no parameters."""
 
 
 def both(mask: Tensor, allowed: Tensor) -> Tensor:
+    """`mask` that also hides where `allowed` is False."""
     if mask.dtype == torch.bool:
         return mask & allowed
     return mask.masked_fill(~allowed, float("-inf"))

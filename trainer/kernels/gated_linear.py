@@ -1,10 +1,10 @@
-"""Gated linear attention: a state that forgets, channel by channel, as it is led over the tokens.
+"""Gated linear attention: a state that decays, channel by channel, as it moves over the tokens.
 
     S_t = Diag(exp(g_t)) S_{t-1} + k_t^T v_t,  o_t = scale * q_t S_t
 
 GLA, Yang et al., arXiv 2312.06635, equations 3 and 4. q, k and the logarithms of the gates g <= 0
-are (b, h, n, d), v is (b, h, n, e), o like v; scale = d ** -0.5 unless given. A token sees those
-before it and itself; for images, `ordered` leads the state over the grid from four sides.
+are (b, h, n, d), v is (b, h, n, e), o like v; scale = d ** -0.5 unless given. A token attends to
+itself and those before it; for images, `ordered` gives scans of the grid from four sides.
 """
 
 from __future__ import annotations
@@ -29,20 +29,19 @@ ORDERS = ("row", "row_back", "column", "column_back")
 def gated_attention(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float | None = None
 ) -> Tensor:
-    """By the fastest form there is here: fla's kernel on CUDA if it is installed, else `chunked`.
-    o in the dtype of v."""
-    if q.is_cuda and fla_is_there():
-        return _by_fla(q, k, v, g, scale)
-    return chunked(q, k, v, g, scale)
+    """o in the dtype of v, by fla's kernel on CUDA if fla is installed, else by `chunked`."""
+    if q.is_cuda and fla_is_installed():
+        return _by_fla(q, k, v, g=g, scale=scale)
+    return chunked(q, k, v, g=g, scale=scale)
 
 
 def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float | None = None) -> Tensor:
-    """Token by token, as the equation says: the reference in tests."""
+    """Token by token, as in the equation; the reference in tests."""
     q, k, v32, g = (at_least_float32(x) for x in (q, k, v, g))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     state = torch.zeros((), dtype=q.dtype, device=q.device)
     rows = []
-    # unbound once: what is taken by index gives back a gradient of full size each time
+    # unbound once: the gradient of each indexing would be a tensor of full size
     for q_t, k_t, v_t, g_t in zip(*(x.unbind(-2) for x in (q, k, v32, g)), strict=True):
         here = k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
         state = g_t.unsqueeze(-1).exp() * state + here  # b h d e
@@ -51,11 +50,11 @@ def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float | None = 
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float | None = None) -> Tensor:
-    """The same in matrix products, in at least float32, no exponent of which can overflow.
+    """The same by matrix products, in at least float32, without overflow.
 
-    With b the running sum of g in a chunk, key j weighs exp(b_i - b_j) <= 1 for query i >= j. Alone
-    exp(-b_j) overflows, so sums are taken from the middle of the chunk on, both ways, and the
-    stronger the gates, the shorter the chunks: `chunk_size` keeps either factor in range.
+    With b the running sum of g in a chunk, key j has the weight exp(b_i - b_j) <= 1 for query i >=
+    j. exp(-b_j) alone can overflow, so sums start in the middle of the chunk, in both directions,
+    and `chunk_size` gives shorter chunks for stronger gates, so that both factors stay in range.
     """
     with torch.autocast(q.device.type, enabled=False):
         rows, tokens = q.shape[:2], q.shape[2]
@@ -65,10 +64,10 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float | None = No
         chunk = chunk_size(g)
         q, k, values, b = (_split(at_least_float32(x), chunk) for x in (q, k, v, g))
         values, b = (x.reshape(-1, *x.shape[-2:]) for x in (values, b))
-        # in place: for many tokens most of the time goes into fresh memory
+        # in place: for many tokens, allocating memory takes most of the time
         halves = b.unflatten(1, (2, -1)).cumsum_(dim=2)
         ends = halves[:, :, -1].clone()
-        halves[:, 0].sub_(ends[:, :1])  # b is now the sum from the middle on, both ways
+        halves[:, 0].sub_(ends[:, :1])  # b is now the sum from the middle, in both directions
         decay = b.unflatten(0, q.shape[:3])
         q = (decay.exp() * q).flatten(0, 2)
         k = (decay.neg().exp_() * k).flatten(0, 2)  # a quotient's gradient would overflow
@@ -78,9 +77,9 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float | None = No
 
 
 def chunk_size(g: Tensor) -> int:
-    """`CHUNK`, or less for fewer tokens, or where half a chunk of the strongest gate there is would
-    lose digits; not below `LEAST`."""
-    # a fake tensor, on which a plan counts memory, has no values
+    """Tokens of a chunk, from `LEAST` to `CHUNK`: fewer for few tokens, or if half a chunk of the
+    strongest gate would lose digits."""
+    # a fake tensor, with which a plan counts memory, has no values
     strongest = 0.0 if isinstance(g, FakeTensor) else -float(g.detach().amin())
     chunk = LEAST
     while chunk < min(CHUNK, g.shape[-2]) and strongest * chunk <= SAFE:
@@ -89,7 +88,7 @@ def chunk_size(g: Tensor) -> int:
 
 
 def _floor(dtype: torch.dtype) -> float:
-    """A gate below this counts as this: -17.7 in float32, where exp of it is 2e-8 and rounds away.
+    """Gates are clamped to this minimum: -17.7 in float32, whose exp is 2e-8 and lost in rounding.
 
     Half of the shortest chunk then stays in range: 4 * 17.7 < log(3.4e38) = 88.7.
     """
@@ -97,20 +96,20 @@ def _floor(dtype: torch.dtype) -> float:
 
 
 def _split(x: Tensor, chunk: int) -> Tensor:
-    """b h n d -> b h chunks chunk d, with zeros after the end: they add nothing to a state."""
+    """b h n d -> b h chunks chunk d, padded with zeros, which add nothing to a state."""
     if missing := -x.shape[-2] % chunk:
         x = F.pad(x, (0, 0, 0, missing))
     return x.unflatten(-2, (-1, chunk))
 
 
 def _states(added: Tensor, halves: Tensor, rows: int) -> Tensor:
-    """The states that tokens in the middle of each chunk would find, without their own chunk.
+    """The state at the middle of each chunk, without that chunk's own tokens.
 
         T_0 = 0,  T_{i+1} = enter_{i+1} (leave_i (T_i + added_i))
 
     added (rows * chunks, d, e): what each chunk adds, as of its middle; halves (rows * chunks, 2,
-    d): enter and leave, the decay until the middle, and from there on. Their product may underflow
-    where what it is multiplied with is large.
+    d): enter and leave, the decay before and after the middle. They are multiplied one by one,
+    because their product may underflow while the result is large.
     """
     added, halves = added.unflatten(0, (rows, -1)), halves.unflatten(0, (rows, -1))
     chunks, ends = added.unbind(1), halves.unsqueeze(-1).unbind(1)
@@ -121,23 +120,23 @@ def _states(added: Tensor, halves: Tensor, rows: int) -> Tensor:
     return torch.stack(states, dim=1).flatten(0, 1)
 
 
-def fla_is_there() -> bool:
-    """fla cannot be imported without triton, not even its parts that need none."""
+def fla_is_installed() -> bool:
+    """Whether fla and triton are installed; no part of fla can be imported without triton."""
     return find_spec("fla") is not None and find_spec("triton") is not None
 
 
-def _by_fla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float | None) -> Tensor:
+def _by_fla(q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, scale: float | None) -> Tensor:
     kernel = import_module("fla.ops.gla").chunk_gla
     # b h n d -> b n h d; the gates keep their own precision
     q, k, v, g = (x.transpose(1, 2).contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v, g))
-    o: Tensor = kernel(q, k, v, g.float(), scale=scale)[0]
+    o: Tensor = kernel(q, k, v, g=g.float(), scale=scale)[0]
     return o.transpose(1, 2)
 
 
 def ordered(x: Tensor, order: str, grid: tuple[int, int]) -> Tensor:
-    """x (..., n, d) of a grid of (h, w) tokens, row by row, as a scan in one of `ORDERS` meets
-    them: from the first row on, from the last token back, column by column, and that back. The
-    directions of DiG, arXiv 2405.18428, section 3.3."""
+    """The tokens x (..., n, d) of a grid (h, w), given row by row, in one of `ORDERS`: row by row,
+    that reversed, column by column, and that reversed. These are the directions of DiG, arXiv
+    2405.18428, section 3.3."""
     if order.startswith("column"):
         x = x.unflatten(-2, grid).transpose(-3, -2).flatten(-3, -2)
     return x.flip(-2) if order.endswith("back") else x

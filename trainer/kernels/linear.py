@@ -2,10 +2,10 @@
 
     o_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) sum_j phi(k_j)^T)
 
-Every query looks at every key; there is no place for a mask. q is (b, h, n, d), k and v (b, h, m,
-d); a feature map turns q and k into (b, h, n, f) and (b, h, m, f) without negative values. All of
-it runs in at least float32, under autocast too: the sums are over all keys. A query whose features
-are all zero gets zeros.
+Every query attends to every key; a mask is not possible. q is (b, h, n, d), k and v (b, h, m,
+d); a feature map turns q and k into (b, h, n, f) and (b, h, m, f) without negative values. All is
+computed in at least float32, under autocast too, because the sums are over all keys. A query whose
+features are all zero gets zeros.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from torch import Tensor
 Features = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 EPS = 1e-15  # of the denominator, as in Sana
-# values of q that a thread of a CPU takes at once: more fall out of its cache, and every operation
-# then waits for new pages
+# values of q that a CPU thread computes at once; more do not fit its cache
 CPU_BLOCK = 2**17
 
 
@@ -34,27 +33,34 @@ def linear_attention(
     if q.device.type == "cpu" and (count := _parts(q)) > 1:
         parts = zip(q.chunk(count, 1), k.chunk(count, 1), v.chunk(count, 1), strict=True)
         if torch.is_grad_enabled():
-            return torch.cat([_attend(*part, features, scale) for part in parts], dim=1)
-        o = v.new_empty(*q.shape[:-1], v.shape[-1])  # new pages once
+            return torch.cat([_attend(*part, features=features, scale=scale) for part in parts], 1)
+        o = v.new_empty(*q.shape[:-1], v.shape[-1])
         for into, part in zip(o.chunk(count, dim=1), parts, strict=True):
-            if (made := _attend(*part, features, scale, into)) is not into:
+            made = _attend(*part, features=features, scale=scale, into=into)
+            if made is not into:
                 into.copy_(made)
         return o
-    return _attend(q, k, v, features, scale)
+    return _attend(q, k, v, features=features, scale=scale)
 
 
 def _parts(q: Tensor) -> int:
-    """In how many parts a CPU takes the heads: each of a size for its caches, and of no fewer heads
-    than threads."""
+    """Into how many parts a CPU divides the heads: each part fits its caches, and has at least as
+    many heads as there are threads."""
     threads, heads = torch.get_num_threads(), q.shape[1]
     most = max(threads, CPU_BLOCK * threads * heads // max(1, q.numel()))
     return -(-heads // most)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, features: Features, scale: float, into: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    features: Features,
+    scale: float,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """In `into`, where that has the dtype of the sums."""
+    """o; written into `into` if that has the dtype of the sums."""
     with torch.autocast(q.device.type, enabled=False):
         phi_q, phi_k = features(at_least_float32(q), at_least_float32(k), scale)
         # the sum of the features is a last column beside the sum of values: one pass for both
@@ -114,8 +120,8 @@ def cos_weighted(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     longest = max(q.shape[-2], k.shape[-2])
 
     def weigh(x: Tensor) -> Tensor:
-        place = torch.arange(x.shape[-2], device=x.device, dtype=x.dtype)
-        angle = (math.pi / 2 / longest * place)[:, None]
+        position = torch.arange(x.shape[-2], device=x.device, dtype=x.dtype)
+        angle = (math.pi / 2 / longest * position)[:, None]
         x = F.relu(x)
         return torch.cat([x * angle.cos(), x * angle.sin()], dim=-1)
 
@@ -132,7 +138,7 @@ def random_features(projection: Tensor) -> Features:
     """FAVOR+ of the Performer, arXiv 2009.14794, lemma 1: exp(w x - |x|^2 / 2) for rows w of
     `projection` (f, d), whose products have the mean exp(q k^T * scale).
 
-    The largest exponent is taken off, per query and over all keys: that cancels in the fraction.
+    The largest exponent is subtracted, of each query and over all keys; it cancels in the fraction.
     """
 
     def exponents(x: Tensor, scale: float) -> Tensor:
@@ -156,7 +162,9 @@ def orthogonal_gaussian(count: int, dim: int, seed: int) -> Tensor:
     for _ in range(-(-count // dim)):
         square = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
         basis, upper = torch.linalg.qr(square)
-        blocks.append((basis * upper.diagonal().sign()).T)  # without the signs it is not uniform
+        blocks.append(
+            (basis * upper.diagonal().sign()).T
+        )  # without the signs the distribution is not uniform
     lengths = torch.randn(count, dim, generator=generator, dtype=torch.float64).norm(dim=1)
     return (torch.cat(blocks)[:count] * lengths[:, None]).float()
 

@@ -3,8 +3,8 @@
     o = softmax(q k^T * scale + mask) v                        scale = head_dim ** -0.5 unless given
 
 `q` is (batch, heads, queries, head_dim), `k` and `v` are (batch, heads, keys, head_dim). `mask`
-broadcasts to (batch, heads, queries, keys): added to the scores, or if bool, True where a query may
-look. A query that may look nowhere gets zeros, as from PyTorch's own kernels, not NaN.
+broadcasts to (batch, heads, queries, keys). It is added to the scores, or if bool, is True where a
+query may attend. A query that may attend to no key gets zeros, as in PyTorch's kernels, not NaN.
 """
 
 from __future__ import annotations
@@ -33,26 +33,28 @@ def sdpa(
 def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """The attention of a model's own layers: `sdpa`, but for half precision on a CPU. The backward
-    of PyTorch's kernel is many times slower there than in float32 (`python
-    bench/attention_kernels.py` measures it); with `FEW` keys plain products are used, with
-    `SOME` the kernel in float32."""
+    """`sdpa`, except for half precision on a CPU.
+
+    There, the backward of PyTorch's kernel is many times slower than in float32 (`python
+    bench/attention_kernels.py` measures it). Up to `FEW` keys plain products are used, up to
+    `SOME` keys the kernel in float32.
+    """
     keys = k.shape[-2]
     if q.device.type != "cpu" or q.dtype not in HALF or keys > SOME:
-        return sdpa(q, k, v, mask, scale)
+        return sdpa(q, k, v, mask=mask, scale=scale)
     if keys <= FEW:
-        return eager(q, k, v, mask, scale)
+        return eager(q, k, v, mask=mask, scale=scale)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.float()
     with torch.autocast("cpu", enabled=False):
-        return sdpa(q.float(), k.float(), v.float(), mask, scale).to(q.dtype)
+        return sdpa(q.float(), k.float(), v.float(), mask=mask, scale=scale).to(q.dtype)
 
 
 def eager(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """The same with an explicit softmax: the reference in tests."""
-    return eager_with_probs(q, k, v, mask, scale)[0]
+    """The same as `sdpa` with an explicit softmax; the reference in tests."""
+    return eager_with_probs(q, k, v, mask=mask, scale=scale)[0]
 
 
 def eager_with_probs(
@@ -75,7 +77,7 @@ def attention_probs(scores: Tensor, mask: Tensor | None = None) -> Tensor:
         return scores.softmax(dim=-1)
     is_bool = mask.dtype == torch.bool
     scores = scores.masked_fill(~mask, float("-inf")) if is_bool else scores + mask
-    # softmax of a row of -inf is NaN, its gradient too: fill the row before, empty it after
+    # softmax of a row of -inf is NaN, and so is its gradient: fill the row before, zero it after
     blind = torch.isneginf(scores).all(dim=-1, keepdim=True)
     return scores.masked_fill(blind, 0.0).softmax(dim=-1).masked_fill(blind, 0.0)
 

@@ -1,46 +1,43 @@
 """Exact softmax attention in tiles: O(n + m) memory forward and backward.
 
-FlashAttention (Dao et al., arXiv 2205.14135, algorithm 1): per block of queries a running maximum m
-and sum l over blocks of keys, here with the softmax P_t of each tile, its maximum m_t and sum l_t
+FlashAttention (Dao et al., arXiv 2205.14135, algorithm 1): each block of queries has a running
+maximum m and sum l over blocks of keys; P_t, m_t and l_t are the softmax, maximum and sum of a tile
 
     m' = max(m, m_t)
     l' = e^(m - m') l + e^(m_t - m') l_t
     O' = e^(m - m') O + e^(m_t - m') l_t P_t V
 
-FlashAttention-2 (Dao, arXiv 2307.08691, section 3.1): queries outside, one division by l at the
-end, and L = m + log l is all that is kept for the backward, which computes the tiles again:
+FlashAttention-2 (Dao, arXiv 2307.08691, section 3.1): the outer loop is over queries, the division
+by l comes last, and only L = m + log l is kept for the backward, which computes the tiles again:
 
     P = e^(S - L)   D = rowsum(dO * O)   dS = P * (dO V^T - D)
     dV = P^T dO     dQ = dS K            dK = dS^T Q
 
-On CUDA `flash.py` has the fused kernel of the same; this one shows what it does, on any device.
+`flash.py` has the fused kernel for CUDA; this one shows the algorithm, and runs on any device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-if TYPE_CHECKING:
-    pass
-
-
 ROWS, COLUMNS = 512, 512
-# scores in one tile: on a CPU what fits the second-level cache of a core, on CUDA what fills it
+# scores of one tile: on a CPU they fit the second-level cache of a core, on CUDA they fill the GPU
 CPU_SCORES, CUDA_SCORES = 2**18, 2**25
 
-Span = tuple[slice, Tensor | None]  # columns, and what hides some of them: broadcasts to g n m
+Span = tuple[slice, Tensor | None]  # columns of a tile, and its mask or None; broadcasts to g n m
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the loops run over: `heads` counts batch rows times heads."""
+    """Lengths of the loops: heads (batch rows times heads), queries and keys in all; heads (group),
+    queries (rows) and keys (columns) of one tile."""
 
     heads: int
     queries: int
@@ -51,14 +48,14 @@ class Sizes:
 
 
 class Tiles(Protocol):
-    """Which tiles of the scores there are and what is masked in them."""
+    """Which tiles of the scores are computed, and their masks."""
 
     def visits(self, sizes: Sizes) -> Iterator[tuple[slice, slice, Iterable[Span]]]:
-        """Heads and queries, each pair of them once, with the keys those may see some of."""
+        """Each block of heads and queries once, with the tiles of keys to compute for it."""
         ...
 
-    def add_gradient(self, heads: slice, rows: slice, columns: slice, scores: Tensor) -> None:
-        """Takes the gradient of a tile's scores, where the mask is learned."""
+    def add_gradient(self, heads: slice, rows: slice, columns: slice, *, scores: Tensor) -> None:
+        """Adds the gradient of a tile's scores to that of a mask which is learned."""
         ...
 
 
@@ -71,11 +68,12 @@ def tiled(
     rows: int = ROWS,
     columns: int = COLUMNS,
 ) -> Tensor:
-    """The kernel: see the package for shapes and masks; a mask that is added may need a gradient.
+    """Attention with shapes and masks as in `softmax.py`; an added mask may need a gradient.
 
-    rows, columns: the largest tile of queries and keys.
+    rows, columns: the largest number of queries and keys in a tile.
     """
-    return tiled_attention(q, k, v, Dense(mask, q.shape[1]), scale, rows, columns, mask)
+    tiles = Dense(mask, q.shape[1])
+    return tiled_attention(q, k, v, tiles=tiles, scale=scale, rows=rows, columns=columns, bias=mask)
 
 
 @torch.compiler.disable
@@ -83,21 +81,32 @@ def tiled_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     tiles: Tiles,
     scale: float | None = None,
     rows: int = ROWS,
     columns: int = COLUMNS,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention (b, h, n, d) over the tiles there are; `bias` is what `tiles` adds to scores."""
+    """Attention (b, h, n, d) over `tiles`; bias: the tensor that `tiles` adds to scores, if any."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     heads, queries, keys = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
     rows, columns = max(1, min(rows, queries)), max(1, min(columns, keys))
     scores = CUDA_SCORES if q.is_cuda else CPU_SCORES * torch.get_num_threads()
     group = min(heads, max(1, scores // (rows * columns)))
-    sizes = Sizes(heads, queries, keys, group, rows, columns)
-    found: Tensor = _Tiled.apply(q, k, v, bias, tiles, scale, sizes)
+    sizes = Sizes(heads=heads, queries=queries, keys=keys, group=group, rows=rows, columns=columns)
+    tensors = (q, k, v, bias)
+    found: Tensor = _Tiled.apply(*tensors, Work(tiles, scale, sizes))
     return found
+
+
+@dataclass(frozen=True)
+class Work:
+    """What forward and backward need beside tensors."""
+
+    tiles: Tiles
+    scale: float
+    sizes: Sizes
 
 
 class _Tiled(torch.autograd.Function):
@@ -108,16 +117,15 @@ class _Tiled(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         bias: Tensor | None,
-        tiles: Tiles,
-        scale: float,
-        sizes: Sizes,
+        work: Work,
     ) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
-            q_, k_, v_ = _flat(q, k, v)
-            o, total = _forward(q_, k_, v_, tiles, scale, sizes)
+            q_, k_, v_ = _flat([q, k, v])
+            o, total = _forward(q_, k_, v_, work=work)
         o = o.view(*q.shape[:3], v.shape[-1]).to(v.dtype)
-        ctx.save_for_backward(q, k, v, o, total, bias)
-        ctx.tiles, ctx.scale, ctx.sizes = tiles, scale, sizes
+        saved = (q, k, v, o, total, bias)
+        ctx.save_for_backward(*saved)
+        ctx.work = work
         return o
 
     @staticmethod
@@ -126,37 +134,35 @@ class _Tiled(torch.autograd.Function):
         q, k, v, o, total, bias = ctx.saved_tensors
         learned = Dense(bias, q.shape[1], learned=True) if ctx.needs_input_grad[3] else None
         with torch.autocast(q.device.type, enabled=False):
-            q_, k_, v_, d_o_, o_ = _flat(q, k, v, d_o, o)
-            tiles = learned or ctx.tiles
-            found = _backward(q_, k_, v_, d_o_, o_, total, tiles, ctx.scale, ctx.sizes)
+            q_, k_, v_, d_o_, o_ = _flat([q, k, v, d_o, o])
+            work = replace(ctx.work, tiles=learned) if learned else ctx.work
+            found = _backward(q_, k_, v_, d_o=d_o_, o=o_, total=total, work=work)
         own = [x.view(t.shape).to(t.dtype) for x, t in zip(found, (q, k, v), strict=True)]
         d_bias = None if learned is None else learned.gradient.view(bias.shape).to(bias.dtype)
-        return (*own, d_bias, None, None, None)
+        return (*own, d_bias, None)
 
 
-def _flat(*tensors: Tensor) -> list[Tensor]:
-    """(b h) n d, dense in memory, in at least float32."""
+def _flat(tensors: list[Tensor]) -> list[Tensor]:
+    """(b h) n d, contiguous, in at least float32."""
     kind = torch.float32
     for tensor in tensors:
         kind = torch.promote_types(kind, tensor.dtype)
     return [tensor.flatten(0, 1).to(kind).contiguous() for tensor in tensors]
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float, sizes: Sizes
-) -> tuple[Tensor, Tensor]:
-    """Output (b h) n d and L (b h) n 1; L is +inf where a query sees nothing."""
+def _forward(q: Tensor, k: Tensor, v: Tensor, *, work: Work) -> tuple[Tensor, Tensor]:
+    """Output (b h) n d and L (b h) n 1; L is +inf where a query attends to no key."""
     o = q.new_zeros(*q.shape[:2], v.shape[-1])
     total = q.new_full((*q.shape[:2], 1), float("inf"))
-    scratch = _scratch(q, sizes)
+    scratch = _scratch(q, work.sizes)
     lowest = torch.finfo(q.dtype).min
-    for heads, rows, spans in tiles.visits(sizes):
+    for heads, rows, spans in work.tiles.visits(work.sizes):
         out = o[heads, rows]
         top = out.new_full((*out.shape[:2], 1), float("-inf"))
         sums = torch.zeros_like(top)
         for columns, hidden in spans:
-            s = _tile(scratch, heads, rows, columns)
-            torch.baddbmm(s, q[heads, rows], k[heads, columns].mT, beta=0, alpha=scale, out=s)
+            s = _tile(scratch, (heads, rows, columns))
+            torch.baddbmm(s, q[heads, rows], k[heads, columns].mT, beta=0, alpha=work.scale, out=s)
             peak = _peak(s, hidden)
             torch.softmax(s, -1, out=s)
             new = torch.maximum(top, peak)
@@ -174,7 +180,8 @@ def _forward(
 
 
 def _peak(s: Tensor, hidden: Tensor | None) -> Tensor:
-    """Masks a tile in place; its row maxima, -inf where all is hidden: softmax cannot take that."""
+    """Masks a tile in place and returns its row maxima. Rows that are completely hidden have the
+    maximum -inf and get scores of 0, because the softmax of -inf alone is NaN."""
     if hidden is None:
         return s.amax(-1, keepdim=True)
     _hide(s, hidden)
@@ -194,33 +201,32 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     d_o: Tensor,
     o: Tensor,
     total: Tensor,
-    tiles: Tiles,
-    scale: float,
-    sizes: Sizes,
+    work: Work,
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    scratch, other = _scratch(q, sizes), _scratch(q, sizes)
+    scratch, other = _scratch(q, work.sizes), _scratch(q, work.sizes)
     minus_total = total.neg()
     minus_delta = (d_o * o).sum(-1, keepdim=True).neg_()
-    for heads, rows, spans in tiles.visits(sizes):
+    for heads, rows, spans in work.tiles.visits(work.sizes):
         query, out = q[heads, rows], d_o[heads, rows]
         for columns, hidden in spans:
             key = k[heads, columns]
-            p = _tile(scratch, heads, rows, columns)
-            torch.baddbmm(minus_total[heads, rows], query, key.mT, alpha=scale, out=p)
+            p = _tile(scratch, (heads, rows, columns))
+            torch.baddbmm(minus_total[heads, rows], query, key.mT, alpha=work.scale, out=p)
             if hidden is not None:
                 _hide(p, hidden)
             p.exp_()
             d_v[heads, columns].baddbmm_(p.mT, out)
-            d_s = _tile(other, heads, rows, columns)
+            d_s = _tile(other, (heads, rows, columns))
             torch.baddbmm(minus_delta[heads, rows], out, v[heads, columns].mT, out=d_s)
             d_s.mul_(p)
-            tiles.add_gradient(heads, rows, columns, d_s)
-            d_q[heads, rows].baddbmm_(d_s, key, alpha=scale)
-            d_k[heads, columns].baddbmm_(d_s.mT, query, alpha=scale)
+            work.tiles.add_gradient(heads, rows, columns, scores=d_s)
+            d_q[heads, rows].baddbmm_(d_s, key, alpha=work.scale)
+            d_k[heads, columns].baddbmm_(d_s.mT, query, alpha=work.scale)
     return d_q, d_k, d_v
 
 
@@ -228,20 +234,21 @@ def _scratch(q: Tensor, sizes: Sizes) -> Tensor:
     return q.new_empty(sizes.group * sizes.rows * sizes.columns)
 
 
-def _tile(scratch: Tensor, *sides: slice) -> Tensor:
-    """A dense tensor for one tile, in memory that the next tile takes over."""
+def _tile(scratch: Tensor, sides: tuple[slice, slice, slice]) -> Tensor:
+    """A contiguous tensor for one tile, in memory that the next tile uses again."""
     shape = [side.stop - side.start for side in sides]
     return scratch[: shape[0] * shape[1] * shape[2]].view(shape)
 
 
 def blocks(count: int, size: int) -> list[slice]:
+    """0..count-1 in slices of `size`; the last may be shorter."""
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 class Dense:
-    """All tiles, under a mask that broadcasts to (b, h, n, m), or none.
+    """All tiles, with a mask that broadcasts to (b, h, n, m), or without a mask.
 
-    learned: keep the gradient of an added mask, in `gradient`.
+    learned: collect the gradient of an added mask in `gradient`.
     """
 
     def __init__(self, mask: Tensor | None, heads: int, learned: bool = False) -> None:
@@ -263,7 +270,7 @@ class Dense:
         cut = _part(self.mask, rows, columns)[self._index(heads)]
         return ~cut if cut.dtype == torch.bool else cut.to(_at_least_float32(cut))
 
-    def add_gradient(self, heads: slice, rows: slice, columns: slice, scores: Tensor) -> None:
+    def add_gradient(self, heads: slice, rows: slice, columns: slice, *, scores: Tensor) -> None:
         if not self.learned:
             return
         into = _part(self.gradient, rows, columns)
@@ -276,7 +283,7 @@ class Dense:
             into.index_put_((index[0], index[1]), summed, accumulate=True)
 
     def _index(self, heads: slice) -> tuple[Tensor, Tensor]:
-        """Where a group's heads stand in the mask: in its batch rows and heads, if it has them."""
+        """Batch rows and heads of the mask for a group of heads; 0 where the mask has only one."""
         assert self.mask is not None
         if self.mask.shape[:2] == (1, 1):
             zero = torch.zeros(1, dtype=torch.long, device=self.mask.device)

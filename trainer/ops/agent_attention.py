@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from trainer.attention.conflicts import refuse_mask, refuse_other_keys
 from trainer.attention.op import Traits, label
-from trainer.kernels.agent import AgentBias, Shortcut, agent_attention, merged, num_merged, pooled
+from trainer.kernels.agent import agent_attention, merged, num_merged, pooled
 from trainer.kernels.softmax import softmax_attention
+from trainer.ops.grid_modules import AgentBias, Shortcut
 
 if TYPE_CHECKING:
     from trainer.attention.call import SiteCall

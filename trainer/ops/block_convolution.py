@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.attention.op import Traits, label
-from trainer.kernels.agent import Shortcut
+from trainer.ops.grid_modules import Shortcut
 
 if TYPE_CHECKING:
     from trainer.attention.call import SiteCall

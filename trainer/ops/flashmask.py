@@ -10,8 +10,8 @@ from torch import Tensor
 
 from trainer.attention.conflicts import refuse_other_keys
 from trainer.attention.op import Traits
-from trainer.kernels.column_masks import MaskSpec
 from trainer.kernels.flashmask import BACK_ENDS, FEW, both
+from trainer.kernels.mask_spec import MaskSpec
 from trainer.kernels.softmax import sdpa
 
 if TYPE_CHECKING:

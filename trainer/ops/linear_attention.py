@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from trainer.attention.conflicts import refuse_mask, refuse_other_keys
 from trainer.attention.op import Traits, label
-from trainer.kernels.agent import Shortcut
 from trainer.kernels.linear import FEATURES, linear_attention, orthogonal_gaussian, random_features
+from trainer.ops.grid_modules import Shortcut
 
 if TYPE_CHECKING:
     from trainer.attention.call import SiteCall

@@ -17,7 +17,7 @@ from trainer.methods.shared.options import SELECTOR, SiteSelector
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
-    from trainer.kernels.column_masks import MaskSpec
+    from trainer.kernels.mask_spec import MaskSpec
 
 
 class Flashmask(Method):
