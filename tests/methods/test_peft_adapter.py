@@ -175,6 +175,18 @@ def test_sizes_that_do_not_fit_are_refused(kind: str, options: dict[str, Any], t
         apply_methods(tiny, methods_of({"peft_adapter": {"type": kind, "options": options}}))
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"), [("fourierft", {"n_frequency": 20}), ("c3a", {"block_size": 16})]
+)
+def test_a_start_of_the_users_own_is_taken(
+    kind: str, options: dict[str, Any], tiny: Any, predict: Callable[[Any], Tensor]
+) -> None:
+    base = predict(tiny)
+    given = {"type": kind, "sites": "self & mid", "options": options | {"init_weights": False}}
+    apply_methods(tiny, methods_of({"peft_adapter": given}))
+    assert not torch.allclose(predict(tiny), base, atol=1e-4)
+
+
 def test_an_option_of_null_is_none(tiny: Any) -> None:
     plan = apply_methods(tiny, methods_of(tree("loha", options={"r": None})))
     assert {p.shape[1] for n, p in tiny.named_parameters() if n.endswith("_a.peft_adapter")} == {8}

@@ -68,6 +68,20 @@ def test_the_equations(relative: Any, tiny: Any, randomise: Callable[..., None])
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.parametrize("relative", ["vectors", "bias"])
+@pytest.mark.parametrize("reach", [1, 5])
+def test_distances_are_told_apart_up_to_the_reach(relative: Any, reach: int, tiny: Any) -> None:
+    """One entry for each signed distance from -reach to reach."""
+    apply_methods(tiny, {"vdm": Vdm(heads=2, reach=reach, relative=relative)})
+    attn: Any = tiny.unet.get_submodule(PATH).attn
+    tables = (
+        [attn.relative_bias.table.T]
+        if relative == "bias"
+        else [attn.relative_vectors.keys, attn.relative_vectors.values]
+    )
+    assert {len(table) for table in tables} == {2 * reach + 1}
+
+
 @pytest.mark.parametrize(("relative", "apart"), [("vectors", True), ("bias", False)])
 def test_frames_that_look_alike_are_told_apart_by_vectors_alone(
     relative: Any, apart: bool, tiny: Any, randomise: Callable[..., None]
