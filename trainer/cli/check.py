@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from trainer.cli.options import Options, quiet_libraries, split_options
+from trainer.cli.options import RecipeOptions, quiet_libraries, split_options
 from trainer.config.load import load_recipe
 
 
-class CheckOptions(Options):
+class CheckOptions(RecipeOptions):
     """Checks a recipe without loading a weight. Every key of the recipe can be given as well, as in
     optim.lr=1e-4."""
 

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from trainer.cli.options import Count, Options, Seed, quiet_libraries, read_options, split_options
+from trainer.cli.options import (
+    Count,
+    Options,
+    RecipeOptions,
+    Seed,
+    quiet_libraries,
+    read_options,
+    split_options,
+)
 from trainer.common.exit_codes import DAMAGED
 from trainer.config.load import load_recipe
 from trainer.config.schema import RecipeError
@@ -56,7 +64,9 @@ class VerifyOptions(Options):
     """Compares every byte of shards with their manifest, or decodes every photo of a folder, and
     names what is wrong; the exit code is 65 if anything is. shards or folder is needed."""
 
-    shards: str | None = Field(None, description="a folder of .tar files, or one of them")
+    shards: str | None = Field(
+        None, description="a folder of .tar files, or one of them", examples=["./shards"]
+    )
     ignore: tuple[str, ...] = Field(
         (), description="with shards=: extensions of members to leave out, as in [cls,npy]"
     )
@@ -71,7 +81,7 @@ class VerifyOptions(Options):
         return self
 
 
-class InspectOptions(Options):
+class InspectOptions(RecipeOptions):
     """Draws what the trainer sees: each sample as it is cut, its caption, mask and bucket; and
     counts sizes and buckets. Every key of the recipe can be given as well."""
 

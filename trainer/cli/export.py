@@ -14,7 +14,11 @@ class ExportOptions(Options):
     """Writes an adapter into a new folder in the format of another tool, loads it with that tool's
     own code, and compares the output with that of the adapter. run or adapter is needed."""
 
-    run: Path | None = Field(None, description="the run folder whose adapter is written")
+    run: Path | None = Field(
+        None,
+        description="the run folder whose adapter is written",
+        examples=["runs/custom_diffusion/<id>"],
+    )
     adapter: Path | None = Field(
         None, description="the adapter to write, in place of run: a file or a run folder"
     )

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from pydantic import Field
 
-from trainer.cli.options import Options, quiet_libraries, split_options
+from trainer.cli.options import RecipeOptions, quiet_libraries, split_options
 from trainer.config.load import load_recipe
 from trainer.config.schema import Recipe, RecipeError
 
 
-class FitOptions(Options):
+class FitOptions(RecipeOptions):
     """Trains a recipe and prints the run folder with the adapter. Every key of the recipe can be
     given as well, as in optim.lr=1e-4."""
 

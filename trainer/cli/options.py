@@ -22,7 +22,12 @@ class Options(Section):
     message about a missing one shows."""
 
 
+class RecipeOptions(Options):
+    """The options of a verb that takes a recipe and its keys too."""
+
+
 Some = TypeVar("Some", bound=Options)
+Mixed = TypeVar("Mixed", bound=RecipeOptions)
 
 
 def read_options(words: Sequence[str], options: type[Some]) -> Some:
@@ -37,8 +42,8 @@ def read_options(words: Sequence[str], options: type[Some]) -> Some:
     return build_section(options, given, "")
 
 
-def split_options(words: Sequence[str], options: type[Some]) -> tuple[Some, list[str]]:
-    """The options of a verb that takes a recipe too, and the words that remain for the recipe."""
+def split_options(words: Sequence[str], options: type[Mixed]) -> tuple[Mixed, list[str]]:
+    """The options of the verb, and the words that remain for the recipe."""
     own = [word for word in words if word.partition("=")[0] in options.model_fields]
     return read_options(own, options), [word for word in words if word not in own]
 

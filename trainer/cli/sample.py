@@ -32,6 +32,7 @@ class SampleOptions(Options):
         None,
         description="a trained adapter: a run folder, its adapter.safetensors, or the name "
         "of one that ships",
+        examples=["runs/custom_diffusion/<id>"],
     )
     backbone: str | None = Field(
         None,

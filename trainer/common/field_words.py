@@ -40,6 +40,23 @@ def type_of(field: FieldInfo) -> str:
     return noun if not null else f"{noun}, or null" if " " in noun else f"{noun} or null"
 
 
+def default_of(field: FieldInfo) -> str:
+    """As in `default 4`, as it would be written in a recipe; or `required`."""
+    if field.is_required():
+        return "required"
+    return f"default {_written(field.get_default(call_default_factory=True))}"
+
+
+def _written(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_written, value))}]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) if str(value) else '""'
+
+
 def needed(field: FieldInfo) -> str | None:
     """What a wrong value is answered with, as in `a whole number is needed, at least 1`; None for
     lists and mappings, where the wrong part is inside."""

@@ -174,7 +174,7 @@ class ContinualSpec(Section):
         (), description="folders of photos, or sprite:<word>, in order; none for an ordinary run"
     )
     tokens: tuple[str, ...] = Field(
-        (), description="the new word of each; empty gives <v1>, <v2>, ..."
+        (), description="the new word of each; empty gives <v1>, <v2> and so on"
     )
     class_words: tuple[str, ...] = Field(
         (), description="data.class_word of each; empty keeps the recipe's"

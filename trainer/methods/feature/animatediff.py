@@ -1,19 +1,19 @@
-"""AnimateDiff: a motion module after every block, trained on clips while the image model stays
+"""AnimateDiff: a motion module after every block is trained on clips while the image model stays
 frozen.
 
     x <- x + W_out block(W_in groupnorm(x)),  block: attention over frames twice, then feed-forward
     attention(z) = W_o softmax(q k^T / sqrt(d)) v  of  layernorm(z) + sines of the frame's number
 
 Guo et al., ICLR 2024, arXiv 2307.04725, section 4.2 and the released code: after each ResNet and
-attention of the down and up blocks (the middle block too from version 2 on), W_out zero, so that
-training starts at the image model. An image never meets the modules, which can be taken out: it is
-painted by the image model.
+attention of the down and up blocks (the middle block too from version 2 on). W_out is zero at the
+start, so training starts at the image model. Images bypass the modules: the image model generates
+them unchanged, and the modules can be taken out again.
 
-The paper's other two stages are LoRA: a domain adapter on spatial attention before (`lora` with
-`sites=all`), trained on stills, and MotionLoRA after (`lora` with `sites=temporal`, these modules
-with train=false). Its noise schedule is linear; here it stays the backbone's own. Parameters have
-the names and shapes of diffusers' MotionAdapter; `weights` may also be a safetensors file under the
-names of the released code (motion modules of versions 1 and 3 with mid=false).
+The other two stages of the paper are LoRA: a domain adapter on spatial attention before (`lora`
+with `sites=all`), trained on stills, and MotionLoRA after (`lora` with `sites=temporal`, these
+modules with train=false). The paper's noise schedule is linear; here the backbone's own is kept.
+Parameters have the names and shapes of diffusers' MotionAdapter; `weights` may also be a
+safetensors file under the names of the released code (versions 1 and 3 with mid=false).
 """
 
 from __future__ import annotations

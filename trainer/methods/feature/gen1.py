@@ -4,15 +4,17 @@ attention, and the structure of a source clip as one more input channel.
     x <- conv1d(x), the identity at first;  x <- x + W_o attention(norm(x) + p_i), p_i learned
     output = image + w_t (uncond - image) + w (cond - uncond)
 
-Esser et al., arXiv 2302.03011, sections 3.2 and 3.4. `image` is the network with the layers through
-time passed by, every frame an image of its own: w_t is `temporal_guidance` of the sampler. The
-paper takes an image for a clip of one frame and passes the layers by for it; here too.
+Esser et al., arXiv 2302.03011, sections 3.2 and 3.4. `image` is the output of the network without
+the layers through time, every frame an image of its own; w_t is `temporal_guidance` of the sampler.
+As in the paper, an image is a clip of one frame and bypasses the layers.
 
-The paper's structure is depth, as MiDaS estimates it, made coarser up to 7 times at random in
-training. Here no depth network is at hand: the mean over the channels of the clip's own clean
-latent stands for it, and shows more than depth does, the less the higher `structure`. In sampling
-it is that of `source`; without one nothing is added. Content enters by the text alone: the paper
-trains cross-attention on CLIP image embeddings.
+    python -m trainer fit recipe=make_a_video methods.make_a_video=null 'methods.gen1={}'
+
+The paper's structure is the depth that MiDaS estimates, made coarser up to 7 times at random in
+training. No depth network is used here: the mean over the channels of the clip's own clean latent
+takes its place. It shows more than depth does, and less the higher `structure` is. In sampling it
+is the structure of `source`; without a source nothing is added. Content enters by the text alone:
+the paper trains cross-attention on CLIP image embeddings.
 """
 
 from __future__ import annotations

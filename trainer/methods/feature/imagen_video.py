@@ -1,14 +1,17 @@
-"""Imagen Video: attention over frames after the spatial attention of coarse grids, a convolution
-over frames where attention is too dear.
+"""Imagen Video: attention over frames after the spatial attention of coarse grids, and a
+convolution over frames on fine grids, where attention would cost too much.
 
-    x <- x + W_o attention(x)    on coarse grids, over frames told apart by distance as in vdm
+    x <- x + W_o attention(x)    on coarse grids, frames told apart by their distance as in vdm
     x <- conv1d(x)               on fine ones, the identity at first
 
-Ho et al., arXiv 2210.02303, section 2.2: the base model is vdm's, the super-resolution models have
-convolutions in the place of its temporal attention. In one network: `attention_from` parts the two.
-Of images the paper masks the attention, so that each attends to itself alone, and passes the
-convolution by; here so do clips of one frame. The paper predicts v (`objective.target=v`) with
-noise conditioning in a cascade of seven models; the cascade is not here.
+Ho et al., arXiv 2210.02303, section 2.2: the base model is that of vdm, and its super-resolution
+models have convolutions in place of the temporal attention. Here both are in one network:
+`attention_from` is the grid at which they change. The paper masks the attention for images, so that
+each attends to itself alone, and lets them bypass the convolution; clips of one frame do the same
+here. The paper predicts v (`objective.target=v`) with noise conditioning in a cascade of seven
+models; the cascade is not built here.
+
+    python -m trainer fit recipe=make_a_video methods.make_a_video=null 'methods.imagen_video={}'
 """
 
 from __future__ import annotations

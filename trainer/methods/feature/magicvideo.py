@@ -4,14 +4,16 @@ beside the spatial attention.
     z_i <- (1 + s_i) z_i + b_i    for frame i, channel by channel
     z <- S-Attn(z) + W_o (softmax(q k^T / sqrt(d)) (.) M) v,  M_ij = 1 for j <= i, else 0
 
-Zhou et al., arXiv 2211.11018, section 3.2. M acts after the softmax: no value of a later frame
-arrives, but its score has had its share of the sum. With `renormalise` M acts before, and frame i
-knows nothing of later ones, as in causal attention elsewhere. s, b and W_o start at zero, so
+Zhou et al., arXiv 2211.11018, section 3.2. M acts after the softmax: no value of a later frame is
+added, but its score is part of the softmax's sum. With `renormalise` M acts before it, and frame i
+does not depend on later ones, as in causal attention elsewhere. s, b and W_o start at zero, so
 training starts at the image model. Frames a second are embedded and added as the timestep is. The
-paper says nothing of images; here they pass all of it by.
+paper does not mention images; here they bypass all of it.
 
-A transformer has no convolutions between its blocks: there the adaptors follow the blocks. What is
-published does not say more of how the attention tells frames apart: here by sines of their number.
+    python -m trainer fit recipe=make_a_video methods.make_a_video=null 'methods.magicvideo={}'
+
+A transformer has no convolutions between its blocks, so its adaptors follow the blocks. The paper
+does not describe how the attention tells frames apart; here sines of their number are added.
 """
 
 from __future__ import annotations

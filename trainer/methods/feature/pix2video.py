@@ -1,13 +1,13 @@
-"""Pix2Video: a clip edited by an image model without training; each frame reads the first and the
-one before, and is drawn to the one before.
+"""Pix2Video: an image model edits a clip without training; each frame reads the first frame and the
+one before it, and is drawn to the one before it.
 
     o_i = softmax(q_i [k_0; k_(i-1)]^T / sqrt(d)) [v_0; v_(i-1)]    in the decoder's self-attention
     x_i <- x_i - weight d/dx0_i mean((x0_i - x0_(i-1))^2)           in the first half of the steps
 
-Ceylan et al., ICCV 2023, arXiv 2303.12688, section 3. The paper goes frame by frame and keeps the
-features of the first and the last one of every step and layer in a bank; here the frames of a clip
-are rows of one batch, where what frame i reads stands at that step and layer: the same numbers,
-since no frame reads a later one. It has nothing to train:
+Ceylan et al., ICCV 2023, arXiv 2303.12688, section 3. The paper generates frame by frame and keeps
+the features of the first and the previous frame of every step and layer in a bank. Here the frames
+of a clip are rows of one batch, so the features of other frames are at hand at each step and layer;
+the results are the same, since no frame reads a later one. It has nothing to train:
 
     python -m trainer sample backbone=sd15 methods.pix2video={} source=cat.mp4 frames=8 \\
         prompt="an origami cat"

@@ -1,5 +1,5 @@
-"""Text2Video-Zero: clips from an image model without training; all frames read the first, and a
-global motion is put into the latents they start from.
+"""Text2Video-Zero: an image model generates clips without training; all frames read the first, and
+a global motion is added to the latents they start from.
 
     o_i = softmax(q_i k_0^T / sqrt(d)) v_0    in self-attention, frame i
 
@@ -8,7 +8,7 @@ Khachatryan et al., ICCV 2023, arXiv 2303.13439, section 3.3; the start is `Glob
 
     python -m trainer sample backbone=tiny methods.text2video_zero={} frames=8 prompt="a fox"
 
-Not here: the paper's smoothing of the background by a mask of what is salient.
+The paper's smoothing of the background by a mask of salient objects is not built here.
 """
 
 from __future__ import annotations

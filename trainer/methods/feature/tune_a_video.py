@@ -1,4 +1,4 @@
-"""Tune-A-Video: an image model learns the motion of one clip, then paints that motion of other
+"""Tune-A-Video: an image model learns the motion of one clip, then generates that motion of other
 things.
 
     o_i = softmax(q_i [k_0; k_(i-1)]^T / sqrt(d)) [v_0; v_(i-1)]    in self-attention, frame i
@@ -7,9 +7,10 @@ things.
 Wu et al., ICCV 2023, arXiv 2212.11565, section 3.2. The paper trains this temporal attention and
 the queries of all other attention: add `selective` with `sites=all projections=[q]`, as
 `recipe=tune_a_video` does. W_o and its bias start at zero; the released code zeroes the weight
-alone, and freezes the norm before it, which here trains.
+alone, and freezes the norm before it, which trains here.
 
-A clip then starts from the image model whose frames read each other; an image is the image model's.
+Before training, a clip is what the image model generates when its frames read each other; an image
+is what the image model generates alone.
 """
 
 from __future__ import annotations

@@ -7,15 +7,15 @@ together.
 over the frames j of each pixel, for frame i.
 
 Ho et al., arXiv 2204.03458, section 3. Frames are told apart by their signed distance: the paper
-names Shaw et al. (arXiv 1803.02155), whose vectors a and b are learned for each distance; public
-code of others learns a number for each head instead. The paper adds independent images to the end
-of every clip and masks this attention so that each attends to itself alone; here images come as
-clips of one frame, in batches of their own, where that is so without a mask: an image does pass
-through the layer, whose v and W_o learn of it. `images=bypass` spares images the layer, so that
-they are the image model's for good.
+cites Shaw et al. (arXiv 1803.02155), whose vectors a and b are learned for each distance; other
+public code learns one bias for each head instead. The paper appends independent images to every
+clip and masks this attention so that each attends to itself alone. Here images are clips of one
+frame in batches of their own, for which that holds without a mask: an image does pass through the
+layer, whose v and W_o learn from it. With `images=bypass` images skip the layer, so training never
+changes them.
 
 W_o and its bias start at zero, so training starts at the image model on every frame. The paper
-trains all of the network: add `full`.
+trains the complete network: add `full`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Video-P2P: Tune-A-Video whose frames read the first frame alone, so that what is edited there is
-edited in all.
+"""Video-P2P: Tune-A-Video whose frames read the first frame alone, so that an edit of the first
+frame appears in all.
 
     o_i = softmax(q_i k_0^T / sqrt(d)) v_0    in self-attention, frame i
 
-Liu et al., arXiv 2303.04761, section 3.1: the model that its editing is built on. Beside it train
-the queries, as in `tune_a_video`: `selective` with `sites=all projections=[q]`.
+Liu et al., arXiv 2303.04761, section 3.1: the model that its editing is built on. Train the queries
+beside it, as in `tune_a_video`: `selective` with `sites=all projections=[q]`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Agent attention in the place of softmax attention: queries ask a few agents, which ask the keys.
+"""Agent attention in place of softmax attention: a few agents read the keys, and queries read the
+agents.
 
     o = softmax(q a^T + B2) softmax(a k^T + B1) v + DWC(v)
 
-Han et al., arXiv 2312.08874. `pooled`: agents are means of the queries over the parts of the grid,
+Han et al., arXiv 2312.08874. `pooled`: agents are means of the queries over the parts of the grid;
 biases and the depthwise convolution train, from zero. `merged` is AgentSD, which trains nothing:
 agents are the queries of merged tokens, in the first part of sampling only; a model is trained
 beside it with softmax attention.

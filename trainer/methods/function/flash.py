@@ -1,9 +1,11 @@
-"""Flash: PyTorch's fused attention by a chosen backend, with a report of the one that really ran.
+"""Flash: PyTorch's fused attention by a chosen backend, and a report of what really ran.
 
 FlashAttention-2, Dao, arXiv 2307.08691, as PyTorch has it. Without this method PyTorch chooses
-anyway, but falls back to plain matrix products in silence; here that is an error, and what ran at
-each site is printed after the first batch and kept in the run's plan.json. What later tensors of
-another kind get is logged (`trainer.kernels.flash`, level INFO).
+too, but falls back to plain matrix products without a message; here that is an error, and the
+backend of each site is printed after the first batch and kept in the run's plan.json. What later
+tensors of another kind get is logged (`trainer.kernels.flash`, level INFO).
+
+    python -m trainer fit recipe=lora 'methods.flash={}'
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Wang et al., arXiv 2410.01359: each key is hidden from at most two runs of queries, four numbers a
 key in place of a row of the mask. Tokens count in the order of the site, row by row for an image,
 frame by frame for a clip in one sequence.
+
+    python -m trainer fit recipe=lora 'methods.flashmask={}'
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Gated linear attention in the place of softmax attention: a state led over the image, which
-forgets channel by channel.
+"""Gated linear attention in place of softmax attention: a state runs over the image and forgets
+channel by channel.
 
     S_t = Diag(alpha_t) S_{t-1} + k_t^T v_t,  o_t = d^-0.5 q_t S_t
     alpha_t = sigmoid(x_t W1 W2 + b)^(1 / tau),  o <- swish(x Wr) (.) RMSNorm(o)
 
-GLA, Yang et al., arXiv 2312.06635; led over images from four sides in turn as in DiG, Zhu et al.,
+GLA, Yang et al., arXiv 2312.06635; it scans images from four sides in turn as in DiG, Zhu et al.,
 arXiv 2405.18428, with its depthwise convolution after each block if asked for. The site's own q, k
 and v stay; `selective` or `lora` trains them, or `full` all of the denoiser.
 """

@@ -1,4 +1,4 @@
-"""Linear attention in the place of softmax attention: O(n) in the tokens, for large images.
+"""Linear attention in place of softmax attention: its cost is linear in the tokens.
 
     o_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) sum_j phi(k_j)^T)
 

@@ -1,8 +1,11 @@
 """Tiled attention: the same softmax attention in O(n + m) memory, forward and backward.
 
 FlashAttention, Dao et al., arXiv 2205.14135, algorithm 1, and FlashAttention-2, arXiv 2307.08691,
-section 3.1: a running maximum and sum over tiles of keys; the backward computes the tiles again. In
-plain PyTorch, so on any device and with any mask, one that is learned too; equal but for rounding.
+section 3.1: a running maximum and sum over tiles of keys; the backward computes the tiles again. It
+is plain PyTorch, so it runs on any device and with any mask, also a learned one, and equals softmax
+attention up to rounding.
+
+    python -m trainer fit recipe=lora 'methods.tiled={}'
 """
 
 from __future__ import annotations

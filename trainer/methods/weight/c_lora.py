@@ -1,5 +1,5 @@
-"""C-LoRA: a LoRA for every concept of a sequence, each kept off the weights that the ones before
-it changed.
+"""C-LoRA: concepts are learned one after another, each by a LoRA of its own that is kept off the
+weights that earlier ones changed.
 
     W_t = W_0 + sum_{t' < t} A_t' B_t' + A_t B_t
     L = L_diffusion + lambda * sum over layers of |  |sum_{t' < t} A_t' B_t'| (.) A_t B_t  |_F^2

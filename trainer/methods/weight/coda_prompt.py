@@ -1,15 +1,15 @@
-"""CODA-Prompt: keys and values put together from a pool of parts by attention to the prompt, each
-task training its own slice of the pool.
+"""CODA-Prompt: keys and values are put together from a pool of parts, chosen by attention to the
+prompt, and each task trains its own slice of the pool.
 
     alpha_m = cos(q (.) A_m, K_m),  p = sum_m alpha_m P_m,  keys <- [keys; p_K], values likewise
     L = L_diffusion + ortho * sum over sites of |P P^T - I|^2 + |K K^T - I|^2 + |A A^T - I|^2
 
 Smith et al., CVPR 2023, arXiv 2211.13218, section 4. There q is the image's class token and the
 prompts are prefixes of self-attention; here q is the mean text feature and the prefixes are those
-of cross-attention (`trainer/ops/coda_prompt.py`). Training does not start at the base model:
-the prompts take part from the first step. Task t has parts [t M / T, (t + 1) M / T) of the M; those
-of earlier tasks are kept, those of later ones do not exist yet. The authors' code scales the
-penalty by 1e-6 and takes its mean; this is the paper's.
+of cross-attention (`trainer/ops/coda_prompt.py`). Training does not start at the base model: the
+prompts act from the first step. Of M parts, task t of T has those from t M / T up to
+(t + 1) M / T; earlier ones stay as they are, later ones do not exist yet. The authors' code scales
+the penalty by 1e-6 and takes its mean; this is the paper's.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """PEFT with Controls: beside each frozen layer a low-rank controller whose tokens attend to each
-other, h = W0 x + g(x), at no parameters more than LoRA's.
+other, with no more parameters than LoRA.
 
-    g(x) = LoRA(x) + CPA(LoRA(x)),  CPA(y)_j = sum_i softmax_i(<y_j, y_i>) y_i  over the tokens
+    h = W0 x + g(x),  g(x) = LoRA(x) + CPA(LoRA(x))
+    CPA(y)_j = sum_i softmax_i(<y_j, y_i>) y_i  over the tokens
 
-ICML 2024. LoRA(x) = alpha / rank * B A x with B zero, so g = 0 at the start. CPA works on LoRA's
-output, not on the `rank` values between A and B, and costs O(n^2) for n tokens; what it does is no
-function of single tokens, so that no weight can take it over.
+ICML 2024. LoRA(x) = alpha / rank * B A x with B zero, so g = 0 at the start. CPA works on the
+output of LoRA, not on the `rank` values between A and B, and costs O(n^2) for n tokens. It is no
+function of single tokens, so no weight matrix can express it.
 """
 
 from __future__ import annotations

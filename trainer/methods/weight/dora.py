@@ -1,4 +1,6 @@
-"""DoRA: magnitude and direction of a weight apart, W' = m (W0 + s B A) / |W0 + s B A| by row.
+"""DoRA: the length and the direction of each row of a weight are learned separately.
+
+    W' = m (W0 + s B A) / |W0 + s B A|    row by row
 
 Liu et al., arXiv 2402.09353, equation 5; m starts as |W0|, B as zero, so training starts at the
 base model. The norm is a constant to the gradient (section 4.3 of the paper), as in peft.

@@ -1,7 +1,7 @@
-"""Full training: every parameter of the denoiser, and of the text encoders if asked.
+"""Full training: every parameter of the denoiser trains, and of the text encoders if asked.
 
-theta <- theta - lr * grad, for all theta: the upper line every smaller method is held against.
-What another method has put into the sites, or inserted and trains, trains as that method says.
+theta <- theta - lr * grad, for all theta: the reference that smaller methods are compared with.
+What another method has installed at the sites, or inserted and trains, trains as that method says.
 """
 
 from __future__ import annotations

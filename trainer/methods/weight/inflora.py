@@ -1,18 +1,18 @@
-"""InfLoRA: a LoRA for every task of a sequence that reads only input directions no earlier task
-uses, so that learning the new leaves the old as it was.
+"""InfLoRA: a LoRA for every task of a sequence reads only input directions that no earlier task
+uses, so that learning a new task leaves the earlier ones unchanged.
 
     W_t = W_0 + sum_{t' <= t} B_t' A_t',  A_t' fixed, B_t trained from zero
     A_t = the r directions in which the new task's inputs H_t, less their part in M_t, vary most
     A_t x = 0 for every x in span(M_t), the subspace of the earlier tasks' inputs
 
 Liang and Li, arXiv 2404.00228 (the paper calls the fixed matrix B and the trained one A). After
-task t, M grows until it holds the share eps_t of that task's input energy, eps_t going from
+task t, M grows until it holds the share eps_t of that task's input energy; eps_t goes from
 `energy[0]` towards `energy[1]` (`trainer/ops/adapters/subspace.py`). Energy is |H|_F^2 as in the
 paper; the authors' code squares the eigenvalues of the covariance, which takes fewer directions,
-and divides A by sqrt(3), which here is left to alpha.
+and divides A by sqrt(3), which is left to alpha here.
 
-The new task's inputs are seen before its first step, and again after its last for M: by then the
-new tokens have moved.
+The inputs of a new task are read before its first step, for A, and again after its last, for M: by
+then the new tokens have moved.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """LongLoRA: LoRA for longer inputs (larger images, more tokens), trained with attention in shifted
 groups and used with full attention.
 
-Chen et al., arXiv 2309.12307. S2-Attn (section 3.2): tokens attend inside groups of G, in half of
-the heads the groups begin G / 2 later. LoRA on q, k, v and out, and, which the paper finds to
-matter (section 3.3), norms and embeddings trained whole: here the denoiser's own norms and its
-embeddings of time, place and class.
+Chen et al., arXiv 2309.12307. S2-Attn (section 3.2): tokens attend inside groups of G, and in half
+of the heads the groups begin G / 2 later. LoRA is on q, k, v and out. Norms and embeddings train
+directly, which the paper finds to matter (section 3.3): here the denoiser's own norms and its
+embeddings of time, position and class.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""LoRA: a frozen layer plus a trained low-rank delta, h = W0 x + alpha / rank * B A x.
+"""LoRA: a low-rank matrix is trained beside each frozen layer, h = W0 x + alpha / rank * B A x.
 
 Hu et al., arXiv 2106.09685, equation 3; A random, B zero, so training starts at the base model.
-Starts other than the paper's: `gaussian` (A normal with deviation 1 / rank, as diffusers'
+Other starts than the paper's: `gaussian` (A normal with deviation 1 / rank, as diffusers'
 trainers), `pissa` (A and B from the largest singular vectors of W0, arXiv 2404.02948), `olora`
-(from its QR decomposition, arXiv 2406.01775), `eva` (A from the directions the inputs vary in most,
-arXiv 2410.07170, with the same rank everywhere). `pissa` and `olora` want W0 less the start; here
-W0 stays as it is and the start is subtracted by a frozen second adapter, the same sum.
+(from its QR decomposition, arXiv 2406.01775), `eva` (A from the directions in which the inputs vary
+most, arXiv 2410.07170, with the same rank everywhere). The papers of `pissa` and `olora` subtract
+the start from W0; here W0 stays as it is and a frozen second adapter subtracts the start, which
+gives the same sum.
 """
 
 from __future__ import annotations

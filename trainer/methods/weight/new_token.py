@@ -1,8 +1,8 @@
-"""New tokens: words of the user's own, each one row of the text encoder's embedding, and only those
-rows train.
+"""New tokens: new words are added to the vocabulary, each one row of the text encoder's embedding,
+and only those rows train.
 
 Textual inversion (arXiv 2208.01618, section 4); Custom Diffusion trains the same rows beside K and
-V. The row starts as the embedding of a known word, or as noise of the table's own spread.
+V. A row starts as the embedding of a known word, or as noise with the mean and spread of the table.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""NF4: frozen linear layers of the denoiser stored in 4 bits, which adapters beside it train
-through.
+"""NF4: the denoiser's frozen linear layers are stored in 4 bits, and adapters train through them.
 
 Dettmers et al., QLoRA, arXiv 2305.14314, section 3: blocks of 64 values are rounded to the 16
 quantiles of a normal distribution, y = x dequantize(W, scales), and the scales are quantised

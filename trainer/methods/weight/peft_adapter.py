@@ -1,4 +1,4 @@
-"""peft's other adapters: one method for every kind of it that can stand by itself on a layer.
+"""Other adapters of peft: one method for all of its kinds that need only the layer they are on.
 
     loha       W0 + (B1 A1) * (B2 A2)                      arXiv 2108.06098
     lokr       W0 + C (x) B A, a Kronecker product         arXiv 2309.14859
@@ -6,7 +6,7 @@
     hra        W0 H1 ... Hr, Householder reflections       arXiv 2405.17484
     ia3        diag(l) W0                                  arXiv 2205.05638
     fourierft  W0 + the inverse FFT of a few frequencies   arXiv 2405.03003
-    waveft     W0 + the inverse wavelets of a few places   arXiv 2505.12532
+    waveft     W0 + the inverse wavelets of a few positions   arXiv 2505.12532
     c3a        W0 + circulant blocks                       arXiv 2407.19342
     miss       W0 + one small matrix, repeated (Bone)      arXiv 2409.15371
     hira       W0 * (1 + B A)                              ICLR 2025
@@ -14,9 +14,9 @@
     gralora    W0 + B A in each of k x k blocks            arXiv 2505.20355
     road       rotations and scales of pairs of outputs    arXiv 2409.00119
 
-All start at the base model, exactly but for the rounding of hra, unless `options` set their start
-otherwise. What they fix at random comes from seeds among the options, and the rest from the base,
-so that the trained tensors are all there is to store.
+All start at the base model (hra up to rounding), unless `options` set another start. What they fix
+at random comes from seeds among the options, and the rest from the base, so only the trained
+tensors are stored.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ SHARED = "shares tensors between layers, which peft cannot inject into a model t
 INSTEAD = {
     "lora": "is a method of its own; use methods.lora",
     "dora": "is a method of its own; use methods.dora",
-    "boft": "is oft unless peft can compile CUDA code of its own on the spot; use oft",
+    "boft": "is the same as oft unless peft can compile its CUDA code; use oft",
     "bone": "is called miss",
     "vera": f"{SHARED}; the nearest here is fourierft",
     "pvera": f"{SHARED}; the nearest here is fourierft",
@@ -65,7 +65,7 @@ INSTEAD = {
     "tinylora": f"{SHARED}; the nearest here is fourierft",
     "frod": f"{SHARED}; the nearest here is fourierft",
     "randlora": "keeps large random tensors that no adapter file holds; the nearest here is loha",
-    "shira": "trains places drawn at random, which no adapter file holds; use waveft",
+    "shira": "trains random positions, which no adapter file holds; use waveft",
     "adalora": "needs a budget set at every step; the nearest here is methods.lora with ranks",
 }
 # options that sites, projections, layers and text_encoder stand for, or that train the base

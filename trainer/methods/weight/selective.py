@@ -1,4 +1,4 @@
-"""Selective training: unfreeze chosen projections of chosen attention sites, and nothing else.
+"""Selective training: chosen projections of chosen attention sites train, and nothing else.
 
 Custom Diffusion (CVPR 2023, arXiv 2212.04488, section 3.2) trains K and V of cross-attention: the
 only weights that read the text, W_k c and W_v c, 2 % of a U-Net. Its first context token (BOS), the

@@ -1,8 +1,8 @@
-"""Word embedding: known words, each one row of the text encoder's embedding, learn what they show.
+"""Word embedding: known words, each one row of the text encoder's embedding, learn new meanings.
 
 The rows alone train, as in textual inversion (arXiv 2208.01618, section 4), but of words that the
-vocabulary has and that start as they are: words of motion, say, which stills never explained. A row
-is read in every prompt that has its word.
+vocabulary has, and they start as they are: words of motion, say, which stills never explained. A
+row is read in every prompt that has its word.
 """
 
 from __future__ import annotations

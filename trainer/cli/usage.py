@@ -1,0 +1,40 @@
+"""The verbs, and the text that `python -m trainer` prints without one; imports nothing heavy."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from trainer.common.declared import docstring_summary
+from trainer.common.paths import PACKAGE
+
+VERBS = (
+    "fit", "check", "sample", "evaluate", "export", "import", "merge", "data", "list", "help",
+)  # fmt: skip
+TOPICS = """
+`help <verb>` prints the options of a verb, `help recipe` the keys of a recipe, `help run` or
+`help optim` those of a section, `help methods.lora` or `help data.concept` those of a method or a
+data source, `help run.steps` one of them. `list` prints recipes, backbones, methods and data
+sources.
+
+  python -m trainer fit recipe=custom_diffusion
+  python -m trainer fit recipe=custom_diffusion backbone=sd15 data.concept=./my_dog
+"""
+
+
+def verb_module(verb: str) -> Any:
+    """The file of a verb; `import` is a word of Python's own, so its file is `import_.py`."""
+    return importlib.import_module(f"trainer.cli.{_stem(verb)}")
+
+
+def usage() -> str:
+    """Every verb with the first sentence of its file."""
+    lines = ["usage: python -m trainer <verb> [key=value ...]", ""]
+    for verb in VERBS:
+        summary = docstring_summary(PACKAGE / "cli" / f"{_stem(verb)}.py")
+        lines.append(f"  {verb:10} {summary.removeprefix(f'`{verb}`: ')}")
+    return "\n".join(lines) + "\n" + TOPICS
+
+
+def _stem(verb: str) -> str:
+    return "import_" if verb == "import" else verb
