@@ -34,8 +34,9 @@ from statistics import median, quantiles
 
 from _common import Bars, parser_of
 
-from trainer.common.spinning import BUSY, USERS_WAIT, allowed_processors
-from trainer.common.threads import OWN, USERS
+from trainer.common.spinning import USERS_WAIT
+from trainer.common.system_load import busy_seconds
+from trainer.common.threads import OWN, USERS, allowed_processors
 
 HERE = Path(__file__).parent
 LOOP = [sys.executable, "-c", "while True: pass"]
@@ -92,11 +93,9 @@ def used_by(processes: Sequence[subprocess.Popen[str]]) -> float:
     return sum(int(time) for row in rows for time in row.split()[11:13]) / TICKS
 
 
-def used_by_all() -> float:
+def all_used() -> float:
     """Processor seconds of every program, on the processors this one may run on."""
-    allowed = {f"cpu{number}" for number in allowed_processors()}
-    rows = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
-    return sum(int(row[1 + i]) for row in rows if row[0] in allowed for i in BUSY) / TICKS
+    return sum(busy_seconds().values())
 
 
 class Machine:
@@ -108,9 +107,9 @@ class Machine:
     @contextmanager
     def further(self, found: list[float]) -> Iterator[None]:
         """Appends the processors they used inside the block."""
-        begin, every, own = time.monotonic(), used_by_all(), used_by(self.own)
+        begin, every, own = time.monotonic(), all_used(), used_by(self.own)
         yield
-        further = used_by_all() - every - (used_by(self.own) - own)
+        further = all_used() - every - (used_by(self.own) - own)
         found.append(max(0.0, further / (time.monotonic() - begin)))
 
 

@@ -8,7 +8,7 @@ import sys
 from trainer.cli.usage import VERBS, usage, verb_module
 from trainer.common.exit_codes import BAD_RECIPE, DISK, INTERRUPTED, LeaveError
 from trainer.common.spinning import watched
-from trainer.common.threads import limit_threads
+from trainer.common.threads import limit_threads, return_to_all
 
 
 def main(words: list[str]) -> int:
@@ -44,6 +44,7 @@ def main(words: list[str]) -> int:
 def _run(verb: str, words: list[str]) -> int:
     if verb in ("help", "list"):  # they import no torch, so there are no threads to limit
         return int(verb_module(verb).run(words))
+    return_to_all()
     limit_threads()
     with watched():
         return int(verb_module(verb).run(words))

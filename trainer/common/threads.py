@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -18,6 +19,8 @@ USERS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # what this program itself put into OMP_NUM_THREADS, so that a rank or another process it starts
 # does not take it for the user's choice
 OWN = "TRAINER_OMP_NUM_THREADS"
+# all processors this program may use, while its threads are gathered on some (`gathering.py`)
+ALL = "TRAINER_PROCESSORS"
 CPUS = "sys/devices/system/cpu"
 
 
@@ -42,9 +45,21 @@ def this_machine(root: Path = Path("/")) -> Machine:
 
 def allowed_processors() -> set[int]:
     """The logical processors this process may run on, all of them where the system does not say."""
+    if stored := os.environ.get(ALL):
+        return {int(number) for number in stored.split(",")}
     if hasattr(os, "sched_getaffinity"):
         return set(os.sched_getaffinity(0))
     return set(range(os.cpu_count() or 1))
+
+
+def return_to_all() -> None:
+    """In a process that was started while the threads of the one that started it were gathered, of
+    which it knows by the environment: takes back the other processors."""
+    if ALL in os.environ:
+        everywhere = allowed_processors()
+        del os.environ[ALL]
+        with suppress(OSError):
+            os.sched_setaffinity(0, everywhere)
 
 
 def thread_count(machine: Machine, environment: Mapping[str, str], ranks: int = 1) -> int:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from trainer.common.exit_codes import CODES
 from trainer.common.seeds import seed_of
+from trainer.common.threads import return_to_all
 from trainer.data.cache import frames_of, rows
 from trainer.data.plan import Cursor, Slot, StepPlan
 from trainer.data.source import Dataset
@@ -152,6 +153,7 @@ class Batches(DataLoader[Any]):
 
 def _calm(worker: int) -> None:
     """A data worker that is told to end does so, if nobody ends it sooner, after `SPARED`."""
+    return_to_all()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_later)
