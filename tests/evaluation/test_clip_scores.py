@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.data.source import Needs
 from trainer.data.sources.world_clips import WorldClips
 from trainer.data.world.clips import DIRECTIONS, Clip, draw_clip, render_clip
-from trainer.evaluation.clip_scores import ClipScores, asked, named_right, tracks
+from trainer.evaluation.clip_scores import ClipScores, Tracks, asked, named_right, tracks
 from trainer.evaluation.judge import Judge
 from trainer.media.images import to_tensor
 
@@ -125,6 +125,30 @@ def test_another_object_that_moves_the_same_is_alike(
     torch.testing.assert_close(own.like(own), torch.ones(COUNT))
     back = tracks(judge, swapped.flip(1), others)
     assert float(own.like(back).max()) < -0.85
+
+
+def test_small_motion_has_no_direction_and_is_measured_by_hand() -> None:
+    """Eight frames in which the object moves by so much of a frame's side, to the right or up."""
+    time = torch.linspace(0, 1, 8)
+    for length, named in ((0.03, None), (0.05, "moving right")):
+        centers = torch.stack([0.4 + length * time, torch.full((8,), 0.5)], -1)[None]
+        track = Tracks(centers, torch.full((1, 8), 4.0))
+        torch.testing.assert_close(track.moved(), torch.tensor([[length, 0.0]]))
+        assert track.directions() == [named]
+
+
+def test_frames_that_show_an_object_in_one_clip_alone_do_not_count() -> None:
+    time = torch.linspace(0, 1, 8)
+    centers = torch.stack([time, torch.zeros(8)], -1)[None]
+    away = centers.clone()
+    away[:, 6:] = 0.0  # where the second clip does not show it
+    seen = torch.full((1, 8), 4.0)
+    hidden = seen.clone()
+    hidden[:, 6:] = 0.0
+    likeness = Tracks(centers, seen).like(Tracks(away, hidden))
+    torch.testing.assert_close(likeness, torch.ones(1))
+    hidden[:, 5:] = 0.0  # five frames of eight are too few
+    assert Tracks(centers, seen).like(Tracks(away, hidden)).tolist() == [0.0]
 
 
 @pytest.mark.parametrize(

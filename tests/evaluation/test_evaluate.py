@@ -1,5 +1,5 @@
-"""What evaluation asks of several concepts and how it counts, on pictures that are known to be
-right; and on a real joint run."""
+"""Evaluation: the prompts and scores of several concepts, on pictures whose content is known; and
+on real models, against pictures that the sampler generates."""
 
 from __future__ import annotations
 
@@ -10,18 +10,26 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor
 
 from trainer.__main__ import main
+from trainer.config.lineage import backbone_spec
 from trainer.config.load import load_recipe
 from trainer.config.schema import RecipeError
-from trainer.data.source import Needs
+from trainer.data.source import Dataset, Needs
 from trainer.data.world.scenes import draw_scene
 from trainer.data.world.sprites import ALL
+from trainer.diffusion.sampler import sample
+from trainer.evaluation.evaluate import validation_loss
 from trainer.evaluation.examiner import Examiner
 from trainer.evaluation.judge import Judge
 from trainer.media.images import to_tensor
+from trainer.methods.apply import apply_methods
+from trainer.runs.adapter import load_adapted, load_base
+from trainer.training.build import needs
+from trainer.training.fit import fit
 
 CLIP = Path(__file__).parents[2] / "data" / "tiny" / "clip"
 TWO = [
@@ -36,8 +44,8 @@ TWO = [
 
 
 class Drawn(Examiner):
-    """In the place of a model: scenes of what each prompt asks for, a token meaning `shows[token]`;
-    the prompts are kept."""
+    """Draws scenes of what each prompt names instead of generating, with `shows[token]` for a
+    token, and keeps the prompts."""
 
     shows: Mapping[str, str]
     seen: list[str]
@@ -62,12 +70,13 @@ class Drawn(Examiner):
         return torch.stack(pictures)
 
 
-def examined(words: Sequence[str], folder: Path, **shows: str) -> tuple[dict[str, Any], list[str]]:
-    def paint(prompts: Sequence[str], seed: int, guidance: float | None) -> Any:
-        raise AssertionError("no class images are asked for")
+def no_class_images(prompts: Sequence[str], seed: int, guidance: float | None) -> Any:
+    raise AssertionError("no class images are asked for")
 
+
+def examined(words: Sequence[str], folder: Path, **shows: str) -> tuple[dict[str, Any], list[str]]:
     chosen = load_recipe(words)
-    train, _ = chosen.data.open(Needs(64, 4, paint, folder, lambda: "tiny"))
+    train, _ = chosen.data.open(Needs(64, 4, no_class_images, folder, lambda: "tiny"))
     examiner = Drawn(chosen, Judge(CLIP), train, num_images=8, batch_size=8)
     examiner.shows = {f"<{name}>": word for name, word in shows.items()}
     examiner.seen = []
@@ -88,7 +97,7 @@ def test_both_concepts_right(tmp_path: Path) -> None:
 
 
 def test_one_concept_lost(tmp_path: Path) -> None:
-    """The second token paints the first one's sprite."""
+    """The second token shows the first one's sprite."""
     scores, _ = examined(TWO, tmp_path, v1="penguin", v2="penguin")
     assert scores["concept accuracy of <v1>"] == 1
     assert scores["concept accuracy of <v2>"] == 0
@@ -109,8 +118,10 @@ def test_one_concept_alone_is_asked_for_no_pairs(tmp_path: Path) -> None:
     assert not any("<v2>" in prompt or "{}" in prompt for prompt in seen)
 
 
-def test_photographs_are_told_apart_and_class_words_change_with_the_token(tmp_path: Path) -> None:
-    """Photos of no sprite the judge is asked for: nearer to their own concept than to the other."""
+def test_photographs_are_distinguished_and_class_words_change_too(
+    tmp_path: Path,
+) -> None:
+    """Photographs are not named as sprites; they must be nearer to their own concept's photos."""
     for word in ("car", "rose"):
         (tmp_path / word).mkdir()
         for index in range(4):
@@ -138,17 +149,107 @@ def test_a_joint_run_by_the_verbs(
 ) -> None:
     words = [*TWO, f"backbone={tiny_folder}", f"run.out={tmp_path}", "run.id=two", "run.steps=1"]
     words += ["run.batch_size=2", "run.validate_every=0", "preview.every=0", "preview.steps=2"]
+    words += ["preview.guidance=4"]
     words += [
         "data.augment=false",
         "data.class_word=null",
         "tracker=none",
         "evaluate.alone=[a <v1>]",
     ]
-    words += ["evaluate.together=['a {} left of a {}']"]
+    words += ["evaluate.together=['a {} left of a {}']", "optim.lr=0.05"]
     assert main(["fit", *words]) == 0
     run = tmp_path / "custom_diffusion" / "two"
     assert main(["evaluate", f"run={run}", f"judge={CLIP}", "images=2"]) == 0
     assert "concept accuracy of <v2>" in capsys.readouterr().out
     table = json.loads((run / "evaluation.json").read_text())
-    for name in ("base", "adapted"):
+    judge = Judge(CLIP)
+    models = {
+        "base": load_base(backbone_spec(str(tiny_folder)), str(tiny_folder)),
+        "adapted": load_adapted(run / "adapter.safetensors")[0],
+    }
+    recipe = load_recipe(words)
+    train, _ = recipe.data.open(Needs(32, 4, no_class_images, tmp_path, lambda: "tiny"))
+    for name, model in models.items():
         assert 0 <= table[name]["two concepts together"] <= 1
+        found = [
+            similarity(
+                judge, train, concept, sampled(model, [f"a <v{concept + 1}>"] * 2, guidance=4.0)
+            )
+            for concept in range(2)
+        ]
+        assert table[name]["image similarity"] == pytest.approx(sum(found) / 2, abs=1e-3), name
+    gap = table["base"]["image similarity"] - table["adapted"]["image similarity"]
+    assert abs(gap) > 1e-2
+
+
+def sampled(model: Any, prompts: list[str], **options: Any) -> Tensor:
+    """Pictures in eight bits a colour, with the seeds of an evaluation."""
+    seeds = [10_000 + number for number in range(len(prompts))]
+    pictures = sample(model, prompts, seeds, steps=2, **options)
+    return ((pictures + 1) * 127.5).round() / 127.5 - 1
+
+
+def similarity(judge: Judge, data: Dataset, concept: int, pictures: Tensor) -> float:
+    """The mean cosine of the embeddings of pictures and of a concept's photos."""
+    photos = torch.stack([data.image(row) for row in data.groups[concept]])
+    return float((judge.images(pictures) @ judge.images(photos).T).mean())
+
+
+def test_pictures_are_those_of_the_recipes_sampler(
+    tiny: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Prompts in turn, a seed for each picture, and the preview's steps, guidance and negative."""
+    words = ["recipe=custom_diffusion", f"backbone={tiny_folder}", "data.prior_weight=0"]
+    words += ["data.class_word=null", "preview.steps=2", "preview.guidance=3"]
+    words += ["preview.negative=a fox", "evaluate.beside=[]", "evaluate.known=[]"]
+    words += ["evaluate.alone=[a <v1> on a blue background, a <v1>]"]
+    recipe, judge = load_recipe(words), Judge(CLIP)
+    train, _ = recipe.data.open(Needs(32, 4, no_class_images, tmp_path, lambda: "tiny"))
+    apply_methods(tiny, recipe.methods)
+    examiner = Examiner(recipe, judge, train, num_images=3, batch_size=2)
+    scores = examiner.examine(tiny)
+    prompts = ["a <v1> on a blue background", "a <v1>", "a <v1> on a blue background"]
+    pictures = sampled(tiny, prompts, guidance=3.0, negative="a fox")
+    wanted = similarity(judge, train, 0, pictures)
+    assert scores["image similarity"] == pytest.approx(wanted, abs=1e-3)
+    clips = examiner.clips(tiny, prompts, frames=1, fps=None)
+    torch.testing.assert_close(clips[:, 0], pictures, rtol=0, atol=0.01)
+
+
+def test_the_base_models_pictures_are_cached_by_model(
+    tiny: Any, open_folder: Any, other_folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("TRAINER_CACHE", str(tmp_path))
+    words = ["recipe=custom_diffusion", "data.prior_weight=0", "preview.steps=2"]
+    words += ["evaluate.alone=[a fox]", "evaluate.beside=[]", "evaluate.known=[]"]
+    recipe, judge = load_recipe(words), Judge(CLIP)
+    train, _ = recipe.data.open(Needs(32, 4, no_class_images, tmp_path, lambda: "tiny"))
+    found = []
+    for model in (tiny, tiny, open_folder(other_folder)):
+        examiner = Examiner(recipe, judge, train, num_images=2, batch_size=2, base=model)
+        found.append(examiner.examine(model)["image similarity"])
+    assert found[0] == found[1] != found[2]
+    assert len(list((tmp_path / "generated").iterdir())) == 2
+
+
+def test_the_validation_loss_is_the_runs_last_one(tiny_folder: Path, tmp_path: Path) -> None:
+    tree = {
+        "backbone": str(tiny_folder),
+        "data": {"source": "world", "count": 8, "validation": 4},
+        "methods": {"lora": {"sites": "cross", "rank": 2}},
+        "optim": {"lr": 1e-2},
+        "run": {"steps": 2, "batch_size": 2, "validate_every": 2, "seed": 5, "log_every": 1,
+                "out": str(tmp_path), "id": "x"},
+        "preview": {"every": 0},
+        "tracker": "none",
+    }  # fmt: skip
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(tree))
+    recipe = load_recipe([f"recipe={tmp_path / 'short.yaml'}"])
+    folder = fit(recipe)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (logged,) = [line["val/loss"] for line in lines if "val/loss" in line]
+    adapted, _ = load_adapted(folder / "adapter.safetensors")
+    base = load_base(recipe.backbone, recipe.backbone_name)
+    _, held_out = recipe.data.open(needs(recipe, base))
+    assert validation_loss(recipe, adapted, held_out) == pytest.approx(logged, rel=1e-5)
+    assert validation_loss(recipe, base, held_out) != pytest.approx(logged, rel=1e-4)

@@ -16,7 +16,7 @@ from trainer.__main__ import main
 from trainer.common.exit_codes import BAD_RECIPE
 from trainer.config.header import read_header
 from trainer.config.load import methods_of
-from trainer.export.bundle import Bundle, LowRankDelta
+from trainer.export.bundle import Bundle, FullDelta, LowRankDelta
 from trainer.export.detect import detect
 from trainer.export.export import export
 from trainer.export.factor import exact, fitted, truncated
@@ -25,6 +25,7 @@ from trainer.methods.apply import apply_methods
 from trainer.runs.adapter import start_from
 
 MIDDLE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+SAME_LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 Edit = Callable[[dict[str, Tensor]], object]
 
 
@@ -140,6 +141,21 @@ def rename(old: str, new: str) -> Edit:
             put(f"{MIDDLE}.lora_up.weight", torch.full((32, 4), torch.nan)),
             rf"{MIDDLE}\.lora_up\.weight holds values that are not finite, 1 such",
             id="nan",
+        ),
+        pytest.param(
+            put(f"{MIDDLE}.lora_up.weight", torch.full((32, 4), torch.inf)),
+            rf"{MIDDLE}\.lora_up\.weight holds values that are not finite, 1 such",
+            id="inf",
+        ),
+        pytest.param(
+            lambda tensors: tensors.update(
+                {
+                    f"{SAME_LAYER}.lora_A.weight": torch.ones(4, 128),
+                    f"{SAME_LAYER}.lora_B.weight": torch.ones(32, 4),
+                }
+            ),
+            rf"adapts {SAME_LAYER} twice, as (lora_)?unet\S+ and as (lora_)?unet",
+            id="twice",
         ),
         pytest.param(
             put(f"{MIDDLE}.lora_down.weight", torch.ones(4, 64)),
@@ -280,11 +296,25 @@ def test_a_selector_replaces_the_names_of_layers_where_possible(tiny: Any) -> No
     assert found == {"rank": 2, "sites": None, "layers": [one[len("unet.") :]]}
 
 
-@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (4, 3, 3, 3), (30, 2, 3, 3)], ids=str)
+def test_the_rank_is_that_of_most_layers(tiny: Any) -> None:
+    sites = [f"unet.{site.name}.to_k" for site in tiny.sites if site.kind == "self"]
+    layers = {}
+    for path in sites:
+        layer, rank = tiny.get_submodule(path), 8 if path == sites[0] else 2
+        layers[path] = LowRankDelta(
+            torch.ones(rank, layer.in_features), torch.ones(len(layer.weight), rank)
+        )
+    found = recipe_of(Bundle(layers, {}), tiny)["lora"]
+    assert (found["rank"], found["ranks"]) == (2, {sites[0]: 8})
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (4, 3, 5), (4, 3, 3, 3), (30, 2, 3, 3)], ids=str)
 def test_a_full_matrix_is_a_pair_of_full_rank(shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape)
     pair = exact(weight)
     assert pair.rank == min(shape[0], weight[0].numel())
+    assert pair.down.shape == (pair.rank, *shape[1:])
+    assert pair.up.shape == (shape[0], pair.rank, *[1] * (len(shape) - 2))
     assert torch.equal((pair.up.flatten(1) @ pair.down.flatten(1)).view(shape), weight)
 
 
@@ -306,3 +336,13 @@ def test_truncation_keeps_the_leading_directions() -> None:
     assert isinstance(pair, LowRankDelta)
     left = weight - pair.up @ pair.down
     torch.testing.assert_close(left, u[:, 2:] @ v[:, 2:].T, rtol=0, atol=1e-5)
+
+
+def test_truncation_reports_the_least_energy_and_leaves_biases() -> None:
+    steep = FullDelta(torch.diag(torch.tensor([3.0, 1.0])))
+    flat = FullDelta(torch.eye(2))
+    biased = FullDelta(torch.eye(2), torch.ones(2))
+    bundle, kept = truncated(Bundle({"a": flat, "b": steep, "c": biased}, {}), 1)
+    assert kept == pytest.approx(1 / 2)
+    assert bundle.layers["c"] is biased
+    assert [getattr(bundle.layers[name], "rank", None) for name in "ab"] == [1, 1]

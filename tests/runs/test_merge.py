@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from trainer.config.header import read_header
 from trainer.config.load import methods_of
 from trainer.data.world.scenes import draw_layout
 from trainer.methods.apply import apply_methods
@@ -200,6 +202,33 @@ def test_both_prompts_of_a_concept_and_every_caption_are_asked(
         torch.testing.assert_close(asked @ found.T, asked @ wanted.T, rtol=1e-3, atol=1e-3)
     moved = (ordinary @ (wanted - before).T).norm()
     assert float((ordinary @ (found - wanted).T).norm()) < 1e-3 * float(moved)
+
+
+def test_the_merged_recipe_names_every_concept(
+    tiny_folder: Path, tmp_path: Path, open_folder: Any
+) -> None:
+    """Class words are kept only if every concept has one: the data section needs all or none."""
+    trees = {}
+    for name, data in {
+        "fox": {"concept": "sprite:fox", "token": "<v1>", "class_word": "animal"},
+        "car": {"concept": "./car", "token": "<v1>", "class_word": "car"},
+        "bare": {"concept": "./bare", "token": "<v1>"},
+    }.items():
+        path, _ = made(tiny_folder, tmp_path / f"{name}.safetensors", 1, open_folder)
+        tree, identity = read_header(path)
+        tensors = load_file(path)
+        tensors = {key: value + 0.01 * len(trees) for key, value in tensors.items()}
+        save_adapter(path, tensors, tree=tree | {"data": data}, identity=identity)
+        trees[name] = path
+    merged = {}
+    for pair in (("fox", "car"), ("fox", "bare")):
+        out = tmp_path / f"{'-'.join(pair)}.safetensors"
+        merge_concepts([trees[name] for name in pair], out, CAPTIONS[:20])
+        merged[pair[1]] = read_header(out)[0]["data"]
+    assert merged["car"]["concept"] == ["sprite:fox", "./car"]
+    assert merged["car"]["token"] == ["<v1>", "<v2>"]
+    assert merged["car"]["class_word"] == ["animal", "car"]
+    assert merged["bare"]["class_word"] is None
 
 
 def test_what_cannot_be_merged_is_refused(

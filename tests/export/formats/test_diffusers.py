@@ -12,10 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from trainer.export.bundle import Bundle, DoRADelta, LowRankDelta
 from trainer.export.export import export
 from trainer.export.formats import diffusers as form
 from trainer.export.import_ import import_file
 from trainer.export.proof import LIMIT, Probe, difference
+from trainer.export.tokens import write_tokens
 
 PLAIN = pytest.mark.parametrize("name", ["lora", "pissa", "dora", "custom"])
 
@@ -114,6 +116,38 @@ def test_alpha_in_the_header_is_the_strength(
     fields["unet.alpha_pattern"] = dict.fromkeys(names, 8)
     save_file(tensors, tmp_path / "f", {form.METADATA: json.dumps(fields)})
     same(form.read(tmp_path / "f", tiny), bundle, tiny)
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({}, 1.0),
+        ({"lora_alpha": 8}, 2.0),
+        ({"lora_alpha": 8, "use_rslora": True}, 4.0),  # alpha / sqrt(r), arXiv 2312.03732
+        ({"lora_alpha": 8, "alpha_pattern": {"attn2.to_k": 2}}, 0.5),
+        ({"lora_alpha": 8, "alpha_pattern": {"attn1.to_k": 2}}, 2.0),
+    ],
+)
+def test_the_factor_of_a_peft_configuration(fields: dict[str, Any], wanted: float) -> None:
+    assert form.strength(fields, "unet.mid_block.attn2.to_k", 4) == wanted
+
+
+def test_lora_and_dora_in_one_part_are_refused() -> None:
+    down, up = torch.ones(2, 4), torch.ones(4, 2)
+    layers = {"a": LowRankDelta(down, up), "b": DoRADelta(down, up, torch.ones(4))}
+    with pytest.raises(ValueError, match=r"LoRA and DoRA on different layers of unet cannot be in"):
+        form.part_config("unet", layers)
+    assert "use_dora" not in form.part_config("unet", {"a": layers["a"]})
+    assert form.part_config("unet", {"b": layers["b"]})["use_dora"]
+
+
+def test_names_that_differ_in_case_alone_have_files_of_their_own(tmp_path: Path) -> None:
+    """Windows does not distinguish the case of file names."""
+    rows = {word: {"text_encoder": torch.ones(3)} for word in ("<v1>", "<V1>", "v1")}
+    write_tokens(Bundle({}, rows), tmp_path, torch.float32)
+    files = {path.stem: list(load_file(path)) for path in (tmp_path / "embeddings").iterdir()}
+    assert sorted(word for keys in files.values() for word in keys) == sorted(rows)
+    assert len({name.lower() for name in files}) == 3
 
 
 @pytest.mark.parametrize("name", ["full", "projections"])

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from trainer.export.bundle import Bundle, LowRankDelta
 from trainer.export.export import export
 from trainer.export.formats import kohya as form
 from trainer.export.import_ import import_file
@@ -77,6 +80,39 @@ def test_the_header_says_what_readers_look_for(trained: Any, tmp_path: Path) -> 
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     assert header["sshs_model_hash"] == hashlib.sha256(data[start:]).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("width", "target", "version", "architecture", "prediction"),
+    [
+        (768, "eps", "sd_v1", "stable-diffusion-v1", "epsilon"),
+        (1024, "eps", "sd_v2", "stable-diffusion-v2-512", "epsilon"),
+        (1024, "v", "sd_v2_768_v", "stable-diffusion-v2-768-v", "v"),
+        (2048, "eps", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "epsilon"),
+    ],
+)
+def test_the_header_names_the_base_model(
+    width: int, target: str, version: str, architecture: str, prediction: str, tmp_path: Path
+) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            block_out_channels=(8,), layers_per_block=1, norm_num_groups=8, attention_head_dim=2,
+            down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+            cross_attention_dim=width,
+        )  # fmt: skip
+    base = SimpleNamespace(
+        name="x", target=target, denoiser_name="unet", denoiser=unet, text_encoders={}
+    )
+    path = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    layers = {path: LowRankDelta(torch.ones(2, width), torch.ones(8, 2))}
+    job: Any = SimpleNamespace(base=base, bundle=Bundle(layers, {}), title="title")
+    form.write(job, tmp_path, torch.float32)
+    with safe_open(tmp_path / "title.safetensors", "pt") as file:
+        header = file.metadata()
+    assert header["ss_base_model_version"] == version
+    assert header["ss_v2"] == str(width == 1024)
+    assert header["modelspec.architecture"] == f"{architecture}/lora"
+    assert header["modelspec.prediction_type"] == prediction
 
 
 def test_a_text_encoder_without_output_projections_gets_one_of_zeros(
