@@ -25,6 +25,7 @@ from trainer.data.world.scenes import article
 from trainer.data.world.sprites import KNOWN
 from trainer.diffusion.inversion import invert
 from trainer.diffusion.sampler import sample, sample_many
+from trainer.diffusion.sampling import Sampling
 from trainer.evaluation.clip_scores import asked, named_right, tracks
 from trainer.evaluation.judge import Judge
 from trainer.media.images import to_tensor
@@ -63,8 +64,8 @@ class Model:
     def paint(self, model: Any, prompts: Sequence[str], frames: int = 1) -> Tensor:
         """As the recipe's previews are: (n * frames, 3, H, W), by the seeds 0, 1, ..."""
         look, at_once = self.recipe.preview, max(1, AT_ONCE // frames)
-        how = (look.steps, look.guidance, look.negative)
-        return sample_many(model, prompts, range(len(prompts)), at_once, *how, frames=frames)
+        how = Sampling(look.steps, look.guidance, look.negative, frames=frames)
+        return sample_many(model, prompts, range(len(prompts)), settings=how, batch_size=at_once)
 
     def through_vae(self, clips: Tensor) -> Tensor:
         """(n, f, 3, H, W), encoded without noise and decoded."""
@@ -114,9 +115,9 @@ class Source:
 
     def again(self, model: Any, start: Tensor, prompts: Sequence[str], guidance: float) -> Tensor:
         """Clips (n, f, 3, H, W) from that noise."""
-        how = (self.model.recipe.preview.steps, guidance)
+        how = Sampling(self.model.recipe.preview.steps, guidance, frames=self.frames)
         seeds, begun = range(len(prompts)), start.repeat(len(prompts), 1, 1, 1)
-        painted = sample(model, prompts, seeds, *how, frames=self.frames, start=begun)
+        painted = sample(model, prompts, seeds, settings=how, start=begun)
         return painted.unflatten(0, (-1, self.frames))
 
     def reconstructed(self, start: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:

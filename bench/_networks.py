@@ -15,6 +15,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from trainer.attention.condition import Condition
 from trainer.attention.host import Host
 
 CROSS = {"down": "CrossAttnDownBlock2D", "up": "CrossAttnUpBlock2D"}
@@ -71,14 +72,16 @@ class Network(nn.Module):
     def pipeline(self) -> Any:
         return self.stock(None, None, None, self.denoiser, None)
 
-    def encode_prompts(self, prompts: list[str]) -> dict[str, Any]:
-        text = torch.randn(len(prompts), 5, 16, generator=torch.Generator().manual_seed(3))
+    def encode_prompts(self, prompts: list[str]) -> Condition:
+        generator = torch.Generator().manual_seed(3)
+        return Condition(torch.randn(len(prompts), 5, 16, generator=generator))
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         sizes = {"resolution": None, "aspect_ratio": None}
         more = {"added_cond_kwargs": sizes} if self.stock is PixArtSigmaPipeline else {}
-        return {"encoder_hidden_states": text, **more}
-
-    def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Any]) -> Tensor:
-        output: Tensor = self.denoiser(x_t, timestep=t, **condition).sample
+        output: Tensor = self.denoiser(
+            x_t, timestep=t, encoder_hidden_states=condition.tokens, **more
+        ).sample
         return output
 
 

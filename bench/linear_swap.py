@@ -35,18 +35,20 @@ from tiny_backbone import SEED, one, two
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from trainer.attention.condition import Condition
 from trainer.backbones import load_backbone
 from trainer.config import load
 from trainer.config.lineage import backbone_spec
 from trainer.data.world.scenes import Scene, draw_scene
 from trainer.data.world.sprites import KNOWN
 from trainer.diffusion.sampler import sample_many
+from trainer.diffusion.sampling import Sampling
 from trainer.evaluation.judge import Judge
 from trainer.methods.apply import apply_methods
 from trainer.runs.adapter import load_adapted
 
 NAMES = ("tiny", "tiny_dit")
-LOOK: dict[str, Any] = {"steps": 25, "guidance": 5.0}
+LOOK = Sampling(steps=25, guidance=5.0)
 MINUTES = 10  # of training, all included
 HEADS = 2  # of 8, in the narrowed geometry
 SIDES = {False: (16, 32, 64, 96, 128), True: (64, 128)}  # of latents, by whether a step trains
@@ -80,7 +82,7 @@ class Painter:
 
     def _paint(self, model: Any, scenes: Sequence[Scene]) -> Tensor:
         prompts = [scene.caption for scene in scenes]
-        return sample_many(model, prompts, list(range(len(prompts))), 50, **LOOK)
+        return sample_many(model, prompts, range(len(prompts)), settings=LOOK, batch_size=50)
 
     def report(self, bars: Bars, name: str, model: Any, bar: float | None) -> None:
         """Accuracy over the original's, with a bar where one is given; the rest for reading."""
@@ -89,7 +91,15 @@ class Painter:
         if bar is not None:
             bars.at_least(f"{self.name}/{name}/accuracy_over_original", ratios["one"], bar)
         table = {"original": self.expected, "swapped": found, "ratio": ratios}
-        bars.note(f"{self.name}/{name}", {**table, "pictures": len(self.singles), **LOOK})
+        bars.note(
+            f"{self.name}/{name}",
+            {
+                **table,
+                "pictures": len(self.singles),
+                "steps": LOOK.steps,
+                "guidance": LOOK.guidance,
+            },
+        )
 
 
 @dataclass
@@ -198,7 +208,7 @@ class Step:
         generator = torch.Generator().manual_seed(0)
         width = network.denoiser.config.cross_attention_dim
         self.x_t, self.target = torch.randn(2, 1, 4, side, side, generator=generator)
-        self.condition = {"encoder_hidden_states": torch.randn(1, 77, width, generator=generator)}
+        self.condition = Condition(torch.randn(1, 77, width, generator=generator))
         network.requires_grad_(trains)
         self.optimizer = torch.optim.AdamW(network.parameters()) if trains else None
 
@@ -257,7 +267,7 @@ def attention_share(heads: int, side: int) -> float:
         network = Network(UNet2DConditionModel(**geometry(heads)), "unet")
         network.unet.set_attn_processor(AttnProcessor())  # plain products, which are counted
         text = torch.zeros(1, 77, network.unet.config.cross_attention_dim)
-        condition = {"encoder_hidden_states": text}
+        condition = Condition(text)
         network.predict(torch.zeros(1, 4, side, side), torch.zeros(1), condition)
     attention = 0
     for site in network.sites:

@@ -24,6 +24,7 @@ from trainer.config.lineage import backbone_spec
 from trainer.data.world.scenes import RELATIONS, Scene, draw_scene
 from trainer.data.world.sprites import ALL, KNOWN
 from trainer.diffusion.sampler import sample_many
+from trainer.diffusion.sampling import Sampling
 from trainer.evaluation.judge import Judge, relation_holds
 from trainer.media.grids import grid
 from trainer.media.images import to_tensor
@@ -103,11 +104,15 @@ def main() -> None:
 
     singles = [draw_scene(SEED + 2, i, KNOWN, count=1) for i in range(count)]
     bars.note("judge_real_one_known", one(judge, real(singles), singles))
-    look = {"steps": options.steps, "guidance": options.guidance}
+    look = Sampling(options.steps, options.guidance)
     seeds = list(range(count))
-    alone = sample_many(backbone, [scene.caption for scene in singles], seeds, 50, **look)
+    alone = sample_many(
+        backbone, [scene.caption for scene in singles], seeds, settings=look, batch_size=50
+    )
     generated = {"generated_one": one(judge, alone, singles)}
-    beside = sample_many(backbone, [scene.caption for scene in pairs], seeds, 50, **look)
+    beside = sample_many(
+        backbone, [scene.caption for scene in pairs], seeds, settings=look, batch_size=50
+    )
     both, placed = two(judge, beside, pairs)
     generated |= {"generated_two_both": both, "generated_two_relation": placed}
     for key, limit in limits.items():

@@ -181,7 +181,9 @@ def train(photos: Any) -> Train:
         found = batches[step]
         if frames == 1:
             return found
-        own = {name: getattr(found, name)[:1] for name in ("places", "captions", "keys", "weights")}
+        own = {
+            name: getattr(found, name)[:1] for name in ("positions", "captions", "keys", "weights")
+        }
         return replace(found, **own, frames=frames, fps=[8.0])
 
     def run(backbone: Any, plan: Any, steps: int = 2, frames: int = 1) -> list[float]:

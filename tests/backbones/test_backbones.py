@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from trainer.attention.condition import Condition
 from trainer.backbones import load_backbone
 from trainer.backbones.spec import BackboneSpec
 from trainer.config.lineage import backbone_spec
@@ -228,7 +229,7 @@ def test_a_fingerprint_changes_with_any_weight(tiny: Any) -> None:
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_output(tiny: Any) -> None:
     x_t, t = torch.randn(2, 8, 8, 8), torch.tensor([10, 900])
-    text = {"encoder_hidden_states": torch.randn(2, 32, 128)}
+    text = Condition(torch.randn(2, 32, 128))
     with torch.no_grad():
         plain = tiny.predict(x_t, t, text)
         tiny.compile_blocks()

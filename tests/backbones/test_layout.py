@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from trainer.attention.call import SiteCall
-from trainer.attention.context import StepContext, per_frame, use
+from trainer.attention.context import StepContext, use
 from trainer.attention.insert import insert
 from trainer.attention.op import Traits
 from trainer.attention.rows import Rows
 from trainer.backbones import find_family
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.family import Parts
-from trainer.backbones.layout import folded, per_clip, unfolded
+from trainer.backbones.layout import folded, unfolded
 from trainer.diffusion.predict import predict_groups
 from trainer.diffusion.sampler import sample
+from trainer.diffusion.sampling import Sampling
 from trainer.ops.temporal.frame_keys import FrameKeys
 
 PROMPTS = ["a fox on a red background", "an apple"]
@@ -71,8 +72,6 @@ def test_rows_and_clips_are_one_another_undone() -> None:
     assert clips.shape == (2, 2, 3, 3, 4)
     assert torch.equal(clips[1, :, 2], rows[5])
     assert torch.equal(unfolded(clips), rows)
-    text = noise(2, 5, 4)
-    assert torch.equal(per_clip(per_frame({"text": text}, 3), 3)["text"], text)
     with pytest.raises(ValueError, match="clips of 4 frames, and a batch of 6 rows is no whole"):
         folded(rows, 4)
 
@@ -82,13 +81,13 @@ def test_rows_reach_the_denoiser_as_clips(video: Any) -> None:
     x_t, t = noise(6, 8, 8, 8), torch.tensor([3, 900])
     text = video.encode_prompts(PROMPTS)
     clips = torch.stack([x_t[:3].transpose(0, 1), x_t[3:].transpose(0, 1)])
-    wanted = video.denoiser(clips, t, **text).sample
+    wanted = video.denoiser(clips, t, text.tokens).sample
     with use(StepContext(0, 1, t, frames=3)):
-        found = video.predict(x_t, t.repeat_interleave(3), per_frame(text, 3))
+        found = video.predict(x_t, t.repeat_interleave(3), text.per_frame(3))
     for clip, rows in zip(wanted, found.split(3), strict=True):
         torch.testing.assert_close(rows, clip.transpose(0, 1))
     alone = video.predict(x_t[:1], t[:1], video.encode_prompts(PROMPTS[:1]))  # an image
-    one = video.denoiser(x_t[:1, :, None], t[:1], **video.encode_prompts(PROMPTS[:1])).sample
+    one = video.denoiser(x_t[:1, :, None], t[:1], video.encode_prompts(PROMPTS[:1]).tokens).sample
     torch.testing.assert_close(alone, one[:, :, 0])
 
 
@@ -100,27 +99,30 @@ def test_ops_see_clips_for_rows(video: Any) -> None:
 
         def output(self, o: Tensor, call: SiteCall) -> Tensor:
             seen.append(call.ctx.groups.slices)
+            texts.append(call.ctx.condition.tokens)  # type: ignore[union-attr, arg-type]
             return o
 
     seen: list[dict[str, slice]] = []
+    texts: list[Tensor] = []
     video.host.install(Muted(), [site for site in video.sites if site.kind == "cross"])
     names = ("target/uncond", "target/cond")
-    condition = per_frame(video.encode_prompts(["", "", *PROMPTS]), 3)
+    condition = video.encode_prompts(["", "", *PROMPTS]).per_frame(3)
     ctx = StepContext(0, 1, torch.tensor(7), frames=3, groups=Rows.of(names, 6))
     found = predict_groups(video, {"target": noise(6, 8, 8, 8)}, condition, ctx)
     assert {name: len(rows) for name, rows in found.items()} == dict.fromkeys(names, 6)
     assert seen[0] == {"target/uncond": slice(0, 2), "target/cond": slice(2, 4)}
+    assert torch.equal(texts[0], video.encode_prompts(["", "", *PROMPTS]).tokens)
 
 
 def test_a_clip_is_sampled_as_by_a_loop_over_clips(video: Any) -> None:
-    own = sample(video, PROMPTS[:1], [5], steps=3, guidance=1.0, frames=2)
+    own = sample(video, PROMPTS[:1], [5], settings=Sampling(steps=3, guidance=1.0, frames=2))
     x_t = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(5))
     x_t = x_t.transpose(0, 1)[None]  # 1 c f h w
     scheduler, text = video.scheduler(), video.encode_prompts(PROMPTS[:1])
     scheduler.set_timesteps(3)
     with torch.no_grad():
         for t in scheduler.timesteps:
-            output = video.denoiser(x_t, t, **text).sample
+            output = video.denoiser(x_t, t, text.tokens).sample
             x_t = scheduler.step(output, t, x_t).prev_sample
         wanted = video.decode(x_t[0].transpose(0, 1))
     torch.testing.assert_close(own, wanted, rtol=1e-3, atol=1e-4)
@@ -135,7 +137,7 @@ def test_what_makes_clips_of_images_is_refused(video: Any) -> None:
 
 def test_a_frame_depends_on_its_own_clip_alone(video: Any) -> None:
     x_t = noise(4, 8, 8, 8).requires_grad_()
-    text = per_frame(video.encode_prompts(PROMPTS), 2)
+    text = video.encode_prompts(PROMPTS).per_frame(2)
     with use(StepContext(0, 1, torch.tensor(9), frames=2)):
         video.predict(x_t, torch.tensor(9).expand(4), text)[1].square().sum().backward()
     assert x_t.grad is not None

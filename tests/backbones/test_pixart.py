@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
 from torch import Tensor
 
+from trainer.attention.condition import Condition
 from trainer.backbones import load_backbone
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.pixart import initialise
@@ -23,6 +25,7 @@ from trainer.config.load import methods_of
 from trainer.config.schema import RecipeError
 from trainer.diffusion.objective import Objective, add_noise, target_of
 from trainer.diffusion.sampler import sample
+from trainer.diffusion.sampling import Sampling
 from trainer.export.export import export
 from trainer.methods.apply import apply_methods
 from trainer.runs.adapter import load_adapted, save_adapter
@@ -113,15 +116,15 @@ def test_the_tiny_transformer_shares_parts_with_the_unet() -> None:
 
 def test_padding_is_not_attended_to(dit: Any) -> None:
     condition = dit.encode_prompts(["a fox", PROMPTS[1]])
-    states, mask = condition["encoder_hidden_states"], condition["encoder_attention_mask"]
+    states, mask = condition.tokens, condition.mask
     assert states.shape == (2, 32, 128)
     assert mask.sum(1).tolist() == [4, 8]  # with the first and the last
     x_t, t = torch.randn(2, 8, 8, 8), torch.tensor([10.0, 900.0])
     other = torch.where(mask[..., None] == 1, states, torch.randn(states.shape))
     with torch.no_grad():
         plain = dit.predict(x_t, t, condition)
-        padded = dit.predict(x_t, t, condition | {"encoder_hidden_states": other})
-        unmasked = dit.predict(x_t, t, {"encoder_hidden_states": states})
+        padded = dit.predict(x_t, t, replace(condition, tokens=other))
+        unmasked = dit.predict(x_t, t, Condition(states))
     torch.testing.assert_close(padded, plain)
     assert not torch.allclose(unmasked, plain, atol=1e-4)
 
@@ -131,7 +134,7 @@ def test_prompts_are_lower_case_but_for_new_words(dit: Any) -> None:
     with torch.no_grad():
         dit.text_encoder.get_input_embeddings().rows[0].add_(torch.randn(128))
         one, other, plain = (
-            dit.encode_prompts([prompt])["encoder_hidden_states"]
+            dit.encode_prompts([prompt]).tokens
             for prompt in ("A <Rex> left of a Cat", "a <Rex> left of a cat", "a fox left of a cat")
         )
     assert torch.equal(one, other)
@@ -154,7 +157,13 @@ def test_size_reaches_a_model_that_asks_for_it(copy: Path, open_folder: Any) -> 
     }
     with torch.no_grad():
         own = model.predict(x_t, t, condition)
-        wanted = model.transformer(x_t, timestep=t, added_cond_kwargs=size, **condition).sample
+        wanted = model.transformer(
+            x_t,
+            timestep=t,
+            added_cond_kwargs=size,
+            encoder_hidden_states=condition.tokens,
+            encoder_attention_mask=condition.mask,
+        ).sample
     assert own.shape == x_t.shape
     assert torch.equal(own, wanted[:, :8])
 
@@ -178,7 +187,7 @@ def euler(model: Backbone, steps: int, guidance: float) -> Tensor:
 def test_sampling_is_euler_steps_along_the_flow(dit: Any) -> None:
     with torch.no_grad():
         wanted = euler(dit, 5, 3.0)
-    own = sample(dit, PROMPTS, SEEDS, 5, 3.0)
+    own = sample(dit, PROMPTS, SEEDS, settings=Sampling(steps=5, guidance=3.0))
     torch.testing.assert_close(own, wanted, rtol=0, atol=1e-5)
 
 
@@ -202,7 +211,7 @@ def test_a_folder_trained_on_noise_is_sampled_as_its_pipeline_does(
     (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(LINEAR))
     model = open_folder(copy)
     assert model.target == "eps"
-    own = sample(model, PROMPTS, SEEDS, 3, 3.0) / 2 + 0.5
+    own = sample(model, PROMPTS, SEEDS, settings=Sampling(steps=3, guidance=3.0)) / 2 + 0.5
     torch.testing.assert_close(own, stock(model.pipeline(), 3), rtol=0, atol=1e-4)
 
 
@@ -239,12 +248,17 @@ def test_merged_is_a_pipeline_that_paints_the_same(
     header = {"backbone": str(dit_folder), "methods": tree}
     save_adapter(path, {name: own[name] for name in plan.stored}, header, dit.identity())
     out = export(path, tmp_path / "merged", say=lambda line: None)
-    wanted = sample(dit, PROMPTS, SEEDS, 3, 3.0)
+    wanted = sample(dit, PROMPTS, SEEDS, settings=Sampling(steps=3, guidance=3.0))
     again = open_folder(out)
     assert again.target == "flow"
-    torch.testing.assert_close(sample(again, PROMPTS, SEEDS, 3, 3.0), wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        sample(again, PROMPTS, SEEDS, settings=Sampling(steps=3, guidance=3.0)),
+        wanted,
+        rtol=0,
+        atol=1e-4,
+    )
     pictures = stock(PixArtAlphaPipeline.from_pretrained(out), 40)
-    fine = sample(dit, PROMPTS, SEEDS, 40, 3.0) / 2 + 0.5
+    fine = sample(dit, PROMPTS, SEEDS, settings=Sampling(steps=40, guidance=3.0)) / 2 + 0.5
     assert float((pictures - fine).abs().mean()) < 0.02
 
 
@@ -295,7 +309,9 @@ def test_the_shipped_transformer_paints_what_it_is_asked() -> None:
     shipped = load_backbone(backbone_spec("tiny_dit"), "tiny_dit").eval()
     words = KNOWN[::8]
     prompts = [f"a {word} on a white background" for word in words]
-    painted = sample(shipped, prompts, list(range(len(words))), steps=25, guidance=5.0)
+    painted = sample(
+        shipped, prompts, list(range(len(words))), settings=Sampling(steps=25, guidance=5.0)
+    )
     named = Judge(shipped.folder / "clip").named(painted, KNOWN)
     assert sum(said == word for said, word in zip(named, words, strict=True)) >= 6
 

@@ -105,6 +105,7 @@ def test_the_plan_counts_cross_k_and_v(sd15: Path, capsys: pytest.CaptureFixture
 def test_two_steps_saved_and_reloaded(sd15: Path, tmp_path: Path) -> None:
     from trainer.config.load import load_recipe
     from trainer.diffusion.sampler import sample
+    from trainer.diffusion.sampling import Sampling
     from trainer.methods.apply import apply_methods
     from trainer.runs.adapter import load_adapted
     from trainer.training.fit import fit
@@ -125,10 +126,12 @@ def test_two_steps_saved_and_reloaded(sd15: Path, tmp_path: Path) -> None:
     loaded, _ = load_adapted(path)
     parameters = dict(loaded.named_parameters())
     assert all(torch.equal(parameters[name], value) for name, value in tensors.items())
-    first = sample(loaded, ["a <v1> animal"], [1], steps=2, size=(64, 64))
+    first = sample(loaded, ["a <v1> animal"], [1], settings=Sampling(steps=2, size=(64, 64)))
     del loaded, parameters
     again, _ = load_adapted(path)
-    assert torch.equal(sample(again, ["a <v1> animal"], [1], steps=2, size=(64, 64)), first)
+    assert torch.equal(
+        sample(again, ["a <v1> animal"], [1], settings=Sampling(steps=2, size=(64, 64))), first
+    )
 
     # the base under the same methods, untrained: every tensor has moved away from it
     from trainer.backbones import load_backbone

@@ -182,8 +182,8 @@ def same(one: Batch, other: Batch) -> bool:
     assert one.pixels is not None
     assert other.pixels is not None
     return (
-        (one.step, one.places, one.captions, one.keys)
-        == (other.step, other.places, other.captions, other.keys)
+        (one.step, one.positions, one.captions, one.keys)
+        == (other.step, other.positions, other.captions, other.keys)
         and torch.equal(one.pixels, other.pixels)
         and torch.equal(one.weights, other.weights)
     )
@@ -207,7 +207,7 @@ def test_ranks_read_the_rows_of_the_one_process_batch() -> None:
     plan = changed(ONE, batch_size=4)
     scenes = Scenes(0, count=7, sprites="known", side=16)
     whole, *parts = [Planned(scenes, plan, None, *who)[2] for who in ((0, 1), (0, 2), (1, 2))]
-    assert [part.places for part in parts] == [[0, 1], [2, 3]]
+    assert [part.positions for part in parts] == [[0, 1], [2, 3]]
     assert [key for part in parts for key in part.keys] == whole.keys
     pixels = [batch.pixels for batch in (*parts, whole) if batch.pixels is not None]
     assert torch.equal(torch.cat(pixels[:2]), pixels[2])

@@ -13,6 +13,7 @@ from trainer.config.load import methods_of
 from trainer.diffusion.inversion import below, invert, step_of
 from trainer.diffusion.objective import Objective
 from trainer.diffusion.sampler import sample
+from trainer.diffusion.sampling import Sampling
 from trainer.methods.apply import apply_methods
 
 PROMPT = "a fox on a red background"
@@ -36,9 +37,13 @@ def again(backbone: Any, start: Tensor, steps: int, frames: int = 1) -> Tensor:
     """The latents that sampling from `start` ends at."""
     seen: list[Tensor] = []
     sample(
-        backbone, [PROMPT], [0], steps, 1.0, on_step=lambda _, x: seen.append(x), frames=frames,
+        backbone,
+        [PROMPT],
+        [0],
+        settings=Sampling(steps=steps, guidance=1.0, frames=frames),
+        on_step=lambda _, x: seen.append(x),
         start=start,
-    )  # fmt: skip
+    )
     return seen[-1]
 
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from trainer.attention.call import SiteCall
+from trainer.attention.condition import Condition
 from trainer.attention.context import StepContext
 from trainer.attention.op import Traits
 from trainer.attention.sites import select
 from trainer.diffusion.sampler import sample, sample_many
+from trainer.diffusion.sampling import Sampling
 
 PROMPTS = ["a fox on a red background", "an apple left of a cat", "a tree"]
 SEEDS = [3, 4, 5]
@@ -56,7 +58,16 @@ def test_equals_the_stock_pipeline(
     guidance: float, negative: str, size: tuple[int, int] | None, tiny: Any
 ) -> None:
     height, width = size or (32, 32)
-    own = sample(tiny, PROMPTS, SEEDS, 4, guidance, negative, size) / 2 + 0.5
+    own = (
+        sample(
+            tiny,
+            PROMPTS,
+            SEEDS,
+            settings=Sampling(steps=4, guidance=guidance, negative=negative, size=size),
+        )
+        / 2
+        + 0.5
+    )
     wanted = stock(
         tiny,
         SEEDS,
@@ -81,17 +92,19 @@ def test_equals_a_loop_written_out(
 ) -> None:
     """To the last bit: the unconditional rows first, one call of the network for both."""
     backbone = request.getfixturevalue(family)
-    own = sample(backbone, PROMPTS[:2], SEEDS[:2], 3, guidance, "a red apple", frames=frames)
+    own = sample(
+        backbone,
+        PROMPTS[:2],
+        SEEDS[:2],
+        settings=Sampling(steps=3, guidance=guidance, negative="a red apple", frames=frames),
+    )
     scheduler = backbone.scheduler()
     scheduler.set_timesteps(3)
     x = torch.cat(
         [torch.randn(frames, 8, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (3, 4)]
     )
     texts = ["a red apple", "a red apple", *PROMPTS[:2]] if guidance > 1 else PROMPTS[:2]
-    text = {
-        name: value.repeat_interleave(frames, 0)
-        for name, value in backbone.encode_prompts(texts).items()
-    }
+    text = backbone.encode_prompts(texts).map(lambda value: value.repeat_interleave(frames, 0))
     for t in scheduler.timesteps:
         if guidance > 1:
             output = backbone.predict(torch.cat([x, x]), t.expand(4 * frames), text)
@@ -105,7 +118,9 @@ def test_equals_a_loop_written_out(
 
 def test_guidance_and_negative_prompt_matter(tiny: Any) -> None:
     pictures = [
-        sample(tiny, PROMPTS[:1], [3], 3, guidance, negative)
+        sample(
+            tiny, PROMPTS[:1], [3], settings=Sampling(steps=3, guidance=guidance, negative=negative)
+        )
         for guidance, negative in ((1.0, ""), (5.0, ""), (5.0, "a red apple"))
     ]
     assert not torch.allclose(pictures[0], pictures[1], atol=1e-3)
@@ -113,41 +128,43 @@ def test_guidance_and_negative_prompt_matter(tiny: Any) -> None:
 
 
 def test_a_picture_does_not_depend_on_its_batch(tiny: Any) -> None:
-    together = sample(tiny, PROMPTS, SEEDS, steps=3)
+    together = sample(tiny, PROMPTS, SEEDS, settings=Sampling(steps=3))
     for row, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
-        alone = sample(tiny, [prompt], [seed], steps=3)
+        alone = sample(tiny, [prompt], [seed], settings=Sampling(steps=3))
         torch.testing.assert_close(together[row], alone[0], rtol=0, atol=1e-4)
-    assert not torch.allclose(sample(tiny, PROMPTS[:1], [9], steps=3), together[:1], atol=1e-2)
+    assert not torch.allclose(
+        sample(tiny, PROMPTS[:1], [9], settings=Sampling(steps=3)), together[:1], atol=1e-2
+    )
 
 
 def test_the_global_generator_is_neither_read_nor_moved(tiny: Any) -> None:
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = sample(tiny, PROMPTS[:1], [3], steps=2)
+    first = sample(tiny, PROMPTS[:1], [3], settings=Sampling(steps=2))
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    assert torch.equal(sample(tiny, PROMPTS[:1], [3], steps=2), first)
+    assert torch.equal(sample(tiny, PROMPTS[:1], [3], settings=Sampling(steps=2)), first)
 
 
 def test_many_are_the_batches_in_order(tiny: Any) -> None:
-    many = sample_many(tiny, PROMPTS, SEEDS, batch_size=2, steps=2)
-    assert torch.equal(many[:2], sample(tiny, PROMPTS[:2], SEEDS[:2], steps=2))
-    assert torch.equal(many[2:], sample(tiny, PROMPTS[2:], SEEDS[2:], steps=2))
+    many = sample_many(tiny, PROMPTS, SEEDS, settings=Sampling(steps=2), batch_size=2)
+    assert torch.equal(many[:2], sample(tiny, PROMPTS[:2], SEEDS[:2], settings=Sampling(steps=2)))
+    assert torch.equal(many[2:], sample(tiny, PROMPTS[2:], SEEDS[2:], settings=Sampling(steps=2)))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0], ids=["unguided", "guided"])
 def test_ops_are_told_step_and_roles(guidance: float, tiny: Any) -> None:
     watch = Watch()
     tiny.host.install(watch, select(tiny.sites, "cross")[:1])
-    sample(tiny, PROMPTS, SEEDS, steps=3, guidance=guidance)
+    sample(tiny, PROMPTS, SEEDS, settings=Sampling(steps=3, guidance=guidance))
     scheduler = tiny.scheduler()
     scheduler.set_timesteps(3)
     assert [ctx.step for ctx in watch.seen] == [0, 1, 2]
     assert [int(ctx.timestep) for ctx in watch.seen] == scheduler.timesteps.tolist()
     assert {ctx.num_steps for ctx in watch.seen} == {3}
     with torch.no_grad():
-        cond = tiny.encode_prompts(PROMPTS)["encoder_hidden_states"]
-        uncond = tiny.encode_prompts([""] * 3)["encoder_hidden_states"]
+        cond = tiny.encode_prompts(PROMPTS).tokens
+        uncond = tiny.encode_prompts([""] * 3).tokens
     ctx, text = watch.seen[-1], watch.texts[-1]
     torch.testing.assert_close(text[ctx.rows("target/cond")], cond)
     if guidance > 1:
@@ -162,7 +179,11 @@ def test_ops_are_told_step_and_roles(guidance: float, tiny: Any) -> None:
 def test_every_step_is_shown(tiny: Any) -> None:
     shown: list[tuple[int, Tensor]] = []
     picture = sample(
-        tiny, PROMPTS[:1], [3], 3, on_step=lambda step, x_t: shown.append((step, x_t.clone()))
+        tiny,
+        PROMPTS[:1],
+        [3],
+        settings=Sampling(steps=3),
+        on_step=lambda step, x_t: shown.append((step, x_t.clone())),
     )
     assert [step for step, _ in shown] == [0, 1, 2]
     assert torch.equal(tiny.decode(shown[-1][1]), picture)
@@ -171,40 +192,44 @@ def test_every_step_is_shown(tiny: Any) -> None:
 @pytest.mark.parametrize("size", [(30, 32), (32, 30)], ids=["height", "width"])
 def test_a_size_between_latents_is_refused(size: tuple[int, int], tiny: Any) -> None:
     with pytest.raises(ValueError, match=f"size {size[0]}x{size[1]} must be a multiple of 4"):
-        sample(tiny, PROMPTS[:1], [3], 1, size=size)
+        sample(tiny, PROMPTS[:1], [3], settings=Sampling(steps=1, size=size))
 
 
 @pytest.mark.parametrize("size", [(0, 32), (32, -4)], ids=["zero", "negative"])
 def test_a_size_of_nothing_is_refused(size: tuple[int, int], tiny: Any) -> None:
     with pytest.raises(ValueError, match="must be a multiple of 4"):
-        sample(tiny, PROMPTS[:1], [3], 1, size=size)
+        sample(tiny, PROMPTS[:1], [3], settings=Sampling(steps=1, size=size))
 
 
 def test_one_seed_to_each_prompt(tiny: Any) -> None:
     with pytest.raises(ValueError, match="3 prompts and 2 seeds"):
-        sample(tiny, PROMPTS, SEEDS[:2], 1)
+        sample(tiny, PROMPTS, SEEDS[:2], settings=Sampling(steps=1))
 
 
 def test_a_clip_of_frames_that_do_not_mix_is_that_many_pictures(tiny: Any) -> None:
     """A model of images paints the frames one by one, from the noise of the clip's seed."""
-    clips = sample(tiny, PROMPTS[:2], SEEDS[:2], steps=2, frames=3)
+    clips = sample(tiny, PROMPTS[:2], SEEDS[:2], settings=Sampling(steps=2, frames=3))
     assert clips.shape == (6, 3, 32, 32)
-    alone = sample(tiny, PROMPTS[1:2], SEEDS[1:2], steps=2, frames=3)
+    alone = sample(tiny, PROMPTS[1:2], SEEDS[1:2], settings=Sampling(steps=2, frames=3))
     torch.testing.assert_close(clips[3:], alone, rtol=0, atol=1e-4)
     apart = (clips[0] - clips[1]).abs().max()
     assert apart > 0.05
     noise = torch.randn(3, 8, 8, 8, generator=torch.Generator().manual_seed(SEEDS[0]))
     shown: list[Tensor] = []
-    sample(tiny, PROMPTS[:1], SEEDS[:1], steps=1, frames=3, on_step=lambda _, x: shown.append(x))
+    sample(
+        tiny,
+        PROMPTS[:1],
+        SEEDS[:1],
+        settings=Sampling(steps=1, frames=3),
+        on_step=lambda _, x: shown.append(x),
+    )
     scheduler = tiny.scheduler()
     scheduler.set_timesteps(1)
     (t,) = scheduler.timesteps
     with torch.no_grad():
         text = tiny.encode_prompts(["", PROMPTS[0]])
         null, own = (
-            tiny.predict(
-                noise, t.expand(3), {k: v[i : i + 1].expand(3, -1, -1) for k, v in text.items()}
-            )
+            tiny.predict(noise, t.expand(3), Condition(text.tokens[i : i + 1].expand(3, -1, -1)))
             for i in range(2)
         )
     wanted = scheduler.step(null + 5 * (own - null), t, noise).prev_sample
@@ -212,21 +237,23 @@ def test_a_clip_of_frames_that_do_not_mix_is_that_many_pictures(tiny: Any) -> No
 
 
 def test_many_clips_are_the_batches_in_order(tiny: Any) -> None:
-    many = sample_many(tiny, PROMPTS, SEEDS, batch_size=2, steps=1, frames=2)
+    many = sample_many(tiny, PROMPTS, SEEDS, settings=Sampling(steps=1, frames=2), batch_size=2)
     assert many.shape == (6, 3, 32, 32)
-    assert torch.equal(many[4:], sample(tiny, PROMPTS[2:], SEEDS[2:], steps=1, frames=2))
+    assert torch.equal(
+        many[4:], sample(tiny, PROMPTS[2:], SEEDS[2:], settings=Sampling(steps=1, frames=2))
+    )
 
 
 def test_ops_are_told_of_frames_their_rate_and_all_their_rows(tiny: Any) -> None:
     watch = Watch()
     tiny.host.install(watch, select(tiny.sites, "cross")[:1])
-    sample(tiny, PROMPTS[:2], SEEDS[:2], steps=1, frames=3, fps=12)
+    sample(tiny, PROMPTS[:2], SEEDS[:2], settings=Sampling(steps=1, frames=3, fps=12))
     (ctx,), (text,) = watch.seen, watch.texts
     assert (ctx.frames, len(text)) == (3, 12)
     assert ctx.fps is not None and ctx.fps.tolist() == [12.0] * 4
     assert ctx.rows("uncond") == slice(0, 6) and ctx.rows("cond") == slice(6, 12)
     with torch.no_grad():
-        cond = tiny.encode_prompts(PROMPTS[:2])["encoder_hidden_states"]
+        cond = tiny.encode_prompts(PROMPTS[:2]).tokens
     torch.testing.assert_close(text[ctx.rows("cond")], cond.repeat_interleave(3, 0))
 
 
@@ -240,4 +267,4 @@ def test_ops_are_told_of_frames_their_rate_and_all_their_rows(tiny: Any) -> None
 )
 def test_what_is_no_clip_is_refused(options: dict[str, Any], says: str, tiny: Any) -> None:
     with pytest.raises(ValueError, match=says):
-        sample(tiny, PROMPTS[:1], [3], 1, **options)
+        sample(tiny, PROMPTS[:1], [3], settings=Sampling(steps=1, **options))

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from trainer.attention.context import StepContext
-from trainer.attention.hooks import Denoise, Predict, Prediction, SamplingHook
+from trainer.attention.hooks import Predict, Prediction, Sampler, SamplingHook
 from trainer.config.lineage import backbone_spec
 from trainer.config.load import methods_of
 from trainer.diffusion.sampler import sample
+from trainer.diffusion.sampling import Sampling
 from trainer.methods.apply import apply_methods
 from trainer.methods.feature.pix2video import Pix2Video
 from trainer.methods.feature.text2video_zero import Text2VideoZero
@@ -32,10 +33,11 @@ class Hooked(Method):
         return Edit(sampling=self.hooks)
 
 
-def latents(backbone: Any, steps: int = 3, **options: Any) -> list[Tensor]:
+def latents(backbone: Any, frames: int = 1) -> list[Tensor]:
     """x_t after each step of one picture, or clip, of a fox."""
     seen: list[Tensor] = []
-    sample(backbone, ["a fox"], [3], steps, 3.0, on_step=lambda _, x: seen.append(x), **options)
+    settings = Sampling(steps=3, guidance=3.0, frames=frames)
+    sample(backbone, ["a fox"], [3], settings=settings, on_step=lambda _, x: seen.append(x))
     return seen
 
 
@@ -58,7 +60,13 @@ def test_combine_changes_the_output_of_guidance(tiny: Any) -> None:
     assert seen == [(step, ["target/uncond", "target/cond"]) for step in range(3)]
     tiny.sampling_hooks.clear()
     wanted: list[Tensor] = []
-    sample(tiny, ["a fox"], [3], 3, 1.0, on_step=lambda _, x: wanted.append(x))
+    sample(
+        tiny,
+        ["a fox"],
+        [3],
+        settings=Sampling(steps=3, guidance=1.0),
+        on_step=lambda _, x: wanted.append(x),
+    )
     compare(own, wanted)  # a scale of 3 - 2 = 1 is the prompt alone
 
 
@@ -123,7 +131,7 @@ def test_a_hook_takes_the_gradient_of_a_loss_on_x0(tiny: Any) -> None:
     sigma = (1 - tiny.alphas_cumprod[int(t)]).sqrt()
     x = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(3)).double()
     null, text = (
-        {name: value.detach().double() for name, value in tiny.encode_prompts([prompt]).items()}
+        tiny.encode_prompts([prompt]).map(lambda value: value.detach().double())
         for prompt in ("", "a fox")
     )
     tiny.double()
@@ -160,9 +168,9 @@ def test_x0_is_what_the_guided_output_means_and_costs_nothing_unasked(tiny: Any)
 def test_begin_gives_latents_and_the_step_they_stand_at(tiny: Any) -> None:
     calls: list[tuple[int, int, bool]] = []
 
-    def begin(x_t: Tensor, denoise: Denoise) -> tuple[Tensor, int]:
-        calls.append((denoise.steps, denoise.frames, denoise.given))
-        return denoise(x_t, 0, 2) + 1.0, 2
+    def begin(x_t: Tensor, sampler: Sampler) -> tuple[Tensor, int]:
+        calls.append((sampler.steps, sampler.frames, sampler.given))
+        return sampler(x_t, 0, 2) + 1.0, 2
 
     free = latents(tiny)
     apply_methods(tiny, {"hooked": Hooked(hooks=(SamplingHook(begin=begin),))}, trains=False)
@@ -176,12 +184,18 @@ def test_begin_gives_latents_and_the_step_they_stand_at(tiny: Any) -> None:
         uncond, cond = (tiny.predict(x, t[None], tiny.encode_prompts([p])) for p in ("", "a fox"))
         wanted = scheduler.step(uncond + 3.0 * (cond - uncond), t, x).prev_sample
     torch.testing.assert_close(shown[2], wanted, rtol=0, atol=2e-4)
-    sample(tiny, ["a fox"] * 2, [3, 4], 3, 1.0, frames=2, start=torch.zeros(4, 8, 8, 8))
+    sample(
+        tiny,
+        ["a fox"] * 2,
+        [3, 4],
+        settings=Sampling(steps=3, guidance=1.0, frames=2),
+        start=torch.zeros(4, 8, 8, 8),
+    )
     assert calls[1:] == [(3, 2, True)]
 
 
 def starting() -> Hooked:
-    return Hooked(hooks=(SamplingHook(begin=lambda x_t, denoise: (x_t, 0)),))
+    return Hooked(hooks=(SamplingHook(begin=lambda x_t, sampler: (x_t, 0)),))
 
 
 @pytest.mark.parametrize("first", ["text2video_zero", "other"])

@@ -12,6 +12,8 @@ import torch
 from denoisers import traits_of
 from torch import Tensor, nn
 
+from trainer.attention.condition import Condition
+
 TREES: dict[str, dict[str, Any]] = {
     # several ranks, an alpha that is not the rank, a text encoder, other layers than attention
     "lora": {
@@ -158,12 +160,22 @@ class StandIn(nn.Module):
     def pipeline(self) -> Any:
         return self.stock(self)
 
-    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
-        text = torch.randn(len(prompts), 5, 16, generator=torch.Generator().manual_seed(3))
-        return {"encoder_hidden_states": text}
+    def encode_prompts(self, prompts: list[str]) -> Condition:
+        return Condition(
+            torch.randn(len(prompts), 5, 16, generator=torch.Generator().manual_seed(3))
+        )
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Any]) -> Tensor:
-        output: Tensor = self.denoiser(x_t, timestep=t, **condition).sample
+    def added(self, condition: Condition) -> dict[str, Any]:
+        """Further arguments of the denoiser."""
+        return {}
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        output: Tensor = self.denoiser(
+            x_t,
+            timestep=t,
+            encoder_hidden_states=condition.tokens,
+            **self.added(condition),
+        ).sample
         return output
 
 
@@ -179,14 +191,18 @@ class TwoEncoders(StandIn):
         self.tokenizers = tokenizers
         self.text_encoders = encoders
 
-    def encode_prompts(self, prompts: list[str]) -> dict[str, Any]:
+    def encode_prompts(self, prompts: list[str]) -> Condition:
         hidden = []
         for part, encoder in self.text_encoders.items():
             ids = self.tokenizers[part](prompts, padding="max_length", return_tensors="pt")
             output = encoder(ids.input_ids, output_hidden_states=True)
             hidden.append(output.hidden_states[-2])
-        added = {"text_embeds": output.text_embeds, "time_ids": torch.ones(len(prompts), 6)}
-        return {"encoder_hidden_states": torch.cat(hidden, -1), "added_cond_kwargs": added}
+        return Condition(torch.cat(hidden, -1), pooled=output.text_embeds)
+
+    def added(self, condition: Condition) -> dict[str, Any]:
+        pooled: Any = condition.pooled
+        facts = {"text_embeds": pooled, "time_ids": torch.ones(len(pooled), 6)}
+        return {"added_cond_kwargs": facts}
 
 
 @pytest.fixture(scope="session")
@@ -195,9 +211,8 @@ def pixart() -> Callable[[], StandIn]:
     from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
 
     class Pixart(StandIn):
-        def encode_prompts(self, prompts: list[str]) -> dict[str, Any]:
-            none = {"resolution": None, "aspect_ratio": None}
-            return super().encode_prompts(prompts) | {"added_cond_kwargs": none}
+        def added(self, condition: Condition) -> dict[str, Any]:
+            return {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
 
     def make() -> StandIn:
         torch.manual_seed(0)

@@ -16,6 +16,7 @@ from trainer.attention.op import Traits
 from trainer.config.header import read_header
 from trainer.config.load import methods_of
 from trainer.diffusion.sampler import sample
+from trainer.diffusion.sampling import Sampling
 from trainer.export.export import base_of, export, refuse_ops
 from trainer.export.find_format import format_names
 from trainer.export.formats.merged import merge
@@ -61,9 +62,12 @@ def test_merged_is_a_stock_pipeline(trained: tuple[Path, Any], tmp_path: Path) -
         guidance_scale=4.0,
         output_type="pt",
     ).images
-    own = sample(model, [PROMPT], [7], steps=4, guidance=4.0) / 2 + 0.5
+    own = sample(model, [PROMPT], [7], settings=Sampling(steps=4, guidance=4.0)) / 2 + 0.5
     assert float((picture - own).abs().max()) < 2 / 255
-    plain = sample(model, ["a fox left of a cat"], [7], steps=4, guidance=4.0) / 2 + 0.5
+    plain = (
+        sample(model, ["a fox left of a cat"], [7], settings=Sampling(steps=4, guidance=4.0)) / 2
+        + 0.5
+    )
     assert float((plain - own).abs().max()) > 2 / 255
 
 
@@ -82,8 +86,10 @@ def test_merged_can_be_a_backbone_again(
 ) -> None:
     path, model = trained
     again = open_folder(export(path, tmp_path / "out"))
-    wanted = sample(model, [PROMPT], [7], steps=2)
-    torch.testing.assert_close(sample(again, [PROMPT], [7], steps=2), wanted, rtol=0, atol=1e-4)
+    wanted = sample(model, [PROMPT], [7], settings=Sampling(steps=2))
+    torch.testing.assert_close(
+        sample(again, [PROMPT], [7], settings=Sampling(steps=2)), wanted, rtol=0, atol=1e-4
+    )
 
 
 def test_the_vocabulary_grows_with_the_tokens(trained: tuple[Path, Any], tmp_path: Path) -> None:

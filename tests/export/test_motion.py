@@ -19,6 +19,7 @@ from trainer.attention import host
 from trainer.config.header import read_header
 from trainer.config.load import methods_of
 from trainer.diffusion.sampler import sample
+from trainer.diffusion.sampling import Sampling
 from trainer.export import motion
 from trainer.export.detect import detect
 from trainer.export.export import base_of, export, refuse_inserted
@@ -142,10 +143,12 @@ def test_the_stock_pipeline_generates_the_same_clip(
         output_type="pt",
     ).frames[0]
     adapted, _ = load_adapted(moving(tree))
-    own = sample(adapted, [prompt], [0], steps=3, guidance=4.0, frames=3, start=noise) / 2 + 0.5
+    clips = Sampling(steps=3, guidance=4.0, frames=3)
+    own = sample(adapted, [prompt], [0], settings=clips, start=noise) / 2 + 0.5
     print(f"largest difference of a pixel {float((clip - own).abs().max()):.1e}")
     assert float((clip - own).abs().max()) < 1e-4
-    still = sample(adapted, [prompt], [0], steps=3, guidance=4.0, start=noise[:1]) / 2 + 0.5
+    pictures = Sampling(steps=3, guidance=4.0)
+    still = sample(adapted, [prompt], [0], settings=pictures, start=noise[:1]) / 2 + 0.5
     assert float((still[0] - own[0]).abs().max()) > 2 / 255
 
 

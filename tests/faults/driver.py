@@ -26,8 +26,9 @@ import torch
 from trainer.__main__ import main
 from trainer.data.loader import Planned
 from trainer.training import checkpoint
-from trainer.training import module as module_file
 from trainer.training.module import DiffusionModule
+from trainer.training.tasks import denoise as denoise_file
+from trainer.training.tasks.denoise import Denoise
 
 Patch = Callable[[Any, str, Any], None]
 
@@ -142,29 +143,37 @@ def largest_file(patch: Patch, size: int) -> None:
 
 def trace(patch: Patch, folder: str) -> None:
     """No fault: each rank writes down what it trains on and meets, a line a sample."""
-    original, noises = DiffusionModule.sample_losses, list[str]()
+    encode, loss, noises = Denoise.encode, Denoise.loss, list[str]()
+    purposes = [""]
 
-    def sample_losses(self: DiffusionModule, batch: Any, purpose: str, dropout: float) -> Any:
+    def encoded(self: Denoise, batch: Any, purpose: Any = "train") -> Any:
         noises.clear()
-        losses, timesteps = original(self, batch, purpose, dropout)
-        if purpose == "train":
+        purposes[0] = purpose
+        return encode(self, batch, purpose)
+
+    def seen(self: Denoise, state: Any) -> Any:
+        result, batch = loss(self, state), state.batch
+        if purposes[0] == "train":
+            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
             names = ("place", "key", "timestep", "noise", "loss")
-            values = (batch.places, batch.keys, timesteps.tolist(), noises, losses.tolist())
-            with (Path(folder) / f"seen-{self.global_rank}.jsonl").open("a") as file:
+            timesteps, losses = state.t.tolist(), result.losses.tolist()
+            values = (batch.positions, batch.keys, timesteps, noises, losses)
+            with (Path(folder) / f"seen-{rank}.jsonl").open("a") as file:
                 for row in zip(*values, strict=True):
                     facts = {"step": batch.step, **dict(zip(names, row, strict=True))}
                     file.write(json.dumps(facts) + "\n")
-        return losses, timesteps
+        return result
 
-    draw = module_file._draw
+    draw = denoise_file.three_normals
 
     def drawn(*arguments: Any) -> torch.Tensor:
         noise = draw(*arguments)
         noises.append(hashlib.sha256(noise.numpy().tobytes()).hexdigest()[:16])
         return noise
 
-    patch(module_file, "_draw", drawn)
-    patch(DiffusionModule, "sample_losses", sample_losses)
+    patch(denoise_file, "three_normals", drawn)
+    patch(Denoise, "encode", encoded)
+    patch(Denoise, "loss", seen)
 
 
 def lead(patch: Patch) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainer.attention.context import StepContext, per_frame, use
+from trainer.attention.context import StepContext, use
 from trainer.attention.host import Host
 from trainer.config.header import file_of
 from trainer.config.load import load_recipe, methods_of
@@ -92,7 +92,7 @@ def test_it_computes_what_diffusers_motion_unet_does(
     for frames in (2, 4):
         clips = x_t.unflatten(0, (-1, frames)).transpose(1, 2)  # b c f h w
         with torch.no_grad():
-            wanted = reference(clips, 300, text["encoder_hidden_states"]).sample
+            wanted = reference(clips, 300, text.tokens).sample
         own = predict(tiny, frames)
         torch.testing.assert_close(own, wanted.transpose(1, 2).flatten(0, 1), rtol=1e-4, atol=1e-4)
         assert not torch.allclose(own, predict(plain, frames), atol=1e-2)
@@ -240,7 +240,7 @@ def test_the_shipped_modules_know_the_words_of_motion() -> None:
     x_t, target = add_noise(path, x0, noise, t), target_of(path, x0, noise, t)
     losses = []
     for captions in told:
-        condition = per_frame(model.encode_prompts(captions), 8)
+        condition = model.encode_prompts(captions).per_frame(8)
         with torch.no_grad(), use(StepContext(0, 1, t, 8)):
             error = (model.predict(x_t, t, condition) - target).square()
         losses.append(error.flatten(1).mean(1).view(-1, 8).mean(0))

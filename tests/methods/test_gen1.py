@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainer.attention.context import StepContext, use
 from trainer.diffusion.sampler import sample
+from trainer.diffusion.sampling import Sampling
 from trainer.methods.apply import apply_methods
 from trainer.methods.feature.gen1 import Gen1
 from trainer.ops.temporal.layers import LearnedPositions, Structure, TemporalConv
@@ -82,9 +83,12 @@ def test_guidance_in_time_is_the_papers_sum(tiny: Any, randomise: Callable[..., 
     randomise(tiny, apply_methods(tiny, {"gen1": Gen1(heads=2)}), 0.1)
     seen: list[Tensor] = []
     own = sample(
-        tiny, PROMPTS, [1, 2], 1, guidance=3, frames=2, temporal_guidance=0.5,
+        tiny,
+        PROMPTS,
+        [1, 2],
+        settings=Sampling(steps=1, guidance=3, frames=2, temporal_guidance=0.5),
         on_step=lambda _, x_t: seen.append(x_t),
-    )  # fmt: skip
+    )
     scheduler = tiny.scheduler()
     scheduler.set_timesteps(1)
     (t,) = scheduler.timesteps
@@ -92,8 +96,8 @@ def test_guidance_in_time_is_the_papers_sum(tiny: Any, randomise: Callable[..., 
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     x_t = torch.cat(noise)
     with torch.no_grad():
-        null = {k: v.repeat_interleave(2, 0) for k, v in tiny.encode_prompts(["", ""]).items()}
-        text = {k: v.repeat_interleave(2, 0) for k, v in tiny.encode_prompts(PROMPTS).items()}
+        null = tiny.encode_prompts(["", ""]).per_frame(2)
+        text = tiny.encode_prompts(PROMPTS).per_frame(2)
         image = tiny.predict(x_t, t.expand(4), null)
         with use(StepContext(0, 1, t, frames=2)):
             uncond, cond = (
@@ -104,4 +108,6 @@ def test_guidance_in_time_is_the_papers_sum(tiny: Any, randomise: Callable[..., 
     wanted = scheduler.step(output, t, x_t).prev_sample
     torch.testing.assert_close(seen[0], wanted, rtol=1e-4, atol=1e-4)
     assert own.shape == (4, 3, 32, 32)
-    assert not torch.equal(own, sample(tiny, PROMPTS, [1, 2], 1, guidance=3, frames=2))
+    assert not torch.equal(
+        own, sample(tiny, PROMPTS, [1, 2], settings=Sampling(steps=1, guidance=3, frames=2))
+    )

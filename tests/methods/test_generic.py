@@ -28,6 +28,7 @@ from trainer.common.lookup import method_files
 from trainer.config.load import methods_of
 from trainer.config.schema import RecipeError
 from trainer.diffusion.sampler import sample
+from trainer.diffusion.sampling import Sampling
 from trainer.methods.apply import Plan, apply_methods, find_method, method_names
 from trainer.methods.shared.swap import Swap
 from trainer.ops.attention_maps import MapStore
@@ -192,7 +193,12 @@ def predictions(backbone: Any, frames: int = 1) -> Tensor:
 
 
 def painted(backbone: Any, frames: int = 1) -> Tensor:
-    return sample(backbone, ["a <v1> on a red background"], [3], steps=2, guidance=3, frames=frames)
+    return sample(
+        backbone,
+        ["a <v1> on a red background"],
+        [3],
+        settings=Sampling(steps=2, guidance=3, frames=frames),
+    )
 
 
 def reloaded(backbone: Any, plan: Plan, tree: Any, folder: Path, where: Path) -> Any:
@@ -401,7 +407,7 @@ def test_a_swap_goes_with(
     tiny.zero_grad()
     condition = tiny.encode_prompts(["a <v1> on a red background"])
     tiny.predict(torch.ones(1, tiny.latent_channels, 8, 8), torch.tensor([700]), condition)
-    distilled = loss()
+    distilled = loss(None)
     distilled.backward()
     parameters = dict(tiny.named_parameters())
     found = {name: parameters[name].grad for name in plan.names}

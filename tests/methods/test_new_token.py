@@ -23,7 +23,7 @@ def add(backbone: Any, *tokens: str, init: Any = "fox") -> Plan:
 
 def encoded(backbone: Any, prompts: list[str]) -> Tensor:
     with torch.no_grad():
-        found: Tensor = backbone.encode_prompts(prompts)["encoder_hidden_states"]
+        found: Tensor = backbone.encode_prompts(prompts).tokens
     return found
 
 
@@ -201,5 +201,5 @@ def test_the_whole_table_is_seen_as_one(tiny: Any) -> None:
 def test_rows_have_a_gradient_where_no_prompt_names_them(tiny: Any) -> None:
     """Every rank of a distributed run must bring one."""
     add(tiny)
-    tiny.encode_prompts(["a fox"])["encoder_hidden_states"].sum().backward()
+    tiny.encode_prompts(["a fox"]).tokens.sum().backward()
     assert table(tiny).rows[0].grad.abs().max() == 0

@@ -8,15 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.attention.condition import Condition
 from trainer.attention.context import StepContext, use
 from trainer.diffusion.inversion import invert
 from trainer.diffusion.sampler import sample
+from trainer.diffusion.sampling import Sampling
 from trainer.methods.apply import apply_methods
 from trainer.methods.feature.pix2video import Pix2Video
 
 
 def painted(backbone: Any, frames: int = 3, start: Tensor | None = None) -> Tensor:
-    return sample(backbone, ["a fox"], [3], 6, 3, frames=frames, start=start)
+    return sample(
+        backbone, ["a fox"], [3], settings=Sampling(steps=6, guidance=3, frames=frames), start=start
+    )
 
 
 def apart(clip: Tensor) -> float:
@@ -59,10 +63,17 @@ def test_a_guided_step_is_what_a_loop_over_frames_gives(tiny: Any) -> None:
     found: list[Tensor] = []
     keep = lambda _, x_t: found.append(x_t.clone())  # noqa: E731
     prompts = ["a fox", "a cat"]
-    sample(tiny, prompts, [3, 4], steps, scale, frames=3, start=start, on_step=keep)
+    sample(
+        tiny,
+        prompts,
+        [3, 4],
+        settings=Sampling(steps=steps, guidance=scale, frames=3),
+        start=start,
+        on_step=keep,
+    )
     x = start.double()
-    text = tiny.encode_prompts(["", "", *prompts])["encoder_hidden_states"]
-    condition = {"encoder_hidden_states": text.repeat_interleave(3, 0)}
+    text = tiny.encode_prompts(["", "", *prompts]).tokens
+    condition = Condition(text.repeat_interleave(3, 0))
     for step in range(steps):
         t = 999 - 250 * step
         now, then = (
@@ -103,7 +114,7 @@ def test_a_clip_is_edited_from_its_own_noise(tiny: Any) -> None:
     apply_methods(tiny, {"pix2video": Pix2Video(weight=0)}, trains=False)
     clip = torch.randn(3, 8, 8, 8, generator=torch.Generator().manual_seed(5))
     start = invert(tiny, clip, [""], 6, 3, iterations=8)
-    same = sample(tiny, [""], [3], 6, 1, frames=3, start=start)
+    same = sample(tiny, [""], [3], settings=Sampling(steps=6, guidance=1, frames=3), start=start)
     torch.testing.assert_close(same, tiny.decode(clip), rtol=0, atol=1e-2)
     edited = painted(tiny, start=start)
     assert not torch.allclose(edited, same, atol=1e-2)

@@ -46,7 +46,7 @@ def trained(words: list[str], method: str) -> dict[str, Tensor]:
 def principal(backbone: Any) -> Tensor:
     """The projection onto the directions in which the tokens of the captions have most energy."""
     with torch.no_grad():
-        tokens = backbone.encode_prompts(CAPTIONS)["encoder_hidden_states"].flatten(0, 1)
+        tokens = backbone.encode_prompts(CAPTIONS).tokens.flatten(0, 1)
     _, _, rows = torch.linalg.svd(tokens.double(), full_matrices=False)
     return rows[:RANK].T @ rows[:RANK]
 
@@ -66,7 +66,7 @@ def test_inflora_designs_its_a_and_remembers_the_task(words: list[str], tiny: An
     found = trained(words, f"methods.inflora={options}")
     check_rows(found, "lora_A.inflora-0.weight", principal(tiny))
     with torch.no_grad():
-        tokens = tiny.encode_prompts(CAPTIONS)["encoder_hidden_states"].flatten(0, 1)
+        tokens = tiny.encode_prompts(CAPTIONS).tokens.flatten(0, 1)
     energy = torch.linalg.svdvals(tokens.double()).square()
     fewest = int((energy.cumsum(0) / energy.sum() < 0.9).sum()) + 1
     memories = [value for key, value in found.items() if key.endswith("inflora_kept")]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trainer.config.load import methods_of
 from trainer.diffusion.sampler import sample
+from trainer.diffusion.sampling import Sampling
 from trainer.methods.apply import apply_methods
 from trainer.ops.adapters.nf4 import is_packed
 from trainer.runs.adapter import load_adapted, save_adapter
@@ -41,7 +42,9 @@ def tiny_folder(request: pytest.FixtureRequest, tiny_folder: Path, dit_folder: P
 
 
 def painted(backbone: Any) -> Tensor:
-    return sample(backbone, ["a fox moving left"], [3], steps=2, guidance=3, frames=2)
+    return sample(
+        backbone, ["a fox moving left"], [3], settings=Sampling(steps=2, guidance=3, frames=2)
+    )
 
 
 @pytest.mark.parametrize("stack", STACKS)

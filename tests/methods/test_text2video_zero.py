@@ -14,6 +14,7 @@ from trainer.config.load import methods_of
 from trainer.config.schema import RecipeError
 from trainer.config.validate import build_section
 from trainer.diffusion.sampler import sample
+from trainer.diffusion.sampling import Sampling
 from trainer.methods.apply import apply_methods
 from trainer.methods.feature.text2video_zero import Text2VideoZero
 from trainer.ops.temporal.latents import GlobalMotion
@@ -22,7 +23,9 @@ STILL = Text2VideoZero(motion=(0.0, 0.0), alone=0.2, until=0.2)
 
 
 def painted(backbone: Any, frames: int, steps: int = 5) -> Tensor:
-    return sample(backbone, ["a fox"], [3], steps=steps, guidance=3, frames=frames)
+    return sample(
+        backbone, ["a fox"], [3], settings=Sampling(steps=steps, guidance=3, frames=frames)
+    )
 
 
 @pytest.fixture(params=["unet", "dit"])
@@ -35,9 +38,13 @@ def test_the_first_frame_is_the_picture_and_without_motion_all_are(model: Any) -
     x = torch.stack([
         torch.randn(3, 8, 8, 8, generator=torch.Generator().manual_seed(seed))[0] for seed in (3, 4)
     ])  # fmt: skip
-    pictures = sample(model, ["a fox", "a cat"], [3, 4], 5, 3, start=x)
+    pictures = sample(
+        model, ["a fox", "a cat"], [3, 4], settings=Sampling(steps=5, guidance=3), start=x
+    )
     apply_methods(model, {"text2video_zero": STILL}, trains=False)
-    clips = sample(model, ["a fox", "a cat"], [3, 4], 5, 3, frames=3)
+    clips = sample(
+        model, ["a fox", "a cat"], [3, 4], settings=Sampling(steps=5, guidance=3, frames=3)
+    )
     for row in range(6):
         torch.testing.assert_close(clips[row], pictures[row // 3], rtol=0, atol=1e-3)
 

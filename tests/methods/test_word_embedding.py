@@ -26,7 +26,7 @@ def relearn(backbone: Any, *words: str) -> Plan:
 
 def encoded(backbone: Any, prompt: str) -> Tensor:
     with torch.no_grad():
-        found: Tensor = backbone.encode_prompts([prompt])["encoder_hidden_states"]
+        found: Tensor = backbone.encode_prompts([prompt]).tokens
     return found
 
 

@@ -176,7 +176,7 @@ def test_both_prompts_of_a_concept_and_every_caption_are_asked(
 
     def tokens(prompts: list[str], first: str | None) -> Any:
         with torch.no_grad():
-            read = both.encode_prompts(prompts)["encoder_hidden_states"].double()
+            read = both.encode_prompts(prompts).tokens.double()
         found = []
         for prompt, states in zip(prompts, read, strict=True):
             ids = both.tokenizer(prompt).input_ids

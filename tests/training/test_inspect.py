@@ -15,7 +15,7 @@ from trainer.config.load import load_recipe
 from trainer.data.loader import Planned
 from trainer.methods.apply import apply_methods
 from trainer.training import inspect
-from trainer.training.build import module_of, needs, step_plan
+from trainer.training.build import needs, step_plan, task_of
 
 
 def words(folder: Path, *more: str) -> list[str]:
@@ -31,20 +31,20 @@ def test_captions_are_those_the_module_encodes(
     loaded = load_recipe(words(tiny_folder, "objective.caption_dropout=0.5"))
     backbone = load_backbone(loaded.backbone, loaded.backbone_name)
     train, _ = loaded.data.open(needs(loaded, backbone))
-    plan = apply_methods(backbone, loaded.methods, 0)
-    module, encode = module_of(loaded, backbone, plan), backbone.encode_prompts
+    apply_methods(backbone, loaded.methods, 0)
+    task, encode = task_of(loaded, backbone), backbone.encode
     encoded: list[list[str]] = []
 
-    def recorded(prompts: Any, *rest: Any) -> Any:
-        encoded.append(list(prompts))
-        return encode(prompts, *rest)
+    def recorded(inputs: Any) -> Any:
+        encoded.append(list(inputs["text"]))
+        return encode(inputs)
 
-    monkeypatch.setattr(backbone, "encode_prompts", recorded)
+    monkeypatch.setattr(backbone, "encode", recorded)
     batches = Planned(train, step_plan(loaded, train), None, 0, 1)
     seen = []
     for step in range(4):
         seen.append(inspect.seen_captions(loaded, batches[step]))
-        module.sample_losses(batches[step], "train", loaded.objective.caption_dropout)
+        task.encode(batches[step])
     assert encoded == seen
     dropped = sum(text == "" for texts in seen for text in texts)
     assert 0 < dropped < 12

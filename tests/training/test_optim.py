@@ -15,6 +15,7 @@ from trainer.diffusion.objective import Objective
 from trainer.methods.apply import apply_methods
 from trainer.training.module import DiffusionModule
 from trainer.training.optim import Muon, Optim, make_optimizer
+from trainer.training.tasks.denoise import Denoise
 
 OPTIM = Optim(1e-3, 10, name="muon", muon_lr=4e-3, weight_decay=0.1)
 BLOCKS = ("net.blocks.0.",)
@@ -96,9 +97,8 @@ def test_the_loss_of_the_closure_comes_back() -> None:
 
 def module_of(backbone: Any, tree: dict[str, Any], optim: Optim) -> DiffusionModule:
     plan = apply_methods(backbone, methods_of(tree))
-    return DiffusionModule(
-        backbone, Objective(backbone.target, backbone.alphas_cumprod), optim, plan.names
-    )
+    task = Denoise(backbone, Objective(backbone.target, backbone.alphas_cumprod))
+    return DiffusionModule(backbone, task, optim, trained=plan.names)
 
 
 def moved_by_muon(optimizer: Any) -> list[Tensor]:

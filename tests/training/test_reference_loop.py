@@ -157,7 +157,7 @@ def prepared(recipe: Recipe) -> tuple[Any, Planned, dict[str, Tensor]]:
 def latents(model: Any, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
     """x0, noise and the offset's noise; each sample draws three tensors from a seed of its own."""
     drawn = []
-    for place in batch.places:
+    for place in batch.positions:
         rng = torch.Generator().manual_seed(seed_of(7, "train", batch.step, place))
         drawn.append(torch.randn(3, 1, model.latent_channels, 8, 8, generator=rng)[:, 0])
     posterior, noise, offset = torch.stack(drawn, 1)
@@ -167,7 +167,7 @@ def latents(model: Any, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def uniform(batch: Any, index: int, *purpose: str) -> float:
-    return seed_of(7, "train", batch.step, batch.places[index], *purpose) / 2**63
+    return seed_of(7, "train", batch.step, batch.positions[index], *purpose) / 2**63
 
 
 def encoded(model: Any, captions: list[str]) -> Tensor:

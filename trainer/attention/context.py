@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.attention.condition import Condition
 from trainer.attention.rows import Rows
 
 
@@ -38,7 +39,8 @@ class StepContext:
     call. The rows are clips times `frames`, the frames of a clip adjacent; `fps` (clips,) are its
     frames a second, None where nobody says. `source` (rows, c, h, w) are the clean latents whose
     structure the output is to have: in training those that noise was added to, in sampling another
-    clip's, or None.
+    clip's, or None. `condition` is what the denoiser was told of all rows, None where the caller
+    does not say.
     """
 
     step: int
@@ -50,6 +52,7 @@ class StepContext:
     latent_size: tuple[int, int] | None = None
     fps: Tensor | None = None
     source: Tensor | None = None
+    condition: Condition | None = None
 
     def rows(self, role: str) -> slice:
         """The batch rows of a group, such as `target/cond`, or of a branch or text role that one
@@ -68,13 +71,6 @@ def use(ctx: StepContext) -> Iterator[StepContext]:
         yield ctx
     finally:
         _current.reset(token)
-
-
-def per_frame(condition: Mapping[str, Tensor], frames: int) -> dict[str, Tensor]:
-    """A text encoded once for each clip (b, ...), once for each frame of it (b f, ...)."""
-    if frames == 1:
-        return dict(condition)
-    return {name: value.repeat_interleave(frames, 0) for name, value in condition.items()}
 
 
 def current() -> StepContext | None:

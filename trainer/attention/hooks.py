@@ -8,7 +8,7 @@ In each step of the sampler, every hook in the order in which methods were appli
 
 and once, before the first step, for the one hook that has it:
 
-    begin(x_t, denoise) -> x_t, step          where sampling starts, and before which step that is
+    begin(x_t, sampler) -> x_t, step          where sampling starts, and before which step that is
 
 Latents are (b f, c, h, w), the frames of a clip adjacent. The sampler runs without gradients; a
 hook that needs them, for the gradient of a loss on x0 say, enables them around its own calls:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 START = "the start of sampling"  # the aspect that a hook with `begin` claims
 
 
-class Denoise(Protocol):
+class Sampler(Protocol):
     """A sampler at work: `x_t` (b f, c, h, w) from before step `first` to before step `last`, of
     clips with as many frames as there are rows for."""
 
@@ -84,7 +84,7 @@ Predict = Callable[["Tensor"], Prediction]
 class SamplingHook:
     """Any of the four functions at the top of this file."""
 
-    begin: Callable[[Tensor, Denoise], tuple[Tensor, int]] | None = None
+    begin: Callable[[Tensor, Sampler], tuple[Tensor, int]] | None = None
     before_step: Callable[[Tensor, Predict, StepContext], Tensor] | None = None
     combine: Callable[[Prediction, StepContext], Tensor] | None = None
     after_step: Callable[[Tensor, Prediction, StepContext], Tensor] | None = None

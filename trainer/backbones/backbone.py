@@ -4,7 +4,7 @@ family declares of them. A family is a file beside this one."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -15,14 +15,15 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from trainer.attention.condition import Condition
 from trainer.attention.context import current, use
 from trainer.attention.denoiser_traits import Layout
 from trainer.attention.extras import Extras
 from trainer.attention.hooks import SamplingHook
 from trainer.attention.host import Host
 from trainer.attention.sites import Site, scan
-from trainer.backbones.family import Family, Parts
-from trainer.backbones.layout import folded, per_clip, unfolded
+from trainer.backbones.family import Encoder, Family, Parts
+from trainer.backbones.layout import folded, unfolded
 from trainer.backbones.schedulers import PREDICTION_TYPES
 from trainer.backbones.vae import in_slices, pixels_per_latent, posterior_moments
 
@@ -48,6 +49,7 @@ class Backbone(nn.Module):
         # kept here, since previews, `sample`, `evaluate` and a later run get the backbone alone
         self.extras = Extras()
         self.sampling_hooks: dict[str, tuple[SamplingHook, ...]] = {}
+        self.encoders: dict[str, Encoder] = dict(declared.encoders)
         self.tokenizer, self.scheduler_config = parts.tokenizer, dict(parts.scheduler.config)
         self.scheduler_class = type(parts.scheduler)
         flow = isinstance(parts.scheduler, FlowMatchEulerDiscreteScheduler)
@@ -158,23 +160,46 @@ class Backbone(nn.Module):
         )
         return tokens.to(self.text_encoder.device)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Prompts to what `predict` takes: encoder_hidden_states (b, tokens, d), and what goes with
-        them."""
-        with self.computing():
-            return self.declared.encode_prompts(self, prompts)
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """The condition of b prompts alone."""
+        return self.encode({"text": prompts})
 
-    def inputs(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> dict[str, Any]:
+    def encode(self, inputs: Mapping[str, Any]) -> Condition:
+        """What the denoiser is told of the inputs, by the encoders of their names; each input has a
+        value for every row.
+
+        Raises:
+            ValueError: an input that has no encoder, or a field that two encoders give.
+        """
+        found: dict[str, Tensor] = {}
+        owners: dict[str, str] = {}
+        for name, values in inputs.items():
+            if name not in self.encoders:
+                raise ValueError(
+                    f"backbone {self.name} has no encoder for the input {name!r}; it has "
+                    f"{', '.join(self.encoders)}"
+                )
+            with self.computing():
+                given = self.encoders[name](self, values)
+            for item in given:
+                if (other := owners.setdefault(item, name)) != name:
+                    raise ValueError(f"the encoders of {other!r} and {name!r} both give {item}")
+            found |= given
+        return Condition(**found)
+
+    def inputs(self, x_t: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
         """The denoiser's own arguments for x_t (b, c, h, w) at timesteps t (b,) and a condition
         for each row, whatever its `layout`: the step context says how many frames a clip has."""
+        if condition.channels is not None:
+            x_t = torch.cat([x_t, condition.channels.to(x_t)], dim=1)
         ctx = current()
         frames = 1 if ctx is None else ctx.frames
         if self.layout == "tokens":
             x_t, t = folded(x_t, frames), t[::frames] if t.ndim else t
-            condition = per_clip(condition, frames)
+            condition = condition.per_clip(frames)
         return self.declared.inputs(self, x_t, t, condition=condition)
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's output (b, c, h, w) at x_t (b, c, h, w) and timesteps t (b,). A learned
         variance in further channels is left out."""
         with self.computing(), self._by_clips():
@@ -190,7 +215,8 @@ class Backbone(nn.Module):
         ctx = current()
         if ctx is None or self.layout == "rows":
             return nullcontext()
-        return use(replace(ctx, groups=ctx.groups.of_clips(ctx.frames)))
+        given = None if ctx.condition is None else ctx.condition.per_clip(ctx.frames)
+        return use(replace(ctx, groups=ctx.groups.of_clips(ctx.frames), condition=given))
 
     @property
     def device(self) -> torch.device:

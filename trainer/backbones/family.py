@@ -6,7 +6,7 @@ import what they need when they are called.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,10 +17,15 @@ from trainer.backbones.spec import BackboneSpec, DenoiserSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer.attention.condition import Condition
+
+# a backbone and the values of one input, one for each row, to fields of the `Condition`
+Encoder = Callable[[Any, Any], "Mapping[str, Tensor]"]
+
 
 class Inputs(Protocol):
     def __call__(
-        self, backbone: Any, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]
+        self, backbone: Any, x_t: Tensor, t: Tensor, condition: Condition
     ) -> dict[str, Any]:
         """The denoiser's own arguments for x_t (b, c, h, w) at timesteps t (b,)."""
         ...
@@ -49,9 +54,10 @@ class Family:
     denoiser: the name of the denoiser among the parts of a pipeline folder. pipelines: the classes
     of the folders it loads, as model_index.json names them. blocks: the blocks of the denoiser in
     forward order, modules or lists of them. load: (spec, name) -> its parts, ValueError where the
-    folder holds something else. encode_prompts: (backbone, prompts) -> what the denoiser takes of
-    them. inputs: (backbone, x_t, t, condition) -> the denoiser's own arguments. pipeline:
-    (backbone) -> its parts as a stock pipeline, shared and not copied.
+    folder holds something else. encoders: the name of an input, as in `text`, to the function that
+    encodes it, (backbone, values) -> fields of the `Condition`. inputs: (backbone, x_t, t,
+    condition) -> the denoiser's own arguments. pipeline: (backbone) -> its parts as a stock
+    pipeline, shared and not copied.
 
     makes: what describes a denoiser of this family that is made from nothing, None where it makes
     none. traits: where things are in the denoiser and how it takes clips. comfyui_layers: by the
@@ -63,9 +69,15 @@ class Family:
     pipelines: tuple[str, ...]
     blocks: tuple[str, ...]
     load: Callable[[BackboneSpec, str], Parts]
-    encode_prompts: Callable[[Any, Sequence[str]], dict[str, Tensor]]
+    encoders: Mapping[str, Encoder]
     inputs: Inputs
     pipeline: Callable[[Any], Any]
     makes: type[DenoiserSpec] | None = None
     traits: DenoiserTraits = UNDECLARED
     comfyui_layers: Mapping[str, str] = field(default_factory=dict)
+
+
+def text_arguments(condition: Condition) -> dict[str, Tensor | None]:
+    """The text as most denoisers of diffusers take it, the mask where there is one."""
+    masked = {} if condition.mask is None else {"encoder_attention_mask": condition.mask}
+    return {"encoder_hidden_states": condition.tokens, **masked}

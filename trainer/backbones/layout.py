@@ -3,8 +3,6 @@ text and timestep once a row; a denoiser of video has the frames as an axis of i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
 
@@ -25,8 +23,3 @@ def folded(x: Tensor, frames: int) -> Tensor:
 def unfolded(x: Tensor) -> Tensor:
     """Clips (b, c, f, h, w) to rows (b f, c, h, w)."""
     return x.transpose(1, 2).flatten(0, 1)
-
-
-def per_clip(condition: Mapping[str, Tensor], frames: int) -> dict[str, Tensor]:
-    """What is given once a row (b f, ...), once a clip (b, ...): that of its first frame."""
-    return {name: value[::frames] for name, value in condition.items()}

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.attention.denoiser_traits import DenoiserTraits
-from trainer.backbones.family import Family, Parts
+from trainer.backbones.family import Family, Parts, text_arguments
 from trainer.backbones.spec import BackboneSpec, TransformerSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from trainer.attention.condition import Condition
     from trainer.backbones.backbone import Backbone
 
 # tokens of a prompt: the defaults of diffusers' two pipelines
@@ -28,8 +29,8 @@ TEXT = {
 
 
 def encode_prompts(backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Prompts to encoder_hidden_states (b, tokens, d) and encoder_attention_mask (b, tokens), 0 at
-    padding. In lower case, as PixArt's own; added words stay as they are."""
+    """Prompts to tokens (b, n, d) and their mask (b, n), 0 at padding. In lower case, as PixArt's
+    own; added words stay as they are."""
     added = backbone.tokenizer.get_added_vocab()
     tokens = backbone.tokens(
         [
@@ -39,18 +40,21 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tens
     )
     ids, mask = tokens.input_ids, tokens.attention_mask
     states: Tensor = backbone.text_encoder(ids, attention_mask=mask)[0]
-    return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+    return {"tokens": states, "mask": mask}
 
 
-def inputs(
-    backbone: Backbone, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]
-) -> dict[str, Any]:
+def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
     size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
     if backbone.denoiser.use_additional_conditions:  # the picture's size, in pixels
         height, width = (side * backbone.divisor for side in x_t.shape[-2:])
         size["resolution"] = x_t.new_tensor([[height, width]]).expand(len(x_t), 2)
         size["aspect_ratio"] = x_t.new_tensor([[height / width]]).expand(len(x_t), 1)
-    return {"hidden_states": x_t, "timestep": t, "added_cond_kwargs": size, **condition}
+    return {
+        "hidden_states": x_t,
+        "timestep": t,
+        "added_cond_kwargs": size,
+        **text_arguments(condition),
+    }
 
 
 def pipeline(backbone: Backbone) -> Any:
@@ -193,7 +197,7 @@ FAMILY = Family(
     pipelines=tuple(LENGTHS),
     blocks=("transformer_blocks",),
     load=load,
-    encode_prompts=encode_prompts,
+    encoders={"text": encode_prompts},
     inputs=inputs,
     pipeline=pipeline,
     makes=TransformerSpec,

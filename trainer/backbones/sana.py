@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trainer.attention.denoiser_traits import DenoiserTraits, ProcessorTraits
-from trainer.backbones.family import Family, Parts
+from trainer.backbones.family import Family, Parts, text_arguments
 from trainer.backbones.pixart import encode_prompts, initialise_as_dit, text_classes
 from trainer.backbones.spec import BackboneSpec
 from trainer.backbones.vae import WIDTHS
@@ -18,6 +18,7 @@ from trainer.backbones.vae import WIDTHS
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer.attention.condition import Condition
     from trainer.backbones.backbone import Backbone
 
 TEXT = {
@@ -28,11 +29,9 @@ VAES = ("AutoencoderDC", "AutoencoderKL")
 PROMPT_LENGTH = 300  # the default of diffusers' pipeline
 
 
-def inputs(
-    backbone: Backbone, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]
-) -> dict[str, Any]:
+def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
     scale = backbone.denoiser.config.timestep_scale
-    return {"hidden_states": x_t, "timestep": t * scale, **condition}
+    return {"hidden_states": x_t, "timestep": t * scale, **text_arguments(condition)}
 
 
 def pipeline(backbone: Backbone) -> Any:
@@ -103,7 +102,7 @@ FAMILY = Family(
     pipelines=("SanaPipeline",),
     blocks=("transformer_blocks",),
     load=load,
-    encode_prompts=encode_prompts,
+    encoders={"text": encode_prompts},
     inputs=inputs,
     pipeline=pipeline,
     traits=DenoiserTraits(

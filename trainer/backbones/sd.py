@@ -7,26 +7,25 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from trainer.attention.denoiser_traits import DenoiserTraits
-from trainer.backbones.family import Family, Parts
+from trainer.backbones.family import Family, Parts, text_arguments
 from trainer.backbones.spec import BackboneSpec, UNetSpec
 from trainer.common.seeds import seed_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from trainer.attention.condition import Condition
     from trainer.backbones.backbone import Backbone
 
 
 def encode_prompts(backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Prompts to encoder_hidden_states (b, 77, d) of CLIP; padding is attended to, as in SD."""
+    """Prompts to tokens (b, 77, d) of CLIP; padding is attended to, as in SD."""
     ids = backbone.tokens(prompts).input_ids
-    return {"encoder_hidden_states": backbone.text_encoder(ids).last_hidden_state}
+    return {"tokens": backbone.text_encoder(ids).last_hidden_state}
 
 
-def inputs(
-    backbone: Backbone, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]
-) -> dict[str, Any]:
-    return {"sample": x_t, "timestep": t, **condition}
+def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    return {"sample": x_t, "timestep": t, **text_arguments(condition)}
 
 
 def pipeline(backbone: Backbone) -> Any:
@@ -144,7 +143,7 @@ FAMILY = Family(
     pipelines=("StableDiffusionPipeline",),
     blocks=("down_blocks", "mid_block", "up_blocks"),
     load=load,
-    encode_prompts=encode_prompts,
+    encoders={"text": encode_prompts},
     inputs=inputs,
     pipeline=pipeline,
     makes=UNetSpec,

@@ -108,6 +108,7 @@ def _written(options: SampleOptions, chosen: Mapping[str, Method]) -> Iterator[P
     """The files of `sample`, each as soon as it is written."""
     from trainer.backbones.placement import pictures_at_once
     from trainer.diffusion.sampler import sample
+    from trainer.diffusion.sampling import Sampling
     from trainer.media.write_video import PLAYED, write_clip
 
     backbone, tree = _model(options, chosen)
@@ -122,16 +123,13 @@ def _written(options: SampleOptions, chosen: Mapping[str, Method]) -> Iterator[P
     seeds = range(options.seed, options.seed + options.count)
     most = max(1, AT_ONCE // frames)
     at_once = pictures_at_once(most, frames * backbone.resolution**2)
+    settings = Sampling(steps, guidance, options.negative, frames=frames, fps=options.fps)
     for part in (seeds[i : i + at_once] for i in range(0, len(seeds), at_once)):
         pictures = sample(
             backbone,
             [options.prompt] * len(part),
             part,
-            steps=steps,
-            guidance=guidance,
-            negative=options.negative,
-            frames=frames,
-            fps=options.fps,
+            settings=settings,
             source=None if source is None else source.repeat((len(part), 1, 1, 1)),
             start=start,
         ).cpu()

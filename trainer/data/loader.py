@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -19,7 +19,7 @@ from trainer.common.seeds import seed_of
 from trainer.common.threads import return_to_all
 from trainer.data.cache import frames_of, rows
 from trainer.data.plan import Cursor, Slot, StepPlan
-from trainer.data.source import Dataset
+from trainer.data.source import Dataset, Sample
 
 SPARED = 30  # seconds a data worker goes on after a SIGTERM of its own
 
@@ -30,12 +30,13 @@ class Batch:
 
     pixels (b * frames, 3, H, W) in [-1, 1] or moments (b * frames, 2c, h, w), never both, the
     frames of a clip adjacent; images are clips of one frame. masks (b, 1, h, w), of images only;
-    weights (b,) of each sample in the loss; places (b,) in the global micro-batch `step`, which
-    seed the sample's noise; fps (b,) frames a second of each clip, None for images.
+    weights (b,) of each sample in the loss; positions (b,) in the global micro-batch `step`, which
+    seed the sample's noise; fps (b,) frames a second of each clip, None for images; u (b,) fixes
+    the timesteps, as shares of their range. inputs: further inputs by name, each (b, ...).
     """
 
     step: int
-    places: list[int]
+    positions: list[int]
     captions: list[str]
     keys: list[str]
     weights: Tensor
@@ -45,12 +46,16 @@ class Batch:
     u: list[float] | None = None
     frames: int = 1
     fps: list[float] | None = None
+    inputs: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         for name in ("weights", "pixels", "moments", "masks"):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, value.to(device, non_blocking=True))
+        self.inputs = {
+            name: value.to(device, non_blocking=True) for name, value in self.inputs.items()
+        }
         return self
 
 
@@ -70,7 +75,7 @@ class Planned(TorchDataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         slots = self.plan.local(step, self.rank, self.world_size)
-        return collate(self.dataset, slots, step, self.plan.seed, self.moments)
+        return collate(self.dataset, slots, step=step, seed=self.plan.seed, moments=self.moments)
 
 
 class Fixed(TorchDataset[Batch]):
@@ -97,36 +102,48 @@ class Fixed(TorchDataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         rows = self.batches[number]
-        batch = collate(self.dataset, [Slot(i, i, 1.0) for i in rows], 0, 0, self.moments)
+        batch = collate(
+            self.dataset,
+            [Slot(i, i, 1.0) for i in rows],
+            step=0,
+            seed=0,
+            moments=self.moments,
+        )
         batch.u = [self.levels[i % len(self.levels)] for i in rows]
         return batch
 
 
 def collate(
-    dataset: Dataset, slots: Sequence[Slot], step: int, seed: int, moments: np.ndarray | None
+    dataset: Dataset, slots: Sequence[Slot], *, step: int, seed: int, moments: np.ndarray | None
 ) -> Batch:
-    """Reads the slots of one micro-batch; augmentation is seeded by (seed, step, place)."""
+    """Reads the slots of one micro-batch; augmentation is seeded by (seed, step, place). moments:
+    the cached latents of the data set, instead of its pictures."""
     generators = [
         np.random.default_rng(seed_of(seed, "augment", step, slot.place)) for slot in slots
     ]
     batch = Batch(
         step=step,
-        places=[slot.place for slot in slots],
+        positions=[slot.place for slot in slots],
         captions=[],
         keys=[],
         weights=torch.tensor([slot.weight for slot in slots], dtype=torch.float32),
     )
     pairs = list(zip(slots, generators, strict=True))
-    places = [rows(dataset, slot.index) for slot in slots]
-    batch.frames = places[0].stop - places[0].start
+    spans = [rows(dataset, slot.index) for slot in slots]
+    batch.frames = spans[0].stop - spans[0].start
     if batch.frames > 1:
         batch.fps = [dataset.rates[slot.index] for slot in slots]
     if moments is not None:
-        batch.moments = torch.from_numpy(np.concatenate([moments[each] for each in places])).float()
+        batch.moments = torch.from_numpy(np.concatenate([moments[span] for span in spans])).float()
         batch.captions = [dataset.caption(slot.index, rng) for slot, rng in pairs]
         batch.keys = [str(slot.index) for slot in slots]
-        return batch
-    samples = [dataset.sample(slot.index, rng) for slot, rng in pairs]
+    else:
+        _fill(batch, [dataset.sample(slot.index, rng) for slot, rng in pairs])
+    return batch
+
+
+def _fill(batch: Batch, samples: Sequence[Sample]) -> None:
+    """Puts the samples' pictures, captions, masks and extra inputs into the batch."""
     batch.pixels = torch.cat([frames_of(sample.image) for sample in samples])
     batch.captions = [sample.caption for sample in samples]
     batch.keys = [sample.key for sample in samples]
@@ -134,7 +151,16 @@ def collate(
     if any(mask is not None for mask in masks):
         full = torch.ones_like(next(mask for mask in masks if mask is not None))
         batch.masks = torch.stack([full if mask is None else mask for mask in masks])
-    return batch
+    first = samples[0]
+    for sample in samples[1:]:
+        if sample.inputs.keys() != first.inputs.keys():
+            raise ValueError(
+                f"{first.key} has the extra inputs {sorted(first.inputs) or 'none'} and "
+                f"{sample.key} {sorted(sample.inputs) or 'none'}; give every sample the same"
+            )
+    batch.inputs = {
+        name: torch.stack([sample.inputs[name] for sample in samples]) for name in first.inputs
+    }
 
 
 class Batches(DataLoader[Any]):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median_low
 from typing import TYPE_CHECKING, Protocol
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Sample:
     """image (3, H, W) float32 in [-1, 1], of a clip (frames, 3, H, W); mask (1, H/f, W/f) of an
-    image's latents that count, or None for all; key names it."""
+    image's latents that count, or None for all; key names it. inputs: further inputs by name, as
+    in a depth map or a reference picture, each of one shape in all samples of a data set."""
 
     image: Tensor
     caption: str
     key: str
     mask: Tensor | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Dataset(Protocol):

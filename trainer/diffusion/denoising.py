@@ -11,56 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.attention.context import StepContext, per_frame
+from trainer.attention.condition import Condition
+from trainer.attention.context import StepContext
 from trainer.attention.hooks import Prediction, SamplingHook
 from trainer.attention.rows import Rows
 from trainer.backbones.backbone import Backbone
-from trainer.diffusion.guidance import COND, UNCOND, classifier_free, temporal
+from trainer.diffusion.guidance import UNCOND, classifier_free, temporal
 from trainer.diffusion.objective import Objective, alpha_sigma, to_x0
 from trainer.diffusion.predict import predict_groups
+from trainer.diffusion.sampling import Sampling
 
 IMAGE = "image"  # the unconditional output for frames that do not see each other
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How pictures or clips are sampled.
-
-    guidance: the scale of classifier-free guidance; 1 or less runs without the unconditional rows.
-    negative: the prompt of those rows. size: height and width in pixels, multiples of the
-    backbone's divisor; None for the size it was trained at. frames: of a clip, 1 for pictures. fps:
-    frames a second, for a model that has learned of them. temporal_guidance: of clips, see
-    `guidance.temporal`.
-
-    Raises:
-        ValueError: no step, no frame, or temporal guidance without guidance or without frames.
-    """
-
-    steps: int = 25
-    guidance: float = 5.0
-    negative: str = ""
-    size: tuple[int, int] | None = None
-    frames: int = 1
-    fps: float | None = None
-    temporal_guidance: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.frames < 1:
-            raise ValueError(f"frames={self.frames}: give 1 for pictures, or more for clips")
-        if self.temporal_guidance != 1 and (self.frames == 1 or not self.guided):
-            raise ValueError(
-                f"temporal_guidance={self.temporal_guidance:g} is for clips that are guided; give "
-                "frames and a guidance above 1"
-            )
-
-    @property
-    def guided(self) -> bool:
-        return self.guidance > 1
-
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """The groups of rows of one call of the denoiser."""
-        return (UNCOND, COND) if self.guided else (COND,)
 
 
 @dataclass(frozen=True)
@@ -72,7 +33,7 @@ class Denoising:
     """
 
     backbone: Backbone
-    text: Mapping[str, Tensor]
+    text: Condition
     clips: int
     settings: Sampling
     given: bool = False
@@ -126,7 +87,7 @@ class Denoising:
         """x_t (b f, c, h, w) from before step `first` to before step `last`, for any number of
         frames."""
         scheduler = self.scheduler(first, x_t.device)
-        ctx, condition = self._context(x_t), per_frame(self.text, len(x_t) // self.clips)
+        ctx, condition = self._context(x_t), self.text.per_frame(len(x_t) // self.clips)
         for step, t in list(enumerate(scheduler.timesteps))[first:last]:
             predict = Predictor(self, scheduler, condition, replace(ctx, step=step, timestep=t))
             for hook in self.hooks:
@@ -163,7 +124,7 @@ class Predictor:
 
     sampler: Denoising
     scheduler: Any
-    condition: dict[str, Tensor]
+    condition: Condition
     ctx: StepContext
 
     def __call__(self, x_t: Tensor) -> Prediction:
@@ -183,14 +144,14 @@ class Predictor:
         return prediction
 
     def _call(
-        self, x_t: Mapping[str, Tensor], condition: dict[str, Tensor], ctx: StepContext
+        self, x_t: Mapping[str, Tensor], condition: Condition, ctx: StepContext
     ) -> dict[str, Tensor]:
         return predict_groups(self.sampler.backbone, x_t, condition, ctx)
 
     def _as_images(self, scaled: Tensor) -> Tensor:
         """The unconditional output where every frame is a picture of its own."""
         rows = self.ctx.rows(UNCOND)
-        own = {name: value[rows] for name, value in self.condition.items()}
+        own = self.condition.rows(rows)
         alone = Rows.of((UNCOND,), len(scaled))
         ctx = StepContext(self.ctx.step, self.ctx.num_steps, self.ctx.timestep, groups=alone)
         return self._call({"target": scaled}, own, ctx)[UNCOND]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.attention.context import StepContext, per_frame
+from trainer.attention.context import StepContext
 from trainer.attention.rows import Rows
 from trainer.backbones.backbone import Backbone
 from trainer.diffusion.objective import Objective, to_noise, to_x0
@@ -69,7 +69,7 @@ def invert(
     rows = Rows.of(("source/cond",), len(latents))
     rate = None if fps is None else torch.full((len(prompts),), fps, device=device)
     with evaluating(backbone):
-        condition = per_frame(backbone.encode_prompts(prompts), frames)
+        condition = backbone.encode_prompts(prompts).per_frame(frames)
         for step, t in reversed(list(enumerate(scheduler.timesteps))):
             a, b = step_of(objective, t, *below(scheduler, step))
             ctx = StepContext(step, steps, t, frames, rows, fps=rate, source=latents)

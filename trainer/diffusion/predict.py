@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from trainer.attention.condition import Condition
 from trainer.attention.context import StepContext, use
 
 if TYPE_CHECKING:
@@ -14,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def predict_groups(
-    backbone: Backbone, x_t: Mapping[str, Tensor], condition: dict[str, Tensor], ctx: StepContext
+    backbone: Backbone, x_t: Mapping[str, Tensor], condition: Condition, ctx: StepContext
 ) -> dict[str, Tensor]:
     """The network's output for each group of `ctx.groups` by its name, (rows, c, h, w).
 
-    x_t: latents by group name or by branch. condition: the text of all rows, in their order. The
-    timestep is that of `ctx`, () or one for each row.
+    x_t: latents by group name or by branch. condition: that of all rows, in their order; ops see it
+    in the context. The timestep is that of `ctx`, () or one for each row.
     """
     joined = ctx.groups.join(x_t)
-    with use(ctx):
+    with use(replace(ctx, condition=condition)):
         output = backbone.predict(joined, ctx.timestep.expand(len(joined)), condition)
     return ctx.groups.split(output)

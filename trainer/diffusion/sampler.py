@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from trainer.backbones.backbone import Backbone
-from trainer.diffusion.denoising import Denoising, Sampling
+from trainer.diffusion.denoising import Denoising
+from trainer.diffusion.sampling import Sampling
+
+DEFAULT = Sampling()
 
 
 @torch.no_grad()
@@ -18,44 +21,29 @@ def sample(
     backbone: Backbone,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    steps: int = 25,
-    guidance: float = 5.0,
-    negative: str = "",
-    size: tuple[int, int] | None = None,
-    on_step: Callable[[int, Tensor], None] | None = None,
-    frames: int = 1,
-    fps: float | None = None,
-    temporal_guidance: float = 1.0,
+    *,
+    settings: Sampling = DEFAULT,
     source: Tensor | None = None,
     start: Tensor | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Pictures (b, 3, H, W) in [-1, 1], one per prompt and seed; the same pair gives the same
-    picture in any batch. With `frames` above 1 a clip each, (b * frames, 3, H, W), its frames
-    adjacent.
-
-    output = uncond + guidance * (cond - uncond) (arXiv 2207.12598, equation 6); guidance 1 or less
-    runs without uncond. size: height and width in pixels, multiples of the backbone's divisor. fps:
-    frames a second, for a model that has learned of them. temporal_guidance: of clips, how far from
-    what the frames would be as images of their own (Gen-1, arXiv 2302.03011, section 3.4),
-
-        output = image + temporal_guidance * (uncond - image) + guidance * (cond - uncond)
+    picture in any batch. With `settings.frames` above 1 a clip each, (b * frames, 3, H, W), its
+    frames adjacent.
 
     source: clean latents (b * frames, c, h, w), whose structure a model that knows how keeps.
     start: latents (b * frames, c, h, w) in the place of the seeds' noise, as of `inversion.py`.
+    on_step: called after each step with its number and the latents.
 
     Raises:
-        ValueError: prompts and seeds of different lengths, a size the VAE cannot make, no frame, or
-        temporal guidance without guidance or without frames.
+        ValueError: prompts and seeds of different lengths, or a size the VAE cannot make.
     """
     if len(prompts) != len(seeds):
         raise ValueError(
             f"{len(prompts)} prompts and {len(seeds)} seeds; give one seed to each prompt"
         )
-    settings = Sampling(steps, guidance, negative, size, frames, fps, temporal_guidance)
-    side = backbone.resolution
-    begun = _noise(backbone, seeds, size or (side, side), frames) if start is None else start
-    device = next(backbone.denoiser.parameters()).device
-    texts = [*[negative] * len(prompts), *prompts] if settings.guided else prompts
+    begun = noise_of(backbone, seeds, settings) if start is None else start
+    texts = [*[settings.negative] * len(prompts), *prompts] if settings.guided else prompts
     with evaluating(backbone):
         denoising = Denoising(
             backbone,
@@ -67,26 +55,25 @@ def sample(
             on_step=on_step,
             hooks=backbone.hooks,
         )
-        x_0 = denoising.run(begun.to(device))
-        if frames == 1:
+        x_0 = denoising.run(begun.to(backbone.device))
+        if settings.frames == 1:
             return backbone.decode(x_0)
-        return torch.cat([backbone.decode(clip) for clip in x_0.split(frames)])
+        return torch.cat([backbone.decode(clip) for clip in x_0.split(settings.frames)])
 
 
-def _noise(
-    backbone: Backbone, seeds: Sequence[int], size: tuple[int, int], frames: int = 1
-) -> Tensor:
-    """A latent (b f, c, h, w) of unit noise, each clip by its seed; size: of the pictures, (height,
-    width).
+def noise_of(backbone: Backbone, seeds: Sequence[int], settings: Sampling) -> Tensor:
+    """A latent (b f, c, h, w) of unit noise, each clip by its seed.
 
     Raises:
         ValueError: a size the VAE cannot make.
     """
+    size = settings.size or (backbone.resolution, backbone.resolution)
     if any(side < 1 or side % backbone.divisor for side in size):
         raise ValueError(
-            f"size {size[0]}x{size[1]} must be a multiple of {backbone.divisor}, and not nothing"
+            f"size {size[0]}x{size[1]} must be a multiple of {backbone.divisor}, and above 0"
         )
-    shape = (frames, backbone.latent_channels, *(side // backbone.divisor for side in size))
+    height, width = (side // backbone.divisor for side in size)
+    shape = (settings.frames, backbone.latent_channels, height, width)
     return torch.cat(
         [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     )
@@ -108,30 +95,12 @@ def sample_many(
     backbone: Backbone,
     prompts: Sequence[str],
     seeds: Sequence[int],
+    *,
+    settings: Sampling = DEFAULT,
     batch_size: int = 32,
-    steps: int = 25,
-    guidance: float = 5.0,
-    negative: str = "",
-    size: tuple[int, int] | None = None,
-    frames: int = 1,
-    fps: float | None = None,
-    temporal_guidance: float = 1.0,
 ) -> Tensor:
     """`sample` in batches of at most `batch_size` pictures or clips: (n * frames, 3, H, W) on the
     CPU."""
-    parts = [
-        sample(
-            backbone,
-            prompts[i : i + batch_size],
-            seeds[i : i + batch_size],
-            steps,
-            guidance,
-            negative,
-            size,
-            frames=frames,
-            fps=fps,
-            temporal_guidance=temporal_guidance,
-        ).cpu()
-        for i in range(0, len(prompts), batch_size)
-    ]
+    spans = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
+    parts = [sample(backbone, prompts[at], seeds[at], settings=settings).cpu() for at in spans]
     return torch.cat(parts)

@@ -25,8 +25,8 @@ from trainer.evaluation.clip_scores import ClipScores
 from trainer.evaluation.examiner import Examiner
 from trainer.evaluation.judge import Judge, judge_folder
 from trainer.runs.adapter import load_adapted, load_base
-from trainer.training.build import needs, objective, optim
-from trainer.training.module import QUANTILES, DiffusionModule
+from trainer.training.build import needs, task_of
+from trainer.training.module import QUANTILES
 
 Table = dict[str, dict[str, float | None]]  # by column, then by score
 SHARES = (  # the scores shown as percentages, beside every `concept accuracy`
@@ -120,14 +120,9 @@ def validation_loss(recipe: Recipe, model: Backbone, held_out: Dataset | None) -
     so that it equals `val/loss` of the run's tracker; None without held-out samples."""
     if held_out is None:
         return None
-    module = DiffusionModule(
-        model, objective(recipe, model), optim(recipe), trained=(), seed=recipe.run.seed
-    )
+    task = task_of(recipe, model)
     fixed = Fixed(held_out, batch_size=16, levels=QUANTILES, moments=None)
-    losses = [
-        module.sample_losses(fixed[i].to(model.device), "validate", 0.0)[0]
-        for i in range(len(fixed))
-    ]
+    losses = [task.score(fixed[i].to(model.device)) for i in range(len(fixed))]
     return float(torch.cat(losses).mean())
 
 

@@ -26,6 +26,7 @@ from trainer.data.sources.concept import SPRITE
 from trainer.data.world.scenes import article
 from trainer.data.world.sprites import ALL, KNOWN
 from trainer.diffusion.sampler import sample_many
+from trainer.diffusion.sampling import Sampling
 from trainer.evaluation.judge import Judge, clip_score
 from trainer.media.images import to_pil, to_tensor
 
@@ -226,22 +227,23 @@ class Examiner:
         preview = self.recipe.preview
         seeds = [SEED + i for i in range(len(prompts))]
         most = max(1, self.batch_size // frames)
-        options: dict[str, Any] = {
-            "batch_size": pictures_at_once(most, frames * model.resolution**2),
-            "steps": preview.steps,
-            "guidance": preview.guidance,
-            "negative": preview.negative,
-        }
-        clip: dict[str, Any] = {"frames": frames, "fps": fps} if frames > 1 else {}
+        batch_size = pictures_at_once(most, frames * model.resolution**2)
+        settings = Sampling(
+            preview.steps, preview.guidance, preview.negative, frames=frames, fps=fps
+        )
 
         def make(batch: range) -> list[Image]:
             own = slice(batch.start // frames, batch.stop // frames)
-            pictures = sample_many(model, prompts[own], seeds[own], **options, **clip)
+            pictures = sample_many(
+                model, prompts[own], seeds[own], settings=settings, batch_size=batch_size
+            )
             return [to_pil(picture) for picture in pictures]
 
-        facts = (list(prompts), seeds, tuple(options.values()), *clip.values())
+        how = (batch_size, settings.steps, settings.guidance, settings.negative)
+        clip = (frames, fps) if frames > 1 else ()
+        facts = (list(prompts), seeds, how, *clip)
         folder = self._folder(model, facts)
-        count, at_once = len(prompts) * frames, options["batch_size"] * frames
+        count, at_once = len(prompts) * frames, batch_size * frames
         if folder is None:
             batches = (range(i, min(i + at_once, count)) for i in range(0, count, at_once))
             pictures = [picture for batch in batches for picture in make(batch)]

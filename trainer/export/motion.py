@@ -13,6 +13,7 @@ from diffusers import AnimateDiffPipeline, MotionAdapter
 from torch import Tensor, nn
 
 from trainer.attention.anatomy import is_unet
+from trainer.attention.condition import Condition
 from trainer.attention.context import current
 from trainer.attention.insertion import insertions
 from trainer.ops.adapters.inject import fold
@@ -119,10 +120,10 @@ class AnimateDiffModel:
         self.pipeline.to(device)
         return self
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The denoiser's output (b f, c, h, w), with the frames a clip has in the current step."""
         ctx = current()
         frames = 1 if ctx is None else ctx.frames
         clips = x_t.unflatten(0, (-1, frames)).transpose(1, 2)  # b c f h w
-        output: Tensor = self.pipeline.unet(clips, t[::frames], **condition).sample
+        output: Tensor = self.pipeline.unet(clips, t[::frames], condition.tokens).sample
         return output.transpose(1, 2).flatten(0, 1)

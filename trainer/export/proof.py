@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.attention.context import StepContext, per_frame, use
+from trainer.attention.context import StepContext, use
 from trainer.backbones.placement import CPU, Placement, proving
 
 LIMIT = 1e-5  # the largest difference allowed in the denoiser's output, in fp32
@@ -43,7 +43,7 @@ class Probe:
     def __call__(self, model: Any) -> Tensor:
         """The model's output (2 * frames, c, h, w), in fp32 on the CPU."""
         with proving(model, self.placement), use(self.ctx):
-            condition = per_frame(model.encode_prompts(self.prompts), self.ctx.frames)
+            condition = model.encode_prompts(self.prompts).per_frame(self.ctx.frames)
             output: Tensor = model.predict(self.x_t, self.t, condition)
         return output.float().cpu()
 

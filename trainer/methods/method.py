@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from trainer.attention.hooks import SamplingHook
     from trainer.attention.model import AttentionModel
+    from trainer.attention.step_result import StepResult
 
 
 ORDER = ("structure", "attention", "storage", "adapt", "select")
@@ -26,20 +27,20 @@ class Edit:
     sites: names of the attention sites it touched. claims: `(module or parameter path, aspect)` no
     other method may claim. trains: names of the parameters it trains. keeps: names of frozen
     tensors the base cannot give back, stored beside the trained ones. loss: an extra term added to
-    the objective, without arguments. schedule: called before every training step with the share of
-    the run's steps that is done, from 0. prepare: called once before the first step of a new run
-    with a function that runs a few training batches forward, for starts that look at the data.
-    finish: called with the same function once after the last step, before the adapter is stored,
-    for what is kept about the data. sampling: what it does while pictures or clips are sampled, in
-    order; see `attention/hooks.py`. report: what really ran at each site so far, by its name; asked
-    once, after the first training batch.
+    the objective, from what the step found out. schedule: called before every training step with
+    the share of the run's steps that is done, from 0. prepare: called once before the first step of
+    a new run with a function that runs a few training batches forward, for starts that look at the
+    data. finish: called with the same function once after the last step, before the adapter is
+    stored, for what is kept about the data. sampling: what it does while pictures or clips are
+    sampled, in order; see `attention/hooks.py`. report: what really ran at each site so far, by its
+    name; asked once, after the first training batch.
     """
 
     sites: tuple[str, ...] = ()
     claims: tuple[tuple[str, str], ...] = ()
     trains: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
-    loss: Callable[[], Tensor] | None = None
+    loss: Callable[[StepResult], Tensor] | None = None
     schedule: Callable[[float], None] | None = None
     prepare: Callable[[Callable[[], None]], None] | None = None
     finish: Callable[[Callable[[], None]], None] | None = None

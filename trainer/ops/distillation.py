@@ -48,7 +48,7 @@ class Distillation:
         if call.ctx is not self.closed:
             self.terms[call.site.name] = call.ctx, term
 
-    def loss(self) -> Tensor:
+    def loss(self, step: object) -> Tensor:
         """Of the forward just run; it is called once for each."""
         if not self.terms:
             return torch.zeros(())

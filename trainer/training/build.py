@@ -27,11 +27,13 @@ from trainer.data.plan import StepPlan
 from trainer.data.source import Dataset, Needs
 from trainer.diffusion.objective import Objective
 from trainer.diffusion.sampler import evaluating, sample_many
+from trainer.diffusion.sampling import Sampling
 from trainer.media.images import to_pil
 from trainer.methods.apply import Plan, apply_methods
 from trainer.runs.adapter import start_from
 from trainer.training.module import QUANTILES, DiffusionModule
 from trainer.training.optim import Optim
+from trainer.training.tasks.denoise import Denoise
 
 CLASS_IMAGES = 32  # generated at once, at most
 PREPARING = 16  # batches that a start which depends on the data may see
@@ -88,18 +90,28 @@ def finish_methods(plan: Plan, look: Callable[[], None]) -> None:
 
 
 def module_of(recipe: Recipe, backbone: Backbone, plan: Plan) -> DiffusionModule:
-    """What trains: the backbone as its methods have left it, the objective and the optimiser."""
+    """What trains: the backbone as its methods have left it, its task and the optimiser."""
+    edits = plan.edits.values()
     return DiffusionModule(
         backbone,
-        objective(recipe, backbone),
+        task_of(recipe, backbone),
         optim(recipe),
-        plan.names,
-        recipe.run.seed,
-        recipe.objective.caption_dropout,
-        [edit.loss for edit in plan.edits.values() if edit.loss is not None],
-        plan.keeps,
-        lrs(recipe, plan),
-        [edit.schedule for edit in plan.edits.values() if edit.schedule is not None],
+        trained=plan.names,
+        kept=plan.keeps,
+        lrs=lrs(recipe, plan),
+        extra_losses=[edit.loss for edit in edits if edit.loss is not None],
+        schedules=[edit.schedule for edit in edits if edit.schedule is not None],
+        seed=recipe.run.seed,
+    )
+
+
+def task_of(recipe: Recipe, backbone: Backbone) -> Denoise:
+    """What a batch of this recipe is asked for."""
+    return Denoise(
+        backbone,
+        objective(recipe, backbone),
+        seed=recipe.run.seed,
+        caption_dropout=recipe.objective.caption_dropout,
     )
 
 
@@ -112,7 +124,7 @@ def looker(module: DiffusionModule, batches: Planned) -> Callable[[], None]:
         with evaluating(module):
             for step in range(PREPARING):
                 batch = batches[step].to(module.backbone.device)
-                module.sample_losses(batch, "prepare", dropout=0.0)
+                module.task.loss(module.task.encode(batch, "prepare"))
 
     return look
 
@@ -126,9 +138,8 @@ def needs(recipe: Recipe, backbone: Backbone) -> Needs:
         seeds = [seed + i for i in range(len(prompts))]
         guidance = look.guidance if guidance is None else guidance
         size = None if recipe.run.resolution is None else (side, side)
-        pictures = sample_many(
-            backbone, prompts, seeds, steps=look.steps, guidance=guidance, size=size
-        )
+        settings = Sampling(look.steps, guidance, size=size)
+        pictures = sample_many(backbone, prompts, seeds, settings=settings)
         return [to_pil(picture) for picture in pictures]
 
     def generator() -> str:
@@ -220,6 +231,8 @@ def lrs(recipe: Recipe, plan: Plan) -> dict[str, float]:
 def latents(recipe: Recipe, backbone: Backbone, data: Dataset) -> np.ndarray | None:
     """Cached VAE posteriors where the images never change and the recipe wants them."""
     if not (recipe.run.cache_latents and data.fixed):
+        return None
+    if data.sample(0, np.random.default_rng(0)).inputs:  # a cache of latents has no place for them
         return None
     side = recipe.run.resolution or backbone.resolution
 

@@ -12,7 +12,6 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from trainer.common.seeds import seed_of
 from trainer.config.schema import Recipe
 from trainer.data.buckets import Bucketed, Size, upright_size
 from trainer.data.loader import Batch, Planned
@@ -24,6 +23,7 @@ from trainer.media.grids import wrap
 from trainer.media.images import to_pil
 from trainer.runs.adapter import load_base
 from trainer.training.build import needs, placement_of, step_plan
+from trainer.training.tasks.denoise import kept_captions, seeds_of
 
 SIDE, PAD, LINE, COLUMNS = 192, 8, 14, 4
 FRAMES = 4  # of a clip, side by side
@@ -58,11 +58,9 @@ def inspect(recipe: Recipe, count: int, step: int, out: Path) -> Iterator[str]:
 
 
 def seen_captions(recipe: Recipe, batch: Batch) -> list[str]:
-    """The captions of a training batch after dropout, as `DiffusionModule.sample_losses` draws
-    it."""
-    share, seed = recipe.objective.caption_dropout, recipe.run.seed
-    draws = [seed_of(seed, "train", batch.step, place, "caption") / 2**63 for place in batch.places]
-    return ["" if draw < share else text for draw, text in zip(draws, batch.captions, strict=True)]
+    """The captions of a training batch after dropout, as the task `denoise` encodes them."""
+    seeds = seeds_of(batch, recipe.run.seed, "train")
+    return kept_captions(batch.captions, seeds, recipe.objective.caption_dropout)
 
 
 def originals(data: Dataset) -> list[Size]:
@@ -111,7 +109,7 @@ def _cell(batch: Batch, index: int, caption: str) -> Image.Image:
     size = max(1, round(wide * scale)), max(1, round(tall * scale))
     kind = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
     lines = [
-        f"step {batch.step} place {batch.places[index]}  {wide}x{tall}"
+        f"step {batch.step} place {batch.positions[index]}  {wide}x{tall}"
         + (f" x {batch.frames} frames" if batch.frames > 1 else ""),
         f"{batch.keys[index]}  weight {float(batch.weights[index]):g}",
         *wrap(caption or "(caption dropped)" if batch.captions[index] else "(no caption)", SIDE),

@@ -22,6 +22,7 @@ from trainer.backbones.backbone import Backbone
 from trainer.common.exit_codes import LeaveError
 from trainer.config.schema import Recipe
 from trainer.data.source import Dataset, shape_of_clips
+from trainer.diffusion.sampling import Sampling
 from trainer.methods.apply import Plan
 from trainer.runs.run_folder import differing_keys, note_event, recipe_header, write_text
 from trainer.training.callbacks.backend_report import BackendReport
@@ -137,15 +138,13 @@ def previews(
             folder / "previews",
             preview.prompts,
             every=preview.every,
-            steps=preview.steps,
-            guidance=preview.guidance,
             seed=preview.seed,
-            negative=preview.negative,
+            settings=Sampling(
+                preview.steps, preview.guidance, preview.negative, frames=frames, fps=fps
+            ),
             maps=preview.maps,
             ema=ema,
             hang=hang,
-            frames=frames,
-            fps=fps,
         )
     ]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
+from trainer.attention.condition import Condition
 from trainer.backbones.backbone import Backbone
 from trainer.config.schema import Recipe
 from trainer.methods.apply import Plan
@@ -136,9 +137,7 @@ def saved_bytes(recipe: Recipe, backbone: Backbone, rows: int) -> int:
         }
         own = {id(value.untyped_storage()) for value in fakes.values()}
         width, device = backbone.text_width, backbone.device
-        text = {
-            "encoder_hidden_states": torch.empty(rows, backbone.text_length, width, device=device)
-        }
+        text = Condition(torch.empty(rows, backbone.text_length, width, device=device))
         inputs = backbone.inputs(
             torch.empty(rows, backbone.latent_channels, side, side, device=device),
             torch.zeros(rows, device=device),

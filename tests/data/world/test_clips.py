@@ -223,7 +223,7 @@ def test_frames_of_a_clip_are_adjacent_in_a_batch() -> None:
     train, _ = data()
     batch = Planned(train, steps(train), None, 0, 1)[1]
     assert (batch.frames, batch.fps, len(batch.captions)) == (3, [3.0] * 4, 4)
-    assert len(batch.keys) == len(batch.places) == len(batch.weights) == 4
+    assert len(batch.keys) == len(batch.positions) == len(batch.weights) == 4
     assert batch.pixels is not None and batch.pixels.shape == (12, 3, 16, 16)
     for i, slot in enumerate(steps(train).batch(1)):
         assert batch.pixels[3 * i : 3 * i + 3].equal(train.image(slot.index))

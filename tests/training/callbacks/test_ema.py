@@ -17,6 +17,7 @@ from trainer.methods.weight.selective import Selective
 from trainer.training.callbacks.ema import EMA
 from trainer.training.module import DiffusionModule
 from trainer.training.optim import Optim
+from trainer.training.tasks.denoise import Denoise
 
 
 class Watch(lightning.Callback):
@@ -38,9 +39,8 @@ class Watch(lightning.Callback):
 
 def train(tiny: Any, photos: Any, ema: EMA, watch: Watch, accumulate: int) -> DiffusionModule:
     plan = apply_methods(tiny, {"selective": Selective()})
-    module = DiffusionModule(
-        tiny, Objective(tiny.target, tiny.alphas_cumprod), Optim(1e-2, 4), plan.names
-    )
+    task = Denoise(tiny, Objective(tiny.target, tiny.alphas_cumprod))
+    module = DiffusionModule(tiny, task, Optim(1e-2, 4), trained=plan.names)
     groups = tuple((group.start, group.stop) for group in photos.groups)
     items = Planned(photos, StepPlan(groups, (1.0,), (1.0,), 2, 0), None, 0, 1)
     trainer = lightning.Trainer(

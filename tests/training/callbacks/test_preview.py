@@ -156,13 +156,18 @@ def test_a_clip_is_the_same_alone_and_among_others(
 ) -> None:
     """And the same as `sample` paints by its prompt and seed."""
     from trainer.diffusion.sampler import sample
+    from trainer.diffusion.sampling import Sampling
 
     backbone = open_folder(tiny_folder)
     prompts = ["a fox", "a cow"]
-    looked = preview.Preview(tmp_path, prompts, 1, 2, 3.0, 5, frames=2, fps=8.0)
+    looked = preview.Preview(
+        tmp_path, prompts, every=1, seed=5, settings=Sampling(2, 3.0, frames=2, fps=8.0)
+    )
     pictures, maps = looked._paint(backbone)  # type: ignore[arg-type]
     assert maps is None
-    both = sample(backbone, prompts, [5, 6], steps=2, guidance=3.0, frames=2, fps=8.0)  # type: ignore[arg-type]
+    both = sample(
+        backbone, prompts, [5, 6], settings=Sampling(steps=2, guidance=3.0, frames=2, fps=8.0)
+    )  # type: ignore[arg-type]
     torch.testing.assert_close(pictures, both, rtol=0, atol=1e-4)
 
 

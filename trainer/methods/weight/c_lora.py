@@ -54,8 +54,8 @@ class CLora(LowRank):
         loss = self._penalty(layers) if past and self.penalty else None
         return edit_of(targets, trains, keeps, loss=loss)
 
-    def _penalty(self, layers: list[Any]) -> Callable[[], Tensor]:
-        def penalty() -> Tensor:
+    def _penalty(self, layers: list[Any]) -> Callable[[object], Tensor]:
+        def penalty(step: object) -> Tensor:
             import torch
 
             return self.penalty * torch.stack([_overlap(layer) for layer in layers]).sum()

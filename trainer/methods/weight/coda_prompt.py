@@ -89,8 +89,8 @@ class CodaPrompt(Method):
             loss=self._penalty(pools) if self.ortho else None,
         )
 
-    def _penalty(self, pools: Sequence[PromptPool]) -> Callable[[], Tensor]:
-        def penalty() -> Tensor:
+    def _penalty(self, pools: Sequence[PromptPool]) -> Callable[[object], Tensor]:
+        def penalty(step: object) -> Tensor:
             import torch
 
             return self.ortho * torch.stack([pool.orthogonality() for pool in pools]).sum()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.attention.context import StepContext
-from trainer.attention.hooks import Denoise, Prediction
+from trainer.attention.hooks import Prediction, Sampler
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,21 @@ class GlobalMotion:
     alone: float
     until: float
 
-    def begin(self, noise: Tensor, denoise: Denoise) -> tuple[Tensor, int]:
+    def begin(self, noise: Tensor, sampler: Sampler) -> tuple[Tensor, int]:
         """A hook of the sampler. Pictures, and clips from latents that are given, begin there."""
-        frames = denoise.frames
-        if frames == 1 or denoise.given:
+        frames = sampler.frames
+        if frames == 1 or sampler.given:
             return noise, 0
-        first, last = (step_at(denoise.steps, part) for part in (self.alone, self.until))
+        first, last = (step_at(sampler.steps, part) for part in (self.alone, self.until))
         clips = noise.unflatten(0, (-1, frames))  # b f c h w
-        begun = denoise(clips[:, 0], 0, first)
-        shown = denoise(begun, first, last)
+        begun = sampler(clips[:, 0], 0, first)
+        shown = sampler(begun, first, last)
         height, width = shown.shape[-2:]
         moved = [
             translated(shown, round(k * self.y * height), round(k * self.x * width))
             for k in range(1, frames)
         ]
-        levels = denoise.level(last), denoise.level(first)
+        levels = sampler.level(last), sampler.level(first)
         others = noised_again(torch.stack(moved, 1), clips[:, 1:], *levels)
         return torch.cat([begun[:, None], others], 1).flatten(0, 1), first
 

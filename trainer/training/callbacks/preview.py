@@ -16,6 +16,7 @@ from trainer.attention.sites import select
 from trainer.backbones.backbone import Backbone
 from trainer.diffusion.guidance import COND
 from trainer.diffusion.sampler import sample
+from trainer.diffusion.sampling import Sampling
 from trainer.media.grids import grid, overlay_maps, stacked
 from trainer.media.write_video import PLAYED, write_frames
 from trainer.ops.attention_maps import MapStore
@@ -32,30 +33,25 @@ class Preview(lightning.Callback):
     that token looks. A run that goes on keeps the rows it had.
 
     With `frames` above 1 a look is of clips: `previews/<look>.png`, a row a prompt and a column a
-    frame, and `<look>.gif` and `.mp4`, which play all of them side by side. fps: of these clips.
+    frame, and `<look>.gif` and `.mp4`, which play all of them side by side.
     """
 
     def __init__(
         self,
         folder: Path,
         prompts: Sequence[str],
+        *,
         every: int,
-        steps: int,
-        guidance: float,
         seed: int,
-        negative: str = "",
+        settings: Sampling,
         maps: str | None = None,
         ema: EMA | None = None,
         hang: HangGuard | None = None,
-        frames: int = 1,
-        fps: float | None = None,
     ) -> None:
         self.folder, self.prompts, self.every = folder, list(prompts), every
         self.maps, self.ema, self.hang = maps, ema, hang
-        self.options: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative": negative}
-        self.frames, self.fps = frames, fps
-        if frames > 1:
-            self.options |= {"frames": frames, "fps": fps}
+        self.settings = settings
+        self.frames, self.fps = settings.frames, settings.fps
         self.seeds = [seed + i for i in range(len(self.prompts))]
         self.rows: list[tuple[str, Tensor]] = []
         self.earlier: list[Image.Image] = []  # the sheet of a run that this one goes on with
@@ -148,13 +144,13 @@ class Preview(lightning.Callback):
     ) -> tuple[Tensor, Tensor | None]:
         """where: the places of the token in each prompt, for its maps (rows, h, w)."""
         if where is None:
-            return sample(backbone, prompts, seeds, **self.options).cpu(), None
+            return sample(backbone, prompts, seeds, settings=self.settings).cpu(), None
         rows = [places for places in where for _ in range(self.frames)]
         store = MapStore(rows, group=COND)
         sites = [site for site in select(backbone.sites, "cross") if site.divisor in (1, 2)]
         backbone.host.install(store, sites)
         try:
-            pictures = sample(backbone, prompts, seeds, **self.options).cpu()
+            pictures = sample(backbone, prompts, seeds, settings=self.settings).cpu()
         finally:
             backbone.host.remove(store)
         maps = store.average(

@@ -1,0 +1,55 @@
+"""What a denoiser is told besides latents and timestep, as a record of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """The encoded inputs of b rows; None for what a model or a method does not use.
+
+    tokens (b, n, d) is the text that cross-attention reads, mask (b, n) is 0 at its padding, pooled
+    (b, d') the text as a whole. image_tokens (b, m, d'') are those of a reference picture, which
+    ops read as `ctx.condition.image_tokens`. channels (b, c, h, w) are joined to the latents, after
+    their own channels.
+    """
+
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    pooled: Tensor | None = None
+    image_tokens: Tensor | None = None
+    channels: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by name, as a cache stores them; `Condition(**tensors)` is the
+        record again."""
+        found = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Condition:
+        """The record of every tensor changed alike."""
+        return Condition(**{name: change(value) for name, value in self.tensors().items()})
+
+    def rows(self, chosen: slice) -> Condition:
+        """That of some of the rows."""
+        return self.map(lambda value: value[chosen])
+
+    def per_frame(self, frames: int) -> Condition:
+        """From one row for each clip, b, to one for each frame of it, (b f)."""
+        if frames == 1:
+            return self
+        return self.map(lambda value: value.repeat_interleave(frames, 0))
+
+    def per_clip(self, frames: int) -> Condition:
+        """From one row for each frame, (b f), to one for each clip, b: that of its first frame."""
+        return self.map(lambda value: value[::frames])
+
+    def to(self, device: torch.device) -> Condition:
+        return self.map(lambda value: value.to(device))

@@ -1,0 +1,1 @@
+"""What a batch is asked for: a file for each task, `denoise` the default."""

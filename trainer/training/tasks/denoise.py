@@ -1,0 +1,169 @@
+"""Denoising, the task of every diffusion model: predict the target from noisy latents.
+
+    loss = w(t) * |f(x_t, t, text) - target|^2,    the mean over the latents that count
+
+A sample is an image or a clip, which has one text, timestep and seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from trainer.attention.condition import Condition
+from trainer.attention.context import StepContext
+from trainer.attention.rows import Rows
+from trainer.attention.step_result import StepResult
+from trainer.backbones.backbone import Backbone
+from trainer.common.seeds import seed_of
+from trainer.data.loader import Batch
+from trainer.diffusion.guidance import COND
+from trainer.diffusion.objective import (
+    Objective,
+    add_noise,
+    draw_timesteps,
+    loss_weight,
+    target_of,
+    to_x0,
+)
+from trainer.diffusion.predict import predict_groups
+from trainer.diffusion.sampler import sample
+from trainer.diffusion.sampling import Sampling
+from trainer.training.tasks.task import Purpose
+
+Seed = tuple[int, str, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A batch in latents: x0, noise and x_t (b f, c, h, w), the frames of a clip adjacent; t (b,)
+    of each sample; condition of each row."""
+
+    batch: Batch
+    x0: Tensor
+    noise: Tensor
+    x_t: Tensor
+    t: Tensor
+    condition: Condition
+
+    @property
+    def row_t(self) -> Tensor:
+        """The timestep of each row (b f,)."""
+        return self.t.repeat_interleave(self.batch.frames)
+
+
+@dataclass(frozen=True)
+class Denoise:
+    """The default task. seed: of the run; caption_dropout: the share of captions that are left
+    empty in training."""
+
+    backbone: Backbone
+    objective: Objective
+    seed: int = 0
+    caption_dropout: float = 0.0
+
+    def encode(self, batch: Batch, purpose: Purpose = "train") -> Encoded:
+        """Latents, noise, timesteps and text; random numbers depend on the seed, the purpose and
+        each sample's position in its step alone."""
+        seeds = seeds_of(batch, self.seed, purpose)
+        moments = batch.moments
+        if moments is None:
+            assert batch.pixels is not None, "a batch has pixels or moments"
+            moments = self.backbone.moments(batch.pixels)
+        shape = (batch.frames, moments.shape[1] // 2, *moments.shape[2:])
+        normals = torch.stack([three_normals(seed_of(*seed), shape) for seed in seeds], 1)
+        posterior, noise, offset = normals.to(moments).flatten(1, 2)  # (b f) c h w
+        x0 = self.backbone.latents(moments, posterior)
+        noise = noise + self.objective.offset_noise * offset[..., :1, :1]
+        t = self._timesteps(batch, seeds).to(moments.device)
+        x_t = add_noise(self.objective, x0, noise, t.repeat_interleave(batch.frames))
+        dropout = self.caption_dropout if purpose == "train" else 0.0
+        condition = self._condition(batch, kept_captions(batch.captions, seeds, dropout))
+        return Encoded(batch, x0, noise=noise, x_t=x_t, t=t, condition=condition)
+
+    def loss(self, state: Encoded) -> StepResult:
+        """The losses of one forward; a clip's is the mean over its frames."""
+        batch, x_t, t = state.batch, state.x_t, state.row_t
+        fps = None if batch.fps is None else torch.tensor(batch.fps, device=state.x0.device)
+        ctx = StepContext(
+            step=0,
+            num_steps=1,
+            timestep=t,
+            frames=batch.frames,
+            groups=Rows.of((COND,), len(x_t)),
+            training=self.backbone.denoiser.training,
+            fps=fps,
+            source=state.x0,
+        )
+        outputs = predict_groups(self.backbone, {"target": x_t}, state.condition, ctx=ctx)
+        output = outputs[COND]
+        target = target_of(self.objective, state.x0, state.noise, t=t)
+        error = (output.float() - target.float()).square()
+        weights = loss_weight(self.objective, state.t)
+        losses = mean_per_sample(error, batch.masks, batch.frames) * weights
+        return StepResult(losses, x_t=x_t, output=output, t=t, batch=batch, convert=self._to_x0)
+
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int], settings: Sampling) -> Tensor:
+        """Pictures (b, 3, H, W) in [-1, 1], or the frames of clips (b f, 3, H, W)."""
+        return sample(self.backbone, prompts, seeds, settings=settings)
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Tensor:
+        """The losses (b,) at the timesteps `batch.u`, with captions and with noise that is the same
+        in every call."""
+        return self.loss(self.encode(batch, "validate")).losses
+
+    def _timesteps(self, batch: Batch, seeds: Sequence[Seed]) -> Tensor:
+        """Drawn as the objective says; a validation batch brings its own quantiles, taken as they
+        are, so that losses compare between objectives."""
+        if batch.u is not None:
+            uniform = replace(self.objective, timesteps="uniform")
+            return draw_timesteps(uniform, torch.tensor(batch.u))
+        u = torch.tensor([uniform_of(seed_of(*seed, "u")) for seed in seeds])
+        return draw_timesteps(self.objective, u)
+
+    def _condition(self, batch: Batch, captions: Sequence[str]) -> Condition:
+        """Of each row: the captions, and the extra inputs that the backbone has an encoder for."""
+        encoders = self.backbone.encoders
+        given = {name: value for name, value in batch.inputs.items() if name in encoders}
+        return self.backbone.encode({"text": captions, **given}).per_frame(batch.frames)
+
+    def _to_x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return to_x0(self.objective, output, x_t, t=t)
+
+
+def seeds_of(batch: Batch, seed: int, purpose: Purpose) -> list[Seed]:
+    """What the random numbers of each sample are made from; seed: of the run."""
+    return [(seed, purpose, batch.step, position) for position in batch.positions]
+
+
+def kept_captions(captions: Sequence[str], seeds: Sequence[Seed], dropout: float) -> list[str]:
+    """The captions after dropout, empty where they are dropped."""
+    return [
+        "" if dropout and uniform_of(seed_of(*seed, "caption")) < dropout else caption
+        for seed, caption in zip(seeds, captions, strict=True)
+    ]
+
+
+def mean_per_sample(error: Tensor, masks: Tensor | None, frames: int) -> Tensor:
+    """Squared errors (b f, c, h, w) to their means over the latents that count and over the frames
+    of a clip (b,)."""
+    if masks is None:
+        rows = error.mean(dim=(1, 2, 3))
+    else:
+        rows = (error * masks).sum(dim=(1, 2, 3)) / (masks.sum(dim=(1, 2, 3)) * error.shape[1])
+    return rows.unflatten(0, (-1, frames)).mean(1) if frames > 1 else rows
+
+
+def three_normals(seed: int, shape: Sequence[int]) -> Tensor:
+    """Three standard normal tensors (3, *shape) from one seed: posterior, noise, offset. Made on
+    the CPU, so that a run is the same on every device."""
+    return torch.randn((3, *shape), generator=torch.Generator().manual_seed(seed))
+
+
+def uniform_of(seed: int) -> float:
+    """A number in [0, 1) from a seed of `seed_of`."""
+    return seed / 2**63
