@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from trainer.attention.call import SiteCall
 from trainer.attention.context import StepContext, use
 from trainer.config.load import methods_of
 from trainer.config.schema import RecipeError
@@ -98,8 +99,8 @@ def test_agent_sd_is_what_a_loop_gives(
             site.module.scale_qk, site.module.scale = False, scale
         (op,) = tiny.host.processors[site.name].ops
 
-        def kernel(*args: Any, run: Any = op.kernel) -> Tensor:
-            seen.append((*args[:3], run(*args)))
+        def kernel(*args: Any, run: Any = op.kernel, **more: Any) -> Tensor:
+            seen.append((*args[:3], run(*args, **more)))
             return seen[-1][3]
 
         op.kernel = kernel
@@ -134,7 +135,13 @@ def test_pooled_agents_are_what_a_loop_gives(
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, site.heads, 64, site.head_dim, generator=generator) for _ in range(3))
     with torch.no_grad():
-        o = op.kernel(q, k, v, None, site, StepContext(0, 1, torch.tensor(0), latent_size=(8, 8)))
+        o = op.kernel(
+            q,
+            k,
+            v,
+            mask=None,
+            call=SiteCall(site, StepContext(0, 1, torch.tensor(0), latent_size=(8, 8))),
+        )
         weight, bias = op.shortcut.weight, op.shortcut.bias
         conv = nn.functional.conv2d(
             v[0].mT.reshape(1, -1, 8, 8), weight, bias, padding=1, groups=len(weight)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer.attention.call import SiteCall
 from trainer.attention.context import StepContext
 from trainer.config.load import load_recipe, methods_of
 from trainer.config.schema import RecipeError
@@ -162,7 +163,7 @@ def test_random_features_stand_for_the_scale_of_the_site(tiny: Any) -> None:
         if scale is not None:
             site.module.scale_qk, site.module.scale = False, scale
         s = width**-0.5 if scale is None else scale
-        o = op.kernel(q, k, v, None, site, StepContext(0, 1, torch.tensor(0)))
+        o = op.kernel(q, k, v, mask=None, call=SiteCall(site, StepContext(0, 1, torch.tensor(0))))
         for head in range(site.heads):
             for i in range(5):
                 weights = torch.zeros(5)
@@ -187,7 +188,7 @@ def test_the_shortcut_gives_back_what_is_local(tiny: Any, randomise: Callable[..
     q, k, v = (torch.randn(1, site.heads, 12, site.head_dim, generator=generator) for _ in range(3))
     with torch.no_grad():
         ctx = StepContext(0, 1, torch.tensor(0), latent_size=(3, 4))
-        o = op.kernel(q, k, v, None, site, ctx)
+        o = op.kernel(q, k, v, mask=None, call=SiteCall(site, ctx))
         weight, bias = op.shortcut.weight, op.shortcut.bias
         for head in range(site.heads):
             weights = q[0, head].relu() @ k[0, head].relu().T

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer.attention.call import SiteCall
 from trainer.attention.context import StepContext
 from trainer.config.load import methods_of
 from trainer.methods.apply import apply_methods
@@ -54,7 +55,13 @@ def test_a_kernel_takes_scale_and_mask(
     s = site.head_dim**-0.5 if scale is None else scale
     for training in (True, False):
         tiny.train(training)
-        o = op.kernel(q, k, v, mask, site, StepContext(0, 1, torch.tensor(0), latent_size=(8, 8)))
+        o = op.kernel(
+            q,
+            k,
+            v,
+            mask=mask,
+            call=SiteCall(site, StepContext(0, 1, torch.tensor(0), latent_size=(8, 8))),
+        )
         torch.testing.assert_close(o, by_a_loop(q, k, v, s, mask), rtol=1e-4, atol=1e-5)
 
 
@@ -71,7 +78,13 @@ def test_the_groups_of_longlora_take_the_scale_too(scale: float | None, tiny: An
     generator = torch.Generator().manual_seed(0)
     shape = (1, 2, 16, site.head_dim)
     q, k, v = (torch.randn(shape, generator=generator) for _ in range(3))
-    o = op.kernel(q, k, v, None, site, StepContext(0, 1, torch.tensor(0), latent_size=(8, 8)))
+    o = op.kernel(
+        q,
+        k,
+        v,
+        mask=None,
+        call=SiteCall(site, StepContext(0, 1, torch.tensor(0), latent_size=(8, 8))),
+    )
     for head, edges in enumerate(([0, 4, 8, 12, 16], [0, 2, 6, 10, 14, 16])):
         for start, stop in pairwise(edges):
             part = [x[:, head : head + 1, start:stop] for x in (q, k, v)]
