@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from trainer.attention.call import SiteCall
+from trainer.attention.extras import register_extra
 from trainer.attention.op import Traits
 from trainer.config.header import read_header
 from trainer.config.load import methods_of
@@ -138,6 +139,12 @@ def test_what_stock_cannot_hold_is_refused(tiny: Any) -> None:
     table = torch.nn.Embedding(2, 3)
     tiny.unet.add_module("extra", ExtendedEmbedding(table, [torch.zeros(3)]))
     with pytest.raises(ValueError, match=r"cannot carry unet\.extra \(ExtendedEmbedding\)"):
+        merge(tiny)
+
+
+def test_a_module_beside_the_denoiser_is_refused(tiny: Any) -> None:
+    register_extra(tiny, "projector", torch.nn.Linear(2, 3), owner="adapter")
+    with pytest.raises(ValueError, match=r"cannot carry extras\.projector, 1 such modules"):
         merge(tiny)
 
 

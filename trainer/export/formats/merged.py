@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from trainer.attention.extras import PART, Extras
 from trainer.attention.host import Host
 from trainer.export.formats import Format
 from trainer.export.job import Job
@@ -34,13 +35,24 @@ def merge(backbone: Any) -> Any:
             encoder.set_input_embeddings(table.merged())
             encoder.config.vocab_size = table.num_embeddings
     for name, module in backbone.named_modules():
-        if name and type(module).__module__.split(".")[0] not in STOCK:
+        if isinstance(module, Extras):
+            _refuse_extras(module)
+        elif name and type(module).__module__.split(".")[0] not in STOCK:
             raise ValueError(
                 f"format=merged cannot carry {name} ({type(module).__name__}): a stock pipeline "
                 "has no place for it"
             )
     _refuse_unwritten(backbone.denoiser)
     return backbone
+
+
+def _refuse_extras(extras: Extras) -> None:
+    """Refuses modules that methods have added beside the denoiser; a model without any is fine."""
+    if names := list(extras):
+        raise ValueError(
+            f"format=merged cannot carry {PART}.{names[0]}, {len(names)} such modules: a stock "
+            "pipeline has no place for them"
+        )
 
 
 def _refuse_unwritten(denoiser: Any) -> None:
