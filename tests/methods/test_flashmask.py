@@ -107,7 +107,7 @@ def test_keys_appended_by_another_op_are_refused(
     ("options", "message"),
     [
         ({"size": 0}, "methods.flashmask.size=0"),
-        ({"size": 2.5}, "a share is at most 1, a number of tokens is whole"),
+        ({"size": 2.5}, "give a share of at most 1, or a whole number of tokens"),
         ({"mask": "windows", "seen": 4}, "seen=4 belongs to mask=sliding_window"),
         ({"mask": "sliding"}, "did you mean sliding_window?"),
     ],

@@ -203,7 +203,7 @@ def test_one_head_is_refused(tiny: Any) -> None:
     ("options", "message"),
     [
         ({"group": 0}, "methods.longlora.group=0"),
-        ({"group": 2.5}, "a share is at most 1, a number of tokens is whole"),
+        ({"group": 2.5}, "give a share of at most 1, or a whole number of tokens"),
         ({"whole": ["norm"]}, "did you mean norms?"),
     ],
 )

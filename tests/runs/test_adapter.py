@@ -167,12 +167,12 @@ def test_spoiled_tensors_are_refused_by_name(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        pytest.param({"format": ""}, "its header says None", id="foreign"),
-        pytest.param({"format": "pt"}, "its header says 'pt'", id="other-format"),
-        pytest.param({"recipe": ""}, "holds no whole recipe", id="no-recipe"),
-        pytest.param({"recipe": "[1"}, "holds no whole recipe", id="broken-recipe"),
-        pytest.param({"recipe": {}}, "holds no whole recipe", id="empty-recipe"),
-        pytest.param({"backbone": []}, "holds no whole recipe", id="no-backbone"),
+        pytest.param({"format": ""}, "its header has the format None", id="foreign"),
+        pytest.param({"format": "pt"}, "its header has the format 'pt'", id="other-format"),
+        pytest.param({"recipe": ""}, "holds no complete recipe", id="no-recipe"),
+        pytest.param({"recipe": "[1"}, "holds no complete recipe", id="broken-recipe"),
+        pytest.param({"recipe": {}}, "holds no complete recipe", id="empty-recipe"),
+        pytest.param({"backbone": []}, "holds no complete recipe", id="no-backbone"),
         pytest.param(
             {"recipe": {"backbone": "tiny", "methods": {"os.system": {}}}},
             r"methods\.os\.system: no such method",

@@ -206,14 +206,14 @@ def test_runs_over_themselves_are_refused(tmp_path: Path) -> None:
             "backbone": {"name": "x"},
         }
         save_file({"x": torch.zeros(1)}, path, {HEADER: json.dumps(facts)})
-    with pytest.raises(RecipeError, match="trained over itself"):
+    with pytest.raises(RecipeError, match="names itself as its own backbone"):
         backbone_spec(str(paths[0]))
 
 
 def test_a_file_that_is_no_adapter_of_ours_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(RecipeError, match=r"backbone=.*other.* it is no adapter of ours"):
+    with pytest.raises(RecipeError, match=r"backbone=.*other.* it is not an adapter of ours"):
         backbone_spec(str(path))
 
 

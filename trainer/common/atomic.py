@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Another name to write a file under, which gets its own when the block ends well: it is there
-    whole or not at all, and what was there before stays until then."""
+def written_atomically(path: Path) -> Iterator[Path]:
+    """A temporary path to write a file to, which replaces `path` when the block ends without an
+    error; until then the earlier file stays."""
     part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield part

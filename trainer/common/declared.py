@@ -1,4 +1,4 @@
-"""What files say of themselves, read as text: nothing is imported, so a list of them is instant."""
+"""What methods, recipes and data sources declare, read as text: nothing is imported."""
 
 from __future__ import annotations
 

@@ -1,19 +1,14 @@
-"""How a run ends where it does not end well: the exit codes, and the exception that carries one."""
+"""The exit codes of a run that does not finish, and the exception that carries one."""
 
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
-
-
-DAMAGED = 65  # there are checkpoints and none is whole, or `data verify` found what is wrong
-NONFINITE = 70  # a loss, a gradient or a weight is no number, and the budget for that is spent
+DAMAGED = 65  # no checkpoint is undamaged, or `data verify` found damage
+NONFINITE = 70  # a loss, gradient or weight was NaN or infinite more often than allowed
 DISK = 74  # a checkpoint or the adapter could not be written
 REQUEUE = 75  # SIGUSR1: saved; start the same command again
-BAD_RECIPE = 78  # a recipe or an input that the user can mend
+BAD_RECIPE = 78  # a mistake in a recipe or an input, which the user can fix
 HUNG = 124  # a section took longer than run.timeouts allows
 INTERRUPTED = 130  # SIGINT
 TERMINATED = 143  # SIGTERM

@@ -20,7 +20,7 @@ def method_files() -> list[Path]:
 
 
 def source_files() -> list[Path]:
-    """The files of `trainer/data/sources/` that define a data source, known by their text."""
+    """The files of `trainer/data/sources/` that define a data source; found without importing."""
     marked = [
         path
         for path in (PACKAGE / "data" / "sources").glob("*.py")

@@ -1,1 +1,1 @@
-"""Recipes: what they may say, and how YAML and `key=value` words become a checked one."""
+"""Recipes: what they may contain, and how YAML and `key=value` words become a checked one."""

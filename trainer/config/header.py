@@ -1,5 +1,5 @@
-"""What stands in the header of an adapter: the recipe that made it and the backbone it was made
-for. No torch is needed to read it."""
+"""The header of an adapter: the recipe that made it, and the backbone it was made for. Reading it
+needs no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEADER = "attention_trainer"
 
 
 def file_of(name: str | Path) -> Path:
-    """The adapter in a run folder, the one that ships under a name, or the file itself."""
+    """The adapter in a run folder, the adapter that ships under a name, or the file itself."""
     path = shipped(name)
     return path / "adapter.safetensors" if path.is_dir() else path
 
@@ -37,13 +37,15 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             f"adapter={path}: not a safetensors file ({error}); pickles are never loaded"
         ) from None
     if HEADER not in metadata:
-        raise ValueError(f"adapter={path}: its header has no {HEADER!r}; it is no adapter of ours")
+        raise ValueError(
+            f"adapter={path}: its header has no {HEADER!r}, so it is not an adapter of ours"
+        )
     try:
         facts = json.loads(metadata[HEADER])
         if facts.get("format") != ADAPTER_FORMAT:
             raise ValueError(
-                f"adapter={path}: its header says {facts.get('format')!r}; "
-                f"an adapter says {ADAPTER_FORMAT!r}"
+                f"adapter={path}: its header has the format {facts.get('format')!r}; "
+                f"an adapter of ours has {ADAPTER_FORMAT!r}"
             )
         tree, identity = facts["recipe"], facts["backbone"]
         tree["methods"], identity["name"]
@@ -51,6 +53,6 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             raise TypeError
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
         raise ValueError(
-            f"adapter={path}: its header holds no whole recipe; save it again"
+            f"adapter={path}: its header holds no complete recipe; save it again"
         ) from None
     return tree, identity

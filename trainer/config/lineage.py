@@ -50,9 +50,9 @@ def backbone_spec(name: str, denoiser: Any = None) -> BackboneSpec:
         own = tree.pop("denoiser", None)
         spec = build_section(BackboneSpec, tree, f"backbone {name}")
         if spec.folder is not None:
-            places = {"folder": spec.folder, "overlay": spec.overlay}
+            folders = {"folder": spec.folder, "overlay": spec.overlay}
             spec = spec.model_copy(
-                update={key: str(DATA / place) for key, place in places.items() if place}
+                update={key: str(DATA / folder) for key, folder in folders.items() if folder}
             )
     elif (Path(name).expanduser() / "model_index.json").is_file():
         folder = Path(name).expanduser()
@@ -67,7 +67,9 @@ def backbone_spec(name: str, denoiser: Any = None) -> BackboneSpec:
         raise RecipeError(f"backbone={name}: neither a backbone of ours nor a folder{hint}")
     if spec.folder is not None and not (Path(spec.folder) / "model_index.json").is_file():
         raise RecipeError(f"backbone={name}: {spec.folder} is missing or has no model_index.json")
-    return spec.model_copy(update={"denoiser": _denoiser(spec.family, name, own, denoiser)})
+    return spec.model_copy(
+        update={"denoiser": _denoiser(spec.family, name, own=own, given=denoiser)}
+    )
 
 
 def _made_by(name: str) -> dict[str, Any] | None:
@@ -82,14 +84,14 @@ def _made_by(name: str) -> dict[str, Any] | None:
 
 
 def lineage_of(name: str) -> tuple[str, Any, tuple[str, ...]]:
-    """The backbone below what runs have made of it, the denoiser the first of them says, and their
-    adapters, the first one first."""
+    """The backbone that a chain of runs began with, the `denoiser` of the first run's recipe, and
+    the adapters of all of them, the first run's first."""
     adapters: list[str] = []
     denoiser = None
     while (tree := _made_by(name)) is not None:
         file = str(file_of(name))
         if file in adapters:
-            raise RecipeError(f"backbone={name}: {file} says that it was trained over itself")
+            raise RecipeError(f"backbone={name}: {file} names itself as its own backbone")
         adapters.append(file)
         name, denoiser = tree["backbone"], tree.get("denoiser")
     return name, denoiser, tuple(reversed(adapters))

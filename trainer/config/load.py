@@ -1,9 +1,9 @@
 """A recipe: one YAML, `key=value` overrides, and a complete check of both before torch is imported.
 
 Names resolve to files of ours and to nothing else: a backbone to `recipes/backbone/<name>.yaml`, a
-data source to `trainer/data/<name>.py`, a method to `trainer/methods/<level>/<name>.py`. A backbone
-may also be a folder of weights, or what a finished run has made of one. A recipe that says `base:
-<recipe>` states only what differs from that one.
+data source to `trainer/data/sources/<name>.py`, a method to `trainer/methods/<level>/<name>.py`. A
+backbone may also be a folder of weights, or the result of a finished run. A recipe with
+`base: <recipe>` states only what differs from that one.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ def load_recipe(arguments: Iterable[str]) -> Recipe:
     name = overrides.pop("recipe", None)
     if not isinstance(name, str):
         raise RecipeError(f"recipe=<name> is missing; recipes: {', '.join(recipe_names())}")
-    whole = resolve_recipe(name, read_recipe(name), overrides)
-    if whole.optim.frozen and whole.run.start_from is None:  # what an adapter carries has none
+    recipe = resolve_recipe(name, read_recipe(name), overrides)
+    frozen = recipe.optim.frozen
+    # checked here alone: the recipe in an adapter's header has no start_from
+    if frozen and recipe.run.start_from is None:
         raise RecipeError(
-            f"optim.lrs.{whole.optim.frozen[0]}=0 keeps it as an earlier run left it, and there is "
-            "none; give run.start_from=<a run or its adapter>, or an lr above 0"
+            f"optim.lrs.{frozen[0]}=0 keeps it as an earlier run left it, and there is none; give "
+            "run.start_from=<a run or its adapter>, or an lr above 0"
         )
-    return whole
+    return recipe
 
 
 def resolve_recipe(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Recipe:
@@ -114,12 +116,15 @@ def _optim(section: Section, named: Iterable[str], chosen: Mapping[str, Method])
     return section.model_copy(update={"lrs": kept})
 
 
-def task_recipe(whole: Recipe, number: int, start_from: Path | None = None) -> Recipe:
-    """The ordinary recipe of concept `number` of a continual one; it goes on from an adapter."""
-    tree = merge_trees(whole.tree, task_overlay(whole, number))
+def task_recipe(recipe: Recipe, number: int, start_from: Path | None = None) -> Recipe:
+    """The ordinary recipe of concept `number` of a continual one.
+
+    start_from: the adapter of the concept before, whose tensors its run continues from.
+    """
+    tree = merge_trees(recipe.tree, task_overlay(recipe, number))
     start = {"run": {"start_from": str(start_from)}} if start_from else {}
     try:
-        return resolve_recipe(whole.name, tree, start)
+        return resolve_recipe(recipe.name, tree, start)
     except RecipeError as error:
         raise RecipeError(f"continual.concepts.{number}: {error}") from None
 
@@ -135,7 +140,7 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def _over_base(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """above: the files that came here by their `base`, the recipe itself first."""
+    """above: the files whose `base` led here, the recipe itself first."""
     tree, chain = read_yaml(path), (*above, path)
     base = tree.pop("base", None)
     if base is None:
@@ -144,8 +149,8 @@ def _over_base(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(f"{path}: base is {base!r}; it takes the name of a recipe, or a file")
     below = _recipe_file(base, f"{path}: base: {base}", path.parent)
     if below in chain:
-        circle = " -> ".join(file.name for file in (*chain, below))
-        raise RecipeError(f"{path}: base goes in a circle, {circle}; remove one of them")
+        names = " -> ".join(file.name for file in (*chain, below))
+        raise RecipeError(f"{path}: base is circular, {names}; remove one of them")
     return merge_trees(_over_base(below, chain), tree)
 
 
@@ -172,10 +177,10 @@ def _check_overlays(tree: Any) -> None:
         if not isinstance(values, dict):
             raise RecipeError(f"backbones.{name} is {values!r}; it takes {', '.join(KEYS[2:])}")
         refuse_unknown(values, ("base", *KEYS[2:]), f"backbones.{name}")
-        if "base" in values and values["base"] not in (whole := _without_base(tree)):
+        if "base" in values and values["base"] not in (free := _without_base(tree)):
             raise RecipeError(
                 f"backbones.{name}.base is {values['base']!r}; it takes another of this table that "
-                f"has no base itself: {', '.join(whole) or 'there is none'}"
+                f"has no base itself: {', '.join(free) or 'there is none'}"
             )
 
 
@@ -197,15 +202,15 @@ def _data(tree: Any) -> Source:
     if source not in Source.names():
         raise RecipeError(f"data.source={source}: no such source{nearest(source, Source.names())}")
     cls = Source.find(source)
-    # what a recipe says for another source goes away with null
+    # null removes an option that a base recipe set for another source
     values = {k: value for k, value in values.items() if value is not None or k in cls.model_fields}
     refuse_unknown(values, ("source", *cls.model_fields), "data")
     return build_section(cls, values, "data")
 
 
 def _check_words(data: Source, chosen: Mapping[str, Method]) -> None:
-    """Where methods add words, the data's own are among them, or a method trains what no caption
-    holds. They may add more: a caption beside a photo can hold others."""
+    """Refuses data whose words no method adds, where methods add words at all: a method would train
+    a word that no caption holds. Methods may add more words, which captions beside photos hold."""
     added = {word: name for name, method in chosen.items() for word in method.words}
     if added and (lacking := [word for word in data.words if word not in added]):
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""A continual recipe as ordinary recipes, one a concept: what each lays over the whole."""
+"""A continual recipe as ordinary recipes, one for each concept: what differs between them."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from trainer.config.sections import ContinualSpec
 from trainer.methods.method import Method
 
 
-def check_tasks(whole: Recipe) -> None:
+def check_tasks(recipe: Recipe) -> None:
     """Raises `RecipeError` where a recipe with `continual.concepts` cannot be run one by one."""
-    if not isinstance(getattr(whole.data, "token", None), str):
+    if not isinstance(getattr(recipe.data, "token", None), str):
         raise RecipeError(
-            "continual.concepts needs data.source=concept with one data.token, in whose place the "
-            "token of each concept stands"
+            "continual.concepts needs data.source=concept with one data.token, which the token of "
+            "each concept replaces"
         )
-    if whole.run.devices * whole.run.nodes > 1:
+    if recipe.run.devices * recipe.run.nodes > 1:
         raise RecipeError("continual.concepts are learned on one device; set run.devices=1")
-    if whole.continual.images and not whole.evaluate.alone:
+    if recipe.continual.images and not recipe.evaluate.alone:
         raise RecipeError(
             "evaluate.alone is empty, so no concept can be judged; give prompts, or "
             "continual.images=0"
         )
 
 
-def task_overlay(whole: Recipe, number: int) -> dict[str, Any]:
+def task_overlay(recipe: Recipe, number: int) -> dict[str, Any]:
     """What makes the recipe of concept `number`: its data and token, prompts that name that token,
     and for every method that counts tasks, which one this is."""
-    spec = whole.continual
-    old, token = str(getattr(whole.data, "token", "")), spec.words[number]
+    spec = recipe.continual
+    old, token = str(getattr(recipe.data, "token", "")), spec.words[number]
 
     def named(prompts: Sequence[str]) -> list[str]:
         return [prompt.replace(old, token) for prompt in prompts]
@@ -38,14 +38,14 @@ def task_overlay(whole: Recipe, number: int) -> dict[str, Any]:
     data = {"concept": spec.concepts[number], "token": token}
     if spec.class_words:
         data["class_word"] = spec.class_words[number]
-    look, asked = whole.preview, whole.evaluate
+    previews, asked = recipe.preview, recipe.evaluate
     return {
         "continual": None,
         "data": data,
-        "methods": {name: _options(each, spec, number) for name, each in whole.methods.items()},
+        "methods": {name: _options(each, spec, number) for name, each in recipe.methods.items()},
         "preview": {
-            "prompts": named(look.prompts),
-            "maps": look.maps and look.maps.replace(old, token),
+            "prompts": named(previews.prompts),
+            "maps": previews.maps and previews.maps.replace(old, token),
         },
         "evaluate": {"alone": named(asked.alone), "beside": named(asked.beside)},
     }

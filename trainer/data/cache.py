@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.common.atomic import written_whole
+from trainer.common.atomic import written_atomically
 from trainer.common.long_work import long_work
 from trainer.data.source import Dataset
 
@@ -140,10 +140,10 @@ def _make(path: Path, batches: Sequence[range], encode: Encode, *, dataset: Data
     with long_work("latents", total, total - absent) as advance:
         for part in missing:
             pixels = torch.cat([frames_of(dataset.image(index)) for index in part.samples])
-            with written_whole(part.file) as beside:
+            with written_atomically(part.file) as beside:
                 np.savez(beside, moments=encode(pixels).half().cpu().numpy())
             advance(part.last - part.first)
-    with written_whole(path) as beside:
+    with written_atomically(path) as beside:
         _join(beside, parts)
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.common.atomic import written_whole
+from trainer.common.atomic import written_atomically
 from trainer.common.long_work import long_work
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _fill(
     made = make(batch)
     for number in absent:
         picture = made[number - batch.start]
-        with written_whole(_path(folder, number)) as part:
+        with written_atomically(_path(folder, number)) as part:
             picture.save(part, "PNG")
         found[number] = picture
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trainer.backbones.placement import CPU, Placement
-from trainer.common.atomic import written_whole
+from trainer.common.atomic import written_atomically
 from trainer.config import load
 from trainer.config.lineage import backbone_spec
 from trainer.export.apply_bundle import add_to
@@ -65,7 +65,7 @@ def import_file(
     tensors, identity = _tensors(bundle, methods, load_base(spec, backbone))
     tree = {"backbone": backbone, "methods": methods}
     out.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(out) as part:
+    with written_atomically(out) as part:
         save_adapter(part, tensors, tree=tree, identity=identity)
         largest = difference(probe(load_adapted(part)[0]), wanted)
         _refuse_difference(path, largest)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Plan:
     """What applying a recipe's methods did; edits in the order they were applied.
 
-    trained, total: how many values train, and how many the model has, those in 4 bits too.
+    trained, total: how many values train, and how many the model has, those stored in 4 bits too.
     """
 
     edits: Mapping[str, Edit]
@@ -33,7 +33,7 @@ class Plan:
 
     @property
     def stored(self) -> tuple[str, ...]:
-        """What an adapter holds: all that trains, and all the base cannot give back."""
+        """Names of the tensors an adapter holds: all that train, and all the base does not have."""
         return (*self.names, *self.keeps)
 
 
@@ -50,7 +50,7 @@ def find_method(name: str) -> type[Method]:
 
 
 def in_order(methods: Mapping[str, Method]) -> dict[str, Method]:
-    """As they are applied: by `ORDER`, and those of one kind as they stand."""
+    """The order in which they are applied: by `ORDER`, then as the recipe lists them."""
     return dict(sorted(methods.items(), key=lambda item: ORDER.index(item[1].kind)))
 
 
@@ -102,7 +102,7 @@ def _apply(
             raise _both_claim(taken.owner, name, (taken.thing, taken.aspect)) from taken
         raise ValueError(
             f"methods.{name}: {taken}, by the run this backbone is the result of; choose "
-            "other sites, or as the backbone what that run was trained on"
+            "other sites, or the backbone that run was trained on"
             + (", or its export with format=merged" if taken.merges else "")
         ) from taken
     except ValueError as error:
@@ -168,8 +168,8 @@ def _with_start(edit: Edit, model: AttentionModel) -> Edit:
 
 
 def _moved(before: Mapping[str, Parameter], model: AttentionModel) -> dict[str, str]:
-    """Old name to new of the parameters that have another name now: an adapter put a layer of its
-    own around theirs."""
+    """Old name to new of the parameters whose name has changed because an adapter wrapped their
+    layer in a layer of its own."""
     after = {id(parameter): name for name, parameter in model.named_parameters()}
     names = ((old, after.get(id(parameter), old)) for old, parameter in before.items())
     return {old: new for old, new in names if old != new}

@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from trainer.common.atomic import written_whole
+from trainer.common.atomic import written_atomically
 from trainer.config.header import read_header
 from trainer.config.run_section import RunSpec
 from trainer.config.schema import Recipe
@@ -119,7 +119,7 @@ def append_line(path: Path, facts: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file's text. After a full disk or a kill the old file is still complete."""
-    with written_whole(path) as part:
+    with written_atomically(path) as part:
         part.write_text(text, encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trainer.common.atomic import written_whole
+from trainer.common.atomic import written_atomically
 from trainer.data.tars.manifest import (
     MANIFEST,
     Manifest,
@@ -109,7 +109,7 @@ class Hashed:
             return
         with suppress(OSError):  # without this file the next run computes the digests again
             self.place.parent.mkdir(parents=True, exist_ok=True)
-            with written_whole(self.place) as part:
+            with written_atomically(self.place) as part:
                 part.write_text(json.dumps(self.known), encoding="utf-8")
 
     @staticmethod

@@ -29,7 +29,7 @@ from pydantic import (
     model_validator,
 )
 
-from trainer.common.atomic import written_whole
+from trainer.common.atomic import written_atomically
 from trainer.media.decode import VideoFacts, examine
 from trainer.media.images import DAMAGED_IMAGE, ImageError, decode_image
 from trainer.media.photos import READABLE_IMAGES, decode_caption
@@ -109,7 +109,7 @@ def index(paths: Sequence[Path], ignore: Collection[str] = ()) -> list[Shard]:
 def save_manifest(found: Manifest, place: Path) -> None:
     """Writes a manifest; the file is replaced in one step, so it is never incomplete."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(place) as part:
+    with written_atomically(place) as part:
         part.write_text(
             found.model_dump_json(exclude_none=True, by_alias=True) + "\n", encoding="utf-8"
         )

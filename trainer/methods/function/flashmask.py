@@ -55,7 +55,7 @@ class Flashmask(Method):
     @classmethod
     def _share_or_number(cls, size: float) -> float:
         if size > 1 and size != int(size):
-            raise ValueError("a share is at most 1, a number of tokens is whole")
+            raise ValueError("give a share of at most 1, or a whole number of tokens")
         return size
 
     @model_validator(mode="after")
@@ -72,8 +72,7 @@ class Flashmask(Method):
         for site in chosen:
             if site.kind == "cross":
                 raise ValueError(
-                    f"{site.name} is cross-attention, whose tokens are not those that look; choose "
-                    "sites=self"
+                    f"{site.name} is cross-attention, whose keys are text; choose sites=self"
                 )
         return installed(
             model, Op(self.spec, None if self.backend == "auto" else self.backend), chosen
@@ -83,7 +82,7 @@ class Flashmask(Method):
         """The mask of this many tokens, `frames` frames of them.
 
         Raises:
-            ValueError: the tokens are no whole number in each frame.
+            ValueError: the tokens do not divide into the frames.
         """
         from trainer.kernels import column_masks
         from trainer.kernels.column_masks import causal_mask

@@ -56,5 +56,5 @@ def _refuse_nothing(model: AttentionModel, targets: Sequence[Target]) -> None:
         if not weight.flatten(1).any(dim=1).all():
             raise ValueError(
                 f"{target.path} holds rows of zeros, which have a length and no direction; leave "
-                "it out, as in projections=[q,k,v], or take methods.lora"
+                "it out, as in projections=[q,k,v], or use methods.lora"
             )

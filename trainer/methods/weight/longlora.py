@@ -45,7 +45,7 @@ class Longlora(LowRank):
     @classmethod
     def _share_or_number(cls, group: float) -> float:
         if group > 1 and group != int(group):
-            raise ValueError("a share is at most 1, a number of tokens is whole")
+            raise ValueError("give a share of at most 1, or a whole number of tokens")
         return group
 
     def apply(self, model: AttentionModel) -> Edit:
@@ -64,14 +64,15 @@ class Longlora(LowRank):
             if site.heads < 2:
                 raise ValueError(f"{site.name} has one head, and half of the heads are shifted")
         targets = self.targets(model)
-        whole = self._whole(model)
-        trains = (*inject(model, targets, self.config, owner=self.name), *whole)
+        direct = self._trained_directly(model)
+        trains = (*inject(model, targets, self.config, owner=self.name), *direct)
         model.host.install(ShiftedSparse(self.group), grouped)
         kernels = [(f"{model.denoiser_name}.{site.name}", "the kernel") for site in grouped]
         return edit_of(targets, trains, also=kernels)
 
-    def _whole(self, model: AttentionModel) -> list[str]:
-        """Names of what trains whole; the layers that scale norms by the time are no norms."""
+    def _trained_directly(self, model: AttentionModel) -> list[str]:
+        """Names of the norms and embeddings that train; layers that scale norms by the timestep are
+        no norms."""
         found = []
         for name, layer in model.denoiser.named_modules():
             norm = "norms" in self.whole and "Norm" in type(layer).__name__
