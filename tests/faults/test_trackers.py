@@ -34,7 +34,7 @@ def test_a_server_that_is_not_there(
     process = started(tmp_path / "run", {}, "tracker=wandb", *OWN, *own)
     _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said[-3000:]
-    assert "tracker=wandb: " in said and "the run goes on" in said
+    assert "tracker=wandb: " in said and "the run continues" in said
     (event,) = look.events(tmp_path / "run", "tracker_failed")
     assert "127.0.0.1:9" in event["reason"]
     assert whole_record(tmp_path / "run")

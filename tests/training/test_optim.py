@@ -32,7 +32,9 @@ def parameters() -> dict[str, nn.Parameter]:
 
 
 def made(named: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-    return make_optimizer(OPTIM, named, {"net.blocks.0.own.weight": 0.5}, BLOCKS, "cpu")
+    return make_optimizer(
+        OPTIM, named, lrs={"net.blocks.0.own.weight": 0.5}, blocks=BLOCKS, device="cpu"
+    )
 
 
 def step(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, seed: int) -> None:
@@ -63,7 +65,9 @@ def test_an_orthogonal_step_is_of_the_size_of_adamws() -> None:
     """Root mean square 0.2 lr whatever the shape, within what five Newton-Schulz steps leave."""
     for shape in ((64, 64), (64, 256), (256, 64)):
         value = nn.Parameter(torch.zeros(shape))
-        optimizer = make_optimizer(OPTIM, {"net.blocks.0.x": value}, {}, BLOCKS, "cpu")
+        optimizer = make_optimizer(
+            OPTIM, {"net.blocks.0.x": value}, lrs={}, blocks=BLOCKS, device="cpu"
+        )
         step({"x": value}, optimizer, 0)
         assert float(value.detach().square().mean().sqrt()) == pytest.approx(0.2 * 4e-3, rel=0.2)
 
@@ -127,9 +131,13 @@ def test_in_a_backbone_it_moves_the_matrices_beside_attention(
 
 
 def test_nothing_to_move_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"none of them trains; set optim\.name=adamw"):
+    with pytest.raises(ValueError, match=r"no such matrix is trained; set optim\.name=adamw"):
         make_optimizer(
-            OPTIM, {"net.head.weight": nn.Parameter(torch.zeros(2, 2))}, {}, BLOCKS, "cpu"
+            OPTIM,
+            {"net.head.weight": nn.Parameter(torch.zeros(2, 2))},
+            lrs={},
+            blocks=BLOCKS,
+            device="cpu",
         )
 
 

@@ -1,5 +1,5 @@
-"""`data inspect`: a contact sheet of exactly what the trainer sees, and how many pictures there are
-of each shape and in each bucket."""
+"""`data inspect`: a contact sheet of training samples, exactly as the trainer uses them, and the
+number of pictures of each shape and in each bucket."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from trainer.config.schema import Recipe
 from trainer.data.buckets import Bucketed, Size, upright_size
+from trainer.data.concept_data import ConceptData
 from trainer.data.loader import Batch, Planned
 from trainer.data.source import Dataset
-from trainer.data.sources.concept import ConceptData
 from trainer.data.sources.folder import Photos
 from trainer.data.tars.reader import Tars
 from trainer.media.grids import wrap
@@ -26,18 +26,18 @@ from trainer.training.build import needs, placement_of, step_plan
 from trainer.training.tasks.denoise import kept_captions, seeds_of
 
 SIDE, PAD, LINE, COLUMNS = 192, 8, 14, 4
-FRAMES = 4  # of a clip, side by side
-LEFT_OUT = (255, 0, 255)  # what the mask keeps out of the loss
-BAR = 40  # characters
+FRAMES = 4  # of a clip that are shown side by side
+LEFT_OUT = (255, 0, 255)  # the colour over latents that the mask excludes from the loss
+BAR = 40  # characters of the longest bar
 
 
 def inspect(recipe: Recipe, count: int, step: int, out: Path) -> Iterator[str]:
-    """Draws `count` samples from micro-batch `step` on into `out`, a PNG; yields the lines of the
-    histogram."""
+    """Writes `count` samples, from micro-batch `step` on, to the PNG `out`; yields lines with
+    histograms, skipped samples and the file."""
     placement = placement_of(recipe.run)
     backbone = load_base(recipe.backbone, recipe.backbone_name, placement, hold=False)
     train, _ = recipe.data.open(needs(recipe, backbone))
-    batches = Planned(train, step_plan(recipe, train), None, 0, 1)
+    batches = Planned(train, step_plan(recipe, train), moments=None, rank=0, world_size=1)
     cells: list[Image.Image] = []
     while len(cells) < count:
         batch = batches[step]
@@ -64,7 +64,7 @@ def seen_captions(recipe: Recipe, batch: Batch) -> list[str]:
 
 
 def originals(data: Dataset) -> list[Size]:
-    """Width and height of each picture as it is stored, where the source keeps pictures."""
+    """Width and height of each stored picture; empty if the source stores none."""
     if isinstance(data, Tars):
         return [(entry.width, entry.height) for _, entry in data.rows]
     if isinstance(data, Photos):
@@ -75,7 +75,7 @@ def originals(data: Dataset) -> list[Size]:
 
 
 def _sizes(data: Dataset, batch: Batch) -> list[Size]:
-    """The size of each group; that of the batch where all are of one."""
+    """The size of each group; without buckets that of the batch."""
     if isinstance(data, Bucketed):
         return list(data.sizes)
     assert batch.pixels is not None
@@ -98,7 +98,7 @@ def _aspect(shape: Size) -> str:
 
 
 def _cell(batch: Batch, index: int, caption: str) -> Image.Image:
-    """One sample: its picture as large as fits, what the loss leaves out marked, and its facts."""
+    """One sample: its picture, scaled to fit, with excluded latents marked, and its facts."""
     assert batch.pixels is not None
     frames = batch.pixels[index * batch.frames : (index + 1) * batch.frames]
     shown = [frames[i] for i in _spread(len(frames))]
@@ -130,7 +130,7 @@ def _spread(count: int) -> Sequence[int]:
 
 
 def _marked(frame: Tensor, mask: Tensor | None) -> Image.Image:
-    """The picture (3, H, W); what its mask (1, h, w) of latents leaves out is half magenta."""
+    """The picture (3, H, W), half magenta where its mask of latents (1, h, w) is 0."""
     picture = to_pil(frame)
     if mask is None:
         return picture

@@ -104,7 +104,11 @@ class DiffusionModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(
-            self.optim, self.trainable(), self.lrs, self._blocks(), self.device.type
+            self.optim,
+            self.trainable(),
+            lrs=self.lrs,
+            blocks=self._blocks(),
+            device=self.device.type,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.optim.factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,4 +1,4 @@
-"""The optimisers of `optim.name`, and what lr does over a run."""
+"""The optimisers of `optim.name`, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from torch import nn
 
 from trainer.ops.adapters.nf4 import bitsandbytes
 
-# optimisers of bitsandbytes (arXiv 2110.02861); a tensor below 4096 values keeps 32-bit moments
+# optimisers of bitsandbytes (arXiv 2110.02861); tensors below 4096 values have 32-bit moments
 EIGHT_BIT = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
 
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW, one of `EIGHT_BIT`, or Muon: a linear warm-up over `warmup` of `steps`, then constant
-    or cosine to `final_lr` of lr. muon_lr: of what Muon moves; None is lr."""
+    """AdamW, one of `EIGHT_BIT`, or Muon.
+
+    The learning rate rises linearly over `warmup` of `steps`, then it is constant, or falls as a
+    cosine to `final_lr` times lr. muon_lr: the lr of the matrices that Muon trains; None is lr.
+    """
 
     lr: float
     steps: int
@@ -35,7 +38,7 @@ class Optim:
     muon_lr: float | None = None
 
     def factor(self, step: int) -> float:
-        """What lr is multiplied by at optimiser step `step`."""
+        """The factor on lr at optimiser step `step`, counted from 0."""
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
         if self.schedule == "constant":
@@ -47,34 +50,30 @@ class Optim:
 def make_optimizer(
     optim: Optim,
     named: Mapping[str, nn.Parameter],
+    *,
     lrs: Mapping[str, float],
     blocks: Sequence[str],
     device: str,
 ) -> torch.optim.Optimizer:
     """The optimiser of `named` parameters.
 
-    lrs: parameters with an lr of their own, by name; blocks: how the names begin of what lies in a
-    block with attention, whose matrices Muon moves unless they have an lr of their own.
+    lrs: parameters with their own lr, by name; blocks: the prefixes of the names of parameters in
+    blocks with attention. Muon trains the matrices there, except those with their own lr.
 
     Raises:
-        ValueError: as `optimizer_class`; Muon has nothing to move.
+        ValueError: as `optimizer_class`; there is no matrix for Muon.
     """
     within = tuple(blocks) if optim.name == "muon" else ()
-    matrices, by_lr = [], defaultdict(list)
-    for name, value in named.items():
-        if value.ndim == 2 and name.startswith(within) and name not in lrs:
-            matrices.append(value)
-        else:
-            by_lr[lrs.get(name, optim.lr)].append(value)
-    parts = []
+    matrices, by_lr = _for_muon(optim, named, lrs=lrs, within=within)
+    parts: list[torch.optim.Optimizer] = []
     if matrices:
         lr = optim.lr if optim.muon_lr is None else optim.muon_lr
         decay = optim.weight_decay
         parts.append(torch.optim.Muon(matrices, lr, decay, adjust_lr_fn="match_rms_adamw"))
     elif optim.name == "muon":
         raise ValueError(
-            "optim.name=muon moves matrices in the blocks that hold attention, and none of them "
-            "trains; set optim.name=adamw"
+            "optim.name=muon trains matrices in the blocks with attention, and no such matrix "
+            "is trained; set optim.name=adamw"
         )
     if by_lr:
         parts.append(
@@ -89,12 +88,30 @@ def make_optimizer(
     return Muon(parts) if matrices else parts[0]
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., https://kellerjordan.github.io/posts/muon) and what moves all else, as
-    one optimiser: schedules, checkpoints and callbacks see one list of groups and one state.
+def _for_muon(
+    optim: Optim,
+    named: Mapping[str, nn.Parameter],
+    *,
+    lrs: Mapping[str, float],
+    within: tuple[str, ...],
+) -> tuple[list[nn.Parameter], dict[float, list[nn.Parameter]]]:
+    """The matrices that Muon trains, and all other parameters by their lr."""
+    matrices, by_lr = [], defaultdict(list)
+    for name, value in named.items():
+        if value.ndim == 2 and name.startswith(within) and name not in lrs:
+            matrices.append(value)
+        else:
+            by_lr[lrs.get(name, optim.lr)].append(value)
+    return matrices, by_lr
 
-    Muon's step is the momentum made orthogonal, times 0.2 sqrt(max(rows, columns)) lr, so that its
-    values are of the size of AdamW's (arXiv 2502.16982, section 2.2).
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al., https://kellerjordan.github.io/posts/muon) and the optimiser of all
+    other parameters, as one optimiser with one list of groups and one state, for schedules,
+    checkpoints and callbacks.
+
+    Muon's step is the orthogonalised momentum, times 0.2 sqrt(max(rows, columns)) lr, so that its
+    values are as large as AdamW's (arXiv 2502.16982, section 2.2).
     """
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
@@ -104,7 +121,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None if closure is None else closure()
         groups = iter(self.param_groups)
-        for part in self.parts:  # `load_state_dict` puts new groups and a new state here
+        for part in self.parts:  # `load_state_dict` has replaced the groups and the state
             part.param_groups = list(islice(groups, len(part.param_groups)))
             part.state = self.state
             part.step()
@@ -112,10 +129,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizer_class(name: str, device: str) -> Any:
-    """The class that moves what Muon does not.
+    """The optimiser class for parameters that Muon does not train.
 
     Raises:
-        ValueError: bitsandbytes is not installed, or a paged optimiser is to run on a CPU.
+        ValueError: bitsandbytes is not installed, or a paged optimiser is requested on a CPU.
     """
     if name not in EIGHT_BIT:
         return torch.optim.AdamW

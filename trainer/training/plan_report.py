@@ -1,5 +1,5 @@
-"""The plan as people read it: what each method touched, what trains, how large the adapter gets,
-memory at the peak, and what really ran."""
+"""Reports of the plan for users: the sites of each method, the trained parameters, the size of the
+adapter, peak memory, and the attention back ends that were used."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trainer.ops.adapters.nf4 import scales
 def describe_plan(
     recipe: Recipe, backbone: Backbone, plan: Plan, memory: int | None
 ) -> dict[str, Any]:
-    """The plan as plain data, as it is kept in the run folder."""
+    """The plan as plain data for the run folder. memory: bytes at the peak, or None."""
     return {
         "recipe": recipe.name,
         "backbone": recipe.backbone_name,
@@ -48,7 +48,7 @@ def describe_plan(
 
 
 def show_plan(plan: Mapping[str, Any], methods: Mapping[str, Method], console: Console) -> None:
-    """Prints the table."""
+    """Prints the plan as a table."""
     table = Table(title=f"{plan['recipe']} on {plan['backbone']}", title_justify="left")
     for column in ("method", "kind", "options", "sites", "parameters trained"):
         table.add_column(
@@ -58,9 +58,8 @@ def show_plan(plan: Mapping[str, Any], methods: Mapping[str, Method], console: C
         options = ", ".join(
             f"{key}={escape(_short(value))}" for key, value in methods[name].model_dump().items()
         )
-        table.add_row(
-            name, edit["kind"], options, str(len(edit["sites"])), f"{edit['parameters']:,}"
-        )
+        cells = (name, edit["kind"], options, str(len(edit["sites"])), f"{edit['parameters']:,}")
+        table.add_row(*cells)
     console.print(table)
     share = 100 * plan["trained"] / plan["total"]
     console.print(
@@ -76,23 +75,24 @@ def show_plan(plan: Mapping[str, Any], methods: Mapping[str, Method], console: C
 
 
 def save_plan(plan: Mapping[str, Any], folder: Path) -> None:
+    """Writes `plan.json`."""
     (folder / "plan.json").write_text(json.dumps(plan, indent=1), encoding="utf-8")
 
 
 def report_backends(plan: Plan, folder: Path, console: Console) -> None:
-    """Prints what methods say really ran at their sites, and adds it to the kept plan as
-    `methods.<name>.ran`, site by site. Before the first batch nothing has."""
-    told = {name: edit.report() for name, edit in plan.edits.items() if edit.report is not None}
-    if not told:
+    """Prints the back ends that methods used at their sites, and adds them to `plan.json` as
+    `methods.<name>.ran`, site by site. They are known after the first batch."""
+    reports = {name: edit.report() for name, edit in plan.edits.items() if edit.report is not None}
+    if not reports:
         return
     kept = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    for name, sites in told.items():
+    for name, sites in reports.items():
         kept["methods"][name]["ran"] = {site: list(what) for site, what in sites.items()}
-        alike: dict[str, list[str]] = {}
+        by_backend: dict[str, list[str]] = {}
         for site, what in sites.items():
-            alike.setdefault(" and ".join(what), []).append(site)
-        for what, names in alike.items():
-            where = f"all {len(names)} sites" if len(alike) == 1 else ", ".join(names)
+            by_backend.setdefault(" and ".join(what), []).append(site)
+        for what, names in by_backend.items():
+            where = f"all {len(names)} sites" if len(by_backend) == 1 else ", ".join(names)
             line = f"methods.{name}: {what} ran at {where}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     save_plan(kept, folder)
@@ -101,8 +101,8 @@ def report_backends(plan: Plan, folder: Path, console: Console) -> None:
 def peak_memory(recipe: Recipe, backbone: Backbone, plan: Plan) -> int:
     """Bytes at the peak of a training step on one device, estimated.
 
-    Weights, gradients, two AdamW moments and EMA of what trains, and what one forward saves for the
-    backward, counted on fake tensors that hold no memory.
+    This is the sum of all weights; gradients, two AdamW moments and EMA of trained parameters; and
+    the tensors that one forward saves for the backward, counted with fake tensors.
     """
     stored = [part for value in backbone.parameters() for part in (value, *scales(value))]
     weights = sum(part.numel() * part.element_size() for part in stored)
@@ -112,11 +112,11 @@ def peak_memory(recipe: Recipe, backbone: Backbone, plan: Plan) -> int:
 
 
 def saved_bytes(recipe: Recipe, backbone: Backbone, rows: int) -> int:
-    """What one training forward of the denoiser keeps for its backward, each storage counted
+    """Bytes that one training forward of the denoiser saves for its backward; each storage counts
     once."""
     side = (recipe.run.resolution or backbone.resolution) // backbone.divisor
     seen: dict[int, int] = {}
-    keep: list[Tensor] = []  # a storage that is freed could lend its address to the next
+    keep: list[Tensor] = []  # a freed storage could give its id to the next one
 
     def count(value: Tensor) -> Tensor:
         keep.append(value)
@@ -127,7 +127,7 @@ def saved_bytes(recipe: Recipe, backbone: Backbone, rows: int) -> int:
     real = {
         name: (value.detach(), value.requires_grad)
         for name, value in denoiser.named_parameters()
-        if not scales(value)  # 4-bit weights stay real: a fake one would lose its scales
+        if not scales(value)  # 4-bit weights stay real: fake ones would lose their scales
     }
     real |= {name: (value, False) for name, value in denoiser.named_buffers()}
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -136,23 +136,26 @@ def saved_bytes(recipe: Recipe, backbone: Backbone, rows: int) -> int:
             for name, (value, trains) in real.items()
         }
         own = {id(value.untyped_storage()) for value in fakes.values()}
-        width, device = backbone.text_width, backbone.device
-        text = Condition(torch.empty(rows, backbone.text_length, width, device=device))
-        inputs = backbone.inputs(
-            torch.empty(rows, backbone.latent_channels, side, side, device=device),
-            torch.zeros(rows, device=device),
-            text,
-        )
+        inputs = _empty_inputs(backbone, rows, side)
         with (
             torch.autograd.graph.saved_tensors_hooks(count, lambda value: value),
             backbone.computing(),
         ):
-            functional_call(denoiser, fakes, (), inputs)
+            functional_call(denoiser, fakes, args=(), kwargs=inputs)
     return sum(size for storage, size in seen.items() if storage not in own)
 
 
+def _empty_inputs(backbone: Backbone, rows: int, side: int) -> Any:
+    """What the denoiser is called with, for `rows` latents of `side`; the values are arbitrary."""
+    device = backbone.device
+    x_t = torch.empty((rows, backbone.latent_channels, side, side), device=device)
+    text = torch.empty((rows, backbone.text_length, backbone.text_width), device=device)
+    t = torch.zeros(rows, device=device)
+    return backbone.inputs(x_t, t, Condition(text))
+
+
 def size(count: int) -> str:
-    """Bytes for people: 0.7 MB, 3.4 GB."""
+    """A number of bytes in readable units, as 0.7 MB or 3.4 GB."""
     return (
         f"{count / 1e9:.1f} GB"
         if count >= 1e9

@@ -163,7 +163,7 @@ def test_a_clip_is_the_same_alone_and_among_others(
     looked = preview.Preview(
         tmp_path, prompts, every=1, seed=5, settings=Sampling(2, 3.0, frames=2, fps=8.0)
     )
-    pictures, maps = looked._paint(backbone)  # type: ignore[arg-type]
+    pictures, maps = looked._sample(backbone)  # type: ignore[arg-type]
     assert maps is None
     both = sample(
         backbone, prompts, [5, 6], settings=Sampling(steps=2, guidance=3.0, frames=2, fps=8.0)

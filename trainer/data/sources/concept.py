@@ -9,25 +9,23 @@ generated once by the frozen backbone and cached, or read from a folder.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator, model_validator
 
 from trainer.common.suggest import nearest
+from trainer.data.concept_data import ConceptData, View
 from trainer.data.prior import Pair, class_images
-from trainer.data.source import Dataset, Needs, Sample, Source
+from trainer.data.source import Dataset, Needs, Source
 from trainer.data.source_options import Mirror, OnBad
 from trainer.data.templates import TEMPLATES, render
 from trainer.media.photos import list_images, read_folder
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
+    pass
 
 
 SPRITE = "sprite:"
@@ -220,89 +218,6 @@ class Concept(Source):
 
     def _class_prompts(self) -> tuple[str, ...]:
         return tuple(f"a photo of a {word}" for _, _, word in self.concepts if word)
-
-
-@dataclass(frozen=True)
-class View:
-    """How photos become samples: the side in pixels, the pixels per latent, whether photos are
-    augmented, and whether half of them are mirrored."""
-
-    side: int
-    divisor: int
-    augment: bool = False
-    flip: bool = False
-
-
-class ConceptData:
-    """The photos of each concept, then the class images. Each concept is a group; all concepts
-    together have the same share of a batch as the class images."""
-
-    rates: Sequence[float] = ()
-
-    def __init__(
-        self,
-        photos: Sequence[Sequence[Pair]],
-        view: View,
-        *,
-        prior: Sequence[Pair] = (),
-        prior_weight: float = 0.0,
-        skipped: Sequence[str] = (),
-    ) -> None:
-        self.view = view
-        each = [group for group in (*photos, prior) if group]
-        self.pairs = [pair for group in each for pair in group]
-        ends = list(accumulate(len(group) for group in each))
-        self.groups: Sequence[range] = [
-            range(end - len(group), end) for group, end in zip(each, ends, strict=True)
-        ]
-        own = 1 / len(photos)
-        half = (0.5,) if prior else ()
-        self.shares: Sequence[float] = (own * (0.5 if prior else 1),) * len(photos) + half
-        self.weights: Sequence[float] = (own,) * len(photos) + ((prior_weight,) if prior else ())
-        self.frames: Sequence[int] = (1,) * len(each)
-        self.num_photos = ends[len(photos) - 1]
-        self.fixed = not (view.augment or view.flip)
-        self.skipped: Sequence[str] = tuple(skipped)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        from PIL import ImageOps
-
-        from trainer.data.augment import resize_augment
-        from trainer.media.images import resize_cover, to_tensor
-
-        pair, caption, view = self.pairs[index], self.caption(index, rng), self.view
-        if view.augment and index < self.num_photos:
-            image, caption, mask = resize_augment(
-                pair.image,
-                caption,
-                size=view.side,
-                mask_divisor=view.divisor,
-                rng=rng,
-                hflip=view.flip,
-            )
-            return Sample(image=image, caption=caption, key=pair.key, mask=mask)
-        photo = resize_cover(pair.image, view.side)
-        if view.flip and rng.random() < 0.5:
-            photo = ImageOps.mirror(photo)
-        return Sample(image=to_tensor(photo), caption=caption, key=pair.key)
-
-    def image(self, index: int) -> Tensor:
-        from trainer.media.images import resize_cover, to_tensor
-
-        return to_tensor(resize_cover(self.pairs[index].image, self.view.side))
-
-    def caption(self, index: int, rng: np.random.Generator) -> str:
-        captions = self.pairs[index].captions
-        return captions[int(rng.integers(len(captions)))]
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(f"concept-1-{self.view.side}".encode())
-        for pair in self.pairs:
-            digest.update(repr(pair.image.size).encode() + pair.image.tobytes())
-        return digest.hexdigest()
 
 
 def _listed(value: str | tuple[str, ...] | None) -> tuple[str, ...]:

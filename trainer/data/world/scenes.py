@@ -198,12 +198,7 @@ def draw_layout(
         text += f" on {article(backdrop)} background"
     order = rng.permutation(number) if number > 1 else range(number)
     ordered = tuple(spots[i] for i in order)
-    return Layout(
-        spots=ordered,
-        caption=text,
-        background=backdrop,
-        relation=relation,
-    )
+    return Layout(ordered, caption=text, background=backdrop, relation=relation)
 
 
 def _draw_spots(

@@ -214,13 +214,7 @@ class Checkpoints(lightning.Callback):
                 f"{len(nonfinite)} tensors in all; nothing was saved, the last checkpoint is kept"
             )
         optimizer = trainer.optimizers[0]
-        state = {
-            "loops": end.loops,
-            "rng": rng,
-            "optimizer": optimizer.state_dict(),
-            "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
-        }
+        state = {"loops": end.loops, "rng": rng, **self._state(trainer)}
         facts = {
             "step": end.step,
             "micro_step": end.micro_step,
@@ -240,6 +234,14 @@ class Checkpoints(lightning.Callback):
             return DISK, text
         prune_checkpoints(self.root, self.keep, made.folder)
         return None
+
+    def _state(self, trainer: lightning.Trainer) -> dict[str, Any]:
+        """The states of optimiser, schedule and `parts`."""
+        return {
+            "optimizer": trainer.optimizers[0].state_dict(),
+            "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+        }
 
 
 def gather(trainer: lightning.Trainer, own: Any) -> list[Any]:

@@ -1,8 +1,7 @@
-"""Exponential moving average over the trained parameters only: averaged <- d averaged + (1 - d)
-parameter.
+"""Exponential moving average of the trained parameters: averaged <- d averaged + (1 - d) parameter.
 
-The decay warms up as min(d, (1 + k) / (10 + k)) after k steps, so that short runs are not averages
-of their start.
+The decay after k steps is min(d, (1 + k) / (10 + k)), so that the average of a short run does not
+consist mainly of its start.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from trainer.training.module import DiffusionModule
 
 
 class EMA(lightning.Callback):
-    """Holds one copy of what trains; `swapped(module)` lends it to validation, previews and the
-    adapter."""
+    """Keeps an average of each trained parameter. Validation, previews and the adapter use it: see
+    `swapped`."""
 
     def __init__(self, decay: float) -> None:
         self.decay, self.steps = decay, 0
@@ -38,7 +37,7 @@ class EMA(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any, **__: Any
     ) -> None:
         if trainer.global_step <= self.steps:
-            return  # a micro-batch of an accumulated step
+            return  # a micro-batch in the middle of an accumulated step
         self.steps = trainer.global_step
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         own = _module(pl_module).trainable()
@@ -50,7 +49,7 @@ class EMA(lightning.Callback):
 
     @contextmanager
     def swapped(self, module: DiffusionModule) -> Iterator[None]:
-        """The module with averaged weights inside the block, and its own again after it."""
+        """The module has averaged weights inside the block, and its own again after it."""
         self._swap(module)
         try:
             yield
@@ -75,7 +74,7 @@ class EMA(lightning.Callback):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Into what `on_fit_start` has made."""
+        """Copies a saved state into the tensors that `on_fit_start` made."""
         self.steps, stored = state_dict["steps"], state_dict["averaged"]
         assert stored.keys() == self.averaged.keys()
         for name, value in self.averaged.items():
@@ -91,7 +90,7 @@ class EMA(lightning.Callback):
 
     @torch.no_grad()
     def take_back(self, module: DiffusionModule) -> None:
-        """The module with its own weights, if it has the averaged ones."""
+        """Gives the module its own weights back, if it has the averaged ones."""
         for name, parameter in module.trainable().items():
             if name in self._stored:
                 parameter.copy_(self._stored[name])

@@ -1,6 +1,6 @@
-"""A run that hangs ends: the stacks of all threads are printed, and the job can start again.
+"""Ends a run that hangs, and prints the stacks of all threads; the job can then start again.
 
-Each section of the loop has its own limit; the clock starts anew with every batch.
+Each section of the loop has its own time limit, counted from the start of the batch.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ import lightning
 
 from trainer.common.exit_codes import HUNG
 
-# seconds. Ranks that wait for another's preview or save are in a section of their own meanwhile
+# seconds; a rank that waits for another one's save is in the section "save", too
 LIMITS = {"data": 600.0, "step": 1800.0, "validate": 1800.0, "save": 1800.0, "preview": 1800.0}
 
 
 class HangGuard(lightning.Callback):
-    """limits: seconds by section, laid over `LIMITS`; 0 for none. folder: where `hang-<rank>.txt`
-    is written beside what goes to stderr. Stands last among the callbacks, so that what they do
-    belongs to the step."""
+    """Ends the process when a section takes longer than its limit.
+
+    limits: seconds by section, in place of those in `LIMITS`; 0 for no limit. folder: where
+    `hang-<rank>.txt` is written; the same text goes to stderr. It must be the last callback, so
+    that the work of the others counts as part of the step.
+    """
 
     def __init__(self, limits: Mapping[str, float], folder: Path) -> None:
         self.limits, self.folder = {**LIMITS, **limits}, folder
@@ -36,11 +39,12 @@ class HangGuard(lightning.Callback):
         self._ended: threading.Event | None = None
 
     def enter(self, section: str) -> None:
+        """Starts the clock of a section."""
         self.now = (section, time.monotonic())
 
     @contextmanager
     def inside(self, section: str) -> Iterator[None]:
-        """For work of its own limit inside another section."""
+        """A section inside another one; the clock of the outer section starts again after it."""
         before, _ = self.now
         self.enter(section)
         try:
@@ -96,7 +100,7 @@ class HangGuard(lightning.Callback):
         text = (
             f"rank {trainer.global_rank} has been in section {section!r} for more than "
             f"run.timeouts.{section}={limit:g} seconds, at step {trainer.global_step}; the last "
-            f"checkpoint stands. Stacks, also in {place}:\n"
+            f"checkpoint is kept. Stacks, also in {place}:\n"
         )
         with place.open("w", encoding="utf-8") as file:
             for stream in (file, sys.__stderr__ or file):
@@ -109,8 +113,8 @@ class HangGuard(lightning.Callback):
 
 
 def vanish(code: int) -> NoReturn:
-    """Ends this process and its data workers without any of what Python does at an exit, which can
-    wait for others."""
+    """Ends this process and its data workers at once, without Python's work at exit, which could
+    wait for other processes."""
     for worker in multiprocessing.active_children():
         worker.kill()
     sys.stderr.flush()

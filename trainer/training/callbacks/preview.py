@@ -1,4 +1,4 @@
-"""Pictures, or clips, at fixed prompts and seeds while training, the base model's first."""
+"""Previews: pictures or clips of fixed prompts and seeds, before training and during it."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ GRID = "grid.png"
 
 
 class Preview(lightning.Callback):
-    """Writes `previews/grid.png`, a row a look, and each look to every tracker; with `maps`, where
-    that token looks. A run that goes on keeps the rows it had.
+    """Writes `previews/grid.png`, with a row for each preview, and logs each preview with every
+    tracker. A resumed run keeps the rows it had.
 
-    With `frames` above 1 a look is of clips: `previews/<look>.png`, a row a prompt and a column a
-    frame, and `<look>.gif` and `.mp4`, which play all of them side by side.
+    every: steps between two previews; maps: a token whose attention maps are shown, too; ema: its
+    average is used. If `settings` has more than one frame, a preview has clips:
+    `previews/<label>.png` with a row for each prompt and a column for each frame, and `<label>.gif`
+    and `.mp4`, which show all clips side by side.
     """
 
     def __init__(
@@ -54,14 +56,14 @@ class Preview(lightning.Callback):
         self.frames, self.fps = settings.frames, settings.fps
         self.seeds = [seed + i for i in range(len(self.prompts))]
         self.rows: list[tuple[str, Tensor]] = []
-        self.earlier: list[Image.Image] = []  # the sheet of a run that this one goes on with
+        self.earlier: list[Image.Image] = []  # the sheet from before the run was resumed
         self.last = -1
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         if trainer.global_step == 0:
-            self._look(trainer, pl_module, "base")
+            self._preview(trainer, pl_module, "base")
         elif trainer.is_global_zero:
             with suppress(OSError), Image.open(self.folder / GRID) as sheet:
                 self.earlier = [sheet.copy()]
@@ -71,15 +73,15 @@ class Preview(lightning.Callback):
     ) -> None:
         step = trainer.global_step
         if step != self.last and step % self.every == 0 and step < trainer.max_steps:
-            self._look(trainer, pl_module, f"step {step}")
+            self._preview(trainer, pl_module, f"step {step}")
 
     def on_train_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         if self.last != trainer.global_step:
-            self._look(trainer, pl_module, f"step {trainer.global_step}")
+            self._preview(trainer, pl_module, f"step {trainer.global_step}")
 
-    def _look(
+    def _preview(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, label: str
     ) -> None:
         self.last = trainer.global_step
@@ -90,7 +92,7 @@ class Preview(lightning.Callback):
             self.hang.inside("preview") if self.hang else nullcontext(),
             self.ema.swapped(pl_module) if self.ema else nullcontext(),
         ):
-            pictures, maps = self._paint(pl_module.backbone)
+            pictures, maps = self._sample(pl_module.backbone)
         rows = [(label, pictures)]
         if maps is not None and label != "base":
             rows.append((f"{self.maps}", overlay_maps(pictures, maps)))
@@ -100,52 +102,52 @@ class Preview(lightning.Callback):
             return
         self.rows += rows
         stacked([*self.earlier, grid(self.rows, self.prompts)]).save(self.folder / GRID)
-        log_picture(trainer, "preview", grid(rows[:1], self.prompts), trainer.global_step)
+        log_picture(trainer, "preview", grid(rows[:1], self.prompts))
 
     def _show_clips(self, trainer: lightning.Trainer, rows: list[tuple[str, Tensor]]) -> None:
-        place = self.folder / rows[0][0].replace(" ", "-")
+        path = self.folder / rows[0][0].replace(" ", "-")
         own = [(name, pictures.split(self.frames)) for name, pictures in rows]
         sheet = [
             (prompt if i == 0 else name, clips[number])
             for number, prompt in enumerate(self.prompts)
             for i, (name, clips) in enumerate(own)
         ]
-        grid(sheet).save(f"{place}.png")
+        grid(sheet).save(f"{path}.png")
         images = [
             grid([(name, pictures[i :: self.frames]) for name, pictures in rows], self.prompts)
             for i in range(self.frames)
         ]
-        log_clip(
-            trainer, "preview", write_frames(images, place, self.fps or PLAYED), trainer.global_step
-        )
+        log_clip(trainer, "preview", write_frames(images, path, self.fps or PLAYED))
 
-    def _paint(self, backbone: Backbone) -> tuple[Tensor, Tensor | None]:
-        """Clips one by one: their frames make the batch."""
+    def _sample(self, backbone: Backbone) -> tuple[Tensor, Tensor | None]:
+        """Pictures of all prompts (n, 3, H, W), and attention maps (n, h, w) of `maps` or None.
+        Clips are sampled one by one, because a clip is a batch of frames."""
         where = positions(backbone, self.prompts, self.maps) if self.maps else None
         at_once = len(self.prompts) if self.frames == 1 else 1
         parts = [
-            self._painted(
+            self._sample_part(
                 backbone,
                 self.prompts[i : i + at_once],
                 self.seeds[i : i + at_once],
-                where and where[i : i + at_once],
+                where=where and where[i : i + at_once],
             )
             for i in range(0, len(self.prompts), at_once)
         ]
         maps = [maps for _, maps in parts if maps is not None]
         return torch.cat([pictures for pictures, _ in parts]), torch.cat(maps) if maps else None
 
-    def _painted(
+    def _sample_part(
         self,
         backbone: Backbone,
         prompts: Sequence[str],
         seeds: Sequence[int],
+        *,
         where: list[list[int]] | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """where: the places of the token in each prompt, for its maps (rows, h, w)."""
+        """As `_sample`, for some prompts. where: the positions of the token in each prompt."""
         if where is None:
             return sample(backbone, prompts, seeds, settings=self.settings).cpu(), None
-        rows = [places for places in where for _ in range(self.frames)]
+        rows = [each for each in where for _ in range(self.frames)]
         store = MapStore(rows, group=COND)
         sites = [site for site in select(backbone.sites, "cross") if site.divisor in (1, 2)]
         backbone.host.install(store, sites)
@@ -160,7 +162,7 @@ class Preview(lightning.Callback):
 
 
 def positions(backbone: Backbone, prompts: Sequence[str], token: str) -> list[list[int]] | None:
-    """Where `token` stands in each tokenised prompt, or None if one lacks it."""
+    """The position of `token` in each tokenised prompt; None if a prompt does not have it."""
     wanted = backbone.tokenizer.convert_tokens_to_ids(token)
     found = []
     for prompt in prompts:

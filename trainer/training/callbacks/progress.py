@@ -1,5 +1,4 @@
-"""The progress bar: step, loss, images a second, time left; plain lines where there is no
-terminal."""
+"""The progress bar: step, loss, images a second, time left; plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -13,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Bar(lightning.Callback):
-    """images: how many images one optimiser step sees, over all ranks; every: steps between lines
-    without a terminal."""
+    """images: images of one optimiser step, over all ranks; every: steps between two lines, without
+    a terminal."""
 
     def __init__(self, images: int, every: int, console: Console | None = None) -> None:
         self.images, self.every, self.console = images, every, console or Console(stderr=True)
@@ -31,12 +30,14 @@ class Bar(lightning.Callback):
         self.started = time.monotonic()
         if not trainer.is_global_zero or not self.console.is_terminal:
             return
-        self.progress = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}  {task.fields[rate]} images/s"),
             TimeRemainingColumn(),
-            console=self.console,
-        )  # fmt: skip
+        )
+        self.progress = Progress(*columns, console=self.console)
         self.task = self.progress.add_task(
             "training", total=trainer.max_steps, completed=self.first, loss="-", rate="-"
         )
@@ -50,7 +51,7 @@ class Bar(lightning.Callback):
             return
         self.seen = step
         loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
-        if math.isfinite(loss):  # a step that was left out
+        if math.isfinite(loss):  # not finite in a step that was skipped
             self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
         spent = time.monotonic() - self.started
         shown = "-" if self.smooth is None else f"{self.smooth:.4f}"

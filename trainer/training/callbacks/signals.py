@@ -1,7 +1,7 @@
-"""SIGTERM, SIGINT and SIGUSR1 are noted, and acted on where every rank can: at the end of a step.
+"""Records SIGTERM, SIGINT and SIGUSR1; the run acts on them at the end of a step, on every rank.
 
-Nothing is saved and no collective is called inside a handler: a rank that does while another is
-elsewhere waits for it forever.
+Nothing is saved and no collective is called inside a signal handler: a rank that does so would wait
+forever for the ranks that got no signal.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class Signals:
-    """As a context: notes signals in `received`, the exit code of the first one, 0 for none.
+    """A context that records signals. received: the exit code of the first signal, 0 without one.
 
-    A second SIGINT leaves at once. speaks: whether this rank tells the user of the first.
+    A second SIGINT ends the process at once. speaks: whether this rank reports signals to the user.
     """
 
     def __init__(self, speaks: bool) -> None:
@@ -30,14 +30,14 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in CODES}
+            self._before = {number: signal.signal(number, self._record) for number in CODES}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _record(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == INTERRUPTED:
             self._say("interrupted again: leaving at once, nothing more is saved")
             os._exit(INTERRUPTED)
@@ -48,12 +48,12 @@ class Signals:
             self._say(f"{name}: the run is saved and ends after this step{again}")
 
     def _say(self, text: str) -> None:
-        if self.speaks:  # by the system: the console may be in the middle of a line
+        if self.speaks:  # by a system call: the console may be in the middle of a line
             os.write(2, f"\n{text}\n".encode())
 
 
 def keep_lightning_out(trainer: lightning.Trainer) -> None:
-    """Lightning's own SIGTERM handler broadcasts from rank 0 where the signal finds it, so that a
-    signal to another rank hangs all; it stays out."""
+    """Disables Lightning's SIGTERM handler, which broadcasts from rank 0 inside the handler: a
+    signal to another rank would make all ranks hang."""
     connector: Any = trainer._signal_connector
     connector.register_signal_handlers = lambda: None

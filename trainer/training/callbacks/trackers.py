@@ -1,7 +1,7 @@
-"""Trackers: TensorBoard by default, wandb where asked (offline when nobody is logged in), or none;
-and `metrics.jsonl`, which is always written.
+"""Trackers: TensorBoard by default, wandb on request (offline without a login), or none; and
+`metrics.jsonl`, which is always written.
 
-A tracker is never worth a run: one that fails is told and left out.
+A tracker that fails never ends a run: the failure is reported, and the tracker is not used further.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 from trainer.runs.run_folder import append_line, note_event
 
-UPLOADS = 60  # seconds that the end of a run waits for what wandb has not sent yet
+UPLOADS = 60  # seconds that the end of a run waits for wandb's uploads
 
 
 class MetricsFile(Logger):
-    """`metrics.jsonl` in the run folder: the numbers of each step that is logged. Steps that are
-    trained again come again; the later line counts."""
+    """`metrics.jsonl` in the run folder: the metrics of each logged step. A step that is trained
+    again after a resume has a second line, and the later one counts."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -47,12 +47,12 @@ class MetricsFile(Logger):
         append_line(self.path, {"step": step, **shown})
 
     def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
-        """They are in `recipe.yaml`."""
+        """Does nothing: they are in `recipe.yaml`."""
 
 
 class Steady(Logger):
-    """A tracker whose failures do not end a run: it is left out, and the next of `trackers` takes
-    its place, as long as there is one. failed: hears of the tracker and of what it has raised."""
+    """A tracker whose failures do not end a run. If the first of `trackers` fails, the next one is
+    used, until none is left. failed: is called with the failed tracker and the exception."""
 
     def __init__(
         self, trackers: Sequence[Logger], failed: Callable[[Logger, Exception], None]
@@ -61,7 +61,7 @@ class Steady(Logger):
         self.trackers, self.failed = list(trackers), failed
 
     def attempt(self, act: Callable[[Logger], Any]) -> Any:
-        """What the first tracker that does not fail makes of it, None without any."""
+        """The result of `act` on the first tracker that does not fail; None if all fail."""
         while self.trackers:
             try:
                 return act(self.trackers[0])
@@ -81,8 +81,7 @@ class Steady(Logger):
 
     @property
     def experiment(self) -> Any:
-        """Made here at first use: where a folder cannot be written, or a server not be reached,
-        this is where it shows."""
+        """Made at first use, so an unwritable folder or an unreachable server fails here."""
         return self.attempt(lambda tracker: getattr(tracker, "experiment", None))
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -95,8 +94,8 @@ class Steady(Logger):
         self.attempt(lambda tracker: tracker.save())
 
     def finalize(self, status: str) -> None:
-        """The end of the run, also wandb's, which else takes the next one of this process for the
-        same."""
+        """Ends the run. For wandb also its own run, which it would otherwise continue with the next
+        run of this process."""
 
         def end(tracker: Logger) -> None:
             tracker.finalize(status)
@@ -111,20 +110,20 @@ class Steady(Logger):
 def make_trackers(
     name: str, folder: Path, recipe: Mapping[str, Any], say: Callable[[str], None]
 ) -> list[Logger]:
-    """The loggers of a run; their files lie in the run folder. say: hears of one that fails.
+    """The loggers of a run, whose files are in the run folder. say: prints a line about a failure.
 
     Raises:
-        ValueError: wandb is asked for and not installed.
+        ValueError: wandb is requested and not installed.
     """
 
     def failed(tracker: Logger, error: Exception) -> None:
         note_event(folder, "tracker_failed", tracker=type(tracker).__name__, reason=str(error))
         why = str(error).partition("\n")[0] or type(error).__name__
-        say(f"tracker={name}: {why}; the run goes on, metrics.jsonl has its numbers")
+        say(f"tracker={name}: {why}; the run continues, and metrics.jsonl has its metrics")
         if isinstance(tracker, WandbLogger):
             import wandb
 
-            wandb.teardown()  # it still holds the run's id
+            wandb.teardown()  # it still uses the id of the run
 
     record = MetricsFile(folder)
     if name == "none":
@@ -138,8 +137,8 @@ def _tensorboard(folder: Path) -> Logger:
 
 
 def _wandb(folder: Path, recipe: Mapping[str, Any]) -> list[Logger]:
-    """Online where somebody is logged in, and offline, also where the server is not reached; what
-    is kept then is sent by `wandb sync`."""
+    """An online and an offline logger if somebody is logged in, else an offline one. `wandb sync`
+    uploads what an offline logger stored."""
     try:
         import wandb
     except ModuleNotFoundError:
@@ -162,43 +161,43 @@ def _wandb(folder: Path, recipe: Mapping[str, Any]) -> list[Logger]:
 
 
 def attempt(logger: Logger, act: Callable[[Logger], None]) -> None:
-    """What may be done with a tracker of ours: its failure ends nothing."""
+    """Calls `act` on a logger; a failing tracker does not end the run."""
     if isinstance(logger, Steady):
         logger.attempt(act)
     else:
         act(logger)
 
 
-def log_picture(trainer: lightning.Trainer, name: str, image: Image.Image, step: int) -> None:
-    """Hands a picture to every tracker of the run."""
+def log_picture(trainer: lightning.Trainer, name: str, image: Image.Image) -> None:
+    """Logs a picture with every tracker of the run, at the present step."""
+    step = trainer.global_step
 
-    def hand(logger: Logger) -> None:
+    def log(logger: Logger) -> None:
         experiment: Any = getattr(logger, "experiment", None)
         if hasattr(logger, "log_image"):
             logger.log_image(name, [image], step=step)
         elif hasattr(experiment, "add_image"):
-            experiment.add_image(
-                name, torch.from_numpy(np.asarray(image).copy()), step, dataformats="HWC"
-            )
+            pixels = torch.from_numpy(np.asarray(image).copy())
+            experiment.add_image(name, pixels, global_step=step, dataformats="HWC")
 
     for logger in trainer.loggers:
-        attempt(logger, hand)
+        attempt(logger, log)
 
 
-def log_clip(trainer: lightning.Trainer, name: str, files: Sequence[Path], step: int) -> None:
-    """Hands a film, the files of `films.play`, to every tracker of the run: the first of them to
-    wandb, the GIF to TensorBoard, whose images may move.
+def log_clip(trainer: lightning.Trainer, name: str, files: Sequence[Path]) -> None:
+    """Logs a clip, the files of `write_frames`, with every tracker of the run, at the present step.
 
-    TensorBoard's `add_video` writes the same record, of a GIF by moviepy, whose present version it
-    cannot import.
+    wandb gets the first file, TensorBoard the GIF as an image. TensorBoard's `add_video` would
+    write the same record, but needs moviepy, whose present version it cannot import.
     """
+    step = trainer.global_step
 
-    def hand(logger: Logger) -> None:
+    def log(logger: Logger) -> None:
         if isinstance(logger, WandbLogger):
             logger.log_video(name, [str(files[0])], step=step)
         elif isinstance(logger, TensorBoardLogger):
-            with Image.open(files[-1]) as film:
-                width, height = film.size
+            with Image.open(files[-1]) as clip:
+                width, height = clip.size
             shown = Summary.Image(
                 height=height,
                 width=width,
@@ -209,9 +208,10 @@ def log_clip(trainer: lightning.Trainer, name: str, files: Sequence[Path], step:
             logger.experiment.file_writer.add_summary(record, step)
 
     for logger in trainer.loggers:
-        attempt(logger, hand)
+        attempt(logger, log)
 
 
 def _logged_in() -> bool:
+    """Whether wandb's login is in .netrc."""
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     return netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="ignore")

@@ -1,9 +1,9 @@
-"""Before every optimiser step all ranks agree, in one small all-reduce, on two things: whether a
-signal asks the run to end, and whether a loss or a gradient is no number.
+"""Checks before every optimiser step, on all ranks with one small all-reduce, whether a signal asks
+the run to end, and whether a loss or a gradient is not finite (NaN or infinite).
 
-What is not finite never reaches a weight. `raise` ends the run; `skip` leaves the step out;
-`rollback` also takes weights, optimiser and average back to the last checkpoint and goes on with
-the batches after it, as in PaLM (arXiv 2204.02311, section 5.1). A step left out still counts.
+A value that is not finite never changes a weight. The policy `raise` ends the run; `skip` skips the
+step; `rollback` also restores weights, optimiser and moving average from the last checkpoint and
+continues with the next batches, as in PaLM (arXiv 2204.02311, section 5.1). A skipped step counts.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ SIGNALS = {TERMINATED: "SIGTERM", INTERRUPTED: "SIGINT", REQUEUE: "SIGUSR1"}
 
 
 class Watch(lightning.Callback):
-    """in_a_row, total: how many steps `skip` and `rollback` may leave out. clip: the norm that
-    gradients are cut to, or None. Stands behind
-    `Checkpoints`, whose place it saves. say: prints a line, on the first rank."""
+    """Skips or ends on values that are not finite, clips gradients, and ends the run on a signal.
+
+    in_a_row, total: how many steps `skip` and `rollback` may skip. clip: the largest norm of the
+    gradients, or None. say: prints a line, on the first rank. It must come after `Checkpoints`
+    among the callbacks, because it saves the state that `Checkpoints` has marked.
+    """
 
     def __init__(
         self,
@@ -75,13 +78,13 @@ class Watch(lightning.Callback):
         values = [value for group in optimizer.param_groups for value in group["params"]]
         gradients = [value.grad for value in values if value.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        sound = torch.isfinite(torch.stack(self.losses).float().sum() + norm.to(self.losses[0]))
-        self.stop, unsound = self._agree(trainer, sound)
-        if unsound:
-            self._leave_out(trainer, pl_module, optimizer, float(norm))
+        finite = torch.isfinite(torch.stack(self.losses).float().sum() + norm.to(self.losses[0]))
+        self.stop, nonfinite = self._agree(trainer, finite)
+        if nonfinite:
+            self._skip(trainer, pl_module, optimizer=optimizer, norm=float(norm))
         else:
             self.row = 0
-            if self.clip is not None:  # here, where the norm is known already
+            if self.clip is not None:  # here, because the norm is known already
                 torch.nn.utils.clip_grads_with_norm_(values, self.clip, norm)
         self.batches.clear()
         self.losses.clear()
@@ -89,7 +92,7 @@ class Watch(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any, **__: Any
     ) -> None:
-        if self.checkpoints.tried != self.voted:  # a save takes time: signals may have come
+        if self.checkpoints.tried != self.voted:  # a signal may have come during a save
             self.voted = self.checkpoints.tried
             self.stop = self._agree(trainer)[0]
         if self.stop:
@@ -102,13 +105,13 @@ class Watch(lightning.Callback):
         if self.stop:
             self._leave(trainer, pl_module)
 
-    def _agree(self, trainer: lightning.Trainer, sound: Tensor | None = None) -> tuple[int, bool]:
-        """The exit code a signal asks for on any rank, and whether any rank has met what is no
-        number."""
+    def _agree(self, trainer: lightning.Trainer, finite: Tensor | None = None) -> tuple[int, bool]:
+        """The exit code of a signal on any rank, 0 without one, and whether a value is not finite
+        on any rank."""
         device = trainer.strategy.root_device
-        unsound = torch.zeros((), device=device) if sound is None else (~sound).float()
+        nonfinite = torch.zeros((), device=device) if finite is None else (~finite).float()
         received = torch.tensor(float(self.signals.received), device=device)
-        flags = torch.stack([received, unsound.to(device)])
+        flags = torch.stack([received, nonfinite.to(device)])
         if trainer.world_size > 1:
             torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
         code, bad = flags.tolist()
@@ -124,16 +127,18 @@ class Watch(lightning.Callback):
         if problem:
             raise LeaveError(DISK, f"{name} after step {step}, and {problem}")
         raise LeaveError(
-            self.stop, f"{name}: saved after step {step}; the same command, with its run=, goes on"
+            self.stop, f"{name}: saved after step {step}; the same command with run= resumes it"
         )
 
-    def _leave_out(
+    def _skip(
         self,
         trainer: lightning.Trainer,
         pl_module: lightning.LightningModule,
+        *,
         optimizer: torch.optim.Optimizer,
         norm: float,
     ) -> None:
+        """Applies the policy to a step whose loss or gradient is not finite."""
         step = trainer.global_step
         found = [each for rank in gather(trainer, self._found(trainer)) for each in rank]
         keys = sorted({key for each in found for key in each["keys"]})
@@ -146,26 +151,26 @@ class Watch(lightning.Callback):
         if self.policy == "raise":
             raise LeaveError(
                 NONFINITE,
-                f"{what}; the weights have not taken it. Mend the samples, lower optim.lr, or set "
-                "run.on_nonfinite to skip or rollback, and go on with run=<run folder>",
+                f"{what}; the weights have not changed. Fix the samples, lower optim.lr, or set "
+                "run.on_nonfinite to skip or rollback, and resume with run=<run folder>",
             )
         self.row, self.spent = self.row + 1, self.spent + 1
         if self.row > self.in_a_row or self.spent > self.total:
             raise LeaveError(
                 NONFINITE,
-                f"{what}; {self.row} steps in a row and {self.spent} in all, over "
+                f"{what}; {self.row} steps in a row and {self.spent} in total, more than "
                 f"run.nonfinite_in_a_row={self.in_a_row} or run.nonfinite_total={self.total}",
             )
         if self.policy == "rollback":
             back = self.checkpoints.go_back(trainer, pl_module)
-            self.say(f"{what}; back to the weights of step {back}, on with the next batch")
+            self.say(f"{what}; back to the weights of step {back}, continuing with the next batch")
         else:
-            self.say(f"{what}; left out")
+            self.say(f"{what}; the step is skipped")
         optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing
 
     def _found(self, trainer: lightning.Trainer) -> list[dict[str, Any]]:
-        """This rank's micro-batches of the step with their losses; where some are not finite, those
-        alone."""
+        """This rank's micro-batches of the step with their losses; only those with a loss that is
+        not finite, if there are any."""
         rank, parts = trainer.global_rank, trainer.accumulate_grad_batches
         losses = [float(loss) * parts for loss in self.losses]
         pairs = list(zip(self.batches, losses, strict=True))
