@@ -42,7 +42,7 @@ PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")  # webdataset's decoders would e
 MANIFEST = "manifest.json"
 
 
-class Part(NamedTuple):
+class Member(NamedTuple):
     """Position and size of a member in its shard, in bytes, and its CRC-32."""
 
     offset: NonNegativeInt
@@ -61,12 +61,12 @@ class Entry(Listed):
     key: str
     width: PositiveInt
     height: PositiveInt
-    members: dict[str, Part]
+    members: dict[str, Member]
     video: VideoFacts | None = Field(None, alias="film")
 
     @field_validator("members")
     @classmethod
-    def _is_complete(cls, members: dict[str, Part]) -> dict[str, Part]:
+    def _is_complete(cls, members: dict[str, Member]) -> dict[str, Member]:
         # manifests are untrusted, as are the shards they come with
         media = members.keys() & (IMAGES | {VIDEO})
         if len(media) != 1 or not members.keys() & {CAPTION, METADATA}:
@@ -227,7 +227,7 @@ def _entry(
     path: Path, file: BinaryIO, *, key: str, group: Iterator[tuple[str, str, tarfile.TarInfo]]
 ) -> Entry:
     data: dict[str, bytes] = {}
-    parts: dict[str, Part] = {}
+    parts: dict[str, Member] = {}
     for _, extension, info in group:
         if extension in data:
             raise ValueError(f"{path}: duplicate key {key!r}: it has two .{extension} members")
@@ -235,7 +235,7 @@ def _entry(
         data[extension] = file.read(info.size)
         if len(data[extension]) != info.size:
             raise _cut(path, f"the file ends within {info.name}")
-        parts[extension] = Part(info.offset_data, info.size, zlib.crc32(data[extension]))
+        parts[extension] = Member(info.offset_data, info.size, zlib.crc32(data[extension]))
     media = sorted(data.keys() & (IMAGES | {VIDEO}))
     if len(media) != 1:
         members = ", ".join(f".{extension}" for extension in sorted(data))
