@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from trainer.__main__ import main
 from trainer.data.buckets import arrange, bucket_sizes, nearest_bucket, upright_size
@@ -56,6 +56,23 @@ def test_a_picture_goes_to_the_nearest_aspect_ratio() -> None:
         size = nearest_bucket(shape, found)
         own = [abs(np.log(w / h) - np.log(shape[0] / shape[1])) for w, h in found]
         assert abs(np.log(size[0] / size[1]) - np.log(shape[0] / shape[1])) == min(own)
+
+
+def test_nearness_is_a_quotient_and_of_two_as_near_the_larger_is_chosen() -> None:
+    halves = [(32, 64), (64, 64)]  # the geometric mean of 0.5 and 1 is 0.707, their mean 0.75
+    assert nearest_bucket((73, 100), halves) == (64, 64)
+    assert nearest_bucket((70, 100), halves) == (32, 64)
+    assert nearest_bucket((5, 5), [(32, 32), (64, 64), (48, 48)]) == (64, 64)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_rotated_photo_has_the_size_it_is_seen_with(orientation: int, tmp_path: Path) -> None:
+    image, exif = Image.new("RGB", (30, 20)), Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.jpg", exif=exif)
+    with Image.open(tmp_path / "a.jpg") as stored:
+        seen = ImageOps.exif_transpose(stored).size
+    assert upright_size(tmp_path / "a.jpg") == seen
 
 
 def test_no_step_is_one_square_in_the_order_given() -> None:

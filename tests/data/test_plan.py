@@ -140,6 +140,18 @@ def test_ranks_part_the_batch_and_each_meets_its_groups(plan: StepPlan, ranks: i
             assert all(met[group] >= count for group, count in enumerate(least))
 
 
+def test_groups_of_a_batch_are_interleaved() -> None:
+    plan = changed(UNEVEN, batch_size=4)
+    assert [group_of(plan, slot.index) for slot in plan.batch(0)] == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_that_do_not_divide_the_batch_miss_no_sample(ranks: int) -> None:
+    parts = [ODD.local(3, rank, ranks) for rank in range(ranks)]
+    assert [slot for part in parts for slot in part] == ODD.batch(3)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
 def test_seed_is_pinned_and_free_of_the_hash_seed() -> None:
     """A change here changes every seeded run there is."""
     assert seed_of(7, "noise", 3, 0) == PINNED
