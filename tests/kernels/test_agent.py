@@ -50,6 +50,13 @@ def test_equals_a_plain_loop(biased: bool) -> None:
         torch.testing.assert_close(mine, other, atol=1e-10, rtol=1e-8)
 
 
+def test_queries_take_the_scale_of_the_agents_unless_they_have_their_own() -> None:
+    q, a, k, v = tensors((1, 2, 6, 4), (1, 2, 2, 4), (1, 2, 6, 4), (1, 2, 6, 4))
+    same = agent_attention(q, a, k, v, scale=0.3, query_scale=0.3)
+    assert torch.equal(agent_attention(q, a, k, v, scale=0.3), same)
+    assert not torch.equal(agent_attention(q, a, k, v), same)
+
+
 @pytest.mark.parametrize(("grid", "side"), [((4, 6), 2), ((5, 3), 2), ((2, 2), 3)], ids=str)
 def test_pooled_agents_are_means_over_parts_of_the_grid(grid: tuple[int, int], side: int) -> None:
     (q,) = tensors((2, 3, grid[0] * grid[1], 4))
@@ -141,7 +148,9 @@ def test_the_tokens_most_alike_are_merged() -> None:
     assert target.shape[2] == 1
     kept = merged(q, x, (4, 4), cell=4, ratio=0.0, seed=0)[0, 0, -1, 0].long()
     twin = (int(kept) + 5) % 16
-    x[0, twin] = x[0, kept] * 3  # cosine 1, all others 0
+    x[0, twin] = x[0, kept] * 3  # cosine 1, all others less
+    long = (int(kept) + 7) % 16
+    x[0, long] = x[0, long] * 100 + x[0, kept] * 50  # a larger product, a smaller cosine
     agents = merged(q, x, (4, 4), cell=4, ratio=1 / 16, seed=0)
     assert agents.shape[2] == 15
     assert float(agents[0, 0, -1, 0]) == (float(kept) + twin) / 2
