@@ -90,10 +90,8 @@ def _watch(decision: Decision, say: Callable[[str], None], ended: threading.Even
     crowd, gathering, looks, told = Crowd(), Gathering(), Looks(), False
     while not ended.wait(EVERY):
         look = looks.next()
-        if not decision.after(look):
-            crowd.dismiss()
-            gathering.scatter()
-        elif (computing := _computing()) > 1 and crowd.call():
+        computing = _computing() if decision.after(look) else 0
+        if computing > 1 and crowd.call():
             gathering.gather(computing, look.busy, look.own)
             if not told:
                 told = True
@@ -101,6 +99,9 @@ def _watch(decision: Decision, say: Callable[[str], None], ended: threading.Even
                     "other programs need the processors: threads that wait sleep from here on, and "
                     "spin again when the machine is free"
                 )
+        else:
+            crowd.dismiss()
+            gathering.scatter()
     crowd.dismiss()
     gathering.scatter()
 
@@ -108,8 +109,14 @@ def _watch(decision: Decision, say: Callable[[str], None], ended: threading.Even
 def _computing() -> int:
     """Threads that torch computes with; 0 while it is not imported."""
     torch: Any = sys.modules.get("torch")
-    # asked here, where the processors have not been narrowed, before anyone else counts them
-    return int(torch.get_num_threads()) if hasattr(torch, "get_num_threads") else 0
+    found: list[int] = []
+    if hasattr(torch, "get_num_threads"):
+        # a new thread learns the number that was set last, and no other does. It asks before anyone
+        # else counts the processors, where they have not been narrowed
+        asking = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        asking.start()
+        asking.join()
+    return found[0] if found else 0
 
 
 def _threads(environment: Mapping[str, str]) -> int:
