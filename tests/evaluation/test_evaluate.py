@@ -24,7 +24,7 @@ from trainer.data.world.sprites import ALL
 from trainer.diffusion.sampler import sample
 from trainer.evaluation.evaluate import validation_loss
 from trainer.evaluation.examiner import Examiner
-from trainer.evaluation.judge import Judge
+from trainer.evaluation.judge import Judge, clip_score
 from trainer.media.images import to_tensor
 from trainer.methods.apply import apply_methods
 from trainer.runs.adapter import load_adapted, load_base
@@ -137,6 +137,11 @@ def test_photographs_are_distinguished_and_class_words_change_too(
     assert set(seen) == {"a photo of a <v1> car", "a photo of a <v2> rose"}
     assert scores["concept accuracy"] == 1
     assert "two concepts together" not in scores
+    judge, shown = Judge(CLIP), Drawn.__new__(Drawn)
+    shown.shows, shown.seen = {"<v1> ": "", "<v2> ": ""}, []
+    texts = {word: [f"a photo of a {word}"] * 8 for word in ("car", "rose")}
+    alignments = [clip_score(judge, shown._sample(None, own), own) for own in texts.values()]
+    assert scores["text alignment"] == pytest.approx(sum(alignments) / 2, abs=1e-3)
 
 
 def test_a_prompt_for_two_must_name_two() -> None:

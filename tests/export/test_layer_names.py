@@ -141,6 +141,22 @@ def test_older_names_by_hand(geometry: str, name: str, old: str, built: Any) -> 
     assert ldm(built(geometry).denoiser)[name] == old
 
 
+def test_older_names_of_blocks_of_unequal_depth() -> None:
+    """The first up block mirrors the last down block, so its residual blocks are steps 0 to 2."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            block_out_channels=(8, 16), layers_per_block=(1, 2), norm_num_groups=8,
+            down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+        )  # fmt: skip
+    found = ldm(unet)
+    assert found["up_blocks.0.resnets.2.conv1"] == "output_blocks.2.0.in_layers.2"
+    assert found["up_blocks.0.upsamplers.0.conv"] == "output_blocks.2.1.conv"
+    assert found["up_blocks.1.resnets.0.conv1"] == "output_blocks.3.0.in_layers.2"
+    assert found["down_blocks.1.resnets.1.conv1"] == "input_blocks.4.0.in_layers.2"
+
+
 @pytest.mark.parametrize("name", ["kohya", "comfyui"])
 @each_geometry
 def test_files_of_low_rank_pairs(geometry: str, name: str, built: Any, tmp_path: Path) -> None:
