@@ -19,7 +19,7 @@ from trainer.attention.rows import Rows
 from trainer.backbones import find_family
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.family import Parts
-from trainer.backbones.layout import folded, unfolded
+from trainer.backbones.layout import rows_to_clips, clips_to_rows
 from trainer.diffusion.predict import predict_groups
 from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling import Sampling
@@ -68,12 +68,12 @@ def noise(*shape: int) -> Tensor:
 
 def test_rows_and_clips_are_one_another_undone() -> None:
     rows = noise(6, 2, 3, 4)
-    clips = folded(rows, 3)
+    clips = rows_to_clips(rows, 3)
     assert clips.shape == (2, 2, 3, 3, 4)
     assert torch.equal(clips[1, :, 2], rows[5])
-    assert torch.equal(unfolded(clips), rows)
+    assert torch.equal(clips_to_rows(clips), rows)
     with pytest.raises(ValueError, match="clips of 4 frames, and a batch of 6 rows is no whole"):
-        folded(rows, 4)
+        rows_to_clips(rows, 4)
 
 
 @torch.no_grad()

@@ -6,14 +6,11 @@ train, are stored in the adapter and are found again as every other parameter is
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import nn
 
 from trainer.attention.errors import TakenError
-
-if TYPE_CHECKING:
-    from trainer.attention.model import AttentionModel
 
 PART = "extras"  # how the names of their parameters begin
 ASPECT = "the name"
@@ -27,8 +24,17 @@ class Extras(nn.ModuleDict):
         self.owners: dict[str, str] = {}
 
 
+class HasExtras(Protocol):
+    """The part of an `AttentionModel` that matters here."""
+
+    extras: Extras
+
+    @property
+    def denoiser(self) -> nn.Module: ...
+
+
 def register_extra(
-    model: AttentionModel, name: str, module: nn.Module, *, owner: str
+    model: HasExtras, name: str, module: nn.Module, *, owner: str
 ) -> tuple[str, ...]:
     """Registers a module of the method `owner` under a name; it moves to the denoiser's device and
     keeps its precision. Returns the names of its parameters, for `Edit.trains` and its claims.

@@ -23,7 +23,7 @@ from trainer.attention.hooks import SamplingHook
 from trainer.attention.host import Host
 from trainer.attention.sites import Site, scan
 from trainer.backbones.family import Encoder, Family, Parts
-from trainer.backbones.layout import folded, unfolded
+from trainer.backbones.layout import rows_to_clips, clips_to_rows
 from trainer.backbones.schedulers import PREDICTION_TYPES
 from trainer.backbones.vae import in_slices, pixels_per_latent, posterior_moments
 
@@ -195,7 +195,7 @@ class Backbone(nn.Module):
         ctx = current()
         frames = 1 if ctx is None else ctx.frames
         if self.layout == "tokens":
-            x_t, t = folded(x_t, frames), t[::frames] if t.ndim else t
+            x_t, t = rows_to_clips(x_t, frames), t[::frames] if t.ndim else t
             condition = condition.per_clip(frames)
         return self.declared.inputs(self, x_t, t, condition=condition)
 
@@ -205,7 +205,7 @@ class Backbone(nn.Module):
         with self.computing(), self._by_clips():
             output: Tensor = self.denoiser(**self.inputs(x_t, t, condition)).sample
         if self.layout == "tokens":
-            output = unfolded(output)
+            output = clips_to_rows(output)
         if self.computes_in != torch.float32:
             output = output.to(x_t.dtype)
         return output if output.shape[1] <= x_t.shape[1] else output[:, : x_t.shape[1]]

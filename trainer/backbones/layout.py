@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def folded(x: Tensor, frames: int) -> Tensor:
+def rows_to_clips(x: Tensor, frames: int) -> Tensor:
     """Rows (b f, c, h, w), the frames of a clip adjacent, to clips (b, c, f, h, w).
 
     Raises:
@@ -20,6 +20,6 @@ def folded(x: Tensor, frames: int) -> Tensor:
     return x.unflatten(0, (-1, frames)).transpose(1, 2)
 
 
-def unfolded(x: Tensor) -> Tensor:
+def clips_to_rows(x: Tensor) -> Tensor:
     """Clips (b, c, f, h, w) to rows (b f, c, h, w)."""
     return x.transpose(1, 2).flatten(0, 1)
