@@ -254,7 +254,7 @@ def test_a_reader_of_scores_must_say_so(tiny_unet: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("declared", "message"),
     [
-        (Traits(owner="mine", masks=False), "op 'masked' has a mask for .*methods.mine has no pl"),
+        (Traits(owner="mine", masks=False), "op 'masked' has a mask for .*methods.mine takes no"),
         (Traits(more_keys=False), "op 'masked' gives .* further keys, .*'linear' needs one for ea"),
     ],
 )
@@ -346,7 +346,7 @@ def test_a_block_stage_needs_a_block(tiny_unet: nn.Module) -> None:
     bare = nn.ModuleDict({"attn": Attention(8, heads=2, dim_head=4)})
     for model in (bare, nn.ModuleDict({"blocks": nn.ModuleList([bare["attn"]])})):
         host = Host.attach(model)
-        with pytest.raises(ValueError, match=r"'after_block' acts after the block.*stands in none"):
+        with pytest.raises(ValueError, match=r"'after_block' acts after the block.*is inside none"):
             host.install(AfterBlock(), host.sites)
         assert not any(processor.ops for processor in host.processors.values())
         host.detach()
@@ -362,7 +362,7 @@ def test_a_block_stage_needs_a_block(tiny_unet: nn.Module) -> None:
     model = nn.ModuleDict({"pair": Pair()})
     host = Host.attach(model)
     host.install(AfterBlock(), host.sites)
-    with pytest.raises(ValueError, match=r"Pair around 'pair\.attn' does not put out tokens"):
+    with pytest.raises(ValueError, match=r"Pair around 'pair\.attn' does not return tokens"):
         model["pair"](torch.randn(1, 4, 8))
 
 

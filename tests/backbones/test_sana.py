@@ -197,7 +197,7 @@ def test_a_layer_that_its_processor_leaves_half_undone_is_not_hosted() -> None:
 def test_a_mask_on_a_linear_layer_is_refused(sana: Any) -> None:
     site = sana.sites[0]
     x = torch.randn(1, 16, 32)
-    with pytest.raises(ValueError, match=f"'{site.name}' is linear.* no place for the mask"):
+    with pytest.raises(ValueError, match=f"'{site.name}' is linear.* cannot use the mask"):
         site.module(x, attention_mask=torch.zeros(1, 1, 16))
 
 

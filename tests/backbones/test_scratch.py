@@ -301,7 +301,7 @@ backbone=dit_scratch -> denoiser.layers: no such key; there are: sample_size, pa
 REFUSED_DIT = """
 denoiser.heads=5 -> denoiser.heads=5 does not divide width=32
 denoiser.patch=3 -> denoiser.patch=3 does not divide sample_size=16
-denoiser.width=30 & denoiser.heads=2 -> denoiser.width=30 is no multiple of 4
+denoiser.width=30 & denoiser.heads=2 -> denoiser.width=30 is not a multiple of 4
 denoiser.self_attention=[] -> denoiser.self_attention: no such key; did you mean denoiser.cross_
 """
 ROWS = [

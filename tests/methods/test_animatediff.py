@@ -137,7 +137,9 @@ def test_a_transformer_has_a_module_after_every_block(dit: Any, randomise: Any) 
 
 def test_a_clip_longer_than_its_places_is_refused(tiny: Any) -> None:
     apply_methods(tiny, {"animatediff": AnimateDiff(heads=2, max_frames=3)})
-    with pytest.raises(ValueError, match=r"methods\.animatediff has places for 3 frames, and this"):
+    with pytest.raises(
+        ValueError, match=r"methods\.animatediff has positions for 3 frames, and this"
+    ):
         predict(tiny, 4)
 
 

@@ -125,7 +125,7 @@ def test_masks_of_the_model_are_refused_when_they_come(dit: Any, predict: Predic
     with pytest.raises(ValueError) as error:
         predict(dit)
     assert "the model masks keys at" in str(error.value)
-    assert "the kernel of methods.linear_attention has no place for a mask" in str(error.value)
+    assert "the kernel of methods.linear_attention takes no mask" in str(error.value)
 
 
 @pytest.mark.parametrize("other", ["agent_attention", "gated_linear", "longlora"])

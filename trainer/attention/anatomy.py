@@ -1,5 +1,6 @@
-"""Where in a denoiser of images something can be inserted for clips: after its blocks, its spatial
-attention, its convolutions, its embedding of time. U-Nets and transformers of diffusers."""
+"""The points in a denoiser of images after which blocks for clips can be inserted: after its
+blocks, its spatial attention, its convolutions, its timestep embedding. For U-Nets and transformers
+of diffusers."""
 
 from __future__ import annotations
 
@@ -16,11 +17,11 @@ from trainer.attention.sites import patch_size, scan, unet_divisors
 
 @dataclass(frozen=True)
 class InsertionPoint:
-    """After the module called `after`, the `index`-th of its kind in `parent`, which puts out
-    `width` channels on a grid `divisor` times coarser than the latent (None: not known).
+    """A point after the module called `after`, the `index`-th of its kind in `parent`, whose output
+    has `width` channels on a grid `divisor` times coarser than the latent (None: not known).
 
-    reruns: gradient checkpointing runs it again with what is inserted after it, or would save
-    nothing by that.
+    reruns: gradient checkpointing runs the module again together with what is inserted after it, or
+    would save no memory by doing so.
     """
 
     after: str
@@ -32,8 +33,8 @@ class InsertionPoint:
 
 
 def block_points(denoiser: nn.Module) -> list[InsertionPoint]:
-    """After every pair of a ResNet and its attention, or the ResNet alone, of a U-Net; after every
-    block of a transformer.
+    """The points after every pair of a ResNet and its attention, or after the ResNet alone, of a
+    U-Net; after every block of a transformer.
 
     Raises:
         ValueError: the denoiser is neither.
@@ -41,17 +42,17 @@ def block_points(denoiser: nn.Module) -> list[InsertionPoint]:
     if not is_unet(denoiser):
         return _transformer_blocks(denoiser)
     divisors = unet_divisors(denoiser)
-    places = []
+    points = []
     for name, block in _unet_blocks(denoiser):
         attentions = [a for a in getattr(block, "attentions", None) or () if a is not None]
         kind = "attentions" if attentions else "resnets"
-        # a middle block has one ResNet more than pairs, before them
+        # a middle block has one more ResNet, before its pairs
         count = len(attentions) or (1 if name == "mid_block" else len(block.resnets))
         for index in range(count):
             width = int(block.resnets[index].out_channels)
             after = f"{name}.{kind}.{index}"
             reruns = not attentions and name != "mid_block"
-            places.append(
+            points.append(
                 InsertionPoint(
                     after=after,
                     parent=name,
@@ -61,16 +62,16 @@ def block_points(denoiser: nn.Module) -> list[InsertionPoint]:
                     reruns=reruns,
                 )
             )
-    return places
+    return points
 
 
 def attention_points(denoiser: nn.Module) -> list[InsertionPoint]:
-    """After every spatial attention block; in a transformer, that is every block.
+    """The points after every spatial attention block; in a transformer, after every block.
 
     Raises:
         ValueError: there is none.
     """
-    found = [place for place in block_points(denoiser) if ".resnets." not in place.after]
+    found = [point for point in block_points(denoiser) if ".resnets." not in point.after]
     if not found:
         raise ValueError(
             "this U-Net has no attention to put temporal attention after; choose another backbone"
@@ -79,12 +80,12 @@ def attention_points(denoiser: nn.Module) -> list[InsertionPoint]:
 
 
 def convolution_points(denoiser: nn.Module) -> list[InsertionPoint]:
-    """After both 3x3 convolutions of every ResNet of a U-Net; none in a transformer. Those that
-    resample, and the 1x1 of shortcuts, do not count."""
+    """The points after both 3x3 convolutions of every ResNet of a U-Net; none in a transformer.
+    Convolutions that resample, and those of shortcuts, are left out."""
     if not is_unet(denoiser):
         return []
     divisors = unet_divisors(denoiser)
-    places = []
+    points = []
     for name, block in _unet_blocks(denoiser):
         for number, resnet in enumerate(block.resnets):
             for index, leaf in enumerate(("conv1", "conv2")):
@@ -92,7 +93,7 @@ def convolution_points(denoiser: nn.Module) -> list[InsertionPoint]:
                 width = int(getattr(resnet, leaf).out_channels)
                 after = f"{parent}.{leaf}"
                 reruns = name != "mid_block" or number > 0
-                places.append(
+                points.append(
                     InsertionPoint(
                         after=after,
                         parent=parent,
@@ -102,11 +103,11 @@ def convolution_points(denoiser: nn.Module) -> list[InsertionPoint]:
                         reruns=reruns,
                     )
                 )
-    return places
+    return points
 
 
 def time_point(denoiser: nn.Module, traits: DenoiserTraits) -> InsertionPoint:
-    """After the embedding of the timestep, (rows, width).
+    """The point after the embedding of the timestep, (rows, width).
 
     Raises:
         ValueError: the denoiser's family declares none, or it is not there.
@@ -115,8 +116,8 @@ def time_point(denoiser: nn.Module, traits: DenoiserTraits) -> InsertionPoint:
     layer: Any = _module(denoiser, traits.time_width)
     if layer is None:
         raise ValueError(
-            f"{type(denoiser).__name__} declares no embedding of time that a frame rate could "
-            "join; choose another backbone"
+            f"{type(denoiser).__name__} declares no timestep embedding that a frame rate could "
+            "be added to; choose another backbone"
         )
     return InsertionPoint(
         after=after,
@@ -131,7 +132,7 @@ def time_point(denoiser: nn.Module, traits: DenoiserTraits) -> InsertionPoint:
 def input_convolution(
     denoiser: nn.Module, traits: DenoiserTraits
 ) -> tuple[InsertionPoint, nn.Conv2d]:
-    """After the convolution that reads the latent, and that convolution.
+    """The point after the convolution that reads the latent, and that convolution.
 
     Raises:
         ValueError: the denoiser's family declares none, or it is no 2-D convolution.
@@ -160,8 +161,8 @@ def _module(denoiser: nn.Module, name: str) -> nn.Module | None:
 
 
 def norm_groups(denoiser: nn.Module, width: int) -> int:
-    """Groups of a group norm over `width` channels: a U-Net's own number, else 32 or the most that
-    divide it of those that divide 32."""
+    """The number of groups of a group norm over `width` channels: a U-Net's own number, otherwise
+    the greatest common divisor of the width and 32."""
     own = getattr(getattr(denoiser, "config", None), "norm_num_groups", None)
     return int(own) if is_unet(denoiser) and own else math.gcd(32, width)
 

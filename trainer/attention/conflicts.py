@@ -55,7 +55,7 @@ def _refuse_undeclared(op: Op) -> None:
 
 
 def _refuse_beside_kernel(op: Op, kernel: Op, site: Site) -> None:
-    """What another op at the site of a kernel may not ask for."""
+    """Refuses what a kernel at the same site cannot give another op."""
     if op.traits.scores:
         raise ValueError(
             f"{label(op)} asks for scores or probabilities of {site.name!r}, where the kernel of "
@@ -68,8 +68,8 @@ def _refuse_beside_kernel(op: Op, kernel: Op, site: Site) -> None:
         )
     if has_stage(op, "mask") and not kernel.traits.masks:
         raise ValueError(
-            f"{label(op)} has a mask for {site.name!r}, where the kernel of {label(kernel)} has no "
-            "place for one; choose other sites for one of them"
+            f"{label(op)} has a mask for {site.name!r}, where the kernel of {label(kernel)} takes "
+            "none; choose other sites for one of them"
         )
 
 
@@ -84,19 +84,19 @@ def _refuse_on_linear(ops: tuple[Op, ...], site: Site) -> None:
 
 
 def refuse_mask(mask: Tensor | None, op: Op, call: SiteCall) -> None:
-    """What a kernel without masks does about one that comes with the model's own call."""
+    """Refuses a mask that comes with the model's own call, for a kernel that takes none."""
     if mask is not None:
         raise ValueError(
-            f"the model masks keys at {call.site.name!r}, and the kernel of {label(op)} has no "
-            "place for a mask; choose other sites, or inputs of one length"
+            f"the model masks keys at {call.site.name!r}, and the kernel of {label(op)} takes "
+            "no mask; choose other sites, or inputs of one length"
         )
 
 
 def refuse_other_keys(queries: Tensor, keys: Tensor, *, op: Op, call: SiteCall) -> None:
-    """What a kernel for which tokens have a place among each other does about further keys."""
+    """Refuses further keys, for a kernel in which queries and keys are the same tokens."""
     if keys.shape[2] != queries.shape[2]:
         raise ValueError(
-            f"{label(op)} needs the tokens of {call.site.name!r} to look at themselves, and there "
-            f"are {keys.shape[2]} keys for {queries.shape[2]} queries; choose sites of "
+            f"{label(op)} needs the tokens of {call.site.name!r} to attend to themselves, and "
+            f"there are {keys.shape[2]} keys for {queries.shape[2]} queries; choose sites of "
             "self-attention to which no other method appends keys"
         )

@@ -1,7 +1,7 @@
-"""The step context tells attention ops where in a run they are: step, timestep, frames, groups of
-batch rows.
+"""The step context gives attention ops what they need to know of the run: step, timestep, frames,
+groups of batch rows.
 
-Who runs a denoiser sets it, ops read it:
+Code that runs a denoiser sets it; ops read it:
 
     groups = Rows.of(("target/uncond", "target/cond"), count=2)
     with use(StepContext(step=3, num_steps=50, timestep=t, groups=groups)):
@@ -9,10 +9,10 @@ Who runs a denoiser sets it, ops read it:
 
 Gradient checkpointing runs a block a second time in the backward pass, outside the `with`, on CUDA
 even in another thread. So sites never read the context variable. A hook before each forward of the
-denoiser stamps the context on a `ContextHolder` which the sites share and which outlives the
+denoiser writes the context to a `ContextHolder`, which the sites share and which outlives the
 forward, and `BoundCheckpoint` makes the second run of a block see what its first run saw, also when
-the denoiser ran again with another context before the backward (a prior image, a distillation
-teacher).
+the denoiser was called with another context before the backward pass (for a prior image or a
+distillation teacher).
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from trainer.attention.rows import Rows
 
 @dataclass(frozen=True, eq=False)
 class StepContext:
-    """One call of the denoiser. Frozen: a later change must not reach back into a recompute.
+    """One call of the denoiser. Frozen, since a later change must not affect a recompute.
 
-    `timestep` is what the denoiser was called with, `groups` says which batch rows are whose,
+    `timestep` is what the denoiser was called with, `groups` names the groups of batch rows,
     `latent_size` is the (height, width) of the denoiser's input; left None it is filled in from the
     call. The rows are clips times `frames`, the frames of a clip adjacent; `fps` (clips,) are its
-    frames a second, None where nobody says. `source` (rows, c, h, w) are the clean latents whose
-    structure the output is to have: in training those that noise was added to, in sampling another
-    clip's, or None. `condition` is what the denoiser was told of all rows, None where the caller
-    does not say.
+    frames a second, None where that is unknown. `source` (rows, c, h, w) are the clean latents
+    whose structure the output is to have: in training those that noise was added to, in sampling
+    another clip's, or None. `condition` is the condition of all rows, None where the caller gives
+    none.
     """
 
     step: int
@@ -65,7 +65,7 @@ _current: ContextVar[StepContext | None] = ContextVar("step_context", default=No
 
 @contextmanager
 def use(ctx: StepContext) -> Iterator[StepContext]:
-    """Every denoiser called inside runs under `ctx`; uses nest."""
+    """Every denoiser that is called inside runs with `ctx`; the innermost `use` counts."""
     token = _current.set(ctx)
     try:
         yield ctx
@@ -74,12 +74,13 @@ def use(ctx: StepContext) -> Iterator[StepContext]:
 
 
 def current() -> StepContext | None:
-    """The context in use here. For those who call denoisers; ops get theirs as an argument."""
+    """The context in use. For code that calls denoisers; ops get theirs as an argument."""
     return _current.get()
 
 
 def completed(ctx: StepContext | None, call: Mapping[str, Any], training: bool) -> StepContext:
-    """`ctx` with its latent size, or without one what the denoiser's own arguments tell.
+    """`ctx` with its latent size filled in; without a `ctx`, a context made of the denoiser's own
+    arguments.
 
     `call` maps argument names of the denoiser's forward to values.
     """
@@ -95,7 +96,7 @@ def completed(ctx: StepContext | None, call: Mapping[str, Any], training: bool) 
 
 
 class ContextHolder:
-    """The one place where all sites of a denoiser read the context of the running forward.
+    """Holds the context of the running forward for all sites of a denoiser.
 
     Before the first forward it holds step 0 of 1 at timestep 0, so a block can be called by itself.
     """

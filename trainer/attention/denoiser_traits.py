@@ -42,7 +42,7 @@ class DenoiserTraits:
     such module.
 
     processors: how layers compute, by the full name of their processor's class; each must be hosted
-    bit-equal. time_embedding: the module that puts out the embedding of the timestep, (rows,
+    bit-equal. time_embedding: the module whose output is the embedding of the timestep, (rows,
     width); time_width: the linear layer inside it whose `out_features` is that width. input: the
     convolution that reads the latent. layout: how the denoiser takes clips: as `rows`, every frame
     a row of the batch, or as `tokens` of space and time, the frames an axis (b, c, f, h, w).
@@ -55,7 +55,7 @@ class DenoiserTraits:
     layout: Layout = "rows"
 
     def of_processor(self, processor: object) -> ProcessorTraits | None:
-        """The traits of a layer's own processor; None for one that nobody declares."""
+        """The traits of a layer's own processor; None for one that is not declared."""
         kind = type(processor)
         name = f"{kind.__module__}.{kind.__qualname__}"
         return PROCESSORS.get(name) or self.processors.get(name)

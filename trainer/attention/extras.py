@@ -1,4 +1,4 @@
-"""Modules of methods that belong to no attention site, as an image projector or a head does.
+"""Modules of methods that belong to no attention site, such as an image projector or a head.
 
 The model keeps them by name, so their parameters are called `extras.<name>.<parameter>`: they
 train, are stored in the adapter and are found again as every other parameter is.
@@ -17,7 +17,7 @@ ASPECT = "the name"
 
 
 class Extras(nn.ModuleDict):
-    """Name to module, and which method each is of."""
+    """The modules by name, and by name the method each belongs to."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,7 +14,8 @@ def token_grid(tokens: int, *, site: Site, ctx: StepContext, who: str) -> tuple[
     a temporal site are frames, in one line.
 
     Raises:
-        ValueError: neither the latent's size nor a square explains the number; says who asked.
+        ValueError: the number fits neither the latent's size nor a square; the message names who
+            asked.
     """
     if site.kind == "temporal":
         return 1, tokens
@@ -25,7 +26,7 @@ def token_grid(tokens: int, *, site: Site, ctx: StepContext, who: str) -> tuple[
     side = round(tokens**0.5)
     if side * side != tokens:
         raise ValueError(
-            f"{who} cannot tell the grid of {tokens} tokens at {site.name!r}; give the "
+            f"{who} cannot find the grid of {tokens} tokens at {site.name!r}; give the "
             "StepContext the latent_size the denoiser is called with"
         )
     return side, side

@@ -35,8 +35,8 @@ START = "the start of sampling"  # the aspect that a hook with `begin` claims
 
 
 class Sampler(Protocol):
-    """A sampler at work: `x_t` (b f, c, h, w) from before step `first` to before step `last`, of
-    clips with as many frames as there are rows for."""
+    """A running sampler: takes `x_t` (b f, c, h, w) from before step `first` to before step `last`.
+    The number of frames of a clip follows from the number of rows."""
 
     @property
     def steps(self) -> int: ...
@@ -60,9 +60,9 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What the denoiser answered at one step.
+    """The output of the denoiser at one step.
 
-    x_t (b f, c, h, w) it was asked about; outputs: by the name of each group of rows, as in
+    x_t (b f, c, h, w): its input; outputs: by the name of each group of rows, as in
     `target/cond`; output: what guidance makes of them; convert: from an output and x_t to x0.
     """
 

@@ -1,4 +1,4 @@
-"""The host puts the hosted processor on every site of a denoiser and keeps account of the ops."""
+"""The host puts the hosted processor on every site of a denoiser and keeps track of the ops."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ class Host:
                 delattr(processor.site.module, op.name)
 
     def detach(self) -> None:
-        """Removes all ops and hooks and puts back the processors that were there before. What is
-        inserted stays, and takes every batch for images until there is a host again."""
+        """Removes all ops and hooks and puts back the processors that were there before. Blocks
+        that were inserted stay, and treat every batch as images until a host is attached again."""
         for op in {id(op): op for p in self.processors.values() for op in p.ops}.values():
             self.remove(op)
         for processor in self.processors.values():
@@ -131,14 +131,14 @@ class Host:
                 continue
             elif processor is None or processor.site.module is not module:
                 processor = HostedProcessor(site, self.holder, module.processor)
-            # a block copied from elsewhere in the model brings its processor along: adopt that
+            # a block copied from elsewhere in the model has that block's processor: use it here
             processor.site, processor.holder = site, self.holder
             module.set_processor(processor)
             self._set_ops(processor, processor.ops)
             self.processors[site.name] = processor
         for inserted in insertions(self.denoiser):
             inserted.holder = self.holder
-        # a site that lost its processor stays listed while it has ops: reported as never reached
+        # a site that lost its processor stays listed while it has ops, to be reported
         self.processors |= {n: p for n, p in known.items() if p.ops and n not in self.processors}
         self.unproven = any(p.ops for p in self.processors.values())
         self.checkpointing = [
@@ -167,11 +167,11 @@ class Host:
             processor.hook = block.register_forward_hook(processor.after_block)
 
     def _block(self, site: Site, op: Op) -> nn.Module:
-        """The module that runs the site: its parent, if that is no mere list."""
+        """The module whose forward runs the site: its parent, unless that is only a list."""
         block = self.denoiser.get_submodule(site.name.rpartition(".")[0])
         if block is self.denoiser or type(block).forward is nn.Module.forward:
             raise ValueError(
-                f"op {op.name!r} acts after the block around a site, and {site.name!r} stands in "
+                f"op {op.name!r} acts after the block around a site, and {site.name!r} is inside "
                 "none; choose sites inside transformer blocks"
             )
         return block
@@ -204,7 +204,7 @@ class Host:
         if not self.unproven:
             return
         unseen = [p.site for p in self.processors.values() if p.ops and not p.reached]
-        # images have no time: layers that look through it may be passed by
+        # temporal layers do not run on images
         still = self.holder.ctx.frames == 1
         missed = [site.name for site in unseen if not (still and site.kind == "temporal")]
         if missed:

@@ -1,13 +1,14 @@
 """Blocks inserted into a denoiser after modules of its own, as motion modules are.
 
 A block is a real module under the denoiser, so that optimiser, DDP, EMA and adapters see its
-parameters by name. A forward hook of the module it stands after hands it that module's output:
+parameters by name. A forward hook on the module before it passes it that module's output, and
+replaces the output by what the block returns:
 
-    y = block(x, before, ctx)      x, y: what the module puts out; before: its first argument
+    y = block(x, before, ctx)      x: the module's output; before: the module's first argument
 
 Rows are clips times frames, the frames of a clip adjacent: (b f) c h w in a U-Net, (b f) n c in a
-transformer, and ctx.frames says f. A block meets no clip of one frame, an image, unless it asks for
-`stills`: the image model is then itself, whatever the block has learned.
+transformer, where f is ctx.frames. A block does not run on clips of one frame, which are images,
+unless it asks for `stills`: whatever the block has learned, images come out as without it.
 """
 
 from __future__ import annotations
@@ -58,12 +59,13 @@ def insert(model: AttentionModel, items: Sequence[Item], owner: str, trains: boo
         _register(denoiser, item.path, item.block)
         Insertion(modules[item.after], item, owner=owner, trains=trains)
     inside = tuple(f"{item.path}." for item in items)
-    host = Host.attach(denoiser, traits)  # which sets the holders
+    host = Host.attach(denoiser, traits)  # this also sets the context holders
     return [site.name for site in host.sites if site.name.startswith(inside)]
 
 
 def _register(denoiser: nn.Module, path: str, block: nn.Module) -> None:
-    """As `path`; the list that a path ending in a number lies in is made at the first."""
+    """Registers the block as `path`. Where a path ends in a number, the block belongs to a list,
+    which the first one creates."""
     parent, _, leaf = path.rpartition(".")
     if leaf.isdecimal():
         owner, _, name = parent.rpartition(".")

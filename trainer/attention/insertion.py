@@ -14,11 +14,12 @@ from trainer.attention.context import ContextHolder
 
 @dataclass(frozen=True)
 class Item:
-    """A block to insert: `after` and `path` are names in the denoiser, of the module it stands
-    after and of itself.
+    """A block to insert.
 
-    checkpoint: whether gradient checkpointing must run it again by itself, since no block of the
-    model that is run again contains it.
+    after: the name in the denoiser of the module whose output it takes; path: its own name there.
+    stills: whether it also runs on clips of one frame, which are images. checkpoint: whether
+    gradient checkpointing must run it again separately, because no block of the model that is run
+    again contains it.
     """
 
     after: str
@@ -38,7 +39,7 @@ class Insertion:
         self.handle = after.register_forward_hook(self, with_kwargs=True)
 
     def move(self, module: nn.Module) -> None:
-        """Puts the block after another module, which has taken the place of the one before."""
+        """Puts the block after another module, which has replaced the one before."""
         self.handle.remove()
         self.handle = module.register_forward_hook(self, with_kwargs=True)
 
@@ -55,7 +56,7 @@ class Insertion:
         if len(x) % ctx.frames:
             raise ValueError(
                 f"methods.{self.owner} sees clips of {ctx.frames} frames, and a batch of {len(x)} "
-                "rows is no whole number of them; give every frame of a clip a row"
+                "rows does not divide into them; give every frame of a clip a row"
             )
         if torch.is_grad_enabled() and getattr(block, "gradient_checkpointing", False):
             again: Any = block._gradient_checkpointing_func
@@ -64,8 +65,8 @@ class Insertion:
 
 
 def untouched(x: Tensor, block: nn.Module) -> Tensor:
-    """x, and a gradient of zero for every parameter of a block that is passed by: DDP waits for
-    one of each, and a batch of stills may train nothing else."""
+    """x, with a gradient of zero for every parameter of a block that does not run: DDP waits for a
+    gradient of each parameter, and a batch of images may train nothing else."""
     if not torch.is_grad_enabled():
         return x
     ones = [p.flatten()[0] for p in block.parameters() if p.requires_grad]
@@ -77,7 +78,7 @@ def inserted_after(module: nn.Module) -> list[Insertion]:
 
 
 def insertions(denoiser: nn.Module) -> list[Insertion]:
-    """All of them; a copy of a denoiser has its own."""
+    """All insertions in a denoiser; a copy of a denoiser has its own."""
     return [found for module in denoiser.modules() for found in inserted_after(module)]
 
 
@@ -88,7 +89,7 @@ def trained_inside(denoiser: nn.Module) -> set[int]:
 
 
 def hand_over(old: nn.Module, new: nn.Module) -> None:
-    """What is inserted after `old` now stands after `new`: an adapter's wrapper, or what it
+    """Moves what is inserted after `old` to `new`: an adapter's wrapper, or the layer it
     wrapped."""
     for found in inserted_after(old):
         found.move(new)

@@ -1,5 +1,5 @@
-"""What the model's own layers do between their projections, without any op: softmax attention in
-most, linear attention where the site's traits say so."""
+"""What the model's own layers compute between their projections, without any op: softmax attention
+in most layers, linear attention in those that declare it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def split_heads(site: Site, *, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the projections give, (b, . , h * d), as normed heads (b, h, . , d)."""
+    """The outputs of the projections, (b, . , h * d), as normalised heads (b, h, . , d)."""
     attn: Any = site.module
     if site.native.norms_first:
         q, k = _normed(attn, q, k)
@@ -36,7 +36,7 @@ def attend(site: Site, *, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) 
         return softmax_attention(q, k, v, mask=mask, scale=site.scale)
     if mask is not None:
         raise ValueError(
-            f"attention at {site.name!r} is linear, as its model was trained, and has no place for "
+            f"attention at {site.name!r} is linear, as its model was trained, and cannot use "
             "the mask it was called with; call it without one"
         )
     return relu_attention(q, k, v)

@@ -15,7 +15,7 @@ a `SiteCall`, the last argument of each:
     branch(o, q, call) -> o             b h n d  adds what the same queries find elsewhere
     output(o, call) -> o                b h n d  before to_out
     restore(y, call) -> y               b n c    after to_out, before the residual
-    block(x, call) -> x                 b n c    what the block around the site puts out
+    block(x, call) -> x                 b n c    the output of the block around the site
 
 Ops of one site run in the order in which they were installed, except that `restore`, which undoes
 `tokens`, runs in the reverse order. What two stages of one op share is kept in

@@ -3,9 +3,9 @@
     tokens -> context -> project q, k, v -> kv -> mask -> kernel -> branch -> output -> restore
                                                 (scores, probs: only where an op asks for them)
 
-and after the whole block around the layer, `block`.
+and `block` after the complete block around the layer.
 
-With no op installed it is bit-identical to the processor of diffusers it stands for:
+With no op installed it is bit-identical to the processor of diffusers that it replaces:
 `AttnProcessor2_0`, or one whose traits the model's family declares.
 """
 
@@ -34,7 +34,7 @@ class HostedProcessor:
 
     No `nn.Module`: `Attention.forward` filters arguments by the signature of `processor.__call__`,
     which for a module is `(*args, **kwargs)`, and `temb` would be lost. It refers to its site and
-    to the context holder only, so that copying one block does not copy the whole denoiser.
+    to the context holder only, so that copying one block does not copy the rest of the denoiser.
     """
 
     def __init__(self, site: Site, holder: ContextHolder, previous: object) -> None:
@@ -86,7 +86,7 @@ class HostedProcessor:
         """A forward hook of the block around the site."""
         if not isinstance(output, Tensor) or output.ndim != 3:
             raise ValueError(
-                f"{type(block).__name__} around {self.site.name!r} does not put out tokens alone; "
+                f"{type(block).__name__} around {self.site.name!r} does not return tokens alone; "
                 f"op {self.stages['block'][0].name!r} needs sites inside transformer blocks"
             )
         call = SiteCall(self.site, self.holder.ctx)
@@ -157,5 +157,5 @@ def _leave(attn: Attention, y: Tensor, hidden: Tensor) -> Tensor:
         y = y.transpose(-1, -2).reshape(hidden.shape)
     if attn.residual_connection:
         y = y + hidden
-    # a division by 1 changes nothing, and is a pass forward and one back
+    # dividing by 1 changes nothing and costs a pass forward and a pass backward
     return y if attn.rescale_output_factor == 1 else y / attn.rescale_output_factor

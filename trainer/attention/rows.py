@@ -1,4 +1,4 @@
-"""Which rows of a batch belong to what: ordered groups, each with a branch and a text role.
+"""Which rows of a batch belong together: ordered groups, each with a branch and a text role.
 
 A sampler or a loss calls the denoiser once for several groups of rows. A group's branch says whose
 latents its rows are: `target` is what is generated or trained on, `source` what an edit starts

@@ -7,7 +7,7 @@
     place       = "down" | "mid" | "up" | "block"
     grid        = "/" divisor          token grid relative to the latent: /1 is its full resolution
 
-Temporal sites join only alternatives that say `temporal` or `name:...` themselves: a method written
+Temporal sites match only alternatives that contain `temporal` or `name:...`: a method written
 for images and pointed at `all` must not reach into the motion of a video model. `all` means all
 spatial sites. This file imports nothing heavy, so a recipe is checked before torch is loaded.
 """
@@ -25,7 +25,7 @@ FORMS = (*KINDS, *PLACES, "/1", "/2", "name:<glob>")
 
 
 class Selectable(Protocol):
-    """What a selector looks at; `sites.Site` has it."""
+    """What a selector reads of a site; `sites.Site` has these."""
 
     @property
     def name(self) -> str: ...
@@ -50,8 +50,8 @@ class Term:
 
     @property
     def admits_temporal(self) -> bool:
-        says_temporal = self.aspect == "kind" and self.value == "temporal"
-        return not self.negated and (says_temporal or self.aspect == "name")
+        asks_temporal = self.aspect == "kind" and self.value == "temporal"
+        return not self.negated and (asks_temporal or self.aspect == "name")
 
     def _holds(self, site: Selectable) -> bool:
         if self.aspect == "kind":

@@ -36,12 +36,12 @@ FORWARD_ORDER: tuple[Place, ...] = ("block", "down", "mid", "up")
 
 @dataclass(frozen=True)
 class Site:
-    """One attention layer: `depth` is its place in forward order, 0 for the first site and 1 for
+    """One attention layer: `depth` is its position in forward order, 0 for the first site and 1 for
     the last.
 
     `divisor` says how much coarser the token grid is than the latent (2: half the height and
-    width), None where the model does not say. A temporal site has the divisor of the frames it
-    looks through. native: how the layer's own processor computes.
+    width), None where that is unknown. A temporal site has the divisor of the frames it
+    attends over. native: how the layer's own processor computes.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Site:
         return None if self.module.scale_qk else cast(float, self.module.scale)
 
     def projection(self, role: Role) -> nn.Linear:
-        """The layer now in the place of q, k, v or out: an adapter's wrapper where there is one."""
+        """The projection q, k, v or out as it is now: an adapter's wrapper where there is one."""
         if role == "out":
             return cast("nn.Linear", cast("nn.ModuleList", self.module.to_out)[0])
         return cast("nn.Linear", getattr(self.module, f"to_{role}"))
@@ -74,7 +74,7 @@ def scan(model: nn.Module, traits: DenoiserTraits = UNDECLARED) -> list[Site]:
     """All attention sites of a denoiser in forward order; traits: what its family declares of it.
 
     Raises `ValueError` at a layer that is no classic self or cross attention (joint attention, the
-    newer classes with a forward of their own): skipping it would edit half a model in silence.
+    newer classes with a forward of their own): to skip it would silently edit half of the model.
     """
     found = _attentions(model)
     rank = _registration_order(model)
@@ -108,7 +108,7 @@ def select(sites: Sequence[Site], selector: str | Selector) -> list[Site]:
 
 
 def require(sites: Sequence[Site], selector: str | Selector, who: str) -> list[Site]:
-    """Like `select`, but no match is a `ValueError` that says who asked and what there is."""
+    """Like `select`, but no match is a `ValueError` that names who asked and what there is."""
     chosen = select(sites, selector)
     if not chosen:
         text = selector if isinstance(selector, str) else selector.text

@@ -36,7 +36,7 @@ def find_family(name: str) -> Family:
 
 
 def family_of(folder: Path) -> str:
-    """The family that loads a pipeline folder; `sd`, which says what is wrong, if none does."""
+    """The family that loads a pipeline folder; if none does, `sd`, whose error explains why."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -47,7 +47,7 @@ def family_of(folder: Path) -> str:
 
 
 def load_backbone(spec: BackboneSpec, name: str) -> Backbone:
-    """The backbone a spec describes, frozen nowhere and fp32.
+    """The backbone a spec describes, with nothing frozen, in fp32.
 
     Raises:
         ValueError: an unknown family, a folder of another family, weights missing or not

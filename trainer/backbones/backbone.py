@@ -134,10 +134,10 @@ class Backbone(nn.Module):
         )
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """A draw (b, c, h, w) from the posterior, scaled to what the denoiser was trained on."""
+        """A sample (b, c, h, w) from the posterior, scaled to what the denoiser was trained on."""
         mean, log_variance = moments.chunk(2, dim=1)
-        drawn = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
-        return drawn * self.vae.config.scaling_factor
+        sampled = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
+        return sampled * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ class Backbone(nn.Module):
         return dict(self._identity)
 
     def goes_on_from(self, adapter: Path) -> None:
-        """Makes the adapter of an earlier run, which is in place, part of its identity."""
+        """Makes the adapter of an earlier run, already loaded, part of the identity."""
         with adapter.open("rb") as file:
             both = hashlib.file_digest(file, "sha256")
         both.update(self._identity.get("adapters", "").encode())
@@ -248,7 +248,7 @@ class Backbone(nn.Module):
         return contents(self.vae)
 
     def fingerprint(self) -> str:
-        """Changes with any weight; keys what the backbone has painted."""
+        """Changes with any weight; keys the pictures the backbone has generated."""
         return hashlib.sha256(
             " ".join(map(contents, (self.denoiser, self.text_encoder, self.vae))).encode()
         ).hexdigest()[:16]
@@ -259,9 +259,9 @@ class Backbone(nn.Module):
             self.text_encoder.gradient_checkpointing_enable()
 
     def compile_blocks(self) -> None:
-        """torch.compile for each block of the denoiser by itself: hooks on the whole stay Python.
+        """torch.compile for each block of the denoiser separately; hooks on it stay Python.
 
-        Static shapes: blocks share their code, and inductor fails on what they have in common.
+        Shapes are static: blocks share their code, and with dynamic shapes inductor fails on it.
         """
         for block in self.blocks():
             block.compile(dynamic=False)

@@ -10,11 +10,11 @@ def rows_to_clips(x: Tensor, frames: int) -> Tensor:
     """Rows (b f, c, h, w), the frames of a clip adjacent, to clips (b, c, f, h, w).
 
     Raises:
-        ValueError: the rows are no whole number of clips.
+        ValueError: the rows do not divide into clips.
     """
     if len(x) % frames:
         raise ValueError(
-            f"clips of {frames} frames, and a batch of {len(x)} rows is no whole number of them; "
+            f"clips of {frames} frames, and a batch of {len(x)} rows does not divide into them; "
             "give every frame of a clip a row"
         )
     return x.unflatten(0, (-1, frames)).transpose(1, 2)

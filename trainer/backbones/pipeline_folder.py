@@ -22,14 +22,14 @@ STORED = {"F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names of
 
 @dataclass(frozen=True)
 class PipelineFolder:
-    """A pipeline folder, and perhaps one whose parts stand before its own."""
+    """A pipeline folder, and perhaps another one whose parts replace its own."""
 
     path: Path
     overlay: Path | None
     scratch: tuple[str, ...]
 
     def of(self, part: str) -> Path:
-        """Where a part lies, `model_index.json` among them."""
+        """The path of a part, or of `model_index.json`."""
         over = self.overlay / part if self.overlay else None
         return over if over is not None and over.exists() else self.path / part
 
@@ -75,11 +75,11 @@ class PipelineFolder:
             )
         except SafetensorError as error:
             raise ValueError(f"{where}: its safetensors file is damaged: {error}") from None
-        # they would stay random, and nothing would say so
+        # they would silently stay random
         if missing := sorted(notes["missing_keys"]):
             raise ValueError(
                 f"{where}: the weights lack {', '.join(missing[:3])}, {len(missing)} in all; they "
-                "are not of this config.json"
+                "do not belong to this config.json"
             )
         return model
 
@@ -100,7 +100,7 @@ class PipelineFolder:
 
 
 def _missing(where: Path, file: str) -> str:
-    return f"{where}: {file} is missing; the folder is not a whole pipeline"
+    return f"{where}: {file} is missing; the folder is not a complete pipeline"
 
 
 def pipeline_folder(spec: BackboneSpec, name: str, parts: Sequence[str]) -> PipelineFolder:
@@ -123,7 +123,7 @@ def _download(spec: BackboneSpec, name: str, parts: Sequence[str]) -> Path:
                 ignore_patterns=["*.fp16.*", "*.non_ema.*", "safety_checker/*"],
             )
         )
-    except Exception as error:  # the hub raises a dozen kinds; each means: not to be had from here
+    except Exception as error:  # the hub raises a dozen kinds, all for what cannot be fetched
         raise ValueError(
             f"backbone {name}: {spec.hub} could not be fetched ({type(error).__name__}); "
             "download the folder on a "

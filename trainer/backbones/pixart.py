@@ -2,7 +2,7 @@
 diffusion transformer with self- and cross-attention, one text encoder, VAE, scheduler.
 
 The scheduler says what the transformer predicts: noise on a VP path as in PixArt, or the flow
-noise - x0 on the path x_t = (1 - t) x0 + t noise (arXiv 2209.03003), to which it is told 1000 t.
+noise - x0 on the path x_t = (1 - t) x0 + t noise (arXiv 2209.03003), where its timestep is 1000 t.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> 
 
 
 def pipeline(backbone: Backbone) -> Any:
-    """A flow is sampled with a solver that the stock pipeline knows how to call."""
+    """As a stock pipeline; a flow is sampled with a solver that this pipeline can call."""
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
 
     from trainer.backbones.schedulers import FLOW

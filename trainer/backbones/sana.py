@@ -1,5 +1,5 @@
 """Sana (arXiv 2410.10629): a transformer of linear self-attention and softmax cross-attention, with
-convolutions in the feed-forward layers in the place of positions, trained on a flow.
+convolutions in the feed-forward layers instead of position embeddings, trained on a flow.
 
 Text, scheduler and sampling are those of PixArt, from which Sana comes. The VAE is Sana's own
 `AutoencoderDC` or an `AutoencoderKL`, the text encoder Gemma 2 or CLIP.

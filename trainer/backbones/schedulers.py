@@ -20,10 +20,10 @@ PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
 def vp_scheduler(config: dict[str, Any], where: Path) -> DDIMScheduler:
-    """Any of diffusers' VP schedulers describes the same training path; sampling is DDIM.
+    """The DDIM scheduler of the training path that any of diffusers' VP schedulers describes.
 
-    What another scheduler does not say is what its own class does, not DDIM's default: no clipping
-    of latents, and a last step to the first alpha, as PNDM's.
+    An option that another scheduler's file leaves out has that class's default, not DDIM's: no
+    clipping of latents, and a last step to the first alpha, as with PNDM.
     """
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTION_TYPES:

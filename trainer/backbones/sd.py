@@ -108,8 +108,8 @@ def make(spec: UNetSpec, channels: int, text_width: int) -> Any:
 
 
 def keep(block: Any, over_itself: bool, over_text: bool) -> None:
-    """Takes from a transformer block, which a U-Net has with both layers, the one that is not
-    wanted. What is left is a state that the block's own forward knows."""
+    """Removes from a transformer block, which diffusers builds with both attention layers, the one
+    that is not wanted. The block's own forward supports what is left."""
     if not over_itself:
         block.attn1, block.only_cross_attention = block.attn2, True
     if not (over_itself and over_text):

@@ -113,8 +113,8 @@ class TransformerSpec(DenoiserSpec):
             raise ValueError(f"heads={self.heads} does not divide width={self.width}")
         if self.width % 4:
             raise ValueError(
-                f"width={self.width} is no multiple of 4, which places in two dimensions take: a "
-                "sine and a cosine of each"
+                f"width={self.width} is not a multiple of 4, which position embeddings in two "
+                "dimensions need: a sine and a cosine of each"
             )
         return self
 

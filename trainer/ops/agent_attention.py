@@ -1,4 +1,4 @@
-"""Agent attention in the place of a site's softmax attention, trained or not."""
+"""Agent attention instead of a site's softmax attention, trained or not."""
 
 from __future__ import annotations
 
@@ -46,8 +46,9 @@ class PooledAgents(nn.Module):
 class MergedAgents:
     """A kernel op: AgentSD, with agents from merged tokens; nothing trains.
 
-    It runs in the first `share` of a sampler's steps and where it halves the tokens at least;
-    elsewhere, and in a forward by itself, as in training, attention is softmax attention. There
+    It runs in the first `share` of a sampler's steps, and only where it at least halves the tokens.
+    Elsewhere, and in a forward outside a sampler, as in training, attention is softmax attention.
+    Where it runs,
 
         o = softmax(q a^T s^query_power) softmax(a k^T s) v + shortcut * v
     """

@@ -20,8 +20,8 @@ class MapStore:
     CPU.
 
     `tokens` are positions in the context: one list for all batch rows, or one list per row, (rows,
-    tokens), since a word stands elsewhere in every caption. With a `group`, as in `target/cond`,
-    the rows are those of this group, and a call without it is passed over. Sites with more than
+    tokens), since a word has another position in every caption. With a `group`, as `target/cond`,
+    the rows are those of this group, and a call without it is ignored. Sites with more than
     `max_queries` query tokens keep their fused kernel and are left out: eight heads of a 64x64 self
     map are 268 MB a row in half precision.
 

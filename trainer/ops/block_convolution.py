@@ -19,7 +19,7 @@ class BlockConvolution(nn.Module):
     """x <- DWConv(x) of `size` * `size`, the identity at the start: the local part of DiG's blocks,
     arXiv 2405.18428.
 
-    Attention by a scan sees far along one line at a time; this sees what lies around.
+    Attention by a scan reaches far along one line; this mixes neighbouring tokens.
     """
 
     name = "block_convolution"
@@ -32,7 +32,7 @@ class BlockConvolution(nn.Module):
 
     def block(self, x: Tensor, call: SiteCall) -> Tensor:
         grid = call.grid(x.shape[1], label(self))
-        # all that earlier blocks have said goes through it: under autocast each would round it
+        # the output of all earlier blocks passes through it: under autocast each would round it
         with torch.autocast(x.device.type, enabled=False):
             y: Tensor = self.depthwise(x.unsqueeze(1), grid)
         return y.squeeze(1)

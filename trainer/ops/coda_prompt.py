@@ -1,5 +1,5 @@
-"""Prompts that are put together for each input out of a pool of learned parts, as keys and values
-that attention finds beside those of the context.
+"""Prompts that are composed for each input from a pool of learned parts, and appended to the keys
+and values of the context.
 
 CODA-Prompt, Smith et al., CVPR 2023 (arXiv 2211.13218), section 4:
 
@@ -36,8 +36,8 @@ class PromptPool(nn.Module):
     """The parts of all tasks so far, `counts` of them each, at one cross-attention site.
 
     The query q (b, text) is the mean over what `to_k` gets, padding included: in a causal text
-    encoder that has read the whole prompt, too. No gradient goes through it: the paper's query
-    function is frozen. The prompt's tokens come after the context's, whose places stay as they are.
+    encoder the padding has read the complete prompt, too. No gradient flows through it: the paper's
+    query function is frozen. The prompt's tokens come after the context's, whose positions stay.
     """
 
     name = "coda_prompt"
@@ -77,7 +77,7 @@ class PromptPool(nn.Module):
 
     def orthogonality(self) -> Tensor:
         """sum over B in {P, K, A} of |B B^T - I|_F^2, the rows of B being the parts of all tasks.
-        Earlier tasks' parts are frozen: theirs is the place, not the gradient."""
+        Earlier tasks' parts are frozen: they take part, but get no gradient."""
         sets = [part.flatten(1) for part in self.parts()]
         eye = torch.eye(len(sets[0])).to(sets[0])
         return torch.stack([(rows @ rows.T - eye).square().sum() for rows in sets]).sum()

@@ -2,7 +2,7 @@
 
     L = weight * mean over sites of |y - y0|^2 / |y0|^2
 
-y (b, n, c) is what the site puts out, y0 what it put out before any training, on the same input.
+y (b, n, c) is the output of the site, y0 its output before any training, on the same input.
 The attention transfer of LoLCATs, arXiv 2410.10254, section 3.1, here on outputs after `to_out` and
 relative to their size, so that sites weigh the same. Only y carries a gradient.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Distillation:
-    """The loss over all sites; `weight` falls to 0 when `until`, a share of the run, is done."""
+    """The loss over all sites; `weight` becomes 0 after the share `until` of the run."""
 
     def __init__(self, weight: float, until: float) -> None:
         self.full, self.until = weight, until
@@ -49,7 +49,7 @@ class Distillation:
             self.terms[call.site.name] = call.ctx, term
 
     def loss(self, step: object) -> Tensor:
-        """Of the forward just run; it is called once for each."""
+        """The loss of the last forward; to be called once for each forward."""
         if not self.terms:
             return torch.zeros(())
         contexts, terms = zip(*self.terms.values(), strict=True)
@@ -99,7 +99,7 @@ class Original(nn.Module):
 
     @torch.no_grad()
     def as_before(self, x: Tensor, contexts: tuple[Tensor, Tensor], call: SiteCall) -> Tensor:
-        """y0 (b, n, c); frames of a clip read the frames they read now."""
+        """y0 (b, n, c). Where a method lets frames read the keys of other frames, so does y0."""
         site, (k_ctx, v_ctx) = call.site, contexts
         attn: Any = site.module
         if site.kind == "cross" and attn.norm_cross is not None:

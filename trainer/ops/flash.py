@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class FlashOp:
     """A kernel op: SDPA by one backend, or by PyTorch's choice for `None`.
 
-    The first call with tensors of a kind is watched and logged; `ran` holds what ran by site.
+    The first call with tensors of a kind is observed and logged: `ran` holds the backends by site.
     """
 
     name = "flash"

@@ -1,4 +1,4 @@
-"""Gated linear attention in the place of a site's softmax attention."""
+"""Gated linear attention instead of a site's softmax attention."""
 
 from __future__ import annotations
 

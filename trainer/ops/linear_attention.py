@@ -1,4 +1,4 @@
-"""Linear attention in the place of a site's softmax attention."""
+"""Linear attention instead of a site's softmax attention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 class LinearAttentionOp(nn.Module):
     """A kernel op: `linear_attention` with the features of that name in `FEATURES`, or "random"
-    ones, `num_features` of them drawn from `seed`.
+    ones, `num_features` of them, a function of `seed`.
 
     shortcut: size of a depthwise convolution over the values, 0 for none.
     """

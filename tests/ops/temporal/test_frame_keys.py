@@ -24,7 +24,7 @@ from trainer.ops.flashmask import FlashMask
 from trainer.ops.gated_linear import GatedLinearOp
 from trainer.ops.linear_attention import LinearAttentionOp
 from trainer.ops.longlora import ShiftedSparse
-from trainer.ops.temporal.frame_keys import FRAMES, FrameKeys, gathered, places
+from trainer.ops.temporal.frame_keys import FRAMES, FrameKeys, frames_read, gathered
 
 Call = Callable[[nn.Module], Tensor]
 READS = [("first",), ("previous",), ("first", "previous"), ("own", "first", "previous")]
@@ -70,7 +70,7 @@ def test_first_and_previous_are_a_mask_over_all_frames() -> None:
     own = eager(*FrameKeys(("first", "previous"), "test").kv(q, k, v, call=called(frames)))
     mask = torch.zeros(frames, frames, dtype=torch.bool)
     for name in ("first", "previous"):
-        mask[torch.arange(frames), places(frames, name)] = True
+        mask[torch.arange(frames), frames_read(frames, name)] = True
     whole = [x.transpose(0, 1).flatten(1, 2)[None] for x in (q, k, v)]  # 1 h (f n) d
     every = mask.repeat_interleave(n, 0).repeat_interleave(n, 1)
     wanted = eager(*whole, every)[0].unflatten(1, (frames, n)).transpose(0, 1)

@@ -467,5 +467,5 @@ def test_blocks_without_attention_are_places_after_their_resnets() -> None:
 def test_a_denoiser_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="Linear is neither a U-Net nor a transformer"):
         block_points(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="Linear declares no embedding of time"):
+    with pytest.raises(ValueError, match="Linear declares no timestep embedding"):
         time_point(nn.Linear(2, 2), UNDECLARED)

@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 
 class LowRankLinear(Linear):
-    """peft's layer with one LoRA or DoRA adapter; whatever else is asked of it peft does itself."""
+    """peft's layer with one LoRA or DoRA adapter; in all other cases peft's own forward runs."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not self._plain(x):
@@ -60,7 +60,7 @@ class LowRankLinear(Linear):
 
 
 def quicken(layer: nn.Module) -> None:
-    """Makes a layer that peft has put on a plain linear one a `LowRankLinear`; leaves any other."""
+    """Turns a layer that peft has put on a plain linear one into a `LowRankLinear`; no other."""
     if type(layer) is Linear and type(layer.base_layer) is nn.Linear:
         layer.__class__ = LowRankLinear
 

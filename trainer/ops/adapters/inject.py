@@ -103,7 +103,7 @@ def text_targets(model: AttentionModel, roles: Sequence[Role]) -> list[Target]:
 
 
 def layer_of(model: AttentionModel, target: Target) -> Any:
-    """The layer now in a target's place: after an earlier adapter or NF4, their wrapper."""
+    """A target's layer as it is now: after an earlier adapter or NF4, their wrapper."""
     return part_of(model, target.part).get_submodule(target.name)
 
 
@@ -192,7 +192,7 @@ def _add(
             quicken(layer)
             hand_over(base_layer(layer), layer)
         for layer, adapters in zip(earlier, acting, strict=True):
-            layer.set_adapter(adapters)  # peft has silenced them all but the new one
+            layer.set_adapter(adapters)  # peft has deactivated all but the new one
     found = [name for name, parameter in model.named_parameters() if id(parameter) not in before]
     return tuple(found)
 
@@ -222,9 +222,9 @@ def sites_of(targets: Sequence[Target]) -> tuple[str, ...]:
 
 
 def claims(targets: Sequence[Target], trains: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """What an adapter on these layers claims: the places, and its own parameters."""
-    places = [(target.path, "the adapter") for target in targets]
-    return (*places, *((name, "weight") for name in trains))
+    """What an adapter on these layers claims: the layers, and its own parameters."""
+    layers = [(target.path, "the adapter") for target in targets]
+    return (*layers, *((name, "weight") for name in trains))
 
 
 @torch.no_grad()
@@ -252,7 +252,7 @@ def fold(model: nn.Module) -> None:
 
 
 def _seen_through(layer: Any) -> nn.Module:
-    """What an adapted 4-bit linear layer does, as a plain one: peft merges these into 4 bits only.
+    """What an adapted 4-bit linear layer computes, as a plain layer: peft merges only into 4 bits.
 
     Row i of layer(1) is column i of its matrix.
     """

@@ -1,5 +1,5 @@
-"""What goes into chosen layers, gathered over a few forward passes: for starts that look at the
-data."""
+"""Statistics of the inputs of chosen layers over a few forward passes, for initial values that
+depend on the data."""
 
 from __future__ import annotations
 

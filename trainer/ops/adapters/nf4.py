@@ -17,7 +17,7 @@ from trainer.attention.processor import HostedProcessor
 
 
 def bitsandbytes(who: str) -> Any:
-    """The package; ValueError says who asked and how to get it."""
+    """The package; ValueError names who asked and how to install it."""
     try:
         import bitsandbytes as bnb
     except ImportError:
@@ -101,8 +101,8 @@ def scales(parameter: Tensor) -> tuple[Tensor, ...]:
 
 
 def bits_per_value(model: nn.Module) -> float:
-    """Bits that a value of the 4-bit layers takes with its scales, by the memory they hold. The two
-    tables of codes, a kilobyte for the whole model, are not counted.
+    """Bits that a value of the 4-bit layers takes with its scales, by the memory they occupy. The
+    two tables of codes, a kilobyte for the model, are not counted.
 
     Raises:
         ValueError: no layer is stored in 4 bits.
@@ -110,6 +110,6 @@ def bits_per_value(model: nn.Module) -> float:
     layers: list[Any] = [layer for layer in model.modules() if is_packed(layer)]
     if not layers:
         raise ValueError("no layer is stored in 4 bits; apply methods.nf4 first")
-    held = [part for layer in layers for part in (layer.weight.data, *scales(layer.weight))]
-    size = sum(part.untyped_storage().nbytes() for part in held)
+    parts = [part for layer in layers for part in (layer.weight.data, *scales(layer.weight))]
+    size = sum(part.untyped_storage().nbytes() for part in parts)
     return 8 * size / sum(numel(layer.weight) for layer in layers)

@@ -1,11 +1,11 @@
-"""The subspace that the inputs of earlier tasks live in, kept as DualGPM keeps it: as a basis of
-itself while it is small, of its complement once that is smaller.
+"""The subspace of the inputs of earlier tasks, stored as in DualGPM: by a basis of the subspace
+while that is small, by a basis of its complement once that is smaller.
 
 DualGPM: Liang and Li, CVPR 2023, as InfLoRA uses it (arXiv 2404.00228). All of it is worked out in
-the complement, which both forms describe: `free`, orthonormal columns (d, f) in float64 that span
+the complement, which both bases describe: `free`, orthonormal columns (d, f) in float64 that span
 what no earlier task uses. `kept` is what is stored, (d, d // 2) with unused columns zero: the same
 shape after any number of tasks. H is the moment sum x x^T (d, d) of a task's inputs, see
-`statistics.input_moments`; its trace is the inputs' energy.
+`input_moments.input_moments`; its trace is the inputs' energy.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def claim(free: Tensor, moment: Tensor, energy: float) -> Tensor:
     inner = free.T @ moment.to(free) @ free
     values, vectors = torch.linalg.eigh(inner)
     total = moment.to(free).trace()
-    held = torch.cat([total - values.sum()[None], values.flip(0)]).cumsum(0)
+    kept = torch.cat([total - values.sum()[None], values.flip(0)]).cumsum(0)
     wanted = total * min(energy, 1 - ROUNDING)
-    taken = int((held < wanted).sum())
+    taken = int((kept < wanted).sum())
     return free @ vectors.flip(1)[:, min(taken, free.shape[1]) :]

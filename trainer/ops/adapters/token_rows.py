@@ -17,7 +17,7 @@ from transformers import AddedToken
 
 
 class RowsEmbedding(nn.Module):
-    """A frozen table, and `rows`, n of (d,), that are read in places of their own."""
+    """A frozen table, and `rows`, n of (d,), that are read for ids of their own."""
 
     def __init__(self, table: Any, rows: Sequence[Tensor]) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class RowsEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The table with the rows in their places, (v, d)."""
+        """The table with the rows at their ids, (v, d)."""
         raise NotImplementedError
 
     @property
@@ -49,33 +49,33 @@ class RowsEmbedding(nn.Module):
 
 
 class RelearnedEmbedding(RowsEmbedding):
-    """Row i is read for `ids[i]` in the place of the table's own."""
+    """Row i is read for `ids[i]` instead of the table's own."""
 
-    places: Tensor  # (v,), of each id's row; -1 where the table is read
+    row_of: Tensor  # (v,): for each id the number of its row, -1 where the table is read
 
     def __init__(self, table: Any, ids: Sequence[int], rows: Sequence[Tensor]) -> None:
         super().__init__(table, rows)
         self.ids = tuple(ids)
-        places = torch.full((table.num_embeddings,), -1)
-        places[list(ids)] = torch.arange(len(ids))
-        self.register_buffer("places", places, persistent=False)
+        row_of = torch.full((table.num_embeddings,), -1)
+        row_of[list(ids)] = torch.arange(len(ids))
+        self.register_buffer("row_of", row_of, persistent=False)
 
     @property
     def weight(self) -> Tensor:
-        return self._chosen(self.places, self.table.weight)
+        return self._chosen(self.row_of, self.table.weight)
 
     @property
     def num_embeddings(self) -> int:
-        return len(self.places)
+        return len(self.row_of)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (...) to embeddings (..., d). The rows take part even where no id is theirs, so that
         every rank of a distributed run has a gradient for them."""
-        return self._chosen(self.places[ids], self.table(ids))
+        return self._chosen(self.row_of[ids], self.table(ids))
 
-    def _chosen(self, places: Tensor, old: Tensor) -> Tensor:
-        own = F.embedding(places.clamp(min=0), self.stacked())
-        return torch.where((places >= 0).unsqueeze(-1), own.to(old.dtype), old)
+    def _chosen(self, rows: Tensor, old: Tensor) -> Tensor:
+        own = F.embedding(rows.clamp(min=0), self.stacked())
+        return torch.where((rows >= 0).unsqueeze(-1), own.to(old.dtype), old)
 
 
 class ExtendedEmbedding(RowsEmbedding):
@@ -119,10 +119,10 @@ def extend(
     table = encoder.get_input_embeddings()
     if isinstance(table, ExtendedEmbedding):
         raise ValueError(
-            "the text encoder has new tokens already; name them all in one tokens list, and go on "
-            "from a run that added some with run.start_from, not as the backbone"
+            "the text encoder has new tokens already; name them all in one tokens list, and "
+            "continue a run that added some with run.start_from, not as the backbone"
         )
-    rows = [_start(table, tokenizer, word=word, place=place) for place, word in enumerate(words)]
+    rows = [_start(table, tokenizer, word=word, seed=seed) for seed, word in enumerate(words)]
     first = len(tokenizer)
     if first != table.num_embeddings:
         raise ValueError(
@@ -159,7 +159,7 @@ def relearn(encoder: Any, tokenizer: Any, words: Sequence[str]) -> list[str]:
 
 
 def relearned(encoder: Any) -> RelearnedEmbedding | None:
-    """The rows known words have learned anew, under new tokens where there are any."""
+    """The rows that known words have relearned, beneath new tokens where there are any."""
     outer = encoder.get_input_embeddings()
     found = outer.table if isinstance(outer, ExtendedEmbedding) else outer
     return found if isinstance(found, RelearnedEmbedding) else None
@@ -199,14 +199,14 @@ def _one_token(tokenizer: Any, word: str, *, what: str, example: str) -> int:
 
 
 def _added(token: str) -> AddedToken:
-    """A token like `sks` must not cut `asks`; one like `<v1>` is met wherever it stands."""
+    """A token like `sks` must not split `asks`; one like `<v1>` is recognised anywhere."""
     return AddedToken(token, single_word=token[0].isalnum() or token[-1].isalnum())
 
 
-def _start(table: nn.Embedding, tokenizer: Any, *, word: str | None, place: int) -> Tensor:
+def _start(table: nn.Embedding, tokenizer: Any, *, word: str | None, seed: int) -> Tensor:
     weight = table.weight.detach()
     if word is None:
-        generator = torch.Generator().manual_seed(place)
+        generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(weight.shape[1], generator=generator).to(weight)
         return weight.mean(0) + weight.std(0) * noise
     return weight[_one_token(tokenizer, word, what="init", example="dog")].clone()

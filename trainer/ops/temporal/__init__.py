@@ -1,1 +1,1 @@
-"""Layers and ops that look across the frames of a clip."""
+"""Layers and ops that relate the frames of a clip to each other."""

@@ -28,8 +28,8 @@ class Directed:
 
 
 class DirectedAfter:
-    """The same, by a mask after the softmax: no value of a later frame reaches frame i, but what
-    it gave to them is lost, so that its probabilities sum to less than 1."""
+    """The same, by a mask after the softmax: no value of a later frame reaches frame i, but the
+    probability it gave to later frames is lost, so its probabilities sum to less than 1."""
 
     name = "directed"
     traits = Traits(owner="magicvideo", scores=True)
@@ -39,6 +39,6 @@ class DirectedAfter:
 
 
 def causal_frames(frames: int, keys: int, device: torch.device) -> Tensor:
-    """(f, keys) True where a frame may look; keys appended behind the frames are for all."""
+    """(f, keys), True where a frame may attend; keys appended after the frames are for all."""
     seen = torch.ones(frames, frames, dtype=torch.bool, device=device).tril()
     return F.pad(seen, (0, keys - frames), value=True)

@@ -24,7 +24,7 @@ class GlobalMotion:
     under a global translation by k * (x, y), noised again to the level of the first frame.
 
     x, y: of what a frame shows to the left and up, in widths and heights of the picture a frame.
-    The noise is what frame k would have begun with.
+    The noise is that from which frame k would have started.
     """
 
     x: float
@@ -39,8 +39,8 @@ class GlobalMotion:
             return noise, 0
         first, last = (step_at(sampler.steps, part) for part in (self.alone, self.until))
         clips = noise.unflatten(0, (-1, frames))  # b f c h w
-        begun = sampler(clips[:, 0], 0, first)
-        shown = sampler(begun, first, last)
+        started = sampler(clips[:, 0], 0, first)
+        shown = sampler(started, first, last)
         height, width = shown.shape[-2:]
         moved = [
             translated(shown, round(k * self.y * height), round(k * self.x * width))
@@ -48,7 +48,7 @@ class GlobalMotion:
         ]
         levels = sampler.level(last), sampler.level(first)
         others = noised_again(torch.stack(moved, 1), clips[:, 1:], *levels)
-        return torch.cat([begun[:, None], others], 1).flatten(0, 1), first
+        return torch.cat([started[:, None], others], 1).flatten(0, 1), first
 
 
 def step_at(steps: int, share: float) -> int:
@@ -68,14 +68,14 @@ def translated(x: Tensor, down: int, right: int) -> Tensor:
 
 def mirrored(length: int, by: int, device: torch.device) -> Tensor:
     """Places 0 .. length - 1 moved by `by`, in a row that is mirrored at both ends: ..b a a b.."""
-    place = (torch.arange(length, device=device) + by) % (2 * length)
-    return torch.where(place < length, place, 2 * length - 1 - place)
+    position = (torch.arange(length, device=device) + by) % (2 * length)
+    return torch.where(position < length, position, 2 * length - 1 - position)
 
 
 def noised_again(
     x: Tensor, noise: Tensor, now: tuple[float, float], then: tuple[float, float]
 ) -> Tensor:
-    """x from the level (alpha, sigma) `now` to the noisier `then`, by fresh noise:
+    """x from the level (alpha, sigma) `now` to the noisier `then`, by new noise:
 
     x_then = r x_now + sqrt(sigma_then^2 - r^2 sigma_now^2) noise,   r = alpha_then / alpha_now
     """

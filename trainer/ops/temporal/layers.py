@@ -1,5 +1,5 @@
-"""What looks through time in a denoiser of images: blocks for `insert.py`, each of which adds
-nothing at first, so that the model of clips starts as the image model on every frame.
+"""Temporal blocks for a denoiser of images, inserted by `insert.py`. Each adds nothing at first, so
+the model of clips starts as the image model on every frame.
 
 Their inputs are the frames' features, (b f) c h w or (b f) n c; a pixel through time is a line,
 (b n) f c.
@@ -36,22 +36,22 @@ def pixel_sequences(x: Tensor, frames: int) -> Tensor:
 
 
 def from_pixel_sequences(y: Tensor, x: Tensor) -> Tensor:
-    """(b n) f c -> the shape of x, from which `lines` made it."""
+    """(b n) f c -> the shape of x, from which `pixel_sequences` made it."""
     pixels = x.shape[2] * x.shape[3] if x.ndim == 4 else x.shape[1]
     tokens = y.unflatten(0, (-1, pixels)).transpose(1, 2).flatten(0, 1)  # (b f) n c
     return tokens.transpose(1, 2).reshape(x.shape) if x.ndim == 4 else tokens
 
 
 def zeroed(layer: nn.Module) -> None:
-    """Weight and bias: with either left the layer would add something."""
+    """Sets weight and bias to zero: with either left the layer would add something."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 
 
-def refuse_longer(frames: int, places: int, owner: str) -> None:
-    if frames > places:
+def refuse_longer(frames: int, most: int, owner: str) -> None:
+    if frames > most:
         raise ValueError(
-            f"methods.{owner} has places for {places} frames, and this clip has {frames}; give "
+            f"methods.{owner} has positions for {most} frames, and this clip has {frames}; give "
             f"methods.{owner}.max_frames={frames}, or shorter clips"
         )
 
@@ -61,8 +61,8 @@ class MotionModule(AnimateDiffTransformer3D):
     proj_in, self-attention over frames twice, each with sines of the frame's number added to its
     input, GEGLU feed-forward, proj_out; all of it a residual, whose proj_out is zero here.
 
-    The forward is our own: diffusers' knows no tokens, and names an argument of its linear layers
-    that adapters and 4-bit layers call otherwise.
+    The forward is our own: diffusers' takes no tokens, and names an argument of its linear layers
+    that adapters and 4-bit layers name differently.
     """
 
     def __init__(self, width: int, heads: int, groups: int, max_frames: int, owner: str) -> None:
@@ -89,11 +89,11 @@ class MotionModule(AnimateDiffTransformer3D):
 
 
 class TemporalAttention(nn.Module):
-    """y = x + W_o attention(norm(z) + place) over the frames of each pixel, W_o and its bias zero.
+    """y = x + W_o attention(norm(z) + position) over the frames of each pixel, W_o and its bias 0.
 
-    z is x, or with `parallel` what the module before got: this attention stands beside that module
-    then, not after it. positions: sines of the frame's number, a learned vector for each, or none,
-    where an op on the attention tells frames apart.
+    z is x, or with `parallel` the input of the module before, so that this attention runs beside
+    that module, not after it. positions: sines of the frame's number, a learned vector for each, or
+    none, where an op on the attention distinguishes frames.
     """
 
     def __init__(
@@ -137,8 +137,8 @@ POSITIONS = {"sines": SinusoidalPositionalEmbedding, "learned": LearnedPositions
 class TemporalConv(nn.Module):
     """y = x + conv1d(x) over the frames of each pixel, its kernel and bias zero.
 
-    The sum is one convolution whose kernel starts as a Dirac, the identity. Apart, that part of it
-    is exact in every precision, and weight decay draws the kernel to the identity, not to nothing.
+    The sum is one convolution whose kernel starts as a Dirac, the identity. Written as a sum, the
+    identity is exact in every precision, and weight decay pulls towards it, not towards zero.
     """
 
     def __init__(self, width: int, size: int) -> None:
@@ -198,7 +198,7 @@ class Structure(nn.Module):
     channel s beside the latent's own would add, its weights zero.
 
     s (rows, 1, h, w) is the mean over channels of the clean latent `ctx.source`, made `level` times
-    half as large; in training a level up to `level` is drawn for each batch.
+    half as large; in training a random level up to `level` is used for each batch.
     """
 
     def __init__(self, first: nn.Conv2d, level: int) -> None:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class RelativeBias(nn.Module):
     """An op of a temporal site: a number for each head and each distance j - i is added to the
     score of frame j for frame i; beyond `reach` frames the last one holds. They start as the
-    rows of an embedding do, normal with variance 1, so that each head looks to frames of its own:
-    from zero they part slowly.
+    rows of an embedding do, normal with variance 1, so that heads attend to different frames
+    from the start: from zero they would separate slowly.
 
     Distances are signed, so that frames know before from after.
     """

@@ -54,8 +54,8 @@ def read_weights(
         raise ValueError(f"weights={where}: it lacks {missing[0]}, {len(missing)} tensors in all")
     if extra:
         raise ValueError(
-            f"weights={where}: it holds {extra[0]}, {len(extra)} tensors in all, for which these "
-            "options make no place; give the options it was trained with"
+            f"weights={where}: it holds {extra[0]}, {len(extra)} tensors in all, for which the "
+            "blocks of these options have no parameter; give the options it was trained with"
         )
     for name, parameter in wanted.items():
         _copy(name, stored[name], into=parameter, where=where)
