@@ -72,7 +72,7 @@ def test_rows_and_clips_are_one_another_undone() -> None:
     assert clips.shape == (2, 2, 3, 3, 4)
     assert torch.equal(clips[1, :, 2], rows[5])
     assert torch.equal(clips_to_rows(clips), rows)
-    with pytest.raises(ValueError, match="clips of 4 frames, and a batch of 6 rows is no whole"):
+    with pytest.raises(ValueError, match="clips of 4 frames, and a batch of 6 rows does not"):
         rows_to_clips(rows, 4)
 
 

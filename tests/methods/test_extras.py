@@ -94,6 +94,15 @@ def test_it_trains_is_stored_and_found_again(
     assert torch.equal(predict(loaded), trained)
 
 
+def test_a_stock_pipeline_has_no_place_for_it(tiny: Any) -> None:
+    from trainer.export.formats.merged import merge
+
+    assert merge(copy.deepcopy(tiny)).denoiser is not tiny.denoiser
+    apply_methods(tiny, {"projector": Projector()})
+    with pytest.raises(ValueError, match=r"format=merged cannot carry extras \(Extras\)"):
+        merge(tiny)
+
+
 def test_a_copy_has_a_projector_of_its_own(tiny: Any, predict: Predict) -> None:
     apply_methods(tiny, {"projector": Projector()})
     twin = copy.deepcopy(tiny)
