@@ -19,7 +19,7 @@ from trainer.attention.rows import Rows
 from trainer.backbones import find_family
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.family import Parts
-from trainer.backbones.layout import rows_to_clips, clips_to_rows
+from trainer.backbones.layout import clips_to_rows, rows_to_clips
 from trainer.diffusion.predict import predict_groups
 from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling import Sampling

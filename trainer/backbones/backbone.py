@@ -23,7 +23,7 @@ from trainer.attention.hooks import SamplingHook
 from trainer.attention.host import Host
 from trainer.attention.sites import Site, scan
 from trainer.backbones.family import Encoder, Family, Parts
-from trainer.backbones.layout import rows_to_clips, clips_to_rows
+from trainer.backbones.layout import clips_to_rows, rows_to_clips
 from trainer.backbones.schedulers import PREDICTION_TYPES
 from trainer.backbones.vae import in_slices, pixels_per_latent, posterior_moments
 
