@@ -14,9 +14,7 @@ Rule = Callable[[Path], list[str]]
 
 # breaches that are still open: an entry goes when its breach does, and none is added
 KNOWN: dict[str, tuple[str, ...]] = {
-    "repeated_public_names": ("Part is defined",),
-    "long_functions": ("diffusion/inversion.py invert", "diffusion/sampler.py sample"),
-    "crowded_calls": ("common/", "config/", "data/", "diffusion/", "training/"),
+    "crowded_calls": ("common/", "data/loader.py", "diffusion/", "training/"),
 }
 # rule: how many breaches it lets pass, and a package of which file says what to break it
 RULES: dict[str, tuple[Rule, int, dict[str, str]]] = {
