@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.config.load import methods_of
+from trainer.data.kept import KeptSteps
 from trainer.diffusion.inversion import below, invert, step_of
 from trainer.diffusion.objective import Objective
 from trainer.diffusion.sampler import sample
@@ -105,3 +106,34 @@ def test_refusals(tiny: Any) -> None:
     tiny.scheduler_config["clip_sample"] = True
     with pytest.raises(ValueError, match="its sampler clips what it paints"):
         invert(tiny, x, [PROMPT], 2, frames=3)
+
+
+class Interrupted(KeptSteps):
+    """Raises instead of storing the third step."""
+
+    def __setitem__(self, step: int, tensor: Tensor) -> None:
+        if len(self) == 3:
+            raise KeyboardInterrupt
+        super().__setitem__(step, tensor)
+
+
+def test_an_interrupted_inversion_continues_where_it_was(model: Any, tmp_path: Path) -> None:
+    x, calls = clean(model, 1), list[int]()
+    whole = invert(model, x, [PROMPT], 6, iterations=2)
+    with pytest.raises(KeyboardInterrupt):
+        invert(model, x, [PROMPT], 6, iterations=2, known=Interrupted(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"0000{i}.npz" for i in (3, 4, 5)]
+    model.denoiser.register_forward_hook(lambda *_: calls.append(1))
+    again = invert(model, x, [PROMPT], 6, iterations=2, known=KeptSteps(tmp_path))
+    assert torch.equal(again, whole)
+    assert len(calls) == 2 * 3  # the steps 2, 1 and 0
+
+
+def test_a_damaged_step_is_found_again(model: Any, tmp_path: Path) -> None:
+    x = clean(model, 1)
+    whole = invert(model, x, [PROMPT], 4, known=KeptSteps(tmp_path))
+    data = bytearray((tmp_path / "00000.npz").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "00000.npz").write_bytes(data)
+    assert KeptSteps(tmp_path).get(0) is None
+    assert torch.equal(invert(model, x, [PROMPT], 4, known=KeptSteps(tmp_path)), whole)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -164,6 +166,8 @@ def _source(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Clean latents (frames, c, h, w) of the source clip, and the noise that becomes them where
     sampling begins from it."""
+    from trainer.common.long_work import long_work
+    from trainer.data.kept import KeptSteps
     from trainer.diffusion.inversion import invert
     from trainer.diffusion.source_clip import source_latents
 
@@ -172,16 +176,34 @@ def _source(
     source = source_latents(backbone, options.source, frames, fps=options.fps, data=data)
     if options.start == "noise":
         return source, None
-    start = invert(
-        backbone,
-        source,
-        [""],
-        steps=steps,
-        frames=frames,
-        fps=options.fps,
-        iterations=INVERTING,
-    )
+    kept = KeptSteps(_inversion_folder(backbone, options, source, steps=steps))
+    with long_work("inversion", steps, len(kept)) as advance:
+        kept.stored = advance
+        start = invert(
+            backbone,
+            source,
+            [""],
+            steps=steps,
+            frames=frames,
+            fps=options.fps,
+            iterations=INVERTING,
+            known=kept,
+        )
+    shutil.rmtree(kept.folder, ignore_errors=True)  # it is for an inversion that is interrupted
     return source, start
+
+
+def _inversion_folder(
+    backbone: Backbone, options: SampleOptions, source: Tensor, *, steps: int
+) -> Path:
+    """Where the steps of an inversion are kept, by all they depend on."""
+    from trainer.common.paths import cache_folder
+
+    digest = hashlib.sha256(source.cpu().numpy().tobytes())
+    facts = (backbone.fingerprint(), backbone.device.type, str(backbone.computes_in), steps)
+    own = (options.adapter, options.backbone, options.methods, options.fps, options.frames)
+    digest.update(repr((*facts, *own)).encode())
+    return cache_folder() / "inversion" / digest.hexdigest()[:24]
 
 
 def slug(text: str) -> str:

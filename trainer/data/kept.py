@@ -1,17 +1,22 @@
 """What a model has generated, kept between runs and through interruptions: one file for each
-picture, written completely or not at all, and verified when it is read."""
+picture or step, written completely or not at all, and verified when it is read."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from zipfile import BadZipFile
+
+import numpy as np
 
 from trainer.common.atomic import written_atomically
 from trainer.common.long_work import long_work
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
 
 def kept_pictures(
@@ -56,6 +61,40 @@ def read_kept(path: Path) -> Image.Image | None:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError):  # what PIL raises for a damaged file
         return None
+
+
+class KeptSteps:
+    """Tensors of the steps of one calculation, a file each: `kept[step] = tensor` stores one, and
+    `kept.get(step)` reads it, or gives None where it is missing or damaged.
+
+    stored: called after each that is stored, with 1.
+    """
+
+    def __init__(self, folder: Path, stored: Callable[[int], None] = lambda count: None) -> None:
+        self.folder, self.stored = folder, stored
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, step: int) -> Tensor | None:
+        import torch
+
+        try:
+            with np.load(
+                self._file(step), allow_pickle=False
+            ) as stored:  # zip files have checksums
+                return torch.from_numpy(stored["tensor"])
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
+            return None
+
+    def __setitem__(self, step: int, tensor: Tensor) -> None:
+        with written_whole(self._file(step)) as part:
+            np.savez(part, tensor=tensor.detach().cpu().numpy())
+        self.stored(1)
+
+    def __len__(self) -> int:
+        return len(list(self.folder.glob("[0-9]*.npz")))
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"{step:05d}.npz"
 
 
 def _fill(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import sqrt
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,14 @@ from trainer.diffusion.predict import predict_groups
 from trainer.diffusion.sampler import evaluating
 
 
+class StepLatents(Protocol):
+    """Latents (b * frames, c, h, w) before each step, by its number; a dict is one."""
+
+    def get(self, step: int, /) -> Tensor | None: ...
+
+    def __setitem__(self, step: int, latents: Tensor, /) -> None: ...
+
+
 @torch.no_grad()
 def invert(
     backbone: Backbone,
@@ -36,12 +44,14 @@ def invert(
     frames: int = 1,
     fps: float | None = None,
     iterations: int = 1,
+    known: StepLatents | None = None,
 ) -> Tensor:
     """Clean latents (b * frames, c, h, w), one prompt a picture or clip, to what `sample` takes as
     `start` and, by the same prompts without guidance in as many steps, turns into them again. They
     are also the `source` of a model that keeps the structure of one.
 
-    iterations: calls of the network a step.
+    iterations: calls of the network a step. known: latents before each step, by its number: what
+    an interrupted call has found is read from it, and every step that is finished is put there.
 
     Raises:
         ValueError: fewer than one step or iteration, a number of latents that is no clip of
@@ -70,7 +80,8 @@ def invert(
     rate = None if fps is None else torch.full((len(prompts),), fps, device=device)
     with evaluating(backbone):
         condition = backbone.encode_prompts(prompts).per_frame(frames)
-        for step, t in reversed(list(enumerate(scheduler.timesteps))):
+        stages, x = _open_stages(scheduler.timesteps, known, x)
+        for step, t in stages:
             a, b = step_of(objective, t, *below(scheduler, step))
             ctx = StepContext(step, steps, t, frames, rows, fps=rate, source=latents)
             found = x
@@ -78,7 +89,23 @@ def invert(
                 output = predict_groups(backbone, {"source": found}, condition, ctx)["source/cond"]
                 found = (x - b * output) / a
             x = found
+            if known is not None:
+                known[step] = x
     return x
+
+
+def _open_stages(
+    timesteps: Tensor, known: StepLatents | None, x: Tensor
+) -> tuple[list[tuple[int, Tensor]], Tensor]:
+    """The steps that are still to be inverted, the last of the sampler first, and the latents they
+    begin from; x: those of a call that knows none."""
+    first = len(timesteps)
+    for step in range(first if known is not None else 0):
+        assert known is not None
+        if (found := known.get(step)) is not None:
+            first, x = step, found.to(x)
+            break
+    return list(reversed(list(enumerate(timesteps))[:first])), x
 
 
 def below(scheduler: Any, step: int) -> tuple[float, float]:
