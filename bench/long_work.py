@@ -1,7 +1,7 @@
 """Memory that the VAE of Stable Diffusion 1.x needs to encode pictures of 512x512, at once and in
 slices as `Backbone.moments` takes them.
 
-    python bench/long_work.py            # about five minutes on two cores, 6 GB of memory
+    python bench/long_work.py            # about three minutes on two idle cores, 4 GB of memory
     python bench/long_work.py --quick    # one and two pictures instead of one to four
 
 The VAE has SD 1.5's config and random weights, and computes in fp32 on the CPU: what it needs does
@@ -23,6 +23,7 @@ import torch
 from _common import Bars, parser_of
 
 SIDE, PICTURES, GB = 512, 32, 1e9
+MANY = 8  # pictures in slices: more of them take longer and no more memory
 SD15 = {
     "in_channels": 3,
     "out_channels": 3,
@@ -81,7 +82,7 @@ def main() -> None:
     bars.note(
         f"vae_encode_512_gb_{PICTURES}_at_once_calculated", round(start + PICTURES * slope, 2)
     )
-    many = 4 if options.quick else PICTURES
+    many = 4 if options.quick else MANY
     bars.at_most(f"vae_encode_512_gb_{many}_in_slices", measured(many, sliced=True), BOUND)
     bars.write()
 

@@ -86,7 +86,7 @@ class KeptSteps:
             return None
 
     def __setitem__(self, step: int, tensor: Tensor) -> None:
-        with written_whole(self._file(step)) as part:
+        with written_atomically(self._file(step)) as part:
             np.savez(part, tensor=tensor.detach().cpu().numpy())
         self.stored(1)
 

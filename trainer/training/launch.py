@@ -17,6 +17,7 @@ import yaml
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.plugins.precision.amp import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from trainer.backbones.backbone import Backbone
 from trainer.common.exit_codes import LeaveError
@@ -59,11 +60,14 @@ def launch(
 ) -> Launch:
     """The trainer of a run in `folder`. found: the checkpoint it resumes from; backbone: as placed,
     it decides device and precision."""
-    signals = Signals(first_rank())
+    signals, mixed = Signals(first_rank()), mixed_precision(backbone.computes_in, backbone.device)
     ema = EMA(recipe.optim.ema) if recipe.optim.ema else None
     ran = BackendReport(partial(report_backends, plan, folder, console=console))
-    own = callbacks(recipe, folder, ema=ema, found=found, signals=signals, train=train)
-    trainer = make_trainer(recipe, folder, backbone=backbone, callbacks=[ran, *own])
+    scaler = None if mixed is None else mixed.scaler
+    own = callbacks(
+        recipe, folder, ema=ema, found=found, signals=signals, scaler=scaler, train=train
+    )
+    trainer = make_trainer(recipe, folder, backbone.device, mixed=mixed, callbacks=[ran, *own])
     return Launch(trainer, signals, ema)
 
 
@@ -93,6 +97,7 @@ def callbacks(
     ema: EMA | None,
     found: Checkpoint | None,
     signals: Signals,
+    scaler: torch.amp.GradScaler | None,
     train: Dataset,
 ) -> list[lightning.Callback]:
     """In the order they act at the end of a step: what a checkpoint holds is done before it is
@@ -118,8 +123,11 @@ def callbacks(
         total=run.nonfinite_total,
         clip=recipe.optim.clip,
         say=partial(say, style="yellow"),
+        scaler=scaler,
     )
     saver.parts["watch"] = watch
+    if scaler is not None:
+        saver.parts["scaler"] = scaler
     bar = Bar(run.batch_size * run.accumulate, max(1, run.steps // 20), console)
     first: list[lightning.Callback] = [ema] if ema else []
     return [*first, bar, saver, watch, *previews(recipe, folder, ema, hang=hang, train=train), hang]
@@ -150,18 +158,23 @@ def previews(
 
 
 def make_trainer(
-    recipe: Recipe, folder: Path, *, backbone: Backbone, callbacks: list[lightning.Callback]
+    recipe: Recipe,
+    folder: Path,
+    device: torch.device,
+    *,
+    mixed: MixedPrecision | None,
+    callbacks: list[lightning.Callback],
 ) -> lightning.Trainer:
-    """Lightning's trainer on the backbone's device, in the precision it computes in."""
-    run, device = recipe.run, backbone.device
+    """Lightning's trainer on a device. mixed: of `mixed_precision`."""
+    run = recipe.run
     # requeueing from Lightning's signal handler trains on and rewinds finished runs
     plugins: list[Any] = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
     trainer = lightning.Trainer(
-        plugins=[*plugins, *mixed_precision(backbone.computes_in, device)],
+        plugins=plugins if mixed is None else [*plugins, mixed],
         accelerator=device.type,
         devices=[device.index] if device.index is not None and run.devices == 1 else run.devices,
         num_nodes=run.nodes,
-        strategy="ddp" if run.devices * run.nodes > 1 else "auto",
+        strategy="ddp" if run.devices * run.nodes > 1 else SingleDeviceStrategy(device),
         max_steps=run.steps,
         accumulate_grad_batches=run.accumulate,
         val_check_interval=run.validate_every * run.accumulate if run.validate_every else None,
@@ -180,14 +193,14 @@ def make_trainer(
     return trainer
 
 
-def mixed_precision(dtype: torch.dtype, device: torch.device) -> list[MixedPrecision]:
-    """Lightning's plugin for half precision; none for fp32. In fp16, whose small gradients would be
+def mixed_precision(dtype: torch.dtype, device: torch.device) -> MixedPrecision | None:
+    """Lightning's plugin for half precision; None for fp32. In fp16, whose small gradients would be
     0, the loss is scaled, on a CPU too: there Lightning by itself would take bf16 instead."""
     if dtype == torch.float32:
-        return []
+        return None
     if dtype == torch.bfloat16:
-        return [MixedPrecision("bf16-mixed", device.type)]
-    return [MixedPrecision("16-mixed", device.type, torch.amp.GradScaler(device.type))]
+        return MixedPrecision("bf16-mixed", device.type)
+    return MixedPrecision("16-mixed", device.type, torch.amp.GradScaler(device.type))
 
 
 @contextmanager

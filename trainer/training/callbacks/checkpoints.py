@@ -193,7 +193,8 @@ class Checkpoints(lightning.Callback):
         if set(state["parts"]) != set(self.parts):
             raise ValueError(
                 f"{found.folder} holds the state of {sorted(state['parts'])}, and this run has "
-                f"{sorted(self.parts)}; keep optim.ema as it was, or choose another run.id"
+                f"{sorted(self.parts)}; keep optim.ema and run.precision as they were, or choose "
+                "another run.id"
             )
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])

@@ -31,7 +31,9 @@ class Watch(lightning.Callback):
 
     in_a_row, total: how many steps `skip` and `rollback` may skip. clip: the largest norm of the
     gradients, or None. say: prints a line, on the first rank. It must come after `Checkpoints`
-    among the callbacks, because it saves the state that `Checkpoints` has marked.
+    among the callbacks, because it saves the state that `Checkpoints` has marked. scaler: of the
+    loss in fp16; it skips a step whose gradients only its scale has made infinite, and halves the
+    scale.
     """
 
     def __init__(
@@ -43,9 +45,10 @@ class Watch(lightning.Callback):
         total: int,
         clip: float | None,
         say: Callable[[str], None],
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.signals, self.checkpoints, self.policy, self.say = signals, checkpoints, policy, say
-        self.in_a_row, self.total, self.clip = in_a_row, total, clip
+        self.in_a_row, self.total, self.clip, self.scaler = in_a_row, total, clip, scaler
         self.row = self.spent = self.stop = 0
         self.voted = checkpoints.saved
         self.batches: list[tuple[int, list[str]]] = []
@@ -66,7 +69,8 @@ class Watch(lightning.Callback):
     def on_before_backward(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: Tensor
     ) -> None:
-        self.losses.append(loss.detach())
+        own = loss.detach()
+        self.losses.append(own if self.scaler is None else own / self.scaler.get_scale())
 
     @torch.no_grad()
     def on_before_optimizer_step(
@@ -78,9 +82,11 @@ class Watch(lightning.Callback):
         values = [value for group in optimizer.param_groups for value in group["params"]]
         gradients = [value.grad for value in values if value.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        finite = torch.isfinite(torch.stack(self.losses).float().sum() + norm.to(self.losses[0]))
-        self.stop, nonfinite = self._agree(trainer, finite)
-        if nonfinite:
+        loss = torch.stack(self.losses).float().sum()
+        self.stop, bad_loss, bad_norm = self._agree(trainer, loss, norm.to(loss))
+        if bad_norm and not bad_loss and self.scaler is not None and self.scaler.get_scale() > 1:
+            self._overflow(trainer, self.scaler.get_scale())
+        elif bad_loss or bad_norm:
             self._skip(trainer, pl_module, optimizer=optimizer, norm=float(norm))
         else:
             self.row = 0
@@ -105,17 +111,22 @@ class Watch(lightning.Callback):
         if self.stop:
             self._leave(trainer, pl_module)
 
-    def _agree(self, trainer: lightning.Trainer, finite: Tensor | None = None) -> tuple[int, bool]:
-        """The exit code of a signal on any rank, 0 without one, and whether a value is not finite
-        on any rank."""
+    def _agree(self, trainer: lightning.Trainer, *values: Tensor) -> tuple[int, bool, bool]:
+        """The exit code of a signal on any rank, 0 without one, and whether on any rank the loss
+        and the norm of the gradients, the `values` after a backward, are not finite."""
         device = trainer.strategy.root_device
-        nonfinite = torch.zeros((), device=device) if finite is None else (~finite).float()
         received = torch.tensor(float(self.signals.received), device=device)
-        flags = torch.stack([received, nonfinite.to(device)])
+        wrong = [(~torch.isfinite(value)).float().to(device) for value in values]
+        flags = torch.stack([received, *wrong])
         if trainer.world_size > 1:
             torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-        code, bad = flags.tolist()
-        return int(code), bool(bad)
+        code, bad_loss, bad_norm = (*flags.tolist(), 0, 0)[:3]
+        return int(code), bool(bad_loss), bool(bad_norm)
+
+    def _overflow(self, trainer: lightning.Trainer, scale: float) -> None:
+        """Notes a step that the scaler skips: it has seen the same gradients."""
+        if trainer.is_global_zero:
+            note_event(self.checkpoints.folder, "overflow", step=trainer.global_step, scale=scale)
 
     def _leave(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         name, step = SIGNALS[self.stop], trainer.global_step
