@@ -13,7 +13,7 @@ from trainer.cli.options import (
     Count,
     Options,
     RecipeOptions,
-    Seed,
+    SeedNumber,
     quiet_libraries,
     read_options,
     split_options,
@@ -32,7 +32,7 @@ class WorldOptions(Options):
 
     out: Path = Field(description="the folder to write; it must not exist", examples=["./world"])
     count: Count = Field(1000, description="scenes, or clips, to write")
-    seed: Seed = Field(0, description="another seed gives other scenes")
+    seed: SeedNumber = Field(0, description="another seed gives other scenes")
     sprites: Literal["known", "held_out", "all"] = Field(
         "known",
         description="which sprites: the 64 the tiny backbones were trained on, the 16 they were "
@@ -86,7 +86,7 @@ class InspectOptions(RecipeOptions):
     counts sizes and buckets. Every key of the recipe can be given as well."""
 
     count: Count = Field(16, description="samples to draw")
-    step: Seed = Field(0, description="the first micro-batch to draw from, counted from 0")
+    step: SeedNumber = Field(0, description="the first micro-batch to draw from, counted from 0")
     out: Path = Field(Path("inspect.png"), description="the PNG to write")
 
 

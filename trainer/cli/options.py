@@ -14,7 +14,7 @@ from trainer.config.tree import refuse_unknown
 from trainer.config.validate import build_section
 
 Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
+SeedNumber = Annotated[int, Field(ge=0)]
 
 
 class Options(Section):
@@ -27,7 +27,7 @@ class RecipeOptions(Options):
 
 
 Some = TypeVar("Some", bound=Options)
-Mixed = TypeVar("Mixed", bound=RecipeOptions)
+WithRecipe = TypeVar("WithRecipe", bound=RecipeOptions)
 
 
 def read_options(words: Sequence[str], options: type[Some]) -> Some:
@@ -42,7 +42,7 @@ def read_options(words: Sequence[str], options: type[Some]) -> Some:
     return build_section(options, given, "")
 
 
-def split_options(words: Sequence[str], options: type[Mixed]) -> tuple[Mixed, list[str]]:
+def split_options(words: Sequence[str], options: type[WithRecipe]) -> tuple[WithRecipe, list[str]]:
     """The options of the verb, and the words that remain for the recipe."""
     own = [word for word in words if word.partition("=")[0] in options.model_fields]
     return read_options(own, options), [word for word in words if word not in own]

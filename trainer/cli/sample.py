@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.cli.options import Count, Options, Seed, quiet_libraries, read_options
+from trainer.cli.options import Count, Options, SeedNumber, quiet_libraries, read_options
 from trainer.config import lineage
 from trainer.config import load as recipes
 from trainer.config.run_section import Device, Precision
@@ -43,7 +43,7 @@ class SampleOptions(Options):
     )
     prompt: str = Field(description="what to generate", examples=['"a <v1> on a blue background"'])
     count: Count = Field(1, description="pictures or clips, one for each seed from seed on")
-    seed: Seed = Field(0, description="of the first one's noise")
+    seed: SeedNumber = Field(0, description="of the first one's noise")
     steps: Count | None = Field(
         None,
         description="steps of the sampler; null takes the preview.steps of the adapter's "

@@ -20,7 +20,7 @@ NOUNS: dict[Any, str] = {
     Any: "any value",
 }
 # attributes of pydantic's constraints
-LIMITS = {"gt": "above", "ge": "at least", "le": "at most", "lt": "below"}
+LIMIT_WORDS = {"gt": "above", "ge": "at least", "le": "at most", "lt": "below"}
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _bounds(metadata: Iterable[Any], kind: Any) -> str:
     for item in metadata:
         if isinstance(item, FieldInfo):
             found.append(_bounds(item.metadata, kind))
-        for name, words in LIMITS.items():
+        for name, words in LIMIT_WORDS.items():
             limit = getattr(item, name, None)
             if limit is None:
                 continue

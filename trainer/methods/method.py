@@ -62,7 +62,7 @@ class Edit:
         return replace(self, trains=(), keeps=(*self.trains, *self.keeps))
 
 
-Kind = Literal["structure", "attention", "storage", "adapt", "select"]
+EditKind = Literal["structure", "attention", "storage", "adapt", "select"]
 
 
 class Method(BaseModel):
@@ -76,7 +76,7 @@ class Method(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    kind: ClassVar[Kind]
+    kind: ClassVar[EditKind]
     systems: ClassVar[str]
     paper: ClassVar[str]
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainer.methods.method import Edit, Kind
+from trainer.methods.method import Edit, EditKind
 from trainer.methods.shared.temporal import PseudoThreeD, item
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class Gen1(PseudoThreeD):
     """Layers through time, and one more input channel for the structure of a clip."""
 
-    kind: ClassVar[Kind] = "structure"
+    kind: ClassVar[EditKind] = "structure"
     systems: ClassVar[str] = "Gen-1"
     paper: ClassVar[str] = "arXiv 2302.03011"
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainer.methods.method import Edit, Kind
+from trainer.methods.method import Edit, EditKind
 from trainer.methods.shared.temporal import KernelFrames, Relative, item
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class ImagenVideo(Relative):
     """Attention over frames on coarse grids, a convolution over frames on fine ones."""
 
-    kind: ClassVar[Kind] = "structure"
+    kind: ClassVar[EditKind] = "structure"
     systems: ClassVar[str] = "Imagen Video"
     paper: ClassVar[str] = "arXiv 2210.02303"
 

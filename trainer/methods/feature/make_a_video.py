@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from trainer.methods.method import Edit, Kind
+from trainer.methods.method import Edit, EditKind
 from trainer.methods.shared.temporal import DefaultRate, PseudoThreeD, frame_rate
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class MakeAVideo(PseudoThreeD):
     """Pseudo-3D layers and the embedding of frames a second."""
 
-    kind: ClassVar[Kind] = "structure"
+    kind: ClassVar[EditKind] = "structure"
     systems: ClassVar[str] = "Make-A-Video"
     paper: ClassVar[str] = "arXiv 2209.14792"
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainer.methods.method import Edit, Kind, Method
+from trainer.methods.method import Edit, EditKind, Method
 from trainer.methods.shared.aligned import GUIDANCE, align
 from trainer.methods.shared.options import SELECTOR, SiteSelector
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class Pix2Video(Method):
     """Which attention reads other frames, and how strongly frames are pulled together."""
 
-    kind: ClassVar[Kind] = "attention"
+    kind: ClassVar[EditKind] = "attention"
     systems: ClassVar[str] = "Pix2Video"
     paper: ClassVar[str] = "arXiv 2303.12688"
 

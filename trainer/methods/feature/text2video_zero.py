@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
-from trainer.methods.method import Edit, Kind, Method
+from trainer.methods.method import Edit, EditKind, Method
 from trainer.methods.shared.aligned import align
 from trainer.methods.shared.options import SELECTOR, SiteSelector
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Text2VideoZero(Method):
     """Which attention reads the first frame, and how the latents move."""
 
-    kind: ClassVar[Kind] = "attention"
+    kind: ClassVar[EditKind] = "attention"
     systems: ClassVar[str] = "Text2Video-Zero"
     paper: ClassVar[str] = "arXiv 2303.13439"
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from trainer.methods.method import Edit, Kind
+from trainer.methods.method import Edit, EditKind
 from trainer.methods.shared.aligned import Inflated
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class TuneAVideo(Inflated):
     """Which attention is inflated, and who trains it."""
 
-    kind: ClassVar[Kind] = "structure"
+    kind: ClassVar[EditKind] = "structure"
     systems: ClassVar[str] = "Tune-A-Video"
     paper: ClassVar[str] = "arXiv 2212.11565"
 

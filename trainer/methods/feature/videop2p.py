@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from trainer.methods.method import Edit, Kind
+from trainer.methods.method import Edit, EditKind
 from trainer.methods.shared.aligned import Inflated
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class VideoP2P(Inflated):
     """Which attention is inflated, and who trains it."""
 
-    kind: ClassVar[Kind] = "structure"
+    kind: ClassVar[EditKind] = "structure"
     systems: ClassVar[str] = "Video-P2P"
     paper: ClassVar[str] = "arXiv 2303.04761"
 

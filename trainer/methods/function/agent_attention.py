@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.methods.method import Edit, Kind
+from trainer.methods.method import Edit, EditKind
 from trainer.methods.shared.swap import Swap
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class AgentAttention(Swap):
     """Which agents, and where."""
 
-    kind: ClassVar[Kind] = "attention"
+    kind: ClassVar[EditKind] = "attention"
     systems: ClassVar[str] = "Agent Attention, AgentSD"
     paper: ClassVar[str] = "arXiv 2312.08874"
 

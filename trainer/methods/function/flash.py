@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from trainer.methods.method import Edit, Kind, Method
+from trainer.methods.method import Edit, EditKind, Method
 from trainer.methods.shared.kernel import installed
 from trainer.methods.shared.options import SELECTOR, SiteSelector
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Flash(Method):
     """Which backend must run, and where. It trains nothing by itself."""
 
-    kind: ClassVar[Kind] = "attention"
+    kind: ClassVar[EditKind] = "attention"
     systems: ClassVar[str] = "FlashAttention-2"
     paper: ClassVar[str] = "arXiv 2307.08691"
 

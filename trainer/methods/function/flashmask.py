@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.methods.method import Edit, Kind, Method
+from trainer.methods.method import Edit, EditKind, Method
 from trainer.methods.shared.kernel import installed
 from trainer.methods.shared.options import SELECTOR, SiteSelector
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Flashmask(Method):
     """Which tokens see each other. It trains nothing by itself."""
 
-    kind: ClassVar[Kind] = "attention"
+    kind: ClassVar[EditKind] = "attention"
     systems: ClassVar[str] = "FlashMask"
     paper: ClassVar[str] = "arXiv 2410.01359"
 

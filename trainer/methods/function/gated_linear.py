@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from trainer.methods.method import Edit, Kind
+from trainer.methods.method import Edit, EditKind
 from trainer.methods.shared.options import OddSize
 from trainer.methods.shared.swap import Swap
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class GatedLinear(Swap):
     """How the state is gated and in which order it reads the image."""
 
-    kind: ClassVar[Kind] = "attention"
+    kind: ClassVar[EditKind] = "attention"
     systems: ClassVar[str] = "Gated Linear Attention (GLA), DiG"
     paper: ClassVar[str] = "arXiv 2312.06635, 2405.18428"
 

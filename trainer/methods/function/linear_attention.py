@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from trainer.methods.method import Edit, Kind
+from trainer.methods.method import Edit, EditKind
 from trainer.methods.shared.options import OddSize
 from trainer.methods.shared.swap import Swap
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class LinearAttention(Swap):
     """Which feature map, and what helps it."""
 
-    kind: ClassVar[Kind] = "attention"
+    kind: ClassVar[EditKind] = "attention"
     systems: ClassVar[str] = (
         "Linear attention, Sana, FLatten, cosFormer, Efficient Attention, Performer"
     )

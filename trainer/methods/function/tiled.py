@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainer.methods.method import Edit, Kind, Method
+from trainer.methods.method import Edit, EditKind, Method
 from trainer.methods.shared.kernel import installed
 from trainer.methods.shared.options import SELECTOR, SiteSelector
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Tiled(Method):
     """How large the tiles are. It trains nothing by itself."""
 
-    kind: ClassVar[Kind] = "attention"
+    kind: ClassVar[EditKind] = "attention"
     systems: ClassVar[str] = "FlashAttention"
     paper: ClassVar[str] = "arXiv 2205.14135"
 

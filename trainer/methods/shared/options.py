@@ -31,7 +31,7 @@ def _odd(size: int) -> int:
 
 # of a convolution over a token grid
 OddSize = Annotated[int, Field(ge=0), AfterValidator(_odd), Called("odd whole number")]
-Task = Annotated[
+TaskNumber = Annotated[
     int,
     Field(
         ge=0,

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from trainer.methods.method import Edit, Kind
+from trainer.methods.method import Edit, EditKind
 from trainer.methods.shared.lowrank import LowRank, Projections, Rank, Sites, edit_of
-from trainer.methods.shared.options import Task
+from trainer.methods.shared.options import TaskNumber
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 class CLora(LowRank):
     """Which concept trains, and how strongly it is kept off the earlier ones."""
 
-    kind: ClassVar[Kind] = "adapt"
+    kind: ClassVar[EditKind] = "adapt"
     systems: ClassVar[str] = "C-LoRA (Continual Diffusion)"
     paper: ClassVar[str] = "arXiv 2304.06027"
 
     rank: Rank = 16
     sites: Sites = "cross"
     projections: Projections = ("k", "v")
-    task: Task = 0
+    task: TaskNumber = 0
     penalty: float = Field(
         1e6,
         ge=0,

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
-from trainer.methods.method import Edit, Kind, Method
-from trainer.methods.shared.options import SELECTOR, NumTasks, SiteSelector, Task, check_task
+from trainer.methods.method import Edit, EditKind, Method
+from trainer.methods.shared.options import SELECTOR, NumTasks, SiteSelector, TaskNumber, check_task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class CodaPrompt(Method):
     """The pool, and which slice of it trains."""
 
-    kind: ClassVar[Kind] = "attention"
+    kind: ClassVar[EditKind] = "attention"
     systems: ClassVar[str] = "CODA-Prompt"
     paper: ClassVar[str] = "arXiv 2211.13218"
 
@@ -44,7 +44,7 @@ class CodaPrompt(Method):
     sites: SiteSelector = Field(
         "cross", description=f"cross-attention that gets prompts: {SELECTOR}"
     )
-    task: Task = 0
+    task: TaskNumber = 0
     num_tasks: NumTasks = 5
     ortho: float = Field(0.1, ge=0, description="weight of the orthogonality penalty")
 

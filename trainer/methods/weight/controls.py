@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.methods.method import Edit, Kind
+from trainer.methods.method import Edit, EditKind
 from trainer.methods.shared.lowrank import LowRank, edit_of
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Controls(LowRank):
     """Options of low rank, on linear layers only."""
 
-    kind: ClassVar[Kind] = "adapt"
+    kind: ClassVar[EditKind] = "adapt"
     systems: ClassVar[str] = "PEFT with Controls"
     paper: ClassVar[str] = "ICML 2024"
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from trainer.methods.method import Edit, Kind
+from trainer.methods.method import Edit, EditKind
 from trainer.methods.shared.lowrank import LowRank, edit_of
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Dora(LowRank):
     """Options of low rank."""
 
-    kind: ClassVar[Kind] = "adapt"
+    kind: ClassVar[EditKind] = "adapt"
     systems: ClassVar[str] = "DoRA"
     paper: ClassVar[str] = "arXiv 2402.09353"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainer.methods.method import Edit, Kind, Method
+from trainer.methods.method import Edit, EditKind, Method
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Full(Method):
     """Which networks train."""
 
-    kind: ClassVar[Kind] = "select"
+    kind: ClassVar[EditKind] = "select"
     systems: ClassVar[str] = "Full fine-tuning"
     paper: ClassVar[str] = ""
 

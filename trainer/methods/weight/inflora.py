@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from trainer.methods.method import Edit, Kind
+from trainer.methods.method import Edit, EditKind
 from trainer.methods.shared.lowrank import LowRank, Projections, Rank, Sites, edit_of
-from trainer.methods.shared.options import NumTasks, Task, check_task
+from trainer.methods.shared.options import NumTasks, TaskNumber, check_task
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -35,14 +35,14 @@ KEPT, COMPLEMENT = "inflora_kept", "inflora_complement"
 class Inflora(LowRank):
     """Options of low rank, on linear layers only, and which task trains."""
 
-    kind: ClassVar[Kind] = "adapt"
+    kind: ClassVar[EditKind] = "adapt"
     systems: ClassVar[str] = "InfLoRA"
     paper: ClassVar[str] = "arXiv 2404.00228"
 
     rank: Rank = 10
     sites: Sites = "cross"
     projections: Projections = ("k", "v")
-    task: Task = 0
+    task: TaskNumber = 0
     num_tasks: NumTasks = 5
     energy: tuple[float, float] = Field(
         (0.95, 1.0),

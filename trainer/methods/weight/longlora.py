@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from trainer.methods.method import Edit, Kind
+from trainer.methods.method import Edit, EditKind
 from trainer.methods.shared.lowrank import Alpha, LowRank, Rank, Sites, edit_of
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Longlora(LowRank):
     """Options of low rank, and the groups that the chosen self-attention gets."""
 
-    kind: ClassVar[Kind] = "adapt"
+    kind: ClassVar[EditKind] = "adapt"
     systems: ClassVar[str] = "LongLoRA"
     paper: ClassVar[str] = "arXiv 2309.12307"
 

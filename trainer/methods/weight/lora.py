@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.methods.method import Edit, Kind
+from trainer.methods.method import Edit, EditKind
 from trainer.methods.shared.lowrank import LowRank, edit_of
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
     from trainer.ops.adapters.inject import Target
 
-START = "lora_start"
+LORA_START = "lora_start"
 
 
 class Lora(LowRank):
     """Options of low rank, and where A and B start."""
 
-    kind: ClassVar[Kind] = "adapt"
+    kind: ClassVar[EditKind] = "adapt"
     systems: ClassVar[str] = "LoRA, MotionLoRA"
     paper: ClassVar[str] = "arXiv 2106.09685"
 
@@ -105,7 +105,7 @@ class Lora(LowRank):
         for target, weight in zip(targets, weights, strict=True):
             with torch.no_grad():
                 weight_of(target).copy_(weight)
-            kept += add_copy(layer_of(model, target), self.name, START, sign=-1, path=target.path)
+            kept += add_copy(layer_of(model, target), self.name, LORA_START, sign=-1, path=target.path)
         return trains, tuple(kept)
 
     def _eva(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.methods.method import Edit, Kind, Method
+from trainer.methods.method import Edit, EditKind, Method
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class NewToken(Method):
     """Which words, and where their rows start."""
 
-    kind: ClassVar[Kind] = "adapt"
+    kind: ClassVar[EditKind] = "adapt"
     systems: ClassVar[str] = "Textual Inversion"
     paper: ClassVar[str] = "arXiv 2208.01618"
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from trainer.methods.method import Edit, Kind, Method
+from trainer.methods.method import Edit, EditKind, Method
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +27,7 @@ class Nf4(Method):
     """Which layers are stored in 4 bits: linear ones only, never convolutions, embeddings or norms,
     nor a layer that another method has inserted and trains."""
 
-    kind: ClassVar[Kind] = "storage"
+    kind: ClassVar[EditKind] = "storage"
     systems: ClassVar[str] = "QLoRA"
     paper: ClassVar[str] = "arXiv 2305.14314"
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from trainer.common.suggest import nearest
-from trainer.methods.method import Edit, Kind
+from trainer.methods.method import Edit, EditKind
 from trainer.methods.shared.lowrank import Targeted, edit_of
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ OURS = (
 class PeftAdapter(Targeted):
     """Which adapter of peft, and its own options."""
 
-    kind: ClassVar[Kind] = "adapt"
+    kind: ClassVar[EditKind] = "adapt"
     systems: ClassVar[str] = (
         "LoHa, LoKr, OFT, HRA, IA3, FourierFT, WaveFT, C3A, MiSS, HiRA, DeLoRA, GraLoRA, RoAd"
     )

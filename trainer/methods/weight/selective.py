@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from trainer.attention.sites import Role
-from trainer.methods.method import Edit, Kind, Method
+from trainer.methods.method import Edit, EditKind, Method
 from trainer.methods.shared.options import SELECTOR, SiteSelector
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Selective(Method):
     """Which projections of which sites train."""
 
-    kind: ClassVar[Kind] = "select"
+    kind: ClassVar[EditKind] = "select"
     systems: ClassVar[str] = "Custom Diffusion"
     paper: ClassVar[str] = "arXiv 2212.04488"
 
