@@ -38,7 +38,8 @@ class Crowd:
 def _stand(library: ctypes.CDLL, come: threading.Event, gone: threading.Event) -> None:
     # any function does for the team that takes a pointer and keeps nothing
     nothing = ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p)
-    library.GOMP_parallel(nothing, None, len(allowed_processors()) + 1, 0)
+    arguments = (nothing, None, len(allowed_processors()) + 1, 0)  # task, data, threads, flags
+    library.GOMP_parallel(*arguments)
     come.set()
     gone.wait()
 

@@ -32,7 +32,7 @@ class Gathering:
             return
         everywhere = allowed_processors()
         os.environ[ALL] = ",".join(map(str, sorted(everywhere)))
-        here = least_used(busy, own, self.chosen, (threads + 1) // 2)
+        here = least_used(busy, own, self.chosen, count=(threads + 1) // 2)
         # two programs that see the same are not to move to and fro together
         if not self.chosen or (here != self.chosen and random.random() < 0.5):
             self.chosen = here

@@ -47,7 +47,7 @@ class Looks:
         busy = {
             i: (busy_now[i] - busy_then[i]) / seconds for i in busy_now.keys() & busy_then.keys()
         }
-        return Look(seconds, longest / seconds, (own - own_then) / seconds, busy)
+        return Look(seconds, waited=longest / seconds, own=(own - own_then) / seconds, busy=busy)
 
 
 def waits() -> dict[int, float] | None:

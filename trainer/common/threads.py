@@ -40,7 +40,9 @@ def this_machine(root: Path = Path("/")) -> Machine:
     """What the system says of itself; root: where `proc` and `sys` are."""
     online = os.cpu_count() or 1
     allowed = allowed_processors()
-    return Machine(len(allowed), _cores(allowed, root), online, quota(root))
+    return Machine(
+        allowed=len(allowed), cores=_cores(allowed, root), online=online, quota=quota(root)
+    )
 
 
 def allowed_processors() -> set[int]:

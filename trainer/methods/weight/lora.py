@@ -105,7 +105,9 @@ class Lora(LowRank):
         for target, weight in zip(targets, weights, strict=True):
             with torch.no_grad():
                 weight_of(target).copy_(weight)
-            kept += add_copy(layer_of(model, target), self.name, LORA_START, sign=-1, path=target.path)
+            kept += add_copy(
+                layer_of(model, target), self.name, LORA_START, sign=-1, path=target.path
+            )
         return trains, tuple(kept)
 
     def _eva(
