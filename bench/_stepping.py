@@ -35,7 +35,7 @@ def main(how: str) -> None:
         quiet_libraries()
         step = Step(WORDS)
         step()
-        images = len(step.batch.places)
+        images = len(step.batch.positions)
         print("ready", flush=True)
         for line in sys.stdin:
             begin, steps = time.perf_counter(), 0

@@ -22,6 +22,7 @@ from trainer.data.source import Dataset, Needs
 from trainer.data.world.scenes import draw_scene
 from trainer.data.world.sprites import ALL
 from trainer.diffusion.sampler import sample
+from trainer.diffusion.sampling import Sampling
 from trainer.evaluation.evaluate import validation_loss
 from trainer.evaluation.examiner import Examiner
 from trainer.evaluation.judge import Judge, clip_score
@@ -190,7 +191,7 @@ def test_a_joint_run_by_the_verbs(
 def sampled(model: Any, prompts: list[str], **options: Any) -> Tensor:
     """Pictures in eight bits a colour, with the seeds of an evaluation."""
     seeds = [10_000 + number for number in range(len(prompts))]
-    pictures = sample(model, prompts, seeds, steps=2, **options)
+    pictures = sample(model, prompts, seeds, settings=Sampling(steps=2, **options))
     return ((pictures + 1) * 127.5).round() / 127.5 - 1
 
 
