@@ -39,7 +39,7 @@ def test_one_rank_meets_nonsense_and_a_signal(
         assert run(tmp_path / "whole", "run.on_nonfinite=skip") == 0
     first, *_, last = look.checkpoints(tmp_path / "whole")
     start, whole, broken = (
-        torch.cat([value.flatten() for value in look.read(each)[0].values()])
+        torch.cat([value.flatten() for value in look.read_checkpoint(each)[0].values()])
         for each in (first, last, look.checkpoints(tmp_path / "run")[-1])
     )
     assert (whole - broken).norm() < 0.01 * (whole - start).norm()

@@ -30,6 +30,7 @@ from trainer.training.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from trainer.training.distributed import gather_values, value_of_first
 from trainer.training.module import DiffusionModule
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -88,7 +89,7 @@ class Checkpoints(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         step = self.found.step if self.found else 0
-        if len(set(gather(trainer, step))) > 1:
+        if len(set(gather_values(step))) > 1:
             raise ValueError(
                 f"the ranks do not see the same checkpoints in {self.root}; give run.out or run= a "
                 "folder that all nodes share"
@@ -137,11 +138,11 @@ class Checkpoints(lightning.Callback):
         if self.ema is not None:
             self.ema.take_back(pl_module)  # during validation the model has averaged weights
         with self.hang.inside("save"):
-            rng = gather(trainer, self.end.rng)
+            rng = gather_values(self.end.rng)
             problem = None
             if trainer.is_global_zero:
                 problem = self._write(trainer, pl_module, end=self.end, rng=rng)
-            problem = trainer.strategy.broadcast(problem)
+            problem = value_of_first(problem)
         if problem is None:
             self.saved, self.parent = self.end.step, f"step-{self.end.step:06d}"
             return None
@@ -243,15 +244,6 @@ class Checkpoints(lightning.Callback):
             "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
-
-
-def gather(trainer: lightning.Trainer, own: Any) -> list[Any]:
-    """The values of all ranks in order, on every rank; `own` is this rank's plain value."""
-    if trainer.world_size == 1:
-        return [own]
-    everyone: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(everyone, own)
-    return everyone
 
 
 def get_rng_states(trainer: lightning.Trainer) -> dict[str, Any]:

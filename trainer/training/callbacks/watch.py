@@ -19,8 +19,9 @@ from torch import Tensor
 from trainer.common.exit_codes import DISK, INTERRUPTED, NONFINITE, REQUEUE, TERMINATED, LeaveError
 from trainer.data.loader import Batch
 from trainer.runs.run_folder import note_event
-from trainer.training.callbacks.checkpoints import Checkpoints, gather
+from trainer.training.callbacks.checkpoints import Checkpoints
 from trainer.training.callbacks.signals import Signals
+from trainer.training.distributed import gather_values, largest
 
 Policy = Literal["raise", "skip", "rollback"]
 SIGNALS = {TERMINATED: "SIGTERM", INTERRUPTED: "SIGINT", REQUEUE: "SIGUSR1"}
@@ -117,10 +118,8 @@ class Watch(lightning.Callback):
         device = trainer.strategy.root_device
         received = torch.tensor(float(self.signals.received), device=device)
         wrong = [(~torch.isfinite(value)).float().to(device) for value in values]
-        flags = torch.stack([received, *wrong])
-        if trainer.world_size > 1:
-            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-        code, bad_loss, bad_norm = (*flags.tolist(), 0, 0)[:3]
+        flags = largest(torch.stack([received, *wrong])).tolist()
+        code, bad_loss, bad_norm = (*flags, 0, 0)[:3]
         return int(code), bool(bad_loss), bool(bad_norm)
 
     def _overflow(self, trainer: lightning.Trainer, scale: float) -> None:
@@ -151,7 +150,7 @@ class Watch(lightning.Callback):
     ) -> None:
         """Applies the policy to a step whose loss or gradient is not finite."""
         step = trainer.global_step
-        found = [each for rank in gather(trainer, self._found(trainer)) for each in rank]
+        found = [each for rank in gather_values(self._found(trainer)) for each in rank]
         keys = sorted({key for each in found for key in each["keys"]})
         if trainer.is_global_zero:
             facts = {"policy": self.policy, "norm": str(norm), "batches": found}
