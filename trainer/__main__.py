@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 
 from trainer.cli.usage import VERBS, usage, verb_module
@@ -22,7 +23,9 @@ def main(words: list[str]) -> int:
     if verb not in VERBS:
         return _no_verb(verb)
     try:
-        return _run(verb, rest)
+        code = _run(verb, rest)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -30,6 +33,9 @@ def main(words: list[str]) -> int:
         if leaving.code:  # a rank that another has started says nothing
             print(leaving, file=sys.stderr)
         return leaving.code
+    except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         import errno
 

@@ -68,6 +68,15 @@ def test_mistake_ends_the_process_with_its_code() -> None:
     assert result.stderr == f"error: recipe=custom_difusion: no such recipe; {hint}\n"
 
 
+def test_a_reader_that_has_seen_enough_is_no_fault() -> None:
+    line = [sys.executable, "-m", "trainer", "list"]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 0
+
+
 def test_check_as_a_process_loads_no_torch() -> None:
     code = (
         "import sys; from trainer.__main__ import main\n"
