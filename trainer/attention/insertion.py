@@ -88,7 +88,7 @@ def trained_inside(denoiser: nn.Module) -> set[int]:
     return {id(module) for block in blocks for module in block.modules()}
 
 
-def hand_over(old: nn.Module, new: nn.Module) -> None:
+def move_insertions(old: nn.Module, new: nn.Module) -> None:
     """Moves what is inserted after `old` to `new`: an adapter's wrapper, or the layer it
     wrapped."""
     for found in inserted_after(old):

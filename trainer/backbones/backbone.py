@@ -236,7 +236,7 @@ class Backbone(nn.Module):
         before any edit."""
         return dict(self._identity)
 
-    def goes_on_from(self, adapter: Path) -> None:
+    def include_adapter(self, adapter: Path) -> None:
         """Makes the adapter of an earlier run, already loaded, part of the identity."""
         with adapter.open("rb") as file:
             both = hashlib.file_digest(file, "sha256")

@@ -145,7 +145,7 @@ def load_base(
         for edit in plan.edits.values():
             if edit.schedule is not None:  # that run is finished, so its schedule is at the end
                 edit.schedule(1.0)
-        loaded.goes_on_from(path)
+        loaded.include_adapter(path)
     return place(loaded.eval().requires_grad_(False), placement, hold=hold)
 
 

@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from trainer.attention.errors import TakenError
-from trainer.attention.insertion import hand_over
+from trainer.attention.insertion import move_insertions
 from trainer.attention.sites import require
 from trainer.ops.adapters.fused_lora import quicken
 from trainer.ops.adapters.nf4 import is_packed, unpacked
@@ -190,7 +190,7 @@ def _add(
         for target in own:
             layer = layer_of(model, target)
             quicken(layer)
-            hand_over(base_layer(layer), layer)
+            move_insertions(base_layer(layer), layer)
         for layer, adapters in zip(earlier, acting, strict=True):
             layer.set_adapter(adapters)  # peft has deactivated all but the new one
     found = [name for name, parameter in model.named_parameters() if id(parameter) not in before]
@@ -244,7 +244,7 @@ def fold(model: nn.Module) -> None:
             layer.base_layer = _seen_through(layer)
         else:
             layer.merge(safe_merge=True)
-        hand_over(layer, layer.get_base_layer())
+        move_insertions(layer, layer.get_base_layer())
         model.set_submodule(name, layer.get_base_layer())
     for name, layer in list(model.named_modules()):
         if is_packed(layer):
