@@ -72,7 +72,7 @@ def test_an_orthogonal_step_is_of_the_size_of_adamws() -> None:
         assert float(value.detach().square().mean().sqrt()) == pytest.approx(0.2 * 4e-3, rel=0.2)
 
 
-def test_it_include_adapter_a_checkpoint_bit_for_bit() -> None:
+def test_it_resumes_from_a_checkpoint_bit_for_bit() -> None:
     named, again = parameters(), parameters()
     optimizer = made(named)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, OPTIM.factor)
