@@ -70,9 +70,14 @@ class Trained:
         )
 
     def wait(self) -> None:
+        if self._line() != "ready":
+            raise SystemExit("a process that should train says something else")
+
+    def _line(self) -> str:
         assert self.process.stdout is not None
-        if self.process.stdout.readline().strip() != "ready":
-            raise SystemExit("a process that should train has ended")
+        if not (line := self.process.stdout.readline()):
+            raise SystemExit(f"a process that should train ended with {self.process.wait()}")
+        return line.strip()
 
     def begin(self, seconds: float) -> None:
         assert self.process.stdin is not None
@@ -81,9 +86,8 @@ class Trained:
 
     def turn(self, seconds: float) -> float:
         """Images a second."""
-        assert self.process.stdout is not None
         self.begin(seconds)
-        found = json.loads(self.process.stdout.readline())
+        found = json.loads(self._line())
         return float(found["images"] / found["seconds"])
 
 
