@@ -111,7 +111,7 @@ class Source:
         """The noise it is painted from, as the verb `sample` finds it."""
         steps = self.model.recipe.preview.steps
         latents = self.model.latents(self.pictures)
-        return invert(model, latents, [""], steps, self.frames, None, INVERTING)
+        return invert(model, latents, [""], steps=steps, frames=self.frames, iterations=INVERTING)
 
     def again(self, model: Any, start: Tensor, prompts: Sequence[str], guidance: float) -> Tensor:
         """Clips (n, f, 3, H, W) from that noise."""

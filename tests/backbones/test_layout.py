@@ -108,7 +108,7 @@ def test_ops_see_clips_for_rows(video: Any) -> None:
     names = ("target/uncond", "target/cond")
     condition = video.encode_prompts(["", "", *PROMPTS]).per_frame(3)
     ctx = StepContext(0, 1, torch.tensor(7), frames=3, groups=Rows.of(names, 6))
-    found = predict_groups(video, {"target": noise(6, 8, 8, 8)}, condition, ctx)
+    found = predict_groups(video, {"target": noise(6, 8, 8, 8)}, condition=condition, ctx=ctx)
     assert {name: len(rows) for name, rows in found.items()} == dict.fromkeys(names, 6)
     assert seen[0] == {"target/uncond": slice(0, 2), "target/cond": slice(2, 4)}
     assert torch.equal(texts[0], video.encode_prompts(["", "", *PROMPTS]).tokens)

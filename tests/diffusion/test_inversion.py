@@ -50,7 +50,7 @@ def again(backbone: Any, start: Tensor, steps: int, frames: int = 1) -> Tensor:
 
 def error(backbone: Any, steps: int, iterations: int, frames: int = 1) -> float:
     x = clean(backbone, frames)
-    start = invert(backbone, x, [PROMPT], steps, frames, iterations=iterations)
+    start = invert(backbone, x, [PROMPT], steps=steps, frames=frames, iterations=iterations)
     assert not torch.allclose(start, x, atol=0.1)
     return float((again(backbone, start, steps, frames) - x).abs().max())
 
@@ -100,12 +100,12 @@ def test_a_step_that_forgets_is_refused(tiny: Any) -> None:
 def test_refusals(tiny: Any) -> None:
     x = clean(tiny, 3)
     with pytest.raises(ValueError, match="3 latents for 1 prompts and 2 frames"):
-        invert(tiny, x, [PROMPT], 2, frames=2)
+        invert(tiny, x, [PROMPT], steps=2, frames=2)
     with pytest.raises(ValueError, match="steps=0"):
-        invert(tiny, x, [PROMPT], 0, frames=3)
+        invert(tiny, x, [PROMPT], steps=0, frames=3)
     tiny.scheduler_config["clip_sample"] = True
-    with pytest.raises(ValueError, match="its sampler clips what it paints"):
-        invert(tiny, x, [PROMPT], 2, frames=3)
+    with pytest.raises(ValueError, match="its sampler clips the latents"):
+        invert(tiny, x, [PROMPT], steps=2, frames=3)
 
 
 class Interrupted(KeptSteps):
@@ -119,21 +119,21 @@ class Interrupted(KeptSteps):
 
 def test_an_interrupted_inversion_continues_where_it_was(model: Any, tmp_path: Path) -> None:
     x, calls = clean(model, 1), list[int]()
-    whole = invert(model, x, [PROMPT], 6, iterations=2)
+    whole = invert(model, x, [PROMPT], steps=6, iterations=2)
     with pytest.raises(KeyboardInterrupt):
-        invert(model, x, [PROMPT], 6, iterations=2, known=Interrupted(tmp_path))
+        invert(model, x, [PROMPT], steps=6, iterations=2, known=Interrupted(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"0000{i}.npz" for i in (3, 4, 5)]
     model.denoiser.register_forward_hook(lambda *_: calls.append(1))
-    again = invert(model, x, [PROMPT], 6, iterations=2, known=KeptSteps(tmp_path))
+    again = invert(model, x, [PROMPT], steps=6, iterations=2, known=KeptSteps(tmp_path))
     assert torch.equal(again, whole)
     assert len(calls) == 2 * 3  # the steps 2, 1 and 0
 
 
 def test_a_damaged_step_is_found_again(model: Any, tmp_path: Path) -> None:
     x = clean(model, 1)
-    whole = invert(model, x, [PROMPT], 4, known=KeptSteps(tmp_path))
+    whole = invert(model, x, [PROMPT], steps=4, known=KeptSteps(tmp_path))
     data = bytearray((tmp_path / "00000.npz").read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "00000.npz").write_bytes(data)
     assert KeptSteps(tmp_path).get(0) is None
-    assert torch.equal(invert(model, x, [PROMPT], 4, known=KeptSteps(tmp_path)), whole)
+    assert torch.equal(invert(model, x, [PROMPT], steps=4, known=KeptSteps(tmp_path)), whole)

@@ -40,7 +40,7 @@ def test_every_group_is_answered_by_its_own_latents_and_text(tiny: Any) -> None:
     t = torch.tensor(400)
     condition = tiny.encode_prompts([text for name in NAMES for text in texts[name]])
     ctx = StepContext(1, 5, t, groups=Rows.of(NAMES, 2))
-    found = predict_groups(tiny, {"source": source, "target": target}, condition, ctx)
+    found = predict_groups(tiny, {"source": source, "target": target}, condition=condition, ctx=ctx)
     assert list(found) == list(NAMES)
     for name in NAMES:
         x = source if name.startswith("source") else target
@@ -53,9 +53,9 @@ def test_an_op_finds_its_group(tiny: Any) -> None:
     x = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     condition = tiny.encode_prompts(["a fox"] * 6)
     ctx = StepContext(0, 1, torch.tensor([400] * 6), groups=Rows.of(NAMES, 2))
-    before = predict_groups(tiny, {"source": x, "target": x}, condition, ctx)
+    before = predict_groups(tiny, {"source": x, "target": x}, condition=condition, ctx=ctx)
     tiny.host.install(Muted(), select(tiny.sites, "self"))
-    after = predict_groups(tiny, {"source": x, "target": x}, condition, ctx)
+    after = predict_groups(tiny, {"source": x, "target": x}, condition=condition, ctx=ctx)
     assert torch.equal(after["target/uncond"], before["target/uncond"])
     assert torch.equal(after["target/cond"], before["target/cond"])
     assert not torch.allclose(after["source/cond"], before["source/cond"], atol=1e-3)

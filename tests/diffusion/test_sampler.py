@@ -13,8 +13,10 @@ from trainer.attention.condition import Condition
 from trainer.attention.context import StepContext
 from trainer.attention.op import Traits
 from trainer.attention.sites import select
+from trainer.config.load import methods_of
 from trainer.diffusion.sampler import sample, sample_many
 from trainer.diffusion.sampling import Sampling
+from trainer.methods.apply import apply_methods
 
 PROMPTS = ["a fox on a red background", "an apple left of a cat", "a tree"]
 SEEDS = [3, 4, 5]
@@ -114,6 +116,42 @@ def test_equals_a_loop_written_out(
         x = scheduler.step(output, t, x).prev_sample
     parts = [x] if frames == 1 else x.split(frames)
     assert torch.equal(own, torch.cat([backbone.decode(part) for part in parts]))
+
+
+@torch.no_grad()
+def test_a_scheduler_of_scaled_noise_is_asked_for_its_scales(tiny: Any) -> None:
+    """Euler's begins far above unit noise and scales the denoiser's input in every step."""
+    from diffusers import EulerDiscreteScheduler
+
+    tiny.scheduler_class = EulerDiscreteScheduler
+    seen: list[Tensor] = []
+    settings = Sampling(steps=4, guidance=4.0)
+    sample(tiny, PROMPTS[:1], [3], settings=settings, on_step=lambda _, x: seen.append(x))
+    scheduler = tiny.scheduler()
+    scheduler.set_timesteps(4)
+    assert scheduler.init_noise_sigma > 2
+    x = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(3))
+    x = x * scheduler.init_noise_sigma
+    null, text = tiny.encode_prompts([""]), tiny.encode_prompts(PROMPTS[:1])
+    for t, own in zip(scheduler.timesteps, seen, strict=True):
+        scaled = scheduler.scale_model_input(x, t)
+        uncond, cond = (tiny.predict(scaled, t[None], condition) for condition in (null, text))
+        x = scheduler.step(uncond + 4.0 * (cond - uncond), t, x).prev_sample
+        torch.testing.assert_close(own, x, rtol=1e-4, atol=1e-2)
+
+
+def test_ops_are_told_of_the_source_of_their_rows(tiny: Any) -> None:
+    """Of each clip as many frames, the first ones, as the sampler is at work on."""
+    watch = Watch()
+    tiny.host.install(watch, select(tiny.sites, "cross")[:1])
+    apply_methods(tiny, methods_of({"text2video_zero": {"alone": 0.4, "until": 0.4}}), trains=False)
+    source = torch.randn(6, 8, 8, 8, generator=torch.Generator().manual_seed(5))
+    settings = Sampling(steps=3, guidance=3.0, frames=3)
+    sample(tiny, PROMPTS[:2], SEEDS[:2], settings=settings, source=source)
+    first, *_, last = watch.seen
+    assert (first.frames, last.frames) == (1, 3)
+    assert torch.equal(first.source, torch.cat([source[::3]] * 2))  # type: ignore[arg-type]
+    assert torch.equal(last.source, torch.cat([source] * 2))  # type: ignore[arg-type]
 
 
 def test_guidance_and_negative_prompt_matter(tiny: Any) -> None:

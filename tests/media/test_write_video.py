@@ -83,12 +83,14 @@ def test_one_picture_is_a_png(tmp_path: Path) -> None:
 def test_what_is_written_reads_as_it_was(tmp_path: Path, tiny: Any) -> None:
     steps = torch.linspace(-0.8, 0.8, 5)
     film, _ = write_clip(steps[:, None, None, None].expand(-1, 3, 32, 32), tmp_path / "greys", 8.0)
-    latents = source_latents(tiny, film, 5, None, {})
+    latents = source_latents(tiny, film, frames=5, fps=None, data={})
     shown = tiny.decode(latents).mean((1, 2, 3))
     assert torch.equal(shown.argsort(), torch.arange(5))
-    every_second = source_latents(tiny, film, 3, None, {"source": "video", "stride": 2})
+    every_second = source_latents(
+        tiny, film, frames=3, fps=None, data={"source": "video", "stride": 2}
+    )
     torch.testing.assert_close(every_second, latents[::2])
-    assert torch.equal(source_latents(tiny, film, 3, 4.0, {}), every_second)
+    assert torch.equal(source_latents(tiny, film, frames=3, fps=4.0, data={}), every_second)
 
 
 @pytest.mark.parametrize(

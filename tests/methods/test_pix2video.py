@@ -113,7 +113,7 @@ def test_pictures_are_the_image_models(tiny: Any) -> None:
 def test_a_clip_is_edited_from_its_own_noise(tiny: Any) -> None:
     apply_methods(tiny, {"pix2video": Pix2Video(weight=0)}, trains=False)
     clip = torch.randn(3, 8, 8, 8, generator=torch.Generator().manual_seed(5))
-    start = invert(tiny, clip, [""], 6, 3, iterations=8)
+    start = invert(tiny, clip, [""], steps=6, frames=3, iterations=8)
     same = sample(tiny, [""], [3], settings=Sampling(steps=6, guidance=1, frames=3), start=start)
     torch.testing.assert_close(same, tiny.decode(clip), rtol=0, atol=1e-2)
     edited = painted(tiny, start=start)

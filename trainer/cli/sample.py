@@ -173,7 +173,7 @@ def _source(
 
     if options.source is None:
         return None, None
-    source = source_latents(backbone, options.source, frames, fps=options.fps, data=data)
+    source = source_latents(backbone, options.source, frames=frames, fps=options.fps, data=data)
     if options.start == "noise":
         return source, None
     kept = KeptSteps(_inversion_folder(backbone, options, source, steps=steps))

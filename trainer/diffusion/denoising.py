@@ -89,7 +89,8 @@ class Denoising:
         scheduler = self.scheduler(first, x_t.device)
         ctx, condition = self._context(x_t), self.text.per_frame(len(x_t) // self.clips)
         for step, t in list(enumerate(scheduler.timesteps))[first:last]:
-            predict = Predictor(self, scheduler, condition, replace(ctx, step=step, timestep=t))
+            at_step = replace(ctx, step=step, timestep=t)
+            predict = Predictor(self, scheduler, condition=condition, ctx=at_step)
             for hook in self.hooks:
                 if hook.before_step is not None:
                     x_t = hook.before_step(x_t, predict, predict.ctx)
@@ -115,12 +116,12 @@ class Denoising:
             clips = self.source.to(x_t).unflatten(0, (self.clips, -1))[:, :frames].flatten(0, 1)
             kept = rows.join({"target": clips})
         unset = torch.zeros((), device=x_t.device)
-        return StepContext(0, self.steps, unset, frames, rows, fps=rate, source=kept)
+        return StepContext(0, self.steps, unset, frames=frames, groups=rows, fps=rate, source=kept)
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """The denoiser at one step of a sampler: x_t to what it answers there, guided."""
+    """The denoiser at one step of a sampler, with guidance."""
 
     sampler: Denoising
     scheduler: Any
@@ -135,8 +136,13 @@ class Predictor:
         output = classifier_free(outputs, settings.guidance)
         if settings.temporal_guidance != 1 and self.ctx.frames > 1:
             outputs[IMAGE] = self._as_images(scaled)
-            output = temporal(output, outputs[UNCOND], outputs[IMAGE], settings.temporal_guidance)
-        prediction = Prediction(x_t, outputs, output, self._to_x0)
+            output = temporal(
+                output,
+                uncond=outputs[UNCOND],
+                image=outputs[IMAGE],
+                scale=settings.temporal_guidance,
+            )
+        prediction = Prediction(x_t, outputs, output, convert=self._to_x0)
         for hook in self.sampler.hooks:
             if hook.combine is not None:
                 output = hook.combine(prediction, self.ctx)
@@ -146,7 +152,7 @@ class Predictor:
     def _call(
         self, x_t: Mapping[str, Tensor], condition: Condition, ctx: StepContext
     ) -> dict[str, Tensor]:
-        return predict_groups(self.sampler.backbone, x_t, condition, ctx)
+        return predict_groups(self.sampler.backbone, x_t, condition=condition, ctx=ctx)
 
     def _as_images(self, scaled: Tensor) -> Tensor:
         """The unconditional output where every frame is a picture of its own."""
@@ -163,4 +169,5 @@ class Predictor:
         return scaled
 
     def _to_x0(self, output: Tensor, x_t: Tensor) -> Tensor:
-        return to_x0(self.sampler.objective, output, x_t, self.ctx.timestep.expand(len(x_t)))
+        t = self.ctx.timestep.expand(len(x_t))
+        return to_x0(self.sampler.objective, output, x_t, t=t)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def predict_groups(
-    backbone: Backbone, x_t: Mapping[str, Tensor], condition: Condition, ctx: StepContext
+    backbone: Backbone, x_t: Mapping[str, Tensor], *, condition: Condition, ctx: StepContext
 ) -> dict[str, Tensor]:
     """The network's output for each group of `ctx.groups` by its name, (rows, c, h, w).
 

@@ -1,5 +1,4 @@
-"""From prompts to pictures and clips: classifier-free guidance over any diffusers scheduler, each
-picture or clip seeded by itself."""
+"""From prompts to pictures and clips, each with a seed of its own."""
 
 from __future__ import annotations
 
@@ -27,23 +26,19 @@ def sample(
     start: Tensor | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Pictures (b, 3, H, W) in [-1, 1], one per prompt and seed; the same pair gives the same
-    picture in any batch. With `settings.frames` above 1 a clip each, (b * frames, 3, H, W), its
+    """Pictures (b, 3, H, W) in [-1, 1], one for each prompt and seed; the same pair gives the same
+    picture in any batch. With `settings.frames` above 1 a clip for each, (b * frames, 3, H, W), its
     frames adjacent.
 
-    source: clean latents (b * frames, c, h, w), whose structure a model that knows how keeps.
-    start: latents (b * frames, c, h, w) in the place of the seeds' noise, as of `inversion.py`.
-    on_step: called after each step with its number and the latents.
+    source: clean latents (b * frames, c, h, w), for a model that keeps the structure of a source.
+    start: latents (b * frames, c, h, w) instead of the seeds' noise, as `inversion.invert` returns
+    them. on_step: called after each step with its number and the latents.
 
     Raises:
         ValueError: prompts and seeds of different lengths, or a size the VAE cannot make.
     """
-    if len(prompts) != len(seeds):
-        raise ValueError(
-            f"{len(prompts)} prompts and {len(seeds)} seeds; give one seed to each prompt"
-        )
     begun = noise_of(backbone, seeds, settings) if start is None else start
-    texts = [*[settings.negative] * len(prompts), *prompts] if settings.guided else prompts
+    texts = [text for group in prompts_of(prompts, seeds, settings) for text in group]
     with evaluating(backbone):
         denoising = Denoising(
             backbone,
@@ -59,6 +54,17 @@ def sample(
         if settings.frames == 1:
             return backbone.decode(x_0)
         return torch.cat([backbone.decode(clip) for clip in x_0.split(settings.frames)])
+
+
+def prompts_of(
+    prompts: Sequence[str], seeds: Sequence[int], settings: Sampling
+) -> list[Sequence[str]]:
+    """The texts of each group of rows, in the order of `settings.groups`."""
+    if len(prompts) != len(seeds):
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(seeds)} seeds; give one seed to each prompt"
+        )
+    return [[settings.negative] * len(prompts), prompts] if settings.guided else [prompts]
 
 
 def noise_of(backbone: Backbone, seeds: Sequence[int], settings: Sampling) -> Tensor:
@@ -81,7 +87,7 @@ def noise_of(backbone: Backbone, seeds: Sequence[int], settings: Sampling) -> Te
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model without dropout inside the block; each module has its own mode again after it."""
+    """The model in eval mode inside the block; after it, each module is in its earlier mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

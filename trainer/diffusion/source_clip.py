@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
 
 def source_latents(
-    backbone: Backbone, path: Path, frames: int, fps: float | None, data: Mapping[str, Any]
+    backbone: Backbone, path: Path, *, frames: int, fps: float | None, data: Mapping[str, Any]
 ) -> Tensor:
-    """The latents (frames, c, h, w) of a video's clip, cut as the source `video` cuts it, without
-    noise of the posterior. data: of the recipe a model was trained by, for stride, fps and start
+    """The latents (frames, c, h, w) of a clip cut from a video as the data source `video` cuts it:
+    the mean of the VAE's posterior.
+
+    data: the section `data` of the recipe that trained the model; its stride, fps and start hold
     where `fps` is None.
 
     Raises:

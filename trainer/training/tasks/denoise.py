@@ -79,7 +79,7 @@ class Denoise:
         x0 = self.backbone.latents(moments, posterior)
         noise = noise + self.objective.offset_noise * offset[..., :1, :1]
         t = self._timesteps(batch, seeds).to(moments.device)
-        x_t = add_noise(self.objective, x0, noise, t.repeat_interleave(batch.frames))
+        x_t = add_noise(self.objective, x0, noise, t=t.repeat_interleave(batch.frames))
         dropout = self.caption_dropout if purpose == "train" else 0.0
         condition = self._condition(batch, kept_captions(batch.captions, seeds, dropout))
         return Encoded(batch, x0, noise=noise, x_t=x_t, t=t, condition=condition)
@@ -98,7 +98,7 @@ class Denoise:
             fps=fps,
             source=state.x0,
         )
-        outputs = predict_groups(self.backbone, {"target": x_t}, state.condition, ctx=ctx)
+        outputs = predict_groups(self.backbone, {"target": x_t}, condition=state.condition, ctx=ctx)
         output = outputs[COND]
         target = target_of(self.objective, state.x0, state.noise, t=t)
         error = (output.float() - target.float()).square()
@@ -117,8 +117,8 @@ class Denoise:
         return self.loss(self.encode(batch, "validate")).losses
 
     def _timesteps(self, batch: Batch, seeds: Sequence[Seed]) -> Tensor:
-        """Drawn as the objective says; a validation batch brings its own quantiles, taken as they
-        are, so that losses compare between objectives."""
+        """Random ones, distributed as the objective asks. A validation batch brings quantiles of
+        its own, taken as they are, so that losses of different objectives can be compared."""
         if batch.u is not None:
             uniform = replace(self.objective, timesteps="uniform")
             return draw_timesteps(uniform, torch.tensor(batch.u))
