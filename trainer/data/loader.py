@@ -21,7 +21,7 @@ from trainer.data.cache import frames_of, rows
 from trainer.data.plan import Cursor, Slot, StepPlan
 from trainer.data.source import Dataset, Sample
 
-SPARED = 30  # seconds a data worker goes on after a SIGTERM of its own
+SPARED = 30  # seconds for which a data worker continues after a SIGTERM
 
 
 @dataclass
@@ -79,10 +79,10 @@ class Planned(TorchDataset[Batch]):
 
 
 class Fixed(TorchDataset[Batch]):
-    """Held-out samples in order, each met at fixed noise and a fixed quantile of the timesteps.
+    """Held-out samples in order, each with the same noise and timestep quantile in every pass.
 
-    batch_size: frames in a batch, hence images; of clips as many as that holds, at least one. A
-    batch is of one group.
+    batch_size: images in a batch; of clips, as many as have that many frames, at least one. The
+    samples of a batch are of one group.
     """
 
     def __init__(
@@ -164,8 +164,8 @@ def _fill(batch: Batch, samples: Sequence[Sample]) -> None:
 
 
 class Batches(DataLoader[Any]):
-    """A signal to the whole job is the trainer's to act on, which still needs its batches: it does
-    not end data workers, not even those that are still starting."""
+    """Data workers ignore the signals that end the whole job, also while they start: the trainer
+    acts on the signal, and needs its batches until then."""
 
     def __iter__(self) -> Any:
         if not self.num_workers:
@@ -178,7 +178,7 @@ class Batches(DataLoader[Any]):
 
 
 def _calm(worker: int) -> None:
-    """A data worker that is told to end does so, if nobody ends it sooner, after `SPARED`."""
+    """A data worker ignores SIGINT and SIGUSR1, and ends `SPARED` seconds after a SIGTERM."""
     return_to_all()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -191,7 +191,8 @@ def _end_later(number: int, frame: FrameType | None) -> None:
 
 
 def loader(items: TorchDataset[Batch], total: int, start: int, workers: int) -> Batches:
-    """Micro-batches `start..total-1` in order; workers only prefetch, they change nothing."""
+    """Micro-batches `start` to `total - 1` in order; the number of workers changes nothing in
+    them."""
     return Batches(
         items,
         batch_size=None,

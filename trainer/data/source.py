@@ -35,8 +35,8 @@ class Dataset(Protocol):
     """Random access to samples, in groups that share every batch by `shares` (instance and prior,
     say).
 
-    frames: of a sample of each group, 1 for images; groups of unlike numbers take turns. rates:
-    frames a second of each clip by index, empty for images.
+    frames: of a sample of each group, 1 for images; groups of different numbers are in turn the
+    group of a batch. rates: frames a second of each clip by index, empty for images.
     """
 
     groups: Sequence[range]
@@ -59,7 +59,7 @@ class Dataset(Protocol):
         ...
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
-        """The caption alone, with the same draws; for data whose latents are cached."""
+        """The caption alone, with the same random numbers; for data whose latents are cached."""
         ...
 
     def fingerprint(self) -> str:

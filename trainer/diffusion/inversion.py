@@ -64,12 +64,8 @@ def invert(
         each prompt, or a sampler that clips its latents.
     """
     scheduler = backbone.scheduler()
-    _check(backbone, scheduler, steps=steps, iterations=iterations)
-    if len(latents) != len(prompts) * frames:
-        raise ValueError(
-            f"{len(latents)} latents for {len(prompts)} prompts and {frames} frames; give every "
-            "frame of a clip a row"
-        )
+    _check_sampler(backbone, scheduler)
+    _check_counts(latents, prompts, frames=frames, steps=steps, iterations=iterations)
     scheduler.set_timesteps(steps, device=backbone.device)
     x = latents = latents.to(backbone.device)
     ctx = _context(latents, frames=frames, steps=steps, fps=fps)
@@ -120,9 +116,19 @@ def _context(latents: Tensor, *, frames: int, steps: int, fps: float | None) -> 
     )
 
 
-def _check(backbone: Backbone, scheduler: Any, *, steps: int, iterations: int) -> None:
+def _check_counts(
+    latents: Tensor, prompts: Sequence[str], *, frames: int, steps: int, iterations: int
+) -> None:
     if steps < 1 or iterations < 1:
         raise ValueError(f"steps={steps}, iterations={iterations}: give at least one of each")
+    if len(latents) != len(prompts) * frames:
+        raise ValueError(
+            f"{len(latents)} latents for {len(prompts)} prompts and {frames} frames; give every "
+            "frame of a clip a row"
+        )
+
+
+def _check_sampler(backbone: Backbone, scheduler: Any) -> None:
     clips = ("clip_sample", "thresholding")
     if any(getattr(scheduler.config, name, False) for name in clips):
         raise ValueError(
