@@ -20,10 +20,10 @@ from torch import nn
 if TYPE_CHECKING:
     from trainer.backbones.backbone import Backbone
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PIXELS = 4 * 512 * 512  # of the pictures that a model generates at once, see `pictures_at_once`
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what autocast computes in half precision
-DEVICES = "auto, cpu, mps, cuda, or one GPU of several as in cuda:1"
+DEVICE_NAMES = "auto, cpu, mps, cuda, or one GPU of several as in cuda:1"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Placement:
         """auto is what the weights were `published` in, and fp32 on a CPU, where half precision is
         the slower one."""
         if self.precision != "auto":
-            return DTYPES[self.precision]
+            return PRECISIONS[self.precision]
         return torch.float32 if self.device.type == "cpu" else published
 
 
@@ -51,8 +51,8 @@ def choose_placement(device: str = "auto", precision: str = "auto", rank: int = 
     Raises:
         ValueError: no such precision or device, or this machine has no such device.
     """
-    if precision != "auto" and precision not in DTYPES:
-        raise ValueError(f"precision={precision}: there are auto, {', '.join(DTYPES)}")
+    if precision != "auto" and precision not in PRECISIONS:
+        raise ValueError(f"precision={precision}: there are auto, {', '.join(PRECISIONS)}")
     return Placement(_device(device, rank), precision)
 
 
@@ -62,7 +62,7 @@ def _device(name: str, rank: int) -> torch.device:
         name = "cuda" if cuda else "mps" if mps else "cpu"
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "mps", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
-        raise ValueError(f"device={name}: no such device; there are {DEVICES}")
+        raise ValueError(f"device={name}: no such device; there are {DEVICE_NAMES}")
     if (kind == "cuda" and not cuda) or (kind == "mps" and not mps):
         raise ValueError(
             f"device={name}: torch finds no such device on this machine; give device=cpu, or "

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-EVERY = 10.0  # seconds between lines where stderr is no terminal
+LINE_EVERY = 10.0  # seconds between lines where stderr is no terminal
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # of this process, as launchers tell it
 
 Advance = Callable[[int], None]
@@ -22,8 +22,8 @@ def long_work(what: str, total: int, done: int = 0) -> Iterator[Advance]:
     """Shows on stderr how far some work is; the block calls what it is given with the number of
     pieces it has just finished.
 
-    A terminal shows a bar with the time left. Elsewhere a line is printed every `EVERY` seconds,
-    and one at the end. Of several processes the first one shows it.
+    A terminal shows a bar with the time left. Elsewhere a line is printed every `LINE_EVERY`
+    seconds, and one at the end. Of several processes the first one shows it.
 
     what: the pieces, as in "class images". total: how many there are, of which `done` were there
     before.
@@ -66,7 +66,7 @@ class _Lines:
         spent = now - self.started
         if self.done >= self.total:
             self._print(f"{self.done} of {self.total} after {duration(spent)}")
-        elif now - self.printed >= EVERY:
+        elif now - self.printed >= LINE_EVERY:
             left = spent / (self.done - self.first) * (self.total - self.done)
             self._print(f"{self.done} of {self.total}, about {duration(left)} left")
             self.printed = now

@@ -125,9 +125,7 @@ def callbacks(
         say=partial(say, style="yellow"),
         scaler=scaler,
     )
-    saver.parts["watch"] = watch
-    if scaler is not None:
-        saver.parts["scaler"] = scaler
+    saver.parts |= {"watch": watch} | ({"scaler": scaler} if scaler is not None else {})
     bar = Bar(run.batch_size * run.accumulate, max(1, run.steps // 20), console)
     first: list[lightning.Callback] = [ema] if ema else []
     return [*first, bar, saver, watch, *previews(recipe, folder, ema, hang=hang, train=train), hang]
