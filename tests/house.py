@@ -44,6 +44,7 @@ VARIADIC = {
     "max", "min", "zip", "map", "print", "chain", "join", "view", "reshape", "permute", "repeat",
     "expand", "zeros", "ones", "empty", "randn", "rand", "save_for_backward", "apply", "info",
     "warning", "add_row", "broadcast_tensors", "add_argument", "block_diag", "partial",
+    "seed_of",
 }  # fmt: skip
 
 
