@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -134,6 +135,35 @@ def test_same_seed_same_result(make: type[random.Random]) -> None:
         assert torch.equal(first[2], second[2])
     others = zip(draw(5), draw(6), strict=True)
     assert not all(torch.equal(first[0], second[0]) for first, second in others)
+
+
+def test_the_share_of_shrunk_photos_is_that_of_the_official_code() -> None:
+    assert augment.SMALL_PROBABILITY == 2 / 3
+    rng = np.random.default_rng(3)
+    scales = np.array([draw_scale(512, 8, rng) for _ in range(200_000)])
+    assert abs((scales <= 512).mean() - 2 / 3) < 0.003  # 0.66, as in diffusers' script, is farther
+
+
+def test_a_crop_lies_where_the_two_numbers_after_the_scale_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at_scale(monkeypatch, 80)
+    numbers = iter([0.9, 0.1, 0.0])  # top, left, prefix
+    rng = SimpleNamespace(random=lambda: next(numbers))
+    found, _, _ = resize_augment(noise_image(), "", size=SIZE, mask_divisor=4, rng=rng)
+    top, left = int(0.9 * 17), int(0.1 * 17)
+    whole = to_tensor(resize_cover(noise_image(), 80))
+    assert torch.equal(found, whole[:, top : top + SIZE, left : left + SIZE])
+
+
+def test_half_of_the_photos_are_mirrored(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_scale(monkeypatch, SIZE)
+    upright, rng = to_tensor(resize_cover(noise_image(), SIZE)), random.Random(0)
+    views = [
+        resize_augment(noise_image(), "", size=SIZE, mask_divisor=4, rng=rng, hflip=True)[0]
+        for _ in range(400)
+    ]
+    assert abs(sum(torch.equal(view, upright) for view in views) / 400 - 0.5) < 0.08
 
 
 def test_horizontal_flip_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
