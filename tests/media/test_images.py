@@ -248,6 +248,18 @@ def test_caption_that_is_not_utf8_is_refused(tmp_path: Path, data: bytes, offset
         read_caption(tmp_path / "cat.jpg")
 
 
+def test_16_bit_values_are_rounded_to_the_nearest(tmp_path: Path) -> None:
+    values = np.full((16, 16), 257 * 100 + 130, np.uint16)  # 100.506 of 255
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png").getpixel((3, 3)) == (101, 101, 101)
+
+
+def test_capital_letters_do_not_change_the_order(tmp_path: Path) -> None:
+    for name in ("b.png", "A.png", "C.png"):
+        quadrants().save(tmp_path / name)
+    assert [path.name for path in list_images(tmp_path)] == ["A.png", "b.png", "C.png"]
+
+
 def test_list_images_order_and_choice(tmp_path: Path) -> None:
     listed = ["1.png", "2.JPG", "10.webp", "a.gif", "b.HEIC", "img2.jpeg", "img10.jpeg"]
     for name in [*reversed(listed), ".hidden.jpg", "2.txt", "notes.md", "data.json"]:

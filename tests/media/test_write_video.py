@@ -45,6 +45,13 @@ def test_a_method_without_training_paints_clips(
         assert (film.n_frames, film.size) == (3, (32, 32))
 
 
+def test_a_gif_shows_its_frames_for_their_time(tmp_path: Path) -> None:
+    *_, gif = write_clip(torch.linspace(-1, 1, 3)[:, None, None, None].expand(3, 3, 8, 8),
+                         tmp_path / "a", 4.0)  # fmt: skip
+    with Image.open(gif) as clip:
+        assert clip.info["duration"] == 250  # milliseconds
+
+
 def test_without_pyav_the_gif_is_there_and_what_lacks_is_said(
     tiny_folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,20 @@ def test_several_concepts_share_half_of_every_batch(folders: list[Path], tmp_pat
     assert sum(slot.weight for slot in plan.batch(0)) == pytest.approx(8 * 2.0)
 
 
+def test_class_images_are_of_the_seed_and_guidance_asked_for(
+    folders: list[Path], tmp_path: Path
+) -> None:
+    def keys(**options: Any) -> set[str]:
+        opened(tmp_path, concept=str(folders[0]), class_word="mug", prior_images=2, **options)
+        return {path.name for path in (tmp_path / "cache" / "prior").iterdir()}
+
+    first = keys()
+    assert keys() == first
+    other = keys(prior_seed=1)
+    assert len(other - first) >= 1
+    assert len(keys(prior_guidance=1.5) - other) >= 1
+
+
 def test_each_concept_is_captioned_with_its_own_token(folders: list[Path], tmp_path: Path) -> None:
     train, _ = opened(
         tmp_path,

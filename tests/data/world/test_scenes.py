@@ -19,7 +19,7 @@ from trainer.data.world.scenes import (
     draw_layout,
     draw_scene,
 )
-from trainer.data.world.sprites import ALL, HELD_OUT, KNOWN, scaled, sprite
+from trainer.data.world.sprites import ALL, HELD_OUT, KNOWN, scaled, sprite, turned
 
 SCENES = [draw_scene(3, i) for i in range(150)]
 
@@ -46,6 +46,20 @@ def test_the_layout_is_the_scene_before_paint() -> None:
         plan = draw_layout(3, number)
         assert plan.caption == scene.caption
         assert [spot.word for spot in plan.spots] == [item.word for item in scene.objects]
+
+
+def test_a_sprite_is_drawn_over_the_background_by_its_alpha() -> None:
+    pixels = turned("fox", 40, 0)
+    height, width = pixels.shape[:2]
+    spot, top, left = Spot("fox", 32.0, 32.0, 40), round(32 - height / 2), round(32 - width / 2)
+    for shade in (0.0, 0.6):
+        image, (placed,) = compose([spot], np.full((64, 64, 3), shade, np.float32))
+        wanted = np.full((64, 64, 3), shade, np.float32)
+        part = wanted[top : top + height, left : left + width]
+        part[:] = part * (1 - pixels[..., 3:]) + pixels[..., :3]
+        np.testing.assert_allclose(image, wanted * 255, atol=0.51)
+        assert placed.mask.sum() == (pixels[..., 3] > 0.5).sum()
+        assert (pixels[..., 3] > 0).sum() > placed.mask.sum()  # its edge is half transparent
 
 
 def test_captions_name_what_is_there_and_nothing_else() -> None:
