@@ -83,7 +83,7 @@ def test_a_strided_input_needs_no_copy_of_the_caller() -> None:
 
 
 def test_what_is_not_plain_is_left_to_peft() -> None:
-    """Two adapters, dropout in training, autocast, a folded one, one switched off."""
+    """Two adapters, dropout in training, DoRA under autocast, a folded one, one switched off."""
     theirs, ours = adapted(lora_dropout=0.5)
     x = torch.randn(4, 10)
     torch.manual_seed(1)
@@ -92,8 +92,6 @@ def test_what_is_not_plain_is_left_to_peft() -> None:
     assert torch.equal(ours.train()(x), expected)
     theirs.eval(), ours.eval()
     torch.testing.assert_close(ours(x), theirs(x))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(ours(x), theirs(x))
     plain = ours.base_layer(x)
     ours.enable_adapters(False)
     assert torch.equal(ours(x), plain)
@@ -105,6 +103,45 @@ def test_what_is_not_plain_is_left_to_peft() -> None:
     assert torch.equal(ours(x), theirs(x))
     ours.merge()
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_dora_under_autocast_is_left_to_peft() -> None:
+    theirs, ours = adapted(use_dora=True)
+    x = torch.randn(4, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("incoming", [torch.float32, torch.bfloat16])
+def test_under_autocast_it_is_as_near_to_the_equation_as_peft(
+    incoming: torch.dtype, bias: bool, rows: tuple[int, ...], size: tuple[int, int]
+) -> None:
+    theirs, ours = adapted(bias, size)
+    x = torch.randn(*rows, size[0]).to(incoming)
+    exact = results(copy.deepcopy(theirs).double(), x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        found, peft = results(ours, x), results(theirs, x)
+    assert [value.dtype for value in found] == [value.dtype for value in peft]
+    for own, other, wanted in zip(found, peft, exact, strict=True):
+        error, allowed = (own - wanted).norm(), (other - wanted).norm()
+        assert error <= 1.5 * allowed + 2**-8 * wanted.norm()
+
+
+def test_half_precision_does_not_lose_a_small_update() -> None:
+    """W0 x is 0, and B A is below the precision of bfloat16 beside W0."""
+    _, ours = adapted(bias=False)
+    x = torch.tensor([1.0, -1.0] * 5).repeat(40, 1)
+    with torch.no_grad():
+        ours.base_layer.weight.fill_(1.0)
+        ours.lora_A["own"].weight.zero_()
+        ours.lora_A["own"].weight[:, 0] = 1.0
+        ours.lora_B["own"].weight.fill_(2.0**-12)
+    wanted = torch.full((40, 6), 2 * 2.0**-12 * 1.5)  # two ranks, and alpha 3 over rank 2
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(ours(x).float(), wanted)
 
 
 def test_a_convolution_is_left_alone() -> None:

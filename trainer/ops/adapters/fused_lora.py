@@ -1,10 +1,11 @@
 """LoRA and DoRA on a frozen linear layer in fewer passes over the tokens: peft's layers, parameters
-and equations, with a backward of our own.
+and equations, with our own backward.
 
 y = W0 x + b + s B A x (LoRA, arXiv 2106.09685, equation 3) and y = m / |W0 + s B A| (W0 + s B A) x
-+ b with the norm a constant (DoRA, arXiv 2402.09353, equation 5 and section 4.3). Products of a
-tall matrix are taken in the order that BLAS is quick at; nothing is added up in a pass of its own.
-W0 + s B A is kept for the backward where it is no larger than x.
++ b with the norm a constant (DoRA, arXiv 2402.09353, equation 5 and section 4.3). The order of the
+products is the one that BLAS computes fastest, and sums are part of a product. In float32,
+W0 + s B A is computed and kept for the backward if it is no larger than x. In half precision it
+never is for LoRA, because rounding to the precision of W0 would lose a small B A.
 """
 
 from __future__ import annotations
@@ -17,9 +18,14 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from trainer.kernels.softmax import HALF
+
 
 class LowRankLinear(Linear):
-    """peft's layer with one LoRA or DoRA adapter; in all other cases peft's own forward runs."""
+    """peft's layer with one LoRA or DoRA adapter; peft itself handles all other cases.
+
+    Under autocast LoRA computes in autocast's precision, and DoRA is left to peft.
+    """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not self._plain(x):
@@ -33,14 +39,18 @@ class LowRankLinear(Linear):
         if name in self.lora_variant:
             length = self.lora_magnitude_vector[name].weight
             result: Tensor = _Dora.apply(x, layer.weight, layer.bias, a, b, length, scale)
-        elif _tall(x, layer.weight) and _small(layer.weight, a):
-            result = linear(x, torch.addmm(layer.weight, b, a, alpha=scale), layer.bias)
-        else:
-            result = _Lora.apply(x, layer.weight, layer.bias, a, b, scale)
-        return result
+            return result
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return _lora(x, layer.weight, layer.bias, a, b, scale)
+        dtype = torch.get_autocast_dtype(device)
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        x, weight, a, b = (value.to(dtype) for value in (x, layer.weight, a, b))
+        with torch.autocast(device, enabled=False):
+            return _lora(x, weight, bias, a, b, scale)
 
     def _plain(self, x: Tensor) -> bool:
-        """Whether one adapter acts on a frozen layer, without dropout, all in one dtype."""
+        """Whether one adapter acts on a frozen layer, without dropout and in one dtype."""
         layer: Any = self.base_layer
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return False
@@ -54,13 +64,30 @@ class LowRankLinear(Linear):
             (isinstance(dropout, nn.Identity) or not self.training)
             and not layer.weight.requires_grad
             and not (layer.bias is not None and layer.bias.requires_grad)
-            and not torch.is_autocast_enabled(x.device.type)
-            and x.dtype == layer.weight.dtype == self.lora_A[name].weight.dtype
+            and self._one_dtype(x, name)
         )
+
+    def _one_dtype(self, x: Tensor, name: str) -> bool:
+        """Whether input, layer and adapter have one dtype, or autocast gives them one."""
+        if torch.is_autocast_enabled(x.device.type):
+            return name not in self.lora_variant and x.dtype != torch.float64
+        layer: Any = self.base_layer
+        return bool(x.dtype == layer.weight.dtype == self.lora_A[name].weight.dtype)
+
+
+def _lora(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> Tensor:
+    """x (..., c), weight (d, c), bias (d) or None, a (r, c), b (d, r), all of one dtype -> (...,
+    d)."""
+    if _merges(x, weight) and _small(weight, a):
+        return linear(x, torch.addmm(weight, b, a, alpha=scale), bias)
+    result: Tensor = _Lora.apply(x, weight, bias, a, b, scale)
+    return result
 
 
 def quicken(layer: nn.Module) -> None:
-    """Turns a layer that peft has put on a plain linear one into a `LowRankLinear`; no other."""
+    """Turns peft's layer on a plain linear layer into a `LowRankLinear`; any other stays."""
     if type(layer) is Linear and type(layer.base_layer) is nn.Linear:
         layer.__class__ = LowRankLinear
 
@@ -73,7 +100,7 @@ class _Lora(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
         ctx.scale = scale
-        if _tall(x, weight):
+        if _merges(x, weight):
             whole = torch.addmm(weight, b, a, alpha=scale)
             ctx.save_for_backward(x, whole, None, a, b)
             return linear(x, whole, bias)
@@ -87,9 +114,7 @@ class _Lora(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, low, a, b = ctx.saved_tensors
         need = ctx.needs_input_grad[0]
-        on_x, on_a, on_b = _gradients(
-            _rows(grad), x, weight=weight, low=low, a=a, b=b, scale=ctx.scale, need=need
-        )
+        on_x, on_a, on_b = _gradients(_rows(grad), x, weight, low, a, b, ctx.scale, need)
         return on_x, None, None, on_a, on_b, None
 
 
@@ -120,16 +145,13 @@ class _Dora(torch.autograd.Function):
         x, kept, low, a, b, straight, norm, length = ctx.saved_tensors
         rows, need = _rows(grad), ctx.needs_input_grad[0]
         on_length = (rows * _rows(straight)).sum(0) / norm
-        on_x, on_a, on_b = _gradients(
-            rows * (length / norm), x, weight=kept, low=low, a=a, b=b, scale=ctx.scale, need=need
-        )
+        on_x, on_a, on_b = _gradients(rows * (length / norm), x, kept, low, a, b, ctx.scale, need)
         return on_x, None, None, on_a, on_b, on_length, None
 
 
 def _gradients(
     grad: Tensor,
     x: Tensor,
-    *,
     weight: Tensor,
     low: Tensor | None,
     a: Tensor,
@@ -137,8 +159,10 @@ def _gradients(
     scale: float,
     need: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Those of (W0 + s B A) x on x, A and B; grad (n, d), x (..., c). weight is W0 where
-    low = A x (r, n) is given, W0 + s B A where it is not."""
+    """The gradients of (W0 + s B A) x with respect to x, A and B; grad (n, d), x (..., c).
+
+    weight is W0 if low = A x (r, n) is given, else W0 + s B A.
+    """
     on_low = _times_columns(b.T, grad)
     on_x = None
     if need:
@@ -158,6 +182,11 @@ def _tall(x: Tensor, weight: Tensor) -> bool:
     """Whether x has more rows than the matrix: then adding B A to the matrix costs less than to
     what comes out of it."""
     return x.numel() // x.shape[-1] >= max(weight.shape)
+
+
+def _merges(x: Tensor, weight: Tensor) -> bool:
+    """Whether LoRA adds s B A to the matrix before the product with x."""
+    return x.dtype not in HALF and _tall(x, weight)
 
 
 def _small(weight: Tensor, a: Tensor) -> bool:
