@@ -93,7 +93,7 @@ def _images(cache: Path) -> list[Path]:
 
 def placements(bars: Bars) -> None:
     """The test records every module's device at every forward call; it fails at the first miss."""
-    code = _status(sys.executable, "-m", "pytest", "-q", "tests/cli/test_placement.py")
+    code = _status(sys.executable, "-m", "pytest", "-q", "tests/cli/test_device.py")
     bars.exactly("placements_missed", int(code != 0), 0)
 
 
