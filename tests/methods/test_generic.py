@@ -1,5 +1,5 @@
-"""What every method owes, and pairs of methods: the third, second and fourth point of "works" in
-the design.
+"""What every method owes: it starts at the base model where its paper says so, changes only what it
+claims, and comes back from its adapter. Pairs of methods work together or are refused by name.
 
 There are too many pairs to try each of them every time. Plain `pytest` tries all pairs of
 `REPRESENTATIVES` and `DRAWN` others, another choice in every run: a failure prints PAIR_SEED=<n>,

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from trainer.attention.conflicts import refuse_conflicts
 from trainer.attention.context import BoundCheckpoint, ContextHolder, bound, completed, current
 from trainer.attention.denoiser_traits import UNDECLARED, DenoiserTraits
 from trainer.attention.insertion import insertions
 from trainer.attention.op import Op, has_stage, label
+from trainer.attention.op_conflicts import refuse_conflicts
 from trainer.attention.processor import HostedProcessor
 from trainer.attention.sites import Site, scan
 

@@ -2,8 +2,8 @@
 
 torch's builds for Linux bring libgomp. A thread of it that waits for work spins for 300,000 rounds,
 several ms, before it sleeps; for 100 rounds only while libgomp manages more threads than there are
-processors (documented at GOMP_SPINCOUNT). A team of idle threads brings that about, and its end
-undoes it.
+processors (documented at GOMP_SPINCOUNT). So a team of idle threads is started, which puts libgomp
+over that limit. Ending the team restores normal spinning.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from trainer.common.threads import allowed_processors
 
 
 class Crowd:
-    """Managed by the libgomp that is loaded, if one is."""
+    """A team of idle threads in the libgomp that this process has loaded."""
 
     def __init__(self) -> None:
         self._gone: threading.Event | None = None
 
     def call(self) -> bool:
-        """Whether it is there."""
+        """Starts the team if it is not there; False if no libgomp is loaded."""
         if self._gone is None and (library := loaded_libgomp()) is not None:
             come, self._gone = threading.Event(), threading.Event()
             threading.Thread(target=_stand, args=(library, come, self._gone), daemon=True).start()

@@ -1,9 +1,9 @@
-"""All threads of this process on half as many processors as it has threads to compute with.
+"""Moves all threads of this process onto half as many processors as it has compute threads.
 
 Threads that share a piece of work wait for the slowest at its end. Beside other programs each of
 them is held up on its own processor, at another moment than the others. On one processor two of
-them take turns, as one thread would that does both parts: work is divided as before, so that
-results are the same to the last bit, and it is about as fast as with half as many threads.
+them take turns, which takes about as long as one thread that does both parts. The work is divided
+as before, so results are the same to the last bit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from trainer.common.threads import ALL, allowed_processors
 
-CLEARLY = 0.3  # processors that others use less elsewhere, for each that is moved to
+CLEARLY = 0.3  # of a processor: move only where others use the new ones less by this much each
 
 
 class Gathering:

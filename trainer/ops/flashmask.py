@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trainer.attention.conflicts import refuse_other_keys
 from trainer.attention.op import Traits
+from trainer.attention.op_conflicts import refuse_other_keys
 from trainer.kernels.flashmask import BACK_ENDS, FEW, both
 from trainer.kernels.mask_spec import MaskSpec
 from trainer.kernels.softmax import sdpa

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.attention.conflicts import refuse_mask, refuse_other_keys
 from trainer.attention.op import Traits, label
+from trainer.attention.op_conflicts import refuse_mask, refuse_other_keys
 from trainer.kernels.gated_linear import ORDERS, gated_attention, ordered, restored
 from trainer.kernels.linear import at_least_float32
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from trainer.attention.conflicts import refuse_mask, refuse_other_keys
 from trainer.attention.op import Traits, label
+from trainer.attention.op_conflicts import refuse_mask, refuse_other_keys
 from trainer.kernels.linear import FEATURES, linear_attention, orthogonal_gaussian, random_features
 from trainer.ops.grid_modules import Shortcut
 

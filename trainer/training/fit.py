@@ -32,7 +32,7 @@ from trainer.training.thread_count import settle_threads
 def fit(recipe: Recipe, folder: Path | None = None) -> Path:
     """Trains what the recipe asks for and returns the run folder, with `adapter.safetensors` in it.
 
-    folder: where, instead of `run_folder.folder_for`'s choice. A run that is there continues from
+    folder: the run folder, `folder_for(recipe)` by default. A run that is there continues from
     its last complete checkpoint; one that is finished is left as it is.
 
     Raises:

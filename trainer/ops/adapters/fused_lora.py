@@ -2,8 +2,8 @@
 and equations, with our own backward.
 
 y = W0 x + b + s B A x (LoRA, arXiv 2106.09685, equation 3) and y = m / |W0 + s B A| (W0 + s B A) x
-+ b with the norm a constant (DoRA, arXiv 2402.09353, equation 5 and section 4.3). The order of the
-products is the one that BLAS computes fastest, and sums are part of a product. In float32,
++ b with the norm a constant (DoRA, arXiv 2402.09353, equation 5 and section 4.3). Products
+are ordered for the fastest BLAS calls, and additions are fused into them (`addmm`). In float32,
 W0 + s B A is computed and kept for the backward if it is no larger than x. In half precision it
 never is for LoRA, because rounding to the precision of W0 would lose a small B A.
 """
@@ -42,12 +42,12 @@ class LowRankLinear(Linear):
             return result
         device = x.device.type
         if not torch.is_autocast_enabled(device):
-            return _lora(x, layer.weight, layer.bias, a, b, scale)
+            return _lora(x, layer.weight, layer.bias, a=a, b=b, scale=scale)
         dtype = torch.get_autocast_dtype(device)
         bias = None if layer.bias is None else layer.bias.to(dtype)
         x, weight, a, b = (value.to(dtype) for value in (x, layer.weight, a, b))
         with torch.autocast(device, enabled=False):
-            return _lora(x, weight, bias, a, b, scale)
+            return _lora(x, weight, bias, a=a, b=b, scale=scale)
 
     def _plain(self, x: Tensor) -> bool:
         """Whether one adapter acts on a frozen layer, without dropout and in one dtype."""
@@ -76,7 +76,7 @@ class LowRankLinear(Linear):
 
 
 def _lora(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, a: Tensor, b: Tensor, scale: float
 ) -> Tensor:
     """x (..., c), weight (d, c), bias (d) or None, a (r, c), b (d, r), all of one dtype -> (...,
     d)."""
@@ -114,7 +114,9 @@ class _Lora(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, low, a, b = ctx.saved_tensors
         need = ctx.needs_input_grad[0]
-        on_x, on_a, on_b = _gradients(_rows(grad), x, weight, low, a, b, ctx.scale, need)
+        on_x, on_a, on_b = _gradients(
+            _rows(grad), x, weight, low=low, a=a, b=b, scale=ctx.scale, need=need
+        )
         return on_x, None, None, on_a, on_b, None
 
 
@@ -145,7 +147,9 @@ class _Dora(torch.autograd.Function):
         x, kept, low, a, b, straight, norm, length = ctx.saved_tensors
         rows, need = _rows(grad), ctx.needs_input_grad[0]
         on_length = (rows * _rows(straight)).sum(0) / norm
-        on_x, on_a, on_b = _gradients(rows * (length / norm), x, kept, low, a, b, ctx.scale, need)
+        on_x, on_a, on_b = _gradients(
+            rows * (length / norm), x, kept, low=low, a=a, b=b, scale=ctx.scale, need=need
+        )
         return on_x, None, None, on_a, on_b, on_length, None
 
 
@@ -153,6 +157,7 @@ def _gradients(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
+    *,
     low: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -190,8 +195,8 @@ def _merges(x: Tensor, weight: Tensor) -> bool:
 
 
 def _small(weight: Tensor, a: Tensor) -> bool:
-    """Whether the gradient of the matrix itself, from which those of A and B follow, costs less
-    than four products with r columns each, at which BLAS is some four times slower."""
+    """Whether autograd's gradient of the whole matrix, from which A's and B's follow, is cheaper
+    than four thin products of r columns; BLAS is about four times slower on thin products."""
     return weight.numel() <= 4 * a.shape[0] * sum(weight.shape)
 
 

@@ -1,4 +1,5 @@
-"""Which ops can share a site, and which inputs a kernel refuses."""
+"""Which ops can share a site, and which inputs a kernel refuses. That no two methods claim the same
+thing is checked in `methods/apply.py`."""
 
 from __future__ import annotations
 
