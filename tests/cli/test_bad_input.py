@@ -60,7 +60,7 @@ def _text(folder: Path) -> None:
         (_bomb, "pixels"),
         (_animated, "anima"),
         (_latin, "UTF-8"),
-        (_tokenless, "must hold the token <v1>"),
+        (_tokenless, "must contain the token <v1>"),
         (_text, "a.jpg"),
     ],
     ids=["empty", "truncated", "1x1", "bomb", "gif", "latin-1", "no-token", "text"],

@@ -101,7 +101,7 @@ def needs(path: Path) -> Needs:
 def test_pickle_in_a_shard(name: str, payload: bytes, opened: Path, tmp_path: Path) -> None:
     """webdataset's own decoders run the first five; the last two only call themselves so."""
     place = pack(tmp_path / "a.tar", (name, payload), ("a.txt", b"a thing"))
-    with pytest.raises(ValueError, match=r"pickle can run code|not an image|0 images"):
+    with pytest.raises(ValueError, match=r"pickle can run code|not a readable image|0 images"):
         Shards(shards=place).open(needs(tmp_path))
     assert not opened.exists()
 
@@ -314,8 +314,13 @@ def test_a_manifest_cannot_make_a_read_larger_than_a_member(tmp_path: Path) -> N
     part = train.rows[0][1].members["png"]  # type: ignore[attr-defined]
     train.rows[0][1].members["png"] = part._replace(size=2**50)  # type: ignore[attr-defined]
     read = train.read  # type: ignore[attr-defined]
-    train.read = lambda *given: (asked.append(given[-1]), read(*given))[1]  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"the bytes of a\.png are not those"):
+
+    def asks(*place: Any, offset: int, size: int) -> bytes:
+        asked.append(size)
+        return bytes(read(*place, offset=offset, size=size))
+
+    train.read = asks  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"the bytes of a\.png have changed"):
         train.image(0)
     assert asked == [MAX_MEMBER]
 
@@ -582,6 +587,6 @@ def test_checkpoint_of_a_stranger(
     resealed(run, lambda manifest: None)
     (run / "adapter.safetensors").unlink()
     assert main(["fit", *words]) == DAMAGED
-    assert "holds more than tensors and plain values" in "".join(capfd.readouterr())
+    assert "contains something else than tensors and plain values" in "".join(capfd.readouterr())
     assert not opened.exists()
     assert not (run / "adapter.safetensors").exists()

@@ -26,6 +26,7 @@ import torch
 from trainer.__main__ import main
 from trainer.data.loader import Planned
 from trainer.training import checkpoint
+from trainer.training.callbacks import checkpoints
 from trainer.training.module import DiffusionModule
 from trainer.training.tasks import denoise as denoise_file
 from trainer.training.tasks.denoise import Denoise
@@ -215,7 +216,9 @@ def _before(patch: Patch, function: str, call: int, number: int) -> None:
             os.kill(os.getpid(), number)
         return original(*arguments)
 
-    patch(checkpoint, function, wrapped)
+    for module in (checkpoint, checkpoints):
+        if hasattr(module, function):
+            patch(module, function, wrapped)
 
 
 def run(faults: Mapping[str, Mapping[str, Any]], words: list[str]) -> None:

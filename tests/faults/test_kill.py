@@ -19,7 +19,7 @@ pytestmark = pytest.mark.faults
         ("_write_state", 2, [1]),
         ("_sync", 2, [1]),
         ("_put", 2, [1]),
-        ("prune", 2, [1, 2]),
+        ("prune_checkpoints", 2, [1, 2]),
     ],
     ids=["empty", "weights-only", "not-synced", "before-the-name", "before-the-retention"],
 )

@@ -70,7 +70,7 @@ def test_workers_change_nothing(
 def test_the_number_of_threads_stays(
     tmp_path: Path, run: Any, fault: Any, look: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Begun with two threads, gone on with by a process that would take one."""
+    """Begun with two threads, resumed by a process that would take one."""
     if thread_count(this_machine(), {}) < 2:
         pytest.skip("a run would not take two threads on one processor")
     for name in USERS:
@@ -136,7 +136,7 @@ def test_another_recipe_is_refused_or_told(
         run(tmp_path / "run")
     with pytest.raises(ValueError, match="another recipe: it lacks"):
         run(tmp_path / "run", "methods.selective.projections=[k,v,q]")
-    with pytest.raises(ValueError, match=r"keep optim\.ema as it was"):
+    with pytest.raises(ValueError, match=r"keep optim\.ema and run\.precision as they were"):
         run(tmp_path / "run", "optim.ema=null")
     capfd.readouterr()
     assert run(tmp_path / "run", "optim.lr=1e-4") == 0

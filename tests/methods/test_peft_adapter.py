@@ -197,7 +197,7 @@ def test_an_option_of_null_is_none(tiny: Any) -> None:
     ("kind", "message"),
     [
         ("vera", "vera shares tensors between layers, which peft cannot inject"),
-        ("boft", "boft is oft unless peft can compile CUDA code of its own on the spot; use oft"),
+        ("boft", "boft is the same as oft unless peft can compile its CUDA code; use oft"),
         ("bone", "bone is called miss"),
         ("lora", "lora is a method of its own; use methods.lora"),
         ("loah", "no such adapter; did you mean loha?"),

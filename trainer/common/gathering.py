@@ -16,6 +16,7 @@ from contextlib import suppress
 
 from trainer.common.threads import ALL, allowed_processors
 
+_OWN = random.Random()  # the run's own random numbers stay as they are
 CLEARLY = 0.3  # of a processor: move only where others use the new ones less by this much each
 
 
@@ -34,7 +35,7 @@ class Gathering:
         os.environ[ALL] = ",".join(map(str, sorted(everywhere)))
         here = least_used(busy, own, self.chosen, count=(threads + 1) // 2)
         # two programs that see the same are not to move to and fro together
-        if not self.chosen or (here != self.chosen and random.random() < 0.5):
+        if not self.chosen or (here != self.chosen and _OWN.random() < 0.5):
             self.chosen = here
         bind(self.chosen)
 
@@ -51,7 +52,7 @@ def least_used(
     """The `count` processors that other programs use least; those chosen, where others are not
     clearly better."""
     others = {i: busy[i] - (own / len(chosen) if i in chosen else 0.0) for i in busy}
-    best = frozenset(sorted(others, key=lambda i: (round(others[i], 1), random.random()))[:count])
+    best = frozenset(sorted(others, key=lambda i: (round(others[i], 1), _OWN.random()))[:count])
     if len(chosen) != len(best):
         return best
     gain = sum(others.get(i, 0.0) for i in chosen) - sum(others[i] for i in best)
