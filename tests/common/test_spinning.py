@@ -49,9 +49,16 @@ def test_a_moment_of_quiet_is_not_enough() -> None:
         assert decision.after(BUSY)
 
 
+def test_threads_of_one_program_that_wait_for_each_other_keep_spinning() -> None:
+    """On a free machine two teams of threads on two processors wait a third of their time."""
+    assert not any(after(Decision(0), look(0.34, 0.19), 60))
+    assert not any(after(Decision(2), look(0.34, 2.19), 60))
+
+
 def test_the_bounds() -> None:
     assert not Decision(0).after(look(0.2, 2.0))
-    assert Decision(0).after(look(0.21, 0.0))
+    assert Decision(0).after(look(0.21, 0.21))
+    assert Decision(0).after(look(0.21, None))
     decision = Decision(0)
     decision.after(BUSY)
     assert after(decision, look(0.0, 0.21), 60)[-1]
@@ -80,7 +87,7 @@ def test_while_asleep_waiting_says_nothing_and_what_others_take_does() -> None:
 
 def test_processors_that_this_program_leaves_free_may_be_taken() -> None:
     decision = Decision(spare=3)
-    decision.after(BUSY)
+    assert decision.after(look(0.5, 4.0))
     assert after(decision, look(0.0, 3.1), 4) == [True, True, True, False]
 
 

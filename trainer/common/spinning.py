@@ -47,15 +47,16 @@ class Decision:
         self.asleep, self.free, self.awake = 0.0, 0.0, math.inf  # seconds
 
     def after(self, look: Look) -> bool:
+        taken = look.taken is not None and look.taken > self.spare + TAKEN
         if self.sleep:
-            taken = look.taken is not None and look.taken > self.spare + TAKEN
             self.free = 0.0 if taken else self.free + look.seconds
             self.asleep += look.seconds
             if self.free >= self.patience or self.asleep >= ANYWAY * self.patience:
                 self.sleep, self.awake = False, 0.0
         else:
             self.awake += look.seconds
-            if look.waited > WAITED:
+            # the threads of one program can wait for each other: it takes another to be in the way
+            if look.waited > WAITED and (taken or look.taken is None):
                 too_soon = self.awake <= self.patience
                 self.patience = min(2 * self.patience, PATIENCE[1]) if too_soon else PATIENCE[0]
                 self.sleep, self.asleep, self.free = True, 0.0, 0.0
