@@ -34,16 +34,28 @@ def after(decision: Decision, look: Look, seconds: int) -> list[bool]:
     return [decision.after(look) for _ in range(seconds)]
 
 
-def test_threads_sleep_at_once_and_spin_again_after_some_seconds() -> None:
+def asleep(decision: Decision, look: Look = BUSY) -> bool:
+    """After two seconds beside other programs, which is when threads begin to sleep."""
+    return after(decision, look, 2)[-1]
+
+
+def test_threads_sleep_after_two_seconds_and_spin_again_after_some() -> None:
     decision = Decision(spare=0)
     assert after(decision, FREE, 3) == [False] * 3
-    assert decision.after(BUSY)
+    assert after(decision, BUSY, 2) == [False, True]
     assert after(decision, FREE, 4) == [True, True, True, False]
+
+
+def test_a_second_beside_another_program_is_not_enough() -> None:
+    decision = Decision(spare=0)
+    for _ in range(5):
+        assert not decision.after(BUSY)
+        assert not decision.after(FREE)
 
 
 def test_a_moment_of_quiet_is_not_enough() -> None:
     decision = Decision(spare=0)
-    decision.after(BUSY)
+    assert asleep(decision)
     for _ in range(5):
         assert after(decision, FREE, 3) == [True] * 3
         assert decision.after(BUSY)
@@ -56,11 +68,12 @@ def test_threads_of_one_program_that_wait_for_each_other_keep_spinning() -> None
 
 
 def test_the_bounds() -> None:
-    assert not Decision(0).after(look(0.2, 2.0))
-    assert Decision(0).after(look(0.21, 0.21))
-    assert Decision(0).after(look(0.21, None))
+    assert not asleep(Decision(0), look(0.2, 2.0))
+    assert not asleep(Decision(0), look(0.21, 0.19))
+    assert asleep(Decision(0), look(0.21, 0.21))
+    assert asleep(Decision(0), look(0.21, None))
     decision = Decision(0)
-    decision.after(BUSY)
+    assert asleep(decision)
     assert after(decision, look(0.0, 0.21), 60)[-1]
     assert not after(decision, look(0.0, 0.19), 4)[-1]
 
@@ -68,26 +81,26 @@ def test_the_bounds() -> None:
 def test_spinning_is_tried_in_the_end_on_a_machine_that_is_not_free() -> None:
     """Other programs may be of the kind that gives way."""
     decision = Decision(spare=0)
-    decision.after(BUSY)
+    assert asleep(decision)
     assert after(decision, BUSY, 64) == [True] * 63 + [False]
     assert after(decision, look(0.0, 0.5), 9) == [False] * 9
-    decision.after(BUSY)
+    assert asleep(decision)
     decision.awake = decision.patience  # too soon again
     assert after(decision, BUSY, 64) == [True] * 63 + [False]
-    decision.after(BUSY)
+    assert asleep(decision)
     assert after(decision, BUSY, 128) == [True] * 127 + [False]
 
 
 def test_while_asleep_waiting_says_nothing_and_what_others_take_does() -> None:
     """A thread that is woken up often waits often, on a free machine, too."""
     decision = Decision(spare=0)
-    decision.after(BUSY)
+    assert asleep(decision)
     assert after(decision, look(0.5, 0.0), 4) == [True, True, True, False]
 
 
 def test_processors_that_this_program_leaves_free_may_be_taken() -> None:
     decision = Decision(spare=3)
-    assert decision.after(look(0.5, 4.0))
+    assert asleep(decision, look(0.5, 4.0))
     assert after(decision, look(0.0, 3.1), 4) == [True, True, True, False]
 
 
@@ -96,12 +109,12 @@ def test_where_spinning_again_was_wrong_it_is_tried_more_seldom() -> None:
     decision, seconds = Decision(spare=0), []
     unknown = look(0.0, None)
     for _ in range(7):
-        assert decision.after(BUSY)
+        assert asleep(decision)
         seconds.append(1 + after(decision, unknown, 100).index(False))
         decision.sleep, decision.free, decision.awake = False, 0.0, 0.0  # what followed is undone
     assert seconds == [4, 8, 16, 32, 64, 64, 64]
     after(decision, FREE, 65)
-    decision.after(BUSY)
+    assert asleep(decision)
     assert after(decision, unknown, 4) == [True, True, True, False]
 
 

@@ -44,7 +44,7 @@ class Decision:
     def __init__(self, spare: int) -> None:
         self.spare, self.sleep = spare, False
         self.patience = PATIENCE[0]
-        self.asleep, self.free, self.awake = 0.0, 0.0, math.inf  # seconds
+        self.asleep, self.free, self.awake, self.crowded = 0.0, 0.0, math.inf, 0.0  # seconds
 
     def after(self, look: Look) -> bool:
         taken = look.taken is not None and look.taken > self.spare + TAKEN
@@ -55,11 +55,14 @@ class Decision:
                 self.sleep, self.awake = False, 0.0
         else:
             self.awake += look.seconds
-            # the threads of one program can wait for each other: it takes another to be in the way
-            if look.waited > WAITED and (taken or look.taken is None):
+            # the threads of one program can wait for each other: it takes another to be in the way,
+            # and for longer than the moment in which one ends and another begins
+            waits_for_others = look.waited > WAITED and (taken or look.taken is None)
+            self.crowded = self.crowded + look.seconds if waits_for_others else 0.0
+            if self.crowded > 1.5 * EVERY:
                 too_soon = self.awake <= self.patience
                 self.patience = min(2 * self.patience, PATIENCE[1]) if too_soon else PATIENCE[0]
-                self.sleep, self.asleep, self.free = True, 0.0, 0.0
+                self.sleep, self.asleep, self.free, self.crowded = True, 0.0, 0.0, 0.0
         return self.sleep
 
 
