@@ -60,14 +60,14 @@ def main(words: Sequence[str]) -> int:
             copies.put(copied(Path(folder) / str(number)))
         check_unchanged(copies)
         with ThreadPoolExecutor(options.jobs) as pool:
+            ends = time.monotonic() + 60 * options.minutes
             results = list(
-                pool.map(
-                    lambda each: tried(each, copies, bool(options.key), thorough=options.thorough),
-                    chosen,
-                )
+                pool.map(lambda each: tried(each, copies, options=options, ends=ends), chosen)
             )
     explained = json.loads((HERE / "explained.json").read_text(encoding="utf-8"))
-    text = report(list(zip(chosen, results, strict=True)), explained, options.seed)
+    pairs = zip(chosen, results, strict=True)
+    found = [(mutant, noticed) for mutant, noticed in pairs if noticed is not None]
+    text = report(found, explained, options.seed)
     print(text)
     if options.write:
         (HERE / "report.md").write_text(text, encoding="utf-8")
@@ -82,6 +82,7 @@ def parsed(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--key", help="one change alone, by its key in the report")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--minutes", type=float, default=600, help="begin no change after so long")
     parser.add_argument("--thorough", action="store_true")
     return parser.parse_args(words)
 
@@ -123,17 +124,20 @@ def check_unchanged(copies: SimpleQueue[Path]) -> None:
 
 
 def tried(
-    mutant: Mutant, copies: SimpleQueue[Path], loud: bool, *, thorough: bool
-) -> tuple[str, float]:
-    """By which tests a change was noticed, or "", and how long that took."""
+    mutant: Mutant, copies: SimpleQueue[Path], *, options: argparse.Namespace, ends: float
+) -> str | None:
+    """By which tests a change was noticed, or ""; None if there was no time left to try it."""
     place, began = copies.get(), time.monotonic()
+    if began > ends:
+        copies.put(place)
+        return None
     file = place / mutant.path
     before = file.read_text(encoding="utf-8")
     file.write_text(mutant.applied(before), encoding="utf-8")
     noticed = ""
     try:
-        for stage in stages(mutant, place, thorough):
-            if not passes(place, stage, loud):
+        for stage in stages(mutant, place, options.thorough):
+            if not passes(place, stage, bool(options.key)):
                 noticed = stage[0]
                 break
     finally:
@@ -141,7 +145,7 @@ def tried(
         copies.put(place)
     took = time.monotonic() - began
     print(f"{took:5.0f} s  {'noticed' if noticed else 'SURVIVED':9}{line(mutant)}", flush=True)
-    return noticed, took
+    return noticed
 
 
 def stages(mutant: Mutant, place: Path, thorough: bool) -> list[list[str]]:
@@ -200,12 +204,10 @@ def line(mutant: Mutant) -> str:
     )
 
 
-def report(
-    results: Sequence[tuple[Mutant, tuple[str, float]]], explained: dict[str, str], seed: int
-) -> str:
+def report(results: Sequence[tuple[Mutant, str]], explained: dict[str, str], seed: int) -> str:
     """A table of what was noticed, by room, and each change that was not, with its reason."""
     by_room: dict[str, list[bool]] = {}
-    for mutant, (noticed, _) in results:
+    for mutant, noticed in results:
         by_room.setdefault(Path(mutant.path).parts[1], []).append(bool(noticed))
     total = [found for own in by_room.values() for found in own]
     commit = subprocess.run(
@@ -222,7 +224,7 @@ def report(
         f"BAR mutants_noticed {share:.1f} 90 {'ok' if share >= 90 else 'short'}", "",
         "Not noticed:", "",
     ]  # fmt: skip
-    for mutant, (noticed, _) in results:
+    for mutant, noticed in results:
         if not noticed:
             lines.append(f"- `{line(mutant)}`: {explained.get(mutant.key, 'not explained')}")
     return "\n".join(lines) + "\n"
