@@ -27,7 +27,7 @@ from trainer.training.callbacks.progress import Bar
 from trainer.training.callbacks.signals import Signals
 from trainer.training.callbacks.watch import Watch
 from trainer.training.console import console
-from trainer.training.fit import callbacks, make_trainer
+from trainer.training.launch import callbacks, make_trainer
 
 GUARDS = (Watch, Checkpoints, HangGuard)
 HOOKS = (
@@ -69,11 +69,13 @@ class Loop:
         data, _ = chosen.data.open(needs(chosen, backbone))
         plan = apply_methods(backbone, chosen.methods, chosen.run.seed)
         self.module = module_of(chosen, backbone, plan)
-        self.items = Planned(data, step_plan(chosen, data), latents(chosen, backbone, data), 0, 1)
+        self.items = Planned(
+            data, step_plan(chosen, data), latents(chosen, backbone, data), rank=0, world_size=1
+        )
 
     def guarded(self, folder: Path) -> tuple[Clock, list[lightning.Callback]]:
         clock, signals = Clock(), Signals(False)
-        own = callbacks(self.recipe, folder, self._ema(), None, signals, self.items.dataset)
+        own = self.callbacks(folder, signals)
         with signals:
             self._fit(folder, [clock, BackendReport(lambda: None), *own])
         return clock, own
@@ -85,13 +87,25 @@ class Loop:
         self._fit(folder, [clock, *([ema] if ema else []), bar], self.recipe.optim.clip)
         return clock
 
+    def callbacks(self, folder: Path, signals: Signals) -> list[lightning.Callback]:
+        """Those of a run, the guards among them."""
+        return callbacks(
+            self.recipe,
+            folder,
+            ema=self._ema(),
+            found=None,
+            signals=signals,
+            scaler=None,
+            train=self.items.dataset,
+        )
+
     def _ema(self) -> EMA | None:
         return EMA(self.recipe.optim.ema) if self.recipe.optim.ema else None
 
     def _fit(self, folder: Path, own: list[lightning.Callback], clip: float | None = None) -> None:
-        trainer = make_trainer(self.recipe, folder, own)
+        trainer = make_trainer(self.recipe, folder, torch.device("cpu"), mixed=None, callbacks=own)
         trainer.gradient_clip_val = clip
-        batches = loader(self.items, self.recipe.run.steps, 0, 0)
+        batches = loader(self.items, self.recipe.run.steps, start=0, workers=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer.fit(self.module, batches)
@@ -125,21 +139,13 @@ def inside(steps: int) -> dict[str, float]:
     gradients, which a run without them does elsewhere, are among them."""
     loop = Loop(steps + WARM, *ADAPTER, "run.checkpoint_every=0")
     spent: list[float] = []
-    own = callbacks
-
-    def timed(*arguments: Any) -> list[lightning.Callback]:
-        chosen = own(*arguments)
-        for callback in chosen:
-            for hook in HOOKS if isinstance(callback, GUARDS) else ():
-                setattr(callback, hook, _clocked(getattr(callback, hook), spent))
-        return chosen
-
     with tempfile.TemporaryDirectory() as scratch, quiet():
         clock, signals = Clock(), Signals(False)
         with signals:
-            chosen = timed(
-                loop.recipe, Path(scratch), loop._ema(), None, signals, loop.items.dataset
-            )
+            chosen = loop.callbacks(Path(scratch), signals)
+            for callback in chosen:
+                for hook in HOOKS if isinstance(callback, GUARDS) else ():
+                    setattr(callback, hook, _clocked(getattr(callback, hook), spent))
             loop._fit(Path(scratch), [clock, *chosen])
     return {
         "hooks_ms": 1000 * sum(spent) / (steps + WARM),
@@ -165,7 +171,7 @@ def stall(saves: int, *words: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch, quiet():
         folder = Path(scratch)
         clock, signals, began = Clock(), Signals(False), []
-        own = callbacks(loop.recipe, folder, loop._ema(), None, signals, loop.items.dataset)
+        own = loop.callbacks(folder, signals)
         (saver,) = [each for each in own if isinstance(each, Checkpoints)]
         save = saver.on_train_batch_end
 
