@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 
@@ -15,6 +16,13 @@ needs_two = pytest.mark.skipif(
     not sys.platform.startswith("linux") or len(os.sched_getaffinity(0)) < 2,
     reason="fewer processors than all",
 )
+
+
+def test_the_runs_own_random_numbers_stay_as_they_are() -> None:
+    """They are part of what a resumed run must have again."""
+    before = random.getstate()
+    least_used({0: 1.0, 1: 1.0}, 0.0, NONE, 1)
+    assert random.getstate() == before
 
 
 def test_the_processors_that_others_use_least() -> None:

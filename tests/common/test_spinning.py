@@ -260,10 +260,10 @@ def test_without_libgomp_there_is_no_crowd() -> None:
 
 
 def test_only_the_first_rank_speaks() -> None:
-    assert spinning._first({})
-    assert spinning._first({"RANK": "0", "LOCAL_RANK": "0"})
-    assert not spinning._first({"LOCAL_RANK": "1"})
-    assert not spinning._first({"SLURM_PROCID": "3"})
+    assert threads.first_process({})
+    assert threads.first_process({"RANK": "0", "LOCAL_RANK": "0"})
+    assert not threads.first_process({"LOCAL_RANK": "1"})
+    assert not threads.first_process({"SLURM_PROCID": "3"})
 
 
 @needs_two

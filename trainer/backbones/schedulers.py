@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffusers import (
     DDIMScheduler,
@@ -12,9 +12,6 @@ from diffusers import (
 )
 
 from trainer.backbones.pipeline_folder import SCHEDULER
-
-if TYPE_CHECKING:
-    pass
 
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 

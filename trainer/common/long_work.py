@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from trainer.common.threads import first_process
+
 LINE_EVERY = 10.0  # seconds between lines where stderr is no terminal
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # of this process, as launchers tell it
 
 Advance = Callable[[int], None]
 
@@ -29,7 +30,7 @@ def long_work(what: str, total: int, done: int = 0) -> Iterator[Advance]:
     before.
     """
     console = Console(stderr=True)
-    if not _is_first_process():
+    if not first_process(os.environ):
         yield lambda count: None
     elif console.is_terminal:
         with _bar(console) as bar:
@@ -80,8 +81,3 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def _is_first_process() -> bool:
-    rank = next((os.environ[name] for name in RANKS if name in os.environ), "0")
-    return rank == "0"

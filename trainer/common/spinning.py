@@ -24,7 +24,7 @@ from typing import Any
 from trainer.common.crowd import Crowd
 from trainer.common.gathering import Gathering
 from trainer.common.system_load import Look, Looks, waits
-from trainer.common.threads import USERS, allowed_processors
+from trainer.common.threads import USERS, allowed_processors, first_process
 
 USERS_WAIT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 EVERY = 1.0  # seconds between two looks
@@ -32,7 +32,6 @@ WAITED = 0.2  # of the time: a thread that waits longer for a processor shares i
 TAKEN = 0.2  # processors that other programs may use on a machine that counts as free
 PATIENCE = (4.0, 64.0)  # seconds a machine has to be free first; doubled where that was too soon
 ANYWAY = 16  # times as long, and it is tried on one that is not: others may give way
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 
 class Decision:
@@ -76,7 +75,7 @@ def watched(
     if threads == 1 or any(name in environment for name in USERS_WAIT) or waits() is None:
         yield
         return
-    told = say or (_complain if _first(environment) else lambda text: None)
+    told = say or (_complain if first_process(environment) else lambda text: None)
     ended = threading.Event()
     decision = Decision(max(0, len(allowed_processors()) - threads))
     watch = threading.Thread(
@@ -129,10 +128,6 @@ def _threads(environment: Mapping[str, str]) -> int:
         if environment.get(name, "").isdigit():
             return max(1, int(environment[name]))
     return len(allowed_processors())
-
-
-def _first(environment: Mapping[str, str]) -> bool:
-    return all(environment.get(name, "0") == "0" for name in RANKS)
 
 
 def _complain(text: str) -> None:

@@ -22,6 +22,7 @@ OWN = "TRAINER_OMP_NUM_THREADS"
 # all processors this program may use, while its threads are gathered on some (`gathering.py`)
 ALL = "TRAINER_PROCESSORS"
 CPUS = "sys/devices/system/cpu"
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # of this process, as launchers give it
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,11 @@ def thread_count(machine: Machine, environment: Mapping[str, str], ranks: int = 
         return max(1, int(min(cores, int(per_task))))
     bound = "SLURM_PROCID" in environment and machine.allowed < machine.online
     return max(1, int(cores / (1 if bound else ranks)))
+
+
+def first_process(environment: Mapping[str, str]) -> bool:
+    """Whether this is the first of the processes of a run, or the only one."""
+    return all(environment.get(name, "0") == "0" for name in RANKS)
 
 
 def set_by_user(environment: Mapping[str, str]) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,10 +22,6 @@ from trainer.data.source import Dataset, Needs, Source
 from trainer.data.source_options import Mirror, OnBad
 from trainer.data.templates import TEMPLATES, render
 from trainer.media.photos import list_images, read_folder
-
-if TYPE_CHECKING:
-    pass
-
 
 SPRITE = "sprite:"
 # as a user would take photos: the thing alone, then beside others. Each is a scene index in the
