@@ -23,13 +23,13 @@ from trainer.training.callbacks.backend_report import BackendReport
 from trainer.training.callbacks.checkpoints import Checkpoints
 from trainer.training.callbacks.ema import EMA
 from trainer.training.callbacks.hang import HangGuard
+from trainer.training.callbacks.nonfinite_and_signals import StepChecks
 from trainer.training.callbacks.progress import Bar
 from trainer.training.callbacks.signals import Signals
-from trainer.training.callbacks.watch import Watch
 from trainer.training.console import console
 from trainer.training.launch import callbacks, make_trainer
 
-GUARDS = (Watch, Checkpoints, HangGuard)
+GUARDS = (StepChecks, Checkpoints, HangGuard)
 HOOKS = (
     "on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end",
 )  # fmt: skip

@@ -30,11 +30,11 @@ from trainer.training.callbacks.backend_report import BackendReport
 from trainer.training.callbacks.checkpoints import Checkpoints
 from trainer.training.callbacks.ema import EMA
 from trainer.training.callbacks.hang import HangGuard, vanish
+from trainer.training.callbacks.nonfinite_and_signals import StepChecks
 from trainer.training.callbacks.preview import Preview
 from trainer.training.callbacks.progress import Bar
 from trainer.training.callbacks.signals import Signals, keep_lightning_out
 from trainer.training.callbacks.trackers import make_trackers
-from trainer.training.callbacks.watch import Watch
 from trainer.training.checkpoint import Checkpoint, newest_checkpoint
 from trainer.training.console import console, first_rank, say
 from trainer.training.plan_report import describe_plan, report_backends, save_plan, show_plan
@@ -115,7 +115,7 @@ def callbacks(
         ema=ema,
         say=partial(say, style="red"),
     )
-    watch = Watch(
+    watch = StepChecks(
         signals,
         saver,
         policy=run.on_nonfinite,

@@ -1,5 +1,5 @@
-"""Records SIGTERM, SIGINT (Ctrl-C) and SIGUSR1. `watch.py` acts on them at the end of a step, on
-every rank: the run is saved and ends.
+"""Records SIGTERM, SIGINT (Ctrl-C) and SIGUSR1. `nonfinite_and_signals.py` acts on them at the end
+of a step, on every rank: the run is saved and ends.
 
 Nothing is saved and no collective is called inside a signal handler: a rank that does so would wait
 forever for the ranks that got no signal.

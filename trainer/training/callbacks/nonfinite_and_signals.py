@@ -27,7 +27,7 @@ Policy = Literal["raise", "skip", "rollback"]
 SIGNALS = {TERMINATED: "SIGTERM", INTERRUPTED: "SIGINT", REQUEUE: "SIGUSR1"}
 
 
-class Watch(lightning.Callback):
+class StepChecks(lightning.Callback):
     """Skips or ends on values that are not finite, clips gradients, and ends the run on a signal.
 
     in_a_row, total: how many steps `skip` and `rollback` may skip. clip: the largest norm of the
