@@ -25,7 +25,7 @@ from trainer.training.callbacks.ema import EMA
 from trainer.training.callbacks.hang import HangGuard
 from trainer.training.callbacks.nonfinite_and_signals import StepChecks
 from trainer.training.callbacks.progress import Bar
-from trainer.training.callbacks.signals import Signals
+from trainer.training.callbacks.signal_recorder import Signals
 from trainer.training.console import console
 from trainer.training.launch import callbacks, make_trainer
 

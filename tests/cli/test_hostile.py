@@ -35,8 +35,8 @@ from trainer.config.validate import build_section
 from trainer.data.source import Needs
 from trainer.data.sources.shards import Shards
 from trainer.data.tars.manifest import MAX_MEMBER
-from trainer.media.decode import examine
 from trainer.media.images import ImageError
+from trainer.media.read_video import examine
 from trainer.runs.adapter import load_adapted
 from trainer.training import checkpoint
 from trainer.training.checkpoint import every_checkpoint

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from trainer.common.strict import Section
+from trainer.common.section import Section
 
 GridPlace = int | str  # a grid by its tokens along an edge, or "mid"
 

@@ -8,9 +8,9 @@ from typing import Annotated, TypeVar
 
 from pydantic import Field
 
-from trainer.common.strict import Section
+from trainer.common.section import Section
 from trainer.config.overrides import parse_words
-from trainer.config.tree import refuse_unknown
+from trainer.config.unknown_keys import refuse_unknown
 from trainer.config.validate import build_section
 
 Count = Annotated[int, Field(ge=1)]

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from trainer.common.paths import RECIPES
-from trainer.common.strict import Section
+from trainer.common.section import Section
 from trainer.common.suggest import nearest
 from trainer.config.lineage import backbone_names, backbone_spec, lineage_of
 from trainer.config.overrides import parse_words
 from trainer.config.schema import KEYS, SECTIONS, TRACKERS, Recipe, RecipeError
 from trainer.config.sections import OptimSpec
 from trainer.config.tasks import check_tasks, task_overlay
-from trainer.config.tree import merge_trees, read_yaml, refuse_unknown
+from trainer.config.tree import merge_trees, read_yaml
+from trainer.config.unknown_keys import refuse_unknown
 from trainer.config.validate import build_section
 from trainer.data.source import Source
 from trainer.methods.apply import find_method, method_names

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.common.strict import Section
+from trainer.common.section import Section
 
 DEVICES = "auto takes a CUDA GPU, then Apple's (mps), then the CPU; cuda:1 is the second GPU"
 Device = Annotated[

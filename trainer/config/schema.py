@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.backbones.spec import BackboneSpec
-from trainer.common.strict import Section
+from trainer.common.section import Section
 from trainer.config.run_section import RunSpec
 from trainer.config.sections import (
     ContinualSpec,

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
-from trainer.common.strict import Section
+from trainer.common.section import Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 

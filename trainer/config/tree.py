@@ -1,8 +1,8 @@
-"""Trees of plain values: read from YAML, laid over each other, checked for unknown keys."""
+"""Trees of plain values: read from YAML, laid over each other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import AliasToken, YAMLError, scan
 
 from trainer.common import secrets
-from trainer.common.suggest import nearest
 from trainer.config.schema import (
     KEYS,
     RecipeError,
@@ -77,11 +76,3 @@ def plain_value(value: Any, key: str) -> Any:
             f"{key}: {type(value).__name__} is no plain value; write text or a number"
         )
     return value
-
-
-def refuse_unknown(values: Mapping[str, Any], known: Iterable[str], prefix: str) -> None:
-    known = list(known)
-    for name in values:
-        if name not in known:
-            dotted = f"{prefix}." if prefix else ""
-            raise RecipeError(f"{dotted}{name}: no such key{nearest(name, known, dotted)}")

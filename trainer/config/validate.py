@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from trainer.common.field_words import needed, type_of
 from trainer.config.schema import RecipeError
-from trainer.config.tree import refuse_unknown
+from trainer.config.unknown_keys import refuse_unknown
 
 # pydantic's names for values of a wrong type or out of range
 PLAIN_KINDS = (

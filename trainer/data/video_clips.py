@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.data.held_out import KEEP_BYTES
 from trainer.data.source import Sample
-from trainer.media.decode import SLACK, VideoFacts, read_clip
 from trainer.media.images import ImageError
+from trainer.media.read_video import SLACK, VideoFacts, read_clip
 
 if TYPE_CHECKING:
     import numpy as np

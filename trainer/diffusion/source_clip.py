@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.video_clips import CaptionedVideo, VideoClips, Window
-from trainer.media.decode import examine
+from trainer.media.read_video import examine
 
 if TYPE_CHECKING:
     from trainer.backbones.backbone import Backbone

@@ -7,8 +7,8 @@ from pathlib import Path
 from trainer.common import pickles
 from trainer.config.header import HEADER
 from trainer.export import tokens
-from trainer.export.files import load_tensors
 from trainer.export.formats.diffusers import FILE
+from trainer.export.tensor_files import load_tensors
 
 
 def detect(path: Path) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer.export.apply_bundle import add_to
 from trainer.export.bundle import Bundle
-from trainer.export.files import load_tensors, save_tensors
+from trainer.export.tensor_files import load_tensors, save_tensors
 from trainer.ops.adapters.token_rows import known_id, relearned_words
 
 EMBEDDINGS = "embeddings"

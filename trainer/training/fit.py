@@ -25,7 +25,8 @@ from trainer.training.build import (
     step_plan,
 )
 from trainer.training.console import first_rank, say
-from trainer.training.launch import announce, ending, last_checkpoint, launch
+from trainer.training.launch import announce, ending, launch
+from trainer.training.resume import last_checkpoint
 from trainer.training.thread_count import settle_threads
 
 

@@ -1,5 +1,5 @@
-"""Lightning's trainer with the callbacks of a run, and what surrounds its loop: where the run
-resumes, what is announced at its start, how it ends early."""
+"""Lightning's trainer with the callbacks of a run, and what surrounds its loop: what is announced
+at its start, how it ends early."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trainer.config.schema import Recipe
 from trainer.data.source import Dataset, shape_of_clips
 from trainer.diffusion.sampling import Sampling
 from trainer.methods.apply import Plan
-from trainer.runs.run_folder import differing_keys, note_event, recipe_header, write_text
+from trainer.runs.run_folder import recipe_header, write_text
 from trainer.training.callbacks.backend_report import BackendReport
 from trainer.training.callbacks.checkpoints import Checkpoints
 from trainer.training.callbacks.ema import EMA
@@ -33,9 +33,9 @@ from trainer.training.callbacks.hang import HangGuard, vanish
 from trainer.training.callbacks.nonfinite_and_signals import StepChecks
 from trainer.training.callbacks.preview import Preview
 from trainer.training.callbacks.progress import Bar
-from trainer.training.callbacks.signals import Signals, keep_lightning_out
+from trainer.training.callbacks.signal_recorder import Signals, keep_lightning_out
 from trainer.training.callbacks.trackers import make_trackers
-from trainer.training.checkpoint import Checkpoint, newest_checkpoint
+from trainer.training.checkpoint import Checkpoint
 from trainer.training.console import console, first_rank, say
 from trainer.training.plan_report import describe_plan, report_backends, save_plan, show_plan
 
@@ -69,25 +69,6 @@ def launch(
     )
     trainer = make_trainer(recipe, folder, backbone.device, mixed=mixed, callbacks=[ran, *own])
     return Launch(trainer, signals, ema)
-
-
-def last_checkpoint(recipe: Recipe, folder: Path) -> Checkpoint | None:
-    """The checkpoint that a run resumes from. Damaged ones are reported, and so is what differs
-    from the recipe that the run began with."""
-
-    def passed_over(text: str) -> None:
-        say(text, "bold red")
-        if first_rank():
-            note_event(folder, "fallback", reason=text)
-
-    found = newest_checkpoint(folder / "checkpoints", passed_over, tidy=first_rank())
-    if found is not None:
-        say(f"{folder}: resumes after step {found.step}")
-        for key in differing_keys(found.manifest["recipe"], recipe):
-            say(f"{folder}: resumes with another {key} than it began with", "yellow")
-    if first_rank():
-        note_event(folder, "started", step=found.step if found else 0, steps=recipe.run.steps)
-    return found
 
 
 def callbacks(

@@ -27,8 +27,8 @@ from trainer.data.sources.video import Video
 from trainer.data.tars.write_clips import write_clips
 from trainer.data.tars.write_shards import write_shards, write_world
 from trainer.data.world.clips import draw_clip
-from trainer.media.decode import examine, read_clip
 from trainer.media.images import ImageError
+from trainer.media.read_video import examine, read_clip
 from trainer.media.write_video import encode_video
 
 av = pytest.importorskip("av")

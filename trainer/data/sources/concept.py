@@ -21,7 +21,7 @@ from trainer.data.prior import Pair, class_images
 from trainer.data.source import Dataset, Needs, Source
 from trainer.data.source_options import Mirror, OnBad
 from trainer.data.templates import TEMPLATES, render
-from trainer.media.photos import list_images, read_folder
+from trainer.media.photo_folder import list_images, read_folder
 
 SPRITE = "sprite:"
 # as a user would take photos: the thing alone, then beside others. Each is a scene index in the

@@ -14,7 +14,7 @@ from trainer.data.held_out import KEEP_BYTES, check_split, has_caption
 from trainer.data.source import Dataset, Needs, Sample, Source
 from trainer.data.source_options import Buckets, Mirror, OnBad
 from trainer.media.images import read_image
-from trainer.media.photos import READABLE_IMAGES, list_images, read_folder
+from trainer.media.photo_folder import READABLE_IMAGES, list_images, read_folder
 
 if TYPE_CHECKING:
     import numpy as np

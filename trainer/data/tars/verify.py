@@ -10,7 +10,7 @@ from pathlib import Path
 
 from trainer.data.tars.ledger import kept_manifest, tars_of
 from trainer.data.tars.manifest import MAX_MEMBER, Shard, index
-from trainer.media.photos import read_folder
+from trainer.media.photo_folder import read_folder
 
 
 def photos(folder: Path) -> tuple[list[str], str]:

@@ -28,11 +28,11 @@ from torch import Tensor
 from trainer.export import motion, tokens
 from trainer.export.apply_bundle import add_to, full_delta, layer_at
 from trainer.export.bundle import Bundle, Delta, DoRADelta
-from trainer.export.files import load_tensors, save_tensors
 from trainer.export.formats import Format, comfyui, kohya
 from trainer.export.job import Job
 from trainer.export.motion import carries_motion
 from trainer.export.proof import Probe, difference
+from trainer.export.tensor_files import load_tensors, save_tensors
 from trainer.export.tokens import read_tokens, token_remark, write_tokens
 from trainer.ops.adapters.nf4 import unpacked
 from trainer.ops.temporal.motion_names import PLACES, ours, theirs

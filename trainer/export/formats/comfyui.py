@@ -11,11 +11,11 @@ from torch import Tensor
 
 from trainer.export.bundle import Delta, DoRADelta, FullDelta
 from trainer.export.factor import folded
-from trainer.export.files import save_tensors
 from trainer.export.formats import Format
 from trainer.export.formats.kohya import by_rules, common_alpha, pair, read
 from trainer.export.job import Job
 from trainer.export.layer_names import FUSED, comfy
+from trainer.export.tensor_files import save_tensors
 from trainer.export.tokens import token_remark, write_tokens
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from trainer.export import tokens
 from trainer.export.apply_bundle import layer_at
 from trainer.export.bundle import Bundle, Delta, FullDelta
-from trainer.export.files import load_tensors, save_tensors
 from trainer.export.formats import Format
 from trainer.export.job import Job
+from trainer.export.tensor_files import load_tensors, save_tensors
 from trainer.export.tokens import read_tokens, write_tokens
 
 FILE = "pytorch_custom_diffusion_weights.safetensors"

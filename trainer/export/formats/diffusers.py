@@ -23,15 +23,15 @@ from diffusers import MotionAdapter
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from trainer.export import files, motion, tokens
+from trainer.export import motion, tensor_files, tokens
 from trainer.export.apply_bundle import add_to
 from trainer.export.bundle import Bundle, Delta, DoRADelta, LowRankDelta
 from trainer.export.factor import factored, folded
-from trainer.export.files import load_tensors, save_tensors
 from trainer.export.formats import Format
 from trainer.export.job import Job
 from trainer.export.layer_names import long_name
 from trainer.export.motion import carries_motion
+from trainer.export.tensor_files import load_tensors, save_tensors
 from trainer.export.tokens import read_tokens, write_tokens
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -177,7 +177,7 @@ def read(path: Path, base: Any) -> Bundle:
         def scale(name: str, delta: LowRankDelta | DoRADelta) -> float:
             return strength(_of_part(known, name.partition(".")[0]), name, delta.rank)
 
-        layers, notes = files.deltas(renamed, base, scale)
+        layers, notes = tensor_files.deltas(renamed, base, scale)
     if path.is_dir() and (path / MODULES).is_file():
         notes += (f"its motion modules are read by methods.animatediff.weights={path}",)
     for part in base.text_encoders if path.is_dir() else ():

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from trainer.export import files, tokens
+from trainer.export import tensor_files, tokens
 from trainer.export.apply_bundle import add_to
 from trainer.export.bundle import Bundle, Delta, DoRADelta, LowRankDelta
 from trainer.export.factor import factored
-from trainer.export.files import load_tensors, save_tensors
 from trainer.export.formats import Format
 from trainer.export.job import Job
 from trainer.export.layer_names import kohya as keys_of
+from trainer.export.tensor_files import load_tensors, save_tensors
 from trainer.export.tokens import read_tokens, token_remark, write_tokens
 
 SPEC = "1.0.1"
@@ -170,7 +170,7 @@ def read(path: Path, base: Any) -> Bundle:
     layers: dict[str, Delta] = {}
     notes: tuple[str, ...] = ()
     if file is not None:
-        layers, notes = files.deltas(load_tensors(file)[0], base)
+        layers, notes = tensor_files.deltas(load_tensors(file)[0], base)
     return replace(read_tokens(tokens.files(path), base), layers=layers, notes=notes)
 
 

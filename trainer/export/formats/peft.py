@@ -12,13 +12,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from trainer.export import files, tokens
+from trainer.export import tensor_files, tokens
 from trainer.export.bundle import Bundle, Delta, DoRADelta, LowRankDelta
 from trainer.export.factor import factored, folded
-from trainer.export.files import load_tensors, save_tensors
 from trainer.export.formats import Format
 from trainer.export.formats.diffusers import part_config, strength
 from trainer.export.job import Job
+from trainer.export.tensor_files import load_tensors, save_tensors
 from trainer.export.tokens import read_tokens, write_tokens
 from trainer.ops.adapters.inject import part_of
 
@@ -76,7 +76,7 @@ def read(path: Path, base: Any) -> Bundle:
         ) -> float:
             return strength(fields, name, delta.rank)
 
-        own, more = files.deltas(named, base, scale)
+        own, more = tensor_files.deltas(named, base, scale)
         layers, notes = layers | own, notes + more
     return replace(read_tokens(tokens.files(path), base), layers=layers, notes=notes)
 

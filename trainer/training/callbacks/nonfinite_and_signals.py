@@ -20,7 +20,7 @@ from trainer.common.exit_codes import DISK, INTERRUPTED, NONFINITE, REQUEUE, TER
 from trainer.data.loader import Batch
 from trainer.runs.run_folder import note_event
 from trainer.training.callbacks.checkpoints import Checkpoints
-from trainer.training.callbacks.signals import Signals
+from trainer.training.callbacks.signal_recorder import Signals
 from trainer.training.distributed import gather_values, largest
 
 Policy = Literal["raise", "skip", "rollback"]
