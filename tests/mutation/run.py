@@ -37,7 +37,7 @@ from mutants import Mutant, mutants  # noqa: E402
 
 ROOMS = ("training", "data", "config", "diffusion")
 FIRST = ("tests/training/test_pinned.py", "tests/training/test_reference_loop.py")
-LIMIT = 300  # seconds for the tests of one change; one that hangs is noticed
+LIMIT = 300  # seconds for a group of tests of one change; one that hangs is noticed
 COPIED = ("trainer", "tests", "recipes", "data", "slurm", "pyproject.toml", "docs", "bench")
 PRELOADED = (
     "torch",
@@ -58,7 +58,7 @@ def main(words: Sequence[str]) -> int:
         copies: SimpleQueue[Path] = SimpleQueue()
         for number in range(options.jobs):
             copies.put(copied(Path(folder) / str(number)))
-        check_unchanged(copies)
+        check_unchanged(copies, options.limit)
         with ThreadPoolExecutor(options.jobs) as pool:
             ends = time.monotonic() + 60 * options.minutes
             results = list(
@@ -83,6 +83,7 @@ def parsed(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--key", help="one change alone, by its key in the report")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--minutes", type=float, default=600, help="begin no change after so long")
+    parser.add_argument("--limit", type=int, default=LIMIT, help="seconds for one group of tests")
     parser.add_argument("--thorough", action="store_true")
     return parser.parse_args(words)
 
@@ -115,10 +116,10 @@ def copied(place: Path) -> Path:
     return place
 
 
-def check_unchanged(copies: SimpleQueue[Path]) -> None:
+def check_unchanged(copies: SimpleQueue[Path], limit: int) -> None:
     """Without a change the first tests pass; else every change would count as noticed."""
     place = copies.get()
-    if not passes(place, list(FIRST), loud=True):
+    if not passes(place, list(FIRST), loud=True, limit=limit):
         raise SystemExit("the tests fail without any change; fix that first")
     copies.put(place)
 
@@ -137,7 +138,7 @@ def tried(
     noticed = ""
     try:
         for stage in stages(mutant, place, options.thorough):
-            if not passes(place, stage, bool(options.key)):
+            if not passes(place, stage, bool(options.key), limit=options.limit):
                 noticed = stage[0]
                 break
     finally:
@@ -167,12 +168,12 @@ EXTRA = {
 }
 
 
-def passes(place: Path, tests: list[str], loud: bool = False) -> bool:
+def passes(place: Path, tests: list[str], loud: bool = False, *, limit: int) -> bool:
     """Whether these tests pass in a fork of this process, which has loaded the large libraries."""
     context = multiprocessing.get_context("fork")
     child = context.Process(target=_run, args=(place, tests, loud))
     child.start()
-    child.join(LIMIT)
+    child.join(limit)
     if child.exitcode is None:
         subprocess.run(["pkill", "-9", "-P", str(child.pid)], check=False)
         child.kill()
