@@ -288,13 +288,14 @@ def test_an_untrained_transformer_predicts_nothing_and_learns_everywhere(dit: An
 
 
 def test_the_vp_path_is_refused_on_a_flow(dit_folder: Path, dit: Any) -> None:
+    from trainer.backbones.placement import CPU
     from trainer.config.load import load_recipe
-    from trainer.training.build import objective
+    from trainer.training.build import adapt, objective
 
     words = ["recipe=custom_diffusion", f"backbone={dit_folder}"]
     assert objective(load_recipe(words), dit).target == "flow"
     with pytest.raises(ValueError, match=r"objective\.path=vp: .* was trained on the flow path"):
-        objective(load_recipe([*words, "objective.path=vp"]), dit)
+        adapt(load_recipe([*words, "objective.path=vp"]), dit, CPU)
 
 
 def test_an_unknown_backbone_names_ours() -> None:

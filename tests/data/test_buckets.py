@@ -178,7 +178,7 @@ def test_sources_cut_each_picture_to_its_bucket(kind: str, photos: Path) -> None
 def test_held_out_batches_are_of_one_size_and_miss_none(photos: Path) -> None:
     _, held_out = Folder(folder=photos, buckets=8, validation=5).open(needs(photos.parent))
     assert held_out is not None
-    fixed = Fixed(held_out, 2, [0.25, 0.75], None)
+    fixed = Fixed(held_out, 2, None)
     batches = [fixed[i] for i in range(len(fixed))]
     assert sorted(key for batch in batches for key in batch.keys) == [
         f"{i}.png" for i in range(4, 9)

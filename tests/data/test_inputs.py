@@ -47,7 +47,7 @@ def test_they_stand_in_the_order_of_the_samples() -> None:
     assert batch.inputs["depth"].shape == (3, 1, 4, 4)
     assert batch.inputs["depth"][:, 0, 0, 0].tolist() == [index / 4 for index in indices]
     assert batch.inputs["pose"].tolist() == [[index, index + 1, index + 2] for index in indices]
-    held_out = Fixed(Depths(), 2, [0.5], None)[1]
+    held_out = Fixed(Depths(), 2, None)[1]
     assert held_out.inputs["depth"][:, 0, 0, 0].tolist() == [0.5, 0.75]
 
 
@@ -65,6 +65,6 @@ def test_samples_with_unlike_inputs_are_refused() -> None:
             kept = {name: value for name, value in found.items() if name == "pose" or index < 2}
             return Sample(self.image(index), "a fox", str(index), inputs=kept)
 
-    items = Fixed(Lacking(), 4, [0.5], None)
+    items = Fixed(Lacking(), 4, None)
     with pytest.raises(ValueError, match=r"0 has the extra inputs \['depth', 'pose'\] and 2 "):
         items[0]

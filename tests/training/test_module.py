@@ -97,8 +97,8 @@ class Counted:
     def sample(self, prompts: Any, seeds: Any, settings: Any) -> Tensor:
         return torch.zeros(len(prompts), 3, 1, 1)
 
-    def score(self, batch: Batch) -> Tensor:
-        return torch.tensor([10.0, 30.0])
+    def score(self, batch: Batch, levels: Any) -> Tensor:
+        return torch.tensor([[1000 * level, 3000 * level] for level in levels])
 
 
 def test_the_module_knows_no_more_than_its_task(tiny: Any) -> None:
@@ -107,11 +107,12 @@ def test_the_module_knows_no_more_than_its_task(tiny: Any) -> None:
         warnings.filterwarnings("ignore", message=".*`self.log")
         loss = module.training_step(batch_of(2, 1, 8), 0)
     assert float(loss) == (len("a fox moving left") + len("a cat")) / 2
-    module.validation_step(batch_of(2, 1, 8, u=[0.25, 0.75]), 0)
-    assert module.val_losses == {250: [10.0], 750: [30.0]}
+    module.validation_step(batch_of(2, 1, 8), 0)
+    levels = [62.5, 187.5, 312.5, 437.5, 562.5, 687.5, 812.5, 937.5]
+    assert module.val_losses == {round(level): [level, 3 * level] for level in levels}
 
 
-def test_a_clip_is_validated_at_its_own_level(tiny: Any) -> None:
+def test_every_clip_is_validated_at_every_level(tiny: Any) -> None:
     task = Denoise(tiny, Objective(tiny.target, tiny.alphas_cumprod))
     module = DiffusionModule(tiny, task, Optim(1e-4, 1), trained=[])
     asked: list[list[int]] = []
@@ -123,7 +124,10 @@ def test_a_clip_is_validated_at_its_own_level(tiny: Any) -> None:
         return output
 
     tiny.predict = spied
-    batch = batch_of(2, 2, tiny.latent_channels, u=[0.25, 0.75], fps=[8.0, 8.0])
+    batch = batch_of(2, 2, tiny.latent_channels, fps=[8.0, 8.0])
     module.validation_step(batch, 0)
-    assert asked == [[250, 250, 750, 750]]
-    assert sorted(module.val_losses) == [250, 750]
+    levels = [62, 187, 312, 437, 562, 687, 812, 937]
+    assert asked == [[level] * 4 for level in levels]
+    assert {level: len(found) for level, found in module.val_losses.items()} == {
+        62: 2, 188: 2, 312: 2, 438: 2, 562: 2, 688: 2, 812: 2, 938: 2,
+    }  # fmt: skip

@@ -22,6 +22,7 @@ from trainer.attention.extras import Extras
 from trainer.attention.hooks import SamplingHook
 from trainer.attention.host import Host
 from trainer.attention.sites import Site, scan
+from trainer.backbones.checkpointing import checkpoint_layers
 from trainer.backbones.family import Encoder, Family, Parts
 from trainer.backbones.layout import clips_to_rows, rows_to_clips
 from trainer.backbones.schedulers import PREDICTION_TYPES
@@ -58,6 +59,7 @@ class Backbone(nn.Module):
             None if flow else parts.scheduler.alphas_cumprod.clone()
         )
         self.target = "flow" if flow else PREDICTION_TYPES[parts.scheduler.config.prediction_type]
+        self.published_target = (self.target, flow)  # and path; `retarget` changes the first only
         self._identity = {
             "family": family,
             "name": name,
@@ -255,8 +257,9 @@ class Backbone(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         self.denoiser.enable_gradient_checkpointing()
-        if any(parameter.requires_grad for parameter in self.text_encoder.parameters()):
-            self.text_encoder.gradient_checkpointing_enable()
+        for encoder in self.text_encoders.values():
+            if any(parameter.requires_grad for parameter in encoder.parameters()):
+                checkpoint_layers(encoder)
 
     def compile_blocks(self) -> None:
         """torch.compile for each block of the denoiser separately; hooks on it stay Python.

@@ -79,17 +79,15 @@ class Planned(TorchDataset[Batch]):
 
 
 class Fixed(TorchDataset[Batch]):
-    """Held-out samples in order, each with the same noise and timestep quantile in every pass.
+    """Held-out samples in order, each with the same noise in every pass.
 
     batch_size: images in a batch; of clips, as many as have that many frames, at least one. The
     samples of a batch are of one group.
     """
 
-    def __init__(
-        self, dataset: Dataset, batch_size: int, levels: Sequence[float], moments: np.ndarray | None
-    ) -> None:
+    def __init__(self, dataset: Dataset, batch_size: int, moments: np.ndarray | None) -> None:
         assert len(set(dataset.frames)) == 1, "held-out samples have one number of frames"
-        self.dataset, self.levels, self.moments = dataset, levels, moments
+        self.dataset, self.moments = dataset, moments
         most = max(1, batch_size // dataset.frames[0])
         self.batches = [
             range(start, min(start + most, group.stop))
@@ -101,16 +99,8 @@ class Fixed(TorchDataset[Batch]):
         return len(self.batches)
 
     def __getitem__(self, number: int) -> Batch:
-        rows = self.batches[number]
-        batch = collate(
-            self.dataset,
-            [Slot(i, i, 1.0) for i in rows],
-            step=0,
-            seed=0,
-            moments=self.moments,
-        )
-        batch.u = [self.levels[i % len(self.levels)] for i in rows]
-        return batch
+        slots = [Slot(i, i, 1.0) for i in self.batches[number]]
+        return collate(self.dataset, slots, step=0, seed=0, moments=self.moments)
 
 
 def collate(

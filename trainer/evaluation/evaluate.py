@@ -121,9 +121,9 @@ def validation_loss(recipe: Recipe, model: Backbone, held_out: Dataset | None) -
     if held_out is None:
         return None
     task = task_of(recipe, model)
-    fixed = Fixed(held_out, batch_size=16, levels=QUANTILES, moments=None)
-    losses = [task.score(fixed[i].to(model.device)) for i in range(len(fixed))]
-    return float(torch.cat(losses).mean())
+    fixed = Fixed(held_out, batch_size=16, moments=None)
+    losses = [task.score(fixed[i].to(model.device), QUANTILES) for i in range(len(fixed))]
+    return float(torch.cat(losses, dim=1).mean())
 
 
 def show_evaluation(table: Table, title: str, console: Console) -> None:

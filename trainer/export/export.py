@@ -16,7 +16,9 @@ from safetensors import safe_open
 from trainer.attention.host import Host
 from trainer.attention.insertion import insertions
 from trainer.backbones import load_backbone
+from trainer.backbones.backbone import Backbone
 from trainer.backbones.placement import CPU, Placement
+from trainer.backbones.retarget import is_retargeted
 from trainer.config import load as load_
 from trainer.config.header import read_header
 from trainer.config.lineage import spec_of
@@ -96,6 +98,25 @@ def _check_options(out: Path, format_name: str, *, dtype: str, rank: int | None)
         raise ValueError(f"out={out} exists; give a folder that does not, nothing is overwritten")
 
 
+def _refuse_target(adapted: Backbone, format_name: str) -> None:
+    """Refuses a network that predicts something else than its base: the tools that read an adapter
+    sample as the base wants it. A whole pipeline brings its scheduler along."""
+    if not is_retargeted(adapted):
+        return
+    target, flow = adapted.published_target
+    if flow == (adapted.alphas_cumprod is None):
+        if format_name == "merged":
+            return
+        way = "format=merged writes a complete pipeline, whose scheduler says so"
+    else:
+        way = "its base's pipeline cannot sample on the flow path; generate with `sample`"
+    raise ValueError(
+        f"format={format_name} cannot carry this adapter: it was trained with "
+        f"objective.target={adapted.target}, its base predicts {target}, and a tool would sample "
+        f"it as the base; {way}"
+    )
+
+
 def _prepare(path: Path, title: str, request: Request) -> tuple[Job, Proof]:
     """Loads an adapter and asks its model for the output that the files must give.
 
@@ -110,6 +131,7 @@ def _prepare(path: Path, title: str, request: Request) -> tuple[Job, Proof]:
         stored = tuple(file.keys())
     make_base = partial(base_of, tree)
     refuse_inserted(adapted, name)
+    _refuse_target(adapted, name)
     _refuse_known_words(adapted, name)
     _say_base(tree, name, say)
     probe = Probe(adapted, _words(adapted), _frames(adapted), placement=request.placement)

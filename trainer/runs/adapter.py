@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trainer.backbones import load_backbone
 from trainer.backbones.placement import CPU, Placement, place
+from trainer.backbones.retarget import resolved, retarget
 from trainer.config import load
 from trainer.config.header import ADAPTER_FORMAT, HEADER, read_header
 from trainer.config.lineage import spec_of
@@ -153,6 +154,7 @@ def _add(path: Path, backbone: Backbone) -> Plan:
     """Applies an adapter's methods to a backbone and copies its tensors."""
     tree, stored = read_header(path)
     check_backbone(path, stored, backbone.identity())
+    retarget(backbone, tree.get("objective") or {})
     plan = apply_methods(backbone, load.methods_of(tree["methods"]))
     own = _tensors(backbone)
     wanted = {key: own[key] for key in plan.stored}
@@ -160,6 +162,21 @@ def _add(path: Path, backbone: Backbone) -> Plan:
     check_tensors(path, tensors, wanted)
     _copy(tensors, wanted)
     return plan
+
+
+def check_start(path: Path, backbone: Backbone, objective: Mapping[str, Any]) -> None:
+    """Checks that a run with this objective may continue from an earlier adapter.
+
+    Raises:
+        ValueError: what the earlier run's network predicts is something else.
+    """
+    tree, _ = read_header(path)
+    earlier, own = resolved(backbone, tree.get("objective") or {}), resolved(backbone, objective)
+    if earlier != own:
+        raise ValueError(
+            f"run.start_from={path}: its network predicts {earlier[0]}, and this recipe's {own[0]};"
+            " give the objective.target and objective.path of the earlier run"
+        )
 
 
 def start_from(path: Path, backbone: Backbone, plan: Plan) -> None:

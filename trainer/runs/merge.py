@@ -109,6 +109,8 @@ def _load(paths: Sequence[Path]) -> list[LearnedConcept]:
     for path, (model, tree) in zip(paths, models, strict=True):
         _refuse_others(path, tree, first_tree)
         check_backbone(path, first.identity(), model.identity())
+        if model.target != first.target:
+            raise ValueError(f"adapter={path} predicts {model.target}, the first {first.target}")
     tokens = _tokens([tree for _, tree in models])
     return [
         LearnedConcept(dict(model.named_parameters()), tree, own)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.placement import Placement, choose_placement, pictures_at_once, place
+from trainer.backbones.retarget import retarget
 from trainer.common.paths import cache_folder
 from trainer.config.header import file_of
 from trainer.config.run_section import RunSpec
@@ -30,8 +31,8 @@ from trainer.diffusion.sampler import evaluating, sample_many
 from trainer.diffusion.sampling import Sampling
 from trainer.media.images import to_pil
 from trainer.methods.apply import Plan, apply_methods
-from trainer.runs.adapter import start_from
-from trainer.training.module import QUANTILES, DiffusionModule
+from trainer.runs.adapter import check_start, start_from
+from trainer.training.module import DiffusionModule
 from trainer.training.optim import Optim
 from trainer.training.tasks.denoise import Denoise
 
@@ -59,9 +60,12 @@ def placement_of(run: RunSpec) -> Placement:
 
 
 def adapt(recipe: Recipe, backbone: Backbone, placement: Placement) -> Plan:
-    """Applies the recipe's methods to the base, takes over an earlier run's tensors, and sets up
-    the model for training."""
+    """Applies the recipe's target and methods to the base, takes over an earlier run's tensors, and
+    sets up the model for training."""
     run = recipe.run
+    if run.start_from is not None:
+        check_start(file_of(run.start_from), backbone, recipe.objective.model_dump())
+    retarget(backbone, recipe.objective.model_dump())
     plan = apply_methods(backbone, recipe.methods, run.seed, frozen=recipe.optim.frozen)
     if run.start_from is not None:
         start_from(file_of(run.start_from), backbone, plan)
@@ -174,24 +178,17 @@ def checks(recipe: Recipe, backbone: Backbone, held_out: Dataset | None) -> Any:
     """The batches of the validation loss, or None."""
     if held_out is None or not recipe.run.validate_every:
         return None
-    fixed = Fixed(held_out, 16, QUANTILES, moments=latents(recipe, backbone, held_out))
+    fixed = Fixed(held_out, 16, latents(recipe, backbone, held_out))
     return DataLoader(fixed, batch_size=None)
 
 
 def objective(recipe: Recipe, backbone: Backbone) -> Objective:
-    """The recipe's objective on the backbone's path; target and path default to what it was trained
-    with."""
+    """The recipe's objective, on the path and for the target of a backbone that `retarget` has
+    seen."""
     chosen = recipe.objective
-    alphas = None if chosen.path == "flow" else backbone.alphas_cumprod
-    if chosen.path == "vp" and alphas is None:
-        raise ValueError(
-            f"objective.path=vp: {backbone.name} was trained on the flow path and says nothing of "
-            "another; leave objective.path out"
-        )
-    target = chosen.target or ("flow" if chosen.path == "flow" else backbone.target)
     return Objective(
-        target,
-        alphas,
+        backbone.target,
+        backbone.alphas_cumprod,
         timesteps=chosen.timesteps,
         logit_mean=chosen.logit_mean,
         logit_std=chosen.logit_std,

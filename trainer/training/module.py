@@ -18,7 +18,7 @@ from trainer.data.plan import quantiles
 from trainer.training.optim import Optim, make_optimizer
 from trainer.training.tasks.task import Task
 
-QUANTILES = quantiles(8)  # of the timesteps, where the validation loss is taken
+QUANTILES = quantiles(8)  # of the timesteps, where the validation loss of each sample is taken
 
 
 class DiffusionModule(lightning.LightningModule):
@@ -77,13 +77,13 @@ class DiffusionModule(lightning.LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        losses = self.task.score(batch)
-        for level, loss in zip(batch.u or [], losses.tolist(), strict=True):
-            self.val_losses.setdefault(round(level * 1000), []).append(loss)
+        losses = self.task.score(batch, QUANTILES)
+        for level, own in zip(QUANTILES, losses.tolist(), strict=True):
+            self.val_losses.setdefault(round(level * 1000), []).extend(own)
 
     def on_validation_epoch_end(self) -> None:
-        """The mean at each timestep quantile, and over all: the same noise every time, so curves
-        can be compared."""
+        """The mean over the samples at each timestep quantile, and over all: the same noise and
+        levels every time and in every run, so curves can be compared."""
         for level, losses in sorted(self.val_losses.items()):
             self.log(f"val/loss_t{level:03d}", sum(losses) / len(losses), sync_dist=True)
         every = [loss for losses in self.val_losses.values() for loss in losses]

@@ -139,3 +139,28 @@ def test_class_images_are_painted_once_for_each_sampler(tmp_path: Path) -> None:
     for painter, guidance in (("a", None), ("a", None), ("a", 2.0), ("a", 2.0), ("b", None)):
         open_with(painter, guidance)
     assert asked == [None, 2.0, None]
+
+
+@pytest.mark.parametrize(
+    ("count", "asked", "kept"),
+    [(4, None, 0), (5, None, 1), (9, None, 1), (6, 0, 0), (6, 2, 2), (3, 1, 1)],
+)
+def test_photos_are_held_out_for_validation(
+    count: int, asked: int | None, kept: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(count):
+        Image.new("RGB", (40, 30), (20 * number, 0, 0)).save(folder / f"{number}.png")
+    train, held_out = opened(
+        tmp_path, concept=str(folder), class_word="dog", prior_images=2, validation=asked
+    )
+    names = [f"{number}.png" for number in range(count)]
+    assert [pair.key for pair in train.pairs[: train.num_photos]] == names[: count - kept]
+    found = [] if held_out is None else [pair.key for pair in held_out.pairs]
+    assert found == names[count - kept :]
+
+
+def test_a_photo_is_left_to_train_on(folders: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"validation=3 holds out all 3 photos"):
+        opened(tmp_path, concept=str(folders[0]), class_word="dog", prior_weight=0, validation=3)

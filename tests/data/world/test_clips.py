@@ -300,8 +300,8 @@ def test_cached_latents_of_images_lie_as_they_always_did(tiny: Any, tmp_path: Pa
 
 def test_held_out_clips_come_in_batches_of_as_many_frames() -> None:
     _, held_out = data(validation=5, frames=4)
-    batches = [Fixed(held_out, 8, [0.1, 0.6], None)[i] for i in range(3)]
-    assert len(Fixed(held_out, 8, [0.1], None)) == 3
+    batches = [Fixed(held_out, 8, None)[i] for i in range(3)]
+    assert len(Fixed(held_out, 8, None)) == 3
     assert [len(batch.keys) for batch in batches] == [2, 2, 1]
-    assert [batch.u for batch in batches] == [[0.1, 0.6], [0.1, 0.6], [0.1]]
-    assert len(Fixed(held_out, 2, [0.1], None)) == 5  # one clip at least
+    assert [batch.positions for batch in batches] == [[0, 1], [2, 3], [4]]
+    assert len(Fixed(held_out, 2, None)) == 5  # one clip at least

@@ -167,21 +167,73 @@ def test_captions_are_dropped_in_training_alone(tiny: Any) -> None:
     assert 6 <= dropped["train"] <= 18  # of 24
 
 
-def test_a_score_is_the_loss_at_the_batchs_own_timesteps(tiny: Any) -> None:
+def test_a_score_is_the_plain_loss_of_every_sample_at_every_level(tiny: Any) -> None:
     task = Denoise(tiny, Objective(tiny.target, tiny.alphas_cumprod), caption_dropout=1.0)
     spy = Spy(tiny)
-    batch = batch_of(2, 1, tiny.latent_channels, u=[0.25, 0.75])
-    score = task.score(batch)
-    assert not score.requires_grad
-    x_t, t, _, ctx = spy.calls[0]
-    assert t.tolist() == [250, 750]
-    alpha, sigma = alpha_sigma(task.objective, t, 4)
-    noise = (x_t - alpha * ctx.source) / sigma
-    error = spy.outputs[0] - (alpha * noise - sigma * ctx.source)  # v
-    torch.testing.assert_close(score, error.square().mean(dim=(1, 2, 3)), rtol=1e-3, atol=1e-4)
-    assert torch.equal(task.score(batch), score)
+    batch = batch_of(2, 1, tiny.latent_channels)
+    score = task.score(batch, [0.25, 0.75])
+    assert score.shape == (2, 2) and not score.requires_grad
+    noises = []
+    for call, output, found in zip(spy.calls, spy.outputs, score, strict=True):
+        x_t, t, _, ctx = call
+        alpha, sigma = alpha_sigma(task.objective, t, 4)
+        noise = (x_t - alpha * ctx.source) / sigma
+        error = output - (alpha * noise - sigma * ctx.source)  # v
+        torch.testing.assert_close(found, error.square().mean(dim=(1, 2, 3)), rtol=1e-3, atol=1e-4)
+        noises.append(noise)
+    assert [call[1].tolist() for call in spy.calls] == [[250, 250], [750, 750]]
+    torch.testing.assert_close(noises[0], noises[1], rtol=1e-3, atol=1e-4)
+    assert torch.equal(task.score(batch, [0.25, 0.75]), score)
     other = task.loss(task.encode(batch)).losses.detach()
-    assert not torch.allclose(other, score)  # other noise, and no captions
+    assert not torch.allclose(other, score[0])  # other noise, and no captions
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weighting": "min_snr", "min_snr_gamma": 1.0},
+        {"offset_noise": 0.5},
+        {"timesteps": "logit_normal", "logit_mean": 1.0},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_recipes_are_scored_alike(changes: dict[str, Any], tiny: Any) -> None:
+    """What a recipe weighs, draws or adds in training does not change its validation loss."""
+    plain = Objective(tiny.target, tiny.alphas_cumprod)
+    batch = batch_of(3, 1, tiny.latent_channels)
+    wanted = Denoise(tiny, plain).score(batch, [0.1, 0.9])
+    trained = Denoise(tiny, replace(plain, **changes))
+    assert torch.equal(trained.score(batch, [0.1, 0.9]), wanted)
+    losses = [task.loss(task.encode(batch)).losses for task in (trained, Denoise(tiny, plain))]
+    assert not torch.allclose(*losses)
+
+
+@pytest.mark.parametrize("target", ["eps", "x0"])
+def test_another_target_is_scored_in_the_backbones_units(target: str, tiny: Any) -> None:
+    """The tiny backbone was published to predict v. An output that is right but for an error in x0
+    has that error's share of v, whatever it was asked for."""
+    assert tiny.published_target == ("v", False)
+    objective = Objective(target, tiny.alphas_cumprod)
+    spy = Spy(tiny)
+    score = Denoise(tiny, objective).score(batch_of(2, 1, tiny.latent_channels), [0.5])
+    (x_t, t, _, ctx), output = spy.calls[0], spy.outputs[0]
+    alpha, sigma = alpha_sigma(objective, t, 4)
+    x0 = output if target == "x0" else (x_t - sigma * output) / alpha
+    noise = output if target == "eps" else (x_t - alpha * output) / sigma
+    own_noise = (x_t - alpha * ctx.source) / sigma
+    error = (alpha * noise - sigma * x0) - (alpha * own_noise - sigma * ctx.source)
+    torch.testing.assert_close(score[0], error.square().mean(dim=(1, 2, 3)), rtol=1e-3, atol=1e-4)
+
+
+def test_pixels_are_encoded_once_for_all_levels(tiny: Any) -> None:
+    calls = []
+    moments = tiny.moments
+    tiny.moments = lambda pixels: calls.append(len(pixels)) or moments(pixels)
+    batch = batch_of(2, 1, tiny.latent_channels)
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.manual_seed(1)) * 2 - 1
+    batch = replace(batch, moments=None, pixels=pixels)
+    score = Denoise(tiny, Objective(tiny.target, tiny.alphas_cumprod)).score(batch, [0.2, 0.6])
+    assert calls == [2] and score.isfinite().all()
 
 
 def test_it_samples_the_backbone(tiny: Any) -> None:

@@ -17,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from trainer.common.suggest import nearest
 from trainer.data.concept_data import ConceptData, View
+from trainer.data.held_out import check_split
 from trainer.data.prior import Pair, class_images
 from trainer.data.source import Dataset, Needs, Source
 from trainer.data.source_options import Mirror, OnBad
@@ -34,6 +35,7 @@ SCENES: tuple[tuple[int, str | None], ...] = (
     (21, "car"),
 )
 UNSEEN = range(505, 521)
+HELD_OUT_FROM = 5  # photos of a concept, of which one is then held out
 
 
 class Concept(Source):
@@ -62,6 +64,12 @@ class Concept(Source):
     )
     flip: Mirror = False
     on_bad: OnBad = "raise"
+    validation: int | None = Field(
+        None,
+        ge=0,
+        description="photos of each concept to hold out for the validation loss, the last by name; "
+        "null holds out one where there are five or more, 0 none",
+    )
     prior_images: int = Field(
         200,
         ge=0,
@@ -168,13 +176,12 @@ class Concept(Source):
             if self.prior_weight > 0 and (self.prior_images or self.prior_folder)
             else []
         )
-        checked = unseen or [pair for group in photos for pair in group]
         plain = View(side=needs.resolution, divisor=needs.divisor)
         view = replace(plain, augment=self.augment, flip=self.flip)
         train = ConceptData(
             photos, view, prior=prior, prior_weight=self.prior_weight, skipped=skipped
         )
-        return train, ConceptData([checked], plain)
+        return train, ConceptData([unseen], plain) if unseen else None
 
     def _photos(
         self, concept: str, token: str, class_word: str | None
@@ -197,7 +204,15 @@ class Concept(Source):
                     )
                 captions = (photo.caption,)
             pairs.append(Pair(photo.image, captions, photo.path.name))
-        return pairs, [f"{path.name}: {reason}" for path, reason in skipped], []
+        cut = len(pairs) - self._held_out(len(pairs), concept)
+        return pairs[:cut], [f"{path.name}: {reason}" for path, reason in skipped], pairs[cut:]
+
+    def _held_out(self, count: int, folder: str) -> int:
+        """How many of `count` photos no step trains on."""
+        if self.validation is None:
+            return int(count >= HELD_OUT_FROM)
+        check_split(self.validation, count, f"photos in {folder}")
+        return self.validation
 
     def _prior(self, needs: Needs) -> list[Pair]:
         if self.prior_folder is not None:

@@ -27,6 +27,7 @@ from trainer.diffusion.objective import (
     draw_timesteps,
     loss_weight,
     target_of,
+    to_noise,
     to_x0,
 )
 from trainer.diffusion.predict import predict_groups
@@ -111,10 +112,34 @@ class Denoise:
         return sample(self.backbone, prompts, seeds, settings=settings)
 
     @torch.no_grad()
-    def score(self, batch: Batch) -> Tensor:
-        """The losses (b,) at the timesteps `batch.u`, with captions and with noise that is the same
-        in every call."""
-        return self.loss(self.encode(batch, "validate")).losses
+    def score(self, batch: Batch, levels: Sequence[float]) -> Tensor:
+        """Losses (levels, b) at timesteps that are `levels` of their range, in [0, 1): of the
+        captions without dropout, with noise that is the same in every call and at every level.
+
+        They are the plain squared error in the units that the backbone was trained in, whatever
+        weighting, target, offset noise and timesteps the recipe trains with: those of two recipes
+        on one backbone can be compared.
+        """
+        if batch.moments is None:
+            assert batch.pixels is not None, "a batch has pixels or moments"
+            batch = replace(batch, moments=self.backbone.moments(batch.pixels), pixels=None)
+        count = len(batch.positions)
+        found = [self._plain(replace(batch, u=[level] * count)) for level in levels]
+        return torch.stack(found)
+
+    def _plain(self, batch: Batch) -> Tensor:
+        """The plain losses (b,) at the timesteps `batch.u`."""
+        chosen = replace(self.objective, weighting="none", offset_noise=0.0)
+        state = replace(self, objective=chosen).encode(batch, "validate")
+        result = replace(self, objective=chosen).loss(state)
+        target, flow = self.backbone.published_target
+        if target == chosen.target or flow != (chosen.alphas_cumprod is None):
+            return result.losses  # on another path no units are the same
+        usual = replace(chosen, target=target)
+        x0, t = result.x0_hat, state.row_t
+        noise = to_noise(chosen, result.output.float(), state.x_t, t=t)
+        error = target_of(usual, x0 - state.x0, noise - state.noise, t=t).float().square()
+        return mean_per_sample(error, batch.masks, batch.frames)
 
     def _timesteps(self, batch: Batch, seeds: Sequence[Seed]) -> Tensor:
         """Random ones, distributed as the objective asks. A validation batch brings quantiles of

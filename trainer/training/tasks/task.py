@@ -32,6 +32,7 @@ class Task(Protocol):
         """Pictures (b, 3, H, W) in [-1, 1], or the frames of clips (b f, 3, H, W)."""
         ...
 
-    def score(self, batch: Batch) -> Tensor:
-        """Of each sample of a validation batch (b,), the same in every call; less is better."""
+    def score(self, batch: Batch, levels: Sequence[float]) -> Tensor:
+        """Of each sample of a validation batch at each level in [0, 1), (levels, b), the same in
+        every call; less is better."""
         ...
