@@ -110,7 +110,7 @@ def main(words: list[str]) -> int:
             found = run(name, Path(folder) / "runs")
         if "--write" in words:
             own[name] = found
-        same = own.get(name) == found
+        same = name in own and own[name] == {kind: found[kind] for kind in own[name]}
         wrong += not same
         print(name, "as pinned" if same else f"differs: {found}")
     if "--write" in words:
