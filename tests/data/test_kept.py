@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from trainer.data.kept import kept_pictures, read_kept
+from trainer.data.kept import KeptSteps, kept_pictures, read_kept
 
 COUNT, AT_ONCE = 12, 4
 
@@ -142,3 +143,24 @@ def test_class_images_survive_a_kill(tiny_folder: Path, tmp_path: Path) -> None:
     made = {name: path.read_bytes() for name, path in pngs(whole).items()}
     assert {name: path.read_bytes() for name, path in after.items()} == made
     assert len(made) == 160
+
+
+def test_steps_are_kept_one_by_one(tmp_path: Path) -> None:
+    """Exactly, and those that are missing or damaged are known to be."""
+    told: list[int] = []
+    kept = KeptSteps(tmp_path / "steps", told.append)
+    assert len(kept) == 0 and kept.get(3) is None
+    steps = {step: torch.randn(2, 3, generator=torch.manual_seed(step)) for step in (0, 3, 11)}
+    for step, tensor in steps.items():
+        kept[step] = tensor
+    assert told == [1, 1, 1]
+    again = KeptSteps(tmp_path / "steps")
+    assert len(again) == 3
+    for step, tensor in steps.items():
+        found = again.get(step)
+        assert found is not None and torch.equal(found, tensor)
+    file = sorted((tmp_path / "steps").glob("*.npz"))[1]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert again.get(3) is None and again.get(11) is not None

@@ -4,12 +4,13 @@
     python tests/mutation/run.py --seed 7 --count 40  # another sample
     python tests/mutation/run.py --rooms diffusion --count 1000   # every change of a room
     python tests/mutation/run.py --key 0123abcdef     # one change, with the output of its tests
-    python tests/mutation/run.py --write              # writes report.md beside this file
+    python tests/mutation/run.py --write              # writes results.json and report.md beside it
+    python tests/mutation/run.py --again --write      # tries what results.json says was not noticed
     python tests/mutation/run.py --thorough           # tests of further rooms, too: faults, methods
 
 Each change is made in a copy of the project. The tests that mirror the changed file run first, then
-the pinned and the reference runs, then the tests of the room; a change is noticed when one fails.
-The report lists what was not noticed, with a reason from `explained.json`.
+those that import it, the pinned and the reference runs, and the tests of the room; a change is
+noticed when one fails. The report lists what was not noticed, with a reason from `explained.json`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -35,6 +38,7 @@ sys.path.insert(0, str(HERE))
 
 from mutants import Mutant, mutants  # noqa: E402
 
+RESULTS = HERE / "results.json"
 ROOMS = ("training", "data", "config", "diffusion")
 FIRST = ("tests/training/test_pinned.py", "tests/training/test_reference_loop.py")
 LIMIT = 300  # seconds for a group of tests of one change; one that hangs is noticed
@@ -52,7 +56,9 @@ PRELOADED = (
 
 def main(words: Sequence[str]) -> int:
     options = parsed(words)
-    chosen = sample(options)
+    before = json.loads(RESULTS.read_text(encoding="utf-8")) if options.again else {}
+    every = recorded(before) if options.again else sample(options)
+    chosen = [each for each in every if not before.get("noticed", {}).get(each.key)]
     print(f"{len(chosen)} changes, seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         copies: SimpleQueue[Path] = SimpleQueue()
@@ -66,12 +72,22 @@ def main(words: Sequence[str]) -> int:
             )
     explained = json.loads((HERE / "explained.json").read_text(encoding="utf-8"))
     pairs = zip(chosen, results, strict=True)
-    found = [(mutant, noticed) for mutant, noticed in pairs if noticed is not None]
-    text = report(found, explained, options.seed)
+    noticed = {each.key: by for each, by in pairs if by is not None}
+    known = before.get("noticed", {}) | noticed
+    text = report([(each, known[each.key]) for each in every if each.key in known], explained)
     print(text)
     if options.write:
+        facts = {"commit": commit(), "seed": options.seed, "noticed": known}
+        RESULTS.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         (HERE / "report.md").write_text(text, encoding="utf-8")
     return 0
+
+
+def recorded(before: dict[str, Any]) -> list[Mutant]:
+    """The changes of an earlier run that the code still has a place for."""
+    files = [path for room in ROOMS for path in sorted((ROOT / "trainer" / room).rglob("*.py"))]
+    found = {each.key: each for path in files for each in mutants(path, ROOT)}
+    return [found[key] for key in before["noticed"] if key in found]
 
 
 def parsed(words: Sequence[str]) -> argparse.Namespace:
@@ -82,6 +98,7 @@ def parsed(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--key", help="one change alone, by its key in the report")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--again", action="store_true", help="only what was not noticed before")
     parser.add_argument("--minutes", type=float, default=600, help="begin no change after so long")
     parser.add_argument("--limit", type=int, default=LIMIT, help="seconds for one group of tests")
     parser.add_argument("--thorough", action="store_true")
@@ -155,9 +172,21 @@ def stages(mutant: Mutant, place: Path, thorough: bool) -> list[list[str]]:
     room, stem = path.parts[1], path.stem
     own = [str(each.relative_to(place)) for each in sorted(place.glob(f"tests/**/test_{stem}.py"))]
     own = [each for each in own if each not in FIRST]
+    near = [each for each in importing(path, place) if each not in (*own, *FIRST)]
     rest = [f"tests/{room}"]
-    groups = [own, [FIRST[0]], [FIRST[1]], rest, EXTRA.get(room, []) if thorough else []]
+    groups = [own, near, [FIRST[0]], [FIRST[1]], rest, EXTRA.get(room, []) if thorough else []]
     return [group for group in groups if group]
+
+
+def importing(path: Path, place: Path) -> list[str]:
+    """The test files of the copy that import a module, but those that break whole runs."""
+    parent, stem = ".".join(path.parent.parts), path.stem
+    named = re.compile(rf"\b{parent}\.{stem}\b|from {parent} import [^\n]*\b{stem}\b")
+    found = [
+        each for each in sorted(place.glob("tests/**/test_*.py")) if "faults" not in each.parts
+    ]
+    texts = {str(each.relative_to(place)): each.read_text(encoding="utf-8") for each in found}
+    return [each for each, text in texts.items() if named.search(text)]
 
 
 EXTRA = {
@@ -205,19 +234,22 @@ def line(mutant: Mutant) -> str:
     )
 
 
-def report(results: Sequence[tuple[Mutant, str]], explained: dict[str, str], seed: int) -> str:
+def commit() -> str:
+    return subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def report(results: Sequence[tuple[Mutant, str]], explained: dict[str, str]) -> str:
     """A table of what was noticed, by room, and each change that was not, with its reason."""
     by_room: dict[str, list[bool]] = {}
     for mutant, noticed in results:
         by_room.setdefault(Path(mutant.path).parts[1], []).append(bool(noticed))
     total = [found for own in by_room.values() for found in own]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     share = 100 * sum(total) / max(1, len(total))
     lines = [
         "# Changes to the code that the tests notice", "",
-        f"`python tests/mutation/run.py --count {len(total)} --seed {seed} --write`, at {commit}.",
+        f"`python tests/mutation/run.py --write`, then with `--again`, last at {commit()}.",
         "",
         "| room | changes | noticed |", "|---|---|---|",
         *(f"| {room} | {len(own)} | {sum(own)} |" for room, own in sorted(by_room.items())),
