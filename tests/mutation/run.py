@@ -6,11 +6,12 @@
     python tests/mutation/run.py --key 0123abcdef     # one change, with the output of its tests
     python tests/mutation/run.py --write              # writes results.json and report.md beside it
     python tests/mutation/run.py --again --write      # tries what results.json says was not noticed
-    python tests/mutation/run.py --thorough           # tests of further rooms, too: faults, methods
+    python tests/mutation/run.py --thorough           # all tests of the room and of some others, too
 
 Each change is made in a copy of the project. The tests that mirror the changed file run first, then
-those that import it, the pinned and the reference runs, and the tests of the room; a change is
-noticed when one fails. The report lists what was not noticed, with a reason from `explained.json`.
+those that import it, then the pinned and the reference runs; a change is noticed when one fails.
+What is left is tried `--again --thorough`, with more tests. The report lists what was not noticed,
+with a reason from `explained.json`.
 """
 
 from __future__ import annotations
@@ -173,8 +174,9 @@ def stages(mutant: Mutant, place: Path, thorough: bool) -> list[list[str]]:
     own = [str(each.relative_to(place)) for each in sorted(place.glob(f"tests/**/test_{stem}.py"))]
     own = [each for each in own if each not in FIRST]
     near = [each for each in importing(path, place) if each not in (*own, *FIRST)]
-    rest = [f"tests/{room}"]
-    groups = [own, near, [FIRST[0]], [FIRST[1]], rest, EXTRA.get(room, []) if thorough else []]
+    groups = [own, near, [FIRST[0]], [FIRST[1]]]
+    if thorough:
+        groups += [[f"tests/{room}"], EXTRA.get(room, [])]
     return [group for group in groups if group]
 
 
