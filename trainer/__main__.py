@@ -8,6 +8,7 @@ import sys
 
 from trainer.cli.usage import VERBS, usage, verb_module
 from trainer.common.exit_codes import BAD_RECIPE, DISK, INTERRUPTED, LeaveError
+from trainer.common.out_of_memory import out_of_memory
 from trainer.common.spinning import watched
 from trainer.common.threads import limit_threads, return_to_all
 
@@ -45,6 +46,12 @@ def main(words: list[str]) -> int:
         # what a user can fix; anything else is a fault of ours and keeps its traceback
         print(f"error: {error}", file=sys.stderr)
         return BAD_RECIPE
+    except (RuntimeError, MemoryError) as error:
+        text = out_of_memory(error)
+        if text is None:
+            raise
+        print(f"error: {text}", file=sys.stderr)
+        return 1
 
 
 def _run(verb: str, words: list[str]) -> int:

@@ -6,7 +6,7 @@
     python tests/mutation/run.py --key 0123abcdef     # one change, with the output of its tests
     python tests/mutation/run.py --write              # writes results.json and report.md beside it
     python tests/mutation/run.py --again --write      # tries what results.json says was not noticed
-    python tests/mutation/run.py --thorough           # all tests of the room and of some others, too
+    python tests/mutation/run.py --thorough           # all tests of the room and of some others
 
 Each change is made in a copy of the project. The tests that mirror the changed file run first, then
 those that import it, then the pinned and the reference runs; a change is noticed when one fails.

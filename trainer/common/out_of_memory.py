@@ -1,0 +1,21 @@
+"""What a user can do when a device or the machine has no memory left."""
+
+from __future__ import annotations
+
+CPU_SAYS = ("can't allocate memory", "not enough memory")  # torch, on Linux and on Windows
+ADVICE = (
+    "A smaller run.batch_size with a larger run.accumulate trains the same with less memory; so do "
+    "run.gradient_checkpointing=true, precision=bf16 and a smaller run.resolution. "
+    "`python -m trainer check plan=true` estimates what a run needs. A run that was saved resumes "
+    "with the same command"
+)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What to tell the user of an error that is about memory; None for any other. torch's own class
+    is known by its name, so that torch need not be imported."""
+    lines = str(error).splitlines() or [""]
+    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    if not (named or isinstance(error, MemoryError) or any(text in lines[0] for text in CPU_SAYS)):
+        return None
+    return f"out of memory: {lines[0] or type(error).__name__}. {ADVICE}"
