@@ -24,6 +24,7 @@ RUN = [
     "run.checkpoint_every=2",
     "preview.every=2",
     "preview.steps=2",
+    "preview.negative=flou et gâché",
     "preview.prompts=[a <v1> on a blue background, a <v1> left of a fox]",
     "data.prior_images=4",
     "data.prior_prompts=[a fox, a cat left of a tree]",
@@ -72,7 +73,7 @@ def first(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
 
 
 def test_run_folder_holds_all_a_user_needs(first: Path) -> None:
-    assert (first / "recipe.yaml").is_file()
+    assert "negative: flou et gâché\n" in (first / "recipe.yaml").read_text(encoding="utf-8")
     plan = json.loads((first / "plan.json").read_text())
     tensors = load_file(first / "adapter.safetensors")
     assert sorted(tensors) == plan["trains"]
