@@ -211,3 +211,17 @@ def test_timesteps_stay_in_range(timesteps: str, mean: float, std: float) -> Non
         assert t.min() >= 0
         assert t.max() < objective.num_timesteps
         assert (t.diff() >= 0).all()
+
+
+def test_an_objective_is_plain_unless_it_is_told() -> None:
+    """SD3's logit-normal has mean 0 and deviation 1, and min-SNR a gamma of 5, as in the papers."""
+    assert Objective("eps") == Objective(
+        "eps",
+        alphas_cumprod=None,
+        timesteps="uniform",
+        logit_mean=0.0,
+        logit_std=1.0,
+        weighting="none",
+        min_snr_gamma=5.0,
+        offset_noise=0.0,
+    )

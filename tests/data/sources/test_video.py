@@ -395,6 +395,19 @@ def test_still_images_are_frames_of_the_clips_or_photos(grey: Path, tmp_path: Pa
     assert moments.shape == (5, 2, 4, 4)
 
 
+def test_bad_photos_of_stills_are_told_or_left_out(grey: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (40, 40), "red").save(photos / "red.png")
+    (photos / "torn.png").write_bytes((photos / "red.png").read_bytes()[:60])
+    for name in ("red", "torn"):
+        (photos / f"{name}.txt").write_text(f"a {name} square")
+    with pytest.raises(ValueError, match=r"torn\.png"):
+        source(grey, images=0.5, stills=photos)
+    mixed, _ = source(grey, images=0.5, stills=photos, on_bad="skip")
+    assert len(mixed) == 2 and any("torn.png" in text for text in mixed.skipped)
+
+
 def test_a_worker_gets_paths_and_a_cache_knows_what_changed(grey: Path, tmp_path: Path) -> None:
     train, _ = source(grey)
     train.image(0)

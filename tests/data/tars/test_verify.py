@@ -15,7 +15,7 @@ from trainer.__main__ import main
 from trainer.data.source import Needs
 from trainer.data.sources.shards import Shards
 from trainer.data.sources.video import Video
-from trainer.data.tars.ledger import parse_manifest
+from trainer.data.tars.ledger import MANIFEST, build_manifest, kept_manifest, parse_manifest
 from trainer.data.tars.write_shards import write_shards
 
 FIRST = "shard-000000.tar"
@@ -194,3 +194,24 @@ def test_photos_are_verified_too(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_mistakes(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", *words]) == 78
     assert says in capsys.readouterr().err
+
+
+def test_a_manifest_in_the_cache_is_found(place: Path, tmp_path: Path) -> None:
+    """That of shards whose folder takes no file."""
+    (place / MANIFEST).unlink(missing_ok=True)
+    (place / MANIFEST).mkdir()  # nothing can be written under its name
+    cache = tmp_path / "cache"
+    at, made = build_manifest(place, cache)
+    assert at.is_relative_to(cache)
+    found = kept_manifest(place, cache)
+    assert found is not None and found[0] == at
+    assert found[1] == {shard.name: shard for shard in made}
+    assert kept_manifest(place, tmp_path / "elsewhere") is None
+
+
+def test_a_manifest_knows_width_and_height(tmp_path: Path) -> None:
+    Image.new("RGB", (48, 20)).save(tmp_path / "a.png")
+    members = {"png": (tmp_path / "a.png").read_bytes(), "txt": b"wide"}
+    write_shards(tmp_path / "wide", [("s0", members)], per_shard=3)
+    _, (shard,) = build_manifest(tmp_path / "wide", tmp_path / "cache")
+    assert [(entry.width, entry.height) for entry in shard.samples] == [(48, 20)]

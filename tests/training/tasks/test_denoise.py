@@ -16,7 +16,7 @@ from trainer.data.loader import Batch
 from trainer.diffusion.objective import Objective, add_noise, alpha_sigma, loss_weight, target_of
 from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling import Sampling
-from trainer.training.tasks.denoise import Denoise
+from trainer.training.tasks.denoise import Denoise, mean_per_sample
 
 
 def batch_of(count: int, frames: int, channels: int, **more: Any) -> Batch:
@@ -254,3 +254,15 @@ def test_extra_inputs_reach_the_network_through_their_encoder(tiny: Any) -> None
     wanted = (2 * given["picture"]).repeat_interleave(3, 0)
     assert torch.equal(spy.calls[0][3].condition.image_tokens, wanted)
     assert state.batch.inputs["depth"] is given["depth"]
+
+
+def test_a_masked_loss_is_the_mean_over_what_counts() -> None:
+    """Of each sample, over its channels and the latents whose mask is 1."""
+    draw = torch.manual_seed(0)
+    error = torch.rand(2, 3, 4, 4, generator=draw)
+    masks = torch.zeros(2, 1, 4, 4)
+    masks[0, :, :2, 1:], masks[1, :, 3:] = 1, 1
+    wanted = torch.stack([error[0, :, :2, 1:].mean(), error[1, :, 3:].mean()])
+    torch.testing.assert_close(mean_per_sample(error, masks, 1), wanted)
+    torch.testing.assert_close(mean_per_sample(error, None, 1), error.mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(mean_per_sample(error, None, 2), error.mean()[None])
