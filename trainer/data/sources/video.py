@@ -218,7 +218,8 @@ class Video(Source):
 
 def _holds_tars(place: Path) -> bool:
     if place.is_dir():
-        return any(path.suffix == ".tar" for path in place.iterdir())
+        names = (path.name for path in place.iterdir())
+        return any(name.endswith(".tar") and not name.startswith(".") for name in names)
     return place.suffix == ".tar"
 
 

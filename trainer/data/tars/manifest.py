@@ -39,6 +39,12 @@ IMAGES = frozenset(suffix[1:] for suffix in READABLE_IMAGES)
 CAPTION, METADATA, MASK, VIDEO = "txt", "json", "mask.png", "mp4"
 KNOWN_FIELDS = IMAGES | {CAPTION, METADATA, MASK, VIDEO}
 PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")  # webdataset's decoders would execute these
+# what systems and archivers leave beside a user's files, as any part of a member's name: hidden
+# files and folders (._0.jpg and .DS_Store of a Mac), and a tar of extended headers unpacked as files
+LEFT_BY_SYSTEMS = re.compile(
+    r"(^|/)(\.(?!\.?(/|$))[^/]*|__MACOSX|PaxHeaders?(\.\d+)?|Thumbs\.db|desktop\.ini|Icon\r)(/|$)",
+    re.IGNORECASE,
+)
 MANIFEST = "manifest.json"
 
 
@@ -184,7 +190,8 @@ def _members(
                 blocks = -(-info.size // 512) if info.isreg() else 0
                 end = info.offset_data + blocks * 512
                 key, extension = _split(info.name)
-                if info.isreg() and extension in KNOWN_FIELDS:
+                left = LEFT_BY_SYSTEMS.search(info.name)
+                if info.isreg() and extension in KNOWN_FIELDS and not left:
                     yield key, extension, info
     except tarfile.TarError as error:
         raise _cut(path, str(error)) from error
@@ -200,6 +207,8 @@ def _check_member(path: Path, info: tarfile.TarInfo, ignore: Collection[str]) ->
     reason = ""
     if name.startswith("/") or ".." in name.split("/") or re.search(r"\\|^[A-Za-z]:", name):
         reason = "an absolute or upward name; pack the files by plain names"
+    elif LEFT_BY_SYSTEMS.search(name) and info.size >= 0:
+        return
     elif not name.isprintable():
         reason = "a name with control characters; rename the file"
     elif info.isdir():
@@ -218,8 +227,9 @@ def _check_member(path: Path, info: tarfile.TarInfo, ignore: Collection[str]) ->
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and extension, split at the first dot as webdataset does; two "" for a hidden file."""
-    found = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", name)
+    """Key and extension, split at the first dot of the file's name as webdataset does; two "" for a
+    hidden file."""
+    found = re.fullmatch(r"((?:.*/|)[^./]+)[.]([^/]*)", name)
     return (found[1], found[2].lower()) if found else ("", "")
 
 
