@@ -62,8 +62,8 @@ class Model:
         self.judge = Judge(self.base.folder / "clip")
 
     def paint(self, model: Any, prompts: Sequence[str], frames: int = 1) -> Tensor:
-        """As the recipe's previews are: (n * frames, 3, H, W), by the seeds 0, 1, ..."""
-        look, at_once = self.recipe.preview, max(1, AT_ONCE // frames)
+        """As the recipe's evaluation is: (n * frames, 3, H, W), by the seeds 0, 1, ..."""
+        look, at_once = self.recipe.evaluate, max(1, AT_ONCE // frames)
         how = Sampling(look.steps, look.guidance, look.negative, frames=frames)
         return sample_many(model, prompts, range(len(prompts)), settings=how, batch_size=at_once)
 
@@ -109,13 +109,13 @@ class Source:
 
     def inverted(self, model: Any) -> Tensor:
         """The noise it is painted from, as the verb `sample` finds it."""
-        steps = self.model.recipe.preview.steps
+        steps = self.model.recipe.evaluate.steps
         latents = self.model.latents(self.pictures)
         return invert(model, latents, [""], steps=steps, frames=self.frames, iterations=INVERTING)
 
     def again(self, model: Any, start: Tensor, prompts: Sequence[str], guidance: float) -> Tensor:
         """Clips (n, f, 3, H, W) from that noise."""
-        how = Sampling(self.model.recipe.preview.steps, guidance, frames=self.frames)
+        how = Sampling(self.model.recipe.evaluate.steps, guidance, frames=self.frames)
         seeds, begun = range(len(prompts)), start.repeat(len(prompts), 1, 1, 1)
         painted = sample(model, prompts, seeds, settings=how, start=begun)
         return painted.unflatten(0, (-1, self.frames))
@@ -123,7 +123,7 @@ class Source:
     def reconstructed(self, start: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
         """How near to the clip, in dB, and what it looks like: through the VAE alone, which bounds
         the others; from its noise, and from that with its caption and the recipe's guidance."""
-        look, model = self.model.recipe.preview, self.model.adapted
+        look, model = self.model.recipe.evaluate, self.model.adapted
         found = {
             "through the VAE": self.model.through_vae(self.pictures[None])[0],
             "reconstructed": self.again(model, start, [""], 1.0)[0],
@@ -135,7 +135,7 @@ class Source:
         """The clip with each of these sprites in the place of its own."""
         own = str(asked(self.caption)[0])
         prompts = [self.caption.replace(article(own), article(word)) for word in words]
-        return self.again(model, start, prompts, self.model.recipe.preview.guidance)
+        return self.again(model, start, prompts, self.model.recipe.evaluate.guidance)
 
     def kept(self, edits: Tensor, words: Sequence[str]) -> dict[str, list[float]]:
         """Of each edit: correlation of the new object's track with the source's, and the share of

@@ -19,7 +19,7 @@ from trainer.common.spinning import watched
 from trainer.common.threads import limit_threads
 
 WORDS = (
-    "recipe=lora", "data.prior_images=4", "data.prior_prompts=[a fox, a cat]", "preview.steps=2",
+    "recipe=lora", "data.prior_images=4", "data.prior_prompts=[a fox, a cat]", "data.prior_steps=2",
     "data.class_word=null",
 )  # fmt: skip
 

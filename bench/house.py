@@ -69,7 +69,7 @@ def class_images(bars: Bars) -> None:
     """A `fit` of Custom Diffusion is killed while it generates its class images."""
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "cache"
-        words = ["recipe=custom_diffusion", f"data.prior_images={IMAGES}", "preview.steps=4"]
+        words = ["recipe=custom_diffusion", f"data.prior_images={IMAGES}", "data.prior_steps=4"]
         words += ["run.steps=1", "preview.every=0", "tracker=none", "run.validate_every=0"]
         line = [sys.executable, "-m", "trainer", "fit", *words, f"run.out={folder}/runs"]
         environment = {**os.environ, "TRAINER_CACHE": str(cache), "PYTHONPATH": str(ROOT)}

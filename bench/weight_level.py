@@ -38,7 +38,7 @@ WORDS = {
 }
 CONTINUAL = ("sequential_lora", "c_lora", "inflora", "coda_prompt")
 SECOND = ("sprite:helicopter", "thing")  # the other concept of a merge, its first word
-QUICK = ("run.steps=2", "data.prior_weight=0", "preview.steps=2")
+QUICK = ("run.steps=2", "data.prior_weight=0", "evaluate.steps=2")
 QUICK_PARTS = ("steps", "storage", "peft", "exports", "geometry")
 
 

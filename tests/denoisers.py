@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.attention.denoiser_traits import UNDECLARED, DenoiserTraits
-from trainer.backbones import find_family
+from trainer.backbones.families import find_family
 
 Call = Callable[[nn.Module], Tensor]
 

@@ -15,7 +15,7 @@ from trainer.attention.anatomy import input_convolution, time_point
 from trainer.attention.denoiser_traits import PLAIN, UNDECLARED
 from trainer.attention.host import Host
 from trainer.attention.sites import scan
-from trainer.backbones import family_names, family_of, find_family
+from trainer.backbones.families import family_names, family_of, find_family
 
 DECLARED = [name for name in BACKBONES if name != "dit"]
 

@@ -16,8 +16,8 @@ from trainer.attention.context import StepContext, use
 from trainer.attention.insert import insert
 from trainer.attention.op import Traits
 from trainer.attention.rows import Rows
-from trainer.backbones import find_family
 from trainer.backbones.backbone import Backbone
+from trainer.backbones.families import find_family
 from trainer.backbones.family import Parts
 from trainer.backbones.layout import clips_to_rows, rows_to_clips
 from trainer.diffusion.predict import predict_groups

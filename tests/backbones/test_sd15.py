@@ -62,6 +62,7 @@ RUN = [
     "run.id=run",
     "preview.prompts=[]",
     "preview.steps=2",
+    "data.prior_steps=2",
     "tracker=none",
 ]
 

@@ -33,7 +33,7 @@ optm.lr=1 -> optm: no such key; did you mean optim?
 optim.lrr=1 -> optim.lrr: no such key; did you mean optim.lr?
 optim.weight-decay=1 -> optim.weight-decay: no such key; did you mean optim.weight_decay?
 lr=1 -> lr: no such key; did you mean optim.lr?
-steps=1 -> steps: no such key; did you mean run.steps or preview.steps?
+steps=1 -> steps: no such key; did you mean run.steps or preview.steps or evaluate.steps?
 xyz=1 -> xyz: no such key; there are: recipe, backbone, data, methods, objective, optim
 backbones.tiny.run.steps=1 -> backbones: no such key; did you mean backbone?
 optim=3 -> optim is 3; it takes name, lr, muon_lr, scale_lr, lrs
@@ -310,8 +310,8 @@ def test_loading_a_recipe_imports_nothing_heavy(name: str) -> None:
 
 def test_data_and_method_must_name_the_same_words() -> None:
     with pytest.raises(RecipeError) as error:
-        load_recipe(["recipe=custom_diffusion", "data.token=<v2>"])
-    assert "data.token=<v2>: methods.new_token adds <v1>" in str(error.value)
+        load_recipe(["recipe=custom_diffusion", "methods.new_token.tokens=[<v2>]"])
+    assert "data.token=<v1>: methods.new_token adds <v2>" in str(error.value)
     both = ["data.token=<v2>", "methods.new_token.tokens=[<v2>]"]
     assert load_recipe(["recipe=custom_diffusion", *both]).data.words == ("<v2>",)
     none = ["recipe=lora", "methods.new_token=null", "data.token=sks"]

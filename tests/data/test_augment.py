@@ -191,7 +191,7 @@ def test_templates() -> None:
     assert len(set(TEMPLATES)) == len(TEMPLATES) >= 20
     for template in TEMPLATES:
         assert "<new1> cat" in render(template, " <new1> cat ")
-    assert render("a photo of a {}", "{odd} cat") == "a photo of a {odd} cat"
+    assert render("a photo of a {}", "{red} cat") == "a photo of a {red} cat"
     for bad in ("a photo", "{} and {}"):
         with pytest.raises(ValueError, match="exactly once"):
             render(bad, "cat")

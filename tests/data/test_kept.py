@@ -103,7 +103,7 @@ def test_what_another_process_has_made_meanwhile_is_taken(tmp_path: Path) -> Non
 
 WORDS = "fit recipe=lora run.steps=1 run.batch_size=2 tracker=none preview.prompts=[] run.id=one"
 PRIOR = "data.class_word=null data.prior_prompts=[a_fox,a_cat] data.prior_images=160"
-SHORT = "preview.steps=1 run.validate_every=0 run.checkpoint_every=0 run.device=cpu"
+SHORT = "data.prior_steps=1 run.validate_every=0 run.checkpoint_every=0 run.device=cpu"
 
 
 def command(backbone: Path, folder: Path) -> subprocess.Popen[str]:

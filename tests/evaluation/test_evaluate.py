@@ -154,8 +154,8 @@ def test_a_joint_run_by_the_verbs(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [*TWO, f"backbone={tiny_folder}", f"run.out={tmp_path}", "run.id=two", "run.steps=1"]
-    words += ["run.batch_size=2", "run.validate_every=0", "preview.every=0", "preview.steps=2"]
-    words += ["preview.guidance=4"]
+    words += ["run.batch_size=2", "run.validate_every=0", "preview.every=0", "evaluate.steps=2"]
+    words += ["evaluate.guidance=4", "data.prior_steps=2"]
     words += [
         "data.augment=false",
         "data.class_word=null",
@@ -204,10 +204,12 @@ def similarity(judge: Judge, data: Dataset, concept: int, pictures: Tensor) -> f
 def test_pictures_are_those_of_the_recipes_sampler(
     tiny: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """Prompts in turn, a seed for each picture, and the preview's steps, guidance and negative."""
+    """Prompts in turn, a seed for each picture, and the steps, guidance and negative of
+    `evaluate`, whatever the previews have."""
     words = ["recipe=custom_diffusion", f"backbone={tiny_folder}", "data.prior_weight=0"]
-    words += ["data.class_word=null", "preview.steps=2", "preview.guidance=3"]
-    words += ["preview.negative=a fox", "evaluate.beside=[]", "evaluate.known=[]"]
+    words += ["data.class_word=null", "evaluate.steps=2", "evaluate.guidance=3"]
+    words += ["preview.steps=9", "preview.guidance=7", "preview.negative=a cat"]
+    words += ["evaluate.negative=a fox", "evaluate.beside=[]", "evaluate.known=[]"]
     words += ["evaluate.alone=[a <v1> on a blue background, a <v1>]"]
     recipe, judge = load_recipe(words), Judge(CLIP)
     train, _ = recipe.data.open(Needs(32, 4, no_class_images, tmp_path, lambda: "tiny"))
@@ -226,7 +228,7 @@ def test_the_base_models_pictures_are_cached_by_model(
     tiny: Any, open_folder: Any, other_folder: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("TRAINER_CACHE", str(tmp_path))
-    words = ["recipe=custom_diffusion", "data.prior_weight=0", "preview.steps=2"]
+    words = ["recipe=custom_diffusion", "data.prior_weight=0", "evaluate.steps=2"]
     words += ["evaluate.alone=[a fox]", "evaluate.beside=[]", "evaluate.known=[]"]
     recipe, judge = load_recipe(words), Judge(CLIP)
     train, _ = recipe.data.open(Needs(32, 4, no_class_images, tmp_path, lambda: "tiny"))

@@ -23,7 +23,7 @@ SHORT = [
     "run.id=pinned", "run.steps=3", "run.log_every=1", "run.batch_size=2", "run.validate_every=3",
     "run.checkpoint_every=0", "preview.every=0", "tracker=none", "run.workers=0",
 ]  # fmt: skip
-CLASS_IMAGES = ["data.prior_images=4", "data.prior_prompts=[a fox, a cat]", "preview.steps=2"]
+CLASS_IMAGES = ["data.prior_images=4", "data.prior_prompts=[a fox, a cat]", "data.prior_steps=2"]
 CLASS_IMAGES += ["data.class_word=null"]
 RUNS: dict[str, list[str]] = {
     "lora": ["recipe=lora", *CLASS_IMAGES],

@@ -25,6 +25,7 @@ RUN = [
     "preview.every=2",
     "preview.steps=2",
     "preview.negative=flou et gâché",
+    "data.prior_steps=2",
     "preview.prompts=[a <v1> on a blue background, a <v1> left of a fox]",
     "data.prior_images=4",
     "data.prior_prompts=[a fox, a cat left of a tree]",

@@ -28,7 +28,7 @@ from trainer.training import build
 from trainer.training.fit import fit
 
 SHARED = [
-    "recipe=lora", "tracker=none", "preview.every=0", "preview.steps=2", "run.validate_every=0",
+    "recipe=lora", "tracker=none", "preview.every=0", "data.prior_steps=2", "run.validate_every=0",
     "run.checkpoint_every=0", "run.resolution=32", "run.seed=7", "data.class_word=null",
     "data.prior_images=3", "data.prior_prompts=[a fox, a cat]", "methods.new_token.init=fox",
 ]  # fmt: skip

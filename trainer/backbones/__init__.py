@@ -3,47 +3,14 @@ its name."""
 
 from __future__ import annotations
 
-import importlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.backbones.family import Family
+from trainer.backbones.families import find_family
 
 if TYPE_CHECKING:
     from trainer.backbones.backbone import Backbone
     from trainer.backbones.spec import BackboneSpec
-
-DECLARES = "\nFAMILY = Family("  # in the text of a family's file, and of no other
-
-
-def family_names() -> list[str]:
-    """The families there are: the files of this folder that declare one."""
-    files = Path(__file__).parent.glob("*.py")
-    return sorted(file.stem for file in files if DECLARES in file.read_text(encoding="utf-8"))
-
-
-def find_family(name: str) -> Family:
-    """What the file called `name` declares.
-
-    Raises:
-        ValueError: there is no such family.
-    """
-    if name not in family_names():
-        raise ValueError(f"no family is called {name!r}; choose from {', '.join(family_names())}")
-    family: Family = importlib.import_module(f"trainer.backbones.{name}").FAMILY
-    return family
-
-
-def family_of(folder: Path) -> str:
-    """The family that loads a pipeline folder; if none does, `sd`, whose error explains why."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "sd"
-    pipeline = index.get("_class_name") if isinstance(index, dict) else None
-    found = (name for name in family_names() if pipeline in find_family(name).pipelines)
-    return next(found, "sd")
 
 
 def load_backbone(spec: BackboneSpec, name: str) -> Backbone:
@@ -67,6 +34,8 @@ def load_backbone(spec: BackboneSpec, name: str) -> Backbone:
         )
     parts = family.load(spec, name)
     backbone = Backbone(name=name, family=spec.family, declared=family, parts=parts)
+    backbone.max_tokens = spec.max_tokens
+    _ = backbone.text_length  # a number of tokens that does not divide is refused here
     if spec.denoiser is None:
         overlay = Path(spec.overlay) if spec.overlay else None
         folder = PipelineFolder(parts.folder, overlay, spec.scratch)

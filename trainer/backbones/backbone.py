@@ -25,6 +25,7 @@ from trainer.attention.sites import Site, scan
 from trainer.backbones.checkpointing import checkpoint_layers
 from trainer.backbones.family import Encoder, Family, Parts
 from trainer.backbones.layout import clips_to_rows, rows_to_clips
+from trainer.backbones.read_prompts import Prompts
 from trainer.backbones.schedulers import PREDICTION_TYPES
 from trainer.backbones.vae import in_slices, pixels_per_latent, posterior_moments
 
@@ -36,6 +37,7 @@ class Backbone(nn.Module):
     have registered, `extras.`, as adapters store them.
     """
 
+    max_tokens: int | None = None  # of a prompt that are read; None for those of one call
     published = torch.float32  # what the denoiser's weights are stored in, where they come from
     computes_in = torch.float32  # see `placement.place`
 
@@ -118,9 +120,13 @@ class Backbone(nn.Module):
 
     @property
     def text_length(self) -> int:
-        """Tokens of a prompt, with padding."""
-        most = int(self.tokenizer.model_max_length)
-        return most if self.prompt_length is None else min(self.prompt_length, most)
+        """Tokens that the denoiser gets of a prompt, with padding."""
+        return self.prompts.length
+
+    @property
+    def prompts(self) -> Prompts:
+        """How its text encoder reads prompts."""
+        return Prompts(self)
 
     def scheduler(self) -> Any:
         return self.scheduler_class.from_config(self.scheduler_config)
@@ -152,15 +158,13 @@ class Backbone(nn.Module):
         return pixels.clamp(-1, 1)
 
     def tokens(self, prompts: Sequence[str]) -> Any:
-        """Prompts to input_ids and attention_mask (b, text_length)."""
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.text_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return tokens.to(self.text_encoder.device)
+        """Prompts to input_ids and attention_mask (b parts, n), the parts of a prompt adjacent."""
+        return self.prompts.tokens(prompts).to(self.text_encoder.device)
+
+    def joined(self, parts: Tensor) -> Tensor:
+        """What a text encoder makes of the parts of prompts (b parts, n, ...), one after another:
+        (b, text_length, ...)."""
+        return parts.unflatten(0, (-1, self.prompts.parts)).flatten(1, 2)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """The condition of b prompts alone."""

@@ -60,7 +60,9 @@ class Family:
     pipeline, shared and not copied.
 
     makes: what describes a denoiser of this family that is made from nothing, None where it makes
-    none. traits: where things are in the denoiser and how it takes clips. comfyui_layers: by the
+    none. prompt_lengths: by the class of the pipeline, tokens of a prompt with padding where its
+    tokenizer takes more. lower_case: whether prompts are read in lower case. traits: where things
+    are in the denoiser and how it takes clips. comfyui_layers: by the
     class of a transformer, which of its layers ComfyUI reads under diffusers' names, a regular
     expression.
     """
@@ -73,6 +75,8 @@ class Family:
     inputs: Inputs
     pipeline: Callable[[Any], Any]
     makes: type[DenoiserSpec] | None = None
+    prompt_lengths: Mapping[str, int] = field(default_factory=dict)
+    lower_case: bool = False
     traits: DenoiserTraits = UNDECLARED
     comfyui_layers: Mapping[str, str] = field(default_factory=dict)
 

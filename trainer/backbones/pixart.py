@@ -29,18 +29,11 @@ TEXT = {
 
 
 def encode_prompts(backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Prompts to tokens (b, n, d) and their mask (b, n), 0 at padding. In lower case, as PixArt's
-    own; added words stay as they are."""
-    added = backbone.tokenizer.get_added_vocab()
-    tokens = backbone.tokens(
-        [
-            " ".join(word if word in added else word.lower() for word in prompt.split())
-            for prompt in prompts
-        ]
-    )
+    """Prompts to tokens (b, n, d) and their mask (b, n), 0 at padding."""
+    tokens = backbone.tokens(prompts)
     ids, mask = tokens.input_ids, tokens.attention_mask
     states: Tensor = backbone.text_encoder(ids, attention_mask=mask)[0]
-    return {"tokens": states, "mask": mask}
+    return {"tokens": backbone.joined(states), "mask": backbone.joined(mask)}
 
 
 def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
@@ -201,6 +194,8 @@ FAMILY = Family(
     inputs=inputs,
     pipeline=pipeline,
     makes=TransformerSpec,
+    prompt_lengths=LENGTHS,
+    lower_case=True,  # as PixArt's own code reads them
     traits=DenoiserTraits(
         time_embedding="adaln_single.emb",
         time_width="adaln_single.emb.timestep_embedder.linear_2",

@@ -100,6 +100,8 @@ def initialise(transformer: Any) -> None:
 FAMILY = Family(
     denoiser="transformer",
     pipelines=("SanaPipeline",),
+    prompt_lengths={"SanaPipeline": PROMPT_LENGTH},
+    lower_case=True,
     blocks=("transformer_blocks",),
     load=load,
     encoders={"text": encode_prompts},

@@ -8,9 +8,12 @@ from typing import Any
 
 from diffusers import (
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
 
+from trainer.backbones.folder_facts import check_solver
 from trainer.backbones.pipeline_folder import SCHEDULER
 
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -56,3 +59,24 @@ def flow_or_vp(
     return FlowMatchEulerDiscreteScheduler(
         **{key: value for key, value in config.items() if key in own}
     )
+
+
+def with_solver(own: Any, name: str) -> Any:
+    """Another solver, one of `SOLVERS`, of the path and noise levels that a scheduler describes.
+
+    Raises:
+        ValueError: this path has no such solver.
+    """
+    flow = isinstance(own, FlowMatchEulerDiscreteScheduler)
+    check_solver(name, flow)
+    if name == "dpmpp" and flow:
+        return DPMSolverMultistepScheduler(
+            num_train_timesteps=own.config.num_train_timesteps,
+            prediction_type=FLOW,
+            use_flow_sigmas=True,
+            flow_shift=own.config.shift,
+        )
+    if flow:
+        return own
+    kinds = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler}
+    return kinds.get(name, DPMSolverMultistepScheduler).from_config(own.config)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def encode_prompts(backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Prompts to tokens (b, 77, d) of CLIP; padding is attended to, as in SD."""
     ids = backbone.tokens(prompts).input_ids
-    return {"tokens": backbone.text_encoder(ids).last_hidden_state}
+    return {"tokens": backbone.joined(backbone.text_encoder(ids).last_hidden_state)}
 
 
 def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:

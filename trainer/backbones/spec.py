@@ -142,6 +142,10 @@ class BackboneSpec(Section):
     denoiser: SerializeAsAny[DenoiserSpec] | None = Field(
         default=None, description="the network to make in place of the folder's, see help denoiser"
     )
+    max_tokens: int | None = Field(
+        default=None,
+        description="tokens of a prompt that are read, see help text; null for one call",
+    )
     adapters: tuple[str, ...] = Field(
         default=(), description="adapters of earlier runs that are part of it, the first one lowest"
     )

@@ -22,6 +22,8 @@ class CheckOptions(RecipeOptions):
 def run(words: list[str]) -> int:
     options, rest = split_options(words, CheckOptions)
     loaded = load_recipe(rest)
+    for line in loaded.said:
+        print(line)
     if not options.plan:
         print(
             f"{loaded.name}: fine; backbone {loaded.backbone_name}, methods "

@@ -33,8 +33,11 @@ def run(words: list[str]) -> int:
             f"run={options.run} and run.id={loaded.run.id} both name a folder; give one"
         )
     quiet_libraries()
-    from trainer.training.console import first_rank
+    from trainer.training.console import first_rank, say
 
+    if first_rank():
+        for line in loaded.said:
+            say(line)
     folder = train_recipe(loaded, None if options.run is None else options.run.expanduser())
     if first_rank():
         print(folder)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainer.backbones.backbone import Backbone
+    from trainer.diffusion.sampling import Sampling
 
 AT_ONCE = 16  # pictures that one batch generates; at least one clip
 INVERTING = 3  # calls of the network for each step of an inversion
@@ -41,7 +42,11 @@ class SampleOptions(Options):
         description="a backbone by name or folder, without an adapter; beside one, what it is "
         "loaded over in place of the backbone it was trained on",
     )
-    prompt: str = Field(description="what to generate", examples=['"a <v1> on a blue background"'])
+    prompt: str = Field(
+        description="what to generate; {token} and {class} stand for the word and the class_word "
+        "that the adapter was trained with",
+        examples=['"a <v1> on a blue background"'],
+    )
     count: Count = Field(1, description="pictures or clips, one for each seed from seed on")
     seed: SeedNumber = Field(0, description="of the first one's noise")
     steps: Count | None = Field(
@@ -55,6 +60,12 @@ class SampleOptions(Options):
         "takes the preview.guidance of the adapter's recipe, or 5",
     )
     negative: str = Field("", description="a prompt to move away from, in place of the empty one")
+    resolution: int | None = Field(
+        None,
+        ge=16,
+        description="side of the pictures in pixels; null takes the run.resolution of the "
+        "adapter's recipe, or that of the backbone",
+    )
     frames: Count | None = Field(
         None,
         description="frames of a clip, 1 for pictures; null takes those the adapter was "
@@ -110,26 +121,21 @@ def _written(options: SampleOptions, chosen: Mapping[str, Method]) -> Iterator[P
     """The files of `sample`, each as soon as it is written."""
     from trainer.backbones.placement import pictures_at_once
     from trainer.diffusion.sampler import sample
-    from trainer.diffusion.sampling import Sampling
     from trainer.media.write_video import PLAYED, write_clip
 
     backbone, tree = _model(options, chosen)
-    previews, data = tree.get("preview") or {}, tree.get("data") or {}
-    steps = options.steps or int(previews.get("steps", 25))
-    guidance = options.guidance
-    if guidance is None:
-        guidance = float(previews.get("guidance", 5.0))
-    frames = options.frames or int(data.get("frames", 1))
-    source, start = _source(backbone, options, steps=steps, frames=frames, data=data)
+    prompt, negative = _prompts(options, backbone, tree)
+    settings = _settings(options, tree, negative)
+    frames, data = settings.frames, tree.get("data") or {}
+    side = backbone.resolution if settings.size is None else settings.size[0]
+    source, start = _source(backbone, options, settings, data=data)
     options.out.mkdir(parents=True, exist_ok=True)
     seeds = range(options.seed, options.seed + options.count)
-    most = max(1, AT_ONCE // frames)
-    at_once = pictures_at_once(most, frames * backbone.resolution**2)
-    settings = Sampling(steps, guidance, options.negative, frames=frames, fps=options.fps)
+    at_once = pictures_at_once(max(1, AT_ONCE // frames), frames * side**2)
     for part in (seeds[i : i + at_once] for i in range(0, len(seeds), at_once)):
         pictures = sample(
             backbone,
-            [options.prompt] * len(part),
+            [prompt] * len(part),
             part,
             settings=settings,
             source=None if source is None else source.repeat((len(part), 1, 1, 1)),
@@ -161,8 +167,45 @@ def _model(
     return backbone, {}
 
 
+def _settings(options: SampleOptions, tree: Mapping[str, Any], negative: str) -> Sampling:
+    """As the options say, and else the recipe of the adapter."""
+    from trainer.diffusion.sampling import Sampling
+
+    previews, data, run = (tree.get(key) or {} for key in ("preview", "data", "run"))
+    guidance = options.guidance
+    side = options.resolution or run.get("resolution")
+    return Sampling(
+        options.steps or int(previews.get("steps", 25)),
+        float(previews.get("guidance", 5.0)) if guidance is None else guidance,
+        negative,
+        size=None if side is None else (int(side), int(side)),
+        frames=options.frames or int(data.get("frames", 1)),
+        fps=options.fps,
+    )
+
+
+def _prompts(
+    options: SampleOptions, backbone: Backbone, tree: Mapping[str, Any]
+) -> tuple[str, str]:
+    """The prompt and the negative one; says where one is longer than what is read of it.
+
+    Raises:
+        ValueError: a word that the model does not have, or does not read.
+    """
+    from trainer.config.captions import check_read
+    from trainer.config.prompts import words_in
+
+    words = words_in(tree, backbone.tokenizer.get_vocab())
+    found = []
+    for key in ("prompt", "negative"):
+        found.append(words.prompt(getattr(options, key), key))
+        for line in check_read(found[-1], key, words.added, reader=backbone.prompts.reader):
+            print(line, file=sys.stderr)
+    return found[0], found[1]
+
+
 def _source(
-    backbone: Backbone, options: SampleOptions, steps: int, frames: int, data: Mapping[str, Any]
+    backbone: Backbone, options: SampleOptions, settings: Sampling, *, data: Mapping[str, Any]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Clean latents (frames, c, h, w) of the source clip, and the noise that becomes them where
     sampling begins from it."""
@@ -173,7 +216,11 @@ def _source(
 
     if options.source is None:
         return None, None
-    source = source_latents(backbone, options.source, frames=frames, fps=options.fps, data=data)
+    steps, frames = settings.steps, settings.frames
+    size = None if settings.size is None else settings.size[0]
+    source = source_latents(
+        backbone, options.source, frames=frames, fps=options.fps, data=data, side=size
+    )
     if options.start == "noise":
         return source, None
     kept = KeptSteps(_inversion_folder(backbone, options, source, steps=steps))

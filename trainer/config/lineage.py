@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.backbones import family_of, find_family
+from trainer.backbones.families import family_of, find_family
 from trainer.backbones.spec import BackboneSpec, DenoiserSpec
 from trainer.common.paths import BACKBONES, DATA
 from trainer.common.suggest import nearest
@@ -14,6 +14,7 @@ from trainer.config.header import file_of, read_header
 from trainer.config.schema import (
     RecipeError,
 )
+from trainer.config.sections import TextSpec
 from trainer.config.tree import merge_trees, read_yaml
 from trainer.config.validate import build_section
 
@@ -30,7 +31,14 @@ def read_backbone(name: str) -> dict[str, Any]:
 def spec_of(tree: Mapping[str, Any], instead: str | None = None) -> BackboneSpec:
     """The backbone of a resolved recipe; or another, which brings a denoiser of its own."""
     name = instead or tree["backbone"]
-    return backbone_spec(name, tree.get("denoiser") if name == tree["backbone"] else None)
+    spec = backbone_spec(name, tree.get("denoiser") if name == tree["backbone"] else None)
+    return read_by(spec, tree)
+
+
+def read_by(spec: BackboneSpec, tree: Mapping[str, Any]) -> BackboneSpec:
+    """A backbone that reads prompts as the section `text` of a recipe says."""
+    most = build_section(TextSpec, tree.get("text"), "text").max_tokens
+    return spec if most is None else spec.model_copy(update={"max_tokens": most})
 
 
 def backbone_spec(name: str, denoiser: Any = None) -> BackboneSpec:
@@ -43,7 +51,8 @@ def backbone_spec(name: str, denoiser: Any = None) -> BackboneSpec:
             raise RecipeError(
                 f"denoiser: backbone {name} has a network of its own, which denoiser=null keeps"
             )
-        return backbone_spec(root, given).model_copy(update={"adapters": adapters})
+        spec = read_by(backbone_spec(root, given), _made_by(name) or {})
+        return spec.model_copy(update={"adapters": adapters})
     own = None
     if name in backbone_names():
         tree = read_backbone(name)

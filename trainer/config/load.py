@@ -9,14 +9,18 @@ backbone may also be a folder of weights, or the result of a finished run. A rec
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from trainer.common.paths import RECIPES
 from trainer.common.section import Section
 from trainer.common.suggest import nearest
-from trainer.config.lineage import backbone_names, backbone_spec, lineage_of
+from trainer.config.backbone_limits import check_limits
+from trainer.config.captions import check_words
+from trainer.config.lineage import backbone_names, backbone_spec, lineage_of, read_by
 from trainer.config.overrides import parse_words
+from trainer.config.prompts import check_texts, follow_data, unspelled, with_words, words_of
 from trainer.config.schema import KEYS, SECTIONS, TRACKERS, Recipe, RecipeError
 from trainer.config.sections import OptimSpec
 from trainer.config.tasks import check_tasks, task_overlay
@@ -32,8 +36,8 @@ def load_recipe(arguments: Iterable[str]) -> Recipe:
     """`["recipe=custom_diffusion", "data.concept=./dog"]` to a checked recipe.
 
     Raises:
-        RecipeError: anything wrong with it; nothing has been read but YAML, and folders have been
-        seen to exist.
+        RecipeError: anything wrong with it; nothing has been read but YAML, captions, and the small
+        files of the backbone, and folders have been seen to exist.
     """
     overrides = parse_words(arguments)
     name = overrides.pop("recipe", None)
@@ -47,7 +51,17 @@ def load_recipe(arguments: Iterable[str]) -> Recipe:
             f"optim.lrs.{frozen[0]}=0 keeps it as an earlier run left it, and there is none; give "
             "run.start_from=<a run or its adapter>, or an lr above 0"
         )
-    return recipe
+    parts = [task_recipe(recipe, n) for n in range(len(recipe.continual.concepts))] or [recipe]
+    said = [line for part in parts for line in _checked(part)]
+    return replace(recipe, said=tuple(dict.fromkeys(said)))
+
+
+def _checked(recipe: Recipe) -> list[str]:
+    """What a user is told of a recipe of one run; raises RecipeError for what its backbone cannot
+    do, or does not read."""
+    check_limits(recipe)
+    said = unspelled(recipe.data, recipe.methods, recipe.backbone)
+    return [*said, *recipe.data.remarks(), *check_words(recipe)]
 
 
 def resolve_recipe(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Recipe:
@@ -59,13 +73,18 @@ def resolve_recipe(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]
     tracker = tree.get("tracker", "tensorboard")
     if tracker not in TRACKERS:
         raise RecipeError(f"tracker={tracker}: no such tracker{nearest(str(tracker), TRACKERS)}")
-    data, chosen = _data(tree.get("data")), methods_of(tree.get("methods"))
+    spec = read_by(backbone_spec(tree["backbone"], tree.pop("denoiser", None)), tree)
+    data = _data(tree.get("data"))
+    tree["methods"] = follow_data(tree.get("methods"), data)
+    chosen = methods_of(tree["methods"])
     _check_words(data, chosen)
     sections["optim"] = _optim(sections["optim"], tree["methods"], chosen)
-    spec = backbone_spec(tree["backbone"], tree.pop("denoiser", None))
     if spec.denoiser is not None and not spec.adapters:
         # complete, so that an adapter does not depend on our defaults
         tree["denoiser"] = spec.denoiser.model_dump(mode="json")
+    words = words_of(data, chosen, spec)
+    sections |= with_words(sections, words)
+    check_texts(data, words, spec)
     recipe = Recipe(
         name=name,
         backbone_name=tree["backbone"],

@@ -15,6 +15,8 @@ from trainer.config.schema import (
 )
 from trainer.config.tree import merge_trees, plain_value
 
+PLACE = re.compile(r"\{(token|class)\}")  # of prompts, see data/templates.py
+MARKS = ("\ue000", "\ue001")  # for the braces of places, which YAML reads as a mapping
 KEY = re.compile(r"\w[\w-]*(\.\w[\w-]*)*")
 
 
@@ -38,15 +40,30 @@ def parse_words(arguments: Iterable[str]) -> dict[str, Any]:
 
 def _value(text: str) -> Any:
     """`1e-4`, `true`, `null`, `[a, b]` and `{a: 1}` are YAML; the rest is text, so that a prompt
-    with colons, brackets or a # stays what it is. Quotes make text of anything."""
-    begin = text.strip()[:1]
+    with colons, brackets or a # stays what it is. Quotes make text of anything. {token} and {class}
+    are text too, inside a list as well."""
+    begin = "" if PLACE.match(text.strip()) else text.strip()[:1]
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={_hidden(text)}"]))
     except (OmegaConfBaseException, YAMLError, AttributeError):
         return text
     assert isinstance(value, dict)
-    value = value["value"]
+    value = _shown(value["value"])
     structure = isinstance(value, dict | list) and begin not in ("[", "{")
     comment = value is None and text.strip().lower() not in ("null", "~")
     bare = isinstance(value, str | bytes) and begin not in ("'", '"')
     return text if structure or comment or bare else value
+
+
+def _hidden(text: str) -> str:
+    return PLACE.sub(rf"{MARKS[0]}\1{MARKS[1]}", text)
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace(MARKS[0], "{").replace(MARKS[1], "}")
+    if isinstance(value, list):
+        return [_shown(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _shown(item) for key, item in value.items()}
+    return value

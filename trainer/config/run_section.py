@@ -107,6 +107,11 @@ class RunSpec(Section):
         None, description="a run or its adapter, whose trained tensors this run continues from"
     )
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of the pictures, None for those of the backbone."""
+        return None if self.resolution is None else (self.resolution, self.resolution)
+
     @model_validator(mode="before")
     @classmethod
     def _earlier_name(cls, values: Any) -> Any:

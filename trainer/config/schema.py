@@ -14,6 +14,7 @@ from trainer.config.sections import (
     ObjectiveSpec,
     OptimSpec,
     PreviewSpec,
+    TextSpec,
 )
 from trainer.data.source import Source
 from trainer.methods.method import Method
@@ -31,6 +32,7 @@ SECTIONS: dict[str, type[Section]] = {
     "preview": PreviewSpec,
     "evaluate": EvaluateSpec,
     "continual": ContinualSpec,
+    "text": TextSpec,
 }
 KEYS = ("recipe", "backbone", "data", "methods", *SECTIONS, "tracker", "denoiser")
 
@@ -38,7 +40,7 @@ KEYS = ("recipe", "backbone", "data", "methods", *SECTIONS, "tracker", "denoiser
 @dataclass(frozen=True)
 class Recipe:
     """The resolved recipe; `tree` is the plain mapping it was made from, as it is written into
-    adapters."""
+    adapters. said: sentences that a user is to read before it is trained."""
 
     name: str
     backbone_name: str
@@ -51,5 +53,7 @@ class Recipe:
     preview: PreviewSpec
     evaluate: EvaluateSpec
     continual: ContinualSpec
+    text: TextSpec
     tracker: str
     tree: dict[str, Any]
+    said: tuple[str, ...] = ()

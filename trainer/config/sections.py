@@ -123,8 +123,22 @@ class OptimSpec(Section):
         return tuple(method for method, lr in self.lrs.items() if lr == 0)
 
 
+class TextSpec(Section):
+    """How prompts and captions are read, in training, previews, `sample` and `evaluate` alike."""
+
+    max_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="tokens of a prompt that are read, as in 150 or 225: CLIP reads 75 in one call "
+        "and longer prompts in parts of 75, as user interfaces do; null reads one part, or as many "
+        "as the run that the backbone is the result of",
+    )
+
+
 class PreviewSpec(Section):
-    """Pictures of fixed prompts and seeds while training, and the sampler that `sample` uses."""
+    """Pictures of fixed prompts and seeds while training, and the steps and guidance that `sample`
+    takes by default; nothing that trains or is evaluated depends on them. In prompts {token} stands
+    for the concept's new word and {class} for its kind."""
 
     prompts: tuple[str, ...] = Field((), description="one picture or clip each; none if empty")
     every: int = Field(100, ge=0, description="steps between previews; 0 for none")
@@ -142,8 +156,15 @@ class PreviewSpec(Section):
 
 
 class EvaluateSpec(Section):
-    """Prompts that `evaluate` generates pictures of. With several concepts, alone and beside name
-    the token of the first; each other concept's is put in its place."""
+    """Prompts that `evaluate` generates pictures of, and how. In prompts {token} stands for the
+    concept's new word and {class} for its kind. With several concepts, alone and beside name the
+    first one; each other concept's is put in its place."""
+
+    steps: int = Field(25, gt=0, description="steps of the sampler")
+    guidance: float = Field(
+        5.0, ge=0, description="strength of classifier-free guidance, 1 or less for none"
+    )
+    negative: str = Field("", description="a prompt to move away from, in place of the empty one")
 
     alone: tuple[str, ...] = Field((), description="prompts of the concept alone")
     beside: tuple[str, ...] = Field((), description="prompts of the concept beside a known sprite")

@@ -38,16 +38,16 @@ def task_overlay(recipe: Recipe, number: int) -> dict[str, Any]:
     data = {"concept": spec.concepts[number], "token": token}
     if spec.class_words:
         data["class_word"] = spec.class_words[number]
-    previews, asked = recipe.preview, recipe.evaluate
+    previews, asked = (recipe.tree.get(key) or {} for key in ("preview", "evaluate"))
     return {
         "continual": None,
         "data": data,
         "methods": {name: _options(each, spec, number) for name, each in recipe.methods.items()},
         "preview": {
-            "prompts": named(previews.prompts),
-            "maps": previews.maps and previews.maps.replace(old, token),
+            "prompts": named(previews.get("prompts", ())),
+            "maps": previews.get("maps") and previews["maps"].replace(old, token),
         },
-        "evaluate": {"alone": named(asked.alone), "beside": named(asked.beside)},
+        "evaluate": {key: named(asked.get(key, ())) for key in ("alone", "beside")},
     }
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from PIL import Image
 
+from trainer.data.loss_mask import mask_cells
 from trainer.media.images import resize_cover, to_tensor
 
 if TYPE_CHECKING:
@@ -48,10 +49,12 @@ def resize_augment(
     mask_divisor: int,
     rng: Uniform,
     hflip: bool = False,
+    painted: Image.Image | None = None,
 ) -> tuple[Tensor, str, Tensor]:
     """One random augmented view of a photo, its caption and the mask of its real pixels.
 
-    The masked loss of a sample is `(loss * mask).sum() / mask.sum()`; the mask is never empty.
+    The masked loss of a sample is `(loss * mask).sum() / mask.sum()`; the mask is never empty. A
+    view in which nothing of a painted mask is left gives way to the complete photo.
 
     Args:
         image: RGB photo of any size.
@@ -60,10 +63,11 @@ def resize_augment(
         mask_divisor: pixels per mask cell: the downsampling factor of the VAE (8 for SD 1.5).
         rng: the only source of randomness; the same state gives the same result.
         hflip: mirror with probability 1/2. Captions that say left or right become wrong.
+        painted: the photo's own mask in its size, 8-bit grey, whose centre is not all black.
 
     Returns:
         Image float32 (3, size, size) in [-1, 1], 0 outside the photo; caption; mask float32
-        (1, size // mask_divisor, size // mask_divisor) of 0 and 1.
+        (1, size // mask_divisor, size // mask_divisor) of 0 and 1, of a painted mask also between.
 
     Raises:
         ValueError: `size` does not fit `mask_divisor`, or `image` is not RGB.
@@ -71,14 +75,26 @@ def resize_augment(
     _check_size(size, mask_divisor)
     if hflip and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        painted = painted and painted.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     scale = draw_scale(size, mask_divisor, rng)
+    full = _full_mask(size, mask_divisor)
+    whole = full if painted is None else mask_cells(painted, (size, size), mask_divisor)
     if scale < FAR_BELOW * size:
-        pixels, mask = _paste(image, size=size, scale=scale, mask_divisor=mask_divisor, rng=rng)
-        return pixels, _prefixed(caption, FAR_PREFIXES, rng), mask
-    if scale > size:
-        pixels = _crop(image, size=size, scale=scale, rng=rng)
-        return pixels, _prefixed(caption, CLOSE_PREFIXES, rng), _full_mask(size, mask_divisor)
-    return to_tensor(resize_cover(image, size)), caption, _full_mask(size, mask_divisor)
+        top, left = (_integer(0, size - scale + 1, rng) for _ in range(2))
+        mask = _inner(full, (top, left), scale, mask_divisor=mask_divisor)
+        if painted is not None:
+            mask = mask * _pasted_cells(painted, (top, left), scale, size=size, like=full)
+        if mask.any():
+            pixels = _paste(image, (top, left), scale, size=size)
+            return pixels, _prefixed(caption, FAR_PREFIXES, rng), mask
+    elif scale > size:
+        top, left = (_integer(0, scale - size + 1, rng) for _ in range(2))
+        box = (left, top, left + size, top + size)
+        mask = full if painted is None else _cropped_cells(painted, box, scale, like=full)
+        if mask.any():
+            pixels = to_tensor(resize_cover(image, scale).crop(box))
+            return pixels, _prefixed(caption, CLOSE_PREFIXES, rng), mask
+    return to_tensor(resize_cover(image, size)), caption, whole
 
 
 def draw_scale(size: int, mask_divisor: int, rng: Uniform) -> int:
@@ -94,30 +110,46 @@ def draw_scale(size: int, mask_divisor: int, rng: Uniform) -> int:
     return _integer(int(low * size), int(high * size), rng)
 
 
-def _paste(
-    image: Image.Image, *, size: int, scale: int, mask_divisor: int, rng: Uniform
-) -> tuple[Tensor, Tensor]:
+def _paste(image: Image.Image, place: tuple[int, int], scale: int, *, size: int) -> Tensor:
+    """The photo on grey. place: top and left, in pixels."""
     import torch
 
-    top, left = (_integer(0, size - scale + 1, rng) for _ in range(2))
+    top, left = place
     pixels = torch.zeros(3, size, size)
     pixels[:, top : top + scale, left : left + scale] = to_tensor(resize_cover(image, scale))
-    mask = torch.zeros_like(_full_mask(size, mask_divisor))
-    rows, columns = _inner_cells(top, scale, mask_divisor), _inner_cells(left, scale, mask_divisor)
+    return pixels
+
+
+def _inner(full: Tensor, place: tuple[int, int], scale: int, *, mask_divisor: int) -> Tensor:
+    """The mask of a pasted photo's inner cells."""
+    import torch
+
+    mask = torch.zeros_like(full)
+    rows, columns = (_inner_cells(start, scale, mask_divisor) for start in place)
     mask[:, rows, columns] = 1.0
-    return pixels, mask
+    return mask
+
+
+def _pasted_cells(
+    painted: Image.Image, place: tuple[int, int], scale: int, *, size: int, like: Tensor
+) -> Tensor:
+    """The painted mask of a pasted photo, black around it."""
+    canvas = Image.new("L", (size, size))
+    canvas.paste(resize_cover(painted, scale), (place[1], place[0]))
+    return mask_cells(canvas, (size, size), size // like.shape[-1])
+
+
+def _cropped_cells(
+    painted: Image.Image, box: tuple[int, int, int, int], scale: int, *, like: Tensor
+) -> Tensor:
+    cut = resize_cover(painted, scale).crop(box)
+    return mask_cells(cut, cut.size, cut.width // like.shape[-1])
 
 
 def _inner_cells(start: int, length: int, divisor: int) -> slice:
     # One cell less than fits on each side, as the official code has it: the VAE's receptive field
     # reaches over a cell's border, so latents at the rim are a mixture of photo and grey.
     return slice(start // divisor + 1, (start + length) // divisor - 1)
-
-
-def _crop(image: Image.Image, *, size: int, scale: int, rng: Uniform) -> Tensor:
-    top, left = (_integer(0, scale - size + 1, rng) for _ in range(2))
-    box = (left, top, left + size, top + size)
-    return to_tensor(resize_cover(image, scale).crop(box))
 
 
 def _full_mask(size: int, mask_divisor: int) -> Tensor:
@@ -127,7 +159,11 @@ def _full_mask(size: int, mask_divisor: int) -> Tensor:
 
 
 def _prefixed(caption: str, prefixes: tuple[str, ...], rng: Uniform) -> str:
-    prefix = prefixes[_integer(0, len(prefixes), rng)]
+    return prefixed(caption, prefixes[_integer(0, len(prefixes), rng)])
+
+
+def prefixed(caption: str, prefix: str) -> str:
+    """`prefix` in the place of a caption's leading article."""
     return prefix + re.sub(r"^(an?|the)\s+", "", caption, flags=re.IGNORECASE)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from trainer.data.loss_mask import checked_cells
 from trainer.data.prior import Pair
 from trainer.data.source import Sample
 
@@ -57,6 +58,13 @@ class ConceptData:
         self.num_photos = ends[len(photos) - 1]
         self.fixed = not (view.augment or view.flip)
         self.skipped: Sequence[str] = tuple(skipped)
+        self.masks: dict[int, Tensor] = {
+            index: checked_cells(
+                pair.mask, (view.side, view.side), divisor=view.divisor, name=pair.key
+            )
+            for index, pair in enumerate(self.pairs)
+            if pair.mask is not None
+        }
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -76,17 +84,22 @@ class ConceptData:
                 mask_divisor=view.divisor,
                 rng=rng,
                 hflip=view.flip,
+                painted=pair.mask,
             )
             return Sample(image=image, caption=caption, key=pair.key, mask=mask)
-        photo = resize_cover(pair.image, view.side)
+        photo, own = resize_cover(pair.image, view.side), self.loss_mask(index)
         if view.flip and rng.random() < 0.5:
-            photo = ImageOps.mirror(photo)
-        return Sample(image=to_tensor(photo), caption=caption, key=pair.key)
+            photo, own = ImageOps.mirror(photo), None if own is None else own.flip(-1)
+        return Sample(image=to_tensor(photo), caption=caption, key=pair.key, mask=own)
 
     def image(self, index: int) -> Tensor:
         from trainer.media.images import resize_cover, to_tensor
 
         return to_tensor(resize_cover(self.pairs[index].image, self.view.side))
+
+    def loss_mask(self, index: int) -> Tensor | None:
+        """The mask of a photo that is not augmented, see `Masked`."""
+        return self.masks.get(index)
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         captions = self.pairs[index].captions

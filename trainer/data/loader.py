@@ -18,6 +18,7 @@ from trainer.common.exit_codes import CODES
 from trainer.common.seeds import seed_of
 from trainer.common.threads import return_to_all
 from trainer.data.cache import frames_of, rows
+from trainer.data.loss_mask import Masked
 from trainer.data.plan import Cursor, Slot, StepPlan
 from trainer.data.source import Dataset, Sample
 
@@ -127,6 +128,8 @@ def collate(
         batch.moments = torch.from_numpy(np.concatenate([moments[span] for span in spans])).float()
         batch.captions = [dataset.caption(slot.index, rng) for slot, rng in pairs]
         batch.keys = [str(slot.index) for slot in slots]
+        if isinstance(dataset, Masked):
+            batch.masks = _stacked([dataset.loss_mask(slot.index) for slot in slots])
     else:
         _fill(batch, [dataset.sample(slot.index, rng) for slot, rng in pairs])
     return batch
@@ -137,10 +140,7 @@ def _fill(batch: Batch, samples: Sequence[Sample]) -> None:
     batch.pixels = torch.cat([frames_of(sample.image) for sample in samples])
     batch.captions = [sample.caption for sample in samples]
     batch.keys = [sample.key for sample in samples]
-    masks = [sample.mask for sample in samples]
-    if any(mask is not None for mask in masks):
-        full = torch.ones_like(next(mask for mask in masks if mask is not None))
-        batch.masks = torch.stack([full if mask is None else mask for mask in masks])
+    batch.masks = _stacked([sample.mask for sample in samples])
     first = samples[0]
     for sample in samples[1:]:
         if sample.inputs.keys() != first.inputs.keys():
@@ -151,6 +151,14 @@ def _fill(batch: Batch, samples: Sequence[Sample]) -> None:
     batch.inputs = {
         name: torch.stack([sample.inputs[name] for sample in samples]) for name in first.inputs
     }
+
+
+def _stacked(masks: Sequence[Tensor | None]) -> Tensor | None:
+    """The masks of a batch (b, 1, h, w), all ones for samples without one; None without any."""
+    found = [mask for mask in masks if mask is not None]
+    if not found:
+        return None
+    return torch.stack([torch.ones_like(found[0]) if mask is None else mask for mask in masks])
 
 
 class Batches(DataLoader[Any]):

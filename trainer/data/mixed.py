@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from trainer.data.loss_mask import Masked
 from trainer.data.source import Dataset, Sample
 
 if TYPE_CHECKING:
@@ -43,6 +44,10 @@ class Mixed:
     def caption(self, index: int, rng: np.random.Generator) -> str:
         part, own = self._part(index)
         return part.caption(own, rng)
+
+    def loss_mask(self, index: int) -> Tensor | None:
+        part, own = self._part(index)
+        return part.loss_mask(own) if isinstance(part, Masked) else None
 
     def fingerprint(self) -> str:
         both = [part.fingerprint() for part in self.parts]

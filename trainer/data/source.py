@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median_low
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
     from torch import Tensor
+
+
+# the name of a caption, as of its file; its text; the word it must hold, None where it may hold any
+Caption = tuple[str, str, str | None]
 
 
 @dataclass(frozen=True)
@@ -73,19 +77,29 @@ def shape_of_clips(data: Dataset) -> tuple[int, float | None]:
 
 
 @dataclass(frozen=True)
+class Generation:
+    """How class images are generated: steps of the sampler, the scale of classifier-free guidance,
+    and which sampler, None for the backbone's own."""
+
+    steps: int = 25
+    guidance: float = 5.0
+    sampler: str | None = None
+
+
+@dataclass(frozen=True)
 class Needs:
     """What a source may ask of the run.
 
     resolution: the side of an image in pixels. divisor: pixels per latent along an edge. generate:
-    makes class images from prompts, the seed of the first (the next has the next seed) and a
-    guidance scale, None for that of the previews. cache: the folder for what is kept between runs.
-    generator: names the weights and the sampler of `generate`; it reads all weights, so only who
-    needs class images asks. at_once: pictures that `generate` should make in one call.
+    makes class images from prompts, the seed of the first (the next has the next seed) and how.
+    cache: the folder for what is kept between runs. generator: names the weights of `generate`; it
+    reads all of them, so only who needs class images asks. at_once: pictures that `generate` should
+    make in one call.
     """
 
     resolution: int
     divisor: int
-    generate: Callable[[Sequence[str], int, float | None], Sequence[Image]]
+    generate: Callable[[Sequence[str], int, Generation], Sequence[Image]]
     cache: Path
     generator: Callable[[], str]
     at_once: int = 32
@@ -100,6 +114,20 @@ class Source(BaseModel):
     def words(self) -> tuple[str, ...]:
         """The new words its captions are written with."""
         return ()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What kind of thing each of `words` is; empty where it is not said."""
+        return ()
+
+    def captions(self) -> Iterable[Caption]:
+        """Every caption that can be read without opening the data, or none."""
+        return ()
+
+    def remarks(self) -> list[str]:
+        """A sentence for each thing in the data that a user may not expect, as in a file that is
+        not read; from names alone."""
+        return []
 
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
         """The training samples, and the held-out ones for the validation loss where the source has

@@ -1,4 +1,5 @@
-"""Captions for a concept whose photos have none; `{}` is replaced by the token phrase.
+"""Texts that name a concept by {token}, its new word, and {class}, what kind of thing it is; and
+captions for a concept whose photos have none.
 
 Many wordings keep the concept from being tied to a single one, as in textual inversion (Gal et al.,
 arXiv:2208.01618) and DreamBooth (Ruiz et al., arXiv:2208.12242). Each wording is true of any photo
@@ -6,6 +7,11 @@ of the concept: none names a style, a position or a number.
 """
 
 from __future__ import annotations
+
+import re
+
+from trainer.common.articles import article_of
+from trainer.common.suggest import nearest
 
 TEMPLATES: tuple[str, ...] = (
     "a photo of a {}",
@@ -30,12 +36,12 @@ TEMPLATES: tuple[str, ...] = (
     "look at this {}",
     "a {}",
 )
+PLACES = ("token", "class")
+PLACE = re.compile(r"(?P<article>\b[Aa]n?(?P<gap>\s+))?\{(?P<place>\w+)\}")
 
 
-def render(template: str, token_phrase: str) -> str:
-    """Replaces `{}` by a token phrase such as "<new1> cat".
-
-    The article is the template's: a phrase that needs "an" needs another template.
+def render(template: str, phrase: str) -> str:
+    """Replaces `{}` by a phrase such as "<v1> cat", and puts the right article before it.
 
     Raises:
         ValueError: the template does not have exactly one `{}`, or the phrase is blank.
@@ -44,7 +50,36 @@ def render(template: str, token_phrase: str) -> str:
         raise ValueError(
             f"template {template!r}: write {{}} exactly once, where the concept's name goes"
         )
-    if not token_phrase.strip():
-        raise ValueError("the token phrase is blank; give the new token, such as '<new1> cat'")
+    if not phrase.strip():
+        raise ValueError("the phrase is blank; give the new token, such as '<v1> cat'")
     # not str.format: other braces in a template or a phrase are plain text
-    return template.replace("{}", token_phrase.strip())
+    return fill(template.replace("{}", "{token}"), phrase.strip(), None)
+
+
+def fill(text: str, token: str | None, kind: str | None) -> str:
+    """`text` with the token for {token} and the kind of thing for {class}, each after the right
+    article. Without a kind, {class} after {token} is left out: a photo of a {token} {class} becomes
+    a photo of a <v1>.
+
+    Raises:
+        ValueError: there is no such word, or no such place.
+    """
+    if kind is None:
+        text = re.sub(r"\{token\}\s+\{class\}", "{token}", text)
+    values = {"token": token, "class": kind}
+
+    def put(found: re.Match[str]) -> str:
+        place = found["place"]
+        if place not in values:
+            raise ValueError(f"{{{place}}} stands for nothing{nearest(place, PLACES)}")
+        value = values[place]
+        if value is None:
+            what = "a new word" if place == "token" else "data.class_word"
+            raise ValueError(f"{{{place}}} stands for {what}, and this recipe has none")
+        if found["article"] is None:
+            return value
+        article = article_of(value)
+        own = article.capitalize() if found["article"][0] == "A" else article
+        return f"{own}{found['gap']}{value}"
+
+    return PLACE.sub(put, text)

@@ -16,6 +16,7 @@ from trainer.attention.context import StepContext
 from trainer.attention.hooks import Prediction, SamplingHook
 from trainer.attention.rows import Rows
 from trainer.backbones.backbone import Backbone
+from trainer.backbones.schedulers import with_solver
 from trainer.diffusion.guidance import UNCOND, classifier_free, temporal
 from trainer.diffusion.objective import Objective, alpha_sigma, to_x0
 from trainer.diffusion.predict import predict_groups
@@ -56,15 +57,19 @@ class Denoising:
     @property
     def noise_scale(self) -> float:
         """Of what sampling starts from; a flow's scheduler starts from unit noise."""
-        return float(getattr(self.backbone.scheduler(), "init_noise_sigma", 1.0))
+        return float(getattr(self._solver(), "init_noise_sigma", 1.0))
 
     def scheduler(self, first: int, device: torch.device) -> Any:
         """One that is at step `first`; a flow's counts its steps."""
-        scheduler = self.backbone.scheduler()
+        scheduler = self._solver()
         scheduler.set_timesteps(self.steps, device=device)
         if first and hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first)
         return scheduler
+
+    def _solver(self) -> Any:
+        own, name = self.backbone.scheduler(), self.settings.sampler
+        return own if name is None else with_solver(own, name)
 
     def level(self, step: int) -> tuple[float, float]:
         """alpha and sigma before a step."""

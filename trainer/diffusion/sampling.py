@@ -16,7 +16,8 @@ class Sampling:
     negative: the prompt of those rows. size: height and width in pixels, multiples of the
     backbone's divisor; None for the size it was trained at. frames: of a clip, 1 for pictures. fps:
     frames a second, for a model that has learned of them. temporal_guidance: of clips, see
-    `guidance.temporal`.
+    `guidance.temporal`. sampler: one of `backbones.schedulers.SOLVERS`, None for the backbone's
+    own.
 
     Raises:
         ValueError: no step, no frame, or temporal guidance without guidance or without frames.
@@ -29,6 +30,7 @@ class Sampling:
     frames: int = 1
     fps: float | None = None
     temporal_guidance: float = 1.0
+    sampler: str | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:

@@ -17,13 +17,19 @@ if TYPE_CHECKING:
 
 
 def source_latents(
-    backbone: Backbone, path: Path, *, frames: int, fps: float | None, data: Mapping[str, Any]
+    backbone: Backbone,
+    path: Path,
+    *,
+    frames: int,
+    fps: float | None,
+    data: Mapping[str, Any],
+    side: int | None = None,
 ) -> Tensor:
     """The latents (frames, c, h, w) of a clip cut from a video as the data source `video` cuts it:
     the mean of the VAE's posterior.
 
     data: the section `data` of the recipe that trained the model; its stride, fps and start hold
-    where `fps` is None.
+    where `fps` is None. side: of the frames in pixels, None for the backbone's.
 
     Raises:
         ImageError: the video cannot be read, or is too short.
@@ -38,7 +44,7 @@ def source_latents(
     )
     path = path.expanduser()
     video = CaptionedVideo(path.name, "", facts=examine(path, path.name), source=path)
-    pixels = VideoClips([video], window, side=backbone.resolution, flip=False).image(0)
+    pixels = VideoClips([video], window, side=side or backbone.resolution, flip=False).image(0)
     device = next(backbone.vae.parameters()).device
     moments = backbone.moments(pixels.to(device))
     return backbone.latents(moments, torch.zeros_like(moments.chunk(2, 1)[0]))

@@ -20,9 +20,9 @@ from trainer.backbones.backbone import Backbone
 from trainer.backbones.placement import pictures_at_once
 from trainer.common.paths import cache_folder
 from trainer.config.schema import Recipe
+from trainer.data.concept_photos import OneConcept
 from trainer.data.kept import kept_pictures
 from trainer.data.source import Dataset
-from trainer.data.sources.concept import SPRITE
 from trainer.data.world.scenes import article
 from trainer.data.world.sprites import ALL, KNOWN
 from trainer.diffusion.sampler import sample_many
@@ -75,14 +75,15 @@ class Examiner:
         self.num_images, self.batch_size, self.resumes = num_images, batch_size, resumes
         self.unfinished: set[Path] = set()
         self.weights: dict[int, str] = {}  # fingerprints; reading all weights takes seconds
-        learned = getattr(recipe.data, "concepts", [("", "", None)])
+        learned = getattr(recipe.data, "concepts", [OneConcept("", "", None)])
         groups = [] if max(train.frames) > 1 else [list(group) for group in train.groups]
         self.subjects = []
-        for (concept, token, class_word), rows in zip(learned, groups, strict=False):
-            sprite = concept.removeprefix(SPRITE) if concept.startswith(SPRITE) else None
-            photos = judge.images(_pictures(train, rows))
-            word = sprite or class_word
-            self.subjects.append(Subject(token=token, word=word, sprite=sprite, photos=photos))
+        for concept, rows in zip(learned, groups, strict=False):
+            photos, sprite = judge.images(_pictures(train, rows)), concept.sprite
+            word = sprite or concept.kind
+            self.subjects.append(
+                Subject(token=concept.token, word=word, sprite=sprite, photos=photos)
+            )
         prior = groups[len(learned) :]
         self.others = judge.images(_pictures(train, prior[0][:32])) if prior else None
 
@@ -224,12 +225,13 @@ class Examiner:
     def _sample(
         self, model: Backbone, prompts: Sequence[str], *, frames: int = 1, fps: float | None = None
     ) -> Tensor:
-        preview = self.recipe.preview
+        asked, size = self.recipe.evaluate, self.recipe.run.size
+        side = self.recipe.run.resolution or model.resolution
         seeds = [SEED + i for i in range(len(prompts))]
         most = max(1, self.batch_size // frames)
-        batch_size = pictures_at_once(most, frames * model.resolution**2)
+        batch_size = pictures_at_once(most, frames * side**2)
         settings = Sampling(
-            preview.steps, preview.guidance, preview.negative, frames=frames, fps=fps
+            asked.steps, asked.guidance, asked.negative, size=size, frames=frames, fps=fps
         )
 
         def make(batch: range) -> list[Image]:
@@ -241,7 +243,7 @@ class Examiner:
 
         how = (batch_size, settings.steps, settings.guidance, settings.negative)
         clip = (frames, fps) if frames > 1 else ()
-        facts = (list(prompts), seeds, how, *clip)
+        facts = (list(prompts), seeds, how, *clip, *(size or ()))
         folder = self._folder(model, facts)
         count, at_once = len(prompts) * frames, batch_size * frames
         if folder is None:

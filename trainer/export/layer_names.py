@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from trainer.backbones import family_names, find_family
+from trainer.backbones.families import family_names, find_family
 from trainer.export.apply_bundle import parts
 
 RESNET = {

@@ -79,6 +79,7 @@ class Method(BaseModel):
     kind: ClassVar[EditKind]
     systems: ClassVar[str]
     paper: ClassVar[str]
+    adds_words: ClassVar[bool] = False  # to the vocabulary, as its option `tokens` names them
 
     @property
     def name(self) -> str:

@@ -25,7 +25,7 @@ from trainer.data import cache
 from trainer.data.buckets import Bucketed
 from trainer.data.loader import Fixed, Planned
 from trainer.data.plan import StepPlan
-from trainer.data.source import Dataset, Needs
+from trainer.data.source import Dataset, Generation, Needs
 from trainer.diffusion.objective import Objective
 from trainer.diffusion.sampler import evaluating, sample_many
 from trainer.diffusion.sampling import Sampling
@@ -134,27 +134,21 @@ def looker(module: DiffusionModule, batches: Planned) -> Callable[[], None]:
 
 
 def needs(recipe: Recipe, backbone: Backbone) -> Needs:
-    """What the data may ask of the run; class images are generated with the recipe's preview
-    sampler."""
-    look, side = recipe.preview, recipe.run.resolution or backbone.resolution
+    """What the data may ask of the run."""
+    side = recipe.run.resolution or backbone.resolution
 
-    def generate(prompts: Sequence[str], seed: int, guidance: float | None) -> list[Image]:
+    def generate(prompts: Sequence[str], seed: int, how: Generation) -> list[Image]:
         seeds = [seed + i for i in range(len(prompts))]
-        guidance = look.guidance if guidance is None else guidance
-        size = None if recipe.run.resolution is None else (side, side)
-        settings = Sampling(look.steps, guidance, size=size)
+        settings = Sampling(how.steps, how.guidance, size=recipe.run.size, sampler=how.sampler)
         pictures = sample_many(backbone, prompts, seeds, settings=settings)
         return [to_pil(picture) for picture in pictures]
-
-    def generator() -> str:
-        return f"{backbone.fingerprint()}, {look.steps} steps, guidance {look.guidance}"
 
     return Needs(
         resolution=side,
         divisor=backbone.divisor,
         generate=generate,
         cache=cache_folder(),
-        generator=generator,
+        generator=backbone.fingerprint,
         at_once=pictures_at_once(CLASS_IMAGES, side * side),
     )
 

@@ -24,6 +24,7 @@ from trainer.training.build import (
     seed_everything,
     step_plan,
 )
+from trainer.training.caption_check import check_captions
 from trainer.training.console import first_rank, say
 from trainer.training.launch import announce, ending, launch
 from trainer.training.resume import last_checkpoint
@@ -66,6 +67,8 @@ def _fit(recipe: Recipe, folder: Path) -> None:
     backbone = load_base(recipe.backbone, recipe.backbone_name, placement, hold=False)
     train, held_out = recipe.data.open(needs(recipe, backbone))
     plan = adapt(recipe, backbone, placement)
+    for line in check_captions(recipe, backbone, train):
+        say(line)
     module = module_of(recipe, backbone, plan)
     launched = launch(recipe, folder, found=found, plan=plan, train=train, backbone=backbone)
     rank, ranks = launched.trainer.global_rank, launched.trainer.world_size

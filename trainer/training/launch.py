@@ -127,7 +127,12 @@ def previews(
             every=preview.every,
             seed=preview.seed,
             settings=Sampling(
-                preview.steps, preview.guidance, preview.negative, frames=frames, fps=fps
+                preview.steps,
+                preview.guidance,
+                preview.negative,
+                size=recipe.run.size,
+                frames=frames,
+                fps=fps,
             ),
             maps=preview.maps,
             ema=ema,

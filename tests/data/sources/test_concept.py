@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trainer.config.load import load_recipe
 from trainer.config.schema import RecipeError
 from trainer.config.validate import build_section
-from trainer.data.plan import StepPlan
-from trainer.data.source import Needs
+from trainer.data.loader import collate
+from trainer.data.plan import Slot, StepPlan
+from trainer.data.source import Generation, Needs
 from trainer.data.sources.concept import Concept
 
 
@@ -30,7 +32,7 @@ def folders(tmp_path: Path) -> list[Path]:
 
 
 def opened(tmp_path: Path, **options: Any) -> Any:
-    def paint(prompts: Any, seed: int, guidance: float | None) -> Any:
+    def paint(prompts: Any, seed: int, how: Generation) -> Any:
         return [Image.new("RGB", (32, 32)) for _ in prompts]
 
     source = Concept(augment=False, **options)
@@ -66,7 +68,12 @@ def test_class_images_are_of_the_seed_and_guidance_asked_for(
     assert keys() == first
     other = keys(prior_seed=1)
     assert len(other - first) >= 1
-    assert len(keys(prior_guidance=1.5) - other) >= 1
+    seen = keys(prior_guidance=1.5)
+    assert len(seen - other) >= 1
+    for option in ({"prior_steps": 7}, {"prior_sampler": "dpmpp"}):
+        more = keys(**option)
+        assert len(more - seen) == 1, option
+        seen = more
 
 
 def test_each_concept_is_captioned_with_its_own_token(folders: list[Path], tmp_path: Path) -> None:
@@ -121,13 +128,13 @@ def test_lists_that_do_not_agree_are_refused(changes: dict[str, Any], message: s
 
 
 def test_class_images_are_painted_once_for_each_sampler(tmp_path: Path) -> None:
-    asked: list[float | None] = []
+    asked: list[float] = []
 
-    def paint(prompts: Any, seed: int, guidance: float | None) -> Any:
-        asked.append(guidance)
+    def paint(prompts: Any, seed: int, how: Generation) -> Any:
+        asked.append(how.guidance)
         return [Image.new("RGB", (32, 32)) for _ in prompts]
 
-    def open_with(painter: str, guidance: float | None) -> None:
+    def open_with(painter: str, guidance: float) -> None:
         source = Concept(
             concept="sprite:penguin",
             prior_images=1,
@@ -136,9 +143,129 @@ def test_class_images_are_painted_once_for_each_sampler(tmp_path: Path) -> None:
         )
         source.open(Needs(32, 4, paint, tmp_path, lambda: painter))
 
-    for painter, guidance in (("a", None), ("a", None), ("a", 2.0), ("a", 2.0), ("b", None)):
+    for painter, guidance in (("a", 1.0), ("a", 1.0), ("a", 2.0), ("a", 2.0), ("b", 1.0)):
         open_with(painter, guidance)
-    assert asked == [None, 2.0, None]
+    assert asked == [1.0, 2.0, 1.0]
+
+
+def words_of(folders: list[Path], **options: Any) -> list[str]:
+    """The captions of the class images."""
+    train, _ = opened(folders[0].parent, concept=[str(each) for each in folders],
+                      token=["<v1>", "<v2>"], **options)  # fmt: skip
+    rng = np.random.default_rng(0)
+    return [train.caption(index, rng) for index in train.groups[2]]
+
+
+def test_each_folder_of_class_images_has_the_captions_of_its_concept(
+    folders: list[Path], tmp_path: Path
+) -> None:
+    """Two concepts gave every class image the first one's kind."""
+    others = []
+    for name in ("mugs", "apes"):
+        others.append(tmp_path / name)
+        others[-1].mkdir()
+        for number in range(2):
+            Image.new("RGB", (32, 32)).save(others[-1] / f"{number}.png")
+    (others[1] / "1.txt").write_text("two apes in a tree")
+    both = {"prior_folder": [str(each) for each in others], "class_word": ["mug", "ape"]}
+    assert words_of(folders, **both) == [
+        "a photo of a mug", "a photo of a mug", "a photo of an ape", "two apes in a tree",
+    ]  # fmt: skip
+    said = "nothing says what 0.png shows"
+    with pytest.raises(ValueError, match=said):  # of which concept?
+        words_of(folders, prior_folder=str(others[0]), class_word=["mug", "ape"])
+    with pytest.raises(ValueError, match=said):
+        words_of(folders, prior_folder=both["prior_folder"], class_word=None)
+    one = {"prior_folder": str(others[0]), "class_word": ["mug", "ape"]}
+    assert words_of(folders, **one, prior_prompts=("a cup",)) == ["a cup", "a cup"]
+    for number in range(2):
+        (others[0] / f"{number}.txt").write_text(f"cup {number}")
+    assert words_of(folders, **one) == ["cup 0", "cup 1"]
+    (others[0] / "1.txt").write_text(" ")
+    with pytest.raises(ValueError, match=r"nothing says what 1\.png shows"):
+        words_of(folders, **one)
+
+
+def test_prompts_of_class_images_name_each_kind(folders: list[Path]) -> None:
+    found = words_of(
+        folders, class_word=["mug", "ape"], prior_images=4,
+        prior_prompts=("a {class} outside", "a fox"),
+    )  # fmt: skip
+    assert found == ["a mug outside", "an ape outside", "a fox", "a mug outside"]
+
+
+def test_photos_need_to_be_told_what_they_show(folders: list[Path]) -> None:
+    """A cup was taught as "a <v1> animal"."""
+    with pytest.raises(ValueError, match=r"class_word is missing.*red shows, as in data\.class_w"):
+        Concept(concept=str(folders[0]), prior_weight=0)
+    with pytest.raises(RecipeError, match=r"^data: class_word is missing"):
+        load_recipe(["recipe=lora", "backbone=sd15", f"data.concept={folders[0]}"])
+    assert Concept(concept=str(folders[0]), prior_weight=0, class_word=None).kinds == ()
+    for word, phrase in (("owl", "an owl"), ("cup", "a cup"), ("unicorn", "a unicorn")):
+        made = load_recipe(
+            [
+                "recipe=lora",
+                "backbone=sd15",
+                f"data.concept={folders[0]}",
+                f"data.class_word={word}",
+            ]
+        )
+        assert made.data.class_prompts == [f"a photo of {phrase}"]  # type: ignore[attr-defined]
+        assert f"a <v1> {word} on a beach" in made.preview.prompts
+
+
+def painted(folder: Path, name: str, box: tuple[int, int, int, int]) -> None:
+    """A mask of the photos of `folders`, white in a box of pixels."""
+    mask = Image.new("L", (40, 30))
+    mask.paste(255, box)
+    mask.save(folder / name)
+
+
+def test_a_mask_beside_a_photo_weighs_its_loss(folders: list[Path], tmp_path: Path) -> None:
+    """It was trained on as a photo."""
+    painted(folders[0], "0_mask.png", (0, 0, 20, 30))  # the left half
+    options = {"concept": str(folders[0]), "class_word": "mug", "prior_weight": 0}
+    source = Concept(augment=False, **options)
+    train, _ = source.open(Needs(32, 4, no_images, tmp_path, lambda: "tiny"))
+    assert len(train) == 3
+    masks = [train.sample(i, np.random.default_rng(0)).mask for i in range(3)]
+    assert masks[1] is None and masks[2] is None
+    assert masks[0] is not None and masks[0].shape == (1, 8, 8)
+    assert masks[0][0, :, :4].min() == 1 and masks[0][0, :, 4:].max() == 0
+    batch = collate(train, [Slot(0, 0, 1.0), Slot(1, 1, 1.0)], step=0, seed=0, moments=None)
+    cached = collate(
+        train, [Slot(0, 0, 1.0), Slot(1, 1, 1.0)], step=0, seed=0,
+        moments=np.zeros((3, 4, 8, 8), np.float16),
+    )  # fmt: skip
+    for made in (batch, cached):
+        assert made.masks is not None
+        assert made.masks[0].equal(masks[0]) and made.masks[1].min() == 1
+    mirrored = Concept(augment=False, flip=True, **options).open(
+        Needs(32, 4, no_images, tmp_path, lambda: "tiny")
+    )[0]
+    seen = [mirrored.sample(0, np.random.default_rng(seed)).mask for seed in range(20)]
+    assert {bool(mask[0, 0, 0]) for mask in seen if mask is not None} == {True, False}
+
+
+def test_an_augmented_photo_is_learned_where_its_mask_is_white(
+    folders: list[Path], tmp_path: Path
+) -> None:
+    """A red photo whose left half is blue, and masked: what counts in a view is red alone."""
+    photo = Image.new("RGB", (40, 30), (200, 0, 0))
+    photo.paste((0, 0, 200), (0, 0, 20, 30))
+    photo.save(folders[0] / "0.png")
+    painted(folders[0], "0.mask.png", (20, 0, 40, 30))
+    source = Concept(concept=str(folders[0]), class_word="mug", prior_weight=0, flip=True)
+    train, _ = source.open(Needs(64, 4, no_images, tmp_path, lambda: "tiny"))
+    for seed in range(60):
+        sample = train.sample(0, np.random.default_rng(seed))
+        assert sample.mask is not None and 0 < float(sample.mask.sum()) < 256
+        counts = (sample.mask[0] == 1).repeat_interleave(4, 0).repeat_interleave(4, 1)
+        assert float((sample.image[2] * counts).max()) <= 0, seed  # no blue; 0 is the grey around
+
+
+def no_images(prompts: Any, seed: int, how: Generation) -> Any:
+    raise AssertionError("no class images are asked for")
 
 
 @pytest.mark.parametrize(

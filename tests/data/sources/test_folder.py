@@ -121,6 +121,35 @@ def test_fingerprint_follows_the_bytes_and_what_is_done_to_them(photos: Path) ->
     assert of() != before
 
 
+def test_masks_are_weights_of_latents(photos: Path) -> None:
+    """They were trained on as photos, or refused as photos without a caption."""
+    mask = Image.new("L", (40, 24))
+    mask.paste(255, (20, 0, 40, 24))  # the right half
+    mask.save(photos / "2_mask.png")
+    train, held_out = open_folder(photos, validation=2)
+    assert (len(train), len(held_out)) == (1, 2)
+    assert train.sample(0, RNG).mask is None
+    own = held_out.sample(0, RNG).mask
+    assert own.tolist() == [[[0.0, 0.0, 1.0, 1.0]] * 4]  # of the centre, a latent for 4 pixels
+    assert held_out.loss_mask(0).equal(own) and held_out.loss_mask(1) is None
+    flipped, _ = open_folder(photos, flip=True)
+    seen = {
+        tuple(flipped.sample(1, np.random.default_rng(n)).mask[0, 0].tolist()) for n in range(9)
+    }
+    assert seen == {(0.0, 0.0, 1.0, 1.0), (1.0, 1.0, 0.0, 0.0)}
+    mask.paste(0, (8, 0, 32, 24))  # nothing of the centre
+    mask.save(photos / "2_mask.png")
+    with pytest.raises(
+        ValueError, match=r"2_mask\.png: its mask leaves nothing of the centre of 16"
+    ):
+        open_folder(photos)
+    open_buckets = open_folder(photos, buckets=4)[0]
+    assert sum(index in open_buckets.masks for index in range(3)) == 1
+    (photos / "2.png").unlink()
+    with pytest.raises(RecipeError, match=r"2_mask\.png: a mask by its name, and no photo 2 is"):
+        build_section(Folder, {"folder": str(photos)}, "data")
+
+
 @pytest.mark.parametrize("keep", [0, KEEP_BYTES])
 def test_samples_are_the_same_kept_or_read_anew(
     photos: Path, keep: int, monkeypatch: pytest.MonkeyPatch

@@ -281,6 +281,33 @@ def test_members_that_are_refused(tmp_path: Path, member: Any, says: str) -> Non
     assert list(folder.iterdir()) == [folder / "a.tar"]
 
 
+def test_what_a_mac_and_windows_leave_in_a_tar_is_passed_over(tmp_path: Path) -> None:
+    """A tar of a folder made on a Mac has an AppleDouble file beside each file, with its name."""
+    double = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        "
+    left = [
+        "./._photos", "./photos/._0.png", "./photos/.DS_Store", "photos/._.DS_Store",
+        "__MACOSX/photos/._0.png", "__MACOSX/0.png", "photos/.hidden.png", ".Trashes/0.png",
+        "photos/PaxHeaders.1234/0.png", "PaxHeader/0.txt", "photos/Thumbs.db", "photos/desktop.ini",
+        "photos/Icon\r", ".DS_Store", "._0.pkl",
+    ]  # fmt: skip
+    members: list[Any] = [(name, double) for name in left]
+    own = [("./photos/0.png", png()), ("./photos/._0.txt", double), ("./photos/0.txt", b"a thing")]
+    train, _ = open_shards(pack(tmp_path / "in", *members, *own, *members))
+    assert [entry.key for _, entry in train.rows] == ["./photos/0"]
+    assert train.sample(0, RNG).caption == "a thing"
+    both = tmp_path / "pax"
+    both.mkdir()
+    tars.pack(both / "a.tar", *members, *own, pax=True)
+    assert len(open_shards(both)[0]) == 1
+
+
+def test_a_hidden_name_hides_nothing_that_is_refused(tmp_path: Path) -> None:
+    assert "an absolute or upward name" in refusal(
+        pack(tmp_path / "a", PNG, TXT, ("._a/../../b", b""))
+    )
+    assert "the limit is" in refusal(pack(tmp_path / "b", PNG, TXT, special("._b.png", size=-512)))
+
+
 def test_duplicate_keys_are_refused(tmp_path: Path) -> None:
     folder = pack(tmp_path / "in", PNG, TXT, ("b.png", png()), ("b.txt", b"b"), ("a.json", b"{}"))
     assert "a.tar: duplicate key 'a', already in a.tar" in refusal(folder)

@@ -9,33 +9,24 @@ generated once by the frozen backbone and cached, or read from a folder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
 from trainer.common.suggest import nearest
 from trainer.data.concept_data import ConceptData, View
-from trainer.data.held_out import check_split
-from trainer.data.prior import Pair, class_images
-from trainer.data.source import Dataset, Needs, Source
+from trainer.data.concept_photos import SPRITE, OneConcept, captions_of, photos_of
+from trainer.data.prior import ClassFolder, Pair, class_images
+from trainer.data.source import Caption, Dataset, Generation, Needs, Source
 from trainer.data.source_options import Mirror, OnBad
-from trainer.data.templates import TEMPLATES, render
-from trainer.media.photo_folder import list_images, read_folder
+from trainer.data.templates import fill
+from trainer.media.photo_folder import list_images, unread_files
 
-SPRITE = "sprite:"
-# as a user would take photos: the thing alone, then beside others. Each is a scene index in the
-# world of seed 77, and the other sprite in it
-SCENES: tuple[tuple[int, str | None], ...] = (
-    (0, None),
-    (11, None),
-    (9, None),
-    (26, "clock"),
-    (21, "car"),
-)
-UNSEEN = range(505, 521)
-HELD_OUT_FROM = 5  # photos of a concept, of which one is then held out
+CLASS, CLASS_PROMPT = "{class}", "a photo of a {class}"
+Item = TypeVar("Item")
 
 
 class Concept(Source):
@@ -46,16 +37,17 @@ class Concept(Source):
     concept: str | tuple[str, ...] = Field(
         description="a folder of 4 to 20 photos of one thing, or sprite:<word> for five scenes of "
         "a sprite of the embedded world; a .txt beside a photo is its caption and must contain "
-        "the token",
+        "the token, an x_mask.png beside x.jpg is white where its loss counts",
         examples=["./my_dog"],
     )
     token: str | tuple[str, ...] = Field(
-        "<v1>", description="the new word for the concept; methods.new_token.tokens names it too"
+        "<v1>", description="the new word for the concept, which methods.new_token adds"
     )
     class_word: str | tuple[str, ...] | None = Field(
         None,
         description="the kind of thing, as in dog: it follows the token in captions (a photo of "
-        "a <v1> dog) and makes the prompts of class images where prior_prompts is empty",
+        "a <v1> dog) and makes the prompts of class images where prior_prompts is empty. With "
+        "photos it must be given; null leaves captions with the token alone",
     )
     augment: bool = Field(
         True,
@@ -78,11 +70,13 @@ class Concept(Source):
     )
     prior_prompts: tuple[str, ...] = Field(
         (),
-        description="prompts of the class images, in turn; empty asks for a photo of a "
-        "<class_word>",
+        description="prompts of the class images, in turn, with {class} for class_word; empty asks "
+        "for a photo of a {class}. Beside prior_folder: one, the caption of images without one",
     )
-    prior_folder: Path | None = Field(
-        None, description="a folder of class images to take in place of generated ones"
+    prior_folder: Path | tuple[Path, ...] | None = Field(
+        None,
+        description="a folder of class images to take in place of generated ones, of several "
+        "concepts one each. A .txt beside an image is its caption, else a photo of a {class}",
     )
     prior_weight: float = Field(
         1.0,
@@ -91,11 +85,17 @@ class Concept(Source):
         "equation 2); 0 uses no class images",
     )
     prior_seed: int = Field(0, ge=0, description="seed of the class images")
-    prior_guidance: float | None = Field(
-        None,
+    prior_steps: int = Field(25, gt=0, description="steps of the sampler of the class images")
+    prior_guidance: float = Field(
+        5.0,
         ge=0,
-        description="guidance scale of the class images; null takes preview.guidance. What is "
-        "learned from guided images is guided again in sampling",
+        description="guidance scale of the class images, 1 or less for none. What is learned from "
+        "guided images is guided again in sampling",
+    )
+    prior_sampler: Literal["ddim", "euler", "dpmpp"] | None = Field(
+        None,
+        description="sampler of the class images: DDIM, Euler or DPM-Solver++; null is the "
+        "backbone's own, DDIM on a VP path and Euler on a flow",
     )
 
     @property
@@ -103,11 +103,41 @@ class Concept(Source):
         return _listed(self.token)
 
     @property
-    def concepts(self) -> list[tuple[str, str, str | None]]:
-        """(concept, token, class word) of each."""
+    def kinds(self) -> tuple[str, ...]:
+        return _listed(self.class_word)
+
+    @property
+    def concepts(self) -> list[OneConcept]:
+        """The concepts in their order."""
         folders = _listed(self.concept)
-        words = _listed(self.class_word) if self.class_word else [None] * len(folders)
-        return list(zip(folders, _listed(self.token), words, strict=True))
+        kinds = self.kinds or [None] * len(folders)
+        return [OneConcept(*each) for each in zip(folders, self.words, kinds, strict=True)]
+
+    @property
+    def class_folders(self) -> list[ClassFolder]:
+        """The folders of class images, each with the caption of images that have none of their
+        own."""
+        folders, concepts = _listed(self.prior_folder), self.concepts
+        given = self.prior_prompts if len(self.prior_prompts) == 1 else (CLASS_PROMPT,)
+        kinds: list[str | None] = [None] * len(folders)
+        if len(folders) == len(concepts) or len(concepts) == 1:
+            kinds = [concepts[min(n, len(concepts) - 1)].kind for n in range(len(folders))]
+        return [
+            ClassFolder(
+                folder, None if kind is None and CLASS in given[0] else fill(given[0], None, kind)
+            )
+            for folder, kind in zip(folders, kinds, strict=True)
+        ]
+
+    @property
+    def class_prompts(self) -> list[str]:
+        """The prompts of generated class images, in turn; with {class}, one for each concept."""
+        kinds = list(dict.fromkeys(self.kinds))
+        found = []
+        for prompt in self.prior_prompts or ((CLASS_PROMPT,) if kinds else ()):
+            own: list[str | None] = [*kinds] if CLASS in prompt and kinds else [None]
+            found += [fill(prompt, None, kind) for kind in own]
+        return found
 
     @field_validator("concept")
     @classmethod
@@ -133,11 +163,14 @@ class Concept(Source):
 
     @field_validator("prior_folder")
     @classmethod
-    def _holds_images(cls, folder: Path | None) -> Path | None:
-        if folder is None:
-            return None
-        list_images(folder.expanduser())
-        return folder.expanduser()
+    def _holds_images(
+        cls, folder: Path | tuple[Path, ...] | None
+    ) -> Path | tuple[Path, ...] | None:
+        for each in _listed(folder):
+            list_images(each.expanduser())
+        if folder is None or isinstance(folder, Path):
+            return folder and folder.expanduser()
+        return tuple(each.expanduser() for each in folder)
 
     @model_validator(mode="after")
     def _lists_agree(self) -> Concept:
@@ -155,95 +188,71 @@ class Concept(Source):
         return self
 
     @model_validator(mode="after")
+    def _says_what_photos_show(self) -> Concept:
+        photos = [each.place for each in self.concepts if each.sprite is None]
+        if photos and "class_word" not in self.model_fields_set:
+            raise ValueError(
+                f"class_word is missing, the kind of thing that {photos[0]} shows, as in "
+                "data.class_word=dog; or data.class_word=null for captions with the token alone"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _has_class_images(self) -> Concept:
-        known = self.prior_folder or self.prior_prompts or self.class_word
-        if self.prior_weight > 0 and self.prior_images > 0 and not known:
+        if not (self.prior_weight > 0 and (self.prior_images or self.prior_folder)):
+            return self
+        for folder in self.class_folders:
+            folder.check()
+        if not self.prior_folder and not self.class_prompts:
             raise ValueError(
                 "class images need class_word, as in data.class_word=dog; or set prior_weight=0 to "
                 "train without class images"
             )
         return self
 
+    def remarks(self) -> list[str]:
+        places = [Path(each.place) for each in self.concepts if each.sprite is None]
+        return [
+            line
+            for folder in (*places, *_listed(self.prior_folder))
+            for line in unread_files(folder)
+        ]
+
+    def captions(self) -> Iterator[Caption]:
+        for concept in self.concepts:
+            for name, text in captions_of(concept, self.augment):
+                yield name, text, concept.token
+
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
         photos, skipped, unseen = [], [], []
         for each in self.concepts:
-            seen, bad, more = self._photos(*each)
+            seen, bad, more = photos_of(each, self.on_bad, self.validation)
             photos.append(seen)
             skipped += bad
             unseen += more
-        prior = (
-            self._prior(needs)
-            if self.prior_weight > 0 and (self.prior_images or self.prior_folder)
-            else []
-        )
         plain = View(side=needs.resolution, divisor=needs.divisor)
         view = replace(plain, augment=self.augment, flip=self.flip)
         train = ConceptData(
-            photos, view, prior=prior, prior_weight=self.prior_weight, skipped=skipped
+            photos,
+            view,
+            prior=self._prior(needs),
+            prior_weight=self.prior_weight,
+            skipped=skipped,
         )
         return train, ConceptData([unseen], plain) if unseen else None
 
-    def _photos(
-        self, concept: str, token: str, class_word: str | None
-    ) -> tuple[list[Pair], list[str], list[Pair]]:
-        """Training photos, a sentence for each skipped one, and held-out photos, if any."""
-        if concept.startswith(SPRITE):
-            word = concept.removeprefix(SPRITE)
-            unseen = [(index, None) for index in UNSEEN]
-            return _scenes(word, token, SCENES), [], _scenes(word, token, unseen)
-        photos, skipped = read_folder(concept, self.on_bad)
-        phrase = f"{token} {class_word}" if class_word else token
-        pairs = []
-        for photo in photos:
-            captions = tuple(render(template, phrase) for template in TEMPLATES)
-            if photo.caption is not None:
-                if token not in photo.caption:
-                    raise ValueError(
-                        f"{photo.path.with_suffix('.txt')}: the caption must contain the token "
-                        f"{token}"
-                    )
-                captions = (photo.caption,)
-            pairs.append(Pair(photo.image, captions, photo.path.name))
-        cut = len(pairs) - self._held_out(len(pairs), concept)
-        return pairs[:cut], [f"{path.name}: {reason}" for path, reason in skipped], pairs[cut:]
-
-    def _held_out(self, count: int, folder: str) -> int:
-        """How many of `count` photos no step trains on."""
-        if self.validation is None:
-            return int(count >= HELD_OUT_FROM)
-        check_split(self.validation, count, f"photos in {folder}")
-        return self.validation
-
     def _prior(self, needs: Needs) -> list[Pair]:
+        if self.prior_weight == 0:
+            return []
         if self.prior_folder is not None:
-            photos, _ = read_folder(self.prior_folder, self.on_bad)
-            fallback = self._class_prompts()[:1] or ("",)
-            return [
-                Pair(photo.image, (photo.caption or fallback[0],), photo.path.name)
-                for photo in photos
-            ]
-        prompts = self.prior_prompts or self._class_prompts()
+            return [pair for each in self.class_folders for pair in each.read(self.on_bad)]
+        if not self.prior_images:
+            return []
+        prompts = self.class_prompts
         every = [prompts[i % len(prompts)] for i in range(self.prior_images)]
-        return class_images(every, seed=self.prior_seed, guidance=self.prior_guidance, needs=needs)
-
-    def _class_prompts(self) -> tuple[str, ...]:
-        return tuple(f"a photo of a {word}" for _, _, word in self.concepts if word)
+        how = Generation(self.prior_steps, self.prior_guidance, self.prior_sampler)
+        return class_images(every, self.prior_seed, how, needs=needs)
 
 
-def _listed(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if value is None else (value,) if isinstance(value, str) else value
-
-
-def _scenes(word: str, token: str, chosen: Sequence[tuple[int, str | None]]) -> list[Pair]:
-    """Scenes of a seed that no backbone was trained on, with the token as the sprite's word."""
-    from PIL import Image
-
-    from trainer.data.world.scenes import draw_scene
-
-    pairs = []
-    for index, other in chosen:
-        words = (word,) if other in (None, word) else (word, other)
-        scene = draw_scene(77, index, words, count=len(words))
-        caption = scene.caption.replace(f"an {word}", f"a {word}").replace(word, token)
-        pairs.append(Pair(Image.fromarray(scene.image), (caption,), f"{word}-{index}"))
-    return pairs
+def _listed(value: Item | tuple[Item, ...] | None) -> tuple[Item, ...]:
+    return () if value is None else value if isinstance(value, tuple) else (value,)

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.data.buckets import arrange, check_step, cover, upright_size
+from trainer.data.buckets import Size, arrange, check_step, cover, upright_size
 from trainer.data.held_out import KEEP_BYTES, check_split, has_caption
-from trainer.data.source import Dataset, Needs, Sample, Source
+from trainer.data.loss_mask import checked_cells
+from trainer.data.source import Caption, Dataset, Needs, Sample, Source
 from trainer.data.source_options import Buckets, Mirror, OnBad
-from trainer.media.images import read_image
-from trainer.media.photo_folder import READABLE_IMAGES, list_images, read_folder
+from trainer.media.images import ImageError, read_image
+from trainer.media.mask_files import read_mask
+from trainer.media.photo_folder import (
+    READABLE_IMAGES,
+    list_images,
+    masks_of,
+    read_caption,
+    read_folder,
+    unread_files,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,6 +85,17 @@ class Folder(Source):
                 raise _no_caption(path)
         return self
 
+    def captions(self) -> Iterator[Caption]:
+        for path in list_images(self.folder):
+            with suppress(ImageError):  # `open` reports or skips it
+                if (text := read_caption(path)) is not None:
+                    yield str(path.with_suffix(".txt")), text, None
+                elif self.template is not None:
+                    yield "data.template", self.template, None
+
+    def remarks(self) -> list[str]:
+        return unread_files(self.folder)
+
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
         """Decodes every photo once, so that a bad one is found before training starts.
 
@@ -93,10 +115,26 @@ class Folder(Source):
         skipped = [f"{path.name}: {text.removeprefix(f'{path}: ')}" for path, text in bad]
         cut = len(pairs) - self.validation
         side, step = needs.resolution, self.buckets
-        train = Photos(pairs[:cut], side, step=step, flip=self.flip, skipped=skipped)
+        masks = Masks(masks_of(self.folder), needs.divisor)
+        train = Photos(pairs[:cut], side, step=step, flip=self.flip, skipped=skipped, masks=masks)
         if not self.validation:
             return train, None
-        return train, Photos(pairs[cut:], side, step=step)
+        return train, Photos(pairs[cut:], side, step=step, masks=masks)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The masks of photos by path, and the pixels per latent along an edge."""
+
+    paths: Mapping[Path, Path]
+    divisor: int
+
+    def cells(self, photo: Path, size: Size) -> Tensor | None:
+        """The mask of a photo that is cut to `size`; ImageError where nothing is left of it."""
+        if photo not in self.paths:
+            return None
+        mask = read_mask(self.paths[photo], upright_size(photo))
+        return checked_cells(mask, size, divisor=self.divisor, name=self.paths[photo].name)
 
 
 class Photos:
@@ -113,6 +151,7 @@ class Photos:
         step: int = 0,
         flip: bool = False,
         skipped: Sequence[str] = (),
+        masks: Masks | None = None,
     ) -> None:
         self.side, self.flip, self.skipped, self.step = side, flip, skipped, step
         shapes = [upright_size(path) for path, _ in pairs] if step else [(side, side)] * len(pairs)
@@ -125,6 +164,11 @@ class Photos:
         self.frames: Sequence[int] = (1,) * len(groups)
         self.fixed = not flip and len(sizes) == 1
         self._kept: dict[int, Image] = {}
+        self.masks: dict[int, Tensor] = {}
+        for index, (path, _) in enumerate(self.pairs):
+            cells = None if masks is None else masks.cells(path, self._size(index))
+            if cells is not None:
+                self.masks[index] = cells
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -132,16 +176,20 @@ class Photos:
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Image and caption; raises ImageError if the file has become unreadable."""
         path, caption = self.pairs[index]
-        image = self.image(index)
+        image, mask = self.image(index), self.loss_mask(index)
         if self.flip and rng.random() < 0.5:
-            image = image.flip(-1)
-        return Sample(image=image, caption=caption, key=path.name)
+            image, mask = image.flip(-1), None if mask is None else mask.flip(-1)
+        return Sample(image=image, caption=caption, key=path.name, mask=mask)
 
     def image(self, index: int) -> Tensor:
         """The photo without mirroring, float32 (3, H, W) in [-1, 1]; raises as `sample`."""
         from trainer.media.images import to_tensor
 
         return to_tensor(self._cut(index))
+
+    def loss_mask(self, index: int) -> Tensor | None:
+        """The mask without mirroring, see `Masked`."""
+        return self.masks.get(index)
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         return self.pairs[index][1]
@@ -159,13 +207,15 @@ class Photos:
     def _cut(self, index: int) -> Image:
         if index in self._kept:
             return self._kept[index]
-        size = next(
-            size for group, size in zip(self.groups, self.sizes, strict=True) if index in group
-        )
-        image = cover(read_image(self.pairs[index][0]), size)
+        image = cover(read_image(self.pairs[index][0]), self._size(index))
         if len(self.pairs) * self.side**2 * 3 <= KEEP_BYTES:
             self._kept[index] = image
         return image
+
+    def _size(self, index: int) -> Size:
+        return next(
+            size for group, size in zip(self.groups, self.sizes, strict=True) if index in group
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # data workers get paths: sending them pixels would take longer than reading the files

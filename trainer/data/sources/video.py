@@ -11,6 +11,8 @@ no problem. Each video gives one clip; it begins at frame `start`, or at a rando
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -20,7 +22,7 @@ from pydantic import Field, field_validator, model_validator
 
 from trainer.data.held_out import check_split, has_caption
 from trainer.data.mixed import Mixed, Stills
-from trainer.data.source import Dataset, Needs, Source
+from trainer.data.source import Caption, Dataset, Needs, Source
 from trainer.data.source_options import OnBad
 from trainer.data.sources.folder import Folder
 from trainer.data.tars.ledger import load_manifest, tars_of
@@ -128,6 +130,15 @@ class Video(Source):
             if self.prompt is None and not has_caption(path, _beside):
                 raise _no_caption(path)
         return self
+
+    def captions(self) -> Iterator[Caption]:
+        if self.prompt is not None:
+            yield "data.prompt", self.prompt, None
+        elif not _holds_tars(self.video):
+            for path in list_videos(self.video):
+                with suppress(ImageError):  # `open` reports or skips it
+                    if (text := _beside(path)) is not None:
+                        yield f"the caption of {path}", text, None
 
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
         """Decodes every video once, so that a bad one is found before training starts.

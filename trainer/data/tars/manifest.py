@@ -40,7 +40,7 @@ CAPTION, METADATA, MASK, VIDEO = "txt", "json", "mask.png", "mp4"
 KNOWN_FIELDS = IMAGES | {CAPTION, METADATA, MASK, VIDEO}
 PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")  # webdataset's decoders would execute these
 # what systems and archivers leave beside a user's files, as any part of a member's name: hidden
-# files and folders (._0.jpg and .DS_Store of a Mac), and a tar of extended headers unpacked as files
+# files and folders (._0.jpg and .DS_Store of a Mac), and extended headers unpacked as files
 LEFT_BY_SYSTEMS = re.compile(
     r"(^|/)(\.(?!\.?(/|$))[^/]*|__MACOSX|PaxHeaders?(\.\d+)?|Thumbs\.db|desktop\.ini|Icon\r)(/|$)",
     re.IGNORECASE,

@@ -23,9 +23,10 @@ class NewToken(Method):
     kind: ClassVar[EditKind] = "adapt"
     systems: ClassVar[str] = "Textual Inversion"
     paper: ClassVar[str] = "arXiv 2208.01618"
+    adds_words: ClassVar[bool] = True
 
     tokens: tuple[str, ...] = Field(
-        ("<v1>",), min_length=1, description="the new words; data.token names them too"
+        ("<v1>",), min_length=1, description="the new words; a recipe without them takes data.token"
     )
     init: str | tuple[str, ...] | None = Field(
         None,

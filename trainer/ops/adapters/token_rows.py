@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AddedToken
 
+from trainer.common.added_words import single_word
+
 
 class RowsEmbedding(nn.Module):
     """A frozen table, and `rows`, n of (d,), that are read for ids of their own."""
@@ -199,8 +201,7 @@ def _one_token(tokenizer: Any, word: str, *, what: str, example: str) -> int:
 
 
 def _added(token: str) -> AddedToken:
-    """A token like `sks` must not split `asks`; one like `<v1>` is recognised anywhere."""
-    return AddedToken(token, single_word=token[0].isalnum() or token[-1].isalnum())
+    return AddedToken(token, single_word=single_word(token))
 
 
 def _start(table: nn.Embedding, tokenizer: Any, *, word: str | None, seed: int) -> Tensor:

@@ -144,10 +144,11 @@ class Preview(lightning.Callback):
         *,
         where: list[list[int]] | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `_sample`, for some prompts. where: the positions of the token in each prompt."""
+        """As `_sample`, for some prompts. where: the position of the token in each prompt, none
+        where the prompt does not have it; its map is then 0."""
         if where is None:
             return sample(backbone, prompts, seeds, settings=self.settings).cpu(), None
-        rows = [each for each in where for _ in range(self.frames)]
+        rows = [each or [0] for each in where for _ in range(self.frames)]
         store = MapStore(rows, group=COND)
         sites = [site for site in select(backbone.sites, "cross") if site.divisor in (1, 2)]
         backbone.host.install(store, sites)
@@ -158,16 +159,12 @@ class Preview(lightning.Callback):
         maps = store.average(
             (pictures.shape[-2] // backbone.divisor, pictures.shape[-1] // backbone.divisor)
         )
-        return pictures, maps[:, 0]
+        has = torch.tensor([float(bool(each)) for each in where]).repeat_interleave(self.frames)
+        return pictures, maps[:, 0] * has[:, None, None]
 
 
-def positions(backbone: Backbone, prompts: Sequence[str], token: str) -> list[list[int]] | None:
-    """The position of `token` in each tokenised prompt; None if a prompt does not have it."""
-    wanted = backbone.tokenizer.convert_tokens_to_ids(token)
-    found = []
-    for prompt in prompts:
-        ids = backbone.tokenizer(prompt).input_ids
-        if wanted not in ids or wanted == backbone.tokenizer.unk_token_id:
-            return None
-        found.append([ids.index(wanted)])
-    return found
+def positions(backbone: Backbone, prompts: Sequence[str], word: str) -> list[list[int]] | None:
+    """Where a word is among the tokens of each prompt, as one position, or none in a prompt that
+    does not have it; None if no prompt does."""
+    found = [backbone.prompts.places(prompt, word)[:1] for prompt in prompts]
+    return found if any(found) else None

@@ -1,0 +1,53 @@
+"""What a backbone cannot do is refused by name from its small files, before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trainer.config.load import load_recipe
+from trainer.config.schema import RecipeError
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["backbone=tiny_dit", "run.resolution=100"],
+         "run.resolution=100: this backbone takes sides in multiples of 8 pixels; give 96 or 104"),
+        (["backbone=tiny", "run.resolution=90"], "multiples of 4 pixels; give 88 or 92"),
+        (["recipe=dit_scratch", "denoiser.patch=4", "run.resolution=72"], "multiples of 16 pixels"),
+        (["backbone=tiny_dit", "data.prior_sampler=ddim"], "sampler=ddim is for backbones on a VP"),
+        (["objective.weighting=cosmap"], "objective.weighting=cosmap is for objective.path=flow"),
+        (["objective.weighting=sigma_sqrt"], "adds noise on a variance-preserving path"),
+        (["backbone=tiny", "text.max_tokens=75"], "multiple, as in text.max_tokens=90"),
+    ],
+)  # fmt: skip
+def test_refused(words: list[str], says: str) -> None:
+    recipe = [] if words[0].startswith("recipe=") else ["recipe=lora"]
+    with pytest.raises(RecipeError) as error:
+        load_recipe([*recipe, *words])
+    assert says in str(error.value)
+
+
+def test_buckets_are_multiples_of_tokens_too(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "mine.yaml").write_text(
+        f"data: {{source: folder, folder: '{tmp_path}', template: a dot, buckets: 4}}\n"
+        "methods: {full: {}}\n"
+    )
+    assert load_recipe([f"recipe={tmp_path / 'mine.yaml'}"])
+    with pytest.raises(RecipeError, match=r"data\.buckets=4: .* multiples of 8 pixels; give 8"):
+        load_recipe([f"recipe={tmp_path / 'mine.yaml'}", "backbone=tiny_dit"])
+
+
+@pytest.mark.parametrize("words", [
+    ["run.resolution=100"], ["backbone=tiny_dit", "run.resolution=96"],
+    ["backbone=tiny_dit", "objective.weighting=cosmap"], ["text.max_tokens=90"],
+    ["backbone=tiny_dit", "data.prior_sampler=dpmpp"], ["data.prior_sampler=ddim"],
+    ["objective.path=flow", "objective.weighting=cosmap"],
+])  # fmt: skip
+def test_taken(words: list[str]) -> None:
+    assert load_recipe(["recipe=lora", *words])

@@ -1,0 +1,85 @@
+"""What the small files of a pipeline folder say of a backbone before a weight is read: its path,
+and which sides of pictures it takes. Importing this imports no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.backbones.families import find_family
+
+if TYPE_CHECKING:
+    from trainer.backbones.spec import BackboneSpec
+
+SOLVERS = {"ddim": "vp", "euler": "both", "dpmpp": "both"}  # and the paths that each is for
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+
+
+@dataclass(frozen=True)
+class FolderFacts:
+    """flow: whether it was trained on the flow path, and not on a VP path. multiple: pixels that
+    divide the sides of all pictures it takes: the VAE's per latent, times the latents of a token of
+    a transformer."""
+
+    flow: bool
+    multiple: int
+
+
+def facts_of(spec: BackboneSpec) -> FolderFacts | None:
+    """The facts; None where the files are not on this machine, or are incomplete, which loading
+    then says."""
+    if spec.folder is None:
+        return None
+    part = find_family(spec.family).denoiser
+    vae, scheduler = read_part(spec, "vae/config.json"), read_part(spec, SCHEDULER_FILE)
+    denoiser = {} if spec.denoiser is not None else read_part(spec, f"{part}/config.json")
+    if vae is None or scheduler is None or denoiser is None:
+        return None
+    widths = vae.get("encoder_block_out_channels") or vae.get("block_out_channels")
+    if not isinstance(widths, list):
+        return None
+    patch = getattr(spec.denoiser, "patch", denoiser.get("patch_size") or 1)
+    flow = scheduler.get("_class_name") == FLOW_SCHEDULER
+    flow = flow or scheduler.get("prediction_type") == "flow_prediction"
+    return FolderFacts(flow, 2 ** (len(widths) - 1) * (patch if isinstance(patch, int) else 1))
+
+
+def read_part(spec: BackboneSpec, name: str) -> dict[str, Any] | None:
+    """A JSON file of the folder, or of its overlay; None where there is none that can be read."""
+    path = file_of_part(spec, name)
+    try:
+        found = None if path is None else json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def file_of_part(spec: BackboneSpec, name: str) -> Path | None:
+    """The path of a file of the folder; a part that the overlay has is taken from there."""
+    part = Path(name).parts[0]
+    folders = [Path(folder) for folder in (spec.overlay, spec.folder) if folder]
+    return next((folder / name for folder in folders if (folder / part).exists()), None)
+
+
+def check_side(key: str, side: int, multiple: int) -> None:
+    """Raises ValueError unless `multiple` divides a side in pixels. key: names it."""
+    if side % multiple:
+        below, above = side // multiple * multiple, (side // multiple + 1) * multiple
+        near = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+            f"{key}={side}: this backbone takes sides in multiples of {multiple} pixels; "
+            f"give {near}"
+        )
+
+
+def check_solver(name: str, flow: bool) -> None:
+    """Raises ValueError where a path has no solver of that name."""
+    if flow and SOLVERS[name] == "vp":
+        have = [each for each, path in SOLVERS.items() if path != "vp"]
+        raise ValueError(
+            f"sampler={name} is for backbones on a VP path, and this one was trained as a flow; "
+            f"give {' or '.join(have)}, or null for its own"
+        )

@@ -1,0 +1,111 @@
+"""How a loaded backbone reads prompts: in one call of its text encoder, or in parts, as user
+interfaces read long ones.
+
+    ids of 150 tokens -> begin + 75 + end, begin + 75 + end -> two calls -> their outputs in a row
+
+Each part of a CLIP prompt has a begin and an end of its own, as in A1111's web UI and ComfyUI
+(sd-scripts, max_token_length=150, encodes the same parts and then leaves out the inner begins and
+ends). A text encoder without a limit of positions, as T5, takes a longer prompt in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from trainer.backbones.prompt_tokens import PromptReader, check_parts, lower_but
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a backbone as its text encoder gets them, with the words it has now."""
+
+    backbone: Any  # a `Backbone`
+
+    @cached_property
+    def _marks(self) -> tuple[list[int], list[int]]:
+        """The tokens before and after those of a text."""
+        whole, own = self.backbone.tokenizer("a").input_ids, self.ids("a")
+        start = next(i for i in range(len(whole)) if whole[i : i + len(own)] == own)
+        return whole[:start], whole[start + len(own) :]
+
+    @cached_property
+    def _one_call(self) -> int:
+        """Tokens of one call without text.max_tokens, with those of begin and end."""
+        most = int(self.backbone.tokenizer.model_max_length)
+        length = self.backbone.prompt_length
+        return most if length is None else min(length, most)
+
+    @cached_property
+    def reader(self) -> PromptReader:
+        chunk = self._one_call - sum(map(len, self._marks))
+        added = self.backbone.tokenizer.get_added_vocab()
+        return PromptReader(self.ids, self.backbone.max_tokens or chunk, chunk=chunk, added=added)
+
+    @cached_property
+    def parts(self) -> int:
+        """Calls of the text encoder for a prompt."""
+        most = self.backbone.max_tokens
+        if most is None or not self._limited:
+            return 1
+        check_parts(most, self.reader.chunk)
+        return most // self.reader.chunk
+
+    @property
+    def _limited(self) -> bool:
+        kind = str(getattr(self.backbone.text_encoder.config, "model_type", ""))
+        return kind.startswith("clip")
+
+    @cached_property
+    def length(self) -> int:
+        """Tokens of all parts, with begins, ends and padding."""
+        most = self.backbone.max_tokens
+        if most is None:
+            return self._one_call
+        return most + self.parts * sum(map(len, self._marks))
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text, without begin and end."""
+        tokenizer = self.backbone.tokenizer
+        found: list[int] = tokenizer(self._cased(text), add_special_tokens=False).input_ids
+        return found
+
+    def tokens(self, prompts: Sequence[str]) -> Any:
+        """input_ids and attention_mask (b parts, n), the parts of a prompt adjacent."""
+        tokenizer, texts = self.backbone.tokenizer, [self._cased(text) for text in prompts]
+        if self.parts == 1:
+            return tokenizer(
+                texts,
+                padding="max_length",
+                max_length=self.length,
+                truncation=True,
+                return_tensors="pt",
+            )
+        begin, end = self._marks
+        chunk = self.reader.chunk
+        rows = []
+        for text in prompts:
+            ids = self.ids(text)
+            rows += [
+                [*begin, *ids[number * chunk : (number + 1) * chunk], *end]
+                for number in range(self.parts)
+            ]
+        return tokenizer.pad(
+            {"input_ids": rows},
+            padding="max_length",
+            max_length=self.length // self.parts,
+            return_tensors="pt",
+        )
+
+    def places(self, prompt: str, word: str) -> list[int]:
+        """Where the first token of a word is among those that the denoiser gets of a prompt."""
+        row = self.tokens([prompt]).input_ids.flatten().tolist()
+        own = self.ids(word)
+        return [i for i in range(len(row)) if row[i : i + len(own)] == own]
+
+    def _cased(self, text: str) -> str:
+        if not self.backbone.declared.lower_case:
+            return text
+        return lower_but(text, self.backbone.tokenizer.get_added_vocab())

@@ -1,0 +1,44 @@
+"""What a recipe asks of its backbone and the files of the backbone say it cannot do."""
+
+from __future__ import annotations
+
+from trainer.backbones.folder_facts import check_side, check_solver, facts_of
+from trainer.backbones.prompt_tokens import check_max_tokens
+from trainer.config.schema import Recipe, RecipeError
+
+FLOW_WEIGHTINGS = ("sigma_sqrt", "cosmap")
+
+
+def check_limits(recipe: Recipe) -> None:
+    """Checks sides of pictures, the sampler of class images, the weighting of timesteps and the
+    tokens of prompts. Of a backbone that is not on this machine, `fit` checks them.
+
+    Raises:
+        RecipeError: the backbone cannot do one of them.
+    """
+    facts = facts_of(recipe.backbone)
+    if facts is None:
+        return
+    try:
+        if recipe.run.resolution is not None:
+            check_side("run.resolution", recipe.run.resolution, facts.multiple)
+        if buckets := getattr(recipe.data, "buckets", 0):
+            check_side("data.buckets", buckets, facts.multiple)
+        if sampler := getattr(recipe.data, "prior_sampler", None):
+            check_solver(sampler, facts.flow)
+        check_max_tokens(recipe.backbone)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    check_weighting(recipe, facts.flow)
+
+
+def check_weighting(recipe: Recipe, flow: bool) -> None:
+    """Raises RecipeError for a weighting of the flow path on another. flow: the path that the
+    backbone was trained on."""
+    chosen = recipe.objective
+    on_flow = flow if chosen.path is None else chosen.path == "flow"
+    if chosen.weighting in FLOW_WEIGHTINGS and not on_flow:
+        raise RecipeError(
+            f"objective.weighting={chosen.weighting} is for objective.path=flow, and this run adds "
+            "noise on a variance-preserving path; min_snr is a weighting for it"
+        )

@@ -1,0 +1,139 @@
+"""Counts what the text encoder reads of a recipe's captions and prompts: a new word that it does
+not read would not train, however long the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from trainer.backbones.prompt_tokens import PromptReader, prompt_reader
+from trainer.config.schema import Recipe, RecipeError
+from trainer.data.source import Caption
+
+SHOWN = 3  # captions that a message names
+
+
+@dataclass
+class Counted:
+    """What was found in captions. holding: of each word, how many hold it; long: the names of those
+    that are not read to their end, and their tokens; longest: tokens of the longest; wrong: a
+    sentence for each that does not hold the word it should."""
+
+    captions: int = 0
+    longest: int = 0
+    holding: dict[str, int] = field(default_factory=dict)
+    long: dict[str, int] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+
+
+def count_captions(
+    captions: Iterable[Caption], words: Iterable[str], reader: PromptReader
+) -> Counted:
+    """Counts captions. words: those that train; a caption that is of no word of its own may hold
+    any or none of them, but not where it is not read."""
+    words, found = list(words), Counted()
+    for name, text, token in captions:
+        length = len(reader.ids(text))
+        found.captions += 1
+        found.longest = max(found.longest, length)
+        if length > reader.read:
+            found.long[name] = length
+        named = [word for word in words if word in text] if token is None else [token]
+        for word in named:
+            reason = reader.holds(text, word)
+            if reason is None:
+                found.holding[word] = found.holding.get(word, 0) + 1
+            else:
+                found.wrong.append(f"{name}: the caption {reason}")
+    return found
+
+
+def check_counted(found: Counted, words: Iterable[str]) -> None:
+    """Raises RecipeError where a word would not train with some caption, or with none."""
+    if found.wrong:
+        more = len(found.wrong) - SHOWN
+        raise RecipeError(
+            "; ".join(found.wrong[:SHOWN]) + (f"; and {more} more captions" if more > 0 else "")
+        )
+    lacking = [word for word in words if found.captions and not found.holding.get(word)]
+    if lacking:
+        raise RecipeError(
+            f"{lacking[0]} is in none of {found.captions} captions, so nothing would train it; "
+            "write it into those of the photos that show it"
+        )
+
+
+def said_of(found: Counted, reader: PromptReader) -> list[str]:
+    """Sentences for a user: how many captions hold each word, and which are too long."""
+    if not found.captions:
+        return []
+    counts = "".join(f", {count} with {word}" for word, count in found.holding.items())
+    said = [f"captions: {found.captions}{counts}; the longest has {found.longest} tokens of "
+            f"{reader.read} that are read"]  # fmt: skip
+    if found.long:
+        said.append(too_long(found.long, reader))
+    return said
+
+
+def too_long(long: dict[str, int], reader: PromptReader) -> str:
+    """A sentence for texts, by name with their tokens, that are not read to their end."""
+    shown = ", ".join(f"{name} ({count} tokens)" for name, count in list(long.items())[:SHOWN])
+    more = f" and {len(long) - SHOWN} more" if len(long) > SHOWN else ""
+    enough = reader.enough(max(long.values()))
+    return (
+        f"longer than the {reader.read} tokens that are read: {shown}{more}; "
+        f"text.max_tokens={enough} reads all"
+    )
+
+
+def trained_words(recipe: Recipe) -> list[str]:
+    """The new words that a recipe trains with its captions: those of its data, and those that its
+    methods add."""
+    added = [word for method in recipe.methods.values() for word in method.words]
+    return list(dict.fromkeys([*recipe.data.words, *added]))
+
+
+def check_words(recipe: Recipe) -> list[str]:
+    """Checks the captions and prompts of a recipe from the files of its backbone, and returns what
+    is to be said of them; empty where those files are not on this machine, or not readable here.
+
+    Raises:
+        RecipeError: a caption or a prompt whose new word is not read.
+    """
+    added = [word for method in recipe.methods.values() for word in method.words]
+    reader = prompt_reader(recipe.backbone, added)
+    if reader is None:
+        return []
+    words = trained_words(recipe)
+    found = count_captions(recipe.data.captions(), words, reader)
+    check_counted(found, recipe.data.words or words)
+    return [*said_of(found, reader), *check_prompts(recipe, reader, words)]
+
+
+def check_read(prompt: str, key: str, words: Iterable[str], *, reader: PromptReader) -> list[str]:
+    """What is to be said of a prompt that is not read to its end; RecipeError where a new word that
+    it names is not read."""
+    for word in words:
+        if word in prompt and (reason := reader.holds(prompt, word)):
+            raise RecipeError(f"{key}: {prompt!r} {reason}")
+    count = len(reader.ids(prompt))
+    return [too_long({f"{key}: {prompt[:40]!r}": count}, reader)] if count > reader.read else []
+
+
+def check_prompts(recipe: Recipe, reader: PromptReader, words: Iterable[str]) -> list[str]:
+    """What is to be said of prompts that are too long; RecipeError where one names a new word that
+    is not read."""
+    preview, asked = recipe.preview, recipe.evaluate
+    keys = {
+        "preview.prompts": preview.prompts,
+        "preview.negative": (preview.negative,),
+        "evaluate.alone": asked.alone,
+        "evaluate.beside": asked.beside,
+        "evaluate.negative": (asked.negative,),
+    }
+    return [
+        line
+        for key, prompts in keys.items()
+        for prompt in prompts
+        for line in check_read(prompt, key, words, reader=reader)
+    ]

@@ -1,0 +1,115 @@
+"""The photos of a concept with their captions: a folder of a user's, or scenes of a sprite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Literal, NamedTuple
+
+from trainer.common.articles import article_of
+from trainer.data.augment import CLOSE_PREFIXES, FAR_PREFIXES, prefixed
+from trainer.data.held_out import check_split
+from trainer.data.prior import Pair
+from trainer.data.templates import TEMPLATES, render
+from trainer.media.images import ImageError
+from trainer.media.photo_folder import list_images, read_caption, read_folder
+
+SPRITE = "sprite:"
+# as a user would take photos: the thing alone, then beside others. Each is a scene index in the
+# world of seed 77, and the other sprite in it
+SCENES: tuple[tuple[int, str | None], ...] = (
+    (0, None),
+    (11, None),
+    (9, None),
+    (26, "clock"),
+    (21, "car"),
+)
+UNSEEN = range(505, 521)
+HELD_OUT_FROM = 5  # photos of a concept, of which one is then held out
+
+
+class OneConcept(NamedTuple):
+    """place: a folder of photos, or `sprite:<word>`; token: its new word; kind: its class word."""
+
+    place: str
+    token: str
+    kind: str | None
+
+    @property
+    def sprite(self) -> str | None:
+        return self.place.removeprefix(SPRITE) if self.place.startswith(SPRITE) else None
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Captions of a photo that has none."""
+        phrase = f"{self.token} {self.kind}" if self.kind else self.token
+        return tuple(render(template, phrase) for template in TEMPLATES)
+
+
+def photos_of(
+    concept: OneConcept, on_bad: Literal["raise", "skip"], validation: int | None
+) -> tuple[list[Pair], list[str], list[Pair]]:
+    """Training photos, a sentence for each skipped one, and held-out photos, if any. validation:
+    how many to hold out, None for one of `HELD_OUT_FROM` or more.
+
+    Raises:
+        ValueError: a caption without the token, or no photo is left to train on.
+    """
+    if concept.sprite is not None:
+        unseen = [(index, None) for index in UNSEEN]
+        return _scenes(concept, SCENES), [], _scenes(concept, unseen)
+    photos, skipped = read_folder(concept.place, on_bad)
+    pairs = []
+    for photo in photos:
+        captions = concept.templates if photo.caption is None else (photo.caption,)
+        if concept.token not in captions[0]:
+            raise ValueError(
+                f"{photo.path.with_suffix('.txt')}: the caption must contain the token "
+                f"{concept.token}"
+            )
+        pairs.append(Pair(photo.image, captions, photo.path.name, mask=photo.mask))
+    if validation is None:
+        validation = int(len(pairs) >= HELD_OUT_FROM)
+    check_split(validation, len(pairs), f"photos in {concept.place}")
+    cut = len(pairs) - validation
+    return pairs[:cut], [f"{path.name}: {reason}" for path, reason in skipped], pairs[cut:]
+
+
+def captions_of(concept: OneConcept, augment: bool) -> Iterator[tuple[str, str]]:
+    """The name and the text of every caption that training may use: of a file, or of a template."""
+    if concept.sprite is not None:
+        own = [(pair.key, pair.captions[0]) for pair in _scenes(concept, SCENES)]
+    else:
+        own = []
+        for path in list_images(concept.place):
+            with suppress(ImageError):  # reading reports or skips it
+                text = read_caption(path)
+                if text is not None:
+                    own.append((str(path.with_suffix(".txt")), text))
+                else:
+                    own += [(f"the caption template {each!r}", each) for each in concept.templates]
+    prefixes = (*FAR_PREFIXES, *CLOSE_PREFIXES) if augment else ()
+    for name, text in dict.fromkeys(own):
+        yield name, text
+        for prefix in prefixes:
+            yield (
+                f"{name} with {prefix.strip()!r} of data.augment before it",
+                prefixed(text, prefix),
+            )
+
+
+def _scenes(concept: OneConcept, chosen: Sequence[tuple[int, str | None]]) -> list[Pair]:
+    """Scenes of a seed that no backbone was trained on, with the token as the sprite's word."""
+    from PIL import Image
+
+    from trainer.data.world.scenes import article, draw_scene
+
+    pairs, word = [], concept.sprite
+    assert word is not None, "a concept of scenes is a sprite"
+    for index, other in chosen:
+        words = (word,) if other in (None, word) else (word, other)
+        scene = draw_scene(77, index, words, count=len(words))
+        named = f"{article_of(concept.token)} {concept.token}"
+        caption = scene.caption.replace(article(word), named).replace(word, concept.token)
+        pairs.append(Pair(Image.fromarray(scene.image), (caption,), f"{word}-{index}"))
+    return pairs

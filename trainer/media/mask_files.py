@@ -1,0 +1,106 @@
+"""Masks beside photos: which files are masks, of which photo, and how much of the loss each pixel
+gets.
+
+    cat_mask.png  cat-mask.png  cat.mask.png  cat-masklabel.png (OneTrainer)     of cat.jpg
+    0.mask.png of 0.src.jpg (cloneofsimo's lora)
+
+White counts in full, black not at all, grey in part, as in sd-scripts and OneTrainer. In a mask
+that paints objects in colours, or numbers them from 1 on, every pixel of an object counts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from trainer.media.images import ImageError, ImageRules, read_image
+
+LAST_WORD = re.compile(r"(.+)[-_. ](?:masks?|mask[-_. ]?label)", re.IGNORECASE)
+LAST_WORDS = re.compile(r"(.+)[-_. ](?:loss|train(?:ing)?)[-_. ]masks?", re.IGNORECASE)
+# what other tools put beside a photo, which is no photo to learn
+BESIDE = re.compile(
+    r"(.+)[-_. ](?:cond(?:ition)?(?:label)?|control|depth|canny|edges?|normals?|pose|openpose|hed|"
+    r"lineart|scribble|softedge|seg(?:mentation)?|alpha|matte|trimap|label|\w*mask\w*)",
+    re.IGNORECASE,
+)
+COLOURED = 48  # a difference of channels that no compression of grey makes
+FEW = 15  # up to here the values of a PNG number objects; in a JPEG they are noise of black
+DARK = 24  # the brightest channel of what counts as black in a coloured mask
+ALIKE = 0.01  # aspect ratios that differ by less are the same
+
+
+def masks_among(paths: Iterable[Path]) -> dict[Path, Path]:
+    """The mask of each photo that has one, of the images of one folder.
+
+    Raises:
+        ValueError: a mask without a photo, or a photo with two masks.
+    """
+    images = list(paths)
+    masks = [path for path in images if _owners(path)]
+    names: dict[str, list[Path]] = {}
+    for path in images:
+        if path not in masks:
+            for name in {path.stem, path.name, re.sub(r"\.src$", "", path.stem)}:
+                names.setdefault(name.casefold(), []).append(path)
+    found: dict[Path, Path] = {}
+    for mask in masks:
+        owners = next((names[each] for each in _owners(mask) if each in names), None)
+        if owners is None:
+            raise ValueError(
+                f"{mask}: a mask by its name, and no photo {_owners(mask)[0]} is beside it; add "
+                "the photo, or rename the file if it is a photo itself"
+            )
+        for photo in owners:
+            if photo in found:
+                raise ValueError(
+                    f"{photo}: {found[photo].name} and {mask.name} are both its mask; keep one"
+                )
+            found[photo] = mask
+    return found
+
+
+def images_beside(paths: Iterable[Path]) -> list[Path]:
+    """Images whose names say that they are neither photos nor masks, but made from a photo that is
+    there, as in cat-condlabel.png and cat_depth.png beside cat.jpg."""
+    images = list(paths)
+    stems = {path.stem.casefold() for path in images}
+    found = [(path, BESIDE.fullmatch(path.stem)) for path in images if not _owners(path)]
+    return [path for path, name in found if name and name[1].casefold() in stems]
+
+
+def read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
+    """The mask of a photo of `size`, width and height: 8-bit grey in that size.
+
+    Raises:
+        ImageError: it cannot be read, has another shape than the photo, or is all black.
+    """
+    image = read_image(path, ImageRules(background=(0, 0, 0)))
+    wide, tall = image.size
+    if abs(wide / tall * size[1] / size[0] - 1) > ALIKE:
+        raise ImageError(
+            f"{path}: {wide}x{tall} pixels, and its photo has {size[0]}x{size[1]}; a mask has the "
+            "shape of its photo"
+        )
+    pixels = np.asarray(image)
+    bright = pixels.max(2)
+    coloured = int((bright - pixels.min(2)).max()) > COLOURED
+    numbered = path.suffix.lower() == ".png" and 0 < bright.max() <= FEW
+    floor = DARK if coloured else 0 if numbered else None
+    grey = bright if floor is None else np.where(bright > floor, 255, 0).astype(np.uint8)
+    if grey.max() <= FEW:
+        raise ImageError(
+            f"{path}: all black, so nothing of its photo would be learned; paint white what counts"
+        )
+    mask = Image.fromarray(grey)
+    return mask if mask.size == size else mask.resize(size, Image.Resampling.BOX)
+
+
+def _owners(path: Path) -> list[str]:
+    """What the photo of a mask may be called, without its suffix or with it, in lower case; empty
+    for a file that is no mask by its name."""
+    found = (pattern.fullmatch(path.stem) for pattern in (LAST_WORD, LAST_WORDS))
+    return [name[1].casefold() for name in found if name]
