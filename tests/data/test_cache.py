@@ -3,7 +3,10 @@ the array is bit for bit that of an uninterrupted run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +50,7 @@ class Encoder:
         return pixels[:, :2, ::4, ::4]
 
 
-def made(folder: Path, encode: Encoder) -> np.ndarray:
+def made(folder: Path, encode: Encoder) -> cache.Latents:
     data: cache.Dataset = Pictures()  # type: ignore[assignment]
     return cache.moments(data, encode, "vae", folder=folder, batch_size=AT_ONCE)
 
@@ -109,8 +112,100 @@ def test_a_cut_array_is_made_anew(tmp_path: Path) -> None:
     assert np.array_equal(made(tmp_path, again), whole) and again.sizes == [4, 4, 2]
 
 
-def test_an_array_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    """It has no checksum behind it."""
+def of_an_earlier_version(path: Path) -> None:
+    """It has no checksum behind it, or one of the values alone."""
+    np.save(path, np.load(path))
+
+
+def with_a_checksum_of_the_values_alone(path: Path) -> None:
+    array = np.load(path)
+    np.save(path, array)
+    path.write_bytes(path.read_bytes() + b"CRC:" + zlib.crc32(array.tobytes()).to_bytes(4, "big"))
+
+
+def with_rows_exchanged(path: Path) -> None:
+    data, row = bytearray(path.read_bytes()), 2 * 2 * 2 * 2
+    data[128 : 128 + 2 * row] = data[128 + row : 128 + 2 * row] + data[128 : 128 + row]
+    path.write_bytes(data)
+
+
+def with_another_shape(path: Path) -> None:
+    """The same values, five rows in place of ten."""
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"(10, 2, 2, 2)", b"(5, 4, 2, 2) ", 1))
+
+
+def of_another_data_set(path: Path) -> None:
+    class Others(Pictures):
+        def fingerprint(self) -> str:
+            return "ten others"
+
+        def image(self, index: int) -> Tensor:
+            return super().image(COUNT - 1 - index)
+
+    others: cache.Dataset = Others()  # type: ignore[assignment]
+    cache.moments(others, Encoder(), "vae", folder=path.parent / "other")
+    path.write_bytes(stored(path.parent / "other").read_bytes())
+    shutil.rmtree(path.parent / "other")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        of_an_earlier_version,
+        with_a_checksum_of_the_values_alone,
+        with_rows_exchanged,
+        with_another_shape,
+        of_another_data_set,
+    ],
+)
+def test_what_is_not_the_array_of_this_data_set_is_made_anew(
+    spoil: Callable[[Path], None], tmp_path: Path
+) -> None:
     whole = np.array(made(tmp_path, Encoder()))
-    np.save(stored(tmp_path), whole)
-    assert np.array_equal(made(tmp_path, Encoder(breaks=0)), whole)
+    before = stored(tmp_path).read_bytes()
+    spoil(stored(tmp_path))
+    again = Encoder()
+    assert np.array_equal(made(tmp_path, again), whole)
+    assert again.sizes == [4, 4, 2]
+    assert stored(tmp_path).read_bytes() == before
+
+
+def test_batches_that_were_exchanged_are_encoded_anew(tmp_path: Path) -> None:
+    whole = made(tmp_path / "whole", Encoder())
+    with pytest.raises(RuntimeError, match="interrupted"):
+        made(tmp_path / "broken", Encoder(breaks=2))
+    one, other = sorted((tmp_path / "broken" / "latents").glob("*.parts/*.npz"))
+    kept = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(kept)
+    rest = Encoder()
+    assert np.array_equal(made(tmp_path / "broken", rest), whole)
+    assert rest.sizes == [4, 4, 2]
+
+
+def test_a_row_that_changes_under_a_run_is_noticed_in_its_workers_too(tmp_path: Path) -> None:
+    found = made(tmp_path, Encoder())
+    copied = pickle.loads(pickle.dumps(found))
+    assert len(pickle.dumps(found)) < 1000  # a data worker maps the file itself
+    assert np.array_equal(copied[2:4], found[2:4])
+    with stored(tmp_path).open("rb+") as file:
+        file.seek(128 + 3 * 16 + 5)
+        file.write(b"x")
+    assert len(found[0:3]) == 3
+    for latents in (found, copied):
+        with pytest.raises(ValueError, match=r"npy: row 3 has changed since it was verified"):
+            latents[2:4]
+
+
+def test_a_picture_whose_latents_are_not_finite_is_named(tmp_path: Path) -> None:
+    class Bright(Pictures):
+        def image(self, index: int) -> Tensor:
+            return super().image(index) * (1e6 if index == 6 else 1)
+
+        def key(self, index: int) -> str:
+            return f"{index}.jpg"
+
+    bright: cache.Dataset = Bright()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"the VAE makes values of 6\.jpg that are not finite"):
+        cache.moments(bright, Encoder(), "vae", folder=tmp_path, batch_size=AT_ONCE)

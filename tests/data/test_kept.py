@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from trainer.data.kept import KeptSteps, kept_pictures, read_kept
 
@@ -53,7 +54,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_an_interruption_keeps_what_is_finished(tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole, broken = tmp_path / "whole" / "one", tmp_path / "broken" / "one"
     wanted = kept(whole, Maker())
     with pytest.raises(RuntimeError, match="interrupted"):
         kept(broken, Maker(breaks=9))
@@ -88,6 +89,34 @@ def test_a_damaged_picture_is_made_anew(spoil: Callable[[bytes], bytes], tmp_pat
     assert kept(tmp_path, again) == wanted
     assert again.made == [4, 5, 6, 7]  # in the company that it was first made in
     assert files(tmp_path) == before
+
+
+def test_pictures_in_the_place_of_others_are_made_anew(tmp_path: Path) -> None:
+    """Two exchanged, one of another set, one without a place, as an earlier version wrote it."""
+    wanted, other = kept(tmp_path / "one", Maker()), tmp_path / "other"
+    before = files(tmp_path / "one")
+    kept(other, Maker())
+    paths = [tmp_path / "one" / f"{number:05d}.png" for number in range(COUNT)]
+    paths[0].write_bytes(before["00001.png"])
+    paths[1].write_bytes(before["00000.png"])
+    paths[5].write_bytes((other / "00005.png").read_bytes())
+    with Image.open(paths[9]) as image:
+        image.copy().save(paths[9], pnginfo=PngInfo())
+    again = Maker()
+    assert kept(tmp_path / "one", again) == wanted
+    assert again.made == list(range(COUNT)) and files(tmp_path / "one") == before
+
+
+def test_steps_in_the_place_of_others_are_not_read(tmp_path: Path) -> None:
+    steps, others = KeptSteps(tmp_path / "one"), KeptSteps(tmp_path / "other")
+    for number in range(3):
+        steps[number], others[number] = torch.full((2,), number), torch.full((2,), 9 + number)
+    one, other = (tmp_path / name / "00001.npz" for name in ("one", "other"))
+    assert torch.equal(steps.get(1), torch.full((2,), 1))
+    (tmp_path / "one" / "00002.npz").write_bytes(one.read_bytes())
+    assert steps.get(2) is None
+    one.write_bytes(other.read_bytes())
+    assert steps.get(1) is None and torch.equal(steps.get(0), torch.full((2,), 0))
 
 
 def test_what_another_process_has_made_meanwhile_is_taken(tmp_path: Path) -> None:

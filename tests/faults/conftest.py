@@ -28,7 +28,12 @@ from trainer.common.exit_codes import LeaveError
 from trainer.config.load import load_recipe
 from trainer.data.tars.write_shards import write_world
 from trainer.training import checkpoint
-from trainer.training.checkpoint import Checkpoint, every_checkpoint, read_checkpoint
+from trainer.training.checkpoint import (
+    Checkpoint,
+    every_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
 from trainer.training.fit import fit
 
 QUICK = (
@@ -196,5 +201,6 @@ def wait_for(path: Path, process: Any) -> None:
 @pytest.fixture(scope="session")
 def look() -> Any:
     """The functions above, for tests that cannot import this file."""
-    functions = (checkpoints, events, same, differing, wait_for, read_checkpoint)
+    own = (checkpoints, events, same, differing, wait_for)
+    functions = (*own, read_checkpoint, write_checkpoint)
     return SimpleNamespace(**{function.__name__: function for function in functions})

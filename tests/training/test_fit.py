@@ -152,7 +152,7 @@ def test_a_finished_run_is_not_written_over(first: Path, tiny_folder: Path) -> N
     assert "this run is finished" in result.stderr
     assert result.stdout.strip() == "runs/custom_diffusion/first"
     result = fit(first.parents[2], tiny_folder, f"run={first}", "optim.lr=1", code=78)
-    assert "with another optim; choose another run.id" in result.stderr
+    assert "with another optim.lr; choose another run.id" in result.stderr
     assert digest(first) == before
 
 

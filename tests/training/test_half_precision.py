@@ -123,4 +123,4 @@ def test_a_run_keeps_its_precision(tiny_folder: Path, tmp_path: Path, capsys: An
     fit(tmp_path / "run", tiny_folder, "run.precision=fp16", "run.steps=2")
     (tmp_path / "run" / "adapter.safetensors").unlink()
     fit(tmp_path / "run", tiny_folder, "run.precision=fp32", "run.steps=4", code=78)
-    assert "keep optim.ema and run.precision as they were" in capsys.readouterr().err
+    assert "begun with run.precision=fp16 (now fp32)" in capsys.readouterr().err

@@ -1,7 +1,10 @@
 """The cache of VAE posteriors: every image is encoded once and kept in one fp16 array that several
 runs and ranks can map.
 
-While it is made, each batch is a file of its own, so that an interruption loses one batch at most.
+Behind the array are its key, a CRC-32 of every row and one of the whole file, as `tars/` has them
+of shards: an array that is cut, altered, of another version, or in another one's place is made
+anew, and a row that changes while a run reads it ends the run. While the array is made, each batch
+is a file of its own, so that an interruption loses one batch at most.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -22,10 +26,63 @@ from trainer.common.atomic import written_atomically
 from trainer.common.long_work import long_work
 from trainer.data.source import Dataset
 
-MARK = b"CRC:"  # before the checksum, behind the array
-HASHED = 2**26  # bytes that the checksum takes at once
+MARK = b"CRC2"  # at the end of the file, before the checksum of all that is before it
+HASHED = 2**26  # bytes that a checksum takes at once
 
 Encode = Callable[[Tensor], Tensor]
+
+
+class Latents:
+    """Posterior moments (n, 2c, h, w) float16 of a data set in a verified file; `latents[rows]` are
+    some of them, compared with their checksums at every read. A data worker maps the file itself.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        """Raises ValueError or OSError where the file is not what was written under `key`."""
+        self.path, self.key = path, key
+        self._open()
+
+    def _open(self) -> None:
+        self.array: np.ndarray = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        start: int = self.array.offset
+        with self.path.open("rb") as file:
+            before = file.read(start)
+            file.seek(start + self.array.nbytes)
+            behind = file.read()
+        self.checks = np.frombuffer(behind[len(self.key) : -8], "<u4")
+        if behind != _behind(before, self.array, key=self.key, checks=self.checks):
+            raise ValueError(f"{self.path}: not what was written there")
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.array.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """Raises ValueError where a row is not the one that was encoded."""
+        found = np.ascontiguousarray(self.array[rows])
+        for number, row in zip(range(*rows.indices(len(self))), found, strict=True):
+            if zlib.crc32(row.data) != self.checks[number]:
+                raise ValueError(
+                    f"{self.path}: row {number} has changed since it was verified; start again, "
+                    "and the latents are made anew"
+                )
+        return found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self[:], dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "key": self.key}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
 
 def moments(
@@ -34,19 +91,23 @@ def moments(
     encoder: str,
     folder: Path,
     batch_size: int = 32,
-) -> np.ndarray:
-    """Posterior moments (n, 2c, h, w) float16 of a dataset whose images never change, read from the
-    cache or made; `rows` tells which are those of a sample. A damaged array is made anew.
+) -> Latents:
+    """The moments of a dataset whose images never change, read from the cache or made; `rows` tells
+    which are those of a sample. A file that is not sound is made anew.
 
     Args:
         encode: pixels (b, 3, H, W) to moments (b, 2c, h, w).
         encoder: identity of the encoder's weights; with the dataset's fingerprint it keys the file.
         folder: the cache. batch_size: images that are read and encoded at once.
+
+    Raises:
+        ValueError: the moments of a sample are not finite in fp16; the message names it.
     """
     assert dataset.fixed, "only images that never change can be cached"
     key = hashlib.sha256(f"{dataset.fingerprint()}|{encoder}|fp16".encode()).hexdigest()[:24]
     path = folder / "latents" / f"{key}.npy"
-    found = read_array(path)
+    count = rows(dataset, len(dataset) - 1).stop
+    found = read_latents(path, key, count)
     if found is not None:
         return found
     try:
@@ -54,31 +115,42 @@ def moments(
     except FileNotFoundError:  # another process was faster, and has removed the parts
         if not path.is_file():
             raise
-    found = read_array(path)
+    found = read_latents(path, key, count)
     assert found is not None, f"{path} does not hold what was just written"
     return found
 
 
-def read_array(path: Path) -> np.ndarray | None:
-    """A mapped array, after its checksum was compared; None where it is missing or damaged. One of
-    an earlier version has no checksum."""
+def read_latents(path: Path, key: str, count: int) -> Latents | None:
+    """A verified file of `count` rows; None where it is missing, damaged, of an earlier version, or
+    another data set's."""
     try:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        with path.open("rb") as file:
-            file.seek(array.offset + array.nbytes)  # type: ignore[attr-defined]
-            behind = file.read(len(MARK) + 5)
+        found = Latents(path, key)
     except (OSError, ValueError, EOFError):  # what numpy raises for a file that is cut off
         return None
-    sound = not behind or behind == MARK + checksum(array).to_bytes(4, "big")
-    return array if sound else None
+    sound = found.array.dtype == np.float16 and found.array.ndim == 4 and len(found) == count
+    return found if sound else None
 
 
-def checksum(array: np.ndarray) -> int:
-    """CRC-32 of the values, a part at a time."""
-    found, flat = 0, array.reshape(-1).view(np.uint8).data
+def as_stored(moments: Tensor) -> Tensor:
+    """Moments as they come back from the cache, rounded to fp16 and in fp32: a run trains on the
+    same latents with `run.cache_latents` and without."""
+    return moments.half().float()
+
+
+def checksum(array: np.ndarray, found: int = 0) -> int:
+    """CRC-32 of the values after those whose checksum is `found`, a part at a time."""
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     for start in range(0, len(flat), HASHED):
         found = zlib.crc32(flat[start : start + HASHED], found)
     return found
+
+
+def _behind(before: bytes, array: np.ndarray, *, key: str, checks: np.ndarray) -> bytes:
+    """What stands behind the array: its key, the checksum of each row, and that of the header
+    `before` it, the array and these."""
+    own = key.encode() + checks.astype("<u4").tobytes()
+    whole = zlib.crc32(own, checksum(array, zlib.crc32(before)))
+    return own + MARK + whole.to_bytes(4, "big")
 
 
 def rows(dataset: Dataset, index: int) -> slice:
@@ -112,21 +184,33 @@ def _batches(dataset: Dataset, batch_size: int) -> Iterator[range]:
 
 @dataclass(frozen=True)
 class Part:
-    """The file of one batch. first, last: the rows of the whole array it holds, last excluded."""
+    """The file of one batch. first, last: the rows of the whole array it holds, last excluded; key:
+    of the array."""
 
     file: Path
     samples: range
     first: int
     last: int
+    key: str
+
+    def write(self, moments: np.ndarray) -> None:
+        with written_atomically(self.file) as beside:
+            np.savez(beside, moments=moments, place=self._place)
 
     def read(self) -> np.ndarray | None:
-        """Its moments; None where the file is missing or damaged."""
+        """Its moments; None where the file is missing, damaged, or of another place."""
         try:
             with np.load(self.file, allow_pickle=False) as stored:  # a zip file has checksums
                 found: np.ndarray = stored["moments"]
+                place = str(stored["place"])
         except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
             return None
-        return found if len(found) == self.last - self.first else None
+        sound = place == self._place and found.dtype == np.float16 and found.ndim == 4
+        return found if sound and len(found) == self.last - self.first else None
+
+    @property
+    def _place(self) -> str:
+        return f"{self.key} {self.first} {self.last}"
 
 
 def _make(path: Path, batches: Sequence[range], encode: Encode, *, dataset: Dataset) -> None:
@@ -140,25 +224,37 @@ def _make(path: Path, batches: Sequence[range], encode: Encode, *, dataset: Data
     with long_work("latents", total, total - absent) as advance:
         for part in missing:
             pixels = torch.cat([frames_of(dataset.image(index)) for index in part.samples])
-            with written_atomically(part.file) as beside:
-                np.savez(beside, moments=encode(pixels).half().cpu().numpy())
+            made = encode(pixels).half().cpu().numpy()
+            _check_finite(made, part, dataset)
+            part.write(made)
             advance(part.last - part.first)
     with written_atomically(path) as beside:
         _join(beside, parts)
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def _check_finite(made: np.ndarray, part: Part, dataset: Dataset) -> None:
+    for index in part.samples:
+        own = rows(dataset, index)
+        if not np.isfinite(made[own.start - part.first : own.stop - part.first]).all():
+            raise ValueError(
+                f"the VAE makes values of {dataset.key(index)} that are not finite in fp16; take "
+                "that sample out of the data"
+            )
+
+
 def _part(folder: Path, dataset: Dataset, batch: range) -> Part:
     first, last = rows(dataset, batch[0]).start, rows(dataset, batch[-1]).stop
-    return Part(folder / f"{first:08d}.npz", samples=batch, first=first, last=last)
+    key = folder.stem
+    return Part(folder / f"{first:08d}.npz", samples=batch, first=first, last=last, key=key)
 
 
 def _join(path: Path, parts: Sequence[Part]) -> None:
-    """Writes the array of all parts, and its checksum behind it."""
-    array = None
+    """Writes the array of all parts, and what stands behind it."""
+    array: Any = None
     for part in parts:
         found = part.read()
-        if found is None:
+        if found is None or (array is not None and found.shape[1:] != array.shape[1:]):
             raise FileNotFoundError(f"{part.file}: not there any more, or damaged; start again")
         if array is None:
             shape = (parts[-1].last, *found.shape[1:])
@@ -166,5 +262,8 @@ def _join(path: Path, parts: Sequence[Part]) -> None:
         array[part.first : part.last] = found
     assert array is not None
     array.flush()
+    checks = np.array([zlib.crc32(row.data) for row in array], "<u4")
+    with path.open("rb") as file:
+        before = file.read(array.offset)
     with path.open("ab") as file:
-        file.write(MARK + checksum(array).to_bytes(4, "big"))
+        file.write(_behind(before, array, key=parts[0].key, checks=checks))

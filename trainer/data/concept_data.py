@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from trainer.data.identity import by_name
 from trainer.data.loss_mask import checked_cells
 from trainer.data.prior import Pair
 from trainer.data.source import Sample
@@ -104,6 +105,12 @@ class ConceptData:
     def caption(self, index: int, rng: np.random.Generator) -> str:
         captions = self.pairs[index].captions
         return captions[int(rng.integers(len(captions)))]
+
+    def key(self, index: int) -> str:
+        return self.pairs[index].key
+
+    def identity(self) -> dict[str, str]:
+        return by_name((pair.key, pair.identity()) for pair in self.pairs)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(f"concept-1-{self.view.side}".encode())

@@ -1,12 +1,13 @@
 """What a model has generated, kept between runs and through interruptions: one file for each
-picture or step, written completely or not at all, and verified when it is read."""
+picture or step, written completely or not at all, and verified when it is read: its bytes by their
+checksum, and its place, which it names itself, by its folder and number."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -17,6 +18,8 @@ from trainer.common.long_work import long_work
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
+
+PLACE = "place"  # the entry of a PNG that says whose it is
 
 
 def kept_pictures(
@@ -50,15 +53,16 @@ def kept_pictures(
 
 
 def read_kept(path: Path) -> Image.Image | None:
-    """A picture of `kept_pictures`; None where there is no file, or one with a wrong checksum or
-    without its end."""
+    """A picture of `kept_pictures`; None where there is no file, or one with a wrong checksum,
+    without its end, or written for another place."""
     from PIL import Image
 
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.verify()  # the checksum of every part, which reading the pixels passes over
         with Image.open(path, formats=["PNG"]) as image:
-            return image.convert("RGB")
+            pixels = image.convert("RGB")
+            return pixels if image.info.get(PLACE) == _place(path) else None
     except (OSError, SyntaxError, ValueError):  # what PIL raises for a damaged file
         return None
 
@@ -81,13 +85,15 @@ class KeptSteps:
             with np.load(
                 self._file(step), allow_pickle=False
             ) as stored:  # zip files have checksums
-                return torch.from_numpy(stored["tensor"])
+                here = str(stored["place"]) == _place(self._file(step))
+                return torch.from_numpy(stored["tensor"]) if here else None
         except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
             return None
 
     def __setitem__(self, step: int, tensor: Tensor) -> None:
         with written_atomically(self._file(step)) as part:
-            np.savez(part, tensor=tensor.detach().cpu().numpy())
+            place = _place(self._file(step))
+            np.savez(part, tensor=tensor.detach().cpu().numpy(), place=place)
         self.stored(1)
 
     def __len__(self) -> int:
@@ -115,8 +121,22 @@ def _fill(
     for number in absent:
         picture = made[number - batch.start]
         with written_atomically(_path(folder, number)) as part:
-            picture.save(part, "PNG")
+            picture.save(part, "PNG", pnginfo=_noted(_path(folder, number)))
         found[number] = picture
+
+
+def _noted(path: Path) -> Any:
+    """The place of a picture as text in its PNG."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text(PLACE, _place(path))
+    return info
+
+
+def _place(path: Path) -> str:
+    """Folder and number. The folder's name is a digest of all else that its files depend on."""
+    return f"{path.parent.name}/{path.stem}"
 
 
 def _path(folder: Path, number: int) -> Path:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from trainer.common.exit_codes import CODES
 from trainer.common.seeds import seed_of
 from trainer.common.threads import return_to_all
-from trainer.data.cache import frames_of, rows
+from trainer.data.cache import Latents, frames_of, rows
 from trainer.data.loss_mask import Masked
 from trainer.data.plan import Cursor, Slot, StepPlan
 from trainer.data.source import Dataset, Sample
@@ -67,7 +67,7 @@ class Planned(TorchDataset[Batch]):
         self,
         dataset: Dataset,
         plan: StepPlan,
-        moments: np.ndarray | None,
+        moments: Latents | None,
         rank: int,
         world_size: int,
     ) -> None:
@@ -86,7 +86,7 @@ class Fixed(TorchDataset[Batch]):
     samples of a batch are of one group.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, moments: np.ndarray | None) -> None:
+    def __init__(self, dataset: Dataset, batch_size: int, moments: Latents | None) -> None:
         assert len(set(dataset.frames)) == 1, "held-out samples have one number of frames"
         self.dataset, self.moments = dataset, moments
         most = max(1, batch_size // dataset.frames[0])
@@ -104,8 +104,32 @@ class Fixed(TorchDataset[Batch]):
         return collate(self.dataset, slots, step=0, seed=0, moments=self.moments)
 
 
+@dataclass(frozen=True)
+class Unread:
+    """In the place of a batch that could not be read."""
+
+    error: Exception
+
+
+class Tried(TorchDataset[Batch | Unread]):
+    """The batches of `Fixed`; one that cannot be read is `Unread`, for a validation whose failure
+    does not end the run."""
+
+    def __init__(self, batches: Fixed) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> Batch | Unread:
+        try:
+            return self.batches[number]
+        except Exception as error:
+            return Unread(error)
+
+
 def collate(
-    dataset: Dataset, slots: Sequence[Slot], *, step: int, seed: int, moments: np.ndarray | None
+    dataset: Dataset, slots: Sequence[Slot], *, step: int, seed: int, moments: Latents | None
 ) -> Batch:
     """Reads the slots of one micro-batch; augmentation is seeded by (seed, step, place). moments:
     the cached latents of the data set, instead of its pictures."""
@@ -127,7 +151,7 @@ def collate(
     if moments is not None:
         batch.moments = torch.from_numpy(np.concatenate([moments[span] for span in spans])).float()
         batch.captions = [dataset.caption(slot.index, rng) for slot, rng in pairs]
-        batch.keys = [str(slot.index) for slot in slots]
+        batch.keys = [dataset.key(slot.index) for slot in slots]
         if isinstance(dataset, Masked):
             batch.masks = _stacked([dataset.loss_mask(slot.index) for slot in slots])
     else:

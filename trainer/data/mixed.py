@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from trainer.data.identity import by_name
 from trainer.data.loss_mask import Masked
 from trainer.data.source import Dataset, Sample
 
@@ -49,6 +50,13 @@ class Mixed:
         part, own = self._part(index)
         return part.loss_mask(own) if isinstance(part, Masked) else None
 
+    def key(self, index: int) -> str:
+        part, own = self._part(index)
+        return part.key(own)
+
+    def identity(self) -> dict[str, str]:
+        return by_name(row for part in self.parts for row in part.identity().items())
+
     def fingerprint(self) -> str:
         both = [part.fingerprint() for part in self.parts]
         return hashlib.sha256(repr(("mixed-1", both)).encode()).hexdigest()
@@ -81,6 +89,13 @@ class Stills:
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         return self.clips.caption(index, rng)
+
+    def key(self, index: int) -> str:
+        return self.clips.key(index)
+
+    def identity(self) -> dict[str, str]:
+        """Empty: they are in the clips, which the same run trains on."""
+        return {}
 
     def fingerprint(self) -> str:
         return hashlib.sha256(repr(("stills-1", self.clips.fingerprint())).encode()).hexdigest()

@@ -10,6 +10,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from trainer.data.identity import captioned, digest_of
 from trainer.data.kept import kept_pictures
 from trainer.data.source import Generation, Needs
 from trainer.media.images import ImageError
@@ -22,12 +23,24 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Pair:
     """An RGB image of any size, the captions that are true of it, and its mask of the same size in
-    8-bit grey, if it has one."""
+    8-bit grey, if it has one. made_of: what a generated one was made of; another machine may make
+    it with other last bits."""
 
     image: Image.Image
     captions: tuple[str, ...]
     key: str
     mask: Image.Image | None = None
+    made_of: str | None = None
+
+    def identity(self) -> str:
+        """Digests of its pixels, or of what it was made of, of its captions and its mask."""
+        own = pixels_digest(self.image) if self.made_of is None else digest_of(self.made_of)
+        mask = None if self.mask is None else pixels_digest(self.mask)
+        return captioned(own, self.captions, mask)
+
+
+def pixels_digest(image: Image.Image) -> str:
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,6 @@ def class_images(prompts: Sequence[str], seed: int, how: Generation, *, needs: N
 
     pictures = kept_pictures(folder, len(prompts), make, at_once=needs.at_once, what="class images")
     return [
-        Pair(picture, (prompt,), f"prior-{number}")
+        Pair(picture, (prompt,), f"prior-{number}", made_of=f"{identity} {number}")
         for number, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True))
     ]

@@ -66,8 +66,17 @@ class Dataset(Protocol):
         """The caption alone, with the same random numbers; for data whose latents are cached."""
         ...
 
+    def key(self, index: int) -> str:
+        """The name of sample `index`, by its file where it has one; reads nothing."""
+        ...
+
     def fingerprint(self) -> str:
         """Changes when any image would; keys caches."""
+        ...
+
+    def identity(self) -> dict[str, str]:
+        """What each sample, or each file of several, is by its name: changes with any byte of it
+        and with its captions; see `identity.py`."""
         ...
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.data.held_out import KEEP_BYTES
+from trainer.data.identity import by_name, captioned, digest_of, sha256_of_file
 from trainer.data.source import Sample
 from trainer.media.images import ImageError
 from trainer.media.read_video import SLACK, VideoFacts, read_clip
@@ -95,8 +96,7 @@ class CaptionedVideo:
         if self.digest is not None:
             return self.digest
         assert isinstance(self.source, Path)
-        with self.source.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of_file(self.source)
 
 
 class VideoClips:
@@ -136,6 +136,9 @@ class VideoClips:
             clip = clip.flip(-1)
         return Sample(clip, video.caption, video.key)
 
+    def key(self, index: int) -> str:
+        return self.videos[index].key
+
     def image(self, index: int) -> Tensor:
         video = self.videos[index]
         return self._tensor(index, self.window.starts(video.facts, video.key)[0])
@@ -150,6 +153,12 @@ class VideoClips:
         for video in self.videos:
             digest.update(video.identity().encode())
         return digest.hexdigest()
+
+    def identity(self) -> dict[str, str]:
+        return by_name(
+            (video.key, captioned(digest_of(video.identity()), [video.caption]))
+            for video in self.videos
+        )
 
     def _tensor(self, index: int, start: int) -> Tensor:
         import torch

@@ -27,13 +27,12 @@ from typing import Any
 
 from trainer.common.atomic import written_atomically
 from trainer.config.header import read_header
+from trainer.config.resume_rules import FREE, changed_keys
 from trainer.config.run_section import RunSpec
 from trainer.config.schema import Recipe
 
 WHERE = ("id", "out", "start_from")
-SAME_SECTIONS = ("backbone", "denoiser", "data", "methods", "objective", "optim")
-# the keys of `run` that decide which numbers are computed
-SAME_RUN_KEYS = ("batch_size", "accumulate", "seed", "resolution", "precision", "cache_latents")
+UNLISTED = (*(f"run.{key}" for key in WHERE), "run.steps")  # an adapter does not have the first
 
 
 def folder_for(recipe: Recipe) -> Path:
@@ -50,28 +49,37 @@ def recipe_header(recipe: Recipe) -> dict[str, Any]:
 
 
 def is_finished(folder: Path, recipe: Recipe) -> bool:
-    """Whether the folder holds a run that has done all the recipe's steps. A run that finished
-    with fewer steps is not finished: it continues.
+    """Whether the folder holds a run that has done all the recipe's steps. One that finished with
+    fewer steps is not finished: it continues from its last checkpoint.
 
     Raises:
-        ValueError: it holds the finished run of another recipe.
+        ValueError: it holds the finished run of another recipe, or one of more steps; or one of
+            fewer steps without a checkpoint, whose adapter would be written over.
     """
     path = folder / "adapter.safetensors"
     if not path.is_file():
         return False
     tree, _ = read_header(path)
-    if unlike := differing_keys(tree, recipe):
+    done = (tree.get("run") or {}).get("steps", RunSpec.model_fields["steps"].default)
+    if done < recipe.run.steps:
+        if any((folder / "checkpoints").glob("step-*")):
+            return False  # its checkpoint says whether this recipe may go on with it
         raise ValueError(
-            f"{folder} holds a finished run with another {unlike[0]}; choose another run.id"
+            f"{folder} holds a finished run of {done} steps and no checkpoint to go on from to "
+            f"run.steps={recipe.run.steps}; choose another run.id, with run.start_from={folder} to "
+            "train its adapter further"
         )
-    return bool(_run(tree, "steps") >= recipe.run.steps)
-
-
-def differing_keys(tree: Mapping[str, Any], recipe: Recipe) -> list[str]:
-    """The sections, and the keys of `run`, in which a stored recipe differs from this one."""
-    sections = [key for key in SAME_SECTIONS if tree.get(key) != recipe.tree.get(key)]
-    keys = [key for key in SAME_RUN_KEYS if _run(tree, key) != _run(recipe.tree, key)]
-    return [*sections, *(f"run.{key}" for key in keys)]
+    other = [change for change in changed_keys(tree, recipe) if change.rule != FREE]
+    if unlike := [change.key for change in other if change.key not in UNLISTED]:
+        raise ValueError(
+            f"{folder} holds a finished run with another {', '.join(unlike)}; choose another run.id"
+        )
+    if done > recipe.run.steps:
+        raise ValueError(
+            f"{folder} holds a finished run of {done} steps, more than "
+            f"run.steps={recipe.run.steps}; choose another run.id"
+        )
+    return True
 
 
 @contextmanager
@@ -121,7 +129,3 @@ def write_text(path: Path, text: str) -> None:
     """Replaces a file's text. After a full disk or a kill the old file is still complete."""
     with written_atomically(path) as part:
         part.write_text(text, encoding="utf-8")
-
-
-def _run(tree: Mapping[str, Any], key: str) -> Any:
-    return (tree.get("run") or {}).get(key, RunSpec.model_fields[key].default)

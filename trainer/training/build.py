@@ -23,7 +23,7 @@ from trainer.config.run_section import RunSpec
 from trainer.config.schema import Recipe
 from trainer.data import cache
 from trainer.data.buckets import Bucketed
-from trainer.data.loader import Fixed, Planned
+from trainer.data.loader import Fixed, Planned, Tried
 from trainer.data.plan import StepPlan
 from trainer.data.source import Dataset, Generation, Needs
 from trainer.diffusion.objective import Objective
@@ -173,7 +173,7 @@ def checks(recipe: Recipe, backbone: Backbone, held_out: Dataset | None) -> Any:
     if held_out is None or not recipe.run.validate_every:
         return None
     fixed = Fixed(held_out, 16, latents(recipe, backbone, held_out))
-    return DataLoader(fixed, batch_size=None)
+    return DataLoader(Tried(fixed), batch_size=None)
 
 
 def objective(recipe: Recipe, backbone: Backbone) -> Objective:
@@ -219,7 +219,7 @@ def lrs(recipe: Recipe, plan: Plan) -> dict[str, float]:
     }
 
 
-def latents(recipe: Recipe, backbone: Backbone, data: Dataset) -> np.ndarray | None:
+def latents(recipe: Recipe, backbone: Backbone, data: Dataset) -> cache.Latents | None:
     """Cached VAE posteriors where the images never change and the recipe wants them."""
     if not (recipe.run.cache_latents and data.fixed):
         return None

@@ -27,7 +27,7 @@ from trainer.training.build import (
 from trainer.training.caption_check import check_captions
 from trainer.training.console import first_rank, say
 from trainer.training.launch import announce, ending, launch
-from trainer.training.resume import last_checkpoint
+from trainer.training.resume import last_checkpoint, run_facts
 from trainer.training.thread_count import settle_threads
 
 
@@ -66,11 +66,16 @@ def _fit(recipe: Recipe, folder: Path) -> None:
     placement = placement_of(run)
     backbone = load_base(recipe.backbone, recipe.backbone_name, placement, hold=False)
     train, held_out = recipe.data.open(needs(recipe, backbone))
+    facts = run_facts(
+        recipe, folder, found=found, backbone=backbone, train=train, held_out=held_out
+    )
     plan = adapt(recipe, backbone, placement)
     for line in check_captions(recipe, backbone, train):
         say(line)
     module = module_of(recipe, backbone, plan)
-    launched = launch(recipe, folder, found=found, plan=plan, train=train, backbone=backbone)
+    launched = launch(
+        recipe, folder, found=found, plan=plan, train=train, backbone=backbone, facts=facts
+    )
     rank, ranks = launched.trainer.global_rank, launched.trainer.world_size
     if launched.trainer.is_global_zero:
         announce(recipe, folder, backbone=backbone, plan=plan, train=train)

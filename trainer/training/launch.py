@@ -4,7 +4,7 @@ at its start, how it ends early."""
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,7 @@ from trainer.training.callbacks.hang import HangGuard, vanish
 from trainer.training.callbacks.nonfinite_and_signals import StepChecks
 from trainer.training.callbacks.preview import Preview
 from trainer.training.callbacks.progress import Bar
+from trainer.training.callbacks.side_work import SideWork
 from trainer.training.callbacks.signal_recorder import Signals, keep_lightning_out
 from trainer.training.callbacks.trackers import make_trackers
 from trainer.training.checkpoint import Checkpoint
@@ -57,15 +58,23 @@ def launch(
     plan: Plan,
     train: Dataset,
     backbone: Backbone,
+    facts: Mapping[str, Any],
 ) -> Launch:
     """The trainer of a run in `folder`. found: the checkpoint it resumes from; backbone: as placed,
-    it decides device and precision."""
+    it decides device and precision; facts: of `run_facts`, for every manifest."""
     signals, mixed = Signals(first_rank()), mixed_precision(backbone.computes_in, backbone.device)
     ema = EMA(recipe.optim.ema) if recipe.optim.ema else None
     ran = BackendReport(partial(report_backends, plan, folder, console=console))
     scaler = None if mixed is None else mixed.scaler
     own = callbacks(
-        recipe, folder, ema=ema, found=found, signals=signals, scaler=scaler, train=train
+        recipe,
+        folder,
+        ema=ema,
+        found=found,
+        signals=signals,
+        scaler=scaler,
+        train=train,
+        facts=facts,
     )
     trainer = make_trainer(recipe, folder, backbone.device, mixed=mixed, callbacks=[ran, *own])
     return Launch(trainer, signals, ema)
@@ -80,6 +89,7 @@ def callbacks(
     signals: Signals,
     scaler: torch.amp.GradScaler | None,
     train: Dataset,
+    facts: Mapping[str, Any] | None = None,
 ) -> list[lightning.Callback]:
     """In the order they act at the end of a step: what a checkpoint holds is done before it is
     saved, what only looks comes after."""
@@ -90,7 +100,7 @@ def callbacks(
         every=run.checkpoint_every,
         keep=run.checkpoint_keep,
         found=found,
-        facts={"recipe": recipe_header(recipe)},
+        facts={"recipe": recipe_header(recipe), **(facts or {})},
         on_full=run.on_disk_full,
         hang=hang,
         ema=ema,
@@ -109,11 +119,19 @@ def callbacks(
     saver.parts |= {"watch": watch} | ({"scaler": scaler} if scaler is not None else {})
     bar = Bar(run.batch_size * run.accumulate, max(1, run.steps // 20), console)
     first: list[lightning.Callback] = [ema] if ema else []
-    return [*first, bar, saver, watch, *previews(recipe, folder, ema, hang=hang, train=train), hang]
+    side = SideWork(saver, partial(say, style="red"))
+    shown = previews(recipe, folder, ema, hang=hang, train=train, side=side)
+    return [*first, bar, saver, watch, side, *shown, hang]
 
 
 def previews(
-    recipe: Recipe, folder: Path, ema: EMA | None, *, hang: HangGuard, train: Dataset
+    recipe: Recipe,
+    folder: Path,
+    ema: EMA | None,
+    *,
+    hang: HangGuard,
+    train: Dataset,
+    side: SideWork,
 ) -> list[lightning.Callback]:
     """The previews, if the recipe asks for some."""
     preview = recipe.preview
@@ -137,6 +155,7 @@ def previews(
             maps=preview.maps,
             ema=ema,
             hang=hang,
+            side=side,
         )
     ]
 

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from trainer.attention.step_result import StepResult
 from trainer.backbones.backbone import Backbone
 from trainer.common.seeds import seed_of
-from trainer.data.loader import Batch
+from trainer.data.loader import Batch, Unread
 from trainer.data.plan import quantiles
+from trainer.training.console import problem_of
+from trainer.training.distributed import gather_values
 from trainer.training.optim import Optim, make_optimizer
 from trainer.training.tasks.task import Task
 
@@ -48,6 +50,7 @@ class DiffusionModule(lightning.LightningModule):
         self.extra_losses, self.schedules = tuple(extra_losses), tuple(schedules)
         self.seed = seed
         self.val_losses: dict[int, list[float]] = {}
+        self.val_problem: str | None = None  # why the present validation has failed
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by the names adapters use."""
@@ -76,14 +79,30 @@ class DiffusionModule(lightning.LightningModule):
         self.log("train/loss", loss.detach(), batch_size=len(batch.positions), sync_dist=True)
         return loss
 
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
-        losses = self.task.score(batch, QUANTILES)
-        for level, own in zip(QUANTILES, losses.tolist(), strict=True):
+    def validation_step(self, batch: Batch | Unread, batch_index: int) -> None:
+        """What fails here is noted, and what is left of the validation is passed over: the ranks
+        stay in step, and training goes on; see `callbacks/side_work.py`."""
+        if self.val_problem is not None:
+            return
+        try:
+            if isinstance(batch, Unread):
+                raise batch.error
+            losses = self.task.score(batch, QUANTILES).tolist()
+        except Exception as error:
+            self.val_problem = problem_of(error)
+            return
+        for level, own in zip(QUANTILES, losses, strict=True):
             self.val_losses.setdefault(round(level * 1000), []).extend(own)
 
     def on_validation_epoch_end(self) -> None:
         """The mean over the samples at each timestep quantile, and over all: the same noise and
-        levels every time and in every run, so curves can be compared."""
+        levels every time and in every run, so curves can be compared. Nothing is logged where the
+        validation of one rank has failed."""
+        failed = [problem for problem in gather_values(self.val_problem) if problem is not None]
+        if failed:
+            self.val_problem = failed[0]
+            self.val_losses.clear()
+            return
         for level, losses in sorted(self.val_losses.items()):
             self.log(f"val/loss_t{level:03d}", sum(losses) / len(losses), sync_dist=True)
         every = [loss for losses in self.val_losses.values() for loss in losses]
@@ -92,9 +111,9 @@ class DiffusionModule(lightning.LightningModule):
         self.val_losses.clear()
 
     def transfer_batch_to_device(
-        self, batch: Batch, device: torch.device, dataloader_idx: int
-    ) -> Batch:
-        return batch.to(device)
+        self, batch: Batch | Unread, device: torch.device, dataloader_idx: int
+    ) -> Batch | Unread:
+        return batch if isinstance(batch, Unread) else batch.to(device)
 
     def _blocks(self) -> list[str]:
         """How the names begin of what lies in the blocks that hold attention."""

@@ -88,6 +88,58 @@ def make_optimizer(
     return Muon(parts) if matrices else parts[0]
 
 
+def order_of(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> list[str]:
+    """The names of an optimiser's parameters, in the order in which its state counts them."""
+    names = {id(value): name for name, value in named.items()}
+    return [names[id(value)] for group in optimizer.param_groups for value in group["params"]]
+
+
+def restore_moments(
+    optimizer: torch.optim.Optimizer,
+    stored: Mapping[str, Any],
+    *,
+    before: Sequence[str] | None,
+    now: Sequence[str],
+) -> None:
+    """Gives an optimiser the moments of a stored state. Its groups, with lr, betas, eps and weight
+    decay, stay its own, as the recipe has them.
+
+    before, now: the order of parameters in the stored state and in this optimiser; before is None
+    in a checkpoint of an earlier version.
+
+    Raises:
+        ValueError: an earlier version's state has other groups.
+    """
+    own = optimizer.state_dict()
+    if before is None:
+        sizes = [[len(group["params"]) for group in each["param_groups"]] for each in (stored, own)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                "the checkpoint of an earlier version does not name its parameters, and this "
+                "recipe groups them otherwise; keep optim.lrs as it was, or choose another run.id"
+            )
+    places = {name: number for number, name in enumerate(now if before is None else before)}
+    state = {
+        number: stored["state"][places[name]]
+        for number, name in enumerate(now)
+        if places[name] in stored["state"]
+    }
+    optimizer.load_state_dict({**own, "state": state})
+
+
+def restore_schedule(
+    schedule: torch.optim.lr_scheduler.LambdaLR, stored: Mapping[str, Any]
+) -> None:
+    """Takes a schedule to the step of a stored one, and the optimiser to the lr that this schedule
+    has there: the recipe's lr, warm-up and decay hold, not the stored ones."""
+    place = {name: stored[name] for name in ("last_epoch", "_step_count")}
+    schedule.load_state_dict({**schedule.state_dict(), **place})
+    groups = schedule.optimizer.param_groups
+    for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = base * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in groups]
+
+
 def _for_muon(
     optim: Optim,
     named: Mapping[str, nn.Parameter],

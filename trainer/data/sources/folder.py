@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from trainer.data.buckets import Size, arrange, check_step, cover, upright_size
 from trainer.data.held_out import KEEP_BYTES, check_split, has_caption
+from trainer.data.identity import by_name, captioned, sha256_of_file
 from trainer.data.loss_mask import checked_cells
 from trainer.data.source import Caption, Dataset, Needs, Sample, Source
 from trainer.data.source_options import Buckets, Mirror, OnBad
@@ -181,6 +182,9 @@ class Photos:
             image, mask = image.flip(-1), None if mask is None else mask.flip(-1)
         return Sample(image=image, caption=caption, key=path.name, mask=mask)
 
+    def key(self, index: int) -> str:
+        return self.pairs[index][0].name
+
     def image(self, index: int) -> Tensor:
         """The photo without mirroring, float32 (3, H, W) in [-1, 1]; raises as `sample`."""
         from trainer.media.images import to_tensor
@@ -199,10 +203,19 @@ class Photos:
         cut = f"-{self.sizes}" if self.step else ""
         digest = hashlib.sha256(f"folder-1-{self.side}-{self.flip}{cut}".encode())
         for path, _ in self.pairs:
-            with path.open("rb") as file:
-                # a digest of digests, which changes when bytes move from one file to the next
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            # a digest of digests, which changes when bytes move from one file to the next
+            digest.update(bytes.fromhex(sha256_of_file(path)))
         return digest.hexdigest()
+
+    def identity(self) -> dict[str, str]:
+        return by_name(
+            (path.name, captioned(sha256_of_file(path), [caption], self._mask_digest(index)))
+            for index, (path, caption) in enumerate(self.pairs)
+        )
+
+    def _mask_digest(self, index: int) -> str | None:
+        mask = self.masks.get(index)
+        return None if mask is None else hashlib.sha256(mask.numpy().tobytes()).hexdigest()
 
     def _cut(self, index: int) -> Image:
         if index in self._kept:

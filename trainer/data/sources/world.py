@@ -58,8 +58,11 @@ class Scenes:
         return self.count
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        key = f"scene-{self.seed}-{index}"
-        return Sample(image=self.image(index), caption=self.caption(index, rng), key=key)
+        image, caption = self.image(index), self.caption(index, rng)
+        return Sample(image=image, caption=caption, key=self.key(index))
+
+    def key(self, index: int) -> str:
+        return f"scene-{self.seed}-{index}"
 
     def image(self, index: int) -> Tensor:
         from PIL import Image
@@ -78,3 +81,6 @@ class Scenes:
 
     def fingerprint(self) -> str:
         return f"world-1-{self.seed}-{self.count}-{self.sprites}-{self.side}"
+
+    def identity(self) -> dict[str, str]:
+        return {"scenes": self.fingerprint()}

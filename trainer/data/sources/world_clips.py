@@ -114,8 +114,11 @@ class DrawnClips:
         return self.count
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        key = f"clip-{self.seed}-{index}"
-        return Sample(image=self.image(index), caption=self.caption(index, rng), key=key)
+        image, caption = self.image(index), self.caption(index, rng)
+        return Sample(image=image, caption=caption, key=self.key(index))
+
+    def key(self, index: int) -> str:
+        return f"clip-{self.seed}-{index}"
 
     def image(self, index: int) -> Tensor:
         """Float32 (frames, 3, side, side) in [-1, 1]."""
@@ -149,6 +152,9 @@ class DrawnClips:
             f"world-clips-1-{self.seed}-{self.count}-{self.sprites}-{self.side}-"
             f"{self.frames[0]}-{self.fps!r}" + "".join(f"-{motion}" for motion in self.motions)
         )
+
+    def identity(self) -> dict[str, str]:
+        return {"clips": self.fingerprint()}
 
 
 def _each(motion: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,6 +13,7 @@ import numpy as np
 
 from trainer.data.buckets import arrange, check_step, cover
 from trainer.data.held_out import check_split
+from trainer.data.identity import digest_of
 from trainer.data.source import Needs, Sample
 from trainer.data.tars.manifest import (
     CAPTION,
@@ -93,7 +94,7 @@ def split(found: Sequence[Shard], needs: Needs, opening: Opening) -> tuple[Tars,
         return Tars(
             folder,
             part,
-            digests=[shard.sha256 for shard in found],
+            digests={shard.name: shard.sha256 for shard in found},
             side=needs.resolution,
             skipped=skipped,
             step=step,
@@ -105,7 +106,7 @@ def split(found: Sequence[Shard], needs: Needs, opening: Opening) -> tuple[Tars,
 
 class Tars:
     """Random access to the samples of shards, given as (name of the shard, entry). digests: of all
-    shards; step: see `buckets.py`."""
+    shards by name; step: see `buckets.py`."""
 
     rates: Sequence[float] = ()
 
@@ -114,13 +115,13 @@ class Tars:
         folder: Path | str,
         rows: Sequence[tuple[str, Entry]],
         *,
-        digests: Sequence[str],
+        digests: Mapping[str, str],
         side: int,
         skipped: Sequence[str] = (),
         step: int = 0,
         read: Read = read_local,
     ) -> None:
-        self.folder, self.digests, self.side, self.step = folder, digests, side, step
+        self.folder, self.digests, self.side, self.step = folder, dict(digests), side, step
         self.skipped, self.read = skipped, read
         shapes = [(entry.width, entry.height) for _, entry in rows]
         order, groups, sizes = arrange(shapes, side, step)
@@ -137,8 +138,11 @@ class Tars:
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Image and caption; raises ValueError if their bytes changed since they were indexed."""
-        key = self.rows[index][1].key
-        return Sample(image=self.image(index), caption=self.caption(index, rng), key=key)
+        image, caption = self.image(index), self.caption(index, rng)
+        return Sample(image=image, caption=caption, key=self.key(index))
+
+    def key(self, index: int) -> str:
+        return self.rows[index][1].key
 
     def image(self, index: int) -> Tensor:
         """Float32 (3, H, W) in [-1, 1]; raises ValueError as `sample`."""
@@ -179,8 +183,13 @@ class Tars:
         """SHA-256 over the checksums of the shards, the keys of the samples, and the sizes."""
         keys = [entry.key for _, entry in self.rows]
         cut = (self.sizes,) if self.step else ()
-        done = ("shards-1", self.side, self.digests, keys, *cut)
+        done = ("shards-1", self.side, list(self.digests.values()), keys, *cut)
         return hashlib.sha256(repr(done).encode()).hexdigest()
+
+    def identity(self) -> dict[str, str]:
+        """The checksum of every shard, which holds pictures and captions, and the samples' keys."""
+        keys = sorted(f"{name} {entry.key}" for name, entry in self.rows)
+        return {**self.digests, "the choice of samples": digest_of(*keys)}
 
     def _read(self, index: int, extension: str) -> bytes:
         name, entry = self.rows[index]

@@ -32,6 +32,7 @@ from trainer.training.checkpoint import (
 )
 from trainer.training.distributed import gather_values, value_of_first
 from trainer.training.module import DiffusionModule
+from trainer.training.optim import order_of, restore_moments, restore_schedule
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -96,7 +97,7 @@ class Checkpoints(lightning.Callback):
             )
         if self.found is not None:
             state = self._load(trainer, pl_module, self.found)
-            trainer.lr_scheduler_configs[0].scheduler.load_state_dict(state["schedule"])
+            restore_schedule(_schedule(trainer), state["schedule"])
             trainer.fit_loop.load_state_dict(state["loops"])
             if len(state["rng"]) == trainer.world_size:
                 self._rng = state["rng"][trainer.global_rank]
@@ -112,7 +113,8 @@ class Checkpoints(lightning.Callback):
     ) -> None:
         step = trainer.global_step
         due = bool(self.every) and (step % self.every == 0 or step == trainer.max_steps)
-        if step != self.tried and (due or _validates(trainer)):
+        last = step == trainer.max_steps  # a preview after it may ask for a save
+        if step != self.tried and (due or last or _validates(trainer)):
             self._mark(trainer)
         if step != self.tried and due:
             self.tried = step
@@ -190,7 +192,12 @@ class Checkpoints(lightning.Callback):
                 f"{type(optimizer).__name__}; keep optim.name, or choose another run.id"
             )
         _fill(pl_module.stored(), weights, found.folder)
-        optimizer.load_state_dict(state["optimizer"])
+        restore_moments(
+            optimizer,
+            state["optimizer"],
+            before=state.get("order"),
+            now=order_of(optimizer, pl_module.trainable()),
+        )
         if set(state["parts"]) != set(self.parts):
             raise ValueError(
                 f"{found.folder} holds the state of {sorted(state['parts'])}, and this run has "
@@ -216,7 +223,8 @@ class Checkpoints(lightning.Callback):
                 f"{len(nonfinite)} tensors in all; nothing was saved, the last checkpoint is kept"
             )
         optimizer = trainer.optimizers[0]
-        state = {"loops": end.loops, "rng": rng, **self._state(trainer)}
+        order = order_of(optimizer, module.trainable())
+        state = {"loops": end.loops, "rng": rng, "order": order, **self._state(trainer)}
         facts = {
             "step": end.step,
             "micro_step": end.micro_step,
@@ -241,9 +249,15 @@ class Checkpoints(lightning.Callback):
         """The states of optimiser, schedule and `parts`."""
         return {
             "optimizer": trainer.optimizers[0].state_dict(),
-            "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
+            "schedule": _schedule(trainer).state_dict(),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
+
+
+def _schedule(trainer: lightning.Trainer) -> torch.optim.lr_scheduler.LambdaLR:
+    found = trainer.lr_scheduler_configs[0].scheduler
+    assert isinstance(found, torch.optim.lr_scheduler.LambdaLR)
+    return found
 
 
 def get_rng_states(trainer: lightning.Trainer) -> dict[str, Any]:

@@ -105,6 +105,17 @@ class StepChecks(lightning.Callback):
         if self.stop:
             self._leave(trainer, pl_module)
 
+    def on_train_epoch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """The one epoch has all batches of the run: after it Lightning would begin another one,
+        without a batch and without an end."""
+        if trainer.global_step < trainer.max_steps:
+            raise ValueError(
+                f"the batches ended after step {trainer.global_step} of {trainer.max_steps}: the "
+                "checkpoint counts them otherwise than this recipe; choose another run.id"
+            )
+
     def on_validation_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any, **__: Any
     ) -> None:

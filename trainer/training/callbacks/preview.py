@@ -22,7 +22,10 @@ from trainer.media.write_video import PLAYED, write_frames
 from trainer.ops.attention_maps import MapStore
 from trainer.training.callbacks.ema import EMA
 from trainer.training.callbacks.hang import HangGuard
+from trainer.training.callbacks.side_work import SideWork
 from trainer.training.callbacks.trackers import log_clip, log_picture
+from trainer.training.console import problem_of
+from trainer.training.distributed import value_of_first
 from trainer.training.module import DiffusionModule
 
 GRID = "grid.png"
@@ -33,9 +36,10 @@ class Preview(lightning.Callback):
     tracker. A resumed run keeps the rows it had.
 
     every: steps between two previews; maps: a token whose attention maps are shown, too; ema: its
-    average is used. If `settings` has more than one frame, a preview has clips:
-    `previews/<label>.png` with a row for each prompt and a column for each frame, and `<label>.gif`
-    and `.mp4`, which show all clips side by side.
+    average is used; side: is told of a preview that failed, after which there are no more. If
+    `settings` has more than one frame, a preview has clips: `previews/<label>.png` with a row for
+    each prompt and a column for each frame, and `<label>.gif` and `.mp4`, which show all clips side
+    by side.
     """
 
     def __init__(
@@ -49,9 +53,11 @@ class Preview(lightning.Callback):
         maps: str | None = None,
         ema: EMA | None = None,
         hang: HangGuard | None = None,
+        side: SideWork | None = None,
     ) -> None:
         self.folder, self.prompts, self.every = folder, list(prompts), every
-        self.maps, self.ema, self.hang = maps, ema, hang
+        self.maps, self.ema, self.hang, self.side = maps, ema, hang, side
+        self.failed = False
         self.settings = settings
         self.frames, self.fps = settings.frames, settings.fps
         self.seeds = [seed + i for i in range(len(self.prompts))]
@@ -84,9 +90,26 @@ class Preview(lightning.Callback):
     def _preview(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, label: str
     ) -> None:
+        """A preview, unless one has failed: then there are no more, see `SideWork`."""
         self.last = trainer.global_step
-        if not trainer.is_global_zero:
+        if self.failed:
             return
+        problem = None
+        if trainer.is_global_zero:
+            try:
+                self._show(trainer, pl_module, label)
+            except Exception as error:
+                if self.side is None:
+                    raise
+                problem = problem_of(error)
+        problem = value_of_first(problem)
+        if problem is not None and self.side is not None:
+            self.failed = True
+            self.side.left_out(trainer, pl_module, what="preview", problem=problem)
+
+    def _show(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, label: str
+    ) -> None:
         assert isinstance(pl_module, DiffusionModule)
         with (
             self.hang.inside("preview") if self.hang else nullcontext(),
