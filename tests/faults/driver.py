@@ -26,7 +26,8 @@ import torch
 from trainer.__main__ import main
 from trainer.data.loader import Planned
 from trainer.training import checkpoint
-from trainer.training.callbacks import checkpoints
+from trainer.training.callbacks import checkpoints, trackers
+from trainer.training.callbacks import preview as preview_file
 from trainer.training.module import DiffusionModule
 from trainer.training.tasks import denoise as denoise_file
 from trainer.training.tasks.denoise import Denoise
@@ -180,6 +181,45 @@ def trace(patch: Patch, folder: str) -> None:
 def lead(patch: Patch) -> None:
     """The process and what it starts are a group of their own, as under a terminal."""
     os.setpgid(0, 0)
+
+
+def kill(patch: Patch, pid: int, **where: int) -> None:
+    """Another process, such as a server that this one talks to, is gone."""
+
+    def act(module: DiffusionModule, loss: torch.Tensor) -> torch.Tensor:
+        os.kill(pid, signal.SIGKILL)
+        return loss
+
+    _in_step(patch, act, **where)
+
+
+def impatient(patch: Patch, seconds: float) -> None:
+    """The end of the run waits for wandb's uploads for so long."""
+    patch(trackers, "UPLOADS", seconds)
+
+
+def preview(patch: Patch, error: str, call: int) -> None:
+    """The sampler of previews raises from its `call`-th call on."""
+    _raising(patch, preview_file, "sample", error=error, call=call)
+
+
+def validation(patch: Patch, error: str, call: int) -> None:
+    _raising(patch, Denoise, "score", error=error, call=call)
+
+
+def _raising(patch: Patch, owner: Any, name: str, *, error: str, call: int) -> None:
+    """error: "memory" for that of a GPU without room, or a message."""
+    original, calls = getattr(owner, name), [0]
+
+    def raising(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] < call:
+            return original(*arguments, **options)
+        if error == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nmore")
+        raise RuntimeError(error)
+
+    patch(owner, name, raising)
 
 
 def fail(patch: Patch, **where: int) -> None:

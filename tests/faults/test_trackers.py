@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,36 @@ def test_a_server_that_is_not_there(
     assert whole_record(tmp_path / "run")
     assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
     assert list((tmp_path / "run").glob("wandb/offline-run-*/files/media/images/*.png"))
+
+
+def test_a_server_that_goes_away(
+    tmp_path: Path, started: Any, look: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the run and its first step, then it is killed."""
+    pytest.importorskip("wandb")
+    command = [sys.executable, str(Path(__file__).with_name("wandb_server.py"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        port = server.stdout.readline().strip()
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+        for name in ("WANDB_SERVICE", "WANDB_MODE"):
+            monkeypatch.delenv(name, raising=False)
+        faults = {"kill": {"pid": server.pid, "step": 1}, "impatient": {"seconds": 3}}
+        process = started(tmp_path / "run", faults, "tracker=wandb", *OWN)
+        try:
+            _, said = process.communicate(timeout=240)
+            assert server.wait(10) == -9  # it was there until then
+        finally:
+            server.kill()
+    assert process.returncode == 0, said[-3000:]
+    assert "tracker=wandb: not all was uploaded after 3 seconds, `wandb sync" in said
+    (event,) = look.events(tmp_path / "run", "tracker_failed")
+    assert event["tracker"] == "WandbLogger"
+    assert whole_record(tmp_path / "run")
+    (kept,) = (tmp_path / "run").glob("wandb/run-*/*.wandb")
+    own = (tmp_path / "run" / "tracker.id").read_text().strip()
+    assert kept.name == f"run-{own}.wandb"
 
 
 def test_a_folder_that_cannot_be_written(

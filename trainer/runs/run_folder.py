@@ -7,6 +7,7 @@
     events.jsonl               a line for each start and end, each checkpoint that was skipped or
                                could not be written, and each skipped step
     metrics.jsonl              a line for each time that metrics are logged
+    tracker.id                 what wandb knows the run by
     .lock                      the program that is training here
 
 Previews, the tracker's files and `evaluation.json` are in the same folder.

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from trainer.runs.run_folder import append_line, note_event
+from trainer.runs.run_folder import append_line, note_event, write_text
+from trainer.training.console import first_rank
 
+TRACKER_ID = "tracker.id"  # the file in a run folder
 UPLOADS = 60  # seconds that the end of a run waits for wandb's uploads
 
 
@@ -66,7 +71,8 @@ class Steady(Logger):
             try:
                 return act(self.trackers[0])
             except Exception as error:
-                self.failed(self.trackers.pop(0), error)
+                with suppress(Exception):  # what ends a broken tracker may be broken, too
+                    self.failed(self.trackers.pop(0), error)
         return None
 
     @property
@@ -119,6 +125,9 @@ def make_trackers(
     def failed(tracker: Logger, error: Exception) -> None:
         note_event(folder, "tracker_failed", tracker=type(tracker).__name__, reason=str(error))
         why = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, TimeoutError) and isinstance(tracker, WandbLogger):
+            sync = f"`wandb sync {folder}/wandb/*` sends the rest"
+            why = f"not all was uploaded after {UPLOADS:g} seconds, {sync}"
         say(f"tracker={name}: {why}; the run continues, and metrics.jsonl has its metrics")
         if isinstance(tracker, WandbLogger):
             import wandb
@@ -147,17 +156,41 @@ def _wandb(folder: Path, recipe: Mapping[str, Any]) -> list[Logger]:
         ) from None
     # no code, no git diff, no machine facts: a run folder can be shared
     settings = wandb.Settings(
-        disable_git=True, save_code=False, x_disable_meta=True, silent=True, finish_timeout=UPLOADS
-    )
+        disable_git=True, save_code=False, x_disable_meta=True, silent=True,
+        finish_timeout=UPLOADS, finish_timeout_raises=True,
+    )  # fmt: skip
     online = bool(os.environ.get("WANDB_API_KEY")) or _logged_in()
+    own = tracker_id(folder)
     return [
         WandbLogger(
-            project="attention-trainer", name=folder.name, id=folder.name, save_dir=folder,
+            project="attention-trainer", name=shown_name(folder), id=own, save_dir=folder,
             offline=offline, mode="offline" if offline else None,
             settings=settings, config=dict(recipe), resume="allow",
         )
         for offline in ((False, True) if online else (True,))
     ]  # fmt: skip
+
+
+def tracker_id(folder: Path) -> str:
+    """The id of a run for its tracker: drawn when the run begins and kept in its folder, so that
+    two runs never share one, whatever they are called, and a resumed run keeps its own."""
+    place = folder / TRACKER_ID
+    with suppress(OSError):
+        if found := place.read_text(encoding="utf-8").strip():
+            return found
+    # an earlier version took the name of the folder
+    earlier = any(folder.glob(f"wandb/*run-*-{folder.name}"))
+    own = folder.name if earlier else uuid.uuid4().hex
+    if first_rank():  # the others have no tracker
+        with suppress(OSError):
+            write_text(place, own + "\n")
+    return own
+
+
+def shown_name(folder: Path) -> str:
+    """The name of a run beside others: recipe and id, and of a concept of several its task."""
+    parts = folder.resolve().parts
+    return "/".join(parts[-3:] if re.fullmatch(r"task-\d+", folder.name) else parts[-2:])
 
 
 def attempt(logger: Logger, act: Callable[[Logger], None]) -> None:
