@@ -133,13 +133,15 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
-        """Pixels (b, 3, H, W) in [-1, 1] to the posterior's mean and log-variance (b, 2c, h, w)."""
-        return in_slices(
-            self.vae,
-            partial(posterior_moments, self.vae),
-            pixels,
-            pixels=pixels.shape[-2] * pixels.shape[-1],
-        )
+        """Pixels (b, 3, H, W) in [-1, 1] to the posterior's mean and log-variance (b, 2c, h, w), in
+        fp32 wherever they are asked for: a training step asks under autocast."""
+        with torch.autocast(self.device.type, enabled=False):
+            return in_slices(
+                self.vae,
+                partial(posterior_moments, self.vae),
+                pixels,
+                pixels=pixels.shape[-2] * pixels.shape[-1],
+            )
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """A sample (b, c, h, w) from the posterior, scaled to what the denoiser was trained on."""
@@ -149,9 +151,10 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (b, c, h, w) to pixels (b, 3, H, W) in [-1, 1]."""
+        """Latents (b, c, h, w) to pixels (b, 3, H, W) in [-1, 1], in fp32 as `moments`."""
         pixels = latents.shape[-2] * latents.shape[-1] * self.divisor**2
-        return in_slices(self.vae, self._decode, latents, pixels=pixels)
+        with torch.autocast(self.device.type, enabled=False):
+            return in_slices(self.vae, self._decode, latents, pixels=pixels)
 
     def _decode(self, latents: Tensor) -> Tensor:
         pixels: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor).sample

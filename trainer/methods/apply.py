@@ -134,12 +134,18 @@ def _check_nothing_trains(edits: Mapping[str, Edit]) -> None:
 
 
 def _planned(model: AttentionModel, edits: Mapping[str, Edit]) -> Plan:
-    """Makes what the edits train require a gradient, all else not, and counts both."""
+    """Makes what the edits train require a gradient, all else not, and counts both. What trains is
+    fp32 whatever its layer is held in: small steps would be lost in half precision."""
+    import torch
+
     from trainer.ops.adapters.nf4 import numel
 
     trained = {parameter for edit in edits.values() for parameter in edit.trains}
     model.requires_grad_(False)
     parameters = dict(model.named_parameters())
+    for name in trained:
+        if parameters[name].dtype in (torch.float16, torch.bfloat16):
+            parameters[name].data = parameters[name].data.float()
     chosen = [parameters[name].requires_grad_(True) for name in trained]
     return Plan(
         edits=edits,

@@ -19,6 +19,7 @@ from trainer.attention.rows import Rows
 from trainer.attention.step_result import StepResult
 from trainer.backbones.backbone import Backbone
 from trainer.common.seeds import seed_of
+from trainer.data.cache import as_stored
 from trainer.data.loader import Batch
 from trainer.diffusion.guidance import COND
 from trainer.diffusion.objective import (
@@ -40,8 +41,8 @@ Seed = tuple[int, str, int, int]
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A batch in latents: x0, noise and x_t (b f, c, h, w), the frames of a clip adjacent; t (b,)
-    of each sample; condition of each row."""
+    """A batch in latents: x0, noise and x_t (b f, c, h, w) in fp32, the frames of a clip adjacent;
+    t (b,) of each sample; condition of each row."""
 
     batch: Batch
     x0: Tensor
@@ -73,7 +74,7 @@ class Denoise:
         moments = batch.moments
         if moments is None:
             assert batch.pixels is not None, "a batch has pixels or moments"
-            moments = self.backbone.moments(batch.pixels)
+            moments = as_stored(self.backbone.moments(batch.pixels))
         shape = (batch.frames, moments.shape[1] // 2, *moments.shape[2:])
         normals = torch.stack([three_normals(seed_of(*seed), shape) for seed in seeds], 1)
         posterior, noise, offset = normals.to(moments).flatten(1, 2)  # (b f) c h w
