@@ -219,6 +219,16 @@ def test_every_example_is_of_a_method() -> None:
 
 
 @each_method
+def test_what_trains_is_fp32_whatever_the_base_is(name: str, tiny: Any) -> None:
+    """A base in bf16, as something else may have left it."""
+    tiny.denoiser.to(torch.bfloat16)
+    tiny.text_encoder.to(torch.bfloat16)
+    plan = apply_methods(tiny, methods_of(tree_of(name)))
+    parameters = dict(tiny.named_parameters())
+    assert {parameters[each].dtype for each in plan.names} == {torch.float32}
+
+
+@each_method
 def test_only_what_it_claims_changes(
     name: str, tiny: Any, train: Callable[..., list[float]]
 ) -> None:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from trainer.backbones.placement import Placement, place
 from trainer.config.load import load_recipe, methods_of
 from trainer.methods.apply import apply_methods
 from trainer.methods.weight.nf4 import Nf4
@@ -154,6 +155,28 @@ def test_adapters_train_over_it_and_no_bit_of_it_moves(
         assert torch.isfinite(grad).all()
         assert grad.any(), name
     assert all(layer.weight.grad is None for layer in packed(tiny).values())
+
+
+@pytest.mark.parametrize("beside", ["lora", "dora"])
+def test_over_layers_that_compute_in_bf16_fp32_matrices_train(
+    beside: str, tiny: Any, train: Callable[..., list[float]]
+) -> None:
+    """A step of 1e-6 of a value is lost in bf16, which has 8 bits."""
+    tree = {"nf4": {"min_size": 1024, "compute": "bf16"}, beside: {"rank": 2}}
+    plan = apply_methods(tiny, methods_of(tree))
+    place(tiny, Placement(torch.device("cpu"), "bf16"), plan.stored)
+    parameters = dict(tiny.named_parameters())
+    trained = {name: parameters[name] for name in plan.names}
+    assert {value.dtype for value in trained.values()} == {torch.float32}
+    assert plan.trained_bytes == 4 * plan.trained
+    before = {name: value.detach().clone() for name, value in trained.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        train(tiny, plan, steps=1)
+    moved = [name for name, value in trained.items() if not torch.equal(value, before[name])]
+    assert len(moved) == len(trained)
+    assert any(
+        not torch.equal(value, value.bfloat16().float()) for value in trained.values()
+    )  # more than bf16 could hold
 
 
 def test_gradients_of_lora_are_those_over_the_same_values_unpacked(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from trainer.__main__ import main
 from trainer.training.checkpoint import every_checkpoint, read_checkpoint, verified
+from trainer.training.tasks.denoise import Denoise
 
 WORDS = [
     "recipe=lora", "run.batch_size=2", "run.validate_every=0", "run.checkpoint_every=2",
@@ -124,3 +125,29 @@ def test_a_run_keeps_its_precision(tiny_folder: Path, tmp_path: Path, capsys: An
     (tmp_path / "run" / "adapter.safetensors").unlink()
     fit(tmp_path / "run", tiny_folder, "run.precision=fp32", "run.steps=4", code=78)
     assert "begun with run.precision=fp16 (now fp32)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_latents_are_fp32_and_the_same_with_the_cache_and_without(
+    precision: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training step encodes under autocast, which would round latents, noise and x_t."""
+    seen: list[Any] = []
+    original = Denoise.encode
+
+    def encode(self: Any, *arguments: Any) -> Any:
+        seen.append(original(self, *arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(Denoise, "encode", encode)
+    words = (f"run.precision={precision}", "run.steps=3")
+    cached = fit(tmp_path / "cached", tiny_folder, *words)
+    fresh = fit(tmp_path / "fresh", tiny_folder, *words, "run.cache_latents=false")
+    assert len(seen) == 6
+    for one, other in zip(seen[:3], seen[3:], strict=True):
+        assert one.batch.moments is not None and other.batch.moments is None
+        for name in ("x0", "noise", "x_t"):
+            own, wanted = getattr(other, name), getattr(one, name)
+            assert own.dtype == wanted.dtype == torch.float32, name
+            assert torch.equal(own, wanted), name
+    assert all(torch.equal(value, fresh[name]) for name, value in cached.items())

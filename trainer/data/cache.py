@@ -64,8 +64,11 @@ class Latents:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.array.shape)
 
-    def __getitem__(self, rows: slice) -> np.ndarray:
+    def __getitem__(self, rows: slice | int) -> np.ndarray:
         """Raises ValueError where a row is not the one that was encoded."""
+        if isinstance(rows, int):
+            one: np.ndarray = self[rows : rows + 1][0]
+            return one
         found = np.ascontiguousarray(self.array[rows])
         for number, row in zip(range(*rows.indices(len(self))), found, strict=True):
             if zlib.crc32(row.data) != self.checks[number]:
