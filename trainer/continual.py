@@ -11,6 +11,7 @@ one continues from its last checkpoint, and accuracies that are in the file are 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from trainer.evaluation.evaluate import percent
 from trainer.evaluation.examiner import Examiner, mean
 from trainer.evaluation.judge import Judge, judge_folder
 from trainer.runs.adapter import load_adapted, load_base
-from trainer.runs.run_folder import folder_for, is_finished, write_text
+from trainer.runs.run_folder import folder_for, is_finished, note_event, write_text
 from trainer.training.build import needs, placement_of
-from trainer.training.console import console
+from trainer.training.console import console, problem_of, say
 from trainer.training.fit import fit
 
 BATCH = 32  # pictures generated at once
@@ -58,14 +59,36 @@ def run_continual(recipe: Recipe, folder: Path | None = None) -> Path:
             console.print(f"task {number}: {concept}", highlight=False, markup=False)
             fit(task, task_folder)
         if examiners and number == len(rows):
-            adapted, _ = load_adapted(learned, placement=placement_of(recipe.run))
-            rows.append([each.accuracy(adapted) for each in examiners[: number + 1]])
+            row = _judged(recipe, folder, learned, examiners=examiners[: number + 1])
+            if row is None:
+                examiners = []
+                continue
+            rows.append(row)
             _write(folder / "continual.json", recipe, rows)
             for each in examiners:
                 each.finish()
     if rows:
         show_continual(recipe, rows, console)
     return folder
+
+
+def _judged(
+    recipe: Recipe, folder: Path, learned: Path, *, examiners: Sequence[Examiner]
+) -> list[float | None] | None:
+    """The accuracies of the concepts so far; None where judging fails, as without memory: the
+    other concepts are learned all the same, and the same command judges what is missing."""
+    try:
+        adapted, _ = load_adapted(learned, placement=placement_of(recipe.run))
+        return [each.accuracy(adapted) for each in examiners]
+    except Exception as error:
+        reason = problem_of(error)
+    note_event(folder, "evaluation_failed", adapter=str(learned), reason=reason)
+    say(
+        f"evaluation of {learned} failed: {reason}; the concepts are learned all the same, and the "
+        "same command judges them later",
+        "red",
+    )
+    return None
 
 
 def _examiners(recipe: Recipe, judge: Judge) -> list[Examiner]:
@@ -114,10 +137,11 @@ def _read(path: Path, recipe: Recipe) -> Rows:
         return []
     facts = json.loads(path.read_text(encoding="utf-8"))
     for name, value in _asked(recipe).items():
-        if facts.get(name) != value:
+        if facts.get(name, value) != value:  # an earlier version wrote fewer
+            key = name if "." in name else f"continual.{name}"
             raise ValueError(
-                f"{path} was made with continual.{name}={facts.get(name)}, and this run has "
-                f"{value}; choose another run.id"
+                f"{path} was made with {key}={facts[name]}, and this run has {value}; choose "
+                "another run.id"
             )
     rows: Rows = facts["accuracy"]
     return rows
@@ -129,8 +153,13 @@ def _write(path: Path, recipe: Recipe, rows: Rows) -> None:
 
 
 def _asked(recipe: Recipe) -> dict[str, Any]:
-    spec = recipe.continual
-    return {"concepts": list(spec.concepts), "tokens": list(spec.words), "images": spec.images}
+    """What the accuracies depend on, by key; in `continual` where nothing else is said."""
+    own = recipe.continual.model_dump(mode="json")
+    how = recipe.evaluate.model_dump(
+        mode="json", include={"alone", "steps", "guidance", "negative"}
+    )
+    own["tokens"] = list(recipe.continual.words)
+    return {**own, **{f"evaluate.{name}": value for name, value in how.items()}}
 
 
 def _judge_folder(recipe: Recipe) -> Path:

@@ -6,6 +6,8 @@ from pydantic import Field
 
 from trainer.cli.options import RecipeOptions, quiet_libraries, split_options
 from trainer.config.load import load_recipe
+from trainer.runs.resuming import check_folder
+from trainer.runs.run_folder import folder_for
 
 
 class CheckOptions(RecipeOptions):
@@ -24,6 +26,8 @@ def run(words: list[str]) -> int:
     loaded = load_recipe(rest)
     for line in loaded.said:
         print(line)
+    if loaded.run.id is not None and not loaded.continual.concepts:
+        check_folder(folder_for(loaded), loaded)
     if not options.plan:
         print(
             f"{loaded.name}: fine; backbone {loaded.backbone_name}, methods "

@@ -100,7 +100,16 @@ IN_SECTIONS: dict[str, dict[str, Rule]] = {
         "negative": FREE,
         "maps": FREE,
     },
-    "evaluate": {"alone": FREE, "beside": FREE, "together": FREE, "known": FREE},
+    "evaluate": {
+        "steps": FREE,
+        "guidance": FREE,
+        "negative": FREE,
+        "alone": FREE,
+        "beside": FREE,
+        "together": FREE,
+        "known": FREE,
+    },
+    "text": {"max_tokens": REFUSED},
     # of the recipe that holds the concepts, compared in `continual.py`; a task's has none of them
     "continual": {
         "concepts": REFUSED,

@@ -4,7 +4,9 @@ and with the data, file by file. Nothing here imports torch."""
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from trainer.config.header import file_of
 from trainer.config.resume_rules import APPLIED, PLACE, REFUSED, Change, changed_keys
 from trainer.config.schema import Recipe
 from trainer.data.identity import changed_samples
+from trainer.runs.run_folder import is_finished
 
 NAMED = 8  # samples that a message lists
 LONG = 60  # letters of a value in a message
@@ -45,6 +48,24 @@ def check_recipe(folder: Path, manifest: Mapping[str, Any], recipe: Recipe) -> l
         )
     _check_start(folder, manifest, recipe)
     return [change for change in changes if change.settled == APPLIED]
+
+
+def check_folder(folder: Path, recipe: Recipe) -> None:
+    """Whether `fit` would go on with what lies in a run folder, as far as that is known without
+    reading the data.
+
+    Raises:
+        ValueError: as `is_finished` and `check_recipe`.
+    """
+    if is_finished(folder, recipe):
+        return
+    for place in sorted((folder / "checkpoints").glob("step-*[0-9]/manifest.json"), reverse=True):
+        with suppress(OSError, ValueError):  # `fit` passes damaged ones over
+            manifest = json.loads(place.read_text(encoding="utf-8"))
+            break
+    else:
+        return
+    check_recipe(folder, manifest, recipe)
 
 
 def check_data(
