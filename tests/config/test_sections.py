@@ -168,3 +168,10 @@ def test_a_method_with_an_lr_of_0_is_frozen() -> None:
 def test_defaults(section: Any, defaults: dict[str, Any]) -> None:
     found = section().model_dump()
     assert {key: found[key] for key in defaults} == defaults
+
+
+def test_the_options_of_a_source_do_not_change() -> None:
+    """A dataset that is opened again, as by `evaluate`, is the same one."""
+    source = load_recipe(["recipe=tiny_unet"]).data
+    with pytest.raises(ValueError, match="frozen"):
+        source.count = 3  # type: ignore[attr-defined]

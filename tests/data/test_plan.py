@@ -14,7 +14,7 @@ import torch
 
 from trainer.common.seeds import seed_of
 from trainer.data.loader import Batch, Planned, loader
-from trainer.data.plan import Cursor, StepPlan, quantiles
+from trainer.data.plan import Cursor, StepPlan, _turns, quantiles
 from trainer.data.sources.world import Scenes
 
 ONE = StepPlan(((0, 7),), (1.0,), (1.0,), batch_size=3, seed=5)
@@ -223,3 +223,9 @@ def test_ranks_read_the_rows_of_the_one_process_batch() -> None:
     assert [key for part in parts for key in part.keys] == whole.keys
     pixels = [batch.pixels for batch in (*parts, whole) if batch.pixels is not None]
     assert torch.equal(torch.cat(pixels[:2]), pixels[2])
+
+
+def test_turns_that_rounding_would_lose_are_counted() -> None:
+    """0.29 x 100 is a little less than 29 in floating point."""
+    assert 0.29 * 100 < 29
+    assert [_turns(0.29, cycles) for cycles in (0, 3, 4, 99, 100)] == [0, 0, 1, 28, 29]

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from trainer.__main__ import main
 from trainer.backbones import load_backbone
 from trainer.config.load import load_recipe
-from trainer.data.loader import Planned
+from trainer.data.loader import Batch, Planned
 from trainer.methods.apply import apply_methods
 from trainer.training import inspect
 from trainer.training.build import needs, step_plan, task_of
@@ -68,3 +69,22 @@ def test_it_draws_the_batches_and_counts_them(
     # what augmentation pads is out of the loss, hence half magenta
     tinted = (pixels[..., 0] - pixels[..., 1] > 100) & (pixels[..., 2] - pixels[..., 1] > 100)
     assert tinted.sum() > 1000
+
+
+def test_a_cell_says_what_became_of_the_caption(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    true = inspect.wrap
+    monkeypatch.setattr(
+        inspect, "wrap", lambda text, width: shown.append(text) or true(text, width)
+    )
+    batch = Batch(
+        step=3,
+        positions=[0, 1, 2],
+        captions=["a fox", "a cat", ""],
+        keys=["a.png", "b.png", "c.png"],
+        weights=torch.ones(3),
+        pixels=torch.zeros(3, 3, 16, 32),
+    )
+    for index, caption in enumerate(["a fox", "", ""]):
+        inspect._cell(batch, index, caption)
+    assert shown == ["a fox", "(caption dropped)", "(no caption)"]
