@@ -205,3 +205,12 @@ def test_a_run_on_buckets(
     (tmp_path / "mine.yaml").write_text(recipe)
     assert main(["fit", "recipe=./mine.yaml", f"backbone={tiny_folder}", "run=out"]) == 0
     assert (tmp_path / "out" / "adapter.safetensors").is_file()
+
+
+def test_the_size_of_a_format_that_is_not_read_is_refused(tmp_path: Path) -> None:
+    """Whatever the file is called: what decodes rare formats has had faults."""
+    Image.new("RGB", (20, 30)).save(tmp_path / "a.png")
+    assert upright_size(tmp_path / "a.png") == (20, 30)
+    Image.new("RGB", (20, 30)).save(tmp_path / "b.png", "PCX")
+    with pytest.raises(OSError, match="cannot identify"):
+        upright_size(tmp_path / "b.png")

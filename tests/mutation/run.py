@@ -59,7 +59,10 @@ def main(words: Sequence[str]) -> int:
     options = parsed(words)
     before = json.loads(RESULTS.read_text(encoding="utf-8")) if options.again else {}
     every = recorded(before) if options.again else sample(options)
-    chosen = [each for each in every if not before.get("noticed", {}).get(each.key)]
+    explained = json.loads((HERE / "explained.json").read_text(encoding="utf-8"))
+    known = before.get("noticed", {})
+    done = {key for key in known if known[key] or key in explained}
+    chosen = [each for each in every if each.key not in done]
     print(f"{len(chosen)} changes, seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         copies: SimpleQueue[Path] = SimpleQueue()
@@ -71,10 +74,9 @@ def main(words: Sequence[str]) -> int:
             results = list(
                 pool.map(lambda each: tried(each, copies, options=options, ends=ends), chosen)
             )
-    explained = json.loads((HERE / "explained.json").read_text(encoding="utf-8"))
     pairs = zip(chosen, results, strict=True)
     noticed = {each.key: by for each, by in pairs if by is not None}
-    known = before.get("noticed", {}) | noticed
+    known |= noticed
     text = report([(each, known[each.key]) for each in every if each.key in known], explained)
     print(text)
     if options.write:

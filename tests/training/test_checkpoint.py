@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,30 @@ def test_an_earlier_format_is_refused_and_stays_as_it_is(tmp_path: Path, tidy: b
     with pytest.raises(ValueError, match="step-000003 is a checkpoint of an earlier version"):
         newest_checkpoint(tmp_path, print, tidy=tidy)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
+
+
+def test_a_step_that_is_written_again_replaces_the_earlier(tmp_path: Path) -> None:
+    facts = {"step": 3, "micro_step": 6}
+    for value in (1.0, 2.0):
+        made = write_checkpoint(tmp_path, {"w": torch.full((2,), value)}, {"n": value}, facts)
+    found, read = read_checkpoint(checkpoint.verified(made.folder))
+    assert found["w"].tolist() == [2.0, 2.0] and read == {"n": 2.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
+
+
+def test_all_is_on_the_disk_before_the_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[Path] = []
+    flush = os.fsync
+
+    def spied(descriptor: int) -> None:
+        flushed.append(Path(f"/proc/self/fd/{descriptor}").resolve())
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spied)
+    write_checkpoint(tmp_path, {"w": torch.ones(2)}, {"n": 1}, {"step": 3, "micro_step": 6})
+    *before, last = flushed
+    part = tmp_path / f".step-000003.{os.getpid()}.part"
+    names = {part / "weights.safetensors", part / "state.pt", part / "manifest.json", part}
+    assert set(before) == names and last == tmp_path

@@ -1,0 +1,19 @@
+"""Who speaks to the user."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from trainer.training import console
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_speaks_alone(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = io.StringIO()
+    monkeypatch.setattr(console, "console", Console(file=said))
+    monkeypatch.setattr(console.rank_zero_only, "rank", rank, raising=False)
+    console.say("resumes after step 3 [bold]")
+    assert said.getvalue() == ("resumes after step 3 [bold]\n" if rank == 0 else "")

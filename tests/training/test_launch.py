@@ -1,0 +1,46 @@
+"""How a loop that is left early ends on each rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+
+from trainer.common.exit_codes import TERMINATED, LeaveError
+from trainer.training.launch import ending, is_child
+
+
+def rank(number: int, environment: Any) -> Any:
+    strategy = SimpleNamespace(cluster_environment=environment)
+    return SimpleNamespace(strategy=strategy, local_rank=number, global_rank=number)
+
+
+@pytest.mark.parametrize(
+    ("number", "started_here", "child"),
+    [(0, True, False), (1, True, True), (1, False, False), (0, False, False)],
+)
+def test_a_rank_that_the_first_one_started_leaves_without_a_code(
+    number: int, started_here: bool, child: bool, tmp_path: Path
+) -> None:
+    """Lightning would kill the first rank, which is saving, for a child's code; a rank of a batch
+    system has one of its own."""
+    trainer = rank(number, LightningEnvironment() if started_here else object())
+    assert is_child(trainer) == child
+    with pytest.raises(LeaveError) as left, ending(trainer, tmp_path):
+        raise LeaveError(TERMINATED, "SIGTERM")
+    assert left.value.code == (0 if child else TERMINATED)
+
+
+def test_a_data_worker_that_died_is_told_with_what_helps(tmp_path: Path) -> None:
+    text = "DataLoader worker (pid 7) is killed by signal: Killed."
+    with (
+        pytest.raises(LeaveError, match=r"run\.workers=0.* resumes from") as left,
+        ending(rank(0, LightningEnvironment()), tmp_path),
+    ):
+        raise RuntimeError(text)
+    assert left.value.code == 1
+    with pytest.raises(RuntimeError, match="shapes"), ending(rank(0, None), tmp_path):
+        raise RuntimeError("shapes")
