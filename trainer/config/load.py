@@ -20,6 +20,7 @@ from trainer.config.backbone_limits import check_limits
 from trainer.config.captions import check_words
 from trainer.config.lineage import backbone_names, backbone_spec, lineage_of, read_by
 from trainer.config.overrides import parse_words
+from trainer.config.partners import check_partners, flat, idle_options, refuse_idle
 from trainer.config.prompts import check_texts, follow_data, unspelled, with_words, words_of
 from trainer.config.schema import KEYS, SECTIONS, TRACKERS, Recipe, RecipeError
 from trainer.config.sections import OptimSpec
@@ -51,9 +52,47 @@ def load_recipe(arguments: Iterable[str]) -> Recipe:
             f"optim.lrs.{frozen[0]}=0 keeps it as an earlier run left it, and there is none; give "
             "run.start_from=<a run or its adapter>, or an lr above 0"
         )
-    parts = [task_recipe(recipe, n) for n in range(len(recipe.continual.concepts))] or [recipe]
+    parts = _runs(recipe)
+    check_partners(recipe, parts, overrides)
+    _check_file(name, recipe, parts)
     said = [line for part in parts for line in _checked(part)]
     return replace(recipe, said=tuple(dict.fromkeys(said)))
+
+
+def _check_file(name: str, recipe: Recipe, parts: list[Recipe]) -> None:
+    """Refuses options without effect that a user's own file gives, unless it is for what is given
+    beside the file that they have none."""
+    own = user_values(name, recipe.backbone_name)
+    idle = idle_options(recipe, parts)
+    if not any(key in idle for key, _ in flat(own)):
+        return
+    try:
+        alone = resolve_recipe(name, read_recipe(name), {"backbone": recipe.backbone_name})
+        before = idle_options(alone, _runs(alone))
+    except RecipeError:  # what the file lacks was given beside it
+        return
+    refuse_idle({key: why for key, why in before.items() if key in idle}, own)
+
+
+def _runs(recipe: Recipe) -> list[Recipe]:
+    """The recipes of single runs: of each concept of a continual one, or the recipe itself."""
+    return [task_recipe(recipe, n) for n in range(len(recipe.continual.concepts))] or [recipe]
+
+
+def user_values(name: str, backbone: str) -> dict[str, Any]:
+    """What the user's own file says of a recipe, with the files of the user's it is based on; empty
+    for a shipped recipe."""
+    path = _recipe_file(name, f"recipe={name}", Path())
+    tree: dict[str, Any] = {}
+    while path.parent != RECIPES:
+        own = read_yaml(path)
+        over = own.pop("backbones", None) or {}
+        tree = merge_trees(merge_trees(own, _own_values(over, lineage_of(backbone)[0])), tree)
+        base = tree.pop("base", None)
+        if base is None:
+            break
+        path = _recipe_file(base, f"{path}: base: {base}", path.parent)
+    return tree
 
 
 def _checked(recipe: Recipe) -> list[str]:

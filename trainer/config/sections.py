@@ -61,6 +61,15 @@ class ObjectiveSpec(Section):
         "2207.12598); 0.1 is usual",
     )
 
+    def idle(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        if self.timesteps != "logit_normal":
+            why = f"objective.timesteps is {self.timesteps}; it is for logit_normal"
+            found |= dict.fromkeys(("logit_mean", "logit_std"), why)
+        if self.weighting != "min_snr":
+            found["min_snr_gamma"] = f"objective.weighting is {self.weighting}; it is for min_snr"
+        return found
+
 
 class OptimSpec(Section):
     """The optimiser and its learning rate: a linear warm-up, then constant or cosine."""
@@ -117,6 +126,11 @@ class OptimSpec(Section):
             raise ValueError(f"muon_lr={self.muon_lr:g} is for name=muon, and name is {self.name}")
         return self
 
+    def idle(self) -> dict[str, str]:
+        if self.schedule == "cosine":
+            return {}
+        return {"final_lr": f"optim.schedule is {self.schedule}; it is for cosine"}
+
     @property
     def frozen(self) -> tuple[str, ...]:
         """Methods whose parameters do not train."""
@@ -154,6 +168,9 @@ class PreviewSpec(Section):
         None, description="draw the cross-attention of this token over the previews"
     )
 
+    def idle(self) -> dict[str, str]:
+        return _unguided(self.guidance, "preview")
+
 
 class EvaluateSpec(Section):
     """Prompts that `evaluate` generates pictures of, and how. In prompts {token} stands for the
@@ -174,6 +191,9 @@ class EvaluateSpec(Section):
     known: tuple[str, ...] = Field(
         (), description="prompts of known sprites, with {} in the place of each with its article"
     )
+
+    def idle(self) -> dict[str, str]:
+        return _unguided(self.guidance, "evaluate")
 
     @field_validator("together")
     @classmethod
@@ -220,6 +240,17 @@ class ContinualSpec(Section):
                 )
         return self
 
+    def idle(self) -> dict[str, str]:
+        if not self.concepts:
+            return dict.fromkeys(("images", "judge"), "it is for continual.concepts")
+        return {} if self.images else {"judge": "continual.images=0 judges nothing"}
+
     @property
     def words(self) -> tuple[str, ...]:
         return self.tokens or tuple(f"<v{number + 1}>" for number in range(len(self.concepts)))
+
+
+def _unguided(guidance: float, name: str) -> dict[str, str]:
+    if guidance > 1:
+        return {}
+    return {"negative": f"{name}.guidance={guidance:g} does not guide; it is for more than 1"}

@@ -119,6 +119,10 @@ class Source(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    def idle(self) -> dict[str, str]:
+        """Options that have no effect beside the others, each with what it needs."""
+        return {}
+
     @property
     def words(self) -> tuple[str, ...]:
         """The new words its captions are written with."""

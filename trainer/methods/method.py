@@ -86,6 +86,10 @@ class Method(BaseModel):
         """The name of its file, by which recipes call it and under which it owns what it adds."""
         return type(self).__module__.rpartition(".")[2]
 
+    def idle(self) -> dict[str, str]:
+        """Options that have no effect beside the others, each with what it needs."""
+        return {}
+
     @property
     def words(self) -> tuple[str, ...]:
         """The words it adds to the vocabulary."""

@@ -27,6 +27,8 @@ from trainer.media.photo_folder import list_images, unread_files
 
 CLASS, CLASS_PROMPT = "{class}", "a photo of a {class}"
 Item = TypeVar("Item")
+# options of class images that are generated
+GENERATED = ("prior_prompts", "prior_seed", "prior_steps", "prior_guidance", "prior_sampler")
 
 
 class Concept(Source):
@@ -209,6 +211,25 @@ class Concept(Source):
                 "train without class images"
             )
         return self
+
+    def idle(self) -> dict[str, str]:
+        own = [each for each in self.concepts if each.sprite is None]
+        found: dict[str, str] = {}
+        if self.prior_weight == 0:
+            why = "prior_weight=0 uses no class images"
+            found |= dict.fromkeys((*GENERATED, "prior_images", "prior_folder"), why)
+        elif self.prior_folder is not None:
+            why = "the class images are those of data.prior_folder"
+            found |= dict.fromkeys((*GENERATED[1:], "prior_images"), why)
+            if len(self.prior_prompts) > 1:
+                found["prior_prompts"] = f"{why}; give one, the caption of those without a .txt"
+        elif self.prior_images == 0:
+            found |= dict.fromkeys(GENERATED, "prior_images=0 generates none")
+        if not own:
+            found["validation"] = "a sprite has scenes of its own for that; it is for photos"
+            if self.prior_folder is None:
+                found["on_bad"] = "no file is read; it is for folders of photos"
+        return found
 
     def remarks(self) -> list[str]:
         places = [Path(each.place) for each in self.concepts if each.sprite is None]

@@ -131,6 +131,15 @@ class Video(Source):
                 raise _no_caption(path)
         return self
 
+    def idle(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        if self.frames == 1:
+            why = "data.frames=1 takes single frames; it is for clips"
+            found |= dict.fromkeys(("stride", "fps"), why)
+        if not _holds_tars(self.video):
+            found["ignore"] = "it is for .tar files"
+        return found
+
     def captions(self) -> Iterator[Caption]:
         if self.prompt is not None:
             yield "data.prompt", self.prompt, None

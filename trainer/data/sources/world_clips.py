@@ -54,6 +54,9 @@ class WorldClips(Source):
             raise ValueError(f"images={self.images} of clips of one frame; set images=0")
         return self
 
+    def idle(self) -> dict[str, str]:
+        return {} if self.frames > 1 else {"fps": "data.frames=1 takes single frames"}
+
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
         from trainer.data.mixed import Mixed
         from trainer.data.sources.world import Scenes

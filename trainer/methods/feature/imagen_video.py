@@ -45,6 +45,11 @@ class ImagenVideo(Relative):
     )
     kernel: KernelFrames = 3
 
+    def idle(self) -> dict[str, str]:
+        if self.attention_from > 1:
+            return {}
+        return {"kernel": "attention_from=1 is attention everywhere, and no convolution"}
+
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.anatomy import attention_points
         from trainer.ops.temporal import layers

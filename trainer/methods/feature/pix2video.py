@@ -50,6 +50,9 @@ class Pix2Video(Method):
         0.5, ge=0, le=1, description="part of the sampler's steps that are guided, the first ones"
     )
 
+    def idle(self) -> dict[str, str]:
+        return {} if self.weight else {"share": "weight=0 pulls nothing together"}
+
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.hooks import SamplingHook
         from trainer.ops.temporal.latents import LatentGuidance

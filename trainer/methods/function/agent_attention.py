@@ -21,6 +21,8 @@ from trainer.methods.shared.swap import Swap
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
 
+MERGED = ("cell", "ratio", "share", "query_power", "shortcut")  # options of merged agents
+
 
 class AgentAttention(Swap):
     """Which agents, and where."""
@@ -52,6 +54,12 @@ class AgentAttention(Swap):
         if self.agents == "merged" and self.distill:
             raise ValueError("merged agents learn nothing, so distill has no use; leave it out")
         return self
+
+    def idle(self) -> dict[str, str]:
+        other = "pooled" if self.agents == "merged" else "merged"
+        own = ("side",) if other == "pooled" else MERGED
+        why = f"agents is {self.agents}; it is for {other}"
+        return super().idle() | dict.fromkeys(own, why)
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.ops.agent_attention import MergedAgents, PooledAgents

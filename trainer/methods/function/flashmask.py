@@ -64,6 +64,11 @@ class Flashmask(Method):
             raise ValueError(f"seen={self.seen} belongs to mask=sliding_window; leave it at 0")
         return self
 
+    def idle(self) -> dict[str, str]:
+        if self.mask in ("sliding_window", "windows"):
+            return {}
+        return {"size": f"mask is {self.mask}; it is for sliding_window and windows"}
+
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.sites import require
         from trainer.ops.flashmask import FlashMask as Op

@@ -45,6 +45,11 @@ class LinearAttention(Swap):
         "and restores local detail (FLatten, equation 8); 0 for none",
     )
 
+    def idle(self) -> dict[str, str]:
+        own = () if self.features == "random" else ("num_features", "seed")
+        why = f"features is {self.features}; it is for random"
+        return super().idle() | dict.fromkeys(own, why)
+
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.ops.linear_attention import LinearAttentionOp
 

@@ -47,6 +47,11 @@ class Targeted(Method):
         (), description="which layers of the text encoders' attention get an adapter"
     )
 
+    def idle(self) -> dict[str, str]:
+        if self.sites is None:
+            return {"projections": "sites=null takes no attention; they are its layers"}
+        return {} if self.projections else {"sites": "projections=[] takes none of their layers"}
+
     def targets(self, model: AttentionModel) -> list[Target]:
         """The layers these options name; ValueError if they name none."""
         from trainer.ops.adapters.inject import named_targets, site_targets, text_targets

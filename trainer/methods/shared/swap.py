@@ -31,6 +31,11 @@ class Swap(Method):
         1.0, gt=0, le=1, description="share of the run's steps after which distill is 0"
     )
 
+    def idle(self) -> dict[str, str]:
+        return (
+            {} if self.distill else {"distill_until": "distill=0 does not distill; give its weight"}
+        )
+
     def swap(
         self,
         model: AttentionModel,

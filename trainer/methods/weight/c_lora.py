@@ -44,6 +44,10 @@ class CLora(LowRank):
         "and another one for another rank, learning rate or backbone",
     )
 
+    def idle(self) -> dict[str, str]:
+        own = {} if self.task else {"penalty": "task=0 has no earlier concept to be kept off"}
+        return super().idle() | own
+
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.ops.adapters.inject import layer_of, stack
 

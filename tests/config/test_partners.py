@@ -1,0 +1,246 @@
+"""An option whose partner is not as it needs it is refused where a user gave it, and nowhere else.
+Every option of every section, data source and method is decided: it has a partner, it is refused by
+its own record, or it acts alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from trainer.config.load import load_recipe, recipe_names
+from trainer.config.partners import flat, idle_options
+from trainer.config.schema import SECTIONS, RecipeError
+from trainer.data.source import Source
+from trainer.methods.apply import find_method, method_names
+
+LORA, WORLD = "recipe=lora", "recipe=linear_swap"
+TWO = ["recipe=sequential_lora"]
+# an option that has no effect -> the words that make it so, and what would give it one
+IDLE = """
+objective.logit_mean=1 -> objective.timesteps=uniform -> it is for logit_normal
+objective.logit_std=2 -> objective.timesteps=uniform -> it is for logit_normal
+objective.min_snr_gamma=5 -> -> objective.weighting is none; it is for min_snr
+optim.final_lr=0.1 -> optim.schedule=constant -> optim.schedule is constant; it is for cosine
+optim.warmup=9 -> run.steps=9 -> the run has 9 steps (run.steps)
+optim.warmup=10 -> run.steps=9 -> the run has 9 steps (run.steps)
+optim.lr=1e-4 -> optim.lrs={lora: 1e-3, new_token: 1e-3} -> has a learning rate of its own
+run.nonfinite_in_a_row=2 -> -> run.on_nonfinite=raise ends the run at once
+run.nonfinite_total=2 -> -> run.on_nonfinite=raise ends the run at once
+run.checkpoint_keep=3 -> run.checkpoint_every=0 -> run.checkpoint_every=0 writes one
+run.timeouts.validate=60 -> run.validate_every=0 -> run.validate_every=0 never validates
+run.timeouts={preview: 60} -> preview.every=0 -> there are no previews
+run.cache_latents=true -> data.augment=true -> data.augment=true makes other pictures at every use
+preview.prompts=[a fox] -> preview.every=0 -> preview.every=0 makes no previews
+preview.every=5 -> preview.prompts=[] & preview.maps=null -> give preview.prompts
+preview.seed=3 -> preview.every=0 -> there are no previews
+preview.negative=a cat -> preview.every=0 -> there are no previews
+preview.negative=a cat -> preview.guidance=1 -> preview.guidance=1 does not guide
+preview.maps=fox -> preview.prompts=[a <v1>] -> no prompt of the previews has fox
+evaluate.negative=a cat -> evaluate.guidance=1 -> evaluate.guidance=1 does not guide
+evaluate.together=['a {} by a {}'] -> -> it is for several concepts
+continual.images=3 -> -> it is for continual.concepts
+continual.judge=./clip -> -> it is for continual.concepts
+data.prior_images=3 -> data.prior_weight=0 -> prior_weight=0 uses no class images
+data.prior_prompts=[a fox] -> data.prior_weight=0 -> prior_weight=0 uses no class images
+data.prior_seed=3 -> data.prior_weight=0 -> prior_weight=0 uses no class images
+data.prior_steps=3 -> data.prior_images=0 -> prior_images=0 generates none
+data.prior_guidance=3 -> data.prior_images=0 -> prior_images=0 generates none
+data.prior_sampler=euler -> data.prior_images=0 -> prior_images=0 generates none
+data.on_bad=skip -> -> no file is read; it is for folders of photos
+data.validation=1 -> -> a sprite has scenes of its own for that
+methods.lora.projections=[q] -> methods.lora.sites=null & methods.lora.layers=['*ff*'] -> sites=n
+methods.lora.sites=self -> methods.lora.projections=[] & methods.lora.layers=['*ff*'] -> project
+methods.c_lora.penalty=3 -> methods.lora=null -> task=0 has no earlier concept
+methods.agent_attention.side=5 -> methods.agent_attention.agents=merged -> it is for pooled
+methods.agent_attention.cell=5 -> methods.agent_attention.agents=pooled -> it is for merged
+methods.agent_attention.ratio=0.5 -> methods.agent_attention.agents=pooled -> it is for merged
+methods.agent_attention.share=0.5 -> methods.agent_attention.agents=pooled -> it is for merged
+methods.agent_attention.query_power=0.5 -> methods.agent_attention.agents=pooled -> for merged
+methods.agent_attention.shortcut=0.5 -> methods.agent_attention.agents=pooled -> it is for merged
+methods.agent_attention.distill_until=0.5 -> methods.agent_attention.agents=pooled -> distill=0 does
+methods.gated_linear.distill_until=0.5 -> methods.gated_linear.scans=2 -> distill=0 does not
+methods.linear_attention.num_features=5 -> methods.linear_attention.features=elu -> it is for random
+methods.linear_attention.seed=5 -> methods.linear_attention.features=elu -> it is for random
+methods.linear_attention.distill_until=0.5 -> methods.linear_attention.distill=0 -> distill=0
+methods.flashmask.size=9 -> methods.flashmask.mask=causal -> it is for sliding_window and windows
+methods.pix2video.share=0.4 -> methods.pix2video.weight=0 -> weight=0 pulls nothing together
+methods.imagen_video.kernel=5 -> methods.imagen_video.attention_from=1 -> attention everywhere
+"""
+ROWS = [[part.strip() for part in line.split("->")] for line in IDLE.strip().splitlines()]
+# options of other recipes and sources, in the tests below
+ELSEWHERE = {
+    "data.concept.token", "data.concept.class_word", "data.concept.prior_folder",
+    "data.video.stride", "data.video.fps", "data.video.ignore", "data.world_clips.fps",
+    "evaluate.beside", "evaluate.alone", "methods.new_token.tokens", "methods.new_token.init",
+    *(f"methods.{name}.task" for name in ("coda_prompt", "inflora", "c_lora", "new_token")),
+    *(f"methods.{name}.num_tasks" for name in ("coda_prompt", "inflora")),
+}  # fmt: skip
+# refused by a validator of their own record, or by the backbone, where the partner is missing
+OWN = {
+    "optim.muon_lr", "optim.lrs", "continual.tokens", "continual.class_words", "continual.inits",
+    "data.video.images", "data.video.stills", "data.world_clips.images", "methods.flashmask.seen",
+    "text.max_tokens", "run.resolution", "objective.weighting", "data.folder.buckets",
+}  # fmt: skip
+# act whatever the others are
+ALONE = """
+objective: target path timesteps offset_noise caption_dropout
+optim: name scale_lr betas eps weight_decay schedule clip ema
+run: steps batch_size accumulate seed device accelerator devices nodes precision workers
+ gradient_checkpointing channels_last compile validate_every checkpoint_every on_disk_full
+ on_nonfinite log_every out id start_from
+preview: steps guidance
+evaluate: steps guidance known
+continual: concepts
+data.concept: concept augment flip prior_weight
+data.folder: folder template on_bad validation flip
+data.remote: url validation on_bad buckets
+data.shards: shards validation on_bad ignore buckets
+data.video: video prompt frames start flip validation on_bad
+data.world: count sprites seed validation
+data.world_clips: count frames sprites motion seed validation
+methods.agent_attention: sites distill agents
+methods.animatediff: train weights heads max_frames mid
+methods.coda_prompt: pool length sites ortho
+methods.flash: sites backend
+methods.flashmask: sites mask backend
+methods.full: denoiser text_encoder
+methods.gated_linear: sites distill rank tau scans convolution
+methods.gen1: train weights heads kernel max_frames structure
+methods.imagen_video: train weights heads relative reach attention_from
+methods.linear_attention: sites distill features shortcut
+methods.magicvideo: train weights heads max_frames renormalise fps
+methods.make_a_video: train weights heads kernel max_frames fps
+methods.nf4: min_size skip compute
+methods.pix2video: sites weight
+methods.selective: sites projections detach_first_token
+methods.text2video_zero: sites motion alone until
+methods.tiled: sites rows columns
+methods.tune_a_video: train weights sites
+methods.vdm: train weights heads relative reach images
+methods.videop2p: train weights sites
+methods.word_embedding: tokens
+"""
+LOW_RANK = "layers text_encoder rank alpha dropout ranks alphas rslora init group whole energy "
+LOW_RANK += "sites projections type options"
+LOW_RANKS = ("c_lora", "controls", "dora", "inflora", "longlora", "lora", "peft_adapter")
+
+
+def refusal(*words: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(words)
+    return str(caught.value)
+
+
+def recipe_for(key: str) -> str:
+    """A recipe in which the option can stand: temporal ones are for clips."""
+    names = ("imagen_video", "agent_attention", "linear_attention", "gated_linear", "flashmask",
+             "pix2video")  # fmt: skip
+    return WORLD if any(f".{name}." in key for name in names) else LORA
+
+
+@pytest.mark.parametrize(("option", "words", "says"), ROWS, ids=[" ".join(r[:2]) for r in ROWS])
+def test_an_option_without_effect_is_refused(option: str, words: str, says: str) -> None:
+    recipe = recipe_for(option)
+    others = [word for word in words.split(" & ") if word]
+    if "linear_attention" not in option and recipe == WORLD:
+        others.append("methods.linear_attention=null")
+    said = refusal(recipe, option, *others)
+    assert says in said, said
+    assert said.startswith(option.split("=")[0]) and "has no effect" in said
+
+
+def test_every_option_is_decided() -> None:
+    known = {f"{name}.{key}" for name, cls in SECTIONS.items() for key in cls.model_fields}
+    for name in Source.names():
+        known |= {f"data.{name}.{key}" for key in Source.find(name).model_fields}
+    for name in method_names():
+        known |= {f"methods.{name}.{key}" for key in find_method(name).model_fields}
+    decided = ELSEWHERE | OWN
+    for option, *_ in ROWS:
+        key = option.split("=")[0]
+        parts = key.split(".")
+        key = ".".join(parts[:2]) if parts[0] == "run" else key
+        decided.add(key.replace("data.", "data.concept.") if parts[0] == "data" else key)
+    for line in ALONE.strip().replace("\n ", " ").splitlines():
+        name, _, keys = line.partition(": ")
+        decided |= {f"{name}.{key}" for key in keys.split()}
+    decided |= {f"methods.{name}.{key}" for name in LOW_RANKS for key in LOW_RANK.split()} & known
+    assert known - decided == set(), "decide which partner these have"
+    assert decided - known == set(), "these are no options any more"
+
+
+@pytest.mark.parametrize("words", [
+    ["optim.final_lr=0.1"], ["objective.timesteps=uniform"], ["run.steps=9"], ["optim.warmup=0"],
+    ["run.checkpoint_every=0"], ["optim.schedule=constant"], ["data.prior_weight=0"],
+    ["data.prior_images=0", "data.prior_weight=0"], ["preview.every=0"],
+    ["preview.prompts=[a fox]"],
+    ["run.on_nonfinite=skip", "run.nonfinite_total=2"], ["optim.warmup=3", "run.steps=4"],
+    ["objective.weighting=min_snr", "objective.min_snr_gamma=2"], ["evaluate.together=[]"],
+])  # fmt: skip
+def test_what_has_its_partner_or_was_not_given_passes(words: list[str]) -> None:
+    """What a recipe says of its own is not refused where a user takes its partner away."""
+    assert load_recipe([LORA, *words])
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_are_never_refused(name: str) -> None:
+    assert load_recipe([f"recipe={name}"])
+
+
+def test_tasks_take_the_place_of_some_options() -> None:
+    for word in ("data.token=<x>", "methods.new_token.tokens=[<v1>, <x>]", "methods.c_lora.task=1"):
+        assert "has no effect: " in refusal("recipe=c_lora", word)
+    inits = "continual.inits=[thing, thing, thing, thing, thing]"
+    assert "sets it for each" in refusal("recipe=c_lora", inits, "methods.new_token.init=fox")
+    words = "continual.class_words=[a, b, c, d, e]"
+    assert "continual.class_words" in refusal("recipe=c_lora", words, "data.class_word=fox")
+    assert load_recipe(["recipe=c_lora", "methods.c_lora.penalty=3"])  # the second task has one
+
+
+def mine(folder: Path, tree: dict[str, Any]) -> str:
+    (folder / "mine.yaml").write_text(yaml.safe_dump(tree))
+    return f"recipe={folder / 'mine.yaml'}"
+
+
+def test_a_file_of_the_users_is_held_to_it_alone(tmp_path: Path) -> None:
+    tree = {"base": "lora", "objective": {"logit_mean": 2.0}}
+    assert load_recipe([mine(tmp_path, tree)])  # the base draws logit_normal
+    assert load_recipe([mine(tmp_path, tree), "objective.timesteps=uniform"])  # tried for once
+    tree["backbones"] = {"tiny": {"objective": {"timesteps": "uniform"}}}
+    said = refusal(mine(tmp_path, tree))
+    assert said.startswith("objective.logit_mean=2.0 has no effect: objective.timesteps is uniform")
+    assert load_recipe([mine(tmp_path, tree), "objective.timesteps=logit_normal"])
+
+
+def test_clips_and_folders(tmp_path: Path) -> None:
+    video = {"data": {"source": "video", "video": str(tmp_path), "prompt": "a fox"},
+             "methods": {"full": {}}}  # fmt: skip
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    words = [mine(tmp_path, video)]
+    assert "it is for .tar files" in refusal(*words, "data.ignore=[cls]")
+    for word in ("data.stride=2", "data.fps=4"):
+        assert "takes single frames" in refusal(*words, "data.frames=1", word)
+    assert "it is for a concept" in refusal(*words, "evaluate.beside=[a fox by a cat]")
+    assert "clips are generated for the captions" in refusal(*words, "evaluate.alone=[a fox]")
+    one = ["recipe=animatediff", "methods.animatediff=null", "data.frames=1", "data.fps=1"]
+    assert "data.fps=1 has no effect: data.frames=1 takes single frames" in refusal(*one)
+    Image.new("RGB", (32, 32)).save(tmp_path / "0.png")
+    own = [LORA, f"data.concept={tmp_path}", "data.class_word=fox", f"data.prior_folder={tmp_path}"]
+    assert "prior_weight=0 uses no class images" in refusal(*own, "data.prior_weight=0")
+    assert "data.prior_images=9 has no effect: the class images are" in refusal(
+        *own, "data.prior_images=9"
+    )
+    assert "give one, the caption" in refusal(*own, "data.prior_prompts=[a, b]")
+    assert load_recipe([*own, "data.prior_prompts=[a fox]", "data.on_bad=skip"])
+
+
+def test_idle_options_are_named_in_full() -> None:
+    recipe = load_recipe([LORA, "optim.schedule=constant"])
+    assert "optim.final_lr" in idle_options(recipe, [recipe])
+    assert dict(flat({"a": {"b": {"c": 1}}, "d": 2})) == {
+        "a.b.c": 1, "a.b": {"c": 1}, "a": {"b": {"c": 1}}, "d": 2,
+    }  # fmt: skip

@@ -1,0 +1,132 @@
+"""Options that have no effect because another one, their partner, is not as they need it: each that
+a user has given is refused, by name and with what it needs.
+
+An option knows the partners in its own record (`idle` of a section, a method, a data source); those
+in other records are here. What a shipped recipe or a default says is never refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from trainer.config.schema import SECTIONS, Recipe, RecipeError
+from trainer.data.source import Source
+
+
+def check_partners(recipe: Recipe, parts: Iterable[Recipe], given: Mapping[str, Any]) -> None:
+    """Raises RecipeError for an option that has no effect. parts: the recipes of single runs that a
+    continual recipe consists of, or the recipe alone; given: what a user has given, as a tree."""
+    refuse_idle(idle_options(recipe, list(parts)), given)
+
+
+def refuse_idle(idle: Mapping[str, str], given: Mapping[str, Any]) -> None:
+    """Raises RecipeError for a given option that is idle, unless its value asks for nothing."""
+    for key, value in flat(given):
+        if key in idle and value:
+            raise RecipeError(f"{key}={value} has no effect: {idle[key]}")
+
+
+def idle_options(recipe: Recipe, parts: list[Recipe]) -> dict[str, str]:
+    """Every option of a recipe that has no effect, by its full key, and what it would need."""
+    last = parts[-1]
+    found = {
+        f"{name}.{key}": why
+        for name in SECTIONS
+        for key, why in getattr(last if name != "continual" else recipe, name).idle().items()
+    }
+    found |= {f"data.{key}": why for key, why in last.data.idle().items()}
+    for name, method in last.methods.items():
+        found |= {f"methods.{name}.{key}": why for key, why in method.idle().items()}
+    rules: tuple[Callable[[Recipe], Mapping[str, str]], ...] = (
+        _of_optim, _of_run, _of_preview, _of_evaluate, _of_tasks,
+    )  # fmt: skip
+    for rule in rules:
+        found |= rule(recipe)
+    return found
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """The options of a tree by their full keys; a mapping is listed as a whole and by its parts."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{key}.")
+        yield key, value
+
+
+def _of_optim(recipe: Recipe) -> dict[str, str]:
+    optim, steps, found = recipe.optim, recipe.run.steps, {}
+    if optim.warmup >= steps:
+        found["optim.warmup"] = (
+            f"the run has {steps} steps (run.steps), and would end before its learning rate is "
+            "reached; give fewer steps of warm-up, or a longer run"
+        )
+    if set(recipe.methods) <= set(optim.lrs):
+        found["optim.lr"] = "every method has a learning rate of its own in optim.lrs"
+    return found
+
+
+def _of_run(recipe: Recipe) -> dict[str, str]:
+    found = {}
+    if not recipe.run.validate_every:
+        found["run.timeouts.validate"] = "run.validate_every=0 never validates"
+    if not _previews(recipe):
+        found["run.timeouts.preview"] = "there are no previews"
+    if reason := _changing(recipe.data):
+        found["run.cache_latents"] = f"{reason} makes other pictures at every use"
+    return found
+
+
+def _changing(data: Source) -> str | None:
+    for key in ("augment", "flip"):
+        if getattr(data, key, False):
+            return f"data.{key}=true"
+    if getattr(data, "start", 0) == "random":
+        return "data.start=random"
+    return None
+
+
+def _previews(recipe: Recipe) -> bool:
+    return bool(recipe.preview.every and recipe.preview.prompts)
+
+
+def _of_preview(recipe: Recipe) -> dict[str, str]:
+    preview, found = recipe.preview, {}
+    tree = recipe.tree.get("preview") or {}
+    if not preview.every and tree.get("prompts"):
+        found["preview.prompts"] = "preview.every=0 makes no previews; give the steps between two"
+    if preview.every and not preview.prompts:
+        found["preview.every"] = "there is nothing to show; give preview.prompts"
+    if not _previews(recipe):
+        why = "there are no previews; give preview.prompts and preview.every"
+        found |= dict.fromkeys(("preview.seed", "preview.negative", "preview.maps"), why)
+    elif preview.maps is not None and not any(preview.maps in text for text in preview.prompts):
+        found["preview.maps"] = f"no prompt of the previews has {preview.maps}"
+    return found
+
+
+def _of_evaluate(recipe: Recipe) -> dict[str, str]:
+    found, concepts = {}, list(getattr(recipe.data, "concepts", ()))
+    if len(concepts) < 2 and not recipe.continual.concepts:
+        found["evaluate.together"] = "it is for several concepts, a list in data.concept"
+    if not concepts:
+        found["evaluate.beside"] = "it is for a concept, data.source=concept"
+        if getattr(recipe.data, "frames", 1) > 1:
+            found["evaluate.alone"] = "clips are generated for the captions of the data"
+    return found
+
+
+def _of_tasks(recipe: Recipe) -> dict[str, str]:
+    """What the tasks of a continual recipe replace."""
+    spec = recipe.continual
+    if not spec.concepts:
+        return {}
+    found = {"data.token": "continual.tokens names the new words, <v1>, <v2> and so on by itself"}
+    if spec.class_words:
+        found["data.class_word"] = "continual.class_words gives that of each concept"
+    for name, method in recipe.methods.items():
+        replaced = {"task", "num_tasks", "tokens"} | ({"init"} if spec.inits else set())
+        for key in replaced & set(type(method).model_fields):
+            found[f"methods.{name}.{key}"] = "a continual recipe sets it for each concept"
+    return found
