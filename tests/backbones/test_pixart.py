@@ -292,7 +292,7 @@ def test_the_vp_path_is_refused_on_a_flow(dit_folder: Path, dit: Any) -> None:
     from trainer.config.load import load_recipe
     from trainer.training.build import adapt, objective
 
-    words = ["recipe=custom_diffusion", f"backbone={dit_folder}"]
+    words = ["recipe=custom_diffusion", f"backbone={dit_folder}", "data.class_word=animal"]
     assert objective(load_recipe(words), dit).target == "flow"
     with pytest.raises(ValueError, match=r"objective\.path=vp: .* was trained on the flow path"):
         adapt(load_recipe([*words, "objective.path=vp"]), dit, CPU)

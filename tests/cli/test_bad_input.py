@@ -10,7 +10,10 @@ from PIL import Image
 
 from trainer.__main__ import main
 
-PHOTOS = ("recipe=custom_diffusion", "data.concept=photos", "data.prior_weight=0", "tracker=none")
+PHOTOS = (
+    "recipe=custom_diffusion", "data.concept=photos", "data.class_word=animal",
+    "data.prior_weight=0", "tracker=none",
+)  # fmt: skip
 
 
 def _photo(folder: Path, name: str = "a.jpg") -> Path:
@@ -116,7 +119,6 @@ def test_bad_photos_are_skipped_by_name_where_the_recipe_allows(
         *PHOTOS,
         f"backbone={tiny_folder}",
         "data.on_bad=skip",
-        "data.class_word=animal",
         "preview.every=0",
         "run.id=skips",
         "run.steps=1",

@@ -35,7 +35,6 @@ run.timeouts.validate=60 -> run.validate_every=0 -> run.validate_every=0 never v
 run.timeouts={preview: 60} -> preview.every=0 -> there are no previews
 run.cache_latents=true -> data.augment=true -> data.augment=true makes other pictures at every use
 preview.prompts=[a fox] -> preview.every=0 -> preview.every=0 makes no previews
-preview.every=5 -> preview.prompts=[] & preview.maps=null -> give preview.prompts
 preview.seed=3 -> preview.every=0 -> there are no previews
 preview.negative=a cat -> preview.every=0 -> there are no previews
 preview.negative=a cat -> preview.guidance=1 -> preview.guidance=1 does not guide
@@ -73,7 +72,7 @@ methods.imagen_video.kernel=5 -> methods.imagen_video.attention_from=1 -> attent
 ROWS = [[part.strip() for part in line.split("->")] for line in IDLE.strip().splitlines()]
 # options of other recipes and sources, in the tests below
 ELSEWHERE = {
-    "data.concept.token", "data.concept.class_word", "data.concept.prior_folder",
+    "preview.every", "data.concept.token", "data.concept.class_word", "data.concept.prior_folder",
     "data.video.stride", "data.video.fps", "data.video.ignore", "data.world_clips.fps",
     "evaluate.beside", "evaluate.alone", "methods.new_token.tokens", "methods.new_token.init",
     *(f"methods.{name}.task" for name in ("coda_prompt", "inflora", "c_lora", "new_token")),
@@ -221,6 +220,10 @@ def test_clips_and_folders(tmp_path: Path) -> None:
              "methods": {"full": {}}}  # fmt: skip
     (tmp_path / "a.mp4").write_bytes(b"x")
     words = [mine(tmp_path, video)]
+    assert "preview.every=5 has no effect: there is nothing to show" in refusal(
+        *words, "preview.every=5"
+    )
+    assert load_recipe([*words, "preview.every=5", "preview.prompts=[]"])
     assert "it is for .tar files" in refusal(*words, "data.ignore=[cls]")
     for word in ("data.stride=2", "data.fps=4"):
         assert "takes single frames" in refusal(*words, "data.frames=1", word)

@@ -76,7 +76,6 @@ def test_tasks_name_their_own_word_and_kind(tmp_path: Path) -> None:
     }  # fmt: skip
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
     whole = load_recipe([f"recipe={tmp_path / 'mine.yaml'}", "preview.maps={token}",
-                         "data.class_word=thing",
                          "preview.prompts=[a {token} {class}, a {class}]"])  # fmt: skip
     second = task_recipe(whole, 1)
     assert second.preview.prompts == ("a <b> owl", "an owl")

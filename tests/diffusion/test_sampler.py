@@ -306,3 +306,37 @@ def test_ops_are_told_of_frames_their_rate_and_all_their_rows(tiny: Any) -> None
 def test_what_is_no_clip_is_refused(options: dict[str, Any], says: str, tiny: Any) -> None:
     with pytest.raises(ValueError, match=says):
         sample(tiny, PROMPTS[:1], [3], settings=Sampling(steps=1, **options))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp"])
+def test_other_solvers_are_those_of_the_stock_pipeline(name: str, tiny: Any) -> None:
+    """`data.prior_sampler`: the same noise and the same number of calls as in diffusers."""
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+
+    kinds = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler}
+    kinds["dpmpp"] = DPMSolverMultistepScheduler
+    settings = Sampling(steps=4, guidance=3.0, sampler=name)
+    own = sample(tiny, ["a fox"], [5], settings=settings)
+    pipeline = tiny.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = kinds[name].from_config(pipeline.scheduler.config)
+    start = torch.randn((1, 8, 8, 8), generator=torch.Generator().manual_seed(5))
+    stock = pipeline(
+        "a fox", num_inference_steps=4, guidance_scale=3.0, latents=start, output_type="pt",
+        negative_prompt="", height=32, width=32,
+    ).images  # fmt: skip
+    torch.testing.assert_close(own, stock * 2 - 1, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_flow_has_no_ddim_and_takes_sides_of_whole_tokens(dit: Any) -> None:
+    with pytest.raises(ValueError, match="sampler=ddim is for backbones on a VP path"):
+        sample(dit, ["a fox"], [0], settings=Sampling(steps=1, sampler="ddim"))
+    with pytest.raises(ValueError, match="size 36x36 must be a multiple of 8"):
+        sample(dit, ["a fox"], [0], settings=Sampling(steps=1, size=(36, 36)))
+    one, other = (
+        sample(dit, ["a fox"], [0], settings=Sampling(steps=2, sampler=name, size=(40, 40)))
+        for name in ("euler", "dpmpp")
+    )
+    assert one.shape == (1, 3, 40, 40) and not torch.equal(one, other)

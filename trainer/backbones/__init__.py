@@ -6,7 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.backbones.families import find_family
+from trainer.backbones.families import family_names as family_names
+from trainer.backbones.families import family_of as family_of
+from trainer.backbones.families import find_family as find_family
 
 if TYPE_CHECKING:
     from trainer.backbones.backbone import Backbone

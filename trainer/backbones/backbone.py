@@ -101,6 +101,11 @@ class Backbone(nn.Module):
         return pixels_per_latent(self.vae)
 
     @property
+    def multiple(self) -> int:
+        """Pixels that divide the sides of all pictures it takes."""
+        return self.divisor * int(self.denoiser.config.get("patch_size") or 1)
+
+    @property
     def layout(self) -> Layout:
         """How the denoiser takes clips, see `DenoiserTraits`."""
         return self.declared.traits.layout
@@ -165,8 +170,7 @@ class Backbone(nn.Module):
         return self.prompts.tokens(prompts).to(self.text_encoder.device)
 
     def joined(self, parts: Tensor) -> Tensor:
-        """What a text encoder makes of the parts of prompts (b parts, n, ...), one after another:
-        (b, text_length, ...)."""
+        """What a text encoder makes of parts of prompts (b parts, n, ...), in a row (b, n, ...)."""
         return parts.unflatten(0, (-1, self.prompts.parts)).flatten(1, 2)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:

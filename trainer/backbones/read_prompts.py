@@ -102,7 +102,8 @@ class Prompts:
     def places(self, prompt: str, word: str) -> list[int]:
         """Where the first token of a word is among those that the denoiser gets of a prompt."""
         row = self.tokens([prompt]).input_ids.flatten().tolist()
-        own = self.ids(word)
+        vocabulary = self.backbone.tokenizer.get_vocab()
+        own = [vocabulary[word]] if word in vocabulary else self.ids(word)
         return [i for i in range(len(row)) if row[i : i + len(own)] == own]
 
     def _cased(self, text: str) -> str:

@@ -121,7 +121,8 @@ def resolve_recipe(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]
     if spec.denoiser is not None and not spec.adapters:
         # complete, so that an adapter does not depend on our defaults
         tree["denoiser"] = spec.denoiser.model_dump(mode="json")
-    words = words_of(data, chosen, spec)
+    kinds = tree.get("continual") and sections["continual"].class_words  # type: ignore[attr-defined]
+    words = words_of(data, chosen, spec, kinds=kinds or data.kinds)
     sections |= with_words(sections, words)
     check_texts(data, words, spec)
     recipe = Recipe(
@@ -152,7 +153,17 @@ def _overlaid(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
             f"backbone is {backbone!r}; it is a name or a folder, as in backbone=tiny"
         )
     own = _own_values(per_backbone, lineage_of(backbone)[0])
-    return merge_trees(merge_trees(tree, own), overrides) | {"backbone": backbone}
+    below = merge_trees(tree, own)
+    below["data"] = _of_source(below.get("data"), overrides.get("data"))
+    return merge_trees(below, overrides) | {"backbone": backbone}
+
+
+def _of_source(data: Any, given: Any) -> Any:
+    """The options `data` of a recipe that a given source has too; of its own source all."""
+    source = given.get("source") if isinstance(given, dict) else None
+    if not isinstance(data, dict) or source not in Source.names() or source == data.get("source"):
+        return data
+    return {key: data[key] for key in data if key in Source.find(source).model_fields}
 
 
 def _check_keys(tree: Mapping[str, Any]) -> None:

@@ -96,14 +96,20 @@ def _of_preview(recipe: Recipe) -> dict[str, str]:
     tree = recipe.tree.get("preview") or {}
     if not preview.every and tree.get("prompts"):
         found["preview.prompts"] = "preview.every=0 makes no previews; give the steps between two"
-    if preview.every and not preview.prompts:
+    if preview.every and "prompts" not in tree:  # an empty list is there to have none
         found["preview.every"] = "there is nothing to show; give preview.prompts"
     if not _previews(recipe):
         why = "there are no previews; give preview.prompts and preview.every"
         found |= dict.fromkeys(("preview.seed", "preview.negative", "preview.maps"), why)
-    elif preview.maps is not None and not any(preview.maps in text for text in preview.prompts):
+    elif preview.maps is not None and not _shown(preview.maps, preview.prompts):
         found["preview.maps"] = f"no prompt of the previews has {preview.maps}"
     return found
+
+
+def _shown(word: str, prompts: Iterable[str]) -> bool:
+    """Whether a prompt has a word, which may be spelled as in CLIP's vocabulary, fox</w>."""
+    plain = word.removesuffix("</w>").lower()
+    return any(plain in text.lower() for text in prompts)
 
 
 def _of_evaluate(recipe: Recipe) -> dict[str, str]:

@@ -21,7 +21,7 @@ from trainer.data.templates import fill
 from trainer.methods.apply import find_method, method_names
 from trainer.methods.method import Method
 
-ANGLED = re.compile(r"<[^<>\s|]+>")
+ANGLED = re.compile(r"<[^<>\s|/][^<>\s|]*>")
 NEEDS_TOKEN = "{token}"
 
 
@@ -61,14 +61,16 @@ class Words:
                 )
 
 
-def words_of(data: Source, methods: Mapping[str, Method], spec: BackboneSpec) -> Words:
+def words_of(
+    data: Source, methods: Mapping[str, Method], spec: BackboneSpec, *, kinds: Sequence[str]
+) -> Words:
     """The words of a recipe's model: those of its data and methods, and of the runs that its
-    backbone is the result of."""
+    backbone is the result of. kinds: what the words stand for, in their order."""
     own = [word for method in methods.values() for word in method.words]
     tokens = list(dict.fromkeys([*data.words, *own]))
     return Words(
         token=tokens[0] if tokens else None,
-        kind=data.kinds[0] if data.kinds else None,
+        kind=kinds[0] if kinds else None,
         added=[*tokens, *_words_below(spec)],
         spelled=lambda word: word in vocabulary(spec),
     )

@@ -35,7 +35,7 @@ def sample(
     them. on_step: called after each step with its number and the latents.
 
     Raises:
-        ValueError: prompts and seeds of different lengths, or a size the VAE cannot make.
+        ValueError: prompts and seeds of different lengths, or a size the model cannot make.
     """
     begun = noise_of(backbone, seeds, settings) if start is None else start
     texts = [text for group in prompts_of(prompts, seeds, settings) for text in group]
@@ -71,12 +71,12 @@ def noise_of(backbone: Backbone, seeds: Sequence[int], settings: Sampling) -> Te
     """A latent (b f, c, h, w) of unit noise, each clip by its seed.
 
     Raises:
-        ValueError: a size the VAE cannot make.
+        ValueError: a size the model cannot make.
     """
     size = settings.size or (backbone.resolution, backbone.resolution)
-    if any(side < 1 or side % backbone.divisor for side in size):
+    if any(side < 1 or side % backbone.multiple for side in size):
         raise ValueError(
-            f"size {size[0]}x{size[1]} must be a multiple of {backbone.divisor}, and above 0"
+            f"size {size[0]}x{size[1]} must be a multiple of {backbone.multiple}, and above 0"
         )
     height, width = (side // backbone.divisor for side in size)
     shape = (settings.frames, backbone.latent_channels, height, width)

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trainer.backbones.backbone import Backbone
+from trainer.backbones.folder_facts import check_side
 from trainer.backbones.placement import Placement, choose_placement, pictures_at_once, place
 from trainer.backbones.retarget import retarget
 from trainer.common.paths import cache_folder
+from trainer.config.backbone_limits import check_weighting
 from trainer.config.header import file_of
 from trainer.config.run_section import RunSpec
 from trainer.config.schema import Recipe
@@ -134,8 +136,14 @@ def looker(module: DiffusionModule, batches: Planned) -> Callable[[], None]:
 
 
 def needs(recipe: Recipe, backbone: Backbone) -> Needs:
-    """What the data may ask of the run."""
+    """What the data may ask of the run.
+
+    Raises:
+        ValueError: sides of pictures that the backbone does not take.
+    """
     side = recipe.run.resolution or backbone.resolution
+    check_side("run.resolution", side, backbone.multiple)
+    check_side("data.buckets", getattr(recipe.data, "buckets", 0), backbone.multiple)
 
     def generate(prompts: Sequence[str], seed: int, how: Generation) -> list[Image]:
         seeds = [seed + i for i in range(len(prompts))]
@@ -180,6 +188,7 @@ def objective(recipe: Recipe, backbone: Backbone) -> Objective:
     """The recipe's objective, on the path and for the target of a backbone that `retarget` has
     seen."""
     chosen = recipe.objective
+    check_weighting(recipe, backbone.alphas_cumprod is None)
     return Objective(
         backbone.target,
         backbone.alphas_cumprod,
