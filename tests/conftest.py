@@ -142,6 +142,32 @@ def open_folder() -> Callable[[Path], Any]:
 
 
 @pytest.fixture
+def save_trained_on(open_folder: Callable[[Path], Any], tmp_path: Path) -> Callable[..., Path]:
+    """`save_trained_on(folder, methods, **sections)`: the adapter file that these methods make of
+    the backbone in a folder, every trained tensor moved a little, with further sections of a
+    recipe."""
+    from trainer.config.load import methods_of
+    from trainer.methods.apply import apply_methods
+    from trainer.runs.adapter import save_adapter
+
+    def save(folder: Path, methods: dict[str, Any], name: str = "trained", **more: Any) -> Path:
+        model = open_folder(folder)
+        plan = apply_methods(model, methods_of(methods))
+        own = dict(model.named_parameters()) | dict(model.named_buffers())
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for key in plan.names:
+                own[key] += 0.01 * torch.randn(own[key].shape, generator=generator)
+        path = tmp_path / f"{name}.safetensors"
+        tensors = {key: own[key] for key in plan.stored}
+        header = {"backbone": str(folder), "methods": methods, **more}
+        save_adapter(path, tensors, tree=header, identity=model.identity())
+        return path
+
+    return save
+
+
+@pytest.fixture
 def tiny(tiny_folder: Path, open_folder: Callable[[Path], Any]) -> Any:
     """A fresh `StableDiffusion` that a test may edit."""
     return open_folder(tiny_folder)

@@ -35,8 +35,8 @@ LOOSE_MODULES, LONG_FUNCTIONS, LONG_FILES = 3, 5, 5
 FUNCTION_LINES, FILE_LINES, POSITIONAL = 40, 320, 3
 # what every file of one kind calls alike: a room's protocol
 PROTOCOLS = {
-    "export/formats": {"write", "read", "carries", "relearns", "remark"},
-    "backbones": {"load", "make", "initialise", "encode_prompts", "inputs", "pipeline"},
+    "export/formats": {"write", "read", "carries", "relearns", "remark", "refuse", "usage"},
+    "backbones": {"load", "make", "initialise", "encode_prompts", "inputs", "pipeline", "check"},
     "cli": {"run"},
 }
 # functions of other libraries that take any number of values, or take them by position only

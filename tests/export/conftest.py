@@ -67,25 +67,31 @@ def trained(
     open_folder: Callable[[Path], Any],
 ) -> Trained:
     """The adapter file of one of `TREES`, made once."""
-    from trainer.config.load import methods_of
-    from trainer.methods.apply import apply_methods
-    from trainer.runs.adapter import save_adapter
-
     folder = tmp_path_factory.mktemp("adapters")
 
     def make(name: str) -> Path:
         path = folder / f"{name}.safetensors"
         if not path.exists():
-            model, tree = open_folder(tiny_folder), TREES[name]
-            plan = apply_methods(model, methods_of(tree))
-            disturb(model, plan.names)
-            own = dict(model.named_parameters()) | dict(model.named_buffers())
-            tensors = {key: own[key] for key in plan.stored}
-            header = {"backbone": str(tiny_folder), "methods": tree}
-            save_adapter(path, tensors, tree=header, identity=model.identity())
+            save_disturbed(path, open_folder(tiny_folder), tiny_folder, TREES[name])
         return path
 
     return make
+
+
+def save_disturbed(
+    path: Path, model: Any, backbone: Path, methods: dict[str, Any], **sections: Any
+) -> None:
+    """Saves the adapter that these methods make of a model, as if it had trained."""
+    from trainer.config.load import methods_of
+    from trainer.methods.apply import apply_methods
+    from trainer.runs.adapter import save_adapter
+
+    plan = apply_methods(model, methods_of(methods))
+    disturb(model, plan.names)
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = {key: own[key] for key in plan.stored}
+    header = {"backbone": str(backbone), "methods": methods, **sections}
+    save_adapter(path, tensors, tree=header, identity=model.identity())
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@ adapters."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +272,49 @@ def test_the_verb_says_which_words_there_are(
     again = ["merge", f"adapter=[{one},{two}]", f"out={tmp_path / 'x'}", f"captions={captions}"]
     assert main(again) == 78
     assert main(["merge", f"adapter={one}", f"out={tmp_path / 'x'}"]) == 78
+
+
+def _two_backbones(
+    folder: Path, other: Path, save_trained_on: Callable[..., Path]
+) -> tuple[Path, Path]:
+    return tuple(  # type: ignore[return-value]
+        save_trained_on(
+            place,
+            {
+                "selective": {"sites": "cross", "projections": ["k", "v"]},
+                "new_token": {"tokens": [token], "init": "fox"},
+            },
+            name=name,
+        )
+        for place, token, name in ((folder, "<v1>", "one"), (other, "<v2>", "other"))
+    )
+
+
+def test_each_of_two_backbones_is_named_with_its_own_adapter(
+    tiny_folder: Path, other_folder: Path, tmp_path: Path, save_trained_on: Callable[..., Path]
+) -> None:
+    one, other = _two_backbones(tiny_folder, other_folder, save_trained_on)
+    with pytest.raises(
+        ValueError,
+        match=rf"adapter={other} was trained on backbone {other_folder} .*; "
+        rf"adapter={one} on {tiny_folder} ",
+    ):
+        merge_concepts([one, other], tmp_path / "out")
+
+
+def test_two_backbones_of_equal_shapes_are_told_apart(
+    tiny_folder: Path, tmp_path: Path, save_trained_on: Callable[..., Path]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    twin = tmp_path / "twin"
+    shutil.copytree(tiny_folder, twin)
+    file = twin / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = {key: value * 1.5 for key, value in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    one, other = _two_backbones(tiny_folder, twin, save_trained_on)
+    with pytest.raises(
+        ValueError,
+        match=rf"adapter={other} was trained on backbone {twin} and adapter={one} on {tiny_folder}",
+    ):
+        merge_concepts([one, other], tmp_path / "out")

@@ -15,6 +15,23 @@ if TYPE_CHECKING:
     from trainer.backbones.spec import BackboneSpec
 
 
+def check_backbone_folder(spec: BackboneSpec, name: str) -> None:
+    """Checks what can be known of a backbone's folder without loading it, or torch. One that is
+    still to be fetched from the hub is checked when it is loaded.
+
+    Raises:
+        ValueError: a part is missing, or the family cannot load it.
+    """
+    if spec.folder is not None:
+        from trainer.backbones.folder_check import check_contents
+        from trainer.backbones.pipeline_folder import PipelineFolder
+
+        overlay = Path(spec.overlay) if spec.overlay else None
+        folder = PipelineFolder(Path(spec.folder), overlay, spec.scratch)
+        made = spec.denoiser is not None
+        check_contents(folder, name, find_family(spec.family), made=made)
+
+
 def load_backbone(spec: BackboneSpec, name: str) -> Backbone:
     """The backbone a spec describes, with nothing frozen, in fp32.
 

@@ -22,12 +22,13 @@ from trainer.attention.extras import Extras
 from trainer.attention.hooks import SamplingHook
 from trainer.attention.host import Host
 from trainer.attention.sites import Site, scan
+from trainer.backbones import vae
 from trainer.backbones.checkpointing import checkpoint_layers
 from trainer.backbones.family import Encoder, Family, Parts
+from trainer.backbones.folder_check import PREDICTION_TYPES
 from trainer.backbones.layout import clips_to_rows, rows_to_clips
+from trainer.backbones.pipeline_folder import limit_length
 from trainer.backbones.read_prompts import Prompts
-from trainer.backbones.schedulers import PREDICTION_TYPES
-from trainer.backbones.vae import in_slices, pixels_per_latent, posterior_moments
 
 
 class Backbone(nn.Module):
@@ -54,6 +55,7 @@ class Backbone(nn.Module):
         self.sampling_hooks: dict[str, tuple[SamplingHook, ...]] = {}
         self.encoders: dict[str, Encoder] = dict(declared.encoders)
         self.tokenizer, self.scheduler_config = parts.tokenizer, dict(parts.scheduler.config)
+        limit_length(self.tokenizer, self.text_encoder)
         self.scheduler_class = type(parts.scheduler)
         flow = isinstance(parts.scheduler, FlowMatchEulerDiscreteScheduler)
         # None: trained on the flow path x_t = (1 - t) x0 + t noise
@@ -98,7 +100,7 @@ class Backbone(nn.Module):
     @property
     def divisor(self) -> int:
         """Pixels along an edge per latent."""
-        return pixels_per_latent(self.vae)
+        return vae.pixels_per_latent(self.vae)
 
     @property
     def multiple(self) -> int:
@@ -140,29 +142,26 @@ class Backbone(nn.Module):
     def moments(self, pixels: Tensor) -> Tensor:
         """Pixels (b, 3, H, W) in [-1, 1] to the posterior's mean and log-variance (b, 2c, h, w), in
         fp32 wherever they are asked for: a training step asks under autocast."""
+        size = pixels.shape[-2] * pixels.shape[-1]
         with torch.autocast(self.device.type, enabled=False):
-            return in_slices(
-                self.vae,
-                partial(posterior_moments, self.vae),
-                pixels,
-                pixels=pixels.shape[-2] * pixels.shape[-1],
-            )
+            step = partial(vae.posterior_moments, self.vae)
+            return vae.in_slices(self.vae, step, pixels, pixels=size)
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """A sample (b, c, h, w) from the posterior, scaled to what the denoiser was trained on."""
         mean, log_variance = moments.chunk(2, dim=1)
         sampled = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
-        return sampled * self.vae.config.scaling_factor
+        return vae.scale_latents(self.vae, sampled)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (b, c, h, w) to pixels (b, 3, H, W) in [-1, 1], in fp32 as `moments`."""
         pixels = latents.shape[-2] * latents.shape[-1] * self.divisor**2
         with torch.autocast(self.device.type, enabled=False):
-            return in_slices(self.vae, self._decode, latents, pixels=pixels)
+            return vae.in_slices(self.vae, self._decode, latents, pixels=pixels)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        pixels: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        pixels: Tensor = self.vae.decode(vae.unscale_latents(self.vae, latents)).sample
         return pixels.clamp(-1, 1)
 
     def tokens(self, prompts: Sequence[str]) -> Any:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainer.attention.condition import Condition
+    from trainer.backbones.folder_contents import FolderContents
 
 # a backbone and the values of one input, one for each row, to fields of the `Condition`
 Encoder = Callable[[Any, Any], "Mapping[str, Tensor]"]
@@ -29,6 +30,10 @@ class Inputs(Protocol):
     ) -> dict[str, Any]:
         """The denoiser's own arguments for x_t (b, c, h, w) at timesteps t (b,)."""
         ...
+
+
+def _check_nothing(facts: FolderContents) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class Family:
     tokenizer takes more. lower_case: whether prompts are read in lower case. traits: where things
     are in the denoiser and how it takes clips. comfyui_layers: by the
     class of a transformer, which of its layers ComfyUI reads under diffusers' names, a regular
-    expression.
+    expression. check: (facts of a folder) -> ValueError where the family cannot load it, without
+    torch.
     """
 
     denoiser: str
@@ -79,6 +85,7 @@ class Family:
     lower_case: bool = False
     traits: DenoiserTraits = UNDECLARED
     comfyui_layers: Mapping[str, str] = field(default_factory=dict)
+    check: Callable[[FolderContents], None] = _check_nothing
 
 
 def text_arguments(condition: Condition) -> dict[str, Tensor | None]:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
+from trainer.backbones.weight_files import weight_files
+
 if TYPE_CHECKING:
+    import torch
+
     from trainer.backbones.spec import BackboneSpec
 
 
 SCHEDULER = "scheduler_config.json"
-STORED = {"F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names of half precision
+WITHOUT_VALUES: ContextVar[bool] = ContextVar("without_values", default=False)
 
 
 @dataclass(frozen=True)
@@ -43,32 +48,27 @@ class PipelineFolder:
             )
         for part, file in (("tokenizer", "tokenizer_config.json"), ("scheduler", SCHEDULER)):
             if not (self.of(part) / file).is_file():
-                raise ValueError(_missing(self.of(part), file))
+                raise ValueError(missing(self.of(part), file))
         return index
 
     def load(self, part: str, kind: Any) -> Any:
         """A part in fp32, or with new random weights where it is to start from scratch."""
+        import torch
+
         where = self.of(part)
         if not (where / "config.json").is_file():
-            raise ValueError(_missing(where, "config.json"))
-        if part in self.scratch:
+            raise ValueError(missing(where, "config.json"))
+        if part in self.scratch or WITHOUT_VALUES.get():
             config = json.loads((where / "config.json").read_text(encoding="utf-8"))
-            return kind.from_config(config)
-        if not list(where.glob("*.safetensors")):
-            found = ", ".join(
-                path.name for path in where.glob("*") if path.suffix in (".bin", ".pt", ".ckpt")
-            )
-            raise ValueError(
-                f"{where}: no safetensors "
-                f"file{f' (found {found}; pickles are never loaded)' if found else ''}; "
-                "save the pipeline with safe_serialization=True"
-            )
+            return kind.from_config(config) if part in self.scratch else _ones(kind, config)
+        variant = weight_files(where).variant
         ours = kind.__module__.startswith("diffusers.")
         dtype = {"torch_dtype" if ours else "dtype": torch.float32}
         try:
             model, notes = kind.from_pretrained(
                 where,
                 use_safetensors=True,
+                variant=variant,
                 local_files_only=True,
                 output_loading_info=True,
                 **dtype,
@@ -76,9 +76,9 @@ class PipelineFolder:
         except SafetensorError as error:
             raise ValueError(f"{where}: its safetensors file is damaged: {error}") from None
         # they would silently stay random
-        if missing := sorted(notes["missing_keys"]):
+        if absent := sorted(notes["missing_keys"]):
             raise ValueError(
-                f"{where}: the weights lack {', '.join(missing[:3])}, {len(missing)} in all; they "
+                f"{where}: the weights lack {', '.join(absent[:3])}, {len(absent)} in all; they "
                 "do not belong to this config.json"
             )
         return model
@@ -86,12 +86,14 @@ class PipelineFolder:
     def published(self, part: str) -> torch.dtype:
         """What the weights of a part are stored in; fp32 where it has none, as it starts from
         scratch."""
-        files = sorted(self.of(part).glob("*.safetensors"))
-        if part in self.scratch or not files:
+        import torch
+
+        if part in self.scratch or not self.of(part).is_dir():
             return torch.float32
-        with safe_open(files[0], "pt") as file:
+        with safe_open(weight_files(self.of(part)).files[0], "pt") as file:
             kinds = Counter(file.get_slice(key).get_dtype() for key in file.keys())  # noqa: SIM118
-        return STORED.get(kinds.most_common(1)[0][0], torch.float32) if kinds else torch.float32
+        halves = {"F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
+        return halves.get(kinds.most_common(1)[0][0], torch.float32) if kinds else torch.float32
 
     def scheduler_config(self) -> dict[str, Any]:
         path = self.of("scheduler") / SCHEDULER
@@ -99,8 +101,37 @@ class PipelineFolder:
         return config
 
 
-def _missing(where: Path, file: str) -> str:
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Inside, parts are loaded with ones in place of their weights, which are not read. A weight's
+    ones are one number in memory, so that nothing can be written into it."""
+    token = WITHOUT_VALUES.set(True)
+    try:
+        yield
+    finally:
+        WITHOUT_VALUES.reset(token)
+
+
+def _ones(kind: Any, config: dict[str, Any]) -> Any:
+    import torch
+
+    with torch.device("meta"):
+        ours = kind.__module__.startswith("diffusers.")
+        model = kind.from_config(config) if ours else kind(kind.config_class.from_dict(config))
+    return model._apply(lambda value: torch.ones(1, dtype=value.dtype).expand(value.shape))
+
+
+def missing(where: Path, file: str) -> str:
+    """What is wrong with a folder that lacks a file."""
     return f"{where}: {file} is missing; the folder is not a complete pipeline"
+
+
+def limit_length(tokenizer: Any, encoder: Any) -> None:
+    """A tokenizer gives no more tokens than its text encoder has positions, whatever its own files
+    say; those of some folders say nothing, which the library takes for 1e30."""
+    positions = getattr(encoder.config, "max_position_embeddings", None)
+    if positions is not None:
+        tokenizer.model_max_length = min(int(tokenizer.model_max_length), int(positions))
 
 
 def pipeline_folder(spec: BackboneSpec, name: str, parts: Sequence[str]) -> PipelineFolder:

@@ -7,11 +7,18 @@ noise - x0 on the path x_t = (1 - t) x0 + t noise (arXiv 2209.03003), where its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.attention.denoiser_traits import DenoiserTraits
 from trainer.backbones.family import Family, Parts, text_arguments
+from trainer.backbones.folder_check import (
+    check_channels,
+    check_classes,
+    check_flow_or_vp,
+    check_width,
+)
+from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.spec import BackboneSpec, TransformerSpec
 
 if TYPE_CHECKING:
@@ -54,7 +61,8 @@ def pipeline(backbone: Backbone) -> Any:
     """As a stock pipeline; a flow is sampled with a solver that this pipeline can call."""
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
 
-    from trainer.backbones.schedulers import FLOW
+    from trainer.backbones.folder_check import FLOW
+    from trainer.backbones.vae import with_widths
 
     scheduler = backbone.scheduler()
     if backbone.alphas_cumprod is None:
@@ -65,7 +73,8 @@ def pipeline(backbone: Backbone) -> Any:
             flow_shift=scheduler.config.shift,
         )
     return PixArtAlphaPipeline(
-        tokenizer=backbone.tokenizer, text_encoder=backbone.text_encoder, vae=backbone.vae,
+        tokenizer=backbone.tokenizer, text_encoder=backbone.text_encoder,
+        vae=with_widths(backbone.vae),
         transformer=backbone.denoiser, scheduler=scheduler,
     )  # fmt: skip
 
@@ -77,21 +86,24 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         ValueError: the folder holds another pipeline or a text encoder of another kind, a part is
         missing, or its weights are not safetensors.
     """
-    from diffusers import AutoencoderKL, PixArtTransformer2DModel
+    import diffusers
+    from diffusers import PixArtTransformer2DModel
 
+    from trainer.backbones.folder_check import check_contents
     from trainer.backbones.pipeline_folder import pipeline_folder
     from trainer.backbones.schedulers import flow_or_vp
 
     made = spec.denoiser
     own = ["transformer"] if made is None else []
     folder = pipeline_folder(spec, name, [*own, "text_encoder", "vae"])
-    index = folder.index(name, FAMILY.pipelines)
-    encoder, tokenizer = text_classes(index, name, TEXT)
+    facts = check_contents(folder, name, FAMILY, made=made is not None)
+    encoder, tokenizer = text_classes(facts.index)
     if made is None:
         transformer = folder.load("transformer", PixArtTransformer2DModel)
         if "transformer" in spec.scratch:
             initialise(transformer)
-    text_encoder, vae = folder.load("text_encoder", encoder), folder.load("vae", AutoencoderKL)
+    text_encoder = folder.load("text_encoder", encoder)
+    vae = folder.load("vae", getattr(diffusers, facts.vae))
     if isinstance(made, TransformerSpec):
         width = text_encoder.config.hidden_size
         transformer = make(made, vae.config.latent_channels, width)
@@ -102,27 +114,25 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         tokenizer=tokenizer.from_pretrained(folder.of("tokenizer"), local_files_only=True),
         vae=vae,
         scheduler=flow_or_vp(folder.scheduler_config(), folder.of("scheduler")),
-        prompt_length=LENGTHS[index["_class_name"]],
+        prompt_length=LENGTHS[facts.index["_class_name"]],
     )
 
 
-def text_classes(
-    index: dict[str, Any], name: str, known: dict[str, tuple[str, ...]]
-) -> tuple[Any, Any]:
+def text_classes(index: Mapping[str, Any]) -> tuple[Any, Any]:
     """The classes of transformers that model_index.json names for the text encoder and the
-    tokenizer, out of those `known` for each."""
+    tokenizer, which `check_classes` knows."""
     import transformers
 
-    found = []
-    for part in ("text_encoder", "tokenizer"):
-        library, kind = index.get(part) or (None, None)
-        if library != "transformers" or kind not in known[part]:
-            raise ValueError(
-                f"backbone {name}: {part} is a {kind} of {library}; this family has "
-                f"{', '.join(known[part])}"
-            )
-        found.append(getattr(transformers, kind))
-    return found[0], found[1]
+    encoder, tokenizer = (index[part][1] for part in ("text_encoder", "tokenizer"))
+    return getattr(transformers, encoder), getattr(transformers, tokenizer)
+
+
+def check(facts: FolderContents) -> None:
+    check_classes(facts, TEXT)
+    check_flow_or_vp(facts.scheduler, facts.where)
+    if "transformer" in facts.configs:
+        check_channels(facts, "transformer", default=4)
+        check_width(facts, "transformer", facts.configs["transformer"].get("caption_channels"))
 
 
 def make(spec: TransformerSpec, channels: int, text_width: int) -> Any:
@@ -196,6 +206,7 @@ FAMILY = Family(
     makes=TransformerSpec,
     prompt_lengths=LENGTHS,
     lower_case=True,  # as PixArt's own code reads them
+    check=check,
     traits=DenoiserTraits(
         time_embedding="adaln_single.emb",
         time_width="adaln_single.emb.timestep_embedder.linear_2",

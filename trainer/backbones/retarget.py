@@ -9,7 +9,7 @@ from typing import Any
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from trainer.backbones.backbone import Backbone
-from trainer.backbones.schedulers import PREDICTION_TYPES
+from trainer.backbones.folder_check import PREDICTION_TYPES
 
 SCHEDULED = {target: name for name, target in PREDICTION_TYPES.items()}
 

@@ -11,9 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.attention.denoiser_traits import DenoiserTraits, ProcessorTraits
 from trainer.backbones.family import Family, Parts, text_arguments
+from trainer.backbones.folder_check import (
+    check_channels,
+    check_classes,
+    check_flow_or_vp,
+    check_width,
+)
+from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.pixart import encode_prompts, initialise_as_dit, text_classes
 from trainer.backbones.spec import BackboneSpec
-from trainer.backbones.vae import WIDTHS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +31,6 @@ TEXT = {
     "text_encoder": ("CLIPTextModel", "Gemma2Model"),
     "tokenizer": ("CLIPTokenizer", "GemmaTokenizer", "GemmaTokenizerFast"),
 }
-VAES = ("AutoencoderDC", "AutoencoderKL")
 PROMPT_LENGTH = 300  # the default of diffusers' pipeline
 
 
@@ -35,14 +40,14 @@ def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> 
 
 
 def pipeline(backbone: Backbone) -> Any:
-    """The stock pipeline asks any VAE for `AutoencoderDC`'s widths; its config learns them."""
     from diffusers import SanaPipeline
 
-    if WIDTHS not in backbone.vae.config:
-        backbone.vae.register_to_config(**{WIDTHS: backbone.vae.config.block_out_channels})
+    from trainer.backbones.vae import with_widths
+
     return SanaPipeline(
-        tokenizer=backbone.tokenizer, text_encoder=backbone.text_encoder, vae=backbone.vae,
-        transformer=backbone.denoiser, scheduler=backbone.scheduler(),
+        tokenizer=backbone.tokenizer, text_encoder=backbone.text_encoder,
+        vae=with_widths(backbone.vae), transformer=backbone.denoiser,
+        scheduler=backbone.scheduler(),
     )  # fmt: skip
 
 
@@ -55,21 +60,14 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     """
     import diffusers
 
+    from trainer.backbones.folder_check import check_contents
     from trainer.backbones.pipeline_folder import pipeline_folder
     from trainer.backbones.schedulers import flow_or_vp
 
     folder = pipeline_folder(spec, name, ["transformer", "text_encoder", "vae"])
-    index = folder.index(name, FAMILY.pipelines)
-    encoder, tokenizer = text_classes(index, name, TEXT)
-    vae = (index.get("vae") or (None, None))[1]
-    if vae not in VAES:
-        raise ValueError(f"backbone {name}: vae is a {vae}; this family has {', '.join(VAES)}")
+    facts = check_contents(folder, name, FAMILY, made=False)
+    encoder, tokenizer = text_classes(facts.index)
     transformer = folder.load("transformer", diffusers.SanaTransformer2DModel)
-    if transformer.config.guidance_embeds:
-        raise ValueError(
-            f"backbone {name}: the transformer was distilled to take its guidance as an input "
-            "(Sana-Sprint), which is not trained here; choose a Sana without guidance_embeds"
-        )
     if "transformer" in spec.scratch:
         initialise(transformer)
     # a tokenizer of Gemma pads on the left, and its pipeline on the right
@@ -79,10 +77,23 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         denoiser=transformer,
         text_encoder=folder.load("text_encoder", encoder),
         tokenizer=tokenizer.from_pretrained(folder.of("tokenizer"), **own),
-        vae=folder.load("vae", getattr(diffusers, vae)),
+        vae=folder.load("vae", getattr(diffusers, facts.vae)),
         scheduler=flow_or_vp(folder.scheduler_config(), folder.of("scheduler")),
         prompt_length=PROMPT_LENGTH,
     )
+
+
+def check(facts: FolderContents) -> None:
+    check_classes(facts, TEXT)
+    check_flow_or_vp(facts.scheduler, facts.where)
+    check_channels(facts, "transformer", default=32)
+    check_width(facts, "transformer", facts.configs["transformer"].get("caption_channels"))
+    if facts.configs["transformer"].get("guidance_embeds"):
+        raise facts.refuse(
+            "transformer",
+            "was distilled to take its guidance as an input (Sana-Sprint), which is not trained "
+            "here; choose a Sana without guidance_embeds",
+        )
 
 
 def initialise(transformer: Any) -> None:
@@ -107,6 +118,7 @@ FAMILY = Family(
     encoders={"text": encode_prompts},
     inputs=inputs,
     pipeline=pipeline,
+    check=check,
     traits=DenoiserTraits(
         processors={
             "diffusers.models.attention_processor.SanaLinearAttnProcessor2_0": ProcessorTraits(

@@ -13,10 +13,9 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
+from trainer.backbones.folder_check import FLOW, check_flow_or_vp, check_prediction, is_flow
 from trainer.backbones.folder_facts import check_solver
 from trainer.backbones.pipeline_folder import SCHEDULER
-
-PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
 def vp_scheduler(config: dict[str, Any], where: Path) -> DDIMScheduler:
@@ -25,33 +24,21 @@ def vp_scheduler(config: dict[str, Any], where: Path) -> DDIMScheduler:
     An option that another scheduler's file leaves out has that class's default, not DDIM's: no
     clipping of latents, and a last step to the first alpha, as with PNDM.
     """
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction not in PREDICTION_TYPES:
-        raise ValueError(
-            f"{where / SCHEDULER}: prediction_type is {prediction!r}; this family has "
-            f"{', '.join(PREDICTION_TYPES)}"
-        )
+    check_prediction(config, where / SCHEDULER)
     if config.get("_class_name") != DDIMScheduler.__name__:
         config = {"clip_sample": False, "set_alpha_to_one": False} | config
     own = inspect.signature(DDIMScheduler.__init__).parameters
     return DDIMScheduler(**{key: value for key, value in config.items() if key in own})
 
 
-FLOW = "flow_prediction"
-
-
 def flow_or_vp(
     config: dict[str, Any], where: Path
 ) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
     """Euler steps on a flow path, DDIM on a VP one, whatever solver the folder names."""
-    euler = config.get("_class_name") == FlowMatchEulerDiscreteScheduler.__name__
-    if not euler and config.get("prediction_type") != FLOW:
+    check_flow_or_vp(config, where / SCHEDULER)
+    if not is_flow(config):
         return vp_scheduler(config, where)
-    if config.get("use_dynamic_shifting"):
-        raise ValueError(
-            f"{where / SCHEDULER}: use_dynamic_shifting is not known here; set it to false and "
-            "give shift"
-        )
+    euler = config.get("_class_name") == FlowMatchEulerDiscreteScheduler.__name__
     own = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
     if not euler:  # a solver of flows; its other options are its own
         steps = config.get("num_train_timesteps", 1000)

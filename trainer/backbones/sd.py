@@ -8,6 +8,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from trainer.attention.denoiser_traits import DenoiserTraits
 from trainer.backbones.family import Family, Parts, text_arguments
+from trainer.backbones.folder_check import (
+    check_channels,
+    check_classes,
+    check_prediction,
+    check_width,
+)
+from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.spec import BackboneSpec, UNetSpec
 from trainer.common.seeds import seed_of
 
@@ -16,6 +23,15 @@ if TYPE_CHECKING:
 
     from trainer.attention.condition import Condition
     from trainer.backbones.backbone import Backbone
+
+
+TEXT = {"text_encoder": ("CLIPTextModel",), "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast")}
+NEEDS = {  # options of a U-Net that asks for more than noise, time and text
+    "addition_embed_type": "pooled text or the size, as SDXL's does",
+    "class_embed_type": "a class",
+    "num_class_embeds": "a class",
+    "encoder_hid_dim_type": "pictures, or a projection of the text",
+}
 
 
 def encode_prompts(backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -31,11 +47,31 @@ def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> 
 def pipeline(backbone: Backbone) -> Any:
     from diffusers import StableDiffusionPipeline
 
+    from trainer.backbones.vae import with_widths
+
     return StableDiffusionPipeline(
-        vae=backbone.vae, text_encoder=backbone.text_encoder, tokenizer=backbone.tokenizer,
-        unet=backbone.denoiser, scheduler=backbone.scheduler(), safety_checker=None,
+        vae=with_widths(backbone.vae), text_encoder=backbone.text_encoder,
+        tokenizer=backbone.tokenizer, unet=backbone.denoiser,
+        scheduler=backbone.scheduler(), safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
+
+
+def check(facts: FolderContents) -> None:
+    check_classes(facts, TEXT)
+    check_prediction(facts.scheduler, facts.where)
+    if "unet" not in facts.configs:
+        return
+    config = facts.configs["unet"]
+    check_channels(facts, "unet", default=4)
+    for option, what in NEEDS.items():
+        if config.get(option) is not None:
+            raise facts.refuse(
+                "unet",
+                f"asks for more than text ({option}={config[option]}: {what}), which this family "
+                "does not give it",
+            )
+    check_width(facts, "unet", config.get("cross_attention_dim"))
 
 
 def load(spec: BackboneSpec, name: str) -> Parts:
@@ -45,20 +81,22 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         ValueError: the folder holds another pipeline, a part is missing, or its weights are not
         safetensors.
     """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    import diffusers
+    from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    from trainer.backbones.folder_check import check_contents
     from trainer.backbones.pipeline_folder import pipeline_folder
     from trainer.backbones.schedulers import vp_scheduler
 
     made = spec.denoiser
     own = ["unet"] if made is None else []
     folder = pipeline_folder(spec, name, [*own, "text_encoder", "vae"])
-    folder.index(name, FAMILY.pipelines)
+    facts = check_contents(folder, name, FAMILY, made=made is not None)
     if made is None:
         unet = folder.load("unet", UNet2DConditionModel)
     text_encoder = folder.load("text_encoder", CLIPTextModel)
-    vae = folder.load("vae", AutoencoderKL)
+    vae = folder.load("vae", getattr(diffusers, facts.vae))
     if isinstance(made, UNetSpec):
         unet = make(made, vae.config.latent_channels, text_encoder.config.hidden_size)
     return Parts(
@@ -147,6 +185,7 @@ FAMILY = Family(
     inputs=inputs,
     pipeline=pipeline,
     makes=UNetSpec,
+    check=check,
     traits=DenoiserTraits(
         time_embedding="time_embedding", time_width="time_embedding.linear_2", input="conv_in"
     ),

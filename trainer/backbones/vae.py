@@ -35,13 +35,35 @@ def pixels_per_latent(vae: Any) -> int:
     return int(2 ** (len(widths) - 1))
 
 
+def scale_latents(vae: Any, latents: Tensor) -> Tensor:
+    """What a VAE encodes, as the denoiser takes it: (z - shift) * factor, by the VAE's config."""
+    config = vae.config
+    return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+
+
+def unscale_latents(vae: Any, latents: Tensor) -> Tensor:
+    """What a denoiser gives, as the VAE decodes it: the inverse of `scale_latents`."""
+    config = vae.config
+    return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+
+
+def with_widths(vae: Any) -> Any:
+    """The VAE, its config with the widths under both names: a stock pipeline asks any VAE for those
+    that its own model's VAE has."""
+    for name, other in ((WIDTHS, "block_out_channels"), ("block_out_channels", WIDTHS)):
+        if name not in vae.config:
+            vae.register_to_config(**{name: vae.config[other]})
+    return vae
+
+
 def posterior_moments(vae: Any, pixels: Tensor) -> Tensor:
     """Pixels (b, 3, H, W) in [-1, 1] to the posterior's mean and log-variance (b, 2c, h, w).
-    `AutoencoderDC` has no posterior, only its mean."""
+    `AutoencoderDC` and `AutoencoderTiny` have no posterior, only its mean."""
     import torch
 
     encoded = vae.encode(pixels)
-    if hasattr(encoded, "latent"):
-        return torch.cat([encoded.latent, torch.full_like(encoded.latent, EXACT)], dim=1)
+    for name in ("latent", "latents"):
+        if (mean := getattr(encoded, name, None)) is not None:
+            return torch.cat([mean, torch.full_like(mean, EXACT)], dim=1)
     parameters: Tensor = encoded.latent_dist.parameters
     return parameters

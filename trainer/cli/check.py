@@ -5,9 +5,13 @@ from __future__ import annotations
 from pydantic import Field
 
 from trainer.cli.options import RecipeOptions, quiet_libraries, split_options
-from trainer.config.load import load_recipe
+from trainer.config.load import load_recipe, recipe_names
+from trainer.config.schema import Recipe
 from trainer.runs.resuming import check_folder
 from trainer.runs.run_folder import folder_for
+
+# what decides whether methods fit a backbone
+DECIDE = ("backbone", "denoiser", "methods", "objective", "optim")
 
 
 class CheckOptions(RecipeOptions):
@@ -29,10 +33,13 @@ def run(words: list[str]) -> int:
     if loaded.run.id is not None and not loaded.continual.concepts:
         check_folder(folder_for(loaded), loaded)
     if not options.plan:
+        unknown = _unknown(loaded)
         print(
             f"{loaded.name}: fine; backbone {loaded.backbone_name}, methods "
             f"{', '.join(loaded.methods)}"
         )
+        if unknown:
+            print(f"whether the methods fit the backbone is for plan=true to find out: {unknown}")
         return 0
     quiet_libraries()
     from rich.console import Console
@@ -49,3 +56,16 @@ def run(words: list[str]) -> int:
     facts = describe_plan(loaded, backbone, applied, memory=peak)
     show_plan(facts, loaded.methods, Console(width=max(100, Console().width)))
     return 0
+
+
+def _unknown(recipe: Recipe) -> str | None:
+    """Refuses what the recipe's methods cannot do to its backbone; returns why that is not known,
+    or None. Recipes that ship are known to fit, which needs no torch."""
+    if recipe.name in recipe_names() and recipe.run.start_from is None:
+        shipped = load_recipe([f"recipe={recipe.name}"])
+        if all(shipped.tree.get(key) == recipe.tree.get(key) for key in DECIDE):
+            return None
+    quiet_libraries()
+    from trainer.training.without_weights import refuse_unfit
+
+    return refuse_unfit(recipe)

@@ -120,6 +120,7 @@ def run(words: list[str]) -> int:
 def _written(options: SampleOptions, chosen: Mapping[str, Method]) -> Iterator[Path]:
     """The files of `sample`, each as soon as it is written."""
     from trainer.backbones.placement import pictures_at_once
+    from trainer.diffusion.made_of import made_of
     from trainer.diffusion.sampler import sample
     from trainer.media.write_video import PLAYED, write_clip
 
@@ -132,6 +133,7 @@ def _written(options: SampleOptions, chosen: Mapping[str, Method]) -> Iterator[P
     options.out.mkdir(parents=True, exist_ok=True)
     seeds = range(options.seed, options.seed + options.count)
     at_once = pictures_at_once(max(1, AT_ONCE // frames), frames * side**2)
+    known = _origin(options)
     for part in (seeds[i : i + at_once] for i in range(0, len(seeds), at_once)):
         pictures = sample(
             backbone,
@@ -143,7 +145,25 @@ def _written(options: SampleOptions, chosen: Mapping[str, Method]) -> Iterator[P
         ).cpu()
         for seed, clip in zip(part, pictures.split(frames), strict=True):
             place = options.out / f"{slug(options.prompt)}-{seed}"
-            yield from write_clip(clip, place, options.fps or PLAYED)
+            facts = made_of(backbone, settings, prompt=prompt, seed=seed, **known)
+            yield from write_clip(clip, place, options.fps or PLAYED, facts=facts)
+
+
+def _origin(options: SampleOptions) -> dict[str, Any]:
+    """What else a picture is made of, as facts for its file."""
+    from trainer.config.header import file_of
+    from trainer.runs.adapter import adapter_facts
+
+    found: dict[str, Any] = {}
+    if options.adapter is not None:
+        found |= adapter_facts(file_of(options.adapter))
+    if options.methods:
+        found["methods"] = options.methods
+    if options.source is not None:
+        with options.source.open("rb") as file:
+            found["source_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        found |= {"source": options.source.name, "start": options.start}
+    return found
 
 
 def _model(

@@ -25,6 +25,11 @@ def shipped(name: str | Path) -> Path:
     return own if path == Path(path.name) and not path.exists() and own.is_dir() else path
 
 
+def bare_name(name: str | Path) -> str:
+    """A name as it is; of a file or folder its own name, without the path that leads to it."""
+    return Path(name).name or str(name)
+
+
 def cache_folder() -> Path:
     """Where latents and prior images are kept between runs; `TRAINER_CACHE` moves it."""
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "attention-trainer"

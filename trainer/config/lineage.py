@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.backbones import check_backbone_folder
 from trainer.backbones.families import family_of, find_family
 from trainer.backbones.spec import BackboneSpec, DenoiserSpec
 from trainer.common.paths import BACKBONES, DATA
@@ -76,9 +77,17 @@ def backbone_spec(name: str, denoiser: Any = None) -> BackboneSpec:
         raise RecipeError(f"backbone={name}: neither a backbone of ours nor a folder{hint}")
     if spec.folder is not None and not (Path(spec.folder) / "model_index.json").is_file():
         raise RecipeError(f"backbone={name}: {spec.folder} is missing or has no model_index.json")
-    return spec.model_copy(
-        update={"denoiser": _denoiser(spec.family, name, own=own, given=denoiser)}
-    )
+    made = _denoiser(spec.family, name, own=own, given=denoiser)
+    return _checked(spec.model_copy(update={"denoiser": made}), name)
+
+
+def _checked(spec: BackboneSpec, name: str) -> BackboneSpec:
+    """Raises `RecipeError` where the spec's folder is none that its family can load."""
+    try:
+        check_backbone_folder(spec, name)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    return spec
 
 
 def _made_by(name: str) -> dict[str, Any] | None:

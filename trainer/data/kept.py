@@ -7,13 +7,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 import numpy as np
 
 from trainer.common.atomic import written_atomically
 from trainer.common.long_work import long_work
+from trainer.media.made_by import png_bytes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -121,17 +122,9 @@ def _fill(
     for number in absent:
         picture = made[number - batch.start]
         with written_atomically(_path(folder, number)) as part:
-            picture.save(part, "PNG", pnginfo=_noted(_path(folder, number)))
+            own = {PLACE: _place(_path(folder, number))}
+            part.write_bytes(png_bytes(picture, own))
         found[number] = picture
-
-
-def _noted(path: Path) -> Any:
-    """The place of a picture as text in its PNG."""
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    info.add_text(PLACE, _place(path))
-    return info
 
 
 def _place(path: Path) -> str:

@@ -25,10 +25,12 @@ from trainer.data.kept import kept_pictures
 from trainer.data.source import Dataset
 from trainer.data.world.scenes import article
 from trainer.data.world.sprites import ALL, KNOWN
+from trainer.diffusion.made_of import made_of
 from trainer.diffusion.sampler import sample_many
 from trainer.diffusion.sampling import Sampling
 from trainer.evaluation.judge import Judge, clip_score
 from trainer.media.images import to_pil, to_tensor
+from trainer.media.made_by import with_facts
 
 SEED = 10_000  # of the first picture; previews use small seeds, so these pictures are new
 
@@ -239,7 +241,14 @@ class Examiner:
             pictures = sample_many(
                 model, prompts[own], seeds[own], settings=settings, batch_size=batch_size
             )
-            return [to_pil(picture) for picture in pictures]
+            facts = [
+                made_of(model, settings, prompt=prompts[i], seed=seeds[i], recipe=self.recipe.name)
+                for i in range(own.start, own.stop)
+            ]
+            return [
+                with_facts(to_pil(picture), facts[number // frames])
+                for number, picture in enumerate(pictures)
+            ]
 
         how = (batch_size, settings.steps, settings.guidance, settings.negative)
         clip = (frames, fps) if frames > 1 else ()

@@ -16,19 +16,21 @@ from safetensors import safe_open
 from trainer.attention.host import Host
 from trainer.attention.insertion import insertions
 from trainer.backbones import load_backbone
-from trainer.backbones.backbone import Backbone
 from trainer.backbones.placement import CPU, Placement
-from trainer.backbones.retarget import is_retargeted
 from trainer.config import load as load_
 from trainer.config.header import read_header
 from trainer.config.lineage import spec_of
 from trainer.export.apply_bundle import add_to
+from trainer.export.card import card_of
 from trainer.export.factor import truncated
-from trainer.export.find_format import find_format, format_names
+from trainer.export.find_format import find_format
 from trainer.export.job import Job
 from trainer.export.proof import LIMIT, PROOF_FRAMES, Probe, Say, difference
-from trainer.export.read_back import Proof, measure_rounding, prove
+from trainer.export.read_back import Proof, measure_rounding, prove, prove_printed_call
+from trainer.export.refusal import proposal, refuse
+from trainer.export.settle_folder import settle
 from trainer.export.tokens import known_words
+from trainer.export.usage import write_readme
 from trainer.methods.apply import in_order
 from trainer.methods.method import Method
 from trainer.methods.shared.temporal import Temporal
@@ -76,12 +78,12 @@ def export(
         job, proof = _reduce_rank(job, proof, rank)
     part = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        _write(job, part, format_name=format_name, dtype=dtype)
-        dropped = job.dropped
+        proof = _write(job, proof, part, dtype=dtype)
         del job  # the adapted model, whose memory the proof needs
-        prove(proof, part / EXACT, dropped)
+        prove(proof, part / EXACT)
         if dtype != EXACT:
             measure_rounding(proof, part / dtype, dtype)
+        prove_printed_call(proof, part / dtype, exact=dtype == EXACT)
         os.replace(part / dtype, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -98,25 +100,6 @@ def _check_options(out: Path, format_name: str, *, dtype: str, rank: int | None)
         raise ValueError(f"out={out} exists; give a folder that does not, nothing is overwritten")
 
 
-def _refuse_target(adapted: Backbone, format_name: str) -> None:
-    """Refuses a network that predicts something else than its base: the tools that read an adapter
-    sample as the base wants it. A whole pipeline brings its scheduler along."""
-    if not is_retargeted(adapted):
-        return
-    target, flow = adapted.published_target
-    if flow == (adapted.alphas_cumprod is None):
-        if format_name == "merged":
-            return
-        way = "format=merged writes a complete pipeline, whose scheduler says so"
-    else:
-        way = "its base's pipeline cannot sample on the flow path; generate with `sample`"
-    raise ValueError(
-        f"format={format_name} cannot carry this adapter: it was trained with "
-        f"objective.target={adapted.target}, its base predicts {target}, and a tool would sample "
-        f"it as the base; {way}"
-    )
-
-
 def _prepare(path: Path, title: str, request: Request) -> tuple[Job, Proof]:
     """Loads an adapter and asks its model for the output that the files must give.
 
@@ -130,16 +113,19 @@ def _prepare(path: Path, title: str, request: Request) -> tuple[Job, Proof]:
     with safe_open(path, "pt") as file:
         stored = tuple(file.keys())
     make_base = partial(base_of, tree)
-    refuse_inserted(adapted, name)
-    _refuse_target(adapted, name)
-    _refuse_known_words(adapted, name)
+    words = _words(adapted)
+    card = card_of(title, tree, adapted, words=words)
+    job = Job(adapted, make_base, stored=stored, title=title, card=card)
     _say_base(tree, name, say)
-    probe = Probe(adapted, _words(adapted), _frames(adapted), placement=request.placement)
-    proof = Proof(name, make_base, probe=probe, wanted=probe(adapted), say=say)
+    probe = Probe(adapted, words, _frames(adapted), placement=request.placement)
+    wanted = probe(adapted)
+    proof = Proof(name, make_base, probe=probe, wanted=wanted, say=say, tree=tree)
+    proof = replace(proof, whole=not any(m.kind == "storage" for m in _methods(tree).values()))
     refuse_ops(adapted, proof)
+    refuse(job, name)
     if text := find_format(name).remark(adapted, probe, proof.wanted):
         say(text)
-    return Job(adapted, make_base, stored=stored, title=title), proof
+    return job, proof
 
 
 def _refuse_runs(tree: dict[str, Any]) -> None:
@@ -194,41 +180,10 @@ def _words(model: Any) -> list[str]:
     return []
 
 
-def _refuse_known_words(adapted: Any, format_name: str) -> None:
-    """Refuses words of the vocabulary whose embeddings were trained, if the format has no place for
-    them."""
-    if not (words := known_words(adapted)):
-        return
-    able = [name for name in format_names() if find_format(name).carries_known_words]
-    if format_name not in able:
-        raise ValueError(
-            f"format={format_name} cannot carry {words[0]!r}, a word of the vocabulary whose "
-            f"embedding was trained, {len(words)} in all; these can: "
-            + ", ".join(f"format={name}" for name in able)
-        )
-
-
 def _frames(adapted: Any) -> int:
     """The frames of the proof's clips; 1, for images, if the model has no temporal layers."""
     longest: list[Any] = [found.block.max_frames for found in insertions(adapted.denoiser)]
     return min(PROOF_FRAMES, *longest) if longest else 1
-
-
-def refuse_inserted(adapted: Any, format_name: str) -> None:
-    """Refuses a model with temporal layers if the format has no place for them.
-
-    Raises:
-        ValueError: names the layers and the formats that can carry them.
-    """
-    blocks = [type(found.block).__name__ for found in insertions(adapted.denoiser)]
-    if not blocks or find_format(format_name).carries(adapted):
-        return
-    able = [f"format={name}" for name in format_names() if find_format(name).carries(adapted)]
-    raise ValueError(
-        f"format={format_name} cannot carry the {len(blocks)} temporal layers ({blocks[0]}); "
-        f"{' and '.join(able) + ' can, or ' if able else ''}"
-        "generate with `python -m trainer sample adapter=... frames=...`"
-    )
 
 
 def refuse_ops(adapted: Any, proof: Proof) -> None:
@@ -269,10 +224,21 @@ def _reduce_rank(job: Job, proof: Proof, rank: int) -> tuple[Job, Proof]:
 
 
 @torch.no_grad()
-def _write(job: Job, part: Path, *, format_name: str, dtype: str) -> None:
-    """Writes the files in float32 and in `dtype`, each into a folder named like the dtype."""
+def _write(job: Job, proof: Proof, part: Path, *, dtype: str) -> Proof:
+    """Writes the files in float32 and in `dtype`, each into a folder named like the dtype. Returns
+    the proof with what it needs to know of the job."""
+    chosen = find_format(proof.format_name)
+    others = proposal(job, but=proof.format_name)
     for name in dict.fromkeys((EXACT, dtype)):
-        (part / name).mkdir(parents=True)
-        find_format(format_name).write(job, part / name, DTYPES[name])
-    if not any((part / EXACT).iterdir()):
-        raise ValueError("the adapter changes nothing; there is nothing to write")
+        folder = part / name
+        folder.mkdir(parents=True)
+        chosen.write(job, folder, DTYPES[name])
+        if not any(folder.iterdir()):
+            raise ValueError("the adapter changes nothing; there is nothing to write")
+        usage = chosen.usage(job, folder)
+        write_readme(job, usage, format_name=proof.format_name, folder=folder)
+        settle(folder, job.card.entries)
+    if usage.warning:
+        proof.say(usage.warning)
+    whole = proof.whole and not usage.partial
+    return replace(proof, dropped=job.dropped, others=others, whole=whole)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainer.export.apply_bundle import product
 from trainer.export.bundle import Bundle, Delta, DoRADelta, FullDelta, LowRankDelta
+from trainer.export.cannot_carry import CannotCarryError
 
 
 def factored(bundle: Bundle, format_name: str) -> Mapping[str, LowRankDelta | DoRADelta]:
@@ -17,17 +18,16 @@ def factored(bundle: Bundle, format_name: str) -> Mapping[str, LowRankDelta | Do
     same dW.
 
     Raises:
-        ValueError: a bias or a norm's weight was trained, which no product of two matrices can be.
+        CannotCarryError: a bias or a norm's weight was trained, which is no product of matrices.
     """
     found: dict[str, LowRankDelta | DoRADelta] = {}
     for path, delta in bundle.layers.items():
         if isinstance(delta, FullDelta):
             if delta.bias is not None or delta.weight is None or delta.weight.ndim < 2:
                 what = "weight" if delta.bias is None else "bias"
-                raise ValueError(
+                raise CannotCarryError(
                     f"format={format_name} cannot carry the trained {what} of {path}: it holds "
-                    "low-rank matrices only; format=merged carries it, format=diff where a UI has "
-                    "a name for it"
+                    "low-rank matrices only"
                 )
             delta = exact(delta.weight)
         found[path] = delta

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from trainer.export.bundle import Bundle
+from trainer.export.card import Card
 from trainer.export.extract import extract, inserted
 
 
@@ -17,7 +18,7 @@ class Job:
 
     adapted: the adapted model; make_base: makes a new copy of its base, stored as in training;
     stored: the names of the adapter's tensors; title: what to call the file; given: the bundle to
-    write instead of the adapter's own.
+    write instead of the adapter's own; card: what the files say of the adapter.
     """
 
     adapted: Any
@@ -25,6 +26,7 @@ class Job:
     stored: tuple[str, ...]
     title: str
     given: Bundle | None = None
+    card: Card = field(default_factory=Card)
 
     @cached_property
     def base(self) -> Any:

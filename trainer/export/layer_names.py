@@ -90,6 +90,13 @@ def clip_name(part: str, name: str) -> str | None:
     return f"text_model.{match[1]}" if match else None
 
 
+def old_clip_key(key: str) -> str:
+    """The name of a tensor of a CLIP text encoder before transformers 5: with the level
+    `text_model`, but for the projection of its output."""
+    plain = key.removeprefix("text_model.")
+    return plain if plain.startswith("text_projection.") else f"text_model.{plain}"
+
+
 def long_name(path: str) -> str:
     """A module path with the level `text_model` in it, which all versions of readers accept."""
     part, _, name = path.partition(".")

@@ -111,6 +111,16 @@ class AnimateDiffModel:
         pipeline: Any = AnimateDiffPipeline(
             **parts, unet=base.denoiser, motion_adapter=motion_adapter, scheduler=stock.scheduler
         )
+        self._take(pipeline, base)
+
+    @classmethod
+    def around(cls, pipeline: Any, base: Any) -> AnimateDiffModel:
+        """A pipeline that exists, asked with the text encoder and tokenizer of `base`."""
+        made = cls.__new__(cls)
+        made._take(pipeline, base)
+        return made
+
+    def _take(self, pipeline: Any, base: Any) -> None:
         pipeline.unet.eval()
         self.pipeline = pipeline
         self.encode_prompts = base.encode_prompts

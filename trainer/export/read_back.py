@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from trainer.export.find_format import find_format
+from trainer.export.printed_call import code_of, model_of, places, run_call
 from trainer.export.proof import LIMIT, NOISE, Probe, Say, difference
 
 
@@ -18,7 +19,9 @@ class Proof:
     """What the written files are compared with.
 
     make_base: makes a new copy of the plain base; wanted: the adapted model's answer to `probe`;
-    say: receives each line for the user.
+    say: receives each line for the user; tree: the adapter's recipe; whole: whether the call of the
+    README gives the model, on a base stored as it is published; dropped: the adapter's tensors that
+    the format has no place for; others: which other formats carry the adapter, as a clause.
     """
 
     format_name: str
@@ -26,15 +29,21 @@ class Proof:
     probe: Probe
     wanted: Tensor
     say: Say
+    tree: Mapping[str, Any] = field(default_factory=dict)
+    whole: bool = True
+    dropped: tuple[str, ...] = ()
+    others: str = ""
+
+    def allowed(self, effect: float) -> float:
+        """The largest difference allowed of files whose adapter makes an effect of this size."""
+        return min(LIMIT, max(effect / 10, NOISE))
 
 
-def prove(proof: Proof, folder: Path, dropped: Sequence[str] = ()) -> None:
+def prove(proof: Proof, folder: Path) -> None:
     """Checks that every reader of the format makes the adapted model of the files in `folder`.
 
     An adapter with a small effect must be met within a tenth of its effect, so that a file which
     loads and does nothing never passes.
-
-    dropped: the adapter's tensors that the format has no place for.
 
     Raises:
         ValueError: a reader fails, or its model's output differs by more than is allowed.
@@ -43,7 +52,7 @@ def prove(proof: Proof, folder: Path, dropped: Sequence[str] = ()) -> None:
     for reader, load in find_format(name).readers.items():
         base = proof.make_base()
         effect = difference(proof.probe(base), proof.wanted)
-        allowed = min(LIMIT, max(effect / 10, NOISE))
+        allowed = proof.allowed(effect)
         try:
             model = load(folder, base)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -52,16 +61,49 @@ def prove(proof: Proof, folder: Path, dropped: Sequence[str] = ()) -> None:
             continue
         found = difference(proof.probe(model), proof.wanted)
         if found > allowed:
-            also = f"; it has no place for {dropped[0]}, {len(dropped)} tensors" if dropped else ""
-            raise ValueError(
-                f"format={name} cannot carry this adapter: read back by {reader}, the output "
-                f"differs by {found:.1e} from the model's, and {allowed:.0e} is allowed{also}; "
-                "nothing was written. format=merged folds everything into the weights"
-            )
+            raise ValueError(_unlike(proof, reader, found, allowed=allowed))
         proof.say(
             f"{name}, read back by {reader}: largest difference {found:.1e} (allowed "
             f"{allowed:.0e}; the adapter itself makes {effect:.1e})"
         )
+
+
+def _unlike(proof: Proof, reader: str, found: float, *, allowed: float) -> str:
+    dropped = proof.dropped
+    also = f"; it has no place for {dropped[0]}, {len(dropped)} tensors" if dropped else ""
+    return (
+        f"format={proof.format_name} cannot carry this adapter: read back by {reader}, the output "
+        f"differs by {found:.1e} from the model's, and {allowed:.0e} is allowed{also}; nothing was "
+        f"written{f'; {proof.others}' if proof.others else ''}"
+    )
+
+
+def prove_printed_call(proof: Proof, folder: Path, *, exact: bool) -> None:
+    """Runs the python call that the README in `folder` prints, to a picture, and asks the pipeline
+    it makes as `prove` does; nothing where it prints none.
+
+    exact: whether the files were not rounded, so that the difference is limited; where the call
+    does not give the whole model it is not, see `Proof.whole`.
+
+    Raises:
+        ValueError: the call fails, its picture is of one colour, or the output differs by more than
+            is allowed.
+    """
+    code = code_of(folder)
+    if code is None:
+        return
+    base = proof.make_base()
+    effect = difference(proof.probe(base), proof.wanted)
+    with places(proof.tree, base, proof.probe.placement.device) as settings:
+        names = run_call(code, {"folder": str(folder.absolute()), **settings})
+    found = difference(proof.probe(model_of(names["pipe"], base)), proof.wanted)
+    allowed = proof.allowed(effect)
+    if exact and proof.whole and found > allowed:
+        raise ValueError(_unlike(proof, "the call in README.md", found, allowed=allowed))
+    differs = f"largest difference {found:.1e}"
+    if not proof.whole:
+        differs = f"it differs by {found:.1e}, on the plain backbone or by what it does not read"
+    proof.say(f"the call in README.md gives a picture; {differs}")
 
 
 def measure_rounding(proof: Proof, folder: Path, dtype: str) -> None:

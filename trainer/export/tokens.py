@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trainer.export.apply_bundle import add_to
 from trainer.export.bundle import Bundle
+from trainer.export.cannot_carry import CannotCarryError
 from trainer.export.tensor_files import load_tensors, save_tensors
 from trainer.ops.adapters.token_rows import known_id, relearned_words
 
@@ -32,16 +33,12 @@ def write_tokens(bundle: Bundle, folder: Path, dtype: torch.dtype, *, known: boo
     known: also write the words of the vocabulary whose embeddings were trained.
 
     Raises:
-        ValueError: such a word cannot be the name of a file.
+        CannotCarryError: such a word cannot be the name of a file.
     """
     taken: set[str] = set()
     words = bundle.known if known else {}
-    if unnamable := [word for word in words if not word.isalnum()]:
-        raise ValueError(
-            f"the embedding of {unnamable[0]!r} was trained, and UIs find it by the name of its "
-            "file, which this word cannot be; format=diffusers and format=merged carry it in the "
-            "text encoder"
-        )
+    if known:
+        refuse_unnamable(bundle)
     for word, rows in (*words.items(), *bundle.tokens.items()):
         letters = "".join(letter if letter.isalnum() else " " for letter in word).split()
         name = "-".join(letters) or "token"
@@ -54,6 +51,15 @@ def write_tokens(bundle: Bundle, folder: Path, dtype: torch.dtype, *, known: boo
         save_tensors(own, path, dtype=dtype, metadata={WORD: word})
 
 
+def refuse_unnamable(bundle: Bundle) -> None:
+    """Raises `CannotCarryError` for a known word that cannot be the name of a file."""
+    if unnamable := [word for word in bundle.known if not word.isalnum()]:
+        raise CannotCarryError(
+            f"the embedding of {unnamable[0]!r} was trained, and UIs find it by the name of its "
+            "file, which this word cannot be"
+        )
+
+
 def files(folder: Path) -> list[Path]:
     """The files of words in an export's folder."""
     return sorted((folder / EMBEDDINGS).glob("*.safetensors"))
@@ -63,6 +69,8 @@ def load_stock(folder: Path, base: Any) -> None:
     """Loads a folder's words with `load_textual_inversion` of the stock pipeline, which shares its
     parts with `base`."""
     pipeline = base.pipeline()
+    if not hasattr(pipeline, "load_textual_inversion"):
+        return load_own(folder, base)
     for path in files(folder):
         tensors = load_file(path)
         if set(tensors) <= set(CLIPS):

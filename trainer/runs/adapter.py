@@ -4,6 +4,7 @@ frozen tensors that methods store beside them, and the recipe in its header."""
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -68,8 +69,26 @@ def save_adapter(
         part.unlink(missing_ok=True)
 
 
-def check_backbone(path: Path, stored: Mapping[str, str], own: Mapping[str, str]) -> None:
-    """Checks that a file's backbone, as `stored` describes it, is the loaded one.
+def adapter_facts(path: Path) -> dict[str, str]:
+    """The name of an adapter, of a run that of its recipe and its own, and the hash of the file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    run = path.absolute().parent
+    name = f"{run.parent.name}/{run.name}" if (run / "recipe.yaml").is_file() else path.stem
+    if name == "adapter":  # one that ships, in a folder of its name
+        name = run.name
+    return {"adapter": name, "adapter_sha256": digest}
+
+
+def check_backbone(
+    path: Path,
+    stored: Mapping[str, str],
+    own: Mapping[str, str],
+    *,
+    other: str | None = None,
+) -> None:
+    """Checks that a file's backbone, as `stored` describes it, is the loaded one, or that of
+    `other`, an adapter.
 
     Raises:
         ValueError: it is another one; the message names both.
@@ -78,7 +97,7 @@ def check_backbone(path: Path, stored: Mapping[str, str], own: Mapping[str, str]
         if part != "name" and own.get(part) != value:
             raise ValueError(
                 f"adapter={path} was trained on backbone {stored.get('name')} ({part} {value}); "
-                "the one loaded is "
+                f"{'the one loaded is' if other is None else f'{other} on'} "
                 f"{own.get('name')} ({part} {own.get(part)})"
             )
 
@@ -97,16 +116,18 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str
             f"lacks; the file holds {extra[:3] or 'nothing more'}, which the model does not store"
         )
     for name, own_value in wanted.items():
-        if tensors[name].shape != own_value.shape:
-            raise ValueError(
-                f"adapter={path}: {name} is {tuple(tensors[name].shape)} in the file and "
-                f"{tuple(own_value.shape)} in the model"
-            )
+        check_shape(path, name, tuple(tensors[name].shape), own=tuple(own_value.shape))
         if not torch.isfinite(tensors[name]).all():
             raise ValueError(
                 f"adapter={path}: {name} holds values that are not finite; its training diverged, "
                 "train again with a smaller optim.lr"
             )
+
+
+def check_shape(path: Path, name: str, stored: tuple[int, ...], *, own: tuple[int, ...]) -> None:
+    """Raises ValueError for a tensor that has one shape in a file and another in the model."""
+    if stored != own:
+        raise ValueError(f"adapter={path}: {name} is {stored} in the file and {own} in the model")
 
 
 def load_adapted(
@@ -179,23 +200,37 @@ def check_start(path: Path, backbone: Backbone, objective: Mapping[str, Any]) ->
         )
 
 
-def start_from(path: Path, backbone: Backbone, plan: Plan) -> None:
-    """Copies every tensor of an earlier adapter into a model that may have more; what the adapter
-    does not hold keeps its initial values.
+def check_names(path: Path, backbone: Backbone, plan: Plan) -> None:
+    """Checks that a model can start from an earlier adapter, without reading its tensors.
 
     Raises:
         ValueError: the file was trained on another backbone, or holds a tensor that this model
-            lacks or that its own adapter, by `plan`, would not store.
+            lacks, has in another shape, or that its own adapter, by `plan`, would not store.
     """
     _, stored = read_header(path)
     check_backbone(path, stored, backbone.identity())
-    own, tensors = _tensors(backbone), load_file(path)
-    if lost := sorted(set(tensors) - set(plan.stored)):
+    own = _tensors(backbone)
+    with safe_open(path, "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    if lost := sorted(set(shapes) - set(plan.stored)):
         raise ValueError(
             f"run.start_from={path}: the adapter of this recipe stores no {lost[0]}, {len(lost)} "
             "tensors in all; give the methods, and their options, that the earlier adapter was "
             f"trained with, or train on top of it with backbone={path}"
         )
+    for name, shape in shapes.items():
+        check_shape(path, name, shape, own=tuple(own[name].shape))
+
+
+def start_from(path: Path, backbone: Backbone, plan: Plan) -> None:
+    """Copies every tensor of an earlier adapter into a model that may have more; what the adapter
+    does not hold keeps its initial values.
+
+    Raises:
+        ValueError: as `check_names`, or a value is not finite.
+    """
+    check_names(path, backbone, plan)
+    own, tensors = _tensors(backbone), load_file(path)
     wanted = {key: own[key] for key in tensors}
     check_tensors(path, tensors, wanted)
     _copy(tensors, wanted)

@@ -32,12 +32,12 @@ from trainer.backbones.placement import CPU, Placement, proving
 from trainer.config import load
 from trainer.config.lineage import spec_of
 from trainer.methods.apply import Plan, apply_methods
-from trainer.runs.adapter import check_backbone, load_adapted, load_base, save_adapter
+from trainer.runs.adapter import load_adapted, load_base, save_adapter
+from trainer.runs.merge_check import check_mergeable
 
 CONCEPT_PROMPTS = ("{}", "a photo of {}")  # as in the official code
 NUM_CAPTIONS = 200
 LATENT_SIDE = 8  # of the latents in a forward in which only the text matters
-ALLOWED = {"selective", "new_token"}
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,7 @@ def merge_concepts(
 def _load(paths: Sequence[Path]) -> list[LearnedConcept]:
     """The adapters at `paths`, checked against the first."""
     models = [load_adapted(path) for path in paths]
-    first, first_tree = models[0]
-    for path, (model, tree) in zip(paths, models, strict=True):
-        _refuse_others(path, tree, first_tree)
-        check_backbone(path, first.identity(), model.identity())
-        if model.target != first.target:
-            raise ValueError(f"adapter={path} predicts {model.target}, the first {first.target}")
+    check_mergeable(paths, models)
     tokens = _tokens([tree for _, tree in models])
     return [
         LearnedConcept(dict(model.named_parameters()), tree, own)
@@ -246,28 +241,6 @@ def _world_captions() -> list[str]:
     from trainer.data.world.scenes import draw_layout
 
     return [draw_layout(5, index).caption for index in range(NUM_CAPTIONS)]
-
-
-def _refuse_others(path: Path, tree: dict[str, Any], first: dict[str, Any]) -> None:
-    used = {name for name, options in tree["methods"].items() if options is not None}
-    if used != ALLOWED:
-        raise ValueError(
-            f"adapter={path} was trained with {', '.join(sorted(used))}; only Custom Diffusion's "
-            "selective and new_token merge in closed form"
-        )
-    if tree["methods"]["selective"] != first["methods"]["selective"]:
-        raise ValueError(
-            f"adapter={path}: its methods.selective differs from that of the first adapter; all "
-            "adapters must have trained the same layers"
-        )
-    if set(tree["methods"]["selective"].get("projections", ("k", "v"))) - {"k", "v"}:
-        raise ValueError(
-            f"adapter={path}: the closed form is for k and v, which read the text; it trained "
-            f"{tree['methods']['selective']['projections']}"
-        )
-    kind = tree["methods"]["selective"].get("sites", "cross")
-    if "cross" not in kind:
-        raise ValueError(f"adapter={path}: the closed form is for cross-attention, not {kind!r}")
 
 
 def _tokens(trees: Sequence[dict[str, Any]]) -> list[list[str]]:

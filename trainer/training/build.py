@@ -28,10 +28,12 @@ from trainer.data.buckets import Bucketed
 from trainer.data.loader import Fixed, Planned, Tried
 from trainer.data.plan import StepPlan
 from trainer.data.source import Dataset, Generation, Needs
+from trainer.diffusion.made_of import made_of
 from trainer.diffusion.objective import Objective
 from trainer.diffusion.sampler import evaluating, sample_many
 from trainer.diffusion.sampling import Sampling
 from trainer.media.images import to_pil
+from trainer.media.made_by import with_facts
 from trainer.methods.apply import Plan, apply_methods
 from trainer.runs.adapter import check_start, start_from
 from trainer.training.module import DiffusionModule
@@ -149,7 +151,13 @@ def needs(recipe: Recipe, backbone: Backbone) -> Needs:
         seeds = [seed + i for i in range(len(prompts))]
         settings = Sampling(how.steps, how.guidance, size=recipe.run.size, sampler=how.sampler)
         pictures = sample_many(backbone, prompts, seeds, settings=settings)
-        return [to_pil(picture) for picture in pictures]
+        return [
+            with_facts(
+                to_pil(picture),
+                made_of(backbone, settings, prompt=prompt, seed=own, recipe=recipe.name),
+            )
+            for picture, prompt, own in zip(pictures, prompts, seeds, strict=True)
+        ]
 
     return Needs(
         resolution=side,

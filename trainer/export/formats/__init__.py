@@ -19,12 +19,17 @@ if TYPE_CHECKING:
     from trainer.export.bundle import Bundle
     from trainer.export.job import Job
     from trainer.export.proof import Probe
+    from trainer.export.usage import Usage
 
 Reader = Callable[[Path, Any], Any]  # (folder, base) -> model, or None
 
 
 def _carries_none(model: Any) -> bool:
     return False
+
+
+def _refuses_none(job: Job) -> None:
+    pass
 
 
 def _no_remark(model: Any, probe: Probe, output: Tensor) -> str | None:
@@ -36,12 +41,14 @@ class Format:
     """How one format is written and read.
 
     write: `write(job, folder, dtype)` writes an adapter's files into an empty folder. It raises
-        `ValueError` for an adapter that the format cannot carry.
+        `CannotCarryError` for an adapter that the format cannot carry.
     readers: the loaders that must read the files back, by name. `(folder, base)` returns the
         adapted model, which may be `base` itself; None where the tool has no loader for this kind
         of network.
+    usage: `usage(job, folder)` returns how the files in a folder are used.
     read: `read(path, base)` returns what a file or folder of this format adds to the base. None for
         a format that is a complete pipeline.
+    refuse: `refuse(job)` raises `CannotCarryError` as `write` does, and writes nothing.
     carries: whether the format can hold all layers that methods have inserted into a model's
         denoiser.
     carries_known_words: whether it can hold words of the vocabulary whose embeddings were trained.
@@ -51,7 +58,9 @@ class Format:
 
     write: Callable[[Job, Path, torch.dtype], None]
     readers: Mapping[str, Reader]
+    usage: Callable[[Job, Path], Usage]
     read: Callable[[Path, Any], Bundle] | None = None
+    refuse: Callable[[Job], None] = _refuses_none
     carries: Callable[[Any], bool] = _carries_none
     carries_known_words: bool = False
     remark: Callable[[Any, Probe, Tensor], str | None] = _no_remark

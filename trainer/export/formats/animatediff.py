@@ -28,12 +28,14 @@ from torch import Tensor
 from trainer.export import motion, tokens
 from trainer.export.apply_bundle import add_to, full_delta, layer_at
 from trainer.export.bundle import Bundle, Delta, DoRADelta
+from trainer.export.cannot_carry import CannotCarryError
 from trainer.export.formats import Format, comfyui, kohya
 from trainer.export.job import Job
 from trainer.export.motion import carries_motion
 from trainer.export.proof import Probe, difference
 from trainer.export.tensor_files import load_tensors, save_tensors
-from trainer.export.tokens import read_tokens, token_remark, write_tokens
+from trainer.export.tokens import read_tokens, refuse_unnamable, token_remark, write_tokens
+from trainer.export.usage import Usage, word_lines, word_text
 from trainer.ops.adapters.nf4 import unpacked
 from trainer.ops.temporal.motion_names import PLACES, ours, theirs
 
@@ -41,24 +43,30 @@ HEADS = 8
 LORAS = "loras"
 
 
-@torch.no_grad()
-def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
+def refuse(job: Job) -> None:
     found = motion.modules(job.adapted)
     if not found:
-        raise ValueError(
-            "format=animatediff is for motion modules, and this adapter has none; format=comfyui "
-            "writes what it changes in the image model"
+        raise CannotCarryError(
+            "format=animatediff is for motion modules, and this adapter has none"
         )
     for path, module in found.items():
         if module.num_attention_heads != HEADS:
-            raise ValueError(
+            raise CannotCarryError(
                 f"format=animatediff cannot carry {path} with {module.num_attention_heads} heads: "
-                f"its keys do not give the number, and every reader assumes {HEADS}; "
-                "format=diffusers stores it"
+                f"its keys do not give the number, and every reader assumes {HEADS}"
             )
+    comfyui.refuse_unnamed(job, _image_layers(job), "animatediff")
+    refuse_unnamable(job.bundle)
+
+
+@torch.no_grad()
+def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
+    refuse(job)
     own = motion.tensors(job.adapted)
     renamed = {other: value.clone() for name, value in own.items() for other in theirs(name)}
     save_tensors(renamed, folder / f"{job.title}.safetensors", dtype=dtype)
+    made: Any = motion.adapter(job.adapted)
+    made.save_config(folder)  # for diffusers, which would guess the widths
     layers = _image_layers(job)
     comfyui.save(job, folder / LORAS, dtype, layers=layers, format_name="animatediff")
     write_tokens(job.bundle, folder, dtype, known=True)
@@ -99,7 +107,7 @@ def _from_single_file(folder: Path, base: Any) -> Any:
     beside = list((folder / LORAS).glob("*.safetensors"))
     layers = kohya.read(beside[0], base).layers if beside else {}
     add_to(base, replace(read_tokens(tokens.files(folder), base), layers=layers))
-    with TemporaryDirectory() as config:
+    with TemporaryDirectory() as config:  # what a reader of the file alone would infer
         with torch.device("meta"):
             empty: Any = MotionAdapter(**_config(load_tensors(file)[0], base))
         empty.save_config(config)
@@ -129,10 +137,45 @@ def read(path: Path, base: Any) -> Bundle:
     )
 
 
+def usage(job: Job, folder: Path) -> Usage:
+    file = f"{job.title}.safetensors"
+    text = [
+        f"In ComfyUI with AnimateDiff-Evolved: copy `{file}` to `models/animatediff_models` and "
+        "choose it as the motion model."
+    ]
+    lines: list[str] = []
+    imports, partial = ["from diffusers import MotionAdapter"], bool(job.bundle.known)
+    if not partial:
+        lines, more = word_lines(folder, job.base.pipeline())
+        imports += more
+    beside = folder / LORAS / file
+    if beside.is_file():
+        text.append(f'What changed in the image model is `{LORAS}/{file}`, for "Load LoRA".')
+        if any(key.endswith((".diff", ".diff_b")) for key in load_tensors(beside)[0]):
+            partial = True
+        else:
+            lines.append(f'pipe.load_lora_weights(f"{{folder}}/{LORAS}", weight_name={file!r})')
+    if partial:
+        text.append("diffusers reads the motion modules, and not all of the rest.")
+    return Usage(
+        text=(*text, *word_text(job.card, folder)),
+        pipeline="AnimateDiffPipeline",
+        imports=tuple(imports),
+        before=(
+            f'adapter = MotionAdapter.from_single_file(f"{{folder}}/" + {file!r}, config=folder)',
+        ),
+        arguments=("motion_adapter=adapter",),
+        call=tuple(lines),
+        partial=partial,
+    )
+
+
 FORMAT = Format(
     write,
     readers={"MotionAdapter.from_single_file": _from_single_file},
+    usage=usage,
     read=read,
+    refuse=refuse,
     carries=carries_motion,
     carries_known_words=True,
     remark=remark,

@@ -10,21 +10,29 @@ import torch
 from torch import Tensor
 
 from trainer.export.bundle import Delta, DoRADelta, FullDelta
+from trainer.export.cannot_carry import CannotCarryError
 from trainer.export.factor import folded
 from trainer.export.formats import Format
 from trainer.export.formats.kohya import by_rules, common_alpha, pair, read
 from trainer.export.job import Job
 from trainer.export.layer_names import FUSED, comfy
 from trainer.export.tensor_files import save_tensors
-from trainer.export.tokens import token_remark, write_tokens
+from trainer.export.tokens import refuse_unnamable, token_remark, write_tokens
+from trainer.export.usage import Usage, word_text
+
+
+def refuse(job: Job) -> None:
+    if any(isinstance(delta, DoRADelta) for delta in job.bundle.layers.values()):
+        raise CannotCarryError(
+            "format=comfyui cannot carry DoRA: versions of ComfyUI take its norm along different "
+            "axes, where full deltas are read alike by all"
+        )
+    refuse_unnamed(job, job.bundle.layers, "comfyui")
+    refuse_unnamable(job.bundle)
 
 
 def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
-    if any(isinstance(delta, DoRADelta) for delta in job.bundle.layers.values()):
-        raise ValueError(
-            "format=comfyui cannot carry DoRA: versions of ComfyUI take its norm along different "
-            "axes; format=diff writes the same change as full deltas, which all versions read"
-        )
+    refuse(job)
     save(job, folder, dtype, layers=job.bundle.layers, format_name="comfyui")
     write_tokens(job.bundle, folder, dtype, known=True)
 
@@ -35,26 +43,40 @@ def save(
     """Writes layers under ComfyUI's names, into a file with the job's title.
 
     Raises:
-        ValueError: ComfyUI has no name for a layer; the message is about `format_name`.
+        CannotCarryError: ComfyUI has no name for a layer; the message is about `format_name`.
     """
+    refuse_unnamed(job, layers, format_name)
     keys = comfy(job.base)
     alpha = common_alpha(item for item in layers.values() if not isinstance(item, FullDelta))
     tensors: dict[str, Tensor] = {}
     for path, delta in layers.items():
-        if path not in keys:
-            raise ValueError(
-                f"format={format_name} cannot carry {path}: ComfyUI has no name for it in a "
-                f"{type(job.base.denoiser).__name__}; format=merged carries it, format=peft where "
-                "it is a low-rank pair"
-            )
-        if _is_slice_of_bias(path, delta, keys[path]):
-            raise ValueError(
-                f"format={format_name} cannot carry the trained bias of {path}: in ComfyUI it is a "
-                "slice of a larger one, which its loader cannot change; format=merged carries it"
-            )
         tensors |= _tensors(keys[path], delta, alpha)
     if tensors:
         save_tensors(tensors, folder / f"{job.title}.safetensors", dtype=dtype)
+
+
+def refuse_unnamed(job: Job, layers: Mapping[str, Delta], format_name: str) -> None:
+    """Raises `CannotCarryError` for a layer that ComfyUI has no name for."""
+    keys = comfy(job.base)
+    for path, delta in layers.items():
+        if path not in keys:
+            raise CannotCarryError(
+                f"format={format_name} cannot carry {path}: ComfyUI has no name for it in a "
+                f"{type(job.base.denoiser).__name__}"
+            )
+        if _is_slice_of_bias(path, delta, keys[path]):
+            raise CannotCarryError(
+                f"format={format_name} cannot carry the trained bias of {path}: in ComfyUI it is a "
+                "slice of a larger one, which its loader cannot change"
+            )
+
+
+def lora_usage(job: Job, folder: Path) -> Usage:
+    """Where ComfyUI looks for the file, and for the words."""
+    file = f"{job.title}.safetensors"
+    place = f'In ComfyUI: copy `{file}` to `models/loras` and choose it in the node "Load LoRA".'
+    text = (place,) if (folder / file).is_file() else ()
+    return Usage(text=(*text, *word_text(job.card, folder)))
 
 
 def _is_slice_of_bias(path: str, delta: Delta, key: str) -> bool:
@@ -74,4 +96,12 @@ def _tensors(key: str, delta: Delta, alpha: float) -> dict[str, Tensor]:
 
 
 READERS = {"ComfyUI's key rules": by_rules}  # what ComfyUI does, without its code
-FORMAT = Format(write, READERS, read, carries_known_words=True, remark=token_remark)
+FORMAT = Format(
+    write,
+    readers=READERS,
+    usage=lora_usage,
+    read=read,
+    refuse=refuse,
+    carries_known_words=True,
+    remark=token_remark,
+)

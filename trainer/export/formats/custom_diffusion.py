@@ -18,10 +18,12 @@ from torch import Tensor
 from trainer.export import tokens
 from trainer.export.apply_bundle import layer_at
 from trainer.export.bundle import Bundle, Delta, FullDelta
+from trainer.export.cannot_carry import CannotCarryError
 from trainer.export.formats import Format
 from trainer.export.job import Job
 from trainer.export.tensor_files import load_tensors, save_tensors
 from trainer.export.tokens import read_tokens, write_tokens
+from trainer.export.usage import Usage, stock_usage, word_lines
 
 FILE = "pytorch_custom_diffusion_weights.safetensors"
 MARK = "_custom_diffusion"
@@ -47,18 +49,15 @@ def _owners(tensors: dict[str, Tensor]) -> set[str]:
 def _cross(bundle: Bundle, base: Any) -> dict[str, Tensor]:
     """The new matrices of every site that changed, under the names of diffusers' processors."""
     if not hasattr(base.denoiser, "load_attn_procs"):
-        raise ValueError(
-            "format=custom_diffusion is for U-Nets only; format=comfyui, peft or merged carries "
-            "the same weights"
-        )
+        raise CannotCarryError("format=custom_diffusion is for U-Nets only")
     sites: dict[str, set[str]] = {}
     for path, delta in bundle.layers.items():
         name = path.removeprefix(f"{base.denoiser_name}.")
         site, _, role = name.partition(".attn2.")
         if not isinstance(delta, FullDelta) or delta.weight is None or role not in KEYS:
-            raise ValueError(
+            raise CannotCarryError(
                 f"format=custom_diffusion cannot carry {path}: it holds full matrices of "
-                "cross-attention only; format=diffusers or format=merged carries it"
+                "cross-attention only"
             )
         sites.setdefault(f"{site}.attn2", set()).add(role)
     tensors: dict[str, Tensor] = {}
@@ -124,4 +123,22 @@ def _differences(tensors: dict[str, Tensor], base: Any) -> dict[str, Delta]:
     return {p: d for p, d in found.items() if d.weight is not None or d.bias is not None}
 
 
-FORMAT = Format(write, readers={"load_attn_procs(_pipeline=)": _load_attn_procs}, read=read)
+def refuse(job: Job) -> None:
+    _cross(job.bundle, job.base)
+
+
+def usage(job: Job, folder: Path) -> Usage:
+    lines, imports = word_lines(folder, job.base.pipeline())
+    if (folder / FILE).is_file():
+        lines.append(f"pipe.unet.load_attn_procs(folder, weight_name={FILE!r}, _pipeline=pipe)")
+    text = "Without `_pipeline=pipe` diffusers loads nothing, and says nothing. UIs do not read it."
+    return stock_usage(job, text=(text,), call=tuple(lines), imports=tuple(imports))
+
+
+FORMAT = Format(
+    write,
+    readers={"load_attn_procs(_pipeline=)": _load_attn_procs},
+    usage=usage,
+    read=read,
+    refuse=refuse,
+)

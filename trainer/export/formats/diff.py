@@ -9,10 +9,10 @@ import torch
 
 from trainer.export.apply_bundle import full_delta, layer_at
 from trainer.export.formats import Format
-from trainer.export.formats.comfyui import READERS, save
+from trainer.export.formats.comfyui import READERS, lora_usage, refuse_unnamed, save
 from trainer.export.formats.kohya import read
 from trainer.export.job import Job
-from trainer.export.tokens import token_remark, write_tokens
+from trainer.export.tokens import refuse_unnamable, token_remark, write_tokens
 from trainer.ops.adapters.nf4 import unpacked
 
 
@@ -26,4 +26,17 @@ def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
     write_tokens(job.bundle, folder, dtype, known=True)
 
 
-FORMAT = Format(write, READERS, read, carries_known_words=True, remark=token_remark)
+def refuse(job: Job) -> None:
+    refuse_unnamed(job, job.bundle.layers, "diff")
+    refuse_unnamable(job.bundle)
+
+
+FORMAT = Format(
+    write,
+    readers=READERS,
+    usage=lora_usage,
+    read=read,
+    refuse=refuse,
+    carries_known_words=True,
+    remark=token_remark,
+)

@@ -26,13 +26,17 @@ from torch import Tensor
 from trainer.export import motion, tensor_files, tokens
 from trainer.export.apply_bundle import add_to
 from trainer.export.bundle import Bundle, Delta, DoRADelta, LowRankDelta
+from trainer.export.cannot_carry import CannotCarryError
 from trainer.export.factor import factored, folded
 from trainer.export.formats import Format
 from trainer.export.job import Job
 from trainer.export.layer_names import long_name
 from trainer.export.motion import carries_motion
+from trainer.export.older_readers import for_older_readers
+from trainer.export.refusal import can
 from trainer.export.tensor_files import load_tensors, save_tensors
 from trainer.export.tokens import read_tokens, write_tokens
+from trainer.export.usage import Usage, word_lines
 
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
@@ -40,9 +44,15 @@ MODULES = "diffusion_pytorch_model.safetensors"  # of a `MotionAdapter`
 OLD = re.compile(r"\.(?:processor|self_attn)\.to_(q|k|v|out)_lora\.")
 
 
-def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
+def refuse(job: Job) -> None:
     layers = factored(job.bundle, "diffusers")
     _refuse_unloadable(job, layers)
+    config(layers)
+
+
+def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
+    refuse(job)
+    layers = factored(job.bundle, "diffusers")
     if job.inserts:
         motion.adapter(job.adapted, dtype).save_pretrained(folder, safe_serialization=True)
     tensors: dict[str, Tensor] = {}
@@ -65,6 +75,7 @@ def _save_text_encoders(job: Job, folder: Path, dtype: torch.dtype) -> None:
     encoders = add_to(job.make_base(), Bundle({}, {}, known=known)).text_encoders
     for part in dict.fromkeys(part for rows in known.values() for part in rows):
         encoders[part].to(dtype).save_pretrained(folder / part, safe_serialization=True)
+        for_older_readers(folder / part, encoders[part])
 
 
 def magnitude_of(path: str) -> str:
@@ -91,7 +102,7 @@ def part_config(part: str, layers: Mapping[str, LowRankDelta | DoRADelta]) -> di
     level there.
 
     Raises:
-        ValueError: some of the layers are LoRA and others DoRA.
+        CannotCarryError: some of the layers are LoRA and others DoRA.
     """
     rank = Counter(delta.rank for delta in layers.values()).most_common(1)[0][0]
     start = "" if part.startswith("text_encoder") else "^"
@@ -101,9 +112,9 @@ def part_config(part: str, layers: Mapping[str, LowRankDelta | DoRADelta]) -> di
         fields |= {"rank_pattern": ranks, "alpha_pattern": ranks}
     dora = [isinstance(delta, DoRADelta) for delta in layers.values()]
     if any(dora) and not all(dora):
-        raise ValueError(
+        raise CannotCarryError(
             f"LoRA and DoRA on different layers of {part} cannot be in one peft file, which is one "
-            "or the other; format=merged or format=diff carries both"
+            "or the other"
         )
     return fields | ({"use_dora": True} if any(dora) else {})
 
@@ -113,16 +124,15 @@ def _refuse_unloadable(job: Job, layers: Mapping[str, object]) -> None:
     takes = getattr(stock, "_lora_loadable_modules", ())
     for part in dict.fromkeys(path.partition(".")[0] for path in layers):
         if part not in takes or not hasattr(stock, "load_lora_weights"):
-            raise ValueError(
+            raise CannotCarryError(
                 f"format=diffusers cannot carry a LoRA of the {part}: diffusers' {stock.__name__} "
-                "loads none there; format=peft or format=merged carries it"
+                "loads none there"
             )
     for path in layers:
         if ".motion_modules." in path and path.rpartition(".")[2] in motion.NAMED:
-            raise ValueError(
+            raise CannotCarryError(
                 f"format=diffusers cannot carry a LoRA of {path}: diffusers passes this layer its "
-                "input by a keyword that peft's layer does not have; format=animatediff writes the "
-                "motion modules with the LoRA folded in"
+                "input by a keyword that peft's layer does not have"
             )
 
 
@@ -213,10 +223,55 @@ def _modern(key: str) -> str:
     return f"{key[: match.start()]}.self_attn.{match[1]}_proj.lora.{key[match.end() :]}"
 
 
+def usage(job: Job, folder: Path) -> Usage:
+    stock = job.base.pipeline()
+    lines, imports = word_lines(folder, stock)
+    before, arguments = [], []
+    for part, encoder in job.base.text_encoders.items():
+        if (folder / part).is_dir():
+            kind = type(encoder).__name__
+            imports.append(f"from transformers import {kind}")
+            before.append(f'{part} = {kind}.from_pretrained(f"{{folder}}/{part}").to(dtype)')
+            arguments.append(f"{part}={part}")
+    pipeline = type(stock).__name__
+    if _has_motion(folder, job.base):
+        pipeline = "AnimateDiffPipeline"
+        imports.append("from diffusers import MotionAdapter")
+        trained = (folder / MODULES).is_file()
+        if not trained:
+            before.append('modules = "path/to/modules"  # the motion modules, see above')
+        place = "folder" if trained else "modules"
+        before.append(f"adapter = MotionAdapter.from_pretrained({place}).to(dtype)")
+        arguments.append("motion_adapter=adapter")
+    if (folder / FILE).is_file():
+        lines.append(f"pipe.load_lora_weights(folder, weight_name={FILE!r})")
+    return Usage(
+        warning=_half_read(job) if (folder / FILE).is_file() else None,
+        call=tuple(lines), imports=tuple(imports), before=tuple(before),
+        arguments=tuple(arguments), pipeline=pipeline,
+    )  # fmt: skip
+
+
+def _half_read(job: Job) -> str | None:
+    """What becomes of such a file in UIs; None for networks that they do not have."""
+    if job.base.denoiser_name != "unet":
+        return None
+    able = [
+        f"format={name}" for name in ("comfyui", "kohya", "diff", "animatediff") if can(job, name)
+    ]
+    instead = f"; for UIs export with {' or '.join(able)}" if able else ""
+    return (
+        "this format is for diffusers: ComfyUI and Forge load such a file by half, without the "
+        f"layers of attention, and say nothing{instead}"
+    )
+
+
 FORMAT = Format(
     write,
     readers={"load_lora_weights": _load_lora_weights, "AnimateDiffPipeline": _load_animatediff},
+    usage=usage,
     read=read,
+    refuse=refuse,
     carries=carries_motion,
     carries_known_words=True,
 )

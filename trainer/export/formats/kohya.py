@@ -13,17 +13,21 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from trainer.common.paths import bare_name
 from trainer.export import tensor_files, tokens
 from trainer.export.apply_bundle import add_to
 from trainer.export.bundle import Bundle, Delta, DoRADelta, LowRankDelta
+from trainer.export.cannot_carry import CannotCarryError
+from trainer.export.card import SPEC
 from trainer.export.factor import factored
 from trainer.export.formats import Format
 from trainer.export.job import Job
 from trainer.export.layer_names import kohya as keys_of
 from trainer.export.tensor_files import load_tensors, save_tensors
-from trainer.export.tokens import read_tokens, token_remark, write_tokens
+from trainer.export.tokens import read_tokens, refuse_unnamable, token_remark, write_tokens
+from trainer.export.usage import Usage, stock_usage, word_lines, word_text
 
-SPEC = "1.0.1"
+GROWTH = 4  # the factor by which a file may grow for one rank
 # by the width of the U-Net's text features: sd-scripts' name, ModelSpec's architecture, resolution
 VERSIONS = {
     768: ("sd_v1", "stable-diffusion-v1", "512x512"),
@@ -32,24 +36,30 @@ VERSIONS = {
 }
 
 
+def refuse(job: Job) -> None:
+    keys = keys_of(job.base)
+    for path, delta in factored(job.bundle, "kohya").items():
+        if path not in keys:
+            raise CannotCarryError(
+                f"format=kohya cannot carry {path}: sd-scripts adapts only layers inside the "
+                "attention, residual and resampling blocks of U-Nets and inside CLIP, and would "
+                "skip it"
+            )
+        if isinstance(delta, DoRADelta):
+            raise CannotCarryError(
+                "format=kohya cannot carry DoRA: readers of dora_scale compute the norm along "
+                "different axes, and diffusers ignores it"
+            )
+    refuse_unnamable(job.bundle)
+
+
 def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
-    layers = factored(job.bundle, "kohya")
+    refuse(job)
+    layers = of_one_rank(factored(job.bundle, "kohya"))
     keys = keys_of(job.base)
     alpha = common_alpha(layers.values())
     tensors: dict[str, Tensor] = {}
     for path, delta in layers.items():
-        if path not in keys:
-            raise ValueError(
-                f"format=kohya cannot carry {path}: sd-scripts adapts only layers inside the "
-                "attention, residual and resampling blocks of U-Nets and inside CLIP, and would "
-                "skip it; format=diffusers or format=merged carries it"
-            )
-        if isinstance(delta, DoRADelta):
-            raise ValueError(
-                "format=kohya cannot carry DoRA: readers of dora_scale compute the norm along "
-                "different axes, and diffusers ignores it; format=diffusers carries it for "
-                "diffusers, format=diff for ComfyUI"
-            )
         tensors |= pair(keys[path], delta, alpha)
     if tensors:
         tensors |= _with_out_proj(tensors)
@@ -58,6 +68,29 @@ def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
         file = folder / f"{job.title}.safetensors"
         save_tensors(rounded, file, dtype=dtype, metadata=metadata)
     write_tokens(job.bundle, folder, dtype, known=True)
+
+
+def of_one_rank(
+    layers: Mapping[str, LowRankDelta | DoRADelta],
+) -> Mapping[str, LowRankDelta | DoRADelta]:
+    """The same deltas with the largest rank of all, by rows of zeros in `down` and columns of zeros
+    in `up`: older versions of diffusers take one rank and one alpha for a whole file. Left as they
+    are where that would make the file more than `GROWTH` times as large."""
+    if len({delta.rank for delta in layers.values()}) <= 1:
+        return layers
+    rank = max(delta.rank for delta in layers.values())
+    sizes = {path: delta.down.numel() + delta.up.numel() for path, delta in layers.items()}
+    after = sum(sizes[path] // delta.rank * rank for path, delta in layers.items())
+    if after > GROWTH * sum(sizes.values()):
+        return layers
+    return {path: _widened(delta, rank) for path, delta in layers.items()}
+
+
+def _widened(delta: LowRankDelta | DoRADelta, rank: int) -> LowRankDelta | DoRADelta:
+    more = rank - delta.rank
+    down = torch.cat([delta.down, delta.down.new_zeros(more, *delta.down.shape[1:])])
+    columns = delta.up.new_zeros(len(delta.up), more, *delta.up.shape[2:])
+    return replace(delta, down=down, up=torch.cat([delta.up, columns], dim=1))
 
 
 def common_alpha(deltas: Iterable[LowRankDelta | DoRADelta]) -> float:
@@ -95,12 +128,14 @@ def _header(
     job: Job, layers: Mapping[str, LowRankDelta | DoRADelta], alpha: float
 ) -> dict[str, str]:
     width: Any = getattr(job.base.denoiser.config, "cross_attention_dim", None)
-    default = (str(job.base.name), "stable-diffusion-v1", "512x512")
+    default = (bare_name(str(job.base.name)), "stable-diffusion-v1", "512x512")
     version, architecture, resolution = VERSIONS.get(width, default)
     if (version, job.base.target) == ("sd_v2", "v"):
         version, architecture, resolution = (
             "sd_v2_768_v", "stable-diffusion-v2-768-v", "768x768",
         )  # fmt: skip
+    if job.card.size:
+        resolution = f"{job.card.size[0]}x{job.card.size[1]}"
     ranks = {delta.rank for delta in layers.values()}
     return {
         "ss_v2": str(version.startswith("sd_v2")),
@@ -109,6 +144,7 @@ def _header(
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alpha:g}",
         "ss_network_args": "{}",
+        "ss_resolution": f"({resolution.replace('x', ', ')})",
         "modelspec.sai_model_spec": SPEC,
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
@@ -174,10 +210,29 @@ def read(path: Path, base: Any) -> Bundle:
     return replace(read_tokens(tokens.files(path), base), layers=layers, notes=notes)
 
 
+def usage(job: Job, folder: Path) -> Usage:
+    file, stock = file_in(folder), job.base.pipeline()
+    text = word_text(job.card, folder)
+    if file is not None:
+        place = (
+            f"Copy `{file.name}` to the UI's LoRA: `models/Lora` in UIs of the A1111 family, "
+            "`models/loras` in ComfyUI."
+        )
+        text = (place, *text)
+    if job.bundle.known or not hasattr(stock, "load_lora_weights"):
+        return Usage(text=text)
+    lines, imports = word_lines(folder, stock)
+    if file is not None:
+        lines.append(f"pipe.load_lora_weights(folder, weight_name={file.name!r})")
+    return stock_usage(job, text=text, call=tuple(lines), imports=tuple(imports))
+
+
 FORMAT = Format(
     write,
     readers={"sd-scripts' key rules": by_rules, "load_lora_weights": _load_lora_weights},
+    usage=usage,
     read=read,
+    refuse=refuse,
     carries_known_words=True,
     remark=token_remark,
 )

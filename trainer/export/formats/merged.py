@@ -1,4 +1,5 @@
-"""`merged`: the complete pipeline in diffusers layout, which stock diffusers loads by itself."""
+"""`merged`: the complete pipeline in diffusers layout, which stock diffusers loads by itself.
+Older readers load it too, see `older_readers.py`."""
 
 from __future__ import annotations
 
@@ -9,23 +10,39 @@ import torch
 
 from trainer.attention.extras import PART, Extras
 from trainer.attention.host import Host
+from trainer.export.cannot_carry import CannotCarryError
 from trainer.export.formats import Format
 from trainer.export.job import Job
+from trainer.export.older_readers import complete_tokenizer, for_older_readers
+from trainer.export.usage import Usage, stock_usage
 from trainer.ops.adapters.inject import fold
 from trainer.ops.adapters.token_rows import RowsEmbedding
 
 STOCK = ("torch", "diffusers", "transformers")
 
 
+def refuse(job: Job) -> None:
+    for name, module in job.adapted.named_modules():
+        if isinstance(module, Extras):
+            _refuse_extras(module)
+        if reason := getattr(module, "unfoldable", None):
+            raise CannotCarryError(f"format=merged cannot carry {name}: {reason}")
+    _refuse_unwritten(job.base.denoiser)
+
+
 def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
-    merge(job.adapted).to(dtype).pipeline().save_pretrained(folder, safe_serialization=True)
+    merged = merge(job.adapted).to(dtype)
+    merged.pipeline().save_pretrained(folder, safe_serialization=True)
+    for part, encoder in merged.text_encoders.items():
+        for_older_readers(folder / part, encoder)
+        complete_tokenizer(folder / part.replace("text_encoder", "tokenizer"), merged.folder)
 
 
 def merge(backbone: Any) -> Any:
     """Folds all adapters and trained words into plain layers, in place; returns the backbone.
 
     Raises:
-        ValueError: a module is left that a stock pipeline has no place for.
+        CannotCarryError: a module is left that a stock pipeline has no place for.
     """
     Host.attach(backbone.denoiser).detach()
     fold(backbone)
@@ -38,7 +55,7 @@ def merge(backbone: Any) -> Any:
         if isinstance(module, Extras):
             _refuse_extras(module)
         elif name and type(module).__module__.split(".")[0] not in STOCK:
-            raise ValueError(
+            raise CannotCarryError(
                 f"format=merged cannot carry {name} ({type(module).__name__}): a stock pipeline "
                 "has no place for it"
             )
@@ -49,7 +66,7 @@ def merge(backbone: Any) -> Any:
 def _refuse_extras(extras: Extras) -> None:
     """Refuses modules that methods have added beside the denoiser; a model without any is fine."""
     if names := list(extras):
-        raise ValueError(
+        raise CannotCarryError(
             f"format=merged cannot carry {PART}.{names[0]}, {len(names)} such modules: a stock "
             "pipeline has no place for them"
         )
@@ -60,9 +77,11 @@ def _refuse_unwritten(denoiser: Any) -> None:
     all that a pipeline's folder says of them."""
     with torch.device("meta"):
         stock = type(denoiser).from_config(dict(denoiser.config)).state_dict().keys()
-    if unlike := sorted(stock ^ denoiser.state_dict().keys()):
+    # a layer in 4 bits has more, like `weight.absmax`, which is none of the network's
+    own = {key for key in denoiser.state_dict() if ".weight." not in key}
+    if unlike := sorted(stock ^ own):
         have = "has" if unlike[0] in stock else "lacks"
-        raise ValueError(
+        raise CannotCarryError(
             f"format=merged cannot carry this network: made from its config it {have} {unlike[0]}, "
             f"{len(unlike)} tensors in all; generate from the adapter, or continue training from "
             "it with run.start_from: the adapter says how the network is made"
@@ -78,4 +97,14 @@ def _from_pretrained(folder: Path, base: Any) -> Any:
     return base
 
 
-FORMAT = Format(write, readers={"from_pretrained": _from_pretrained}, carries_known_words=True)
+def usage(job: Job, folder: Path) -> Usage:
+    return stock_usage(job, call=(), complete=True)
+
+
+FORMAT = Format(
+    write,
+    readers={"from_pretrained": _from_pretrained},
+    usage=usage,
+    refuse=refuse,
+    carries_known_words=True,
+)

@@ -16,17 +16,24 @@ from trainer.export import tensor_files, tokens
 from trainer.export.bundle import Bundle, Delta, DoRADelta, LowRankDelta
 from trainer.export.factor import factored, folded
 from trainer.export.formats import Format
+from trainer.export.formats.diffusers import config as config_of
 from trainer.export.formats.diffusers import part_config, strength
 from trainer.export.job import Job
 from trainer.export.tensor_files import load_tensors, save_tensors
 from trainer.export.tokens import read_tokens, write_tokens
+from trainer.export.usage import Usage, stock_usage, word_lines
 from trainer.ops.adapters.inject import part_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 
+def refuse(job: Job) -> None:
+    config_of(factored(job.bundle, "peft"))
+
+
 def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
+    refuse(job)
     layers = factored(job.bundle, "peft")
     for part in dict.fromkeys(path.partition(".")[0] for path in layers):
         own = {p.partition(".")[2]: d for p, d in layers.items() if p.partition(".")[0] == part}
@@ -81,4 +88,19 @@ def read(path: Path, base: Any) -> Bundle:
     return replace(read_tokens(tokens.files(path), base), layers=layers, notes=notes)
 
 
-FORMAT = Format(write, readers={"PeftModel.from_pretrained": _peft_model}, read=read)
+def usage(job: Job, folder: Path) -> Usage:
+    lines, imports = word_lines(folder, job.base.pipeline())
+    for path in sorted(folder.glob(f"*/{CONFIG}")):
+        part = path.parent.name
+        lines.append(f'pipe.{part} = PeftModel.from_pretrained(pipe.{part}, f"{{folder}}/{part}")')
+        imports.append("from peft import PeftModel")
+    return stock_usage(job, call=tuple(lines), imports=tuple(imports))
+
+
+FORMAT = Format(
+    write,
+    readers={"PeftModel.from_pretrained": _peft_model},
+    usage=usage,
+    read=read,
+    refuse=refuse,
+)

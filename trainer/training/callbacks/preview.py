@@ -15,9 +15,11 @@ from torch import Tensor
 from trainer.attention.sites import select
 from trainer.backbones.backbone import Backbone
 from trainer.diffusion.guidance import COND
+from trainer.diffusion.made_of import made_of
 from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling import Sampling
 from trainer.media.grids import grid, overlay_maps, stacked
+from trainer.media.made_by import png_bytes, with_facts
 from trainer.media.write_video import PLAYED, write_frames
 from trainer.ops.attention_maps import MapStore
 from trainer.training.callbacks.ema import EMA
@@ -121,13 +123,32 @@ class Preview(lightning.Callback):
             rows.append((f"{self.maps}", overlay_maps(pictures, maps)))
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.frames > 1:
-            self._show_clips(trainer, rows)
+            self._show_clips(trainer, rows, self._facts(pl_module.backbone, trainer.global_step))
             return
         self.rows += rows
-        stacked([*self.earlier, grid(self.rows, self.prompts)]).save(self.folder / GRID)
+        sheet = stacked([*self.earlier, grid(self.rows, self.prompts)])
+        facts = self._facts(pl_module.backbone, trainer.global_step)
+        (self.folder / GRID).write_bytes(png_bytes(with_facts(sheet, facts)))
         log_picture(trainer, "preview", grid(rows[:1], self.prompts))
 
-    def _show_clips(self, trainer: lightning.Trainer, rows: list[tuple[str, Tensor]]) -> None:
+    def _facts(self, backbone: Backbone, step: int) -> dict[str, Any]:
+        """What the sheet at a step was made of; a row for each earlier one is above it."""
+        run = self.folder.parent
+        return made_of(
+            backbone,
+            self.settings,
+            prompt=" | ".join(self.prompts),
+            seed=self.seeds[0],
+            seeds=self.seeds,
+            rows=[label for label, _ in self.rows],
+            recipe=run.parent.name,
+            run=run.name,
+            step=step,
+        )
+
+    def _show_clips(
+        self, trainer: lightning.Trainer, rows: list[tuple[str, Tensor]], facts: dict[str, Any]
+    ) -> None:
         path = self.folder / rows[0][0].replace(" ", "-")
         own = [(name, pictures.split(self.frames)) for name, pictures in rows]
         sheet = [
@@ -135,12 +156,13 @@ class Preview(lightning.Callback):
             for number, prompt in enumerate(self.prompts)
             for i, (name, clips) in enumerate(own)
         ]
-        grid(sheet).save(f"{path}.png")
+        path.with_name(f"{path.name}.png").write_bytes(png_bytes(with_facts(grid(sheet), facts)))
         images = [
             grid([(name, pictures[i :: self.frames]) for name, pictures in rows], self.prompts)
             for i in range(self.frames)
         ]
-        log_clip(trainer, "preview", write_frames(images, path, self.fps or PLAYED))
+        files = write_frames(images, path, self.fps or PLAYED, facts=facts)
+        log_clip(trainer, "preview", files)
 
     def _sample(self, backbone: Backbone) -> tuple[Tensor, Tensor | None]:
         """Pictures of all prompts (n, 3, H, W), and attention maps (n, h, w) of `maps` or None.

@@ -1,0 +1,214 @@
+"""What holds for the folder of every export: its README's python call runs, its bytes repeat, other
+users may read it, and its headers say what it is but not where it was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Callable
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from trainer.config.header import read_header
+from trainer.export.card import Card, card_of
+from trainer.export.export import export
+from trainer.export.printed_call import code_of, run_call
+
+# a format, and an adapter of `conftest.TREES` that it carries
+CARRIES = {
+    "merged": "custom", "diffusers": "lora", "custom_diffusion": "custom", "kohya": "lora",
+    "comfyui": "custom", "diff": "dora", "peft": "lora",
+}  # fmt: skip
+READ_BY_PYTHON = ("merged", "diffusers", "custom_diffusion", "kohya", "peft")
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def run_as_printed(out: Path, base: Path) -> dict[str, Any]:
+    """Runs the README's call in the export's folder, as a user would, on two steps."""
+    code = re.search(r"^```python\n(.*?)^```$", (out / "README.md").read_text(), re.M | re.S)
+    assert code is not None
+    source = re.sub(r"^base = .*$", f"base = {str(base)!r}", code[1], flags=re.M)
+    source = re.sub(r"^steps = .*$", "steps = 2", source, flags=re.M)
+    names: dict[str, Any] = {}
+    with chdir(out):
+        exec(source, names)
+    return names
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("name", READ_BY_PYTHON)
+def test_the_printed_call_makes_a_picture(
+    name: str, dtype: str, trained: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    out = export(trained(CARRIES[name]), tmp_path / "my_dog", name, dtype=dtype, say=quiet)
+    picture = run_as_printed(out, tiny_folder)["picture"]
+    assert picture.size == (32, 32)
+    assert any(low != high for low, high in picture.getextrema())
+    assert (out / "picture.png").is_file()
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+def test_a_merged_folder_runs_plainly_and_in_half_precision(
+    stored: str, half: torch.dtype, trained: Any, tmp_path: Path
+) -> None:
+    """With the call that any diffusers page shows, whatever the files hold."""
+    from diffusers import StableDiffusionPipeline
+
+    out = export(trained("custom"), tmp_path / "out", dtype=stored, say=quiet)
+    for options, wanted in (({}, torch.float32), ({"dtype": half}, half)):
+        pipe = StableDiffusionPipeline.from_pretrained(out, **options)
+        assert {pipe.unet.dtype, pipe.text_encoder.dtype, pipe.vae.dtype} == {wanted}
+        picture = pipe("a <v1>", num_inference_steps=1, output_type="np").images
+        assert picture.std() > 0.01
+
+
+def test_words_are_loaded_by_the_printed_call(
+    trained: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    out = export(trained("custom"), tmp_path / "out", "custom_diffusion", say=quiet)
+    pipe = run_as_printed(out, tiny_folder)["pipe"]
+    assert {"<v1>", "sks"} <= set(pipe.tokenizer.get_added_vocab())
+
+
+def test_words_of_a_pipeline_without_a_loader_for_them(
+    dit_folder: Path, save_trained_on: Callable[..., Path], tmp_path: Path
+) -> None:
+    """PixArt's pipeline has no load_textual_inversion; the call adds the rows itself."""
+    tree = {
+        "lora": {"sites": "cross", "rank": 2},
+        "new_token": {"tokens": ["<v1>"], "init": "fox"},
+    }
+    path = save_trained_on(dit_folder, tree)
+    said: list[str] = []
+    out = export(path, tmp_path / "out", "peft", say=said.append)
+    assert said[-1].startswith("the call in README.md gives a picture; largest difference")
+    pipe = run_as_printed(out, dit_folder)["pipe"]
+    assert "<v1>" in pipe.tokenizer.get_added_vocab()
+
+
+@pytest.mark.parametrize("name", CARRIES)
+def test_the_same_export_gives_the_same_bytes(name: str, trained: Any, tmp_path: Path) -> None:
+    """safetensors writes the entries of a header in an order that changes from call to call."""
+    folders = [tmp_path / str(number) for number in range(2)]
+    for folder in folders:
+        export(trained(CARRIES[name]), folder / "my_dog", name, say=quiet)
+    files = [
+        {
+            path.relative_to(folder): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+        for folder in folders
+    ]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("name", CARRIES)
+def test_everybody_may_read_and_nobody_learns_where_it_was_made(
+    name: str, trained: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    before = os.umask(0o077)
+    try:
+        out = export(trained(CARRIES[name]), tmp_path / "out", name, say=quiet)
+    finally:
+        os.umask(before)
+    here = [str(part).encode() for part in (tmp_path, tiny_folder, tiny_folder.parent, Path.home())]
+    for path in (out, *out.rglob("*")):
+        wanted = 0o755 if path.is_dir() else 0o644
+        assert stat.S_IMODE(path.stat().st_mode) == wanted, path
+        if path.is_file():
+            assert not [place for place in here if place in path.read_bytes()], path
+
+
+@pytest.mark.parametrize("name", CARRIES)
+def test_every_header_says_the_words_and_the_size(
+    name: str, tiny_folder: Path, tmp_path: Path, save_trained_on: Callable[..., Path]
+) -> None:
+    tree = {"methods": {"new_token": {"tokens": ["<v1>"], "init": "fox"}}}
+    if name == "diff":
+        tree["methods"]["dora"] = {"sites": "cross", "rank": 2}
+    else:
+        tree["methods"]["selective"] = {"sites": "cross"}
+    more = {
+        "data": {"source": "concept", "token": "<v1>", "class_word": "cup"},
+        "run": {"resolution": 48},
+    }
+    path = save_trained_on(tiny_folder, tree["methods"], **more)
+    out = export(path, tmp_path / "my_cup", name, say=quiet)
+    files = list(out.rglob("*.safetensors"))
+    assert files
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            header = opened.metadata()
+        assert header["modelspec.trigger_phrase"] == "<v1> cup", file
+        assert header["modelspec.resolution"] == "48x48", file
+        assert header["modelspec.title"] == "my_cup", file
+    readme = (out / "README.md").read_text()
+    assert "`<v1>`" in readme and "48x48" in readme
+    if name in READ_BY_PYTHON:
+        assert "width=48, height=48" in readme
+    if name == "kohya":
+        with safe_open(out / "my_cup.safetensors", "pt") as opened:
+            assert opened.metadata()["ss_resolution"] == "(48, 48)"
+
+
+def test_a_word_from_a_strangers_file_is_never_code(tiny_folder: Path, tiny: Any) -> None:
+    evil = "x\n```python\nraise SystemExit\n```\n"
+    tree = {"backbone": str(tiny_folder), "methods": {"lora": {}}, "data": {"token": evil}}
+    card = card_of("title", tree, tiny, words=[])
+    assert "\n" not in card.phrase
+    assert not any("\n" in word for word in card.trained)
+
+
+def test_a_folder_is_named_without_its_path() -> None:
+    assert Card(backbone="x").entries.keys() == {"modelspec.sai_model_spec"}
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("1 / 0", "README prints fails: ZeroDivisionError: division by zero"),
+        ("from PIL import Image\npicture = Image.new('RGB', (2, 2))", "picture of one colour"),
+    ],
+)
+def test_a_call_that_makes_no_picture_is_refused(code: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_call(code, {})
+
+
+def test_settings_are_all_that_the_proof_changes(trained: Any, tmp_path: Path) -> None:
+    out = export(trained("lora"), tmp_path / "out", "kohya", say=quiet)
+    code = code_of(out)
+    assert code is not None
+    assert [line.partition(" = ")[0] for line in code.splitlines() if " = " in line][:5] == [
+        "folder", "base", "device", "steps", "dtype"
+    ]  # fmt: skip
+
+
+def test_a_merged_folder_has_the_files_of_older_versions(trained: Any, tmp_path: Path) -> None:
+    """transformers 4 reads vocab.json and merges.txt, and the names with the level text_model."""
+    out = export(trained("custom"), tmp_path / "out", say=quiet)
+    fast = json.loads((out / "tokenizer" / "tokenizer.json").read_text())["model"]
+    assert json.loads((out / "tokenizer" / "vocab.json").read_text()) == fast["vocab"]
+    first, *pairs = (out / "tokenizer" / "merges.txt").read_text().splitlines()
+    assert first.startswith("#version")
+    assert [tuple(pair.split(" ")) for pair in pairs] == [tuple(pair) for pair in fast["merges"]]
+    with safe_open(out / "text_encoder" / "model.safetensors", "pt") as file:
+        assert all(key.startswith("text_model.") for key in file.keys())  # noqa: SIM118
+
+
+def test_the_recipe_is_not_changed_by_the_export(trained: Any, tmp_path: Path) -> None:
+    before = read_header(trained("lora"))
+    export(trained("lora"), tmp_path / "out", "kohya", say=quiet)
+    assert read_header(trained("lora")) == before

@@ -1,0 +1,122 @@
+"""What can be known of a pipeline folder before torch is imported: whether all parts are there, and
+whether they are of one kind and fit each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from trainer.backbones.folder_contents import FolderContents
+from trainer.backbones.pipeline_folder import SCHEDULER, PipelineFolder, missing
+from trainer.backbones.weight_files import weight_files
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trainer.backbones.family import Family
+
+VAES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AsymmetricAutoencoderKL")
+PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+FLOW = "flow_prediction"
+
+
+def check_contents(folder: PipelineFolder, name: str, family: Family, made: bool) -> FolderContents:
+    """Checks a folder for a family. made: whether the denoiser is made from nothing.
+
+    Raises:
+        ValueError: says what is missing or what the family cannot load.
+    """
+    index = folder.index(name, family.pipelines)
+    parts = ["text_encoder", "vae"] if made else [family.denoiser, "text_encoder", "vae"]
+    configs = {}
+    for part in parts:
+        where = folder.of(part)
+        if not (where / "config.json").is_file():
+            raise ValueError(missing(where, "config.json"))
+        configs[part] = json.loads((where / "config.json").read_text(encoding="utf-8"))
+        if part not in folder.scratch:
+            weight_files(where)
+    where = folder.of("scheduler") / SCHEDULER
+    facts = FolderContents(
+        name=name,
+        index=index,
+        configs=configs,
+        scheduler=folder.scheduler_config(),
+        where=where,
+    )
+    if facts.vae not in VAES:
+        raise facts.refuse("vae", f"is a {facts.vae}; these are known: {', '.join(VAES)}")
+    family.check(facts)
+    return facts
+
+
+def check_channels(facts: FolderContents, part: str, default: int) -> None:
+    """Checks that a denoiser takes the VAE's latents and nothing beside them.
+
+    Raises:
+        ValueError: it takes more or fewer channels; the message says what kind that is.
+    """
+    latents, config = facts.latent_channels, facts.configs[part]
+    taken = int(config.get("in_channels", default))
+    if taken == latents:
+        return
+    kinds = {
+        latents + 1: "a depth map beside the noise, as a depth model",
+        2 * latents: "a picture to edit beside the noise, as InstructPix2Pix",
+        2 * latents
+        + 1: "a mask and the masked picture beside the noise: it is an inpainting model",
+    }
+    kind = f", {kinds[taken]}" if taken in kinds else ""
+    raise facts.refuse(
+        part,
+        f"takes {taken} channels{kind}, and the latents of its VAE have {latents}; only models "
+        "that take noise alone are trained here, so choose the text-to-image version",
+    )
+
+
+def check_width(facts: FolderContents, part: str, wanted: Any) -> None:
+    """Checks that the text's features are as wide as a denoiser reads them; `wanted` is None where
+    its config does not say."""
+    if isinstance(wanted, int) and facts.text_width not in (None, wanted):
+        raise facts.refuse(
+            part,
+            f"reads text of width {wanted}, and its text_encoder gives {facts.text_width}; the "
+            "parts are of different models",
+        )
+
+
+def check_classes(facts: FolderContents, known: Mapping[str, tuple[str, ...]]) -> None:
+    """Checks the classes of transformers that the index names for parts."""
+    for part, kinds in known.items():
+        library, kind = facts.index.get(part) or (None, None)
+        if library != "transformers" or kind not in kinds:
+            raise facts.refuse(
+                part, f"is a {kind} of {library}; this family has {', '.join(kinds)}"
+            )
+
+
+def check_prediction(config: Mapping[str, Any], where: Path) -> None:
+    """Checks that a VP scheduler's file names a target that is known."""
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTION_TYPES:
+        raise ValueError(
+            f"{where}: prediction_type is {prediction!r}; this family has "
+            f"{', '.join(PREDICTION_TYPES)}"
+        )
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's file is of a flow."""
+    euler = config.get("_class_name") == "FlowMatchEulerDiscreteScheduler"
+    return euler or config.get("prediction_type") == FLOW
+
+
+def check_flow_or_vp(config: Mapping[str, Any], where: Path) -> None:
+    """Checks a scheduler's file that may be of either path."""
+    if not is_flow(config):
+        check_prediction(config, where)
+    elif config.get("use_dynamic_shifting"):
+        raise ValueError(
+            f"{where}: use_dynamic_shifting is not known here; set it to false and give shift"
+        )

@@ -1,0 +1,44 @@
+"""What a pipeline folder says of itself, read without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class FolderContents:
+    """What a folder says of itself.
+
+    name: of the backbone; index: model_index.json; configs: of the denoiser, if it is not made from
+    nothing, the text encoder and the VAE; scheduler: its configuration, and where that is.
+    """
+
+    name: str
+    index: Mapping[str, Any]
+    configs: Mapping[str, Mapping[str, Any]]
+    scheduler: Mapping[str, Any]
+    where: Path
+
+    def refuse(self, part: str, what: str) -> ValueError:
+        """The error about a part."""
+        return ValueError(f"backbone {self.name}: {part} {what}")
+
+    @property
+    def vae(self) -> str:
+        """The class of the VAE: what its own config says, else the index."""
+        own = self.configs["vae"].get("_class_name")
+        return str(own or (self.index.get("vae") or (None, None))[1])
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.configs["vae"].get("latent_channels", 4))
+
+    @property
+    def text_width(self) -> int | None:
+        """The width of the text's features."""
+        config = self.configs["text_encoder"]
+        width = config.get("hidden_size") or config.get("d_model")
+        return None if width is None else int(width)

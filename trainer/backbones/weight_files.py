@@ -1,0 +1,81 @@
+"""Which files hold the weights of a part of a pipeline folder: one file or several shards, in full
+precision or a variant, as in `diffusion_pytorch_model.fp16.safetensors`. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.common import pickles
+
+STEM = r"(?:diffusion_pytorch_model|model)"
+WHOLE = re.compile(rf"{STEM}(?:\.(?P<variant>[\w-]+))?\.safetensors")
+SHARD = re.compile(rf"{STEM}(?:\.[\w-]+?)?-\d{{5}}-of-\d{{5}}(?:\.[\w-]+)?\.safetensors")
+# diffusers and transformers put the variant at different places
+INDEX = re.compile(
+    rf"{STEM}\.safetensors(?:\.(?P<one>[\w-]+))?\.index(?:\.(?P<other>[\w-]+))?\.json"
+)
+PREFERRED = (None, "fp32", "fp16", "bf16")  # before all other variants
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files of one part, and the variant that the libraries are told."""
+
+    files: tuple[Path, ...]
+    variant: str | None
+
+
+def weight_files(where: Path) -> WeightFiles:
+    """The weights in a part's folder: the plain ones where there are some, else those of a variant.
+
+    Raises:
+        ValueError: there are none, they are pickles, a shard is missing, or shards have no index.
+    """
+    found: dict[str | None, tuple[Path, ...]] = {}
+    for path in sorted(where.glob("*.json")):
+        if match := INDEX.fullmatch(path.name):
+            found[match["one"] or match["other"]] = _shards(path)
+    for path in sorted(where.glob("*.safetensors")):
+        if (match := WHOLE.fullmatch(path.name)) and not SHARD.fullmatch(path.name):
+            found[match["variant"]] = (path,)
+    if not found:
+        raise ValueError(_none_found(where))
+    known = [variant for variant in PREFERRED if variant in found]
+    variant = (known or sorted(map(str, found)))[0]
+    return WeightFiles(found[variant], variant)
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    try:
+        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(table.values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index}: not an index of shards; download it again") from None
+    for name in names:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise ValueError(
+                f"{index.parent}: {name}, one of {len(names)} shards, is missing; download it again"
+            )
+    return tuple(index.parent / name for name in names)
+
+
+def _none_found(where: Path) -> str:
+    if shards := [path.name for path in where.glob("*.safetensors") if SHARD.fullmatch(path.name)]:
+        return (
+            f"{where}: {shards[0]} is a shard, and the index that names all shards, "
+            "a file that ends in .safetensors.index.json, is missing; download it too"
+        )
+    if others := sorted(path.name for path in where.glob("*.safetensors")):
+        return (
+            f"{where}: {others[0]} is not named as weights are; the libraries look for "
+            "diffusion_pytorch_model.safetensors, and of a text encoder for model.safetensors"
+        )
+    found = ", ".join(path.name for path in where.glob("*") if path.suffix in pickles.SUFFIXES)
+    return (
+        f"{where}: no safetensors "
+        f"file{f' (found {found}; pickles are never loaded)' if found else ''}; "
+        "save the pipeline with safe_serialization=True"
+    )

@@ -1,0 +1,43 @@
+"""What a sampled picture was made of, as facts for its file (`media/made_by.py`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.backbones.backbone import Backbone
+from trainer.common.paths import bare_name
+from trainer.common.version import NAME, own_version
+from trainer.diffusion.sampling import Sampling
+
+# by the backbone's own scheduler, and by `Sampling.sampler`, as UIs call them
+SAMPLERS = {
+    "DDIMScheduler": "DDIM", "FlowMatchEulerDiscreteScheduler": "Euler",
+    "ddim": "DDIM", "euler": "Euler", "dpmpp": "DPM++ 2M",
+}  # fmt: skip
+
+
+def made_of(
+    backbone: Backbone, settings: Sampling, *, prompt: str, seed: int, **more: Any
+) -> dict[str, Any]:
+    """The facts of one picture or clip; more: further ones, as of the adapter. What is None is left
+    out."""
+    height, width = settings.size or (backbone.resolution, backbone.resolution)
+    solver = settings.sampler or backbone.scheduler_class.__name__
+    facts = {
+        "prompt": prompt,
+        "negative": settings.negative if settings.guided and settings.negative else None,
+        "seed": seed,
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "temporal_guidance": settings.temporal_guidance if settings.frames > 1 else None,
+        "sampler": SAMPLERS.get(solver, solver),
+        "size": f"{width}x{height}",
+        "frames": settings.frames if settings.frames > 1 else None,
+        "fps": settings.fps,
+        "backbone": bare_name(backbone.name),
+        "device": backbone.device.type,
+        "computes_in": str(backbone.computes_in).removeprefix("torch."),
+        "version": f"{NAME} {own_version()}",
+        **more,
+    }
+    return {key: value for key, value in facts.items() if value is not None}

@@ -1,0 +1,88 @@
+"""Runs the python call that an export's README prints, on the files as they were written, to a
+picture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import chdir, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from trainer.backbones import load_backbone
+from trainer.config.lineage import spec_of
+from trainer.export import motion
+from trainer.export.proof import PROOF_FRAMES
+from trainer.export.usage import README
+
+CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+STEPS = 2  # that the proof takes
+
+
+def code_of(folder: Path) -> str | None:
+    """The python call of a written README; None if it prints none."""
+    match = CODE.search((folder / README).read_text(encoding="utf-8"))
+    return match[1] if match else None
+
+
+def run_call(code: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs a call with other values of the settings at its head, and returns its names.
+
+    Raises:
+        ValueError: it fails, or the picture it makes is of one colour, as of values that are not
+            finite.
+    """
+    for name, value in settings.items():
+        code = _with(code, name, value)
+    names: dict[str, Any] = {}
+    with TemporaryDirectory() as place, chdir(place), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            exec(compile(code, README, "exec"), names)
+        except Exception as error:  # whatever a library raises, the user would see it too
+            raise ValueError(
+                f"the call that the README prints fails: {type(error).__name__}: {error}"
+            ) from error
+    picture = names["clip"][0] if "clip" in names else names["picture"]
+    if all(low == high for low, high in picture.convert("RGB").getextrema()):
+        raise ValueError("the call that the README prints gives a picture of one colour")
+    return names
+
+
+def _with(code: str, name: str, value: Any) -> str:
+    """The code with another value of a setting."""
+    line = f"{name} = {value!r}"
+    return re.sub(rf"^{name} = .*$", lambda _: line, code, flags=re.MULTILINE)
+
+
+def model_of(pipe: Any, base: Any) -> Any:
+    """A stock pipeline's parts in place of the backbone's, to be asked as one."""
+    for name in (*base.text_encoders, "vae", *base.tokenizers, "tokenizer"):
+        if (part := pipe.components.get(name)) is not None:
+            setattr(base, name, part.eval() if isinstance(part, torch.nn.Module) else part)
+    if "motion_adapter" in pipe.components:
+        return motion.AnimateDiffModel.around(pipe, base)
+    setattr(base, base.denoiser_name, pipe.components[base.denoiser_name].eval())
+    return base
+
+
+@contextmanager
+def places(tree: Mapping[str, Any], base: Any, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The settings under which a call is run here: the plain backbone as a folder, and the motion
+    modules of `base` where it has some."""
+    with TemporaryDirectory() as folder:
+        plain = load_backbone(spec_of(tree), tree["backbone"])
+        plain.pipeline().save_pretrained(f"{folder}/base")
+        if motion.modules(base):
+            motion.adapter(base).save_pretrained(f"{folder}/modules")
+        del plain
+        yield {
+            "base": f"{folder}/base",
+            "modules": f"{folder}/modules",
+            "device": str(device),
+            "steps": STEPS,
+            "frames": PROOF_FRAMES,
+        }

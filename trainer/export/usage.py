@@ -1,0 +1,163 @@
+"""How the files of an export are used: the text and the python call of its README. The proof runs
+that very call, see `printed_call.py`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.common.version import own_version
+from trainer.export import tokens
+from trainer.export.card import Card
+from trainer.export.job import Job
+
+README = "README.md"
+STEPS = 25  # of the sampler, in the call
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How written files are used.
+
+    text: paragraphs for people. warning: what the user should know, said by the export too. call:
+    lines of python that load the files into `pipe`, a stock pipeline; None where no python library
+    reads them. imports: what the lines need; arguments: of `from_pretrained` of the pipeline;
+    before: lines that must come before it. pipeline: its class. complete: whether the folder itself
+    is the pipeline; partial: whether the call reads a part of the files.
+    """
+
+    text: tuple[str, ...] = ()
+    warning: str | None = None
+    call: tuple[str, ...] | None = None
+    imports: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+    pipeline: str = ""
+    complete: bool = False
+    partial: bool = False
+
+
+def stock_usage(job: Job, **more: Any) -> Usage:
+    """A usage with the stock pipeline of the job's backbone."""
+    return Usage(pipeline=type(job.base.pipeline()).__name__, **more)
+
+
+def write_readme(job: Job, usage: Usage, *, format_name: str, folder: Path) -> None:
+    text = "\n".join(_readme(job.card, usage, job.base, format_name=format_name))
+    (folder / README).write_text(text + "\n", encoding="utf-8")
+
+
+def _readme(card: Card, usage: Usage, base: Any, *, format_name: str) -> Iterator[str]:
+    yield f"# {card.title}\n"
+    where = f" (`{card.hub}` at `{card.revision}`)" if card.hub else ""
+    made = f" with {', '.join(card.methods)}" if card.methods else ""
+    yield f"An adapter for the backbone {card.backbone}{where}, trained{made} by attention-trainer"
+    yield f"{own_version()}, in the format `{format_name}`.\n"
+    if card.trained:
+        yield f"Words that call it: {', '.join(f'`{word}`' for word in card.trained)}.\n"
+    if card.size:
+        yield f"Trained at {card.size[0]}x{card.size[1]} pixels.\n"
+    warning = (f"{usage.warning[0].upper()}{usage.warning[1:]}.",) if usage.warning else ()
+    for paragraph in (*warning, *usage.text):
+        yield f"{paragraph}\n"
+    if usage.call is not None:
+        yield "In Python, with diffusers" + (":" if usage.complete else ", on the backbone:")
+        yield "\n```python"
+        yield from _python(card, usage, base)
+        yield "```"
+
+
+def _python(card: Card, usage: Usage, base: Any) -> Iterator[str]:
+    clip = usage.pipeline == "AnimateDiffPipeline"
+    yield from ("import torch", *sorted(_imports(usage, base, clip)), "")
+    yield 'folder = "."  # where this file is'
+    if not usage.complete:
+        origin = card.hub or f"path/to/{card.backbone}"
+        yield f"base = {origin!r}  # the backbone"
+    yield 'device = "cuda" if torch.cuda.is_available() else "cpu"'
+    yield f"steps = {STEPS}"
+    if clip:
+        yield f"frames = {card.frames if card.frames > 1 else 16}"
+    yield "dtype = torch.float32  # or torch.float16 on a GPU, which is faster"
+    yield ""
+    yield from usage.before
+    arguments = ["dtype=dtype", *usage.arguments]
+    if not usage.complete:
+        arguments += [f"revision={card.revision!r}"] if card.revision else []
+    if usage.pipeline == "StableDiffusionPipeline":
+        arguments.append("safety_checker=None")
+    source = "folder" if usage.complete else "base"
+    yield f"pipe = {usage.pipeline}.from_pretrained({source}, {', '.join(arguments)})"
+    if not usage.complete:
+        yield from _scheduler(base)
+    yield from usage.call or ()
+    yield "pipe.to(device)"
+    size = f", width={card.size[0]}, height={card.size[1]}" if card.size else ""
+    own = f"num_inference_steps=steps{size}{_exact_size(base)}"
+    if clip:
+        yield f"clip = pipe({card.prompt!r}, num_frames=frames, {own}).frames[0]"
+        yield 'export_to_gif(clip, "clip.gif")'
+    else:
+        yield f"picture = pipe({card.prompt!r}, {own}).images[0]"
+        yield 'picture.save("picture.png")'
+
+
+def _exact_size(base: Any) -> str:
+    """The option by which a pipeline makes the size it is asked for, where it has one."""
+    option = "use_resolution_binning"
+    known = inspect.signature(type(base.pipeline()).__call__).parameters
+    return f", {option}=False" if option in known else ""
+
+
+def _imports(usage: Usage, base: Any, clip: bool) -> set[str]:
+    names = {usage.pipeline}
+    if not usage.complete and (solver := _other_solver(base)) is not None:
+        names.add(type(solver).__name__)
+    found = {f"from diffusers import {', '.join(sorted(names))}", *usage.imports}
+    return found | ({"from diffusers.utils import export_to_gif"} if clip else set())
+
+
+def _other_solver(base: Any) -> Any:
+    """The scheduler that a stock pipeline needs in place of the backbone's; None if it is fine."""
+    solver = base.pipeline().scheduler
+    return None if isinstance(solver, base.scheduler_class) else solver
+
+
+def _scheduler(base: Any) -> Iterator[str]:
+    solver = _other_solver(base)
+    if solver is not None:
+        wanted = ("num_train_timesteps", "prediction_type", "use_flow_sigmas", "flow_shift")
+        given = ", ".join(f"{key}={solver.config[key]!r}" for key in wanted)
+        yield f"pipe.scheduler = {type(solver).__name__}({given})"
+
+
+def word_lines(folder: Path, pipeline: Any) -> tuple[list[str], list[str]]:
+    """Lines of python that load a folder's words into `pipe`, and the imports they need."""
+    names = [path.name for path in tokens.files(folder)]
+    if hasattr(pipeline, "load_textual_inversion"):
+        load = 'pipe.load_textual_inversion(f"{folder}/embeddings", weight_name='
+        return [f"{load}{name!r})" for name in names], []
+    if not names:
+        return [], []
+    lines = f"""
+for name in {names!r}:
+    ((word, row),) = load_file(f"{{folder}}/embeddings/{{name}}").items()
+    pipe.tokenizer.add_tokens(word)
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
+    pipe.text_encoder.get_input_embeddings().weight.data[len(pipe.tokenizer) - 1] = row"""
+    return lines.strip().splitlines(), ["from safetensors.torch import load_file"]
+
+
+def word_text(card: Card, folder: Path) -> tuple[str, ...]:
+    """How UIs find the words of a folder."""
+    if not (files := tokens.files(folder)):
+        return ()
+    stems = [path.stem for path in files]
+    return (
+        f"Copy the files of `{tokens.EMBEDDINGS}/` to the UI's embeddings. There a word is called "
+        f"by the name of its file: {', '.join(f'`{stem}`' for stem in stems)} in UIs of the A1111 "
+        f"family, `embedding:{stems[0]}` in ComfyUI.",
+    )
