@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -82,11 +83,9 @@ def test_check_as_a_process_loads_no_torch() -> None:
         "import sys; from trainer.__main__ import main\n"
         f"print(main(['check', '{CUSTOM}', 'run.steps=3']), 'torch' in sys.modules)"
     )
-    lines = run("-c", code).stdout.splitlines()
-    assert lines[0].startswith(
-        "custom_diffusion: fine; backbone tiny, methods selective, new_token"
-    )
-    assert lines[1:] == ["0 False"]
+    *_, fine, last = run("-c", code).stdout.splitlines()
+    assert fine.startswith("custom_diffusion: fine; backbone tiny, methods selective, new_token")
+    assert last == "0 False"
 
 
 @pytest.mark.parametrize(
@@ -184,3 +183,20 @@ def test_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("trainer.cli.fit.run", lambda words: {}["missing"])
     with pytest.raises(KeyError):
         main(["fit", CUSTOM])
+
+
+def test_check_says_what_a_run_folder_would_refuse(tmp_path: Path, capsys: Printed) -> None:
+    """By the manifest of its last checkpoint and the header of its adapter, without torch."""
+    from trainer.config.load import load_recipe
+    from trainer.runs.run_folder import recipe_header
+
+    words = ["recipe=lora", "data.token=<v1>", f"run.out={tmp_path}", "run.id=one", "run.steps=9"]
+    folder = tmp_path / "lora" / "one" / "checkpoints" / "step-000004"
+    folder.mkdir(parents=True)
+    facts = {"recipe": recipe_header(load_recipe(words)), "step": 4, "micro_step": 4}
+    (folder / "manifest.json").write_text(json.dumps(facts))
+    assert main(["check", *words, "optim.lr=1e-6"]) == 0
+    for word, says in {"run.seed=5": "run.seed=0 (now 5)", "run.steps=3": "below step 4"}.items():
+        given = [each for each in words if each.split("=")[0] != word.split("=")[0]]
+        assert main(["check", *given, word]) == 78
+        assert says in capsys.readouterr().err

@@ -57,6 +57,8 @@ def words_of(backbone: Path, *own: str) -> list[str]:
     brings data and methods of its own."""
     other = any(word.startswith("recipe=") for word in own)
     quick = [word for word in QUICK if not (other and word.startswith(("data.", "methods.")))]
+    if "run.checkpoint_every=0" in own:  # then there is none to keep
+        quick.remove("run.checkpoint_keep=99")
     every = [*quick, f"backbone={backbone}", *own]
     return list({word.split("=")[0]: word for word in every}.values())
 

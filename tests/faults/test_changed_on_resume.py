@@ -73,9 +73,8 @@ def moved(before: Weights, after: Weights) -> float:
         ("optim.betas=[0,0]", 9e-4, 1.0001e-3),  # lr times the sign of the gradient
         ("optim.eps=1e6", 0, 1e-8),
         ("optim.scale_lr=true", 1e-3, 4e-3),  # the batch has two pictures
-        ("optim.warmup=99", 1e-6, 6e-5),  # three hundredths
         ("optim.schedule=cosine", 2e-4, 5e-4),  # of whose three steps two are done: 0.25
-        ("optim.lrs={selective: 0.1, new_token: 1e-3}", 5e-2, 2e-1),
+        ("optim.lrs={selective: 0.1}", 5e-2, 2e-1),
         ("optim.clip=1e-30", 0, 9e-4),
         ("objective.caption_dropout=1", 1e-5, 5e-3),
         ("objective.offset_noise=5", 1e-5, 5e-3),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from trainer.config.load import load_recipe
@@ -120,3 +121,20 @@ def test_a_weight_that_blew_up_is_not_saved(
     made = look.checkpoints(tmp_path / "run")
     assert [each.step for each in made] == [1, 2]
     assert all(finite(load_file(each.folder / checkpoint.WEIGHTS)) for each in made)
+
+
+@pytest.mark.parametrize("cached", ["true", "false"])
+def test_samples_are_named_by_their_files(
+    cached: str, tmp_path: Path, run: Any, fault: Any, look: Any
+) -> None:
+    """With their latents in the cache, too, where no picture is read."""
+    photos = tmp_path / "dog"
+    photos.mkdir()
+    for number in range(3):
+        Image.effect_noise((32, 32), 40 + number).convert("RGB").save(photos / f"IMG_{number}.png")
+    own = (f"data.concept={photos}", f"run.cache_latents={cached}")
+    with fault(nan={"step": 0}):
+        assert run(tmp_path / "run", *own) == 70
+    (event,) = look.events(tmp_path / "run", "nonfinite")
+    keys = event["batches"][0]["keys"]
+    assert len(keys) == 2 and set(keys) < {f"IMG_{number}.png" for number in range(3)}

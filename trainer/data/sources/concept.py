@@ -9,7 +9,7 @@ generated once by the frozen backbone and cached, or read from a folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -248,6 +248,8 @@ class Concept(Source):
         photos, skipped, unseen = [], [], []
         for each in self.concepts:
             seen, bad, more = photos_of(each, self.on_bad, self.validation)
+            if len(self.concepts) > 1 and each.sprite is None:  # their photos may be called alike
+                seen, more = (_named(pairs, each.place) for pairs in (seen, more))
             photos.append(seen)
             skipped += bad
             unseen += more
@@ -273,6 +275,10 @@ class Concept(Source):
         every = [prompts[i % len(prompts)] for i in range(self.prior_images)]
         how = Generation(self.prior_steps, self.prior_guidance, self.prior_sampler)
         return class_images(every, self.prior_seed, how, needs=needs)
+
+
+def _named(pairs: Sequence[Pair], folder: str) -> list[Pair]:
+    return [replace(pair, key=f"{Path(folder).name}/{pair.key}") for pair in pairs]
 
 
 def _listed(value: Item | tuple[Item, ...] | None) -> tuple[Item, ...]:
