@@ -4,7 +4,7 @@
     python tests/mutation/run.py --seed 7 --count 40  # another sample
     python tests/mutation/run.py --rooms diffusion --count 1000   # every change of a room
     python tests/mutation/run.py --key 0123abcdef     # one change, with the output of its tests
-    python tests/mutation/run.py --write              # writes results.json and report.md beside it
+    python tests/mutation/run.py --seed 1 --write     # adds them to results.json and report.md
     python tests/mutation/run.py --again --write      # tries what results.json says was not noticed
     python tests/mutation/run.py --thorough           # all tests of the room and of some others
 
@@ -31,7 +31,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -57,11 +56,10 @@ PRELOADED = (
 
 def main(words: Sequence[str]) -> int:
     options = parsed(words)
-    before = json.loads(RESULTS.read_text(encoding="utf-8")) if options.again else {}
-    every = recorded(before) if options.again else sample(options)
+    known = json.loads(RESULTS.read_text(encoding="utf-8"))["noticed"] if RESULTS.is_file() else {}
     explained = json.loads((HERE / "explained.json").read_text(encoding="utf-8"))
-    known = before.get("noticed", {})
-    done = {key for key in known if known[key] or key in explained}
+    done = {key for key, by in known.items() if by or key in explained}
+    every = recorded(known) if options.again else sample(options)
     chosen = [each for each in every if each.key not in done]
     print(f"{len(chosen)} changes, seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
@@ -74,23 +72,21 @@ def main(words: Sequence[str]) -> int:
             results = list(
                 pool.map(lambda each: tried(each, copies, options=options, ends=ends), chosen)
             )
-    pairs = zip(chosen, results, strict=True)
-    noticed = {each.key: by for each, by in pairs if by is not None}
-    known |= noticed
-    text = report([(each, known[each.key]) for each in every if each.key in known], explained)
+    known |= {each.key: by for each, by in zip(chosen, results, strict=True) if by is not None}
+    text = report([(each, known[each.key]) for each in recorded(known)], explained)
     print(text)
     if options.write:
-        facts = {"commit": commit(), "seed": options.seed, "noticed": known}
+        facts = {"commit": commit(), "noticed": known}
         RESULTS.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         (HERE / "report.md").write_text(text, encoding="utf-8")
     return 0
 
 
-def recorded(before: dict[str, Any]) -> list[Mutant]:
-    """The changes of an earlier run that the code still has a place for."""
+def recorded(known: dict[str, str]) -> list[Mutant]:
+    """The changes of earlier runs that the code still has a place for."""
     files = [path for room in ROOMS for path in sorted((ROOT / "trainer" / room).rglob("*.py"))]
     found = {each.key: each for path in files for each in mutants(path, ROOT)}
-    return [found[key] for key in before["noticed"] if key in found]
+    return [found[key] for key in known if key in found]
 
 
 def parsed(words: Sequence[str]) -> argparse.Namespace:
@@ -195,7 +191,7 @@ def importing(path: Path, place: Path) -> list[str]:
 
 EXTRA = {
     "training": ["tests/faults", "tests/test_continual.py", "tests/methods/test_generic.py"],
-    "data": ["tests/faults/test_data.py", "tests/evaluation"],
+    "data": ["tests/config/test_sections.py", "tests/faults/test_data.py", "tests/evaluation"],
     "config": ["tests/cli", "tests/runs", "tests/test_continual.py"],
     "diffusion": ["tests/methods", "tests/evaluation"],
 }
@@ -253,7 +249,8 @@ def report(results: Sequence[tuple[Mutant, str]], explained: dict[str, str]) -> 
     share = 100 * sum(total) / max(1, len(total))
     lines = [
         "# Changes to the code that the tests notice", "",
-        f"`python tests/mutation/run.py --write`, then with `--again`, last at {commit()}.",
+        "`python tests/mutation/run.py --write` with the seeds 0 and 1, then with `--again --thorough`,",
+        f"last at {commit()}.",
         "",
         "| room | changes | noticed |", "|---|---|---|",
         *(f"| {room} | {len(own)} | {sum(own)} |" for room, own in sorted(by_room.items())),

@@ -210,3 +210,16 @@ def test_a_manifest_names_shards_of_its_folder_only(served: Any, tmp_path: Path)
 def test_only_addresses_of_the_web_are_taken(url: str, says: str) -> None:
     with pytest.raises(RecipeError, match=says):
         build_section(Remote, {"url": url}, "data")
+
+
+def test_each_repetition_waits_twice_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(remote.time, "sleep", waited.append)
+
+    def fails(url: str, offset: int, size: int) -> bytes:
+        raise OSError("connection reset")
+
+    monkeypatch.setattr(remote, "_get_once", fails)
+    with pytest.raises(ValueError, match="connection reset"):
+        remote.get("http://127.0.0.1:9/a.tar", 0, 8)
+    assert waited == [0.5, 1.0, 2.0]  # four requests

@@ -16,6 +16,7 @@ from trainer.data.source import Needs
 from trainer.data.sources.shards import Shards
 from trainer.data.sources.video import Video
 from trainer.data.tars.ledger import MANIFEST, build_manifest, kept_manifest, parse_manifest
+from trainer.data.tars.manifest import Manifest, save_manifest
 from trainer.data.tars.write_shards import write_shards
 
 FIRST = "shard-000000.tar"
@@ -215,3 +216,9 @@ def test_a_manifest_knows_width_and_height(tmp_path: Path) -> None:
     write_shards(tmp_path / "wide", [("s0", members)], per_shard=3)
     _, (shard,) = build_manifest(tmp_path / "wide", tmp_path / "cache")
     assert [(entry.width, entry.height) for entry in shard.samples] == [(48, 20)]
+
+
+def test_a_manifest_makes_the_folders_above_it(tmp_path: Path) -> None:
+    at = tmp_path / "a" / "b" / "m.json"
+    save_manifest(Manifest(shards=()), at)
+    assert parse_manifest(at.read_bytes(), at).shards == ()
