@@ -249,8 +249,8 @@ def report(results: Sequence[tuple[Mutant, str]], explained: dict[str, str]) -> 
     share = 100 * sum(total) / max(1, len(total))
     lines = [
         "# Changes to the code that the tests notice", "",
-        "`python tests/mutation/run.py --write` with the seeds 0 and 1, then with `--again --thorough`,",
-        f"last at {commit()}.",
+        "`python tests/mutation/run.py --write` with the seeds 0 and 1, then with",
+        f"`--again --thorough`, last at {commit()}.",
         "",
         "| room | changes | noticed |", "|---|---|---|",
         *(f"| {room} | {len(own)} | {sum(own)} |" for room, own in sorted(by_room.items())),
