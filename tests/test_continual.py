@@ -20,6 +20,7 @@ from trainer.config.load import load_recipe, task_recipe
 from trainer.config.schema import RecipeError
 from trainer.config.tree import merge_trees
 from trainer.continual import run_continual, summary
+from trainer.evaluation.examiner import Examiner
 from trainer.runs.adapter import load_adapted
 from trainer.training.fit import fit
 
@@ -95,7 +96,7 @@ def test_two_tasks(
 
 
 def test_killed_inside_the_second_task_it_goes_on_there(tmp_path: Path, tiny_folder: Path) -> None:
-    changes = {"run": {"steps": STEPS}, "continual": {"images": 0}}
+    changes = {"run": {"steps": STEPS}, "continual": {"images": 0, "judge": None}}
     words = [write(tmp_path, tiny_folder, METHODS["inflora"], **changes)]
     whole = run_continual(load_recipe([*words, "run.id=whole"]))
     command = [sys.executable, "-m", "trainer", "fit", *words, "run.id=killed"]
@@ -137,6 +138,33 @@ def test_judged_tasks_are_not_judged_again(tmp_path: Path, tiny_folder: Path) ->
         run_continual(load_recipe([*words, "continual.images=3"]))
     with pytest.raises(ValueError, match=r"holds a finished run with another optim\.lr"):
         run_continual(load_recipe([*words, "optim.lr=0.5"]))
+
+
+def test_a_judge_without_memory_ends_no_learning(
+    tmp_path: Path,
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Both concepts are learned; the same command judges them later, by the same prompts alone."""
+    words = [write(tmp_path, tiny_folder, METHODS["lora"], continual={"images": 2})]
+
+    def accuracy(self: Examiner, model: Any) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Examiner, "accuracy", accuracy)
+        folder = run_continual(load_recipe(words))
+    assert "task-0/adapter.safetensors failed: OutOfMemoryError: CUDA" in capfd.readouterr().err
+    made = {path: path.stat().st_mtime_ns for path in folder.rglob("adapter.safetensors")}
+    assert len(made) == 2 and not (folder / "continual.json").exists()
+    assert '"evaluation_failed"' in (folder / "events.jsonl").read_text()
+    run_continual(load_recipe(words))
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    facts = json.loads((folder / "continual.json").read_text())
+    assert [len(row) for row in facts["accuracy"]] == [1, 2]
+    with pytest.raises(ValueError, match=r"was made with evaluate\.alone=\[.*choose another"):
+        run_continual(load_recipe([*words, "evaluate.alone=[a <v1>]"]))
 
 
 def test_forgetting_by_hand() -> None:
