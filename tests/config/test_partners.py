@@ -30,7 +30,6 @@ optim.warmup=10 -> run.steps=9 -> the run has 9 steps (run.steps)
 optim.lr=1e-4 -> optim.lrs={lora: 1e-3, new_token: 1e-3} -> has a learning rate of its own
 run.nonfinite_in_a_row=2 -> -> run.on_nonfinite=raise ends the run at once
 run.nonfinite_total=2 -> -> run.on_nonfinite=raise ends the run at once
-run.checkpoint_keep=3 -> run.checkpoint_every=0 -> run.checkpoint_every=0 writes one
 run.timeouts.validate=60 -> run.validate_every=0 -> run.validate_every=0 never validates
 run.timeouts={preview: 60} -> preview.every=0 -> there are no previews
 run.cache_latents=true -> data.augment=true -> data.augment=true makes other pictures at every use
@@ -89,7 +88,8 @@ ALONE = """
 objective: target path timesteps offset_noise caption_dropout
 optim: name scale_lr betas eps weight_decay schedule clip ema
 run: steps batch_size accumulate seed device accelerator devices nodes precision workers
- gradient_checkpointing channels_last compile validate_every checkpoint_every on_disk_full
+ gradient_checkpointing channels_last compile validate_every checkpoint_every checkpoint_keep
+ on_disk_full
  on_nonfinite log_every out id start_from
 preview: steps guidance
 evaluate: steps guidance known
@@ -174,7 +174,8 @@ def test_every_option_is_decided() -> None:
 
 @pytest.mark.parametrize("words", [
     ["optim.final_lr=0.1"], ["objective.timesteps=uniform"], ["run.steps=9"], ["optim.warmup=0"],
-    ["run.checkpoint_every=0"], ["optim.schedule=constant"], ["data.prior_weight=0"],
+    ["run.checkpoint_every=0", "run.checkpoint_keep=9"], ["optim.schedule=constant"],
+    ["data.prior_weight=0"],
     ["data.prior_images=0", "data.prior_weight=0"], ["preview.every=0"],
     ["preview.prompts=[a fox]"],
     ["run.on_nonfinite=skip", "run.nonfinite_total=2"], ["optim.warmup=3", "run.steps=4"],

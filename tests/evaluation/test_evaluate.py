@@ -155,7 +155,7 @@ def test_a_joint_run_by_the_verbs(
 ) -> None:
     words = [*TWO, f"backbone={tiny_folder}", f"run.out={tmp_path}", "run.id=two", "run.steps=1"]
     words += ["run.batch_size=2", "run.validate_every=0", "preview.every=0", "evaluate.steps=2"]
-    words += ["evaluate.guidance=4", "data.prior_steps=2"]
+    words += ["evaluate.guidance=4"]
     words += [
         "data.augment=false",
         "data.class_word=null",

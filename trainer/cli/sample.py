@@ -144,7 +144,7 @@ def _written(options: SampleOptions, chosen: Mapping[str, Method]) -> Iterator[P
             start=start,
         ).cpu()
         for seed, clip in zip(part, pictures.split(frames), strict=True):
-            place = options.out / f"{slug(options.prompt)}-{seed}"
+            place = options.out / f"{slug(prompt)}-{seed}"
             facts = made_of(backbone, settings, prompt=prompt, seed=seed, **known)
             yield from write_clip(clip, place, options.fps or PLAYED, facts=facts)
 

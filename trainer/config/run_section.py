@@ -108,13 +108,10 @@ class RunSpec(Section):
     )
 
     def idle(self) -> dict[str, str]:
-        found: dict[str, str] = {}
-        if self.on_nonfinite == "raise":
-            why = "run.on_nonfinite=raise ends the run at once; it is for skip and rollback"
-            found |= dict.fromkeys(("nonfinite_in_a_row", "nonfinite_total"), why)
-        if not self.checkpoint_every:
-            found["checkpoint_keep"] = "run.checkpoint_every=0 writes one, when a run ends early"
-        return found
+        if self.on_nonfinite != "raise":
+            return {}
+        why = "run.on_nonfinite=raise ends the run at once; it is for skip and rollback"
+        return dict.fromkeys(("nonfinite_in_a_row", "nonfinite_total"), why)
 
     @property
     def size(self) -> tuple[int, int] | None:

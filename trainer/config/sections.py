@@ -243,7 +243,7 @@ class ContinualSpec(Section):
     def idle(self) -> dict[str, str]:
         if not self.concepts:
             return dict.fromkeys(("images", "judge"), "it is for continual.concepts")
-        return {} if self.images else {"judge": "continual.images=0 judges nothing"}
+        return {}
 
     @property
     def words(self) -> tuple[str, ...]:
