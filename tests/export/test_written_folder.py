@@ -97,6 +97,16 @@ def test_words_of_a_pipeline_without_a_loader_for_them(
     assert "<v1>" in pipe.tokenizer.get_added_vocab()
 
 
+def test_a_transformer_whose_text_encoder_is_short(
+    dit_folder: Path, save_trained_on: Callable[..., Path], tmp_path: Path
+) -> None:
+    """PixArt's pipeline asks for 120 tokens, and this text encoder has 32 positions."""
+    path = save_trained_on(dit_folder, {"lora": {"sites": "cross", "rank": 2}})
+    out = export(path, tmp_path / "out", say=quiet)
+    assert "max_sequence_length=32" in (out / "README.md").read_text()
+    assert run_as_printed(out, dit_folder)["picture"].size == (32, 32)
+
+
 @pytest.mark.parametrize("name", CARRIES)
 def test_the_same_export_gives_the_same_bytes(name: str, trained: Any, tmp_path: Path) -> None:
     """safetensors writes the entries of a header in an order that changes from call to call."""

@@ -96,7 +96,7 @@ def _python(card: Card, usage: Usage, base: Any) -> Iterator[str]:
     yield from usage.call or ()
     yield "pipe.to(device)"
     size = f", width={card.size[0]}, height={card.size[1]}" if card.size else ""
-    own = f"num_inference_steps=steps{size}{_exact_size(base)}"
+    own = f"num_inference_steps=steps{size}{_options(base)}"
     if clip:
         yield f"clip = pipe({card.prompt!r}, num_frames=frames, {own}).frames[0]"
         yield 'export_to_gif(clip, "clip.gif")'
@@ -105,11 +105,12 @@ def _python(card: Card, usage: Usage, base: Any) -> Iterator[str]:
         yield 'picture.save("picture.png")'
 
 
-def _exact_size(base: Any) -> str:
-    """The option by which a pipeline makes the size it is asked for, where it has one."""
-    option = "use_resolution_binning"
+def _options(base: Any) -> str:
+    """Options of some pipelines: to make the size that is asked for, and to read as many tokens as
+    the text encoder has positions."""
+    wanted = {"use_resolution_binning": False, "max_sequence_length": base.text_length}
     known = inspect.signature(type(base.pipeline()).__call__).parameters
-    return f", {option}=False" if option in known else ""
+    return "".join(f", {key}={value}" for key, value in wanted.items() if key in known)
 
 
 def _imports(usage: Usage, base: Any, clip: bool) -> set[str]:
