@@ -155,15 +155,18 @@ def prepared(recipe: Recipe) -> tuple[Any, Planned, dict[str, Tensor]]:
 
 
 def latents(model: Any, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """x0, noise and the offset's noise; each sample draws three tensors from a seed of its own."""
+    """x0, noise and the offset's noise; each sample draws three tensors from a seed of its own. The
+    posterior has the precision in which it would be cached."""
     drawn = []
     for place in batch.positions:
         rng = torch.Generator().manual_seed(seed_of(7, "train", batch.step, place))
         drawn.append(torch.randn(3, 1, model.latent_channels, 8, 8, generator=rng)[:, 0])
     posterior, noise, offset = torch.stack(drawn, 1)
     with torch.no_grad():
-        found = model.vae.encode(batch.pixels).latent_dist
-    return (found.mean + found.std * posterior) * model.vae.config.scaling_factor, noise, offset
+        found = model.vae.encode(batch.pixels).latent_dist.parameters.half().float()
+    mean, log_variance = found.chunk(2, dim=1)
+    x0 = mean + (log_variance / 2).exp() * posterior
+    return x0 * model.vae.config.scaling_factor, noise, offset
 
 
 def uniform(batch: Any, index: int, *purpose: str) -> float:
