@@ -27,6 +27,7 @@ TREES: dict[str, dict[str, Any]] = {
         }
     },
     "text": {"lora": {"sites": "cross", "projections": ["k"], "rank": 2, "text_encoder": ["q"]}},
+    "mlp": {"lora": {"sites": None, "rank": 2, "alpha": 3, "text_encoder": ["fc1", "fc2"]}},
     "pissa": {"lora": {"sites": "cross", "projections": ["k", "v"], "rank": 2, "init": "pissa"}},
     "dora": {
         "dora": {
@@ -43,6 +44,26 @@ TREES: dict[str, dict[str, Any]] = {
     },
     "projections": {"selective": {"sites": "all", "projections": ["q", "out"]}},
     "full": {"full": {}},
+    "loha": {
+        "peft_adapter": {
+            "type": "loha",
+            "layers": ["*ff.net.2", "*conv1"],
+            "text_encoder": ["q", "fc1"],
+            "options": {"r": 4, "alpha": 6, "use_effective_conv2d": True},
+            "ranks": {"*conv1": 2},
+        }
+    },
+    "lokr": {
+        "peft_adapter": {
+            "type": "lokr",
+            "text_encoder": ["v"],
+            "options": {"r": 2, "alpha": 3, "decompose_factor": 4},
+        }
+    },
+    "full_lokr": {
+        "peft_adapter": {"type": "lokr", "sites": "cross", "options": {"r": 64, "alpha": 16}}
+    },
+    "vectors": {"new_token": {"tokens": ["<v1>", "<v1>_1", "<v2>"], "init": "fox"}},
     "words": {"new_token": {"tokens": ["<v1>"], "init": "fox"}},
 }
 Trained = Callable[[str], Path]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.__main__ import main
+from trainer.backbones.word_vectors import with_all_vectors
 from trainer.common.exit_codes import BAD_RECIPE
 from trainer.config.header import read_header
 from trainer.config.load import methods_of
+from trainer.export.apply_bundle import add_to
 from trainer.export.bundle import Bundle, FullDelta, LowRankDelta
+from trainer.export.bundle_methods import recipe_of
 from trainer.export.detect import detect
 from trainer.export.export import export
 from trainer.export.factor import exact, fitted, truncated
-from trainer.export.import_ import import_file, recipe_of
+from trainer.export.import_ import import_file
+from trainer.export.layer_names import ldm
+from trainer.export.read_names import Names
 from trainer.methods.apply import apply_methods
 from trainer.runs.adapter import start_from
 
@@ -92,6 +98,38 @@ def test_an_embedding_alone(trained: Any, tiny_folder: Path, tmp_path: Path) -> 
     assert torch.equal(row, other)
 
 
+def test_all_vectors_of_a_word_are_one_file(
+    trained: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Which UIs read for one word; the proof of the export reads it with diffusers."""
+    out = export(trained("vectors"), tmp_path / "out", "diffusers", say=quiet)
+    shapes = {
+        path.name: [(key, tuple(value.shape)) for key, value in load_file(path).items()]
+        for path in (out / "embeddings").iterdir()
+    }
+    assert shapes == {
+        "v1.safetensors": [("<v1>", (2, 128))], "v2.safetensors": [("<v2>", (128,))]
+    }  # fmt: skip
+    back = import_file(out, str(tiny_folder), tmp_path / "back", say=quiet)
+    assert read_header(back)[0]["methods"]["new_token"]["tokens"] == ["<v1>", "<v1>_1", "<v2>"]
+
+
+def test_words_beside_a_file_that_do_not_fit_are_left_out_and_said(
+    kohya_file: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copy(kohya_file, tmp_path / "lora.safetensors")
+    (tmp_path / "embeddings").mkdir()
+    save_file({"<v1>": torch.ones(128)}, tmp_path / "embeddings" / "mine.safetensors")
+    save_file({"other": torch.ones(64)}, tmp_path / "embeddings" / "other.safetensors")
+    said: list[str] = []
+    out = tmp_path / "back"
+    import_file(tmp_path / "lora.safetensors", str(tiny_folder), out, say=said.append)
+    assert said[0] == "<v1> of embeddings/mine.safetensors beside it is read too"
+    assert said[1].startswith("embeddings/other.safetensors beside it is left out: ")
+    assert "64 wide" in said[1]
+    assert read_header(out)[0]["methods"]["new_token"]["tokens"] == ["<v1>"]
+
+
 def test_several_rows_under_one_word(tiny_folder: Path, tmp_path: Path) -> None:
     save_file({"emb_params": torch.randn(2, 128)}, tmp_path / "cat.safetensors")
     back = import_file(
@@ -110,7 +148,7 @@ def test_a_missing_alpha_is_the_rank_and_is_reported(
 
     said: list[str] = []
     import_file(changed(drop), str(tiny_folder), tmp_path / "back", say=said.append)
-    assert said[0] == "77 layers have no .alpha: their rank is used, which is a factor of 1"
+    assert said[0] == "77 layers have no alpha: their rank is used, which is a factor of 1"
 
 
 def pop(key: str) -> Edit:
@@ -134,7 +172,7 @@ def rename(old: str, new: str) -> Edit:
     [
         pytest.param(
             pop(f"{MIDDLE}.lora_up.weight"),
-            rf"the down matrix of {MIDDLE} without its up matrix; 1 of 77 pairs are incomplete",
+            rf"the down matrix of {MIDDLE} without its up matrix; 1 of 77 layers are incomplete",
             id="half",
         ),
         pytest.param(
@@ -164,7 +202,7 @@ def rename(old: str, new: str) -> Edit:
         ),
         pytest.param(
             put(f"{MIDDLE}.lora_down.weight", torch.ones(3, 128)),
-            r"two matrices of unet\.mid_block\S+ do not fit: down \(3, 128\), up \(32, 4\)",
+            r"two matrices of lora_unet_mid_block\S+ do not fit: down \(3, 128\), up \(32, 4\)",
             id="ranks",
         ),
         pytest.param(
@@ -174,13 +212,17 @@ def rename(old: str, new: str) -> Edit:
         ),
         pytest.param(
             put(f"{MIDDLE}.dora_scale", torch.ones(1, 128)),
-            "DoRA as dora_scale, whose axis differs between the tools",
+            r"dora_scale of lora_unet\S+ as \(1, 128\): DoRA over inputs",
             id="dora-scale",
         ),
         pytest.param(
-            put(f"{MIDDLE}.hada_w1_a", torch.ones(4, 4)), "hada_w1_a: LoHa; merge it", id="loha"
+            put(f"{MIDDLE}.hada_w1_a", torch.ones(4, 4)),
+            "the hada_w1_a of lora_unet_mid_block.* without its hada_w1_b",
+            id="loha",
         ),
-        pytest.param(put("step", torch.ones(1)), "holds step, which belongs to no", id="stray"),
+        pytest.param(
+            put("step", torch.ones(1)), "holds step, which belongs to no kind", id="stray"
+        ),
     ],
 )
 def test_the_message_says_what_is_wrong_with_a_file(
@@ -193,12 +235,16 @@ def test_the_message_says_what_is_wrong_with_a_file(
     assert not (tmp_path / "back").exists()
 
 
-def test_a_text_encoders_feed_forward_has_no_method(tiny: Any) -> None:
-    path = "text_encoder.encoder.layers.0.mlp.fc1"
-    layer = tiny.get_submodule(path)
-    pair = LowRankDelta(torch.ones(2, layer.in_features), torch.ones(layer.out_features, 2))
-    with pytest.raises(ValueError, match=rf"adapts {path}, 1 such .* adapt the attention only"):
-        recipe_of(Bundle({path: pair}, {}), tiny)
+def test_every_layer_of_a_text_encoder_has_an_option(tiny: Any) -> None:
+    paths = [f"text_encoder.encoder.layers.0.{name}" for name in ("mlp.fc1", "self_attn.q_proj")]
+    pairs = {}
+    for path in paths:
+        layer = tiny.get_submodule(path)
+        pairs[path] = LowRankDelta(
+            torch.ones(2, layer.in_features), torch.ones(layer.out_features, 2)
+        )
+    found = recipe_of(Bundle(pairs, {}), tiny)
+    assert found == {"lora": {"rank": 2, "sites": None, "text_encoder": ["q", "fc1"]}}
 
 
 def test_another_backbone_is_refused_by_shape(
@@ -270,9 +316,11 @@ def test_the_verb(
     words = [f"file={kohya_file}", f"backbone={tiny_folder}", f"out={tmp_path / 'back'}"]
     assert main(["import", *words]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("kohya: 77 LoRA layers; largest difference")
-    assert lines[1].startswith(f"to start from it: run.start_from={tmp_path / 'back'} and methods")
-    assert lines[2] == str(tmp_path / "back")
+    assert lines[0].startswith("diffusers' load_lora_weights makes the same weights of 77 layers")
+    assert lines[1].startswith("kohya: 77 LoRA layers; the adapter's output differs from that")
+    recipe = tmp_path / "back.yaml"
+    assert lines[2].startswith(f"to start from it: python -m trainer fit recipe={recipe} ")
+    assert lines[3] == str(tmp_path / "back")
     assert main(["import", *words]) == BAD_RECIPE
     assert "exists; give a file that does not" in capsys.readouterr().err
     assert main(["import", words[0]]) == BAD_RECIPE
@@ -346,3 +394,102 @@ def test_truncation_reports_the_least_energy_and_leaves_biases() -> None:
     assert kept == pytest.approx(1 / 2)
     assert bundle.layers["c"] is biased
     assert [getattr(bundle.layers[name], "rank", None) for name in "ab"] == [1, 1]
+
+
+def test_a_recipe_beside_it_trains_on(
+    kohya_file: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trainer.config.load import load_recipe
+
+    out = tmp_path / "mine.safetensors"
+    import_file(kohya_file, str(tiny_folder), out, say=quiet)
+    recipe = load_recipe([f"recipe={tmp_path / 'mine.yaml'}", "data.class_word=dog"])
+    assert recipe.run.start_from == out
+    assert recipe.backbone_name == str(tiny_folder)
+    assert list(recipe.methods) == ["lora"]
+    assert recipe.tree["methods"]["lora"] == read_header(out)[0]["methods"]["lora"]
+    out.unlink()
+    with pytest.raises(ValueError, match=r"mine\.yaml exists"):
+        import_file(kohya_file, str(tiny_folder), out, say=quiet)
+
+
+def test_one_word_of_a_prompt_is_all_its_vectors(tiny: Any, tiny_folder: Path) -> None:
+    rows = {f"<cat>{end}": {"text_encoder": torch.randn(128)} for end in ("", "_1", "_2")}
+    add_to(tiny, Bundle({}, rows))
+    tokenizer = tiny.tokenizer
+    own = tokenizer.convert_tokens_to_ids([*rows])
+    for prompt in ("a <cat> here", "a <cat> <cat>_1 <cat>_2 here"):
+        ids = tiny.tokens([prompt]).input_ids[0].tolist()
+        start = ids.index(own[0])
+        assert ids[start : start + 3] == own
+        assert [ids.count(number) for number in own] == [1, 1, 1]
+    # as diffusers' pipeline does
+    wanted = tiny.pipeline().maybe_convert_prompt("a <cat> here", tokenizer)
+    assert with_all_vectors("a <cat> here", tokenizer.get_added_vocab()) == wanted
+
+
+def test_a_convolution_in_groups_is_refused_and_not_given_a_rank(sana: Any) -> None:
+    model = sana()
+    for rank in (4, 32, 80):
+        chosen = methods_of({"lora": {"sites": None, "layers": ["*conv_depth"], "rank": rank}})[
+            "lora"
+        ]
+        with pytest.raises(ValueError, match=r"conv_depth is a convolution in groups, on which no"):
+            chosen.apply(model)
+    layers = ["*conv_inverted", "*conv_point"]
+    methods_of({"lora": {"sites": None, "layers": layers}})["lora"].apply(model)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet.{}", "unet.base_model.model.{}", "base_model.model.unet.{}", "diffusion_model.{}",
+        "model.diffusion_model.{}", "lora_unet.{}", "{}", "base_model.model.{}", "lora_unet_{flat}",
+        "lycoris_{flat}", "lora_unet_{flat_old}", "lycoris_{flat_old}", "diffusion_model.{old}",
+        "model.diffusion_model.{old}", "{old}", "unet.{old}", "lora_unet.{old}",
+    ],
+)  # fmt: skip
+def test_names_of_a_unets_layer(name: str, tiny: Any) -> None:
+    own = "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    old = ldm(tiny.unet)[own]
+    flat, flat_old = own.replace(".", "_"), old.replace(".", "_")
+    found = Names(tiny).find(name.format(own, old=old, flat=flat, flat_old=flat_old))
+    assert found == (f"unet.{own}",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text_encoder.{}", "text_encoder.text_model.{}", "text_encoders.clip_l.text_model.{}",
+        "text_encoders.clip_l.transformer.text_model.{}", "clip_l.transformer.text_model.{}",
+        "clip_l.{}", "cond_stage_model.transformer.text_model.{}", "te1.text_model.{}",
+        "conditioner.embedders.0.transformer.text_model.{}", "lora_te.text_model.{}",
+        "text_encoder.base_model.model.text_model.{}", "base_model.model.text_model.{}",
+        "text_model.{}", "lora_te_text_model_{flat}", "lora_te1_text_model_{flat}",
+        "lora_te_{flat}", "lycoris_text_model_{flat}", "lycoris_{flat}",
+    ],
+)  # fmt: skip
+def test_names_of_a_text_encoders_layer(name: str, tiny: Any) -> None:
+    own = "encoder.layers.1.mlp.fc1"
+    found = Names(tiny).find(name.format(own, flat=own.replace(".", "_")))
+    assert found == (f"text_encoder.{own}",)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "other"),
+    [
+        ("text_encoders.clip_g.transformer.text_model.{}", "text_encoder_2", "clip_l"),
+        ("lora_te2_text_model_{flat}", "text_encoder_2", "te1"),
+        ("text_encoder_2.text_model.{}", "text_encoder_2", "text_encoder"),
+        ("te2.{}", "text_encoder_2", "te"),
+        ("lora_te1_text_model_{flat}", "text_encoder", "te2"),
+        ("text_encoder.{}", "text_encoder", "text_encoder_2"),
+    ],
+)
+def test_names_of_two_text_encoders(name: str, part: str, other: str, sdxl: Any, tiny: Any) -> None:
+    own = "encoder.layers.1.mlp.fc1"
+    spelled = name.format(own, flat=own.replace(".", "_"))
+    found = Names(sdxl()).find(spelled)
+    assert found in ((f"{part}.{own}",), (f"{part}.text_model.{own}",))
+    if part == "text_encoder_2":  # a model with one has no such layer
+        assert Names(tiny).find(spelled) is None

@@ -97,7 +97,7 @@ def test_folded_into_weights_it_does_the_same(
     [
         ({"rank": 17}, "rank 17 is above the 16 that unet.down_blocks.0.attentions.0"),
         ({"layers": ["*nothing"]}, "layers: '*nothing' matches no linear or convolution layer"),
-        ({"sites": None}, "sites, layers and text_encoder name no layer"),
+        ({"sites": None}, "sites, layers, text_encoder and text_layers name no layer"),
     ],
 )
 def test_refused_with_the_mend(options: dict[str, Any], message: str, tiny: Any) -> None:

@@ -28,6 +28,9 @@ Place = Literal["down", "mid", "up", "block"]
 Role = Literal["q", "k", "v", "out"]
 
 ROLES: tuple[Role, ...] = ("q", "k", "v", "out")
+# the layers of a text encoder: of its attention, and the first and last of its feed-forward blocks
+TextRole = Literal["q", "k", "v", "out", "fc1", "fc2"]
+TEXT_ROLES: tuple[TextRole, ...] = ("q", "k", "v", "out", "fc1", "fc2")
 TEMPORAL_MARKS = ("motion_modules", "temp_attentions", "attn_temp", "transformer_in", "temporal")
 UNET_PLACES: dict[str, Place] = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
 # `transformer_in` of the video U-Nets runs before the first down block, hence "block" first

@@ -69,7 +69,9 @@ class Family:
     tokenizer takes more. lower_case: whether prompts are read in lower case. traits: where things
     are in the denoiser and how it takes clips. comfyui_layers: by the
     class of a transformer, which of its layers ComfyUI reads under diffusers' names, a regular
-    expression. check: (facts of a folder) -> ValueError where the family cannot load it, without
+    expression. original_layers: by the class of a transformer, the layers by the names that the
+    model's first code has for them, several where that code keeps them in one; `{}` is the number
+    of a block. check: (facts of a folder) -> ValueError where the family cannot load it, without
     torch.
     """
 
@@ -86,6 +88,7 @@ class Family:
     traits: DenoiserTraits = UNDECLARED
     comfyui_layers: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[FolderContents], None] = _check_nothing
+    original_layers: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
 
 
 def text_arguments(condition: Condition) -> dict[str, Tensor | None]:

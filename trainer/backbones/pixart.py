@@ -195,6 +195,33 @@ def initialise_as_dit(
     nn.init.zeros_(transformer.proj_out.weight)
 
 
+# attention as the first code of PixArt and Sana names it
+ORIGINAL_ATTENTION = {
+    f"blocks.{{}}.{name}": tuple(f"transformer_blocks.{{}}.{layer}" for layer in layers)
+    for name, layers in {
+        "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+        "attn.proj": ("attn1.to_out.0",),
+        "cross_attn.q_linear": ("attn2.to_q",),
+        "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v"),
+        "cross_attn.proj": ("attn2.to_out.0",),
+    }.items()
+}
+ORIGINAL = ORIGINAL_ATTENTION | {
+    "blocks.{}.mlp.fc1": ("transformer_blocks.{}.ff.net.0.proj",),
+    "blocks.{}.mlp.fc2": ("transformer_blocks.{}.ff.net.2",),
+    "x_embedder.proj": ("pos_embed.proj",),
+    "y_embedder.y_proj.fc1": ("caption_projection.linear_1",),
+    "y_embedder.y_proj.fc2": ("caption_projection.linear_2",),
+    "t_embedder.mlp.0": ("adaln_single.emb.timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": ("adaln_single.emb.timestep_embedder.linear_2",),
+    "csize_embedder.mlp.0": ("adaln_single.emb.resolution_embedder.linear_1",),
+    "csize_embedder.mlp.2": ("adaln_single.emb.resolution_embedder.linear_2",),
+    "ar_embedder.mlp.0": ("adaln_single.emb.aspect_ratio_embedder.linear_1",),
+    "ar_embedder.mlp.2": ("adaln_single.emb.aspect_ratio_embedder.linear_2",),
+    "t_block.1": ("adaln_single.linear",),
+    "final_layer.linear": ("proj_out",),
+}
+
 FAMILY = Family(
     denoiser="transformer",
     pipelines=tuple(LENGTHS),
@@ -219,4 +246,5 @@ FAMILY = Family(
             r"|pos_embed\.proj|proj_out"
         )
     },
+    original_layers={"PixArtTransformer2DModel": ORIGINAL},
 )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from trainer.backbones.spec import BackboneSpec
+from trainer.backbones.word_vectors import with_all_vectors
 
 # how CLIP divides a text into words, as transformers has it
 CLIP_WORDS = (
@@ -88,6 +89,7 @@ def prompt_reader(spec: BackboneSpec, words: Sequence[str] = ()) -> PromptReader
     added = {str(token.content) for token in tokenizer.get_added_tokens_decoder().values()}
 
     def ids(text: str) -> Sequence[int]:
+        text = with_all_vectors(text, added)
         own = lower_but(text, added) if family.lower_case else text
         found: Sequence[int] = tokenizer.encode(own, add_special_tokens=False).ids
         return found

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from trainer.backbones.prompt_tokens import PromptReader, check_parts, lower_but
+from trainer.backbones.word_vectors import with_all_vectors
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,12 @@ class Prompts:
     def ids(self, text: str) -> list[int]:
         """The tokens of a text, without begin and end."""
         tokenizer = self.backbone.tokenizer
-        found: list[int] = tokenizer(self._cased(text), add_special_tokens=False).input_ids
+        found: list[int] = tokenizer(self.as_read(text), add_special_tokens=False).input_ids
         return found
 
     def tokens(self, prompts: Sequence[str]) -> Any:
         """input_ids and attention_mask (b parts, n), the parts of a prompt adjacent."""
-        tokenizer, texts = self.backbone.tokenizer, [self._cased(text) for text in prompts]
+        tokenizer, texts = self.backbone.tokenizer, [self.as_read(text) for text in prompts]
         if self.parts == 1:
             return tokenizer(
                 texts,
@@ -106,7 +107,8 @@ class Prompts:
         own = [vocabulary[word]] if word in vocabulary else self.ids(word)
         return [i for i in range(len(row)) if row[i : i + len(own)] == own]
 
-    def _cased(self, text: str) -> str:
-        if not self.backbone.declared.lower_case:
-            return text
-        return lower_but(text, self.backbone.tokenizer.get_added_vocab())
+    def as_read(self, text: str) -> str:
+        """As its tokenizer gets it: one word for several vectors followed by the others."""
+        added = self.backbone.tokenizer.get_added_vocab()
+        text = with_all_vectors(text, added)
+        return lower_but(text, added) if self.backbone.declared.lower_case else text

@@ -18,7 +18,12 @@ from trainer.backbones.folder_check import (
     check_width,
 )
 from trainer.backbones.folder_contents import FolderContents
-from trainer.backbones.pixart import encode_prompts, initialise_as_dit, text_classes
+from trainer.backbones.pixart import (
+    ORIGINAL_ATTENTION,
+    encode_prompts,
+    initialise_as_dit,
+    text_classes,
+)
 from trainer.backbones.spec import BackboneSpec
 
 if TYPE_CHECKING:
@@ -108,6 +113,19 @@ def initialise(transformer: Any) -> None:
     )
 
 
+ORIGINAL = ORIGINAL_ATTENTION | {
+    "blocks.{}.mlp.inverted_conv.conv": ("transformer_blocks.{}.ff.conv_inverted",),
+    "blocks.{}.mlp.depth_conv.conv": ("transformer_blocks.{}.ff.conv_depth",),
+    "blocks.{}.mlp.point_conv.conv": ("transformer_blocks.{}.ff.conv_point",),
+    "x_embedder.proj": ("patch_embed.proj",),
+    "y_embedder.y_proj.fc1": ("caption_projection.linear_1",),
+    "y_embedder.y_proj.fc2": ("caption_projection.linear_2",),
+    "t_embedder.mlp.0": ("time_embed.emb.timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": ("time_embed.emb.timestep_embedder.linear_2",),
+    "t_block.1": ("time_embed.linear",),
+    "final_layer.linear": ("proj_out",),
+}
+
 FAMILY = Family(
     denoiser="transformer",
     pipelines=("SanaPipeline",),
@@ -132,4 +150,5 @@ FAMILY = Family(
         time_width="time_embed.emb.timestep_embedder.linear_2",
         input="patch_embed.proj",
     ),
+    original_layers={"SanaTransformer2DModel": ORIGINAL},
 )

@@ -51,17 +51,44 @@ Delta = LowRankDelta | DoRADelta | FullDelta
 
 
 @dataclass(frozen=True)
+class Form:
+    """A dW as LoHa or LoKr makes it, with LyCORIS' names of its tensors, such as `hada_w1_a`.
+
+    type: `loha`, dW = scale * (w1_a w1_b) * (w2_a w2_b) (arXiv 2108.06098), or `lokr`, dW = scale *
+    w1 (x) w2 (arXiv 2309.14859), where w1 and w2 may be products of two matrices, and the cores t1,
+    t2 hold the kernel of a convolution.
+    """
+
+    type: str
+    tensors: Mapping[str, Tensor]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class Bundle:
     """What an adapter adds to a stock model.
 
     layers: by module path, as in `unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k`;
     tokens: the row (d,) of each new word, for each text encoder; known: the same for words of the
-    vocabulary whose embeddings were trained; dropped: the adapter's tensors that are none of these,
-    which must not matter to the output; notes: what a user should know about a file that was read.
+    vocabulary whose embeddings were trained; forms: by module path, how LoHa and LoKr make the
+    full delta that `layers` has there; dropped: the adapter's tensors that are none of these, which
+    must not matter to the output; notes: what a user should know about a file that was read.
     """
 
     layers: Mapping[str, Delta]
     tokens: Mapping[str, Mapping[str, Tensor]]
     known: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    forms: Mapping[str, Form] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)
+
+    def __or__(self, other: Bundle) -> Bundle:
+        """Both together; they hold different layers and words."""
+        return Bundle(
+            {**self.layers, **other.layers},
+            {**self.tokens, **other.tokens},
+            known={**self.known, **other.known},
+            forms={**self.forms, **other.forms},
+            dropped=self.dropped + other.dropped,
+            notes=self.notes + other.notes,
+        )

@@ -8,7 +8,14 @@ from trainer.common import pickles
 from trainer.config.header import HEADER
 from trainer.export import tokens
 from trainer.export.formats.diffusers import FILE
+from trainer.export.read_tokens import is_embedding
 from trainer.export.tensor_files import load_tensors
+
+READ = (
+    "these are read: LoRA, DoRA, LoHa and LoKr of diffusers, peft, sd-scripts, LyCORIS, OneTrainer "
+    "and ComfyUI, Custom Diffusion of diffusers, and embeddings"
+)
+COMFYUI = ("diffusion_model.", "model.diffusion_model.", "text_encoders.")
 
 
 def detect(path: Path) -> str:
@@ -34,7 +41,7 @@ def detect(path: Path) -> str:
         )
     if any("motion_modules." in key for key in keys):
         return "animatediff"
-    if tokens.is_embedding(loaded):
+    if is_embedding(loaded):
         return "embedding"
     if any("_custom_diffusion." in key for key in keys):
         return "custom_diffusion"
@@ -42,15 +49,14 @@ def detect(path: Path) -> str:
         return "diff"
     if any(key.startswith(("lora_unet_", "lora_te", "lycoris_")) for key in keys):
         return "kohya"
-    if any(key.startswith("diffusion_model.") for key in keys):
+    if any(key.startswith(COMFYUI) for key in keys):
         return "comfyui"
+    if any(mark in key for key in keys for mark in (".hada_", ".lokr_")):
+        return "kohya"
     if any("lora" in key for key in keys):
         return "diffusers"
-    raise ValueError(
-        f"file={path}: its keys, like {keys[0] if keys else '(none)'}, are of no known format; "
-        "these are read: LoRA and DoRA of diffusers, peft, sd-scripts and ComfyUI, Custom "
-        "Diffusion of diffusers, and embeddings"
-    )
+    first = keys[0] if keys else "(none)"
+    raise ValueError(f"file={path}: its keys, like {first}, are of no known format; {READ}")
 
 
 def _detect_folder(path: Path) -> str:

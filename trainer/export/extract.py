@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from trainer.attention.insertion import insertions
 from trainer.export.apply_bundle import layer_at, parts
-from trainer.export.bundle import Bundle, Delta, DoRADelta, FullDelta, LowRankDelta
+from trainer.export.bundle import Bundle, Delta, DoRADelta, Form, FullDelta, LowRankDelta
+from trainer.export.forms import of_layer
 from trainer.ops.adapters.inject import fold
 from trainer.ops.adapters.nf4 import unpacked
 from trainer.ops.adapters.token_rows import ExtendedEmbedding, relearned, relearned_words
@@ -34,6 +35,7 @@ def extract(adapted: Any, base: Any, stored: Iterable[str]) -> Bundle:
     new = inserted(adapted, base)
     left = {name for name in stored if not name.startswith(new)}
     layers: dict[str, Delta] = {}
+    forms: dict[str, Form] = {}
     for path, layer in _tuner_layers(adapted):
         if path.startswith(new):
             continue
@@ -42,11 +44,13 @@ def extract(adapted: Any, base: Any, stored: Iterable[str]) -> Bundle:
         own = {name for name in left if name.startswith(f"{path}.")}
         trained = any(name.startswith(f"{path}.base_layer.") for name in own)
         layers[path] = _of_tuner(layer, layer_at(base, path), trained)
+        if not trained and (form := of_layer(layer)):
+            forms[path] = form
         left -= own
     tokens, new_rows = _new_words(adapted)
     known, known_rows = _known_words(adapted)
     full, dropped = _full_deltas(adapted, base, left - new_rows - known_rows)
-    return Bundle(layers | full, tokens, known=known, dropped=dropped)
+    return Bundle(layers | full, tokens, known=known, forms=forms, dropped=dropped)
 
 
 def inserted(adapted: Any, base: Any) -> tuple[str, ...]:

@@ -43,6 +43,15 @@ def exact(weight: Tensor) -> LowRankDelta:
     return _shaped(down, up, weight.shape)
 
 
+def compact(weight: Tensor) -> LowRankDelta:
+    """dW (out, in, ...) as a pair of the lowest rank that gives it in fp32: what is left out is
+    below 1e-7 of its largest singular value."""
+    values = torch.linalg.svdvals(weight.flatten(1).double())
+    rank = max(int((values > 1e-7 * values[0]).sum()), 1)
+    whole = exact(weight)
+    return whole if rank >= whole.rank else _leading(weight.flatten(1), rank, weight.shape)[0]
+
+
 def truncated(bundle: Bundle, rank: int) -> tuple[Bundle, float]:
     """The bundle with every dW reduced to its `rank` largest singular directions, and the smallest
     share of its energy (the sum of the squared singular values) that a layer keeps.
@@ -61,7 +70,7 @@ def truncated(bundle: Bundle, rank: int) -> tuple[Bundle, float]:
         else:
             layers[path], kept = delta, 1.0
         least = min(least, kept)
-    return dataclasses.replace(bundle, layers=layers), least
+    return dataclasses.replace(bundle, layers=layers, forms={}), least
 
 
 def _is_matrix(delta: FullDelta) -> bool:

@@ -8,7 +8,6 @@ import re
 from typing import Any
 
 from trainer.backbones.families import family_names, find_family
-from trainer.export.apply_bundle import parts
 
 RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
@@ -110,7 +109,7 @@ def kohya(model: Any) -> dict[str, str]:
     if model.denoiser_name == "unet":
         for name in ldm(model.denoiser):
             if BLOCK.fullmatch(name) and not name.rpartition(".")[2].startswith("norm"):
-                found[f"unet.{name}"] = f"lora_unet_{_flat(name)}"
+                found[f"unet.{name}"] = f"lora_unet_{underscored(name)}"
     return found | _clip_keys(model)
 
 
@@ -119,7 +118,7 @@ def comfy(model: Any) -> dict[str, str]:
     found = {}
     rules = _comfyui_layers(type(model.denoiser).__name__)
     if model.denoiser_name == "unet":
-        found = {f"unet.{name}": f"lora_unet_{_flat(name)}" for name in ldm(model.denoiser)}
+        found = {f"unet.{name}": f"lora_unet_{underscored(name)}" for name in ldm(model.denoiser)}
     elif rules is not None:
         names = (name for name, _ in model.denoiser.named_modules())
         paths = [f"{model.denoiser_name}.{name}" for name in names if re.fullmatch(rules, name)]
@@ -139,29 +138,10 @@ def _clip_keys(model: Any) -> dict[str, str]:
         prefix = "lora_te" if len(model.text_encoders) == 1 else f"lora_te{number}"
         for name, _ in encoder.named_modules():
             if other := clip_name(part, name):
-                found[f"{part}.{name}"] = f"{prefix}_{_flat(other)}"
+                found[f"{part}.{name}"] = f"{prefix}_{underscored(other)}"
     return found
 
 
-def readable(model: Any) -> dict[str, str]:
-    """Module paths by key, for every spelling that is read."""
-    found: dict[str, str] = {}
-    for part, module in parts(model).items():
-        for name, layer in module.named_modules():
-            if getattr(layer, "weight", None) is not None:
-                path = f"{part}.{name}"
-                found[path] = found[long_name(path)] = path
-                if part == model.denoiser_name:
-                    found[f"lora_{part}_{_flat(name)}"] = found[f"lycoris_{_flat(name)}"] = path
-                    found[name] = found[f"base_model.model.{name}"] = path
-    for path, key in _clip_keys(model).items():
-        found[key] = found[key.replace("lora_te_", "lora_te1_")] = path
-    if model.denoiser_name == "unet":
-        for name, other in ldm(model.denoiser).items():
-            found[f"lora_unet_{_flat(other)}"] = f"unet.{name}"
-            found[f"diffusion_model.{other}"] = f"unet.{name}"
-    return found
-
-
-def _flat(name: str) -> str:
+def underscored(name: str) -> str:
+    """A dotted name joined with underscores."""
     return name.replace(".", "_")

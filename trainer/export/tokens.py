@@ -7,6 +7,7 @@ of the file, in a prompt, stands for its row. diffusers accepts no word that its
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,15 @@ from torch import Tensor
 from trainer.export.apply_bundle import add_to
 from trainer.export.bundle import Bundle
 from trainer.export.cannot_carry import CannotCarryError
+from trainer.export.read_tokens import CLIPS, EMBEDDINGS, WORD, read_tokens
 from trainer.export.tensor_files import load_tensors, save_tensors
-from trainer.ops.adapters.token_rows import known_id, relearned_words
-
-EMBEDDINGS = "embeddings"
-CLIPS = ("clip_l", "clip_g")  # the text encoders of SDXL in their order
-UNNAMED = ("emb_params", "*")  # keys that do not give the word; the file's name gives it
-WORD = "attention_trainer_token"  # the header entry with the word, where the keys name encoders
+from trainer.ops.adapters.token_rows import relearned_words
 
 
 def write_tokens(bundle: Bundle, folder: Path, dtype: torch.dtype, *, known: bool = False) -> None:
-    """Writes a file for each new word. Windows allows no `<` and `>` in the names of files, so
-    `<v1>` becomes `v1.safetensors`.
+    """Writes a file for each new word, with all its vectors: in UIs, one word in a prompt stands
+    for the vectors of one file. Windows allows no `<` and `>` in the names of files, so `<v1>`
+    becomes `v1.safetensors`.
 
     known: also write the words of the vocabulary whose embeddings were trained.
 
@@ -39,7 +37,7 @@ def write_tokens(bundle: Bundle, folder: Path, dtype: torch.dtype, *, known: boo
     words = bundle.known if known else {}
     if known:
         refuse_unnamable(bundle)
-    for word, rows in (*words.items(), *bundle.tokens.items()):
+    for word, rows in (*words.items(), *_joined(bundle.tokens).items()):
         letters = "".join(letter if letter.isalnum() else " " for letter in word).split()
         name = "-".join(letters) or "token"
         while name.lower() in taken:
@@ -58,6 +56,22 @@ def refuse_unnamable(bundle: Bundle) -> None:
             f"the embedding of {unnamable[0]!r} was trained, and UIs find it by the name of its "
             "file, which this word cannot be"
         )
+
+
+def _joined(tokens: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Mapping[str, Tensor]]:
+    """The words with all their vectors: those of `<v1>` and `<v1>_1`, (d,) each, as (2, d)."""
+    found: dict[str, Mapping[str, Tensor]] = {}
+    for word, rows in tokens.items():
+        start, _, number = word.rpartition("_")
+        if start in tokens and number.isdecimal() and int(number) > 0:
+            continue
+        following = takewhile(tokens.__contains__, (f"{word}_{i}" for i in count(1)))
+        vectors = [rows, *(tokens[own] for own in following)]
+        if len(vectors) == 1:
+            found[word] = rows
+        else:
+            found[word] = {part: torch.stack([v[part] for v in vectors]) for part in rows}
+    return found
 
 
 def files(folder: Path) -> list[Path]:
@@ -107,52 +121,3 @@ def known_words(model: Any) -> list[str]:
 def load_own(folder: Path, base: Any) -> None:
     """Adds a folder's words to the base without another tool's code."""
     add_to(base, read_tokens(files(folder), base))
-
-
-def read_tokens(paths: list[Path], base: Any) -> Bundle:
-    """The words of files in any of the spellings. Several rows in one file become `word`, `word_1`,
-    ... Words that the vocabulary has are the bundle's known ones.
-
-    Raises:
-        ValueError: a row's width is not that of the text encoder.
-    """
-    tokens: dict[str, dict[str, Tensor]] = {}
-    known: dict[str, dict[str, Tensor]] = {}
-    for path in paths:
-        tensors, metadata = load_tensors(path)
-        encoders = list(base.text_encoders)
-        if set(tensors) <= set(CLIPS):
-            word = metadata.get(WORD, f"<{path.stem}>")
-            rows = {part: tensors[key] for key, part in zip(CLIPS, encoders, strict=False)}
-        else:
-            ((key, row),) = tensors.items()
-            word, rows = f"<{path.stem}>" if key in UNNAMED else key, {encoders[0]: row}
-        for part, value in rows.items():
-            width = base.text_encoders[part].get_input_embeddings().embedding_dim
-            if value.shape[-1] != width:
-                raise ValueError(
-                    f"file={path}: the row of {word} is {value.shape[-1]} wide; the {part} of "
-                    f"backbone {base.name} has rows of {width}; the file was made for another "
-                    "backbone"
-                )
-            for number, vector in enumerate(value.reshape(-1, width)):
-                name = word if number == 0 else f"{word}_{number}"
-                found = known if _knows(base.tokenizers[part], name) else tokens
-                found.setdefault(name, {})[part] = vector
-    return Bundle({}, tokens, known=known)
-
-
-def _knows(tokenizer: Any, word: str) -> bool:
-    try:
-        known_id(tokenizer, word)
-    except ValueError:
-        return False
-    return True
-
-
-def is_embedding(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a file holds one word: a row or a few under one key that is not a layer's, or one row
-    for each text encoder."""
-    if set(tensors) <= set(CLIPS):
-        return bool(tensors)
-    return len(tensors) == 1 and all("." not in k and v.ndim <= 2 for k, v in tensors.items())

@@ -13,6 +13,7 @@ from trainer.common.version import own_version
 from trainer.export import tokens
 from trainer.export.card import Card
 from trainer.export.job import Job
+from trainer.export.read_tokens import EMBEDDINGS
 
 README = "README.md"
 STEPS = 25  # of the sampler, in the call
@@ -158,7 +159,7 @@ def word_text(card: Card, folder: Path) -> tuple[str, ...]:
         return ()
     stems = [path.stem for path in files]
     return (
-        f"Copy the files of `{tokens.EMBEDDINGS}/` to the UI's embeddings. There a word is called "
+        f"Copy the files of `{EMBEDDINGS}/` to the UI's embeddings. There a word is called "
         f"by the name of its file: {', '.join(f'`{stem}`' for stem in stems)} in UIs of the A1111 "
         f"family, `embedding:{stems[0]}` in ComfyUI.",
     )

@@ -195,7 +195,8 @@ def features(model: Backbone, prompts: Sequence[str], word: str | None) -> Tenso
     states = _read(model, prompts).cpu().double()
     wanted = None if word is None else tokenizer.convert_tokens_to_ids(word)
     for prompt, state in zip(prompts, states, strict=True):
-        ids = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
+        text, most = model.prompts.as_read(prompt), tokenizer.model_max_length
+        ids = tokenizer(text, truncation=True, max_length=most).input_ids
         begin = 1 if wanted is None else ids.index(wanted)
         found.append(state[begin : len(ids)])
     return torch.cat(found)

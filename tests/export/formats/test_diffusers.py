@@ -16,10 +16,11 @@ from trainer.export.bundle import Bundle, DoRADelta, LowRankDelta
 from trainer.export.export import export
 from trainer.export.formats import diffusers as form
 from trainer.export.import_ import import_file
+from trainer.export.peft_fields import strength
 from trainer.export.proof import LIMIT, Probe, difference
 from trainer.export.tokens import write_tokens
 
-PLAIN = pytest.mark.parametrize("name", ["lora", "pissa", "dora", "custom"])
+PLAIN = pytest.mark.parametrize("name", ["lora", "mlp", "pissa", "dora", "custom"])
 
 
 @PLAIN
@@ -132,7 +133,7 @@ def test_alpha_in_the_header_is_the_strength(
     ],
 )
 def test_the_factor_of_a_peft_configuration(fields: dict[str, Any], wanted: float) -> None:
-    assert form.strength(fields, "unet.mid_block.attn2.to_k", 4) == wanted
+    assert strength(fields, "unet.mid_block.attn2.to_k", 4) == wanted
 
 
 def test_lora_and_dora_in_one_part_are_refused() -> None:

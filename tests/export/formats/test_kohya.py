@@ -29,7 +29,7 @@ def quiet(line: str) -> None:
     pass
 
 
-@pytest.mark.parametrize("name", ["lora", "text", "pissa", "custom"])
+@pytest.mark.parametrize("name", ["lora", "text", "mlp", "pissa", "custom"])
 def test_read_by_diffusers_and_by_us(
     name: str, trained: Any, bundle_of: Any, tiny: Any, tmp_path: Path, same: Any
 ) -> None:
@@ -217,3 +217,42 @@ def test_half_precision_is_proven_first_and_then_rounded(
     wanted = probe(load_adapted(trained("lora"))[0])
     assert LIMIT < difference(probe(form.by_rules(out, tiny)), wanted) < 0.05
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("name", ["loha", "lokr", "full_lokr"])
+def test_lycoris_reads_loha_and_lokr(
+    name: str, trained: Any, tiny: Any, tiny_folder: Path, open_folder: Any, tmp_path: Path
+) -> None:
+    """In its own form, by its own loader; and our import makes the same adapter of the file."""
+    lycoris = pytest.importorskip("lycoris.kohya")
+    from foreign.case import live
+    from lycoris.config import PRESET
+
+    from trainer.ops.adapters.inject import fold
+    from trainer.runs.adapter import load_adapted
+
+    out = export(trained(name), tmp_path / "out", "kohya", say=quiet)
+    with safe_open(out / "out.safetensors", "pt") as file:
+        assert file.metadata()["ss_network_module"] == "lycoris.kohya"
+        assert any(".hada_w1_a" in key or ".lokr_w1" in key for key in file.keys())  # noqa: SIM118
+    adapted = load_adapted(trained(name))[0]
+    changed = [n for n, _ in adapted.named_parameters() if n.endswith("base_layer.weight")]
+    for part in (adapted.unet, adapted.text_encoder):
+        fold(part)
+    stock = open_folder(tiny_folder)
+    # it names a text encoder's layers as transformers 4 does
+    encoder = torch.nn.ModuleDict({"text_model": stock.text_encoder})
+    lycoris.LycorisNetworkKohya.apply_preset(PRESET["attn-only"])
+    network, _ = lycoris.create_network_from_weights(
+        1.0, str(out / "out.safetensors"), None, encoder, stock.unet
+    )
+    network.apply_to(encoder, stock.unet, True, True)
+    network.eval()
+    for path in (own.removesuffix(".base_layer.weight") for own in changed):
+        weight, _ = live(stock.get_submodule(path))
+        wanted = adapted.get_submodule(path).weight
+        torch.testing.assert_close(weight, wanted, rtol=0, atol=1e-6, msg=path)
+    back = import_file(out, str(tiny_folder), tmp_path / "back", say=quiet)
+    again, tree = load_adapted(back)
+    assert tree["methods"]["peft_adapter"]["type"] == name.removeprefix("full_")
+    assert torch.allclose(Probe(tiny, ())(again), Probe(tiny, ())(adapted), atol=1e-5)

@@ -52,8 +52,8 @@ def test_a_folder_of_the_denoiser_alone(
 def test_another_kind_of_adapter_is_refused(trained: Any, tiny: Any, tmp_path: Path) -> None:
     out = export(trained("pissa"), tmp_path / "out", "peft", say=quiet)
     config = out / "unet" / form.CONFIG
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "LOHA"}))
-    with pytest.raises(ValueError, match="peft_type is LOHA; only LORA can be read"):
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "OFT"}))
+    with pytest.raises(ValueError, match="peft_type is OFT; LORA, LOHA and LOKR can be read"):
         form.read(out, tiny)
 
 

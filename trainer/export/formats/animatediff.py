@@ -33,8 +33,9 @@ from trainer.export.formats import Format, comfyui, kohya
 from trainer.export.job import Job
 from trainer.export.motion import carries_motion
 from trainer.export.proof import Probe, difference
+from trainer.export.read_tokens import read_tokens
 from trainer.export.tensor_files import load_tensors, save_tensors
-from trainer.export.tokens import read_tokens, refuse_unnamable, token_remark, write_tokens
+from trainer.export.tokens import refuse_unnamable, token_remark, write_tokens
 from trainer.export.usage import Usage, word_lines, word_text
 from trainer.ops.adapters.nf4 import unpacked
 from trainer.ops.temporal.motion_names import PLACES, ours, theirs

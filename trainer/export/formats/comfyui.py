@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.export.bundle import Delta, DoRADelta, FullDelta
+from trainer.export.bundle import Delta, DoRADelta, Form, FullDelta, LowRankDelta
 from trainer.export.cannot_carry import CannotCarryError
 from trainer.export.factor import folded
 from trainer.export.formats import Format
 from trainer.export.formats.kohya import by_rules, common_alpha, pair, read
+from trainer.export.forms import file_tensors
 from trainer.export.job import Job
 from trainer.export.layer_names import FUSED, comfy
 from trainer.export.tensor_files import save_tensors
@@ -33,12 +34,18 @@ def refuse(job: Job) -> None:
 
 def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
     refuse(job)
-    save(job, folder, dtype, layers=job.bundle.layers, format_name="comfyui")
+    layers = {**job.bundle.layers, **job.bundle.forms}
+    save(job, folder, dtype, layers=layers, format_name="comfyui")
     write_tokens(job.bundle, folder, dtype, known=True)
 
 
 def save(
-    job: Job, folder: Path, dtype: torch.dtype, *, layers: Mapping[str, Delta], format_name: str
+    job: Job,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    layers: Mapping[str, Delta | Form],
+    format_name: str,
 ) -> None:
     """Writes layers under ComfyUI's names, into a file with the job's title.
 
@@ -47,7 +54,7 @@ def save(
     """
     refuse_unnamed(job, layers, format_name)
     keys = comfy(job.base)
-    alpha = common_alpha(item for item in layers.values() if not isinstance(item, FullDelta))
+    alpha = common_alpha(d for d in layers.values() if isinstance(d, LowRankDelta | DoRADelta))
     tensors: dict[str, Tensor] = {}
     for path, delta in layers.items():
         tensors |= _tensors(keys[path], delta, alpha)
@@ -55,7 +62,7 @@ def save(
         save_tensors(tensors, folder / f"{job.title}.safetensors", dtype=dtype)
 
 
-def refuse_unnamed(job: Job, layers: Mapping[str, Delta], format_name: str) -> None:
+def refuse_unnamed(job: Job, layers: Mapping[str, Delta | Form], format_name: str) -> None:
     """Raises `CannotCarryError` for a layer that ComfyUI has no name for."""
     keys = comfy(job.base)
     for path, delta in layers.items():
@@ -79,13 +86,15 @@ def lora_usage(job: Job, folder: Path) -> Usage:
     return Usage(text=(*text, *word_text(job.card, folder)))
 
 
-def _is_slice_of_bias(path: str, delta: Delta, key: str) -> bool:
+def _is_slice_of_bias(path: str, delta: Delta | Form, key: str) -> bool:
     """Whether the bias of a layer was trained that ComfyUI's own model keeps in a larger one."""
     biased = isinstance(delta, FullDelta) and delta.bias is not None
     return biased and key.startswith("transformer.") and FUSED.fullmatch(path) is not None
 
 
-def _tensors(key: str, delta: Delta, alpha: float) -> dict[str, Tensor]:
+def _tensors(key: str, delta: Delta | Form, alpha: float) -> dict[str, Tensor]:
+    if isinstance(delta, Form):
+        return file_tensors(key, delta)
     if isinstance(delta, FullDelta):
         changes = {"diff": delta.weight, "diff_b": delta.bias}
         return {f"{key}.{kind}": value for kind, value in changes.items() if value is not None}

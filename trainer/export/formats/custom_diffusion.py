@@ -8,7 +8,6 @@ that did not train are tensors of length zero, since safetensors cannot hold `{}
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from trainer.export.bundle import Bundle, Delta, FullDelta
 from trainer.export.cannot_carry import CannotCarryError
 from trainer.export.formats import Format
 from trainer.export.job import Job
+from trainer.export.read_tokens import read_beside
 from trainer.export.tensor_files import load_tensors, save_tensors
-from trainer.export.tokens import read_tokens, write_tokens
+from trainer.export.tokens import write_tokens
 from trainer.export.usage import Usage, stock_usage, word_lines
 
 FILE = "pytorch_custom_diffusion_weights.safetensors"
@@ -95,7 +95,7 @@ def read(path: Path, base: Any) -> Bundle:
     if file.is_file() or not path.is_dir():
         matrices = {key: value for key, value in load_tensors(file)[0].items() if value.numel()}
         layers = _differences(matrices, base)
-    return replace(read_tokens(tokens.files(path), base), layers=layers)
+    return Bundle(layers, {}) | read_beside(path, base)
 
 
 def _differences(tensors: dict[str, Tensor], base: Any) -> dict[str, Delta]:

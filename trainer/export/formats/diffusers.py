@@ -13,19 +13,18 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import MotionAdapter
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from trainer.export import motion, tensor_files, tokens
+from trainer.export import motion, tokens
 from trainer.export.apply_bundle import add_to
-from trainer.export.bundle import Bundle, Delta, DoRADelta, LowRankDelta
+from trainer.export.bundle import Bundle, DoRADelta, LowRankDelta
 from trainer.export.cannot_carry import CannotCarryError
 from trainer.export.factor import factored, folded
 from trainer.export.formats import Format
@@ -33,15 +32,17 @@ from trainer.export.job import Job
 from trainer.export.layer_names import long_name
 from trainer.export.motion import carries_motion
 from trainer.export.older_readers import for_older_readers
+from trainer.export.peft_fields import Fields, check_fields
+from trainer.export.read_file import read_file
 from trainer.export.refusal import can
-from trainer.export.tensor_files import load_tensors, save_tensors
-from trainer.export.tokens import read_tokens, write_tokens
+from trainer.export.tensor_files import save_tensors
+from trainer.export.tokens import write_tokens
 from trainer.export.usage import Usage, word_lines
 
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
+Layers = Mapping[str, LowRankDelta | DoRADelta]
 MODULES = "diffusion_pytorch_model.safetensors"  # of a `MotionAdapter`
-OLD = re.compile(r"\.(?:processor|self_attn)\.to_(q|k|v|out)_lora\.")
 
 
 def refuse(job: Job) -> None:
@@ -53,6 +54,7 @@ def refuse(job: Job) -> None:
 def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
     refuse(job)
     layers = factored(job.bundle, "diffusers")
+    layers = {**layers, **_recognised(layers, job.base)}
     if job.inserts:
         motion.adapter(job.adapted, dtype).save_pretrained(folder, safe_serialization=True)
     tensors: dict[str, Tensor] = {}
@@ -67,6 +69,29 @@ def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
     if job.bundle.known:
         _save_text_encoders(job, folder, dtype)
     write_tokens(job.bundle, folder, dtype)
+
+
+def _recognised(layers: Layers, base: Any) -> Layers:
+    """A change of zero on one output projection of a CLIP of which only feed-forward layers are
+    adapted: diffusers recognises the spelling of a text encoder by its attention alone."""
+    found: dict[str, LowRankDelta | DoRADelta] = {}
+    for part, encoder in base.text_encoders.items():
+        own = [path for path in layers if path.startswith(f"{part}.")]
+        if not own or any("attn" in path for path in own):
+            continue
+        last = layers[own[0]]
+        for name, layer in encoder.named_modules():
+            if name.endswith("self_attn.out_proj"):
+                down = torch.zeros(last.rank, layer.in_features)
+                up = torch.zeros(layer.out_features, last.rank)
+                dora = isinstance(last, DoRADelta)
+                found[f"{part}.{name}"] = (
+                    DoRADelta(down, up, layer.weight.norm(dim=1))
+                    if dora
+                    else LowRankDelta(down, up)
+                )
+                break
+    return found
 
 
 def _save_text_encoders(job: Job, folder: Path, dtype: torch.dtype) -> None:
@@ -177,50 +202,27 @@ def read(path: Path, base: Any) -> Bundle:
     """Reads a file, or a folder with `FILE` and `embeddings/`, in diffusers' current spelling or a
     former one."""
     file = path / FILE if path.is_dir() else path
-    layers: dict[str, Delta] = {}
+    found = read_file(file if file.is_file() or not path.is_dir() else None, path, base, own=fields)
     notes: tuple[str, ...] = ()
-    if file.is_file() or not path.is_dir():
-        tensors, metadata = load_tensors(file)
-        known = json.loads(metadata[METADATA]) if METADATA in metadata else {}
-        renamed = {_modern(key): value for key, value in tensors.items()}
-
-        def scale(name: str, delta: LowRankDelta | DoRADelta) -> float:
-            return strength(_of_part(known, name.partition(".")[0]), name, delta.rank)
-
-        layers, notes = tensor_files.deltas(renamed, base, scale)
     if path.is_dir() and (path / MODULES).is_file():
         notes += (f"its motion modules are read by methods.animatediff.weights={path}",)
     for part in base.text_encoders if path.is_dir() else ():
         if (path / part).is_dir():
             notes += (f"{part}/, with the trained embeddings of known words, is not read",)
-    return replace(read_tokens(tokens.files(path), base), layers=layers, notes=notes)
+    return replace(found, notes=found.notes + notes)
 
 
-def strength(fields: Mapping[str, Any], name: str, rank: int) -> float:
-    """A layer's factor alpha / r by a peft configuration (alpha / sqrt(r) for rsLoRA); 1 if the
-    configuration has no alpha."""
-    if "lora_alpha" not in fields:
-        return 1.0
-    patterns = fields.get("alpha_pattern") or {}
-    module = name.partition(".")[2]
-    alpha = patterns.get(get_pattern_key(list(patterns), module), fields["lora_alpha"])
-    return float(alpha) / (rank**0.5 if fields.get("use_rslora") else rank)
-
-
-def _of_part(known: Mapping[str, Any], part: str) -> dict[str, Any]:
-    return {k.partition(".")[2]: v for k, v in known.items() if k.partition(".")[0] == part}
-
-
-def _modern(key: str) -> str:
-    """A key in the current spelling. Formerly a denoiser's keys were like
-    `attn1.processor.to_q_lora.down`, and a text encoder's like `self_attn.to_q_lora.down`."""
-    match = OLD.search(key)
-    if match is None:
-        return key
-    if key[match.start() :].startswith(".processor"):
-        layer = "to_out.0" if match[1] == "out" else f"to_{match[1]}"
-        return f"{key[: match.start()]}.{layer}.lora.{key[match.end() :]}"
-    return f"{key[: match.start()]}.self_attn.{match[1]}_proj.lora.{key[match.end() :]}"
+def fields(metadata: Mapping[str, str]) -> Callable[[str], Fields]:
+    """The peft configuration of a layer's part by the layer's name, from a file's header; `{}` if
+    there is none."""
+    known = json.loads(metadata[METADATA]) if METADATA in metadata else {}
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in known.items():
+        part, _, name = key.partition(".")
+        parts.setdefault(part, {})[name] = value
+    for own in parts.values():
+        check_fields(own)
+    return lambda name: parts.get(name.partition(".")[0], {})
 
 
 def usage(job: Job, folder: Path) -> Usage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -14,17 +15,19 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from trainer.common.paths import bare_name
-from trainer.export import tensor_files, tokens
+from trainer.export import tokens
 from trainer.export.apply_bundle import add_to
-from trainer.export.bundle import Bundle, Delta, DoRADelta, LowRankDelta
+from trainer.export.bundle import Bundle, DoRADelta, Form, LowRankDelta
 from trainer.export.cannot_carry import CannotCarryError
 from trainer.export.card import SPEC
 from trainer.export.factor import factored
 from trainer.export.formats import Format
+from trainer.export.forms import file_tensors
 from trainer.export.job import Job
 from trainer.export.layer_names import kohya as keys_of
-from trainer.export.tensor_files import load_tensors, save_tensors
-from trainer.export.tokens import read_tokens, refuse_unnamable, token_remark, write_tokens
+from trainer.export.read_file import read_file
+from trainer.export.tensor_files import save_tensors
+from trainer.export.tokens import refuse_unnamable, token_remark, write_tokens
 from trainer.export.usage import Usage, stock_usage, word_lines, word_text
 
 GROWTH = 4  # the factor by which a file may grow for one rank
@@ -38,33 +41,43 @@ VERSIONS = {
 
 def refuse(job: Job) -> None:
     keys = keys_of(job.base)
-    for path, delta in factored(job.bundle, "kohya").items():
+    layers = _low_rank(job)
+    for path in (*layers, *job.bundle.forms):
         if path not in keys:
             raise CannotCarryError(
                 f"format=kohya cannot carry {path}: sd-scripts adapts only layers inside the "
                 "attention, residual and resampling blocks of U-Nets and inside CLIP, and would "
                 "skip it"
             )
-        if isinstance(delta, DoRADelta):
-            raise CannotCarryError(
-                "format=kohya cannot carry DoRA: readers of dora_scale compute the norm along "
-                "different axes, and diffusers ignores it"
-            )
+    if any(isinstance(delta, DoRADelta) for delta in layers.values()):
+        raise CannotCarryError(
+            "format=kohya cannot carry DoRA: readers of dora_scale compute the norm along "
+            "different axes, and diffusers ignores it"
+        )
     refuse_unnamable(job.bundle)
+
+
+def _low_rank(job: Job) -> Mapping[str, LowRankDelta | DoRADelta]:
+    """The layers that are written as low-rank pairs: all but LoHa and LoKr."""
+    forms = job.bundle.forms
+    others = {path: d for path, d in job.bundle.layers.items() if path not in forms}
+    return factored(replace(job.bundle, layers=others), "kohya")
 
 
 def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
     refuse(job)
-    layers = of_one_rank(factored(job.bundle, "kohya"))
+    layers = of_one_rank(_low_rank(job))
     keys = keys_of(job.base)
     alpha = common_alpha(layers.values())
     tensors: dict[str, Tensor] = {}
+    for path, form in job.bundle.forms.items():
+        tensors |= file_tensors(keys[path], form)
     for path, delta in layers.items():
         tensors |= pair(keys[path], delta, alpha)
     if tensors:
         tensors |= _with_out_proj(tensors)
         rounded = {k: v.to(dtype if v.ndim else torch.float32) for k, v in tensors.items()}
-        metadata = _header(job, layers, alpha) | _hashes(rounded)
+        metadata = _header(job, layers, alpha) | _of_lycoris(job.bundle.forms) | _hashes(rounded)
         file = folder / f"{job.title}.safetensors"
         save_tensors(rounded, file, dtype=dtype, metadata=metadata)
     write_tokens(job.bundle, folder, dtype, known=True)
@@ -115,7 +128,9 @@ def _with_out_proj(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Without one, diffusers does not recognise the spelling of the other layers and raises."""
     found: dict[str, Tensor] = {}
     for prefix in ("lora_te_", "lora_te1_", "lora_te2_"):
-        own = [key for key in tensors if key.startswith(prefix) and "_self_attn_" in key]
+        ups = [key for key in tensors if key.endswith(".lora_up.weight") and "_self_attn_" in key]
+        layers = [key.partition(".")[0] for key in ups if key.startswith(prefix)]
+        own = [key for key in tensors if key.partition(".")[0] in layers]
         if own and not any("_out_proj." in key for key in own):
             layer, _, _ = own[0].partition("_self_attn_")
             for key in own[:3]:  # one layer's three tensors
@@ -154,6 +169,13 @@ def _header(
     }
 
 
+def _of_lycoris(forms: Mapping[str, Form]) -> dict[str, str]:
+    """What the header of a file of LoHa or LoKr says instead: whose they are."""
+    kinds = sorted({form.type for form in forms.values()})
+    own = {"ss_network_module": "lycoris.kohya"}
+    return own | {"ss_network_args": json.dumps({"algo": kinds[0]})} if kinds else {}
+
+
 def _hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The hashes by which UIs identify a network: SHA-256 of everything after the header, and the
     older hash of the 64 KiB after the first MiB."""
@@ -182,10 +204,10 @@ def file_in(folder: Path) -> Path | None:
 
 def _load_lora_weights(folder: Path, base: Any) -> Any:
     """Loads the files with diffusers; None where its pipeline has no loader, or where the files
-    hold words that its tokenizer already has."""
+    hold LoHa or LoKr, or words that its tokenizer already has."""
     pipeline = base.pipeline()
-    known = read_tokens(tokens.files(folder), base).known
-    if known or not hasattr(pipeline, "load_lora_weights"):
+    bundle = read(folder, base)
+    if bundle.known or bundle.forms or not hasattr(pipeline, "load_lora_weights"):
         return None
     tokens.load_stock(folder, base)
     file = file_in(folder)
@@ -202,12 +224,7 @@ def by_rules(folder: Path, base: Any) -> Any:
 def read(path: Path, base: Any) -> Bundle:
     """Reads a file under diffusers' block names or latent diffusion's, or a folder with such a file
     and `embeddings/`."""
-    file = file_in(path) if path.is_dir() else path
-    layers: dict[str, Delta] = {}
-    notes: tuple[str, ...] = ()
-    if file is not None:
-        layers, notes = tensor_files.deltas(load_tensors(file)[0], base)
-    return replace(read_tokens(tokens.files(path), base), layers=layers, notes=notes)
+    return read_file(file_in(path) if path.is_dir() else path, path, base)
 
 
 def usage(job: Job, folder: Path) -> Usage:
@@ -219,7 +236,7 @@ def usage(job: Job, folder: Path) -> Usage:
             "`models/loras` in ComfyUI."
         )
         text = (place, *text)
-    if job.bundle.known or not hasattr(stock, "load_lora_weights"):
+    if job.bundle.known or job.bundle.forms or not hasattr(stock, "load_lora_weights"):
         return Usage(text=text)
     lines, imports = word_lines(folder, stock)
     if file is not None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,18 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from trainer.export import tensor_files, tokens
-from trainer.export.bundle import Bundle, Delta, DoRADelta, LowRankDelta
+from trainer.export import tokens
+from trainer.export.bundle import Bundle, DoRADelta
 from trainer.export.factor import factored, folded
 from trainer.export.formats import Format
 from trainer.export.formats.diffusers import config as config_of
-from trainer.export.formats.diffusers import part_config, strength
+from trainer.export.formats.diffusers import part_config
 from trainer.export.job import Job
+from trainer.export.peft_fields import MERGE, check_fields
+from trainer.export.read_layers import read_layers
+from trainer.export.read_tokens import read_beside
 from trainer.export.tensor_files import load_tensors, save_tensors
-from trainer.export.tokens import read_tokens, write_tokens
+from trainer.export.tokens import write_tokens
 from trainer.export.usage import Usage, stock_usage, word_lines
 from trainer.ops.adapters.inject import part_of
 
@@ -57,35 +59,58 @@ def _peft_model(folder: Path, base: Any) -> Any:
     return base
 
 
-def read(path: Path, base: Any) -> Bundle:
-    """Reads the folders that `write` makes, or a single one, which is then the denoiser's.
+def folders(path: Path, base: Any) -> dict[str, Path]:
+    """The folder of each part: those that `write` makes, or a single one, which is the denoiser's
+    unless it has a text encoder's name.
 
     Raises:
-        ValueError: there is no such folder, or an adapter is not LoRA.
+        ValueError: there is none.
     """
-    single = path / CONFIG if path.is_dir() else path.parent / CONFIG
-    found = [single] if single.is_file() else sorted(path.glob(f"*/{CONFIG}"))
+    single = path if path.is_dir() else path.parent
+    if (single / CONFIG).is_file():
+        named = single.name in base.text_encoders
+        return {single.name if named else base.denoiser_name: single}
+    found = {config.parent.name: config.parent for config in sorted(path.glob(f"*/{CONFIG}"))}
     if not found:
         raise ValueError(f"file={path}: there is no {CONFIG} here; give the folder that holds it")
-    layers: dict[str, Delta] = {}
-    notes: tuple[str, ...] = ()
-    for config in found:
-        fields = json.loads(config.read_text(encoding="utf-8"))
-        if fields.get("peft_type") != "LORA":
-            kind = fields.get("peft_type")
-            raise ValueError(f"file={config}: peft_type is {kind}; only LORA can be read")
-        part = base.denoiser_name if config == single else config.parent.name
-        tensors, _ = load_tensors(config.parent / WEIGHTS)
-        named = {f"{part}.{key.removeprefix(PREFIX)}": value for key, value in tensors.items()}
+    return found
 
-        def scale(
-            name: str, delta: LowRankDelta | DoRADelta, fields: dict[str, Any] = fields
-        ) -> float:
-            return strength(fields, name, delta.rank)
 
-        own, more = tensor_files.deltas(named, base, scale)
-        layers, notes = layers | own, notes + more
-    return replace(read_tokens(tokens.files(path), base), layers=layers, notes=notes)
+def read(path: Path, base: Any) -> Bundle:
+    """Reads LoRA, DoRA, LoHa and LoKr from the folders that `write` makes, or from a single one.
+
+    Raises:
+        ValueError: there is no such folder, or an adapter is of another kind.
+    """
+    found = folders(path, base)
+    bundle = Bundle({}, {})
+    single = path if path.is_dir() else path.parent
+    if single in found.values():  # its words are beside it, or beside its folder
+        for near in (single / WEIGHTS, single.parent / WEIGHTS):
+            bundle |= read_beside(near, base)
+    else:
+        bundle |= read_beside(path, base)
+    for part, folder in found.items():
+        bundle |= _of_part(part, folder, base)
+    return bundle
+
+
+def _of_part(part: str, folder: Path, base: Any) -> Bundle:
+    config = folder / CONFIG
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    if (kind := fields.get("peft_type")) not in ("LORA", "LOHA", "LOKR"):
+        raise ValueError(
+            f"file={config}: peft_type is {kind}; LORA, LOHA and LOKR can be read. {MERGE}"
+        )
+    if part != base.denoiser_name and part not in base.text_encoders:
+        raise ValueError(
+            f"file={config}: backbone {base.name} has no part {part}; it has "
+            f"{', '.join((base.denoiser_name, *base.text_encoders))}"
+        )
+    check_fields(fields)
+    tensors, _ = load_tensors(folder / WEIGHTS)
+    named = {f"{part}.{key.removeprefix(PREFIX)}": value for key, value in tensors.items()}
+    return read_layers(named, base, lambda name: fields)
 
 
 def usage(job: Job, folder: Path) -> Usage:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, field_validator
 
-from trainer.attention.sites import Role
+from trainer.attention.sites import Role, TextRole
 from trainer.methods.method import Edit, Method
 from trainer.methods.shared.options import SELECTOR, SiteSelector
 
@@ -43,8 +43,13 @@ class Targeted(Method):
         description="further linear and convolution layers of the denoiser, as globs over their "
         "names, as in *ff.net.2",
     )
-    text_encoder: tuple[Role, ...] = Field(
-        (), description="which layers of the text encoders' attention get an adapter"
+    text_encoder: tuple[TextRole, ...] = Field(
+        (),
+        description="which layers of the text encoders get an adapter: query, key, value and "
+        "output of attention, fc1 and fc2 of the feed-forward blocks",
+    )
+    text_layers: tuple[str, ...] = Field(
+        (), description="further linear layers of the text encoders, as layers"
     )
 
     def idle(self) -> dict[str, str]:
@@ -54,7 +59,12 @@ class Targeted(Method):
 
     def targets(self, model: AttentionModel) -> list[Target]:
         """The layers these options name; ValueError if they name none."""
-        from trainer.ops.adapters.inject import named_targets, site_targets, text_targets
+        from trainer.ops.adapters.inject import (
+            named_targets,
+            named_text_targets,
+            site_targets,
+            text_targets,
+        )
 
         found: list[Target] = []
         if self.sites is not None and self.projections:
@@ -63,10 +73,13 @@ class Targeted(Method):
             found += named_targets(model, self.layers)
         if self.text_encoder:
             found += text_targets(model, self.text_encoder)
+        if self.text_layers:
+            found += named_text_targets(model, self.text_layers)
         unique = list({target.path: target for target in reversed(found)}.values())[::-1]
         if not unique:
             raise ValueError(
-                "sites, layers and text_encoder name no layer; give one of them, as in sites=cross"
+                "sites, layers, text_encoder and text_layers name no layer; give one of them, as "
+                "in sites=cross"
             )
         return unique
 
@@ -105,7 +118,7 @@ class LowRank(Targeted):
         Raises:
             ValueError: they name none, or a rank is above what a layer can have.
         """
-        from trainer.ops.adapters.inject import layer_of, layer_sizes
+        from trainer.ops.adapters.inject import base_layer, layer_of, layer_sizes
 
         found = super().targets(model)
         for pattern in (*self.ranks, *self.alphas):
@@ -115,7 +128,13 @@ class LowRank(Targeted):
                     f"names like {found[0].path}"
                 )
         for target in found:
-            most = min(layer_sizes(layer_of(model, target)))
+            layer = base_layer(layer_of(model, target))
+            if getattr(layer, "groups", 1) > 1:
+                raise ValueError(
+                    f"{target.path} is a convolution in groups, on which no low rank works: the "
+                    "product of two matrices would mix the groups; leave it out of layers"
+                )
+            most = min(layer_sizes(layer))
             if self.rank_of(target) > most:
                 raise ValueError(
                     f"rank {self.rank_of(target)} is above the {most} that {target.path} can have; "
@@ -143,8 +162,8 @@ class LowRank(Targeted):
             lora_alpha=default,  # type: ignore[arg-type]  # any number does
             lora_dropout=self.dropout,
             target_modules=exactly(targets),
-            rank_pattern=_exceptions(targets, self.rank_of, self.rank),
-            alpha_pattern=_exceptions(targets, self.alpha_of, default),
+            rank_pattern=exceptions(targets, self.rank_of, self.rank),
+            alpha_pattern=exceptions(targets, self.alpha_of, default),
             use_rslora=self.rslora,
             **options,
         )
@@ -170,8 +189,8 @@ def edit_of(
     )
 
 
-def _exceptions(
-    targets: Sequence[Target], value: Callable[[Target], float], default: float
+def exceptions(
+    targets: Sequence[Target], value: Callable[[Target], float | None], default: float | None
 ) -> dict[str, Any]:
     """peft's pattern of the layers that differ: it tries every pattern on every layer."""
     differing = [target for target in targets if value(target) != default]

@@ -22,13 +22,14 @@ tensors are stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from trainer.common.suggest import nearest
 from trainer.methods.method import Edit, EditKind
-from trainer.methods.shared.lowrank import Targeted, edit_of
+from trainer.methods.shared.lowrank import Targeted, edit_of, exceptions
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
@@ -99,6 +100,12 @@ class PeftAdapter(Targeted):
         description="options of peft's configuration of that type, as in {r: 8, alpha: 8}",
     )
 
+    ranks: dict[str, Annotated[int, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="ranks of single layers by globs over their names, as of lora, for types whose "
+        "options have r",
+    )
+
     @field_validator("type")
     @classmethod
     def _known(cls, name: str) -> str:
@@ -118,6 +125,12 @@ class PeftAdapter(Targeted):
                 raise ValueError(
                     f"{self.type} calculates with W0, and methods.nf4 stores that of {target.path} "
                     f"in 4 bits; use {', '.join(OVER_4_BITS)}, or methods.nf4.skip"
+                )
+        for pattern in self.ranks:
+            if not any(fnmatchcase(target.path, pattern) for target in targets):
+                raise ValueError(
+                    f"{pattern!r} in ranks matches none of the chosen layers; they have names like "
+                    f"{targets[0].path}"
                 )
         added = inject(model, targets, self._config(), owner=self.name)
         parameters = dict(model.named_parameters())
@@ -148,7 +161,19 @@ class PeftAdapter(Targeted):
             for key, value in self.options.items()
             if value is not None  # options.r=null removes it
         }
-        return lambda targets: cls(target_modules=exactly(targets), **(defaults | checked))
+        if self.ranks and not {"r", "rank_pattern"} <= set(hints):
+            raise ValueError(f"{self.type} has no ranks of single layers; remove ranks")
+
+        def config(targets: Sequence[Target]) -> Any:
+            of_layers = exceptions(targets, self._rank_of, None)
+            ranks = {"rank_pattern": of_layers} if of_layers else {}
+            return cls(target_modules=exactly(targets), **(defaults | checked | ranks))
+
+        return config
+
+    def _rank_of(self, target: Target) -> int | None:
+        own = [value for glob, value in self.ranks.items() if fnmatchcase(target.path, glob)]
+        return own[-1] if own else None
 
 
 def _checked(key: str, value: Any, hints: Mapping[str, Any], known: Iterable[str]) -> Any:

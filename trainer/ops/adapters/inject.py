@@ -27,12 +27,15 @@ from trainer.ops.adapters.nf4 import is_packed, unpacked
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
-    from trainer.attention.sites import Role
+    from trainer.attention.sites import Role, TextRole
 
 SITE_LAYERS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
-# how CLIP and T5 encoders of transformers call the same four
+# how CLIP, T5 and Gemma encoders of transformers call the layers of attention, and the first and
+# last of the feed-forward block
 TEXT_LAYERS = {
-    "q": ("q_proj", "q"), "k": ("k_proj", "k"), "v": ("v_proj", "v"), "out": ("out_proj", "o"),
+    "q": ("q_proj", "q"), "k": ("k_proj", "k"), "v": ("v_proj", "v"),
+    "out": ("out_proj", "o_proj", "o"),
+    "fc1": ("fc1", "wi", "wi_0", "wi_1", "gate_proj", "up_proj"), "fc2": ("fc2", "wo", "down_proj"),
 }  # fmt: skip
 ADAPTABLE = (nn.Linear, nn.Conv2d)
 TASK = "-"  # between a method's name and the task's number; no method's name has it
@@ -65,26 +68,44 @@ def site_targets(model: AttentionModel, sites: str, roles: Sequence[Role]) -> li
 def named_targets(model: AttentionModel, patterns: Sequence[str]) -> list[Target]:
     """Linear and convolution layers of the denoiser by glob; a pattern without a match is an
     error."""
-    names = [
-        name
-        for name, layer in model.denoiser.named_modules()
-        if isinstance(base_layer(layer), ADAPTABLE)
-    ]
-    inside = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+    return _named(model, [model.denoiser_name], patterns, option="layers", kinds=ADAPTABLE)
+
+
+def named_text_targets(model: AttentionModel, patterns: Sequence[str]) -> list[Target]:
+    """Linear layers of the text encoders by glob; a pattern without a match is an error."""
+    parts = list(model.text_encoders)
+    return _named(model, parts, patterns, option="text_layers", kinds=(nn.Linear,))
+
+
+def _named(
+    model: AttentionModel,
+    parts: Sequence[str],
+    patterns: Sequence[str],
+    *,
+    option: str,
+    kinds: tuple[type[nn.Module], ...],
+) -> list[Target]:
+    every: list[Target] = []
+    for part in parts:
+        named = part_of(model, part).named_modules()
+        names = [name for name, layer in named if isinstance(base_layer(layer), kinds)]
+        inside = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
+        every += [Target(part, name) for name in inside]
     found: list[Target] = []
     for pattern in patterns:
-        matched = [name for name in inside if fnmatchcase(name, pattern)]
+        matched = [target for target in every if fnmatchcase(target.name, pattern)]
         if not matched:
+            what = "linear layer" if kinds == (nn.Linear,) else "linear or convolution layer"
+            examples = ", ".join(target.name for target in every[:3]) or "none, as there is none"
             raise ValueError(
-                f"layers: {pattern!r} matches no linear or convolution layer; they have names like "
-                f"{', '.join(inside[:3])}"
+                f"{option}: {pattern!r} matches no {what}; they have names like {examples}"
             )
-        found += [Target(model.denoiser_name, name) for name in matched]
+        found += matched
     return list(dict.fromkeys(found))
 
 
-def text_targets(model: AttentionModel, roles: Sequence[Role]) -> list[Target]:
-    """The attention projections of every text encoder."""
+def text_targets(model: AttentionModel, roles: Sequence[TextRole]) -> list[Target]:
+    """The layers of these roles in every text encoder."""
     found = []
     for part, encoder in model.text_encoders.items():
         for role in roles:
@@ -92,11 +113,12 @@ def text_targets(model: AttentionModel, roles: Sequence[Role]) -> list[Target]:
                 owner, _, last = name.rpartition(".")
                 attention = "attn" in owner.lower() or "attention" in owner.lower()
                 linear = isinstance(base_layer(layer), nn.Linear)
-                if attention and linear and last in TEXT_LAYERS[role]:
+                fits = attention != role.startswith("fc")
+                if fits and linear and last in TEXT_LAYERS[role]:
                     found.append(Target(part, name))
     if not found:
         raise ValueError(
-            "text_encoder: no attention projections found in "
+            f"text_encoder: no layers of {', '.join(roles)} found in "
             f"{', '.join(model.text_encoders) or 'this backbone, which has no text encoder'}"
         )
     return found

@@ -1,0 +1,30 @@
+"""Words of several vectors: one word in a prompt stands for all of them, each its own token."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from itertools import count, takewhile
+
+
+def vector_names(word: str, vectors: int) -> list[str]:
+    """The tokens of a word of so many vectors: `<v1>`, `<v1>_1`, ..., as diffusers calls them."""
+    return [word if number == 0 else f"{word}_{number}" for number in range(vectors)]
+
+
+def with_all_vectors(prompt: str, added: Collection[str]) -> str:
+    """A prompt in which every word that has several vectors is followed by the rest of them, as in
+    diffusers' `maybe_convert_prompt`. Where they follow already, it stays.
+
+    added: the words that were added to the vocabulary.
+    """
+    for word in added:
+        if f"{word}_1" not in added or word not in prompt:
+            continue
+        following = takewhile(added.__contains__, (f"{word}_{i}" for i in count(1)))
+        every = " ".join((word, *following))
+        start, end = (r"\b" if letter.isalnum() else "" for letter in (word[0], word[-1]))
+        own = re.escape(word)
+        alone = rf"{start}{own}{end}(?!_\d)(?!\s*{own}_1)"
+        prompt = re.sub(alone, every.replace("\\", r"\\"), prompt)
+    return prompt
