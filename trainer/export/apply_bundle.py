@@ -53,6 +53,9 @@ def add_to(base: Any, bundle: Bundle) -> Any:
             layer.weight.add_(change.weight)
         if change.bias is not None:
             layer.bias.add_(change.bias)
+    own = dict(base.named_parameters())
+    for name, moved in bundle.bare.items():
+        own[name].add_(moved)
     for word, rows in bundle.known.items():
         for part, row in rows.items():
             table: Any = base.text_encoders[part].get_input_embeddings()

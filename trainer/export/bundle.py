@@ -71,7 +71,8 @@ class Bundle:
     layers: by module path, as in `unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k`;
     tokens: the row (d,) of each new word, for each text encoder; known: the same for words of the
     vocabulary whose embeddings were trained; forms: by module path, how LoHa and LoKr make the
-    full delta that `layers` has there; dropped: the adapter's tensors that are none of these, which
+    full delta that `layers` has there; bare: the changes of parameters that belong to no layer, by
+    their names; dropped: the adapter's tensors that are none of these, which
     must not matter to the output; notes: what a user should know about a file that was read.
     """
 
@@ -79,6 +80,7 @@ class Bundle:
     tokens: Mapping[str, Mapping[str, Tensor]]
     known: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     forms: Mapping[str, Form] = field(default_factory=dict)
+    bare: Mapping[str, Tensor] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)
 
@@ -89,6 +91,7 @@ class Bundle:
             {**self.tokens, **other.tokens},
             known={**self.known, **other.known},
             forms={**self.forms, **other.forms},
+            bare={**self.bare, **other.bare},
             dropped=self.dropped + other.dropped,
             notes=self.notes + other.notes,
         )

@@ -70,7 +70,9 @@ def recipe_of(bundle: Bundle, base: Any) -> dict[str, dict[str, Any]]:
     full = [
         p for p, d in bundle.layers.items() if isinstance(d, FullDelta) if p not in bundle.forms
     ]
-    if full:
+    if bundle.bare:
+        tree["full"] = {"denoiser": True, "text_encoder": any(not _inside(p, base) for p in full)}
+    elif full:
         name, options = _full(full, base)
         tree[name] = options
     if bundle.tokens:
@@ -80,6 +82,10 @@ def recipe_of(bundle: Bundle, base: Any) -> dict[str, dict[str, Any]]:
     if not tree:
         raise ValueError("the file changes nothing; there is nothing to start from")
     return tree
+
+
+def _inside(path: str, base: Any) -> bool:
+    return path.startswith(f"{base.denoiser_name}.")
 
 
 def _ranks(ranks: Mapping[str, int]) -> dict[str, Any]:
@@ -157,6 +163,8 @@ def tensors_of(
 
 def _put_layers(tensors: dict[str, Tensor], bundle: Bundle) -> None:
     """Puts a bundle's deltas into the tensors of an adapter."""
+    for name, moved in bundle.bare.items():
+        tensors[name] += moved
     for path, delta in bundle.layers.items():
         if path in bundle.forms:
             continue

@@ -49,8 +49,10 @@ def extract(adapted: Any, base: Any, stored: Iterable[str]) -> Bundle:
         left -= own
     tokens, new_rows = _new_words(adapted)
     known, known_rows = _known_words(adapted)
-    full, dropped = _full_deltas(adapted, base, left - new_rows - known_rows)
-    return Bundle(layers | full, tokens, known=known, forms=forms, dropped=dropped)
+    names = left - new_rows - known_rows
+    bare = _bare_changes(adapted, base, names)
+    full, dropped = _full_deltas(adapted, base, names - bare.keys())
+    return Bundle(layers | full, tokens, known=known, forms=forms, bare=bare, dropped=dropped)
 
 
 def inserted(adapted: Any, base: Any) -> tuple[str, ...]:
@@ -156,6 +158,14 @@ def _full_deltas(
         if weight is not None or bias is not None:
             found[path] = FullDelta(weight, bias)
     return found, tuple(sorted(names - known))
+
+
+def _bare_changes(adapted: Any, base: Any, names: set[str]) -> dict[str, Tensor]:
+    """The changes of those parameters of `names` that the base has outside its layers."""
+    own, old = dict(adapted.named_parameters()), dict(base.named_parameters())
+    bare = [name for name in names if name in old and not name.endswith((".weight", ".bias"))]
+    changes = {name: _changed(own[name], old[name]) for name in sorted(bare)}
+    return {name: change for name, change in changes.items() if change is not None}
 
 
 def _changed(new: Tensor, old: Tensor) -> Tensor | None:

@@ -20,6 +20,7 @@ def factored(bundle: Bundle, format_name: str) -> Mapping[str, LowRankDelta | Do
     Raises:
         CannotCarryError: a bias or a norm's weight was trained, which is no product of matrices.
     """
+    refuse_bare(bundle, format_name)
     found: dict[str, LowRankDelta | DoRADelta] = {}
     for path, delta in bundle.layers.items():
         if isinstance(delta, FullDelta):
@@ -32,6 +33,15 @@ def factored(bundle: Bundle, format_name: str) -> Mapping[str, LowRankDelta | Do
             delta = exact(delta.weight)
         found[path] = delta
     return found
+
+
+def refuse_bare(bundle: Bundle, format_name: str) -> None:
+    """Raises `CannotCarryError` for a trained parameter that belongs to no layer."""
+    if bundle.bare:
+        raise CannotCarryError(
+            f"format={format_name} cannot carry the trained {next(iter(bundle.bare))}, "
+            f"{len(bundle.bare)} such: it holds what belongs to layers only"
+        )
 
 
 def exact(weight: Tensor) -> LowRankDelta:

@@ -26,10 +26,10 @@ INSIDE = re.compile(
     r"proj_in|proj_out|norm"
     r"|transformer_blocks\.\d+\.(norm[123]|attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))"
 )
+BARE = re.compile(r"(?:transformer_blocks\.(\d+)\.)?scale_shift_table")
 CLIP = re.compile(
     r"(?:text_model\.)?(encoder\.layers\.\d+\.(?:self_attn\.[qkv]_proj|self_attn\.out_proj|mlp\.fc[12]))"
 )
-FUSED = re.compile(r".*\.(to_[qkv]|add_[qkv]_proj)")  # slices of one matrix in ComfyUI's own model
 
 
 def ldm(unet: Any) -> dict[str, str]:
@@ -124,6 +124,45 @@ def comfy(model: Any) -> dict[str, str]:
         paths = [f"{model.denoiser_name}.{name}" for name in names if re.fullmatch(rules, name)]
         found = {path: f"transformer.{path.partition('.')[2]}" for path in paths}
     return found | _clip_keys(model)
+
+
+def fused_layers(model: Any) -> dict[str, tuple[str, ...]]:
+    """ComfyUI's keys of the layers that it keeps as one, to their module paths here, in the order
+    of its rows."""
+    part = model.denoiser_name
+    names = original_names(model.denoiser)
+    return {
+        f"diffusion_model.{key}": tuple(f"{part}.{layer}" for layer in layers)
+        for key, layers in names.items()
+        if len(layers) > 1
+    }
+
+
+def comfy_parameters(model: Any) -> dict[str, str]:
+    """ComfyUI's keys of a denoiser's parameters that belong to no layer, by their names here."""
+    if model.denoiser_name == "unet" or _comfyui_layers(type(model.denoiser).__name__) is None:
+        return {}
+    found = {}
+    for name, _ in model.denoiser.named_parameters():
+        match = BARE.fullmatch(name)
+        if match is not None:
+            place = f"blocks.{match[1]}" if match[1] else "final_layer"
+            found[f"{model.denoiser_name}.{name}"] = f"diffusion_model.{place}.scale_shift_table"
+    return found
+
+
+def original_names(denoiser: Any) -> dict[str, tuple[str, ...]]:
+    """The names that a transformer's first code has for its layers, as its family declares them,
+    block by block; `{}` in a declaration stands for the number of a block."""
+    kind = type(denoiser).__name__
+    declared = (find_family(name).original_layers.get(kind) for name in family_names())
+    table = next((names for names in declared if names is not None), {})
+    blocks = range(len(getattr(denoiser, "transformer_blocks", ())))
+    return {
+        name.format(block): tuple(layer.format(block) for layer in layers)
+        for name, layers in table.items()
+        for block in (blocks if "{}" in name else (0,))
+    }
 
 
 def _comfyui_layers(transformer: str) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from trainer.export.apply_bundle import layer_at
 from trainer.export.bundle import Bundle, Delta, DoRADelta, Form, FullDelta, LowRankDelta
 from trainer.export.forms import form_of, rank_of, weight_of
+from trainer.export.layer_names import comfy_parameters
 from trainer.export.peft_fields import Fields, rank_in, strength, without_start
 from trainer.export.read_names import Names
 from trainer.export.tensor_kinds import MERGE, check_complete, kinds_by_layer
@@ -53,6 +54,10 @@ def read_layers(
         ValueError: a tensor of an unknown kind, a pair with only one matrix, or a layer that the
             backbone does not have or has in another shape.
     """
+    names = comfy_parameters(base)
+    bare = {name: tensors[f"{key}.diff"] for name, key in names.items() if f"{key}.diff" in tensors}
+    keys = {f"{names[name]}.diff" for name in bare}
+    tensors = {key: value for key, value in tensors.items() if key not in keys}
     by_layer = kinds_by_layer(tensors)
     check_complete(by_layer)
     where = _places(by_layer, base)
@@ -70,10 +75,18 @@ def read_layers(
             part = _fitting(part, layer, base.name)
             if not isinstance(part, FullDelta):
                 part = without_start(own or {}, part, layer.module.weight)
-            if not isinstance(part, LowRankDelta) or part.up.any():
+            if _changes(part):
                 layers[layer.path] = part
     note = f"{without_alpha} layers have no alpha: their rank is used, which is a factor of 1"
-    return Bundle(layers, {}, forms=forms, notes=(note,) if without_alpha else ())
+    notes = (note,) if without_alpha else ()
+    return Bundle(layers, {}, forms=forms, bare=bare, notes=notes)
+
+
+def _changes(part: Delta) -> bool:
+    """Whether a delta is not zero: pairs of zeros, and zeros in a fused layer, fill a file up."""
+    if isinstance(part, FullDelta):
+        return any(value is not None and bool(value.any()) for value in (part.weight, part.bias))
+    return isinstance(part, DoRADelta) or bool(part.up.any())
 
 
 def _places(by_layer: Mapping[str, object], base: Any) -> dict[str, list[Layer]]:

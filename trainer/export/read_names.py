@@ -13,8 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from trainer.backbones.families import family_names, find_family
-from trainer.export.layer_names import ldm, underscored
+from trainer.export.layer_names import ldm, original_names, underscored
 
 WRAPPERS = ("base_model.model.", "module.", "_orig_mod.", "model.")
 DENOISER = re.compile(r"(?:lora_)?(?:unet|transformer|diffusion_model|denoiser|dit)\.")
@@ -121,24 +120,10 @@ def _denoiser_names(model: Any) -> dict[str, Paths]:
             layers = tuple(f"{owner}.{leaf}" for leaf in leaves)
             if known.issuperset(layers):
                 found[f"{owner}.{fused}"] = tuple(f"{part}.{layer}" for layer in layers)
-    others = _original(denoiser)
+    others = original_names(denoiser)
     if part == "unet":
         others |= {name: (layer,) for layer, name in ldm(denoiser).items()}
     for name, layers in others.items():
         if known.issuperset(layers):
             found.setdefault(name, tuple(f"{part}.{layer}" for layer in layers))
     return found
-
-
-def _original(denoiser: Any) -> dict[str, Paths]:
-    """The layers of a transformer by the names that its first code has for them, as its family
-    declares them; `{}` in both stands for the number of a block."""
-    kind = type(denoiser).__name__
-    declared = (find_family(name).original_layers.get(kind) for name in family_names())
-    names = next((table for table in declared if table is not None), {})
-    blocks = range(len(getattr(denoiser, "transformer_blocks", ())))
-    return {
-        name.format(block): tuple(layer.format(block) for layer in layers)
-        for name, layers in names.items()
-        for block in (blocks if "{}" in name else (0,))
-    }

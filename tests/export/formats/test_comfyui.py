@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from trainer.export.cannot_carry import CannotCarryError
 from trainer.export.export import export
+from trainer.export.find_format import find_format
 from trainer.export.formats import comfyui
 from trainer.export.formats.kohya import read
 from trainer.export.import_ import import_file
@@ -80,12 +82,44 @@ def test_a_pixart_transformer_has_names(
     same(read(tmp_path / "out", job.base), job.bundle, job.base)
 
 
-def test_a_bias_inside_a_fused_one_is_refused(
-    pixart: Any, job_of: Callable[..., Any], tmp_path: Path
+def test_biases_of_fused_layers_are_written_with_the_whole_layer(
+    pixart: Any, job_of: Callable[..., Any], read_back: Any, tmp_path: Path, same: Any
 ) -> None:
+    """ComfyUI keeps q, k, v in one layer; its loader finds no slice of a bias."""
     job = job_of(pixart, {"selective": {"sites": "all", "projections": ["k"]}})
-    with pytest.raises(ValueError, match=r"trained bias of transformer\.\S+: in ComfyUI it"):
-        comfyui.write(job, tmp_path, torch.float32)
+    assert max(read_back("comfyui", job, tmp_path / "out").values()) <= LIMIT
+    tensors = load_file(tmp_path / "out" / "title.safetensors")
+    changed = {path: delta.weight for path, delta in job.bundle.layers.items()}
+    k = changed["transformer.transformer_blocks.1.attn1.to_k"]
+    qkv = tensors["diffusion_model.blocks.1.attn.qkv.diff"]
+    torch.testing.assert_close(qkv, torch.cat([torch.zeros_like(k), k, torch.zeros_like(k)]))
+    bias = job.bundle.layers["transformer.transformer_blocks.1.attn2.to_k"].bias
+    kv = tensors["diffusion_model.blocks.1.cross_attn.kv_linear.diff_b"]
+    torch.testing.assert_close(kv, torch.cat([bias, torch.zeros_like(bias)]))
+    assert not [key for key in tensors if not key.startswith("diffusion_model.")]
+    same(read(tmp_path / "out", job.base), job.bundle, job.base)
+
+
+@pytest.mark.parametrize("name", ["comfyui", "diff"])
+def test_a_pixart_all_of_whose_weights_were_trained(
+    name: str, pixart: Any, job_of: Callable[..., Any], read_back: Any, tmp_path: Path
+) -> None:
+    """Also the tables of shifts and scales, which belong to no layer."""
+    job = job_of(pixart, {"full": {}})
+    assert not job.bundle.dropped
+    assert max(read_back(name, job, tmp_path / "out").values()) <= LIMIT
+    tensors = load_file(tmp_path / "out" / "title.safetensors")
+    table = "scale_shift_table"
+    for key, path in (
+        (f"blocks.1.{table}", f"transformer_blocks.1.{table}"),
+        (f"final_layer.{table}", table),
+    ):
+        change = job.bundle.bare[f"transformer.{path}"]
+        assert change.abs().max() > 0
+        torch.testing.assert_close(tensors[f"diffusion_model.{key}.diff"], change)
+    for other in ("peft", "kohya", "custom_diffusion"):
+        with pytest.raises(CannotCarryError):
+            find_format(other).refuse(job)
 
 
 def test_a_network_it_has_no_names_for_is_refused(

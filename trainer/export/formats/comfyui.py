@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainer.export.apply_bundle import full_delta, layer_at
 from trainer.export.bundle import Delta, DoRADelta, Form, FullDelta, LowRankDelta
 from trainer.export.cannot_carry import CannotCarryError
 from trainer.export.factor import folded
@@ -16,10 +18,11 @@ from trainer.export.formats import Format
 from trainer.export.formats.kohya import by_rules, common_alpha, pair, read
 from trainer.export.forms import file_tensors
 from trainer.export.job import Job
-from trainer.export.layer_names import FUSED, comfy
+from trainer.export.layer_names import comfy, comfy_parameters, fused_layers
 from trainer.export.tensor_files import save_tensors
 from trainer.export.tokens import refuse_unnamable, token_remark, write_tokens
 from trainer.export.usage import Usage, word_text
+from trainer.ops.adapters.nf4 import unpacked
 
 
 def refuse(job: Job) -> None:
@@ -55,27 +58,55 @@ def save(
     refuse_unnamed(job, layers, format_name)
     keys = comfy(job.base)
     alpha = common_alpha(d for d in layers.values() if isinstance(d, LowRankDelta | DoRADelta))
-    tensors: dict[str, Tensor] = {}
+    tensors, inside = _fused(job, layers)
     for path, delta in layers.items():
-        tensors |= _tensors(keys[path], delta, alpha)
+        if path not in inside:
+            tensors |= _tensors(keys[path], delta, alpha)
+    bare = comfy_parameters(job.base)
+    tensors |= {f"{bare[name]}.diff": change for name, change in job.bundle.bare.items()}
     if tensors:
         save_tensors(tensors, folder / f"{job.title}.safetensors", dtype=dtype)
 
 
 def refuse_unnamed(job: Job, layers: Mapping[str, Delta | Form], format_name: str) -> None:
-    """Raises `CannotCarryError` for a layer that ComfyUI has no name for."""
-    keys = comfy(job.base)
-    for path, delta in layers.items():
-        if path not in keys:
+    """Raises `CannotCarryError` for a layer or a parameter that ComfyUI has no name for."""
+    known = comfy(job.base).keys() | comfy_parameters(job.base).keys()
+    for path in (*layers, *job.bundle.bare):
+        if path not in known:
             raise CannotCarryError(
                 f"format={format_name} cannot carry {path}: ComfyUI has no name for it in a "
                 f"{type(job.base.denoiser).__name__}"
             )
-        if _is_slice_of_bias(path, delta, keys[path]):
-            raise CannotCarryError(
-                f"format={format_name} cannot carry the trained bias of {path}: in ComfyUI it is a "
-                "slice of a larger one, which its loader cannot change"
-            )
+
+
+@torch.no_grad()
+def _fused(
+    job: Job, layers: Mapping[str, Delta | Form]
+) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """Full deltas of layers that ComfyUI keeps as one, where the bias of one of them changed: its
+    loader finds a slice's weight by diffusers' name, but no slice of a bias. Also the layers that
+    are in them."""
+    tensors: dict[str, Tensor] = {}
+    inside: set[str] = set()
+    for key, paths in fused_layers(job.base).items():
+        own = [layers.get(path) for path in paths]
+        if not any(isinstance(delta, FullDelta) and delta.bias is not None for delta in own):
+            continue
+        weights, biases = [], []
+        for path, delta in zip(paths, own, strict=True):
+            layer: Any = unpacked(layer_at(job.base, path))
+            if isinstance(delta, Form):
+                delta = job.bundle.layers[path]
+            change = full_delta(delta or FullDelta(None), layer)
+            weights.append(_or_zeros(change.weight, layer.weight))
+            biases.append(_or_zeros(change.bias, layer.bias))
+        tensors |= {f"{key}.diff": torch.cat(weights), f"{key}.diff_b": torch.cat(biases)}
+        inside |= set(paths)
+    return tensors, frozenset(inside)
+
+
+def _or_zeros(change: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if change is None else change
 
 
 def lora_usage(job: Job, folder: Path) -> Usage:
@@ -84,12 +115,6 @@ def lora_usage(job: Job, folder: Path) -> Usage:
     place = f'In ComfyUI: copy `{file}` to `models/loras` and choose it in the node "Load LoRA".'
     text = (place,) if (folder / file).is_file() else ()
     return Usage(text=(*text, *word_text(job.card, folder)))
-
-
-def _is_slice_of_bias(path: str, delta: Delta | Form, key: str) -> bool:
-    """Whether the bias of a layer was trained that ComfyUI's own model keeps in a larger one."""
-    biased = isinstance(delta, FullDelta) and delta.bias is not None
-    return biased and key.startswith("transformer.") and FUSED.fullmatch(path) is not None
 
 
 def _tensors(key: str, delta: Delta | Form, alpha: float) -> dict[str, Tensor]:

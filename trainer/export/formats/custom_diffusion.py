@@ -18,6 +18,7 @@ from trainer.export import tokens
 from trainer.export.apply_bundle import layer_at
 from trainer.export.bundle import Bundle, Delta, FullDelta
 from trainer.export.cannot_carry import CannotCarryError
+from trainer.export.factor import refuse_bare
 from trainer.export.formats import Format
 from trainer.export.job import Job
 from trainer.export.read_tokens import read_beside
@@ -50,6 +51,7 @@ def _cross(bundle: Bundle, base: Any) -> dict[str, Tensor]:
     """The new matrices of every site that changed, under the names of diffusers' processors."""
     if not hasattr(base.denoiser, "load_attn_procs"):
         raise CannotCarryError("format=custom_diffusion is for U-Nets only")
+    refuse_bare(bundle, "custom_diffusion")
     sites: dict[str, set[str]] = {}
     for path, delta in bundle.layers.items():
         name = path.removeprefix(f"{base.denoiser_name}.")
