@@ -27,7 +27,7 @@ from tars import pack
 from trainer.__main__ import main
 from trainer.cli.sample import slug
 from trainer.common import secrets
-from trainer.common.exit_codes import DAMAGED
+from trainer.common.exit_codes import BAD_RECIPE, DAMAGED
 from trainer.config.header import HEADER, read_header
 from trainer.config.run_section import RunSpec
 from trainer.config.schema import RecipeError
@@ -575,18 +575,18 @@ def test_checkpoint_of_a_stranger(
         manifest["recipe"]["data"] = {"source": "${oc.env:HF_TOKEN}"}
 
     resealed(run, change)
-    words = [*WORDS, f"backbone={tiny_folder}", f"run={run}", "tracker=none", "preview.prompts=[]"]
-    assert main(["fit", *words]) == 0
+    words = [*WORDS, f"backbone={tiny_folder}", "tracker=none", "preview.prompts=[]"]
+    assert main(["fit", *words, f"run={run}"]) == BAD_RECIPE
     said = "".join(capfd.readouterr())
-    assert "resumes with another data than it began with" in said
-    assert "resumes with another methods than it began with" in said
-    assert CANARY not in said and CANARY not in (run / "recipe.yaml").read_text()
+    assert "methods" in said and "data.source" in said
+    assert CANARY not in said and not (run / "adapter.safetensors").exists()
 
+    run = tmp_path / "pickled"
+    shutil.copytree(finished[0] / "checkpoints", run / "checkpoints")
     place = every_checkpoint(run / "checkpoints")[0]
     torch.save({"parts": Opens(opened)}, place / checkpoint.STATE)
     resealed(run, lambda manifest: None)
-    (run / "adapter.safetensors").unlink()
-    assert main(["fit", *words]) == DAMAGED
+    assert main(["fit", *words, f"run={run}"]) == DAMAGED
     assert "contains something else than tensors and plain values" in "".join(capfd.readouterr())
     assert not opened.exists()
     assert not (run / "adapter.safetensors").exists()
