@@ -25,7 +25,7 @@ from trainer.data.world.scenes import article
 from trainer.data.world.sprites import KNOWN
 from trainer.diffusion.inversion import invert
 from trainer.diffusion.sampler import sample, sample_many
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.evaluation.clip_scores import asked, named_right, tracks
 from trainer.evaluation.judge import Judge
 from trainer.media.images import to_tensor

@@ -116,7 +116,7 @@ def world(place: Place) -> Path:
 
 def sound(place: Place, folder: Path) -> bool:
     """Whether every checkpoint under its name verifies."""
-    from trainer.training.checkpoint import DamagedError
+    from trainer.training.checkpoint_files import DamagedError
 
     try:
         place.faults.checkpoints(folder)

@@ -198,7 +198,7 @@ def _telling(named: int) -> str:
 
 def _finite(place: Place, folder: Path) -> float:
     """The smallest share of finite values in any checkpoint, and in the adapter if there is one."""
-    from trainer.training.checkpoint import read_checkpoint
+    from trainer.training.checkpoint_files import read_checkpoint
 
     every = [read_checkpoint(each)[0] for each in place.faults.checkpoints(folder)]
     adapter = folder / "adapter.safetensors"

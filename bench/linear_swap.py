@@ -42,7 +42,7 @@ from trainer.config.lineage import backbone_spec
 from trainer.data.world.scenes import Scene, draw_scene
 from trainer.data.world.sprites import KNOWN
 from trainer.diffusion.sampler import sample_many
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.evaluation.judge import Judge
 from trainer.methods.apply import apply_methods
 from trainer.runs.adapter import load_adapted

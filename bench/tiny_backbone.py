@@ -24,7 +24,7 @@ from trainer.config.lineage import backbone_spec
 from trainer.data.world.scenes import RELATIONS, Scene, draw_scene
 from trainer.data.world.sprites import ALL, KNOWN
 from trainer.diffusion.sampler import sample_many
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.evaluation.judge import Judge, relation_holds
 from trainer.media.grids import grid
 from trainer.media.images import to_tensor

@@ -20,7 +20,7 @@ from trainer.backbones.weight_files import weight_files
 from trainer.config.lineage import backbone_spec
 from trainer.config.schema import RecipeError
 from trainer.diffusion.sampler import sample
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 
 Open = Callable[[Path], Any]
 WEIGHTS = {

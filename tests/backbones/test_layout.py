@@ -22,7 +22,7 @@ from trainer.backbones.family import Parts
 from trainer.backbones.layout import clips_to_rows, rows_to_clips
 from trainer.diffusion.predict import predict_groups
 from trainer.diffusion.sampler import sample
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.ops.temporal.frame_keys import FrameKeys
 
 PROMPTS = ["a fox on a red background", "an apple"]

@@ -25,7 +25,7 @@ from trainer.config.load import methods_of
 from trainer.config.schema import RecipeError
 from trainer.diffusion.objective import Objective, add_noise, target_of
 from trainer.diffusion.sampler import sample
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.export.export import export
 from trainer.methods.apply import apply_methods
 from trainer.runs.adapter import load_adapted, save_adapter
@@ -288,7 +288,7 @@ def test_an_untrained_transformer_predicts_nothing_and_learns_everywhere(dit: An
 
 
 def test_the_vp_path_is_refused_on_a_flow(dit_folder: Path, dit: Any) -> None:
-    from trainer.backbones.placement import CPU
+    from trainer.backbones.device import CPU
     from trainer.config.load import load_recipe
     from trainer.training.build import adapt, objective
 

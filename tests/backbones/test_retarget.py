@@ -13,8 +13,8 @@ from torch import Tensor
 
 from trainer.backbones.retarget import is_retargeted, retarget
 from trainer.config.load import load_recipe
-from trainer.diffusion.denoising import Denoising
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampler_loop import Denoising
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.export.export import export
 from trainer.runs.adapter import check_start, load_adapted, load_base
 from trainer.training.fit import fit

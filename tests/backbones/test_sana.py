@@ -29,7 +29,7 @@ from trainer.backbones.spec import BackboneSpec
 from trainer.config.lineage import backbone_spec
 from trainer.config.load import load_recipe, methods_of
 from trainer.diffusion.sampler import sample
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.export.export import export
 from trainer.methods.apply import apply_methods
 from trainer.ops.attention_maps import MapStore

@@ -106,7 +106,7 @@ def test_the_plan_counts_cross_k_and_v(sd15: Path, capsys: pytest.CaptureFixture
 def test_two_steps_saved_and_reloaded(sd15: Path, tmp_path: Path) -> None:
     from trainer.config.load import load_recipe
     from trainer.diffusion.sampler import sample
-    from trainer.diffusion.sampling import Sampling
+    from trainer.diffusion.sampling_settings import Sampling
     from trainer.methods.apply import apply_methods
     from trainer.runs.adapter import load_adapted
     from trainer.training.fit import fit

@@ -15,7 +15,7 @@ from far_device import FAR, Seen, far_device
 from safetensors.torch import load_file
 
 from trainer.__main__ import main
-from trainer.backbones import placement
+from trainer.backbones import device as placement
 
 CLIP = Path(__file__).parents[2] / "data" / "tiny" / "clip"
 RUN = [

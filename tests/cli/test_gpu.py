@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from trainer.__main__ import main
-from trainer.backbones.placement import CPU, choose_placement
+from trainer.backbones.device import CPU, choose_placement
 from trainer.config.lineage import backbone_spec
 from trainer.diffusion.inversion import invert
 from trainer.runs.adapter import load_adapted, load_base

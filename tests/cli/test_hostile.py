@@ -38,8 +38,8 @@ from trainer.data.tars.manifest import MAX_MEMBER
 from trainer.media.images import ImageError
 from trainer.media.read_video import examine
 from trainer.runs.adapter import load_adapted
-from trainer.training import checkpoint
-from trainer.training.checkpoint import every_checkpoint
+from trainer.training import checkpoint_files as checkpoint
+from trainer.training.checkpoint_files import every_checkpoint
 
 CANARY = "canary-5f1e2d"
 TOKEN = "hf_" + "Canary7" * 5

@@ -14,7 +14,7 @@ from trainer.data.kept import KeptSteps
 from trainer.diffusion.inversion import below, invert, step_of
 from trainer.diffusion.objective import Objective
 from trainer.diffusion.sampler import sample
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.methods.apply import apply_methods
 
 PROMPT = "a fox on a red background"

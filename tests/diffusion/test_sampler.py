@@ -15,7 +15,7 @@ from trainer.attention.op import Traits
 from trainer.attention.sites import select
 from trainer.config.load import methods_of
 from trainer.diffusion.sampler import sample, sample_many
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.methods.apply import apply_methods
 
 PROMPTS = ["a fox on a red background", "an apple left of a cat", "a tree"]

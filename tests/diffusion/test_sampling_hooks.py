@@ -15,7 +15,7 @@ from trainer.attention.hooks import Predict, Prediction, Sampler, SamplingHook
 from trainer.config.lineage import backbone_spec
 from trainer.config.load import methods_of
 from trainer.diffusion.sampler import sample
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.methods.apply import apply_methods
 from trainer.methods.feature.pix2video import Pix2Video
 from trainer.methods.feature.text2video_zero import Text2VideoZero

@@ -22,7 +22,7 @@ from trainer.data.source import Dataset, Needs
 from trainer.data.world.scenes import draw_scene
 from trainer.data.world.sprites import ALL
 from trainer.diffusion.sampler import sample
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.evaluation.evaluate import validation_loss
 from trainer.evaluation.examiner import Examiner
 from trainer.evaluation.judge import Judge, clip_score

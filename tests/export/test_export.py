@@ -17,7 +17,7 @@ from trainer.attention.op import Traits
 from trainer.config.header import read_header
 from trainer.config.load import methods_of
 from trainer.diffusion.sampler import sample
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.export.export import base_of, export, refuse_ops
 from trainer.export.find_format import format_names
 from trainer.export.formats.merged import merge

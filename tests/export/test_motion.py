@@ -19,7 +19,7 @@ from trainer.attention import host
 from trainer.config.header import read_header
 from trainer.config.load import methods_of
 from trainer.diffusion.sampler import sample
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.export import motion
 from trainer.export.detect import detect
 from trainer.export.export import base_of, export

@@ -27,8 +27,8 @@ from server import serve
 from trainer.common.exit_codes import LeaveError
 from trainer.config.load import load_recipe
 from trainer.data.tars.write_shards import write_world
-from trainer.training import checkpoint
-from trainer.training.checkpoint import (
+from trainer.training import checkpoint_files as checkpoint
+from trainer.training.checkpoint_files import (
     Checkpoint,
     every_checkpoint,
     read_checkpoint,

@@ -25,7 +25,7 @@ import torch
 
 from trainer.__main__ import main
 from trainer.data.loader import Planned
-from trainer.training import checkpoint
+from trainer.training import checkpoint_files as checkpoint
 from trainer.training.callbacks import checkpoints, trackers
 from trainer.training.callbacks import preview as preview_file
 from trainer.training.module import DiffusionModule

@@ -13,8 +13,8 @@ import torch
 
 from trainer.common.exit_codes import DAMAGED, LeaveError
 from trainer.config.load import load_recipe
-from trainer.training import checkpoint
-from trainer.training.checkpoint import read_checkpoint
+from trainer.training import checkpoint_files as checkpoint
+from trainer.training.checkpoint_files import read_checkpoint
 from trainer.training.fit import fit
 
 pytestmark = pytest.mark.faults

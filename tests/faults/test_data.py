@@ -26,7 +26,7 @@ from trainer.data.sources.folder import Folder
 from trainer.data.sources.shards import Shards
 from trainer.data.tars.write_shards import write_shards
 from trainer.media.images import MAX_PIXELS
-from trainer.training.checkpoint import every_checkpoint, verified
+from trainer.training.checkpoint_files import every_checkpoint, verified
 from trainer.training.fit import fit
 
 pytestmark = pytest.mark.faults

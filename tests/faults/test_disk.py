@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from trainer.training import checkpoint
+from trainer.training import checkpoint_files as checkpoint
 
 pytestmark = pytest.mark.faults
 

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from trainer.config.load import load_recipe
-from trainer.training import checkpoint
-from trainer.training.checkpoint import read_checkpoint
+from trainer.training import checkpoint_files as checkpoint
+from trainer.training.checkpoint_files import read_checkpoint
 from trainer.training.module import DiffusionModule
 
 pytestmark = pytest.mark.faults

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.attention.context import StepContext, use
 from trainer.diffusion.sampler import sample
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.methods.apply import apply_methods
 from trainer.methods.feature.gen1 import Gen1
 from trainer.ops.temporal.layers import LearnedPositions, Structure, TemporalConv

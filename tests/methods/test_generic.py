@@ -28,7 +28,7 @@ from trainer.common.lookup import method_files
 from trainer.config.load import methods_of
 from trainer.config.schema import RecipeError
 from trainer.diffusion.sampler import sample
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.methods.apply import Plan, apply_methods, find_method, method_names
 from trainer.methods.shared.swap import Swap
 from trainer.ops.attention_maps import MapStore

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainer.backbones.placement import Placement, place
+from trainer.backbones.device import Placement, place
 from trainer.config.load import load_recipe, methods_of
 from trainer.methods.apply import apply_methods
 from trainer.methods.weight.nf4 import Nf4

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainer.attention.context import StepContext, use
 from trainer.backbones import load_backbone
-from trainer.backbones.placement import CPU, Placement, place
+from trainer.backbones.device import CPU, Placement, place
 from trainer.config.lineage import backbone_spec
 from trainer.config.load import methods_of
 from trainer.methods.apply import apply_methods

@@ -12,7 +12,7 @@ from trainer.attention.condition import Condition
 from trainer.attention.context import StepContext, use
 from trainer.diffusion.inversion import invert
 from trainer.diffusion.sampler import sample
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.methods.apply import apply_methods
 from trainer.methods.feature.pix2video import Pix2Video
 

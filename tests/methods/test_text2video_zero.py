@@ -14,7 +14,7 @@ from trainer.config.load import methods_of
 from trainer.config.schema import RecipeError
 from trainer.config.validate import build_section
 from trainer.diffusion.sampler import sample
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.methods.apply import apply_methods
 from trainer.methods.feature.text2video_zero import Text2VideoZero
 from trainer.ops.temporal.latents import GlobalMotion

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from trainer.__main__ import main
-from trainer.training.checkpoint import every_checkpoint, read_checkpoint, verified
+from trainer.training.checkpoint_files import every_checkpoint, read_checkpoint, verified
 from trainer.training.tasks.denoise import Denoise
 
 WORDS = [

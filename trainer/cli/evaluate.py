@@ -32,7 +32,7 @@ class EvaluateOptions(Options):
 def run(words: list[str]) -> int:
     options = read_options(words, EvaluateOptions)
     quiet_libraries()
-    from trainer.backbones.placement import choose_placement
+    from trainer.backbones.device import choose_placement
     from trainer.evaluation.evaluate import evaluate as judge_run
 
     placement = choose_placement(options.device, options.precision)

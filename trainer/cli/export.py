@@ -51,7 +51,7 @@ def run(words: list[str]) -> int:
     source = options.adapter or options.run
     assert source is not None
     quiet_libraries()
-    from trainer.backbones.placement import choose_placement
+    from trainer.backbones.device import choose_placement
     from trainer.config.header import file_of
     from trainer.export.export import export as write
 

@@ -33,7 +33,7 @@ class ImportOptions(Options):
 def run(words: list[str]) -> int:
     options = read_options(words, ImportOptions)
     quiet_libraries()
-    from trainer.backbones.placement import choose_placement
+    from trainer.backbones.device import choose_placement
     from trainer.export.import_ import import_file
 
     source, out = options.file.expanduser(), options.out.expanduser()

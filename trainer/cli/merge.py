@@ -32,7 +32,7 @@ def run(words: list[str]) -> int:
     options = read_options(words, MergeOptions)
     lines = None if options.captions is None else _captions(options.captions)
     quiet_libraries()
-    from trainer.backbones.placement import choose_placement
+    from trainer.backbones.device import choose_placement
     from trainer.config.header import file_of
     from trainer.runs.merge import merge_concepts as write
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainer.backbones.backbone import Backbone
-    from trainer.diffusion.sampling import Sampling
+    from trainer.diffusion.sampling_settings import Sampling
 
 AT_ONCE = 16  # pictures that one batch generates; at least one clip
 INVERTING = 3  # calls of the network for each step of an inversion
@@ -119,7 +119,7 @@ def run(words: list[str]) -> int:
 
 def _written(options: SampleOptions, chosen: Mapping[str, Method]) -> Iterator[Path]:
     """The files of `sample`, each as soon as it is written."""
-    from trainer.backbones.placement import pictures_at_once
+    from trainer.backbones.device import pictures_at_once
     from trainer.diffusion.made_of import made_of
     from trainer.diffusion.sampler import sample
     from trainer.media.write_video import PLAYED, write_clip
@@ -170,7 +170,7 @@ def _model(
     options: SampleOptions, chosen: Mapping[str, Method]
 ) -> tuple[Backbone, Mapping[str, Any]]:
     """The model, placed, and the recipe's tree where an adapter has one."""
-    from trainer.backbones.placement import choose_placement, place
+    from trainer.backbones.device import choose_placement, place
     from trainer.config.header import file_of
     from trainer.methods.apply import apply_methods
     from trainer.runs.adapter import load_adapted, load_base
@@ -189,7 +189,7 @@ def _model(
 
 def _settings(options: SampleOptions, tree: Mapping[str, Any], negative: str) -> Sampling:
     """As the options say, and else the recipe of the adapter."""
-    from trainer.diffusion.sampling import Sampling
+    from trainer.diffusion.sampling_settings import Sampling
 
     previews, data, run = (tree.get(key) or {} for key in ("preview", "data", "run"))
     guidance = options.guidance

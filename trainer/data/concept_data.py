@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from trainer.data.class_images import Pair
 from trainer.data.identity import by_name
 from trainer.data.loss_mask import checked_cells
-from trainer.data.prior import Pair
 from trainer.data.source import Sample
 
 if TYPE_CHECKING:

@@ -8,11 +8,12 @@ from typing import Literal, NamedTuple
 
 from trainer.common.articles import article_of
 from trainer.data.augment import CLOSE_PREFIXES, FAR_PREFIXES, prefixed
+from trainer.data.class_images import Pair
 from trainer.data.held_out import check_split
-from trainer.data.prior import Pair
 from trainer.data.templates import TEMPLATES, render
+from trainer.media.captions import read_caption
 from trainer.media.images import ImageError
-from trainer.media.photo_folder import list_images, read_caption, read_folder
+from trainer.media.photo_folder import list_images, read_folder
 
 SPRITE = "sprite:"
 # as a user would take photos: the thing alone, then beside others. Each is a scene index in the

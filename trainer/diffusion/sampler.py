@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.backbones.backbone import Backbone
-from trainer.diffusion.denoising import Denoising
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampler_loop import Denoising
+from trainer.diffusion.sampling_settings import Sampling
 
 DEFAULT = Sampling()
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table as Sheet
 
 from trainer.backbones.backbone import Backbone
-from trainer.backbones.placement import CPU, Placement
+from trainer.backbones.device import CPU, Placement
 from trainer.config.load import resolve_recipe
 from trainer.config.schema import Recipe
 from trainer.data.loader import Fixed

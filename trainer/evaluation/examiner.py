@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional.pairwise import pairwise_cosine_similarity
 
 from trainer.backbones.backbone import Backbone
-from trainer.backbones.placement import pictures_at_once
+from trainer.backbones.device import pictures_at_once
 from trainer.common.paths import cache_folder
 from trainer.config.schema import Recipe
 from trainer.data.concept_photos import OneConcept
@@ -27,7 +27,7 @@ from trainer.data.world.scenes import article
 from trainer.data.world.sprites import ALL, KNOWN
 from trainer.diffusion.made_of import made_of
 from trainer.diffusion.sampler import sample_many
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.evaluation.judge import Judge, clip_score
 from trainer.media.images import to_pil, to_tensor
 from trainer.media.made_by import with_facts

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchmetrics.multimodal import CLIPScore
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from trainer.backbones.placement import CPU, Placement, place_module
+from trainer.backbones.device import CPU, Placement, place_module
 from trainer.data.world.scenes import article
 from trainer.media.images import to_pil
 

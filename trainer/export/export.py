@@ -16,7 +16,7 @@ from safetensors import safe_open
 from trainer.attention.host import Host
 from trainer.attention.insertion import insertions
 from trainer.backbones import load_backbone
-from trainer.backbones.placement import CPU, Placement
+from trainer.backbones.device import CPU, Placement
 from trainer.config import load as load_
 from trainer.config.header import read_header
 from trainer.config.lineage import spec_of

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from trainer.backbones.placement import CPU, Placement
+from trainer.backbones.device import CPU, Placement
 from trainer.common.atomic import written_atomically
 from trainer.config.lineage import backbone_spec
 from trainer.export.apply_bundle import add_to

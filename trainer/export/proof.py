@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.attention.context import StepContext, use
-from trainer.backbones.placement import CPU, Placement, proving
+from trainer.backbones.device import CPU, Placement, proving
 
 LIMIT = 1e-5  # the largest difference allowed in the denoiser's output, in fp32
 NOISE = 2e-6  # a difference that the order of fp32 sums can make

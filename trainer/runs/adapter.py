@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.backbones import load_backbone
-from trainer.backbones.placement import CPU, Placement, place
+from trainer.backbones.device import CPU, Placement, place
 from trainer.backbones.retarget import resolved, retarget
 from trainer.config import load
 from trainer.config.header import ADAPTER_FORMAT, HEADER, read_header

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.backbones.backbone import Backbone
-from trainer.backbones.placement import CPU, Placement, proving
+from trainer.backbones.device import CPU, Placement, proving
 from trainer.config import load
 from trainer.config.lineage import spec_of
 from trainer.methods.apply import Plan, apply_methods

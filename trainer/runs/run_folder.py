@@ -3,7 +3,7 @@
     recipe.yaml                the resolved recipe
     plan.json                  what its methods did to the model, and what trains
     adapter.safetensors        the result
-    checkpoints/step-000120/   see `training/checkpoint.py`
+    checkpoints/step-000120/   see `training/checkpoint_files.py`
     events.jsonl               a line for each start and end, each checkpoint that was skipped or
                                could not be written, and each skipped step
     metrics.jsonl              a line for each time that metrics are logged

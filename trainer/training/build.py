@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trainer.backbones.backbone import Backbone
+from trainer.backbones.device import Placement, choose_placement, pictures_at_once, place
 from trainer.backbones.folder_facts import check_side
-from trainer.backbones.placement import Placement, choose_placement, pictures_at_once, place
 from trainer.backbones.retarget import retarget
 from trainer.common.paths import cache_folder
 from trainer.config.backbone_limits import check_weighting
@@ -31,7 +31,7 @@ from trainer.data.source import Dataset, Generation, Needs
 from trainer.diffusion.made_of import made_of
 from trainer.diffusion.objective import Objective
 from trainer.diffusion.sampler import evaluating, sample_many
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.media.images import to_pil
 from trainer.media.made_by import with_facts
 from trainer.methods.apply import Plan, apply_methods

@@ -6,7 +6,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from pathlib import Path
 
-from trainer.backbones.placement import place
+from trainer.backbones.device import place
 from trainer.config.schema import Recipe
 from trainer.data.loader import Planned, loader
 from trainer.runs.adapter import load_base, save_adapter

@@ -23,7 +23,7 @@ from trainer.backbones.backbone import Backbone
 from trainer.common.exit_codes import LeaveError
 from trainer.config.schema import Recipe
 from trainer.data.source import Dataset, shape_of_clips
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.methods.apply import Plan
 from trainer.runs.run_folder import recipe_header, write_text
 from trainer.training.callbacks.backend_report import BackendReport
@@ -36,7 +36,7 @@ from trainer.training.callbacks.progress import Bar
 from trainer.training.callbacks.side_work import SideWork
 from trainer.training.callbacks.signal_recorder import Signals, keep_lightning_out
 from trainer.training.callbacks.trackers import make_trackers
-from trainer.training.checkpoint import Checkpoint
+from trainer.training.checkpoint_files import Checkpoint
 from trainer.training.console import console, first_rank, say
 from trainer.training.plan_report import describe_plan, report_backends, save_plan, show_plan
 

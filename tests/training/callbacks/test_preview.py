@@ -156,7 +156,7 @@ def test_a_clip_is_the_same_alone_and_among_others(
 ) -> None:
     """And the same as `sample` paints by its prompt and seed."""
     from trainer.diffusion.sampler import sample
-    from trainer.diffusion.sampling import Sampling
+    from trainer.diffusion.sampling_settings import Sampling
 
     backbone = open_folder(tiny_folder)
     prompts = ["a fox", "a cow"]

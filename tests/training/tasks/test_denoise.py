@@ -15,7 +15,7 @@ from trainer.common.seeds import seed_of
 from trainer.data.loader import Batch
 from trainer.diffusion.objective import Objective, add_noise, alpha_sigma, loss_weight, target_of
 from trainer.diffusion.sampler import sample
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.training.tasks.denoise import Denoise, mean_per_sample
 
 

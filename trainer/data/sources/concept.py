@@ -17,9 +17,9 @@ from typing import Literal, TypeVar
 from pydantic import Field, field_validator, model_validator
 
 from trainer.common.suggest import nearest
+from trainer.data.class_images import ClassFolder, Pair, class_images
 from trainer.data.concept_data import ConceptData, View
 from trainer.data.concept_photos import SPRITE, OneConcept, captions_of, photos_of
-from trainer.data.prior import ClassFolder, Pair, class_images
 from trainer.data.source import Caption, Dataset, Generation, Needs, Source
 from trainer.data.source_options import Mirror, OnBad
 from trainer.data.templates import fill

@@ -1,4 +1,4 @@
-"""Saves a run's state to the folders of `checkpoint.py`, and restores it from them.
+"""Saves a run's state to the folders of `checkpoint_files.py`, and restores it from them.
 
 A checkpoint always holds the state at the end of an optimiser step. A resumed run has the same
 weights, moments, moving average and random numbers as a run that never stopped, bit for bit, if
@@ -23,7 +23,7 @@ from trainer.common.exit_codes import DISK, NONFINITE, LeaveError
 from trainer.runs.run_folder import note_event
 from trainer.training.callbacks.ema import EMA
 from trainer.training.callbacks.hang import HangGuard
-from trainer.training.checkpoint import (
+from trainer.training.checkpoint_files import (
     Checkpoint,
     newest_checkpoint,
     prune_checkpoints,

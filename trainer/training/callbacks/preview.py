@@ -17,7 +17,7 @@ from trainer.backbones.backbone import Backbone
 from trainer.diffusion.guidance import COND
 from trainer.diffusion.made_of import made_of
 from trainer.diffusion.sampler import sample
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.media.grids import grid, overlay_maps, stacked
 from trainer.media.made_by import png_bytes, with_facts
 from trainer.media.write_video import PLAYED, write_frames

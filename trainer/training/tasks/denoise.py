@@ -33,7 +33,7 @@ from trainer.diffusion.objective import (
 )
 from trainer.diffusion.predict import predict_groups
 from trainer.diffusion.sampler import sample
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.training.tasks.task import Purpose
 
 Seed = tuple[int, str, int, int]

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from trainer.attention.step_result import StepResult
     from trainer.data.loader import Batch
-    from trainer.diffusion.sampling import Sampling
+    from trainer.diffusion.sampling_settings import Sampling
 
 # which random numbers a batch meets; `prepare` is for methods that look at the data beforehand
 Purpose = Literal["train", "validate", "prepare"]

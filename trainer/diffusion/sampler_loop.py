@@ -20,7 +20,7 @@ from trainer.backbones.schedulers import with_solver
 from trainer.diffusion.guidance import UNCOND, classifier_free, temporal
 from trainer.diffusion.objective import Objective, alpha_sigma, to_x0
 from trainer.diffusion.predict import predict_groups
-from trainer.diffusion.sampling import Sampling
+from trainer.diffusion.sampling_settings import Sampling
 
 IMAGE = "image"  # the unconditional output for frames that do not see each other
 

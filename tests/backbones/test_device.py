@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.backbones import load_backbone
-from trainer.backbones.placement import (
+from trainer.backbones.device import (
     CPU,
     Placement,
     choose_placement,

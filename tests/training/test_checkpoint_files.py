@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.training import checkpoint
-from trainer.training.checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
+from trainer.training import checkpoint_files as checkpoint
+from trainer.training.checkpoint_files import newest_checkpoint, read_checkpoint, write_checkpoint
 
 
 def alike(one: Any, other: Any) -> bool:
