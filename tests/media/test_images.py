@@ -14,9 +14,9 @@ import pytest
 from PIL import Image, ImageCms
 
 from trainer.media import images
-from trainer.media.captions import read_caption
 from trainer.media.images import ImageError, ImageRules, read_image
 from trainer.media.photo_folder import list_images, read_folder
+from trainer.media.read_caption import read_caption
 
 RED, GREEN, BLUE, GREY = (220, 20, 30), (20, 200, 40), (30, 40, 210), (128, 128, 128)
 Pixel = tuple[int, int, int]

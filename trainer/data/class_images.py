@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Literal
 from trainer.data.identity import captioned, digest_of
 from trainer.data.kept import kept_pictures
 from trainer.data.source import Generation, Needs
-from trainer.media.captions import read_caption
 from trainer.media.images import ImageError
 from trainer.media.photo_folder import list_images, read_folder
+from trainer.media.read_caption import read_caption
 
 if TYPE_CHECKING:
     from PIL import Image

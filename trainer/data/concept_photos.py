@@ -11,9 +11,9 @@ from trainer.data.augment import CLOSE_PREFIXES, FAR_PREFIXES, prefixed
 from trainer.data.class_images import Pair
 from trainer.data.held_out import check_split
 from trainer.data.templates import TEMPLATES, render
-from trainer.media.captions import read_caption
 from trainer.media.images import ImageError
 from trainer.media.photo_folder import list_images, read_folder
+from trainer.media.read_caption import read_caption
 
 SPRITE = "sprite:"
 # as a user would take photos: the thing alone, then beside others. Each is a scene index in the

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.media.captions import read_caption
 from trainer.media.images import ImageError
+from trainer.media.read_caption import read_caption
 
 # a process keeps decoded pictures in memory up to this size; larger data are decoded each time
 KEEP_BYTES = 256 * 2**20

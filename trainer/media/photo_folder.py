@@ -9,9 +9,9 @@ from typing import Literal
 
 from PIL import Image
 
-from trainer.media.captions import read_caption
 from trainer.media.images import ImageError, read_image, resize_cover
 from trainer.media.mask_files import images_beside, masks_among, read_mask
+from trainer.media.read_caption import read_caption
 
 READABLE_IMAGES = frozenset((".jpg", ".jpeg", ".png", ".webp"))
 # These are listed too, so that reading reports an error: a photo must not go unnoticed.

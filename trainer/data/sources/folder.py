@@ -23,10 +23,10 @@ from trainer.media.photo_folder import (
     READABLE_IMAGES,
     list_images,
     masks_of,
-    read_caption,
     read_folder,
     unread_files,
 )
+from trainer.media.read_caption import read_caption
 
 if TYPE_CHECKING:
     import numpy as np

@@ -29,8 +29,8 @@ from trainer.data.tars.ledger import load_manifest, tars_of
 from trainer.data.tars.manifest import metadata_of
 from trainer.data.tars.reader import Tars
 from trainer.data.video_clips import CaptionedVideo, VideoClips, Window
-from trainer.media.captions import read_caption
 from trainer.media.images import ImageError
+from trainer.media.read_caption import read_caption
 from trainer.media.read_video import VideoFacts, examine, list_videos
 
 

@@ -30,9 +30,9 @@ from pydantic import (
 )
 
 from trainer.common.atomic import written_atomically
-from trainer.media.captions import decode_caption
 from trainer.media.images import DAMAGED_IMAGE, ImageError, decode_image
 from trainer.media.photo_folder import READABLE_IMAGES
+from trainer.media.read_caption import decode_caption
 from trainer.media.read_video import VideoFacts, examine
 
 MAX_MEMBER = 64 * 2**20
