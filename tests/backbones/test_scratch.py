@@ -260,7 +260,8 @@ def test_an_adapter_brings_its_network_back(
 def test_a_run_from_nothing(name: str, part: str, tmp_path: Path) -> None:
     """Trained by the recipe itself, the network loads with its heads, which no tensor shows."""
     size = ["data.count=8", "data.validation=0", "run.batch_size=2", "run.steps=3"]
-    quiet = ["run.validate_every=0", "run.checkpoint_every=0", "preview.prompts=[]", "tracker=none"]
+    size += ["optim.warmup=1", "tracker=none"]
+    quiet = ["run.validate_every=0", "run.checkpoint_every=0", "preview.prompts=[]"]
     place = [f"run.out={tmp_path}", "run.id=it", "denoiser.heads=8", "run.precision=fp32"]
     folder = fit(load_recipe(words(*size, *quiet, *place, name=name)))
     loaded, tree = load_adapted(folder / "adapter.safetensors")
@@ -275,7 +276,8 @@ def test_a_run_from_nothing(name: str, part: str, tmp_path: Path) -> None:
 
 
 def test_the_recipe_lies_over_the_backbone() -> None:
-    chosen = load_recipe(["recipe=lora", "backbone=unet_scratch", "denoiser.heads=2"])
+    words = ["recipe=lora", "backbone=unet_scratch", "data.class_word=animal"]
+    chosen = load_recipe([*words, "denoiser.heads=2"])
     assert chosen.backbone.denoiser == UNetSpec(heads=2)
     assert chosen.tree["denoiser"]["self_attention"] == [16, 8, "mid"]
     kept = load_recipe(["recipe=unet_scratch", "backbone=tiny", "denoiser=null"])

@@ -84,14 +84,16 @@ def test_starts_and_ends_that_look_at_the_data(
 ) -> None:
     """InfLoRA reads the inputs of its layers before the first step and after the last."""
     words = ("methods.new_token=null", "preview.prompts=[]", "continual.concepts=[]")
-    seen = trained(tmp_path / "run", tiny_folder, "inflora", *words, "run.validate_every=0")
+    words = (*words, "data.prior_weight=1", "run.validate_every=0")
+    seen = trained(tmp_path / "run", tiny_folder, "inflora", *words)
     all_placed(seen, "Linear", "Conv2d")
 
 
 def test_continual(device: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path) -> None:
     words = ["continual.images=2", f"continual.judge={CLIP}", "preview.prompts=[]"]
     words += ["continual.concepts=[sprite:penguin, sprite:strawberry]", "run.steps=1"]
-    seen = trained(tmp_path / "run", tiny_folder, "c_lora", *words, "run.validate_every=0")
+    words += ["data.prior_weight=1", "run.validate_every=0"]
+    seen = trained(tmp_path / "run", tiny_folder, "c_lora", *words)
     all_placed(seen, "Linear", "Conv2d")
 
 

@@ -283,10 +283,9 @@ def test_methods_are_removed_and_added_by_override() -> None:
     assert loaded.methods["full"].model_dump() == {"denoiser": True, "text_encoder": True}
 
 
-def test_folder_with_a_pipeline_is_a_backbone(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text("{}")
-    loaded = load_recipe([CUSTOM, f"backbone={tmp_path}", "data.class_word=animal"])
-    assert loaded.backbone.folder == loaded.backbone_name == str(tmp_path)
+def test_folder_with_a_pipeline_is_a_backbone(tiny_folder: Path) -> None:
+    loaded = load_recipe([CUSTOM, f"backbone={tiny_folder}", "data.class_word=animal"])
+    assert loaded.backbone.folder == loaded.backbone_name == str(tiny_folder)
 
 
 def test_merge_leaves_both_sides_alone() -> None:

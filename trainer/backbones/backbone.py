@@ -143,7 +143,7 @@ class Backbone(nn.Module):
         """Pixels (b, 3, H, W) in [-1, 1] to the posterior's mean and log-variance (b, 2c, h, w), in
         fp32 wherever they are asked for: a training step asks under autocast."""
         size = pixels.shape[-2] * pixels.shape[-1]
-        with torch.autocast(self.device.type, enabled=False):
+        with self._without_autocast():
             step = partial(vae.posterior_moments, self.vae)
             return vae.in_slices(self.vae, step, pixels, pixels=size)
 
@@ -157,8 +157,13 @@ class Backbone(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (b, c, h, w) to pixels (b, 3, H, W) in [-1, 1], in fp32 as `moments`."""
         pixels = latents.shape[-2] * latents.shape[-1] * self.divisor**2
-        with torch.autocast(self.device.type, enabled=False):
+        with self._without_autocast():
             return vae.in_slices(self.vae, self._decode, latents, pixels=pixels)
+
+    def _without_autocast(self) -> AbstractContextManager[Any]:
+        if self.computes_in == torch.float32:  # nobody has it on, and not every device knows it
+            return nullcontext()
+        return torch.autocast(self.device.type, enabled=False)
 
     def _decode(self, latents: Tensor) -> Tensor:
         pixels: Tensor = self.vae.decode(vae.unscale_latents(self.vae, latents)).sample

@@ -107,9 +107,13 @@ def _python(card: Card, usage: Usage, base: Any) -> Iterator[str]:
 
 
 def _options(base: Any) -> str:
-    """Options of some pipelines: to make the size that is asked for, and to read as many tokens as
-    the text encoder has positions."""
-    wanted = {"use_resolution_binning": False, "max_sequence_length": base.text_length}
+    """Options of some pipelines: to make the size that is asked for, to read as many tokens as the
+    text encoder has positions, and to put no instruction before the prompt, as in training."""
+    wanted = {
+        "use_resolution_binning": False,
+        "max_sequence_length": base.text_length,
+        "complex_human_instruction": None,
+    }
     known = inspect.signature(type(base.pipeline()).__call__).parameters
     return "".join(f", {key}={value}" for key, value in wanted.items() if key in known)
 
