@@ -123,8 +123,8 @@ methods.vdm: train weights heads relative reach images
 methods.videop2p: train weights sites
 methods.word_embedding: tokens
 """
-LOW_RANK = "layers text_encoder text_layers rank alpha dropout ranks alphas rslora init group whole energy "
-LOW_RANK += "sites projections type options"
+LOW_RANK = "layers text_encoder text_layers rank alpha dropout ranks alphas rslora init group "
+LOW_RANK += "whole energy sites projections type options"
 LOW_RANKS = ("c_lora", "controls", "dora", "inflora", "longlora", "lora", "peft_adapter")
 
 
