@@ -101,7 +101,7 @@ def test_continual(device: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
 def test_sample(source: str, run: tuple[Path, Seen], tiny_folder: Path, tmp_path: Path) -> None:
     model = run[0] if source == "adapter" else tiny_folder
     seen = ran(
-        "sample", f"{source}={model}", "prompt=a <v1>", "steps=2", f"out={tmp_path}",
+        "sample", f"{source}={model}", "prompt=a fox", "steps=2", f"out={tmp_path}",
         "precision=fp32",
     )  # fmt: skip
     all_placed(seen, "Linear", "Conv2d", "Embedding")
