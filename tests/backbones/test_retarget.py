@@ -91,7 +91,7 @@ def test_an_adapter_carries_its_target(run: Path, tiny_folder: Path) -> None:
     adapted, _ = load_adapted(run / "adapter.safetensors")
     assert adapted.target == "eps"
     assert adapted.scheduler().config.prediction_type == "epsilon"
-    words = ["recipe=lora", f"backbone={run}"]
+    words = ["recipe=lora", f"backbone={run}", "data.class_word=animal"]
     again = load_base(load_recipe(words).backbone, "again")  # a run on top of it
     assert again.target == "eps"
 

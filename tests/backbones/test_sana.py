@@ -413,8 +413,8 @@ def test_latents_of_a_vae_without_a_posterior(public_folder: Path, open_folder: 
             "text_encoder is a T5EncoderModel of transformers; this family has CLIPTextModel, Gem",
         ),
         (
-            "model_index.json",
-            {"vae": ["diffusers", "AutoencoderOobleck"]},
+            "vae/config.json",
+            {"_class_name": "AutoencoderOobleck"},
             "vae is a AutoencoderOobleck; these are known: AutoencoderKL, AutoencoderTiny, ",
         ),
         ("transformer/config.json", {"guidance_embeds": True}, "the weights lack|Sana-Sprint"),

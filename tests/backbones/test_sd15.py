@@ -93,6 +93,7 @@ def sd15(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.slow
 def test_the_plan_counts_cross_k_and_v(sd15: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["recipe=custom_diffusion", f"backbone={sd15}", "plan=true", "run.precision=bf16"]
+    words.append("data.class_word=animal")
     assert main(["check", *words]) == 0
     shown = capsys.readouterr().out
     selective = next(line for line in shown.splitlines() if "selective" in line)
@@ -117,6 +118,7 @@ def test_two_steps_saved_and_reloaded(sd15: Path, tmp_path: Path) -> None:
     for number in range(2):
         Image.new("RGB", (64, 64), (90 * number, 120, 200)).save(classes / f"{number}.png")
     words = [f"backbone={sd15}", f"data.prior_folder={classes}", f"run.out={tmp_path}"]
+    words.append("data.class_word=animal")
     recipe = load_recipe(["recipe=custom_diffusion", *words, *RUN])
     folder = fit(recipe)
     path = folder / "adapter.safetensors"

@@ -227,7 +227,8 @@ def test_a_network_made_from_nothing_is_made_again_below(tmp_path: Path) -> None
     tensors = {key: dict(model.named_parameters())[key] for key in plan.stored}
     path = tmp_path / "adapter.safetensors"
     save_adapter(path, tensors, tree=chosen.tree, identity=model.identity())
-    later = load_recipe(["recipe=lora", f"backbone={path}"])
+    words = ["recipe=lora", f"backbone={path}", "data.class_word=animal"]
+    later = load_recipe(words)
     assert "denoiser" not in later.tree
     again = load_base(later.backbone, later.backbone_name)
     assert again.denoiser.config.num_layers == 2

@@ -24,7 +24,6 @@ RUN = [
     "run.checkpoint_every=2",
     "preview.every=2",
     "preview.steps=2",
-    "preview.negative=flou et gâché",
     "data.prior_steps=2",
     "preview.prompts=[a <v1> on a blue background, a <v1> left of a fox]",
     "data.prior_images=4",
@@ -69,7 +68,7 @@ def digest(folder: Path) -> str:
 def first(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """One finished run, shared by the tests that only look at it."""
     folder = tmp_path_factory.mktemp("runs")
-    fit(folder, tiny_folder, "run.id=first")
+    fit(folder, tiny_folder, "run.id=first", "preview.negative=flou et gâché")
     return folder / "runs" / "custom_diffusion" / "first"
 
 
@@ -217,7 +216,11 @@ def test_evaluate_sets_base_beside_adapted(first: Path) -> None:
     [
         ("data.concept=nowhere", "nowhere"),
         ("methods.selective.sites=temporal", "matches no attention site"),
-        ("methods.new_token.tokens=[fox] data.token=fox", "exists already"),
+        (
+            "methods.new_token.tokens=[fox] data.token=fox preview.prompts=[] evaluate.alone=[] "
+            "evaluate.beside=[]",
+            "exists already",
+        ),
         ("methods.new_token.init=xylophone", "tokens; choose a word that is one"),
     ],
     ids=["missing-folder", "no-site", "known-token", "long-init"],

@@ -24,6 +24,7 @@ def recipe(tiny_folder: Path) -> Recipe:
         f"backbone={tiny_folder}",
         "methods.new_token.init=animal",
         "run.batch_size=2",
+        "data.class_word=animal",
     ]
     return load_recipe(words)
 
