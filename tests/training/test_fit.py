@@ -130,7 +130,7 @@ def test_resumed_run_is_the_same_run(first: Path, tmp_path: Path, tiny_folder: P
 
 def test_what_an_earlier_run_left_can_stay(first: Path, tmp_path: Path, tiny_folder: Path) -> None:
     words = ["run.id=y", f"run.start_from={first}", "optim.lrs.new_token=0"]
-    words += ["run.checkpoint_every=1", "run.validate_every=0", "preview.every=0"]
+    words += ["run.checkpoint_every=1", "run.validate_every=0"]
     fit(tmp_path, tiny_folder, *words)
     nothing = fit(tmp_path, tiny_folder, "run.id=z", "optim.lrs.new_token=0", code=BAD_RECIPE)
     assert "optim.lrs.new_token=0 keeps it as an earlier run left it" in nothing.stderr
