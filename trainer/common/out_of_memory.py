@@ -4,10 +4,10 @@ from __future__ import annotations
 
 CPU_SAYS = ("can't allocate memory", "not enough memory")  # torch, on Linux and on Windows
 ADVICE = (
-    "A smaller run.batch_size with a larger run.accumulate trains the same with less memory; so do "
-    "run.gradient_checkpointing=true, precision=bf16 and a smaller run.resolution. "
-    "`python -m trainer check plan=true` estimates what a run needs. A run that was saved resumes "
-    "with the same command"
+    "A training run needs less with a smaller run.batch_size and a larger run.accumulate, with "
+    "run.gradient_checkpointing=true, run.precision=bf16 or a smaller run.resolution; other verbs "
+    "with precision=bf16. `check plan=true` estimates what a run needs. The same command resumes "
+    "from the last checkpoint"
 )
 
 

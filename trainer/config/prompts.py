@@ -130,7 +130,7 @@ def added_by(methods: Mapping[str, Any]) -> list[str]:
     return [
         str(word)
         for name, values in methods.items()
-        if isinstance(values, Mapping) and name in method_names() and find_method(name).adds_words
+        if isinstance(values, Mapping) and _adds_words(name)
         for word in values.get("tokens", find_method(name).model_fields["tokens"].default)
     ]
 

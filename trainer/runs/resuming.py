@@ -59,7 +59,8 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     """
     if is_finished(folder, recipe):
         return
-    for place in sorted((folder / "checkpoints").glob("step-*[0-9]/manifest.json"), reverse=True):
+    places = (folder / "checkpoints").glob("step-*[0-9]/manifest.json")
+    for place in sorted(places, key=lambda place: -int(place.parent.name.removeprefix("step-"))):
         with suppress(OSError, ValueError):  # `fit` passes damaged ones over
             manifest = json.loads(place.read_text(encoding="utf-8"))
             break

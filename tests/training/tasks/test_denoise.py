@@ -234,6 +234,9 @@ def test_pixels_are_encoded_once_for_all_levels(tiny: Any) -> None:
     batch = replace(batch, moments=None, pixels=pixels)
     score = Denoise(tiny, Objective(tiny.target, tiny.alphas_cumprod)).score(batch, [0.2, 0.6])
     assert calls == [2] and score.isfinite().all()
+    cached = replace(batch, moments=moments(pixels).half().float(), pixels=None)
+    task = Denoise(tiny, Objective(tiny.target, tiny.alphas_cumprod))
+    assert torch.equal(task.score(cached, [0.2, 0.6]), score)
 
 
 def test_it_samples_the_backbone(tiny: Any) -> None:

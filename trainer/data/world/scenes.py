@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainer.common.articles import article_of
 from trainer.data.world.sprites import KNOWN, turned
 
 SCENE_SIDE = 64
@@ -84,7 +85,7 @@ class Spot:
 
 def article(words: str) -> str:
     """`words` with "a" or "an" before them."""
-    return f"an {words}" if words[0] in "aeiou" and not words.startswith("uni") else f"a {words}"
+    return f"{article_of(words)} {words}"
 
 
 def background(name: str, side: int = SCENE_SIDE) -> np.ndarray:

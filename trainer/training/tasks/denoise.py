@@ -123,7 +123,8 @@ class Denoise:
         """
         if batch.moments is None:
             assert batch.pixels is not None, "a batch has pixels or moments"
-            batch = replace(batch, moments=self.backbone.moments(batch.pixels), pixels=None)
+            moments = as_stored(self.backbone.moments(batch.pixels))
+            batch = replace(batch, moments=moments, pixels=None)
         count = len(batch.positions)
         found = [self._plain(replace(batch, u=[level] * count)) for level in levels]
         return torch.stack(found)
@@ -131,8 +132,9 @@ class Denoise:
     def _plain(self, batch: Batch) -> Tensor:
         """The plain losses (b,) at the timesteps `batch.u`."""
         chosen = replace(self.objective, weighting="none", offset_noise=0.0)
-        state = replace(self, objective=chosen).encode(batch, "validate")
-        result = replace(self, objective=chosen).loss(state)
+        task = replace(self, objective=chosen)
+        state = task.encode(batch, "validate")
+        result = task.loss(state)
         target, flow = self.backbone.published_target
         if target == chosen.target or flow != (chosen.alphas_cumprod is None):
             return result.losses  # on another path no units are the same
