@@ -40,7 +40,7 @@ class Backbone(nn.Module):
 
     max_tokens: int | None = None  # of a prompt that are read; None for those of one call
     published = torch.float32  # what the denoiser's weights are stored in, where they come from
-    computes_in = torch.float32  # see `placement.place`
+    computes_in = torch.float32  # see `device.place`
 
     def __init__(self, name: str, family: str, declared: Family, parts: Parts) -> None:
         super().__init__()

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.backbones.families import find_family
+from trainer.backbones.folder_check import is_flow
 
 if TYPE_CHECKING:
     from trainer.backbones.spec import BackboneSpec
 
 SOLVERS = {"ddim": "vp", "euler": "both", "dpmpp": "both"}  # and the paths that each is for
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
-FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ def facts_of(spec: BackboneSpec) -> FolderFacts | None:
     if not isinstance(widths, list):
         return None
     patch = getattr(spec.denoiser, "patch", denoiser.get("patch_size") or 1)
-    flow = scheduler.get("_class_name") == FLOW_SCHEDULER
-    flow = flow or scheduler.get("prediction_type") == "flow_prediction"
-    return FolderFacts(flow, 2 ** (len(widths) - 1) * (patch if isinstance(patch, int) else 1))
+    return FolderFacts(
+        is_flow(scheduler), 2 ** (len(widths) - 1) * (patch if isinstance(patch, int) else 1)
+    )
 
 
 def read_part(spec: BackboneSpec, name: str) -> dict[str, Any] | None:

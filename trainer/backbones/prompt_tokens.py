@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.backbones.families import find_family
 from trainer.backbones.folder_facts import file_of_part, read_part
+from trainer.backbones.word_vectors import with_all_vectors
 from trainer.common.added_words import single_word
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from trainer.backbones.spec import BackboneSpec
-from trainer.backbones.word_vectors import with_all_vectors
 
 # how CLIP divides a text into words, as transformers has it
 CLIP_WORDS = (
@@ -44,7 +44,7 @@ class PromptReader:
 
     def holds(self, text: str, word: str) -> str | None:
         """Why a text encoder does not read `word` in a text; None where it does."""
-        inside = r"(?<!\w){}(?!\w)" if word[0].isalnum() or word[-1].isalnum() else "{}"
+        inside = r"(?<!\w){}(?!\w)" if single_word(word) else "{}"
         if not re.search(inside.format(re.escape(word)), text, re.IGNORECASE):
             if word.lower() in text.lower():
                 return f"has {word} only inside another word"
@@ -141,12 +141,11 @@ def vocabulary(spec: BackboneSpec) -> Collection[str]:
 
 
 def _tokenizer(spec: BackboneSpec) -> Tokenizer | None:
-    if spec.folder is None or file_of_part(spec, "tokenizer/tokenizer_config.json") is None:
+    config = file_of_part(spec, "tokenizer/tokenizer_config.json")
+    if spec.folder is None or config is None:
         return None
-    folder = file_of_part(spec, "tokenizer/tokenizer_config.json")
-    assert folder is not None
     try:
-        return _read(folder.parent)
+        return _read(config.parent)
     except Exception:  # tokenizers raises bare ones; loading says what is wrong with the files
         return None
 

@@ -65,5 +65,9 @@ def with_solver(own: Any, name: str) -> Any:
         )
     if flow:
         return own
-    kinds = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler}
-    return kinds.get(name, DPMSolverMultistepScheduler).from_config(own.config)
+    kinds: dict[str, Any] = {
+        "ddim": DDIMScheduler,
+        "euler": EulerDiscreteScheduler,
+        "dpmpp": DPMSolverMultistepScheduler,
+    }
+    return kinds[name].from_config(own.config)
