@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Container
 from itertools import count, takewhile
 
 
 def vector_names(word: str, vectors: int) -> list[str]:
     """The tokens of a word of so many vectors: `<v1>`, `<v1>_1`, ..., as diffusers calls them."""
     return [word if number == 0 else f"{word}_{number}" for number in range(vectors)]
+
+
+def following_vectors(word: str, known: Container[str]) -> list[str]:
+    """The tokens of a word after the first, as far as they are known: `<v1>_1`, `<v1>_2`, ..."""
+    return list(takewhile(known.__contains__, (f"{word}_{i}" for i in count(1))))
 
 
 def with_all_vectors(prompt: str, added: Collection[str]) -> str:
@@ -21,8 +26,7 @@ def with_all_vectors(prompt: str, added: Collection[str]) -> str:
     for word in added:
         if f"{word}_1" not in added or word not in prompt:
             continue
-        following = takewhile(added.__contains__, (f"{word}_{i}" for i in count(1)))
-        every = " ".join((word, *following))
+        every = " ".join((word, *following_vectors(word, added)))
         start, end = (r"\b" if letter.isalnum() else "" for letter in (word[0], word[-1]))
         own = re.escape(word)
         alone = rf"{start}{own}{end}(?!_\d)(?!\s*{own}_1)"

@@ -176,11 +176,11 @@ def _split(found: Delta | Form, layers: list[Layer]) -> list[tuple[Layer, Delta 
     sizes = [layer.shape[0] for layer in layers]
     if isinstance(found, Form):
         found = FullDelta(weight_of(found, (sum(sizes), layers[0].shape[1])))
-    rows = (
-        found.bias
-        if isinstance(found, FullDelta) and found.weight is None
-        else (found.weight if isinstance(found, FullDelta) else found.up)
-    )
+    rows: Tensor | None
+    if isinstance(found, FullDelta):
+        rows = found.bias if found.weight is None else found.weight
+    else:
+        rows = found.up
     assert rows is not None
     if len(rows) != sum(sizes):
         raise ValueError(

@@ -92,13 +92,9 @@ def _number(encoder: str) -> int:
     """Which text encoder a prefix names, counted from 0."""
     if encoder.startswith("conditioner"):
         return int(encoder[-1])
-    return (
-        1
-        if encoder == "clip_g"
-        else int(encoder[-1]) - 1
-        if encoder[-1].isdigit() and (encoder.startswith("te") and not encoder.startswith("t5"))
-        else 0
-    )
+    if encoder.startswith("te") and encoder[-1].isdigit():  # te1, text_encoder_2
+        return int(encoder[-1]) - 1
+    return int(encoder == "clip_g")
 
 
 def _without_level(rest: str) -> str:

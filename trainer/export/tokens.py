@@ -7,7 +7,6 @@ of the file, in a prompt, stands for its row. diffusers accepts no word that its
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from trainer.backbones.word_vectors import following_vectors
 from trainer.export.apply_bundle import add_to
 from trainer.export.bundle import Bundle
 from trainer.export.cannot_carry import CannotCarryError
@@ -65,8 +65,7 @@ def _joined(tokens: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Mapping[str
         start, _, number = word.rpartition("_")
         if start in tokens and number.isdecimal() and int(number) > 0:
             continue
-        following = takewhile(tokens.__contains__, (f"{word}_{i}" for i in count(1)))
-        vectors = [rows, *(tokens[own] for own in following)]
+        vectors = [rows, *(tokens[own] for own in following_vectors(word, tokens))]
         if len(vectors) == 1:
             found[word] = rows
         else:

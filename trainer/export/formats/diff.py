@@ -3,16 +3,16 @@ than low-rank matrices, which every version of ComfyUI reads in the same way."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from trainer.export.apply_bundle import full_delta, layer_at
-from trainer.export.formats import Format
-from trainer.export.formats.comfyui import READERS, lora_usage, refuse_unnamed, save
-from trainer.export.formats.kohya import read
+from trainer.export.formats import comfyui
+from trainer.export.formats.comfyui import refuse_unnamed, save
 from trainer.export.job import Job
-from trainer.export.tokens import refuse_unnamable, token_remark, write_tokens
+from trainer.export.tokens import refuse_unnamable, write_tokens
 from trainer.ops.adapters.nf4 import unpacked
 
 
@@ -31,12 +31,4 @@ def refuse(job: Job) -> None:
     refuse_unnamable(job.bundle)
 
 
-FORMAT = Format(
-    write,
-    readers=READERS,
-    usage=lora_usage,
-    read=read,
-    refuse=refuse,
-    carries_known_words=True,
-    remark=token_remark,
-)
+FORMAT = replace(comfyui.FORMAT, write=write, refuse=refuse)
