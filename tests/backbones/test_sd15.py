@@ -61,7 +61,6 @@ RUN = [
     "run.validate_every=0",
     "run.id=run",
     "preview.prompts=[]",
-    "data.prior_steps=2",
     "tracker=none",
 ]
 

@@ -91,6 +91,38 @@ def test_each_key_is_applied_refused_or_free(
         assert said == ([key] if change.settled == APPLIED else [])
 
 
+# what decides the batches, the noise, the start or the arithmetic of the steps already done
+DECIDED = """
+objective.target objective.path optim.name run.batch_size run.accumulate run.seed run.resolution
+run.precision text.max_tokens continual.concepts continual.tokens continual.class_words
+continual.inits continual.images continual.judge
+"""
+# what a step to come may do otherwise than those before it
+LATER = """
+objective.timesteps objective.logit_mean objective.logit_std objective.weighting
+objective.min_snr_gamma objective.offset_noise objective.caption_dropout optim.lr optim.muon_lr
+optim.scale_lr optim.betas optim.eps optim.weight_decay optim.warmup optim.schedule optim.final_lr
+optim.clip run.steps run.on_nonfinite run.nonfinite_in_a_row run.nonfinite_total
+"""
+
+
+def test_what_decides_the_numbers_is_never_free() -> None:
+    """Written down here apart from the table, so that a rule that is exchanged is noticed."""
+    assert {rule_of(key) for key in DECIDED.split()} == {REFUSED}
+    assert {rule_of(key) for key in LATER.split()} == {APPLIED}
+    assert {rule_of(key) for key in ("optim.ema", "optim.lrs")} == {SWITCH}
+    rules = {
+        f"{section}.{key}": rule
+        for section, own in IN_SECTIONS.items()
+        for key, rule in own.items()
+    }
+    free = {key for key, rule in rules.items() if rule == FREE}
+    assert {key.partition(".")[0] for key in free} == {"run", "preview", "evaluate"}
+    for key in ("flip", "augment", "prior_weight", "prior_steps", "token", "validation"):
+        assert rule_of(f"data.{key}", "concept") == REFUSED
+    assert rule_of("methods.lora.rank") == rule_of("backbone") == REFUSED
+
+
 def test_the_table_names_no_key_that_is_not_there() -> None:
     assert {name: set(rules) for name, rules in IN_SECTIONS.items()} == {
         name: set(cls.model_fields) for name, cls in SECTIONS.items()

@@ -291,3 +291,13 @@ def test_photos_are_held_out_for_validation(
 def test_a_photo_is_left_to_train_on(folders: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"validation=3 holds out all 3 photos"):
         opened(tmp_path, concept=str(folders[0]), class_word="dog", prior_weight=0, validation=3)
+
+
+def test_class_images_are_made_as_ever_by_default() -> None:
+    """The numbers of Custom Diffusion, and 25 steps at guidance 5; what is cached rests on them."""
+    source = Concept(concept="sprite:penguin", class_word="bird")
+    made = source.model_dump(include={"prior_images", "prior_weight", "prior_seed", "prior_steps"})
+    assert made == {
+        "prior_images": 200, "prior_weight": 1.0, "prior_seed": 0, "prior_steps": 25,
+    }  # fmt: skip
+    assert (source.prior_guidance, source.prior_sampler, source.validation) == (5.0, None, None)
