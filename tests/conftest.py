@@ -52,6 +52,14 @@ DIT: dict[str, Any] = {
 Train = Callable[..., list[float]]
 
 
+@pytest.fixture(autouse=True)
+def no_service_of_an_earlier_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of wandb in this process leaves the address of its service, which ends with it, in the
+    environment that the commands of later tests inherit."""
+    for name in ("WANDB_SERVICE", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes minutes; left out with -m 'not slow'")
     torch.set_num_threads(THREADS)

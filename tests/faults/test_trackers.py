@@ -29,8 +29,6 @@ def test_a_server_that_is_not_there(
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
-    for name in ("WANDB_SERVICE", "WANDB_MODE"):  # of another test's run in this process
-        monkeypatch.delenv(name, raising=False)
     own = ("preview.every=2", "preview.steps=1", "preview.prompts=[a <v1>]")
     process = started(tmp_path / "run", {}, "tracker=wandb", *OWN, *own)
     _, said = process.communicate(timeout=240)
@@ -54,8 +52,6 @@ def test_a_server_that_goes_away(
         port = server.stdout.readline().strip()
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
-        for name in ("WANDB_SERVICE", "WANDB_MODE"):
-            monkeypatch.delenv(name, raising=False)
         faults = {"kill": {"pid": server.pid, "step": 1}, "impatient": {"seconds": 3}}
         process = started(tmp_path / "run", faults, "tracker=wandb", *OWN)
         try:
