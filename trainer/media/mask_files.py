@@ -85,18 +85,28 @@ def read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
             f"{path}: {wide}x{tall} pixels, and its photo has {size[0]}x{size[1]}; a mask has the "
             "shape of its photo"
         )
+    mask = weights_of(image, str(path), lossless=path.suffix.lower() == ".png")
+    return mask if mask.size == size else mask.resize(size, Image.Resampling.BOX)
+
+
+def weights_of(image: Image.Image, name: str, *, lossless: bool) -> Image.Image:
+    """How much each pixel counts, 8-bit grey, of a mask in RGB. lossless: whether its file keeps
+    pixels exactly, so that it may number objects; name: of the file, for messages.
+
+    Raises:
+        ImageError: it is all black.
+    """
     pixels = np.asarray(image)
     bright = pixels.max(2)
     coloured = int((bright - pixels.min(2)).max()) > COLOURED
-    numbered = path.suffix.lower() == ".png" and 0 < bright.max() <= FEW
+    numbered = lossless and 0 < bright.max() <= FEW
     floor = DARK if coloured else 0 if numbered else None
     grey = bright if floor is None else np.where(bright > floor, 255, 0).astype(np.uint8)
     if grey.max() <= FEW:
         raise ImageError(
-            f"{path}: all black, so nothing of its photo would be learned; paint white what counts"
+            f"{name}: all black, so nothing of its photo would be learned; paint white what counts"
         )
-    mask = Image.fromarray(grey)
-    return mask if mask.size == size else mask.resize(size, Image.Resampling.BOX)
+    return Image.fromarray(grey)
 
 
 def _owners(path: Path) -> list[str]:

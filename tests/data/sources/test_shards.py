@@ -365,7 +365,43 @@ def test_masks_of_another_size_are_refused(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("P", (20, 24)).save(buffer, "PNG")
     folder = pack(tmp_path / "in", PNG, TXT, ("a.mask.png", buffer.getvalue()))
-    assert "a.mask.png: 20x24 P, not an 8-bit palette of 24x20" in refusal(folder)
+    assert "a.mask.png: 20x24 P; a mask is grey, or numbers objects" in refusal(folder)
+    assert "8 bits and 24x20" in refusal(folder)
+
+
+def mask_png(pixels: np.ndarray, mode: str = "L") -> bytes:
+    mask = Image.fromarray(pixels.astype(np.uint8))
+    if mode == "P":
+        mask = Image.frombytes("P", mask.size, pixels.astype(np.uint8).tobytes())
+        mask.putpalette([0, 0, 0, 255, 255, 255])
+    buffer = io.BytesIO()
+    mask.convert(mode).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["L", "1"])
+def test_a_grey_mask_weighs_the_loss_as_beside_a_photo(tmp_path: Path, mode: str) -> None:
+    half = np.zeros((20, 24))
+    half[:, 12:] = 255
+    own = (("a.png", png(1)), ("a.txt", b"a"), ("a.mask.png", mask_png(half, mode)))
+    train, _ = open_shards(pack(tmp_path / "in", *own, ("b.png", png(2)), ("b.txt", b"b")))
+    weights = train.loss_mask(0)
+    assert weights.shape == (1, 16, 16)
+    assert not weights[..., :8].any() and bool((weights[..., 8:] == 1).all())
+    sample = train.sample(0, RNG)
+    assert sample.mask.equal(weights) and train.sample(1, RNG).mask is None
+
+
+def test_a_mask_with_a_palette_weighs_nothing(world: Path, tmp_path: Path) -> None:
+    train, _ = open_shards(world)
+    assert [train.loss_mask(i) for i in range(7)] == [None] * 7
+    own = (PNG, TXT, ("a.mask.png", mask_png(np.ones((20, 24)), "P")))
+    assert open_shards(pack(tmp_path / "in", *own))[0].loss_mask(0) is None
+
+
+def test_a_black_mask_is_a_bad_sample(tmp_path: Path) -> None:
+    folder = pack(tmp_path / "in", PNG, TXT, ("a.mask.png", mask_png(np.zeros((20, 24)))))
+    assert "a.mask.png: all black, so nothing of its photo would be learned" in refusal(folder)
 
 
 def test_caption_from_json_and_members_passed_over(tmp_path: Path) -> None:

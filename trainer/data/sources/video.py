@@ -206,7 +206,7 @@ class Video(Source):
         rows = [(shard.name, entry) for shard in found for entry in shard.samples]
         folder = self.video if self.video.is_dir() else self.video.parent
         digests = {shard.name: shard.sha256 for shard in found}
-        tars = Tars(folder, rows, digests=digests, side=needs.resolution)
+        tars = Tars(folder, rows, digests=digests, side=needs.resolution, divisor=needs.divisor)
         videos, rng = [], np.random.default_rng(0)  # captions in tars use no random numbers
         for i, (name, entry) in enumerate(rows):
             if entry.video is None:

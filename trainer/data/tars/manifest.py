@@ -31,6 +31,7 @@ from pydantic import (
 
 from trainer.common.atomic import written_atomically
 from trainer.media.images import DAMAGED_IMAGE, ImageError, decode_image
+from trainer.media.mask_files import weights_of
 from trainer.media.photo_folder import READABLE_IMAGES
 from trainer.media.read_caption import decode_caption
 from trainer.media.read_video import VideoFacts, examine
@@ -46,6 +47,7 @@ LEFT_BY_SYSTEMS = re.compile(
     r"(^|/)(\.(?!\.?(/|$))[^/]*|__MACOSX|PaxHeaders?(\.\d+)?|Thumbs\.db|desktop\.ini|Icon\r)(/|$)",
     re.IGNORECASE,
 )
+MASK_MODES = ("P", "L", "1")  # of Pillow: palette, grey, black and white
 MANIFEST = "manifest.json"
 
 
@@ -144,15 +146,37 @@ def metadata_of(data: bytes, name: str) -> dict[str, Any]:
 
 
 def mask_of(data: bytes, name: str, size: tuple[int, int]) -> np.ndarray:
-    """The mask as uint8 (height, width); ImageError unless its size is `size` = (width, height)."""
+    """The values of a mask as uint8 (height, width), of a palette its indices; ImageError unless
+    its size is `size` = (width, height)."""
+    return np.array(_mask(data, name, size))
+
+
+def loss_weights_of(data: bytes, name: str, size: tuple[int, int]) -> Image.Image | None:
+    """How much each pixel counts in the loss, 8-bit grey, of a mask in grey, see `mask_files.py`.
+    None of a mask with a palette, which numbers the objects of a scene and weighs nothing.
+
+    Raises:
+        ImageError: as `mask_of`, or it is all black.
+    """
+    mask = _mask(data, name, size)
+    if mask.mode == "P":
+        return None
+    return weights_of(mask.convert("RGB"), f"{name}.{MASK}", lossless=True)
+
+
+def _mask(data: bytes, name: str, size: tuple[int, int]) -> Image.Image:
     try:
         with Image.open(BytesIO(data), formats=("PNG",)) as image:
-            if image.size == size and image.mode in ("P", "L"):  # checked before a pixel is decoded
-                return np.array(image)
+            if image.size == size and image.mode in MASK_MODES:  # before a pixel is decoded
+                image.load()
+                return image
             got = f"{image.size[0]}x{image.size[1]} {image.mode}"
     except (*DAMAGED_IMAGE, Image.DecompressionBombError) as error:
         raise ImageError(f"{name}.{MASK}: damaged or no PNG ({error}); write it again") from error
-    raise ImageError(f"{name}.{MASK}: {got}, not an 8-bit palette of {size[0]}x{size[1]}")
+    raise ImageError(
+        f"{name}.{MASK}: {got}; a mask is grey, or numbers objects with a palette, in 8 bits and "
+        f"{size[0]}x{size[1]}"
+    )
 
 
 def _index_one(path: Path, seen: dict[str, str], ignore: Collection[str]) -> Shard:
@@ -257,7 +281,7 @@ def _entry(
     size = video[:2] if video else decode_image(data[media[0]], f"{key}.{media[0]}").size
     caption_of(data, key)
     if MASK in data:
-        mask_of(data[MASK], key, size)
+        loss_weights_of(data[MASK], key, size)
     if METADATA in data:
         metadata_of(data[METADATA], key)
     return Entry(key=key, width=size[0], height=size[1], members=parts, film=video)

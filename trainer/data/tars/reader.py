@@ -14,6 +14,7 @@ import numpy as np
 from trainer.data.buckets import arrange, check_step, cover
 from trainer.data.held_out import check_split
 from trainer.data.identity import digest_of
+from trainer.data.loss_mask import checked_cells
 from trainer.data.source import Needs, Sample
 from trainer.data.tars.manifest import (
     CAPTION,
@@ -25,6 +26,7 @@ from trainer.data.tars.manifest import (
     Entry,
     Shard,
     caption_of,
+    loss_weights_of,
     mask_of,
     metadata_of,
 )
@@ -97,6 +99,7 @@ def split(found: Sequence[Shard], needs: Needs, opening: Opening) -> tuple[Tars,
             digests={shard.name: shard.sha256 for shard in found},
             side=needs.resolution,
             skipped=skipped,
+            divisor=needs.divisor,
             step=step,
             read=opening.read,
         )
@@ -106,7 +109,7 @@ def split(found: Sequence[Shard], needs: Needs, opening: Opening) -> tuple[Tars,
 
 class Tars:
     """Random access to the samples of shards, given as (name of the shard, entry). digests: of all
-    shards by name; step: see `buckets.py`."""
+    shards by name; divisor: pixels per latent along an edge; step: see `buckets.py`."""
 
     rates: Sequence[float] = ()
 
@@ -117,12 +120,13 @@ class Tars:
         *,
         digests: Mapping[str, str],
         side: int,
+        divisor: int,
         skipped: Sequence[str] = (),
         step: int = 0,
         read: Read = read_local,
     ) -> None:
         self.folder, self.digests, self.side, self.step = folder, dict(digests), side, step
-        self.skipped, self.read = skipped, read
+        self.divisor, self.skipped, self.read = divisor, skipped, read
         shapes = [(entry.width, entry.height) for _, entry in rows]
         order, groups, sizes = arrange(shapes, side, step)
         self.rows = [rows[i] for i in order]
@@ -139,7 +143,7 @@ class Tars:
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Image and caption; raises ValueError if their bytes changed since they were indexed."""
         image, caption = self.image(index), self.caption(index, rng)
-        return Sample(image=image, caption=caption, key=self.key(index))
+        return Sample(image=image, caption=caption, key=self.key(index), mask=self.loss_mask(index))
 
     def key(self, index: int) -> str:
         return self.rows[index][1].key
@@ -151,10 +155,19 @@ class Tars:
         name, entry = self.rows[index]
         extension = next(iter(entry.members.keys() & IMAGES))
         image = decode_image(self._read(index, extension), f"{name}: {entry.key}.{extension}")
-        size = next(
-            size for group, size in zip(self.groups, self.sizes, strict=True) if index in group
-        )
-        return to_tensor(cover(image, size))
+        return to_tensor(cover(image, self._size(index)))
+
+    def loss_mask(self, index: int) -> Tensor | None:
+        """The weights of a grey mask, see `Masked`; ImageError where the cut leaves none of it."""
+        name, entry = self.rows[index]
+        if MASK not in entry.members:
+            return None
+        size = (entry.width, entry.height)
+        weights = loss_weights_of(self._read(index, MASK), entry.key, size)
+        if weights is None:
+            return None
+        owner = f"{name}: {entry.key}"
+        return checked_cells(weights, self._size(index), divisor=self.divisor, name=owner)
 
     def video(self, index: int) -> bytes:
         """The bytes of the sample's .mp4; raises ValueError as `sample`."""
@@ -190,6 +203,10 @@ class Tars:
         """The checksum of every shard, which holds pictures and captions, and the samples' keys."""
         keys = sorted(f"{name} {entry.key}" for name, entry in self.rows)
         return {**self.digests, "the choice of samples": digest_of(*keys)}
+
+    def _size(self, index: int) -> tuple[int, int]:
+        sizes = zip(self.groups, self.sizes, strict=True)
+        return next(size for group, size in sizes if index in group)
 
     def _read(self, index: int, extension: str) -> bytes:
         name, entry = self.rows[index]
