@@ -21,7 +21,7 @@ from trainer.config.load import load_recipe, methods_of
 from trainer.export.export import export
 from trainer.export.find_format import find_format, format_names
 from trainer.export.job import Job
-from trainer.export.proof import Probe, difference
+from trainer.export.probe import Probe, difference
 from trainer.methods.apply import apply_methods
 from trainer.methods.weight.nf4 import Nf4
 from trainer.ops.adapters import nf4

@@ -26,7 +26,7 @@ from _common import RESULTS, Bars, chosen_of, parser_of
 from _runs import Run, Runs
 
 from trainer.config.load import load_recipe
-from trainer.export.proof import LIMIT
+from trainer.export.probe import LIMIT
 
 WORDS = {
     "full": ("recipe=custom_diffusion", "methods.selective=null", "methods.full={}"),

@@ -328,7 +328,7 @@ def read_back(tmp_path: Path) -> Callable[..., dict[str, float]]:
     """Writes a job in a format and returns the largest difference of each of its readers; asserts
     that the adapter itself makes a much larger one."""
     from trainer.export.find_format import find_format
-    from trainer.export.proof import Probe, difference
+    from trainer.export.probe import Probe, difference
 
     def check(name: str, job: Any, folder: Path | None = None) -> dict[str, float]:
         chosen, folder = find_format(name), folder or tmp_path / name

@@ -21,8 +21,8 @@ from trainer.diffusion.sampling_settings import Sampling
 from trainer.export.export import base_of, export, refuse_ops
 from trainer.export.find_format import format_names
 from trainer.export.formats.merged import merge
-from trainer.export.proof import Probe
-from trainer.export.read_back import Proof, prove
+from trainer.export.probe import Probe
+from trainer.export.proof import Proof, prove
 from trainer.methods.apply import apply_methods
 from trainer.runs.adapter import save_adapter
 

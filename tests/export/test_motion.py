@@ -28,8 +28,8 @@ from trainer.export.formats import diffusers
 from trainer.export.import_ import import_file
 from trainer.export.job import Job
 from trainer.export.motion import motion_config
-from trainer.export.proof import LIMIT, Probe, difference
-from trainer.export.read_back import Proof, prove
+from trainer.export.probe import LIMIT, Probe, difference
+from trainer.export.proof import Proof, prove
 from trainer.export.refusal import refuse_inserted
 from trainer.methods.apply import apply_methods
 from trainer.methods.feature.animatediff import AnimateDiff

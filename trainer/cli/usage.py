@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from typing import Any
 
@@ -34,6 +35,13 @@ def usage() -> str:
         summary = docstring_summary(PACKAGE / "cli" / f"{_stem(verb)}.py")
         lines.append(f"  {verb:10} {summary.removeprefix(f'`{verb}`: ')}")
     return "\n".join(lines) + "\n" + TOPICS
+
+
+def no_verb(word: str) -> str:
+    """What to say of a word that is no verb."""
+    near = difflib.get_close_matches(word, VERBS, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"error: no verb is called {word!r}{hint}\n{usage()}"
 
 
 def _stem(verb: str) -> str:

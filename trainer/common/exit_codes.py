@@ -1,8 +1,14 @@
-"""The exit codes of a run that does not finish, and the exception that carries one."""
+"""The exit code of each way in which a command can end, and what it says on stderr: a line for what
+a user can mend, a traceback for what is a fault of ours."""
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
+import sys
+
+from trainer.common.out_of_memory import out_of_memory
 
 DAMAGED = 65  # no checkpoint is undamaged, or `data verify` found damage
 NONFINITE = 70  # a loss, gradient or weight was NaN or infinite more often than allowed
@@ -27,3 +33,32 @@ CODES = {
     signal.SIGINT: INTERRUPTED,
     signal.SIGUSR1: REQUEUE,
 }
+
+
+def report(error: BaseException) -> int | None:
+    """Says in a line on stderr why a command ended, and returns its exit code. None for an error
+    that no user can mend, which keeps its traceback."""
+    if isinstance(error, BrokenPipeError):  # the reader of the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if (found := _code_and_line(error)) is None:
+        return None
+    code, line = found
+    if code:  # a rank that another has started says nothing
+        print(line, file=sys.stderr)
+    return code
+
+
+def _code_and_line(error: BaseException) -> tuple[int, str] | None:
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted"
+    if isinstance(error, LeaveError):
+        return error.code, str(error)
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return DISK if full else 1, f"error: {error}"
+    if isinstance(error, ValueError | ModuleNotFoundError):
+        return BAD_RECIPE, f"error: {error}"
+    if isinstance(error, RuntimeError | MemoryError) and (text := out_of_memory(error)):
+        return 1, f"error: {text}"
+    return None

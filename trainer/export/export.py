@@ -25,8 +25,8 @@ from trainer.export.card import card_of
 from trainer.export.factor import truncated
 from trainer.export.find_format import find_format
 from trainer.export.job import Job
-from trainer.export.proof import LIMIT, PROOF_FRAMES, Probe, Say, difference
-from trainer.export.read_back import Proof, measure_rounding, prove, prove_printed_call
+from trainer.export.probe import LIMIT, PROOF_FRAMES, Probe, Say, difference
+from trainer.export.proof import Proof, measure_rounding, prove, prove_printed_call
 from trainer.export.refusal import proposal, refuse
 from trainer.export.settle_folder import settle
 from trainer.export.tokens import known_words

@@ -14,7 +14,7 @@ from trainer.export.bundle import Bundle, DoRADelta, FullDelta, LowRankDelta
 from trainer.export.bundle_methods import recipe_of, tensors_of, trainable
 from trainer.export.detect import detect
 from trainer.export.find_format import find_format
-from trainer.export.proof import LIMIT, Probe, Say, difference
+from trainer.export.probe import LIMIT, Probe, Say, difference
 from trainer.export.read_tokens import read_tokens
 from trainer.export.real_readers import Question, compare
 from trainer.export.start_recipe import write_recipe

@@ -15,7 +15,7 @@ import torch
 from trainer.backbones import load_backbone
 from trainer.config.lineage import spec_of
 from trainer.export import motion
-from trainer.export.proof import PROOF_FRAMES
+from trainer.export.probe import PROOF_FRAMES
 from trainer.export.usage import README
 
 CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -1,54 +1,121 @@
-"""A fixed question to models, whose answers show whether a file gives the model it was written
-from."""
+"""Proves written files: every reader of their format must make the model that was exported."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from trainer.attention.context import StepContext, use
-from trainer.backbones.device import CPU, Placement, proving
-
-LIMIT = 1e-5  # the largest difference allowed in the denoiser's output, in fp32
-NOISE = 2e-6  # a difference that the order of fp32 sums can make
-PROOF_SIDE = 16  # the largest side of the latents
-PROOF_FRAMES = 4  # of a clip, for models with temporal layers
-Say = Callable[[str], None]
+from trainer.export.find_format import find_format
+from trainer.export.printed_call import code_of, model_of, places, run_call
+from trainer.export.probe import LIMIT, NOISE, Probe, Say, difference
 
 
-class Probe:
-    """A fixed question to any model: the denoiser's output at two noise levels, for a prompt with
-    `words` and for an empty one.
+@dataclass(frozen=True)
+class Proof:
+    """What the written files are compared with.
 
-    frames: 1 asks for two images, more for two clips of so many frames; placement: where models
-    are asked, each of which is on the CPU before and after.
+    make_base: makes a new copy of the plain base; wanted: the adapted model's answer to `probe`;
+    say: receives each line for the user; tree: the adapter's recipe; whole: whether the call of the
+    README gives the model, on a base stored as it is published; dropped: the adapter's tensors that
+    the format has no place for; others: which other formats carry the adapter, as a clause.
     """
 
-    def __init__(
-        self, model: Any, words: Iterable[str], frames: int = 1, *, placement: Placement = CPU
-    ) -> None:
-        side = min(model.resolution // model.divisor, PROOF_SIDE)
-        generator = torch.Generator().manual_seed(0)
-        shape = (2 * frames, model.latent_channels, side, side)
-        self.placement, device = placement, placement.device
-        self.x_t = torch.randn(shape, generator=generator).to(device)
-        self.t = torch.tensor([150, 700], device=device).repeat_interleave(frames)
-        self.ctx = StepContext(0, 1, self.t, frames=frames)
-        self.prompts = [" ".join(("a photo of", *words)), ""]
+    format_name: str
+    make_base: Callable[[], Any]
+    probe: Probe
+    wanted: Tensor
+    say: Say
+    tree: Mapping[str, Any] = field(default_factory=dict)
+    whole: bool = True
+    dropped: tuple[str, ...] = ()
+    others: str = ""
 
-    @torch.no_grad()
-    def __call__(self, model: Any) -> Tensor:
-        """The model's output (2 * frames, c, h, w), in fp32 on the CPU."""
-        with proving(model, self.placement), use(self.ctx):
-            condition = model.encode_prompts(self.prompts).per_frame(self.ctx.frames)
-            output: Tensor = model.predict(self.x_t, self.t, condition)
-        return output.float().cpu()
+    def allowed(self, effect: float) -> float:
+        """The largest difference allowed of files whose adapter makes an effect of this size."""
+        return min(LIMIT, max(effect / 10, NOISE))
 
 
-def difference(one: Tensor, other: Tensor) -> float:
-    """The largest absolute difference; infinite where a value of either is not finite."""
-    largest = (one - other).abs().max()
-    return float(largest) if torch.isfinite(largest) else float("inf")
+def prove(proof: Proof, folder: Path) -> None:
+    """Checks that every reader of the format makes the adapted model of the files in `folder`.
+
+    An adapter with a small effect must be met within a tenth of its effect, so that a file which
+    loads and does nothing never passes.
+
+    Raises:
+        ValueError: a reader fails, or its model's output differs by more than is allowed.
+    """
+    name = proof.format_name
+    for reader, load in find_format(name).readers.items():
+        base = proof.make_base()
+        effect = difference(proof.probe(base), proof.wanted)
+        allowed = proof.allowed(effect)
+        try:
+            model = load(folder, base)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"format={name}: {reader} does not read the file: {error}") from error
+        if model is None:
+            continue
+        found = difference(proof.probe(model), proof.wanted)
+        if found > allowed:
+            raise ValueError(_unlike(proof, reader, found, allowed=allowed))
+        proof.say(
+            f"{name}, read back by {reader}: largest difference {found:.1e} (allowed "
+            f"{allowed:.0e}; the adapter itself makes {effect:.1e})"
+        )
+
+
+def _unlike(proof: Proof, reader: str, found: float, *, allowed: float) -> str:
+    dropped = proof.dropped
+    also = f"; it has no place for {dropped[0]}, {len(dropped)} tensors" if dropped else ""
+    return (
+        f"format={proof.format_name} cannot carry this adapter: read back by {reader}, the output "
+        f"differs by {found:.1e} from the model's, and {allowed:.0e} is allowed{also}; nothing was "
+        f"written{f'; {proof.others}' if proof.others else ''}"
+    )
+
+
+def prove_printed_call(proof: Proof, folder: Path, *, exact: bool) -> None:
+    """Runs the python call that the README in `folder` prints, to a picture, and asks the pipeline
+    it makes as `prove` does; nothing where it prints none.
+
+    exact: whether the files were not rounded, so that the difference is limited; where the call
+    does not give the whole model it is not, see `Proof.whole`.
+
+    Raises:
+        ValueError: the call fails, its picture is of one colour, or the output differs by more than
+            is allowed.
+    """
+    code = code_of(folder)
+    if code is None:
+        return
+    base = proof.make_base()
+    effect = difference(proof.probe(base), proof.wanted)
+    with places(proof.tree, base, proof.probe.placement.device) as settings:
+        names = run_call(code, {"folder": str(folder.absolute()), **settings})
+    found = difference(proof.probe(model_of(names["pipe"], base)), proof.wanted)
+    allowed = proof.allowed(effect)
+    if exact and proof.whole and found > allowed:
+        raise ValueError(_unlike(proof, "the call in README.md", found, allowed=allowed))
+    differs = f"largest difference {found:.1e}"
+    if not proof.whole:
+        differs = f"it differs by {found:.1e}, on the plain backbone or by what it does not read"
+    proof.say(f"the call in README.md gives a picture; {differs}")
+
+
+def measure_rounding(proof: Proof, folder: Path, dtype: str) -> None:
+    """Reports how much the output changes by the rounding of the files in `folder` to `dtype`.
+
+    Raises:
+        ValueError: values are beyond the range of the dtype.
+    """
+    readers = find_format(proof.format_name).readers.items()
+    read = ((reader, load(folder, proof.make_base())) for reader, load in readers)
+    reader, model = next((reader, model) for reader, model in read if model is not None)
+    found = difference(proof.probe(model), proof.wanted)
+    if found == float("inf"):
+        raise ValueError(f"dtype={dtype}: some values are beyond its range; use dtype=bfloat16")
+    proof.say(f"rounded to {dtype}, read back by {reader}: largest difference {found:.1e}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.export.apply_bundle import parts
 from trainer.export.bundle import Bundle, FullDelta
 from trainer.export.foreign_loaders import Loader, loaders
-from trainer.export.proof import LIMIT, NOISE
+from trainer.export.probe import LIMIT, NOISE
 from trainer.ops.adapters.inject import fold
 
 # what a loader raises that does not know a file; diffusers' do not agree on one

@@ -16,7 +16,7 @@ from trainer.export.find_format import find_format
 from trainer.export.formats import comfyui
 from trainer.export.formats.kohya import read
 from trainer.export.import_ import import_file
-from trainer.export.proof import LIMIT
+from trainer.export.probe import LIMIT
 
 
 def quiet(line: str) -> None:

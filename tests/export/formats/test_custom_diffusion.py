@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from trainer.export.export import export
 from trainer.export.formats import custom_diffusion as form
 from trainer.export.import_ import import_file
-from trainer.export.proof import LIMIT, Probe, difference
+from trainer.export.probe import LIMIT, Probe, difference
 
 
 def quiet(line: str) -> None:

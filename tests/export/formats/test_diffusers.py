@@ -17,7 +17,7 @@ from trainer.export.export import export
 from trainer.export.formats import diffusers as form
 from trainer.export.import_ import import_file
 from trainer.export.peft_fields import strength
-from trainer.export.proof import LIMIT, Probe, difference
+from trainer.export.probe import LIMIT, Probe, difference
 from trainer.export.tokens import write_tokens
 
 PLAIN = pytest.mark.parametrize("name", ["lora", "mlp", "pissa", "dora", "custom"])

@@ -20,7 +20,7 @@ from trainer.export.card import Card
 from trainer.export.export import export
 from trainer.export.formats import kohya as form
 from trainer.export.import_ import import_file
-from trainer.export.proof import LIMIT, Probe, difference
+from trainer.export.probe import LIMIT, Probe, difference
 
 MIDDLE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 

@@ -14,7 +14,7 @@ from trainer.export.detect import detect
 from trainer.export.export import export
 from trainer.export.formats import peft as form
 from trainer.export.import_ import import_file
-from trainer.export.proof import LIMIT
+from trainer.export.probe import LIMIT
 
 
 def quiet(line: str) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from trainer.export.bundle import Bundle
     from trainer.export.job import Job
-    from trainer.export.proof import Probe
+    from trainer.export.probe import Probe
     from trainer.export.usage import Usage
 
 Reader = Callable[[Path, Any], Any]  # (folder, base) -> model, or None

@@ -32,7 +32,7 @@ from trainer.export.cannot_carry import CannotCarryError
 from trainer.export.formats import Format, comfyui, kohya
 from trainer.export.job import Job
 from trainer.export.motion import carries_motion
-from trainer.export.proof import Probe, difference
+from trainer.export.probe import Probe, difference
 from trainer.export.read_tokens import read_tokens
 from trainer.export.tensor_files import load_tensors, save_tensors
 from trainer.export.tokens import refuse_unnamable, token_remark, write_tokens

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from trainer.config.header import read_header
 from trainer.export.export import export
 from trainer.export.formats import kohya
-from trainer.export.proof import LIMIT, Probe, difference
-from trainer.export.read_back import Proof, prove
+from trainer.export.probe import LIMIT, Probe, difference
+from trainer.export.proof import Proof, prove
 from trainer.runs.adapter import save_adapter
 
 
