@@ -18,6 +18,7 @@ from trainer.backbones.device import (
     pictures_at_once,
     place,
     proving,
+    slow_precision,
 )
 from trainer.config.lineage import backbone_spec
 from trainer.config.load import load_recipe, methods_of
@@ -58,6 +59,19 @@ def test_held_weights_compute_what_autocast_does(
     assert 0 < (predicted(held) - exact).abs().max() < 0.1 * exact.abs().max()
     before, after = weights(rounded), weights(held)
     assert sum(after.values()) < 0.7 * sum(before.values())
+
+
+@pytest.mark.parametrize(("has", "kind"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_fast_is_bf16_where_the_processor_has_it(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, has: bool, kind: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
+    place(tiny.requires_grad_(False), choose_placement("cpu", "fast"))
+    assert tiny.computes_in == tiny.unet.conv_in.weight.dtype == kind
+    assert slow_precision(tiny) is None
+    place(tiny, choose_placement("cpu", "bf16"))
+    assert tiny.computes_in == torch.bfloat16
+    assert (slow_precision(tiny) is None) == has
 
 
 def test_what_trains_or_is_stored_stays_in_fp32(tiny: Any) -> None:
@@ -114,7 +128,7 @@ def test_the_choice_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_placement("cuda")
     with pytest.raises(ValueError, match="no such device; there are auto, cpu, mps, cuda"):
         choose_placement("tpu")
-    with pytest.raises(ValueError, match="there are auto, fp32, bf16, fp16"):
+    with pytest.raises(ValueError, match="there are auto, fast, fp32, bf16, fp16"):
         choose_placement("cpu", "fp8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_placement("cuda", rank=1).device == torch.device("cuda", 1)

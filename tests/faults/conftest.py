@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # `driver` is imported by name, in forked processes too
 
 import driver
+from commands import server
 from server import serve
 
 from trainer.common.exit_codes import LeaveError
@@ -110,23 +110,14 @@ def fault(monkeypatch: pytest.MonkeyPatch) -> Any:
     return fault
 
 
-@pytest.fixture(scope="session")
-def forkserver() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["trainer.training.fit", "trainer.cli.data"]
-    )  # `driver` is not on its path
-    return context
-
-
 @pytest.fixture
-def forked(forkserver: Any, words: Words) -> Any:
+def forked(words: Words) -> Any:
     """`forked(folder, faults, *words)`: a process of its own, forked where all is imported."""
     processes: list[Any] = []
 
     def start(folder: Path, faults: Any = None, *own: str) -> Any:
         arguments = (faults or {}, [*words(*own), f"run={folder}"])
-        process = forkserver.Process(target=driver.run, args=arguments)
+        process = server().Process(target=driver.run, args=arguments)
         processes.append(process)
         process.start()
         return process

@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import command
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -342,8 +342,7 @@ def test_a_resumed_qlora_run_is_the_same_run(tmp_path: Path, tiny_folder: Path) 
     ]  # fmt: skip
 
     def fit(*own: str) -> None:
-        command = [sys.executable, "-m", "trainer", "fit", *words, *own]
-        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        ran = command("fit", *words, *own, cwd=tmp_path)
         assert ran.returncode == 0, ran.stderr[-3000:]
 
     runs = tmp_path / "runs" / "qlora"

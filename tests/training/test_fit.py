@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import command
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -43,20 +44,14 @@ def fit(
     folder: Path, backbone: Path, *words: str, code: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """Runs the real command in `folder`."""
-    command = [
-        sys.executable,
-        "-m",
-        "trainer",
-        "fit",
-        "recipe=custom_diffusion",
-        f"backbone={backbone}",
-        *RUN,
-    ]
     given = {word.split("=")[0] for word in words}
-    command = [word for word in command if word.split("=")[0] not in given]
-    result = subprocess.run(
-        [*command, *words], cwd=folder, capture_output=True, text=True, timeout=300
-    )
+    own = [word for word in RUN if word.split("=")[0] not in given]
+    line = ["fit", "recipe=custom_diffusion", f"backbone={backbone}", *own, *words]
+    if "run.devices" in given:  # its ranks are started by the command line
+        new = [sys.executable, "-m", "trainer", *line]
+        result = subprocess.run(new, cwd=folder, capture_output=True, text=True, timeout=300)
+    else:
+        result = command(*line, cwd=folder)
     assert result.returncode == code, result.stderr[-3000:]
     return result
 
@@ -206,8 +201,7 @@ def test_photos_of_a_folder_are_learned_from(tmp_path: Path, tiny_folder: Path) 
 def test_evaluate_sets_base_beside_adapted(first: Path) -> None:
     root = first.parents[2]
     words = [f"run={first}", f"judge={CLIP}", "images=4"]
-    command = [sys.executable, "-m", "trainer", "evaluate", *words]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    result = command("evaluate", *words, cwd=root)
     assert result.returncode == 0, result.stderr[-3000:]
     table = json.loads((first / "evaluation.json").read_text())
     assert set(table["base"]) == set(table["adapted"])

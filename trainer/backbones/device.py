@@ -28,20 +28,40 @@ DEVICE_NAMES = "auto, cpu, mps, cuda, or one GPU of several as in cuda:1"
 
 @dataclass(frozen=True)
 class Placement:
-    """A device, and the precision that frozen layers are held in: fp32, bf16, fp16, or auto."""
+    """A device, and the precision that frozen layers are held in: fp32, bf16, fp16, auto, fast."""
 
     device: torch.device
     precision: str = "auto"
 
     def dtype(self, published: torch.dtype) -> torch.dtype:
-        """auto is what the weights were `published` in, and fp32 on a CPU, where half precision is
-        the slower one."""
+        """auto is what the weights were `published` in, and fp32 on a CPU. fast is bf16 where the
+        device has instructions for it, else fp32: without them bf16 takes many times as long."""
+        if self.precision == "fast":
+            return torch.bfloat16 if has_bf16(self.device) else torch.float32
         if self.precision != "auto":
             return PRECISIONS[self.precision]
         return torch.float32 if self.device.type == "cpu" else published
 
 
 CPU = Placement(torch.device("cpu"))
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bf16; of a CPU what oneDNN, which computes its
+    convolutions, says of it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def slow_precision(model: Backbone) -> str | None:
+    """A line for a user whose model computes in bf16 without instructions for it."""
+    if model.computes_in != torch.bfloat16 or has_bf16(model.device):
+        return None
+    return (
+        "bf16: this device has no instructions for it, so a step takes many times as long; "
+        "run.precision=fast computes in fp32 here"
+    )
 
 
 def choose_placement(device: str = "auto", precision: str = "auto", rank: int = 0) -> Placement:
@@ -51,8 +71,8 @@ def choose_placement(device: str = "auto", precision: str = "auto", rank: int = 
     Raises:
         ValueError: no such precision or device, or this machine has no such device.
     """
-    if precision != "auto" and precision not in PRECISIONS:
-        raise ValueError(f"precision={precision}: there are auto, {', '.join(PRECISIONS)}")
+    if precision not in ("auto", "fast", *PRECISIONS):
+        raise ValueError(f"precision={precision}: there are auto, fast, {', '.join(PRECISIONS)}")
     return Placement(_device(device, rank), precision)
 
 

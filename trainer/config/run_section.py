@@ -18,10 +18,11 @@ Device = Annotated[
     ),
 ]
 Precision = Annotated[
-    Literal["auto", "fp32", "bf16", "fp16"],
+    Literal["auto", "fast", "fp32", "bf16", "fp16"],
     Field(
         description="of frozen weights and of what is computed; what trains is always fp32. auto: "
-        "as the backbone's weights were published, and fp32 on a CPU"
+        "as the backbone's weights were published, and fp32 on a CPU. fast: bf16 where the device "
+        "has instructions for it, else fp32"
     ),
 ]
 Seconds = Annotated[float, Field(ge=0)]

@@ -20,6 +20,7 @@ from lightning.pytorch.plugins.precision.amp import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from trainer.backbones.backbone import Backbone
+from trainer.backbones.device import slow_precision
 from trainer.common.exit_codes import LeaveError
 from trainer.config.schema import Recipe
 from trainer.data.source import Dataset, shape_of_clips
@@ -251,5 +252,6 @@ def announce(
         {"recipe": recipe.name, **recipe.tree}, sort_keys=False, allow_unicode=True
     )
     write_text(folder / "recipe.yaml", text)
-    for skipped in train.skipped:
-        console.print(f"skipped {skipped}", style="yellow", highlight=False, markup=False)
+    slow = slow_precision(backbone)
+    for line in [*([slow] if slow else []), *(f"skipped {each}" for each in train.skipped)]:
+        console.print(line, style="yellow", highlight=False, markup=False)

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import io
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from commands import command
 from PIL import Image
 from torch import Tensor
 
@@ -118,8 +118,7 @@ def test_wandb_gets_the_film_offline(tmp_path: Path, tiny_folder: Path) -> None:
     words = [word for word in words if word != "preview.every=1"]
     environment = {**os.environ, "HOME": str(tmp_path)}
     environment.pop("WANDB_API_KEY", None)
-    command = [sys.executable, "-m", "trainer", "fit", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = command("fit", *words, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     kept = list((tmp_path / "w").glob("wandb/offline-run-*/files/media/videos/preview*"))
     assert len(kept) == 2  # the base and the end

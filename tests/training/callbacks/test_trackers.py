@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import command
 from lightning.pytorch.loggers import Logger
 
 from trainer.training.callbacks.trackers import Steady, make_trackers, shown_name
@@ -57,8 +56,7 @@ def test_a_resumed_run_is_the_same_run_of_wandb(tiny_folder: Path, tmp_path: Pat
     environment.pop("WANDB_API_KEY", None)
     for steps in (1, 2):
         words = ["recipe=lora", f"backbone={tiny_folder}", *OWN, f"run={tmp_path / 'run'}"]
-        command = [sys.executable, "-m", "trainer", "fit", *words, f"run.steps={steps}"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        done = command("fit", *words, f"run.steps={steps}", env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
     kept = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")]
     own = (tmp_path / "run" / "tracker.id").read_text().strip()

@@ -1,0 +1,68 @@
+"""`python -m trainer` in a process that is forked where everything is imported: the real program
+with its arguments, folder, environment and exit code, without the seconds that the imports take.
+Runs on several ranks start themselves anew by their command line, so they need a new process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+IMPORTED = (
+    "trainer.training.fit", "trainer.cli.fit", "trainer.cli.data", "trainer.cli.evaluate",
+    "trainer.cli.sample", "trainer.backbones.sd", "diffusers.models.unets.unet_2d_condition",
+    "diffusers.models.autoencoders.autoencoder_kl", "transformers.models.clip.modeling_clip",
+)  # fmt: skip
+
+
+@cache
+def server() -> Any:
+    """The context whose processes are forked from one that has imported these."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    return context
+
+
+def command(
+    *words: str,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 300,
+) -> subprocess.CompletedProcess[str]:
+    """What `python -m trainer <words>` printed and the code it ended with."""
+    environment = dict(os.environ if env is None else env)
+    with tempfile.TemporaryDirectory() as folder:
+        printed = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = server().Process(
+            target=_run, args=(words, str(cwd or Path.cwd()), environment, printed)
+        )
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(list(words), timeout)
+        out, err = (path.read_text(encoding="utf-8", errors="replace") for path in printed)
+    return subprocess.CompletedProcess(list(words), process.exitcode, out, err)
+
+
+def _run(
+    words: Sequence[str], cwd: str, environment: Mapping[str, str], printed: Sequence[Path]
+) -> None:
+    from trainer.__main__ import main
+
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["trainer", *words]
+    for number, path in enumerate(printed, start=1):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, number)
+        os.close(file)
+    sys.exit(main(list(words)))
