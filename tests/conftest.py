@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 
+import random
 import shutil
 import tempfile
 import warnings
@@ -64,12 +65,35 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes minutes; left out with -m 'not slow'")
     torch.set_num_threads(THREADS)
     _poison_empty()
-    # which pairs of methods this run tries; workers of pytest-xdist inherit the choice
-    os.environ.setdefault("PAIR_SEED", str(int.from_bytes(os.urandom(4), "big")))
+    config.addinivalue_line(
+        "markers", "sampled(n): n of its cases, others in every run; all with CASES=all"
+    )
+    # which cases this run tries; workers of pytest-xdist inherit the choice
+    os.environ.setdefault("CASE_SEED", str(int.from_bytes(os.urandom(4), "big")))
 
 
 def pytest_report_header() -> str:
-    return f"pairs of methods: PAIR_SEED={os.environ['PAIR_SEED']} repeats this run's choice"
+    seed = os.environ["CASE_SEED"]
+    return f"cases: CASE_SEED={seed} repeats this run's choice, CASES=all tries each"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Draws cases of tests that are `sampled`, unless tests were chosen by name."""
+    chosen = bool(config.option.keyword) or any("::" in word for word in config.args)
+    if chosen or os.environ.get("CASES") == "all":
+        return
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left: set[pytest.Item] = set()
+    for name, cases in groups.items():
+        mark = cases[0].get_closest_marker("sampled")
+        assert mark is not None
+        count = min(mark.args[0], len(cases))
+        left |= set(cases) - set(random.Random(os.environ["CASE_SEED"] + name).sample(cases, count))
+    config.hook.pytest_deselected(items=sorted(left, key=lambda item: item.nodeid))
+    items[:] = [item for item in items if item not in left]
 
 
 def pytest_unconfigure() -> None:

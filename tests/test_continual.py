@@ -52,7 +52,7 @@ def write(folder: Path, backbone: Path, methods: dict[str, Any], **more: Any) ->
             "out": str(folder / "runs"), "id": "x",
         },
         "preview": {"steps": 2, "guidance": 2},
-        "evaluate": {"alone": ["a <v1> on a blue background", "a photo of a <v1>"]},
+        "evaluate": {"alone": ["a <v1> on a blue background", "a photo of a <v1>"], "steps": 3},
         "continual": {
             "concepts": ["sprite:penguin", "sprite:panda"], "images": 4, "judge": str(CLIP),
         },

@@ -23,7 +23,7 @@ RUN = [
     "run.precision=fp32", "preview.every=2", "preview.steps=1", "preview.prompts=[a <v1> here]",
     "data.prior_images=2", "data.prior_prompts=[a fox]", "data.class_word=null",
     "data.augment=false", "methods.new_token.init=animal", "optim.ema=0.9", "tracker=none",
-    "evaluate.alone=[a <v1> on a blue background]", "evaluate.beside=[]",
+    "evaluate.alone=[a <v1> on a blue background]", "evaluate.beside=[]", "evaluate.steps=1",
     "evaluate.known=['{} on a white background']",
 ]  # fmt: skip
 

@@ -1,9 +1,10 @@
 """What every method owes: it starts at the base model where its paper says so, changes only what it
 claims, and comes back from its adapter. Pairs of methods work together or are refused by name.
 
-There are too many pairs to try each of them every time. Plain `pytest` tries all pairs of
-`REPRESENTATIVES` and `DRAWN` others, another choice in every run: a failure prints PAIR_SEED=<n>,
-and the same environment variable repeats that choice. `pytest -m pairs` tries every pair.
+There are too many cases to try each of them every time. Plain `pytest` tries half of the cases of
+every method, pairs of `REPRESENTATIVES` and `DRAWN` others, another choice in every run: a run
+prints CASE_SEED=<n>, and the same environment variable repeats its choice. `CASES=all pytest` tries
+all of these, `pytest -m pairs` every pair.
 """
 
 from __future__ import annotations
@@ -110,8 +111,8 @@ REPRESENTATIVES: dict[str, str | None] = {
     "tiled": "flash",
     "tune_a_video": "videop2p",
 }
-DRAWN = 25  # pairs besides those of representatives
-SEED = os.environ["PAIR_SEED"]  # tests/conftest.py draws it
+DRAWN = 12  # pairs besides those of representatives
+SEED = os.environ["CASE_SEED"]  # tests/conftest.py draws it
 SWAPS = [name for name in NAMES if issubclass(find_method(name), Swap)]
 # what a swap is to go with, by the options that differ from EXAMPLES
 STACKS: dict[str, dict[str, dict[str, Any]]] = {
@@ -218,6 +219,7 @@ def test_every_example_is_of_a_method() -> None:
     assert set(EXAMPLES) <= set(NAMES), "a row of EXAMPLES names no method; remove it"
 
 
+@pytest.mark.sampled(len(NAMES))
 @each_method
 def test_what_trains_is_fp32_whatever_the_base_is(name: str, tiny: Any) -> None:
     """A base in bf16, as something else may have left it."""
@@ -228,6 +230,7 @@ def test_what_trains_is_fp32_whatever_the_base_is(name: str, tiny: Any) -> None:
     assert {parameters[each].dtype for each in plan.names} == {torch.float32}
 
 
+@pytest.mark.sampled(len(NAMES))
 @each_method
 def test_only_what_it_claims_changes(
     name: str, tiny: Any, train: Callable[..., list[float]]
@@ -241,6 +244,7 @@ def test_only_what_it_claims_changes(
     assert changed(before, state(tiny)) == set(plan.names)
 
 
+@pytest.mark.sampled(len(NAMES))
 @each_method
 def test_what_it_keeps_is_the_base(name: str, tiny: Any) -> None:
     base = state(tiny)
@@ -254,6 +258,7 @@ def test_what_it_keeps_is_the_base(name: str, tiny: Any) -> None:
         assert any(value.shape == v.shape and torch.equal(value, v) for v in values), path
 
 
+@pytest.mark.sampled(len(NAMES))
 @each_method
 def test_exact_at_start(name: str, tiny: Any) -> None:
     if name in NOT_EXACT_AT_START:
@@ -268,6 +273,7 @@ def test_exact_at_start(name: str, tiny: Any) -> None:
         assert on_clips == (name not in ALIGNED)
 
 
+@pytest.mark.sampled(len(NAMES))
 @each_method
 def test_saved_and_loaded_is_the_same(
     name: str, tiny: Any, tiny_folder: Path, tmp_path: Path, train: Callable[..., list[float]]
@@ -341,6 +347,7 @@ def test_the_drawn_pairs_follow_the_seed() -> None:
     assert not set(first) & set(representative_pairs())
 
 
+@pytest.mark.sampled(48)
 @each_pair(representative_pairs())
 def test_representatives_compose_or_are_refused_by_name(
     pair: Pair, tiny_folder: Path, open_folder: Callable[[Path], Any], train: Train
@@ -352,7 +359,7 @@ def test_representatives_compose_or_are_refused_by_name(
 def test_drawn_pairs_compose_or_are_refused_by_name(
     pair: Pair, tiny_folder: Path, open_folder: Callable[[Path], Any], train: Train
 ) -> None:
-    print(f"this choice of pairs: PAIR_SEED={SEED}")
+    print(f"this choice of pairs: CASE_SEED={SEED}")
     compose_or_refuse(pair, open_folder(tiny_folder), open_folder(tiny_folder), train)
 
 
@@ -394,6 +401,7 @@ def compose_or_refuse(pair: Pair, backbone: Any, reversed_backbone: Any, train: 
     assert train(reversed_backbone, other, frames=frames(first, second)) == losses
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("stack", STACKS)
 @each_swap
 def test_a_swap_goes_with(
@@ -444,6 +452,7 @@ class Sharper:
         return 2 * scores
 
 
+@pytest.mark.sampled(18)
 @pytest.mark.parametrize("reader", [Windows(), Sharper(), MapStore([1])], ids=lambda op: op.name)
 @pytest.mark.parametrize("swap_first", [False, True])
 @each_swap

@@ -59,6 +59,7 @@ def predicted(model: Any) -> Tensor:
     return found.cpu()
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_method_on_a_device(name: str, tiny_folder: Path) -> None:
     wanted = predicted(made(tiny_folder, name, CPU))

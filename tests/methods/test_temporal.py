@@ -47,6 +47,7 @@ def painted(backbone: Any) -> Tensor:
     )
 
 
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.parametrize("form", OWN)
 def test_it_goes_with(

@@ -34,6 +34,7 @@ RUN = [
     "data.augment=false",
     "methods.new_token.init=animal",
     "optim.ema=0.9",
+    "evaluate.steps=3",
     "evaluate.alone=[a <v1> on a blue background]",
     "evaluate.beside=[a <v1> left of a fox]",
     "evaluate.known=['{} on a white background']",
