@@ -284,7 +284,7 @@ def test_compiled_block_sees_the_step_and_the_recompute_its_own(
         torch.testing.assert_close(actual[name], grad, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_inductor_block(tiny_unet: nn.Module, run_unet: Run, gradients: Gradients) -> None:
     model = tiny_unet.train()
     hosted(model, Gain())
