@@ -27,10 +27,10 @@ def main(words: list[str]) -> int:
         sys.stdout.flush()
         return code
     except BaseException as error:
-        code = report(error)
-        if code is None:
+        ended = report(error)
+        if ended is None:
             raise
-        return code
+        return ended
 
 
 def _run(verb: str, words: list[str]) -> int:
