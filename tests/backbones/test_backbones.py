@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer.attention.condition import Condition
 from trainer.backbones import load_backbone
 from trainer.backbones.spec import BackboneSpec
 from trainer.config.lineage import backbone_spec
