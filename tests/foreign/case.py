@@ -93,7 +93,7 @@ def judge(made: Made, base: Any) -> tuple[float, str]:
     from trainer.export.bundle_methods import recipe_of, tensors_of
     from trainer.export.detect import detect
     from trainer.export.import_ import read_bundle
-    from trainer.export.real_readers import Question, compare
+    from trainer.export.import_check import Question, compare
     from trainer.ops.adapters.inject import fold
 
     name, model = detect(made.path), fresh(base)

@@ -27,8 +27,8 @@ from trainer.backbones.checkpointing import checkpoint_layers
 from trainer.backbones.family import Encoder, Family, Parts
 from trainer.backbones.folder_check import PREDICTION_TYPES
 from trainer.backbones.layout import clips_to_rows, rows_to_clips
+from trainer.backbones.long_prompts import Prompts
 from trainer.backbones.pipeline_folder import limit_length
-from trainer.backbones.read_prompts import Prompts
 
 
 class Backbone(nn.Module):

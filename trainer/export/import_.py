@@ -14,9 +14,9 @@ from trainer.export.bundle import Bundle, DoRADelta, FullDelta, LowRankDelta
 from trainer.export.bundle_methods import recipe_of, tensors_of, trainable
 from trainer.export.detect import detect
 from trainer.export.find_format import find_format
+from trainer.export.import_check import Question, compare
 from trainer.export.probe import LIMIT, Probe, Say, difference
 from trainer.export.read_tokens import read_tokens
-from trainer.export.real_readers import Question, compare
 from trainer.export.start_recipe import write_recipe
 from trainer.runs.adapter import load_adapted, load_base, save_adapter
 

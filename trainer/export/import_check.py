@@ -14,8 +14,8 @@ from torch import Tensor
 
 from trainer.export.apply_bundle import parts
 from trainer.export.bundle import Bundle, FullDelta
-from trainer.export.foreign_loaders import Loader, loaders
 from trainer.export.probe import LIMIT, NOISE
+from trainer.export.real_loaders import Loader, loaders
 from trainer.ops.adapters.inject import fold
 
 # what a loader raises that does not know a file; diffusers' do not agree on one
