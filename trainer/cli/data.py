@@ -123,7 +123,7 @@ def _build(words: list[str]) -> int:
     options = read_options(words, BuildOptions)
     source = _shards(options.shards, options.ignore)
     from trainer.common.paths import cache_folder
-    from trainer.data.tars.ledger import build_manifest, kept_manifest
+    from trainer.data.tars.shard_checksums import build_manifest, kept_manifest
 
     if (kept := kept_manifest(source.shards, cache_folder())) is not None:
         raise ValueError(

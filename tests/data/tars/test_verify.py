@@ -15,8 +15,13 @@ from trainer.__main__ import main
 from trainer.data.source import Needs
 from trainer.data.sources.shards import Shards
 from trainer.data.sources.video import Video
-from trainer.data.tars.ledger import MANIFEST, build_manifest, kept_manifest, parse_manifest
 from trainer.data.tars.manifest import Manifest, save_manifest
+from trainer.data.tars.shard_checksums import (
+    MANIFEST,
+    build_manifest,
+    kept_manifest,
+    parse_manifest,
+)
 from trainer.data.tars.write_shards import write_shards
 
 FIRST = "shard-000000.tar"

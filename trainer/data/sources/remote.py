@@ -21,9 +21,9 @@ from pydantic import Field, field_validator
 
 from trainer.data.source import Dataset, Needs, Source
 from trainer.data.source_options import Buckets, OnBad
-from trainer.data.tars.ledger import parse_manifest
 from trainer.data.tars.manifest import MANIFEST
 from trainer.data.tars.reader import Opening, check_usable, split
+from trainer.data.tars.shard_checksums import parse_manifest
 
 SCHEMES = ("http", "https")
 MAX_MANIFEST = 2**28

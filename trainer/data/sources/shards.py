@@ -19,8 +19,8 @@ from pydantic import Field, field_validator
 
 from trainer.data.source import Dataset, Needs, Source
 from trainer.data.source_options import Buckets, OnBad
-from trainer.data.tars.ledger import load_manifest, tars_of
 from trainer.data.tars.reader import Opening, check_usable, split
+from trainer.data.tars.shard_checksums import load_manifest, tars_of
 
 
 class Shards(Source):

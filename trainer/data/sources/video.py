@@ -25,9 +25,9 @@ from trainer.data.mixed import Mixed, Stills
 from trainer.data.source import Caption, Dataset, Needs, Source
 from trainer.data.source_options import OnBad
 from trainer.data.sources.folder import Folder
-from trainer.data.tars.ledger import load_manifest, tars_of
 from trainer.data.tars.manifest import metadata_of
 from trainer.data.tars.reader import Tars
+from trainer.data.tars.shard_checksums import load_manifest, tars_of
 from trainer.data.video_clips import CaptionedVideo, VideoClips, Window
 from trainer.media.images import ImageError
 from trainer.media.read_caption import read_caption

@@ -8,8 +8,8 @@ import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from trainer.data.tars.ledger import kept_manifest, tars_of
 from trainer.data.tars.manifest import MAX_MEMBER, Shard, index
+from trainer.data.tars.shard_checksums import kept_manifest, tars_of
 from trainer.media.photo_folder import read_folder
 
 
