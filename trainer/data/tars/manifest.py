@@ -64,14 +64,16 @@ class Listed(BaseModel):
 
 
 class Entry(Listed):
-    """One sample: its members by extension, the size of its upright image or frames in pixels, and
-    the facts of its video, which are called `film` in the file."""
+    """One sample: its members by extension, the size of its upright image or frames in pixels, the
+    facts of its video, which are called `film` in the file, and whether its mask weighs the loss,
+    which an index of an earlier version does not say."""
 
     key: str
     width: PositiveInt
     height: PositiveInt
     members: dict[str, Member]
     video: VideoFacts | None = Field(None, alias="film")
+    weighs: Literal[True] | None = None
 
     @field_validator("members")
     @classmethod
@@ -280,11 +282,12 @@ def _entry(
     video = examine(data[VIDEO], f"{key}.{VIDEO}") if VIDEO in data else None
     size = video[:2] if video else decode_image(data[media[0]], f"{key}.{media[0]}").size
     caption_of(data, key)
-    if MASK in data:
-        loss_weights_of(data[MASK], key, size)
+    weighs = MASK in data and loss_weights_of(data[MASK], key, size) is not None
     if METADATA in data:
         metadata_of(data[METADATA], key)
-    return Entry(key=key, width=size[0], height=size[1], members=parts, film=video)
+    return Entry(
+        key=key, width=size[0], height=size[1], members=parts, film=video, weighs=weighs or None
+    )
 
 
 def _cut(path: Path, why: str) -> ValueError:

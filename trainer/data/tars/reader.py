@@ -160,12 +160,11 @@ class Tars:
     def loss_mask(self, index: int) -> Tensor | None:
         """The weights of a grey mask, see `Masked`; ImageError where the cut leaves none of it."""
         name, entry = self.rows[index]
-        if MASK not in entry.members:
+        if not entry.weighs:
             return None
         size = (entry.width, entry.height)
         weights = loss_weights_of(self._read(index, MASK), entry.key, size)
-        if weights is None:
-            return None
+        assert weights is not None  # its bytes are those that were indexed
         owner = f"{name}: {entry.key}"
         return checked_cells(weights, self._size(index), divisor=self.divisor, name=owner)
 
