@@ -29,6 +29,19 @@ def server() -> Any:
     return context
 
 
+def start(
+    *words: str, printed: Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> Any:
+    """`python -m trainer <words>`, begun; its `stdout` and `stderr` are files in `printed`."""
+    environment = dict(os.environ if env is None else env)
+    files = [printed / name for name in ("stdout", "stderr")]
+    process = server().Process(
+        target=_run, args=(words, str(cwd or Path.cwd()), environment, files)
+    )
+    process.start()
+    return process
+
+
 def command(
     *words: str,
     cwd: Path | None = None,
@@ -36,19 +49,15 @@ def command(
     timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
     """What `python -m trainer <words>` printed and the code it ended with."""
-    environment = dict(os.environ if env is None else env)
     with tempfile.TemporaryDirectory() as folder:
-        printed = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = server().Process(
-            target=_run, args=(words, str(cwd or Path.cwd()), environment, printed)
-        )
-        process.start()
+        process = start(*words, printed=Path(folder), cwd=cwd, env=env)
         process.join(timeout)
         if process.is_alive():
             process.kill()
             process.join()
             raise subprocess.TimeoutExpired(list(words), timeout)
-        out, err = (path.read_text(encoding="utf-8", errors="replace") for path in printed)
+        files = (Path(folder) / name for name in ("stdout", "stderr"))
+        out, err = (path.read_text(encoding="utf-8", errors="replace") for path in files)
     return subprocess.CompletedProcess(list(words), process.exitcode, out, err)
 
 

@@ -4,8 +4,6 @@ be."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from commands import start
 from safetensors.torch import load_file
 
 from trainer.cli.fit import train_recipe
@@ -99,16 +98,16 @@ def test_killed_inside_the_second_task_it_goes_on_there(tmp_path: Path, tiny_fol
     changes = {"run": {"steps": STEPS}, "continual": {"images": 0, "judge": None}}
     words = [write(tmp_path, tiny_folder, METHODS["inflora"], **changes)]
     whole = run_continual(load_recipe([*words, "run.id=whole"]))
-    command = [sys.executable, "-m", "trainer", "fit", *words, "run.id=killed"]
     folder = whole.with_name("killed")
     place = folder / "task-1"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        deadline = time.monotonic() + 240
-        while not list(place.glob("checkpoints/step-*")):
-            assert process.poll() is None, process.communicate()[1][-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.kill()
+    process = start("fit", *words, "run.id=killed", printed=tmp_path)
+    deadline = time.monotonic() + 240
+    while not list(place.glob("checkpoints/step-*")):
+        assert process.is_alive(), (tmp_path / "stderr").read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.join()
     assert not (place / "adapter.safetensors").exists()
     trained = (folder / "task-0" / "adapter.safetensors").stat().st_mtime_ns
     assert run_continual(load_recipe([*words, "run.id=killed"])) == folder

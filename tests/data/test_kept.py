@@ -4,16 +4,15 @@ anew, and neither changes a bit of the set."""
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from commands import start
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -135,14 +134,11 @@ PRIOR = "data.class_word=null data.prior_prompts=[a_fox,a_cat] data.prior_images
 SHORT = "data.prior_steps=1 run.validate_every=0 run.checkpoint_every=0 run.device=cpu"
 
 
-def command(backbone: Path, folder: Path) -> subprocess.Popen[str]:
+def begun(backbone: Path, folder: Path) -> Any:
     words = [*WORDS.split(), *PRIOR.split(), *SHORT.split(), f"backbone={backbone}"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "trainer", *words, f"run.out={folder / 'runs'}"],
-        env={**os.environ, "TRAINER_CACHE": str(folder / "cache")},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    folder.mkdir(exist_ok=True)
+    environment = {**os.environ, "TRAINER_CACHE": str(folder / "cache")}
+    return start(*words, f"run.out={folder / 'runs'}", printed=folder, env=environment)
 
 
 def pngs(folder: Path) -> dict[str, Path]:
@@ -152,18 +148,19 @@ def pngs(folder: Path) -> dict[str, Path]:
 def test_class_images_survive_a_kill(tiny_folder: Path, tmp_path: Path) -> None:
     """160 are wanted; the process is killed when 40 are there, and the next one makes the rest."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = command(tiny_folder, killed)
+    process = begun(tiny_folder, killed)
     end = time.monotonic() + 240
-    while len(pngs(killed)) < 40 and time.monotonic() < end and process.poll() is None:
+    while len(pngs(killed)) < 40 and time.monotonic() < end and process.is_alive():
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     before = {name: path.stat().st_mtime_ns for name, path in pngs(killed).items()}
     assert 40 <= len(before) < 160
     for folder in (killed, whole):
-        process = command(tiny_folder, folder)
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said[-2000:]
+        process = begun(tiny_folder, folder)
+        process.join(300)
+        said = (folder / "stderr").read_text()
+        assert process.exitcode == 0, said[-2000:]
         if folder == killed:
             assert f"class images: {len(before)} of 160 are there already" in said
         assert "class images: 160 of 160 after" in said

@@ -455,6 +455,7 @@ def test_any_number_of_samples_in_any_number_of_shards(
 
 
 @pytest.mark.ddp
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("counts", [(1,), (1, 2, 4)], ids=["one_sample", "uneven_shards"])
 def test_two_ranks_with_two_workers_each_end_together(
     counts: tuple[int, ...], tmp_path: Path, tiny_folder: Path
