@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from pydantic import ValidationError
 
 from trainer.__main__ import main
 from trainer.data.buckets import arrange, bucket_sizes, nearest_bucket, upright_size
