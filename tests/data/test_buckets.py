@@ -217,9 +217,9 @@ def test_the_size_of_a_format_that_is_not_read_is_refused(tmp_path: Path) -> Non
         upright_size(tmp_path / "b.png")
 
 
-def test_a_source_and_its_options_cannot_be_wrong_later(tmp_path: Path) -> None:
+def test_a_source_and_its_options_cannot_be_wrong_later(photos: Path) -> None:
     with pytest.raises(ValidationError, match="buckets"):
-        Folder(folder=tmp_path, buckets=-8)
-    source = Folder(folder=tmp_path, buckets=8)
+        Folder(folder=photos, buckets=-8)
+    source = Folder(folder=photos, buckets=8)
     with pytest.raises(ValidationError, match="frozen"):
         source.buckets = 16  # type: ignore[misc]
