@@ -220,6 +220,7 @@ def test_the_size_of_a_format_that_is_not_read_is_refused(tmp_path: Path) -> Non
 def test_a_source_and_its_options_cannot_be_wrong_later(photos: Path) -> None:
     with pytest.raises(ValidationError, match="buckets"):
         Folder(folder=photos, buckets=-8)
+    assert Folder(folder=photos, buckets=0).buckets == 0
     source = Folder(folder=photos, buckets=8)
     with pytest.raises(ValidationError, match="frozen"):
         source.buckets = 16  # type: ignore[misc]

@@ -106,7 +106,9 @@ def test_same_seed_twice_is_bit_identical(first: Path, tmp_path: Path, tiny_fold
 
 
 def test_another_seed_is_another_adapter(first: Path, tmp_path: Path, tiny_folder: Path) -> None:
-    fit(tmp_path, tiny_folder, "run.id=other", "run.seed=1")
+    said = fit(tmp_path, tiny_folder, "run.id=other", "run.seed=1")
+    assert said.stdout == "runs/custom_diffusion/other\n"  # lines about a run are on stderr
+    assert "adapter: " in said.stderr
     other = weights(tmp_path / "runs" / "custom_diffusion" / "other")
     assert not any(torch.equal(value, other[name]) for name, value in weights(first).items())
 
