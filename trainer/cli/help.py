@@ -1,59 +1,87 @@
-"""`help`: explains a verb, a section of a recipe, a method, a data source, or one option."""
+"""`help`: explains a verb, a section of a recipe, a method, a data source, or one option.
+
+What other trainers call an option is explained as well, see `config/synonyms.py`.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from difflib import get_close_matches
 from functools import partial
-from typing import TYPE_CHECKING
 
 from trainer.cli.help_pages import (
     backbones_page,
-    data_command_page,
+    base_page,
+    command_page,
     data_page,
-    denoiser_specs,
     denoisers_page,
-    described,
     header_page,
     method_page,
     methods_page,
+    overlays_page,
     recipe_keys_page,
     section_page,
     source_page,
     trackers_page,
     verb_page,
 )
+from trainer.cli.option_pages import Page, option_names, option_page
 from trainer.cli.usage import VERBS, usage
 from trainer.common.exit_codes import BAD_RECIPE
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-
-Page = Callable[[], Iterator[str]]
+from trainer.common.program import as_started
 
 
 def run(words: list[str]) -> int:
     """Prints the page of a topic, or of the option it names; without a topic, all verbs."""
     if not words:
-        print(usage(), end="")
+        print(as_started(usage()), end="")
         return 0
     topic, pages = " ".join(words), _pages()
-    page = pages.get(topic) or _option_page(topic)
-    if page is None:
-        hint = _nearest(topic, [*pages, *_options(topic.rpartition(".")[0])])
-        print(f"error: help {topic}: no such topic; {hint}", file=sys.stderr)
-        return BAD_RECIPE
-    print("\n".join(page()))
-    return 0
+    for spelling in _spellings(topic):
+        page = pages.get(spelling) or option_page(spelling) or _synonym_page(spelling, pages)
+        if page is not None:
+            print(as_started("\n".join(page())))
+            return 0
+    home = _spellings(topic)[-1].rpartition(".")[0]
+    hint = _nearest(topic, [*pages, *(option_names(home) if home else ())])
+    print(f"error: help {topic}: no such topic; {hint}", file=sys.stderr)
+    return BAD_RECIPE
+
+
+def _spellings(topic: str) -> list[str]:
+    """A topic as it stands; as `sample prompt` is `sample.prompt`; as `recipe=lora` is
+    `recipe.lora`; and without a value, as in `run.steps=400`."""
+    words = [topic, ".".join(topic.rsplit(" ", 1)), topic.replace("=", ".", 1)]
+    return list(dict.fromkeys([*words, topic.partition("=")[0]]))
+
+
+def _synonym_page(topic: str, pages: dict[str, Page]) -> Page | None:
+    """What other trainers call so."""
+    from trainer.config.synonyms import synonym_targets
+
+    name = topic.rpartition(".")[2]
+    targets = [each for each in synonym_targets(name) if "." in each or each in pages]
+    found = [pages.get(each) or option_page(each) for each in targets or synonym_targets(name)]
+    if not found:
+        return None
+
+    def page() -> Iterator[str]:
+        yield f"{name} is called {' or '.join(synonym_targets(name))} here"
+        for each in filter(None, found):
+            yield ""
+            yield from each()
+
+    return page
 
 
 def _nearest(topic: str, known: list[str]) -> str:
     """What may have been meant: a topic that is spelt alike, or that ends alike, as methods.lora
-    does for lora."""
+    does for lora; or an option."""
     ends = [name.rpartition(".")[2] for name in known]
     near = get_close_matches(topic, known, n=1, cutoff=0.7) or get_close_matches(topic, ends, n=1)
     meant = [name for name, end in zip(known, ends, strict=True) if near and near[0] in (name, end)]
+    meant = meant or get_close_matches(topic, option_names(), n=1)
     return f"did you mean {' or '.join(meant)}?" if meant else "`help` alone lists them"
 
 
@@ -70,12 +98,15 @@ def _pages() -> dict[str, Page]:
         "methods": methods_page,
         "data": data_page,
         "denoiser": denoisers_page,
+        "data.source": data_page,
         "tracker": trackers_page,
+        "base": base_page,
+        "backbones": overlays_page,
     }
     for verb in VERBS:
         pages.setdefault(verb, partial(verb_page, verb))
     for name in COMMANDS:
-        pages[f"data {name}"] = partial(data_command_page, name)
+        pages[f"data {name}"] = partial(command_page, f"data {name}")
     for name, section in SECTIONS.items():
         pages[name] = _both(pages.get(name), partial(section_page, name, section))
     for path in method_files():
@@ -99,46 +130,3 @@ def _both(first: Page | None, second: Page) -> Page:
         yield from second()
 
     return page
-
-
-def _option_page(topic: str) -> Page | None:
-    """The page of an option, as `run.steps` or `methods.lora.rank`; None if there is none."""
-    found = _options(topic.rpartition(".")[0]).get(topic)
-    if not found:
-        return None
-
-    def page() -> Iterator[str]:
-        name = topic.rpartition(".")[2]
-        for title, record in found:
-            yield f"{topic} ({title})" if title else topic
-            yield described(record, [name], prefix=topic.removesuffix(name))
-
-    return page
-
-
-def _options(home: str) -> dict[str, list[tuple[str, type[BaseModel]]]]:
-    """The options below a topic, with the records that have them. A `data.` or `denoiser.` option
-    may be of several, which the title then names."""
-    records = list(_records(home))
-    found: dict[str, list[tuple[str, type[BaseModel]]]] = {}
-    for title, record in records:
-        for name in record.model_fields:
-            found.setdefault(f"{home}.{name}", []).append((title, record))
-    return found
-
-
-def _records(home: str) -> Iterator[tuple[str, type[BaseModel]]]:
-    from trainer.config.schema import SECTIONS
-    from trainer.data.source import Source
-    from trainer.methods.apply import find_method, method_names
-
-    kind, _, name = home.partition(".")
-    if home in SECTIONS:
-        yield "", SECTIONS[home]
-    elif kind == "methods" and name in method_names():
-        yield "", find_method(name)
-    elif kind == "data" and (name in Source.names() or not name):
-        for source in [name] if name else Source.names():
-            yield f"source {source}", Source.find(source)
-    elif home == "denoiser":
-        yield from ((made.__name__, made) for made in denoiser_specs())

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from trainer.cli.list import INDENT, TABLES, WIDTH, entry
-from trainer.cli.usage import verb_module
+from trainer.cli.usage import LIGHT_VERBS, VERBS, verb_module
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -20,19 +20,25 @@ def denoiser_specs() -> list[type[BaseModel]]:
 
 
 def verb_page(verb: str) -> Iterator[str]:
+    if verb in LIGHT_VERBS:
+        yield from _paragraph(verb_module(verb).run.__doc__)
+        return
+    yield from command_page(verb)
+
+
+def command_records() -> dict[str, type[BaseModel]]:
+    """The options of each verb, and of each command of `data`."""
+    from trainer.cli.data import COMMANDS
     from trainer.cli.options import Options
     from trainer.common.lookup import only_class
 
-    if verb in ("list", "help"):
-        yield from _paragraph(verb_module(verb).run.__doc__)
-        return
-    yield from _command(verb, only_class(verb_module(verb).__name__, Options))
+    verbs = [verb for verb in VERBS if verb not in (*LIGHT_VERBS, "data")]
+    found = {verb: only_class(verb_module(verb).__name__, Options) for verb in verbs}
+    return found | {f"data {name}": options for name, (_, options) in COMMANDS.items()}
 
 
-def data_command_page(name: str) -> Iterator[str]:
-    from trainer.cli.data import COMMANDS
-
-    yield from _command(f"data {name}", COMMANDS[name][1])
+def command_page(command: str) -> Iterator[str]:
+    yield from _command(command, command_records()[command])
 
 
 def _command(verb: str, options: type[BaseModel]) -> Iterator[str]:
@@ -157,6 +163,24 @@ def recipe_keys_page() -> Iterator[str]:
     yield entry("backbones", "values of all these keys for single backbones, laid over the others")
     yield ""
     yield "`help <key>` explains one, `help recipe.<name>` a recipe; `list recipes` prints all."
+
+
+def base_page() -> Iterator[str]:
+    yield "base: another recipe, by name or as a YAML file, that a recipe is laid over"
+    yield ""
+    yield from _paragraph(
+        "It stands in a YAML file of your own, which then says only what differs, as in "
+        "base: custom_diffusion. `list recipes` prints what there is."
+    )
+
+
+def overlays_page() -> Iterator[str]:
+    yield "backbones: values for single backbones, laid over a recipe's others"
+    yield ""
+    yield from _paragraph(
+        "It stands in a YAML file and maps names of backbones to keys of a recipe, as in "
+        "backbones: {sd15: {optim: {lr: 1e-5}}}. `list backbones` prints what there is."
+    )
 
 
 def backbones_page() -> Iterator[str]:

@@ -27,7 +27,8 @@ def parse_words(arguments: Iterable[str]) -> dict[str, Any]:
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals or not KEY.fullmatch(key):
-            raise RecipeError(f"{argument!r} is not key=value, as in optim.lr=1e-4")
+            bare = "; leave the dashes out" if argument.startswith("-") else ""
+            raise RecipeError(f"{argument!r} is not key=value, as in optim.lr=1e-4{bare}")
         if key in seen:
             raise RecipeError(f"{key} is given twice")
         seen.add(key)

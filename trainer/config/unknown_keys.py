@@ -1,4 +1,5 @@
-"""A key that a recipe does not have is refused, with the nearest one that it has."""
+"""A key that a recipe does not have is refused, with the one that was meant: by the name that other
+trainers have for it, or the nearest."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 
 from trainer.common.suggest import nearest
 from trainer.config.schema import RecipeError
+from trainer.config.synonyms import meant_keys
 
 
 def refuse_unknown(values: Mapping[str, Any], known: Iterable[str], prefix: str) -> None:
@@ -14,4 +16,7 @@ def refuse_unknown(values: Mapping[str, Any], known: Iterable[str], prefix: str)
     for name in values:
         if name not in known:
             dotted = f"{prefix}." if prefix else ""
-            raise RecipeError(f"{dotted}{name}: no such key{nearest(name, known, dotted)}")
+            meant = meant_keys(name, known, prefix, values=values)
+            hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
+            hint = hint or nearest(name, known, dotted)
+            raise RecipeError(f"{dotted}{name}: no such key{hint}")
