@@ -17,17 +17,17 @@ from trainer.cli.help import _pages
 from trainer.cli.help_pages import example_of
 from trainer.cli.options import Options, RecipeOptions, read_options, split_options
 from trainer.cli.sample import SampleOptions
-from trainer.cli.usage import VERBS, verb_module
+from trainer.cli.usage import LIGHT_VERBS, VERBS, verb_module
 from trainer.common.exit_codes import BAD_RECIPE
 from trainer.common.field_words import Called, default_of, needed, type_of
 from trainer.common.lookup import only_class
 from trainer.config.load import load_recipe
-from trainer.config.schema import SECTIONS
+from trainer.config.schema import KEYS, SECTIONS
 from trainer.data.source import Source
 from trainer.methods.apply import find_method, method_names
 
 Printed = pytest.CaptureFixture[str]
-WITHOUT_OPTIONS = ("data", "list", "help")
+WITHOUT_OPTIONS = ("data", *LIGHT_VERBS)
 RECORDS: dict[str, type[BaseModel]] = {
     **SECTIONS,
     **{f"methods.{name}": find_method(name) for name in method_names()},
@@ -68,6 +68,51 @@ def test_every_topic_has_a_page_of_100_columns(topic: str, capsys: Printed) -> N
     if topic in RECORDS:
         listed = {line.split()[0] for line in out.splitlines() if line.startswith("  ")}
         assert set(RECORDS[topic].model_fields) <= listed
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_option_has_a_page(name: str, capsys: Printed) -> None:
+    """By its key in a recipe, or, of a verb, behind the verb; and by its own name alone."""
+    if name == "BackboneSpec":  # of a backbone's own file
+        return
+    home = "denoiser" if name.endswith("Spec") else name.removeprefix("verb ")
+    for option in RECORDS[name].model_fields:
+        for topic in (f"{home}.{option}", f"{home} {option}", option):
+            out = page(capsys, topic)
+            if topic in _pages():  # `denoiser` and `methods` are keys of recipes too
+                continue
+            assert f"  {option} " in out or f".{option} " in out or f".{option}\n" in out, topic
+
+
+@pytest.mark.parametrize("key", [*KEYS, "base", "backbones", "data.source"])
+def test_every_key_of_a_recipe_has_a_page(key: str, capsys: Printed) -> None:
+    assert len(page(capsys, key)) > 40
+
+
+@pytest.mark.parametrize(
+    ("typed", "first"),
+    [
+        ("run.steps=400", "run.steps"),
+        ("recipe=lora", "recipe=lora"),
+        ("optim.lrs.lora", "optim.lrs"),
+        ("run.timeouts.step", "run.timeouts"),
+        ("sample prompt", "prompt (option of sample)"),
+        ("data world out", "out (option of data world)"),
+        ("data.concept.token", "data.token (source concept)"),
+        ("lr", "optim.lr"),
+        ("learning_rate", "learning_rate is called optim.lr here"),
+        ("optim.learning_rate", "learning_rate is called optim.lr here"),
+        ("model", "model is called backbone here"),
+    ],
+)
+def test_a_key_as_it_is_typed(typed: str, first: str, capsys: Printed) -> None:
+    assert page(capsys, *typed.split()).splitlines()[0] == first
+
+
+def test_a_name_that_several_have_shows_them_all(capsys: Printed) -> None:
+    out = page(capsys, "rank").splitlines()
+    assert {"methods.lora.rank", "methods.dora.rank", "rank (option of export)"} <= set(out)
+    assert out[0].startswith("methods.")
 
 
 def test_page_of_a_method(capsys: Printed) -> None:
@@ -120,6 +165,7 @@ def page_of(words: list[str], capsys: Printed) -> str:
         ("methods.lora.rnk", "did you mean methods.lora.rank?"),
         ("pix2vido", "did you mean methods.pix2video?"),
         ("smple", "did you mean sample?"),
+        ("stps", "did you mean steps?"),
         ("qqq", "`help` alone lists them"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 from trainer.config.schema import KEYS, SECTIONS
 from trainer.methods.apply import find_method, method_names
 
+SAMPLING = ("preview", "evaluate")
 LR, STEPS, SIZE = ("optim.lr",), ("run.steps",), ("run.resolution", "resolution")
 RANK, ALPHA = ("methods.lora.rank",), ("methods.lora.alpha",)
 BATCH, OUT, MODEL = ("run.batch_size", "batch"), ("run.out", "out"), ("backbone",)
@@ -86,7 +87,7 @@ def meant_keys(
     here = [name for name in map(_last, targets) if name in known]
     at_home = [t for t in targets if _last(t) in here and _same_home(t, prefix)]
     if at_home:
-        return [f"{prefix}.{_last(t)}" if prefix else t for t in at_home]
+        return list(dict.fromkeys(f"{prefix}.{_last(t)}" if prefix else t for t in at_home))
     top = known >= set(SECTIONS)
     if not prefix and not top:  # the options of a verb
         return []
@@ -100,8 +101,11 @@ def _last(key: str) -> str:
 
 
 def _same_home(target: str, prefix: str) -> bool:
-    """Whether a target stands below `prefix`; one method's option stands for that of all."""
+    """Whether a target stands below `prefix`. One method's option stands for that of all, and an
+    option of `sample` for that of the sections about sampling."""
     home = target.rpartition(".")[0]
+    if not home and prefix in SAMPLING:
+        return True
     return home == prefix or (home.startswith("methods.") and prefix.startswith("methods."))
 
 
