@@ -10,13 +10,16 @@ from trainer.common.declared import docstring_summary
 from trainer.common.paths import PACKAGE
 
 VERBS = (
-    "fit", "check", "sample", "evaluate", "export", "import", "merge", "data", "list", "help",
+    "fit", "check", "sample", "evaluate", "export", "import", "merge", "data", "list",
+    "completion", "help",
 )  # fmt: skip
+LIGHT_VERBS = ("list", "completion", "help")  # they import no torch, and take no `key=value` words
 TOPICS = """
 `help <verb>` prints the options of a verb, `help recipe` the keys of a recipe, `help run` or
 `help optim` those of a section, `help methods.lora` or `help data.concept` those of a method or a
 data source, `help run.steps` one of them. `list` prints recipes, backbones, methods and data
-sources.
+sources, `--version` the version of this toolkit and of its libraries. `completion bash` prints what
+completes these words in a shell.
 
   python -m trainer fit recipe=custom_diffusion
   python -m trainer fit recipe=custom_diffusion backbone=sd15 data.concept=./my_dog

@@ -9,6 +9,7 @@ import signal
 import sys
 
 from trainer.common.out_of_memory import out_of_memory
+from trainer.common.program import as_started
 
 DAMAGED = 65  # no checkpoint is undamaged, or `data verify` found damage
 NONFINITE = 70  # a loss, gradient or weight was NaN or infinite more often than allowed
@@ -45,7 +46,7 @@ def report(error: BaseException) -> int | None:
         return None
     code, line = found
     if code:  # a rank that another has started says nothing
-        print(line, file=sys.stderr)
+        print(as_started(line), file=sys.stderr)
     return code
 
 

@@ -69,6 +69,21 @@ def needed(field: FieldInfo) -> str | None:
     return f"{article}{noun} is needed" + (f", {limits}" if limits else "")
 
 
+def words_of_choice(field: FieldInfo) -> list[str]:
+    """The words an option takes, as it has a few or is true or false; none where it takes others
+    too."""
+    kinds, null = _branches(field.annotation)
+    found: list[str] = []
+    for kind in kinds:
+        if kind is bool:
+            found += ["true", "false"]
+        elif typing.get_origin(kind) is typing.Literal:
+            found += map(str, typing.get_args(kind))
+        else:
+            return []
+    return [*found, "null"] if null else found
+
+
 def choice(items: Iterable[Any], last: str = "or") -> str:
     """`a`, `a or b`, `a, b or c`."""
     *most, final = map(str, items)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
-NAME = "attention-trainer"
+from trainer.common.program import NAME
+
+LIBRARIES = ("torch", "lightning", "diffusers", "transformers", "peft")  # that results depend on
 
 
 @cache
@@ -15,3 +18,15 @@ def own_version() -> str:
         return version(NAME)
     except PackageNotFoundError:
         return "source"
+
+
+def versions() -> list[str]:
+    """The version of this toolkit, then those of Python and of the libraries; a line each. They are
+    read from what was installed, and nothing is imported."""
+    lines = [f"{NAME} {own_version()}", f"python {platform.python_version()}"]
+    for library in LIBRARIES:
+        try:
+            lines.append(f"{library} {version(library)}")
+        except PackageNotFoundError:
+            lines.append(f"{library} is not installed")
+    return lines

@@ -6,7 +6,8 @@ from typing import Any
 
 from trainer.backbones.backbone import Backbone
 from trainer.common.paths import bare_name
-from trainer.common.version import NAME, own_version
+from trainer.common.program import NAME
+from trainer.common.version import own_version
 from trainer.diffusion.sampling_settings import Sampling
 
 # by the backbone's own scheduler, and by `Sampling.sampler`, as UIs call them

@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.backbones.device import CPU, Placement
 from trainer.common.atomic import written_atomically
+from trainer.common.program import program
 from trainer.config.lineage import backbone_spec
 from trainer.export.apply_bundle import add_to
 from trainer.export.bundle import Bundle, DoRADelta, FullDelta, LowRankDelta
@@ -76,7 +77,7 @@ def _told(found: str, bundle: Bundle, largest: float, *, recipe: Path) -> tuple[
     return (
         f"{found}: {_counted(bundle)}; the adapter's output differs from that of what was read by "
         f"at most {largest:.1e} (allowed {LIMIT:.0e})",
-        f"to start from it: python -m trainer fit recipe={recipe} data.concept=<folder of images> "
+        f"to start from it: {program()} fit recipe={recipe} data.concept=<folder of images> "
         "data.class_word=<what they show, as in dog>",
     )
 
