@@ -26,7 +26,7 @@ from trainer.cli.help_pages import (
     trackers_page,
     verb_page,
 )
-from trainer.cli.option_pages import Page, option_names, option_page
+from trainer.cli.option_pages import Page, homes, option_names, option_page
 from trainer.cli.usage import VERBS, usage
 from trainer.common.exit_codes import BAD_RECIPE
 from trainer.common.program import as_started
@@ -47,6 +47,12 @@ def run(words: list[str]) -> int:
     hint = _nearest(topic, [*pages, *(option_names(home) if home else ())])
     print(f"error: help {topic}: no such topic; {hint}", file=sys.stderr)
     return BAD_RECIPE
+
+
+def topics() -> list[str]:
+    """What `help` explains: every page, and every option by its key in a recipe."""
+    keys = [f"{home.key}.{name}" for home in homes("") for name in home.record.model_fields]
+    return list(dict.fromkeys([*_pages(), *(key for key in keys if not key.startswith("."))]))
 
 
 def _spellings(topic: str) -> list[str]:
