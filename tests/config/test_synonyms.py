@@ -29,7 +29,10 @@ def test_every_target_exists_and_the_word_is_free_there(word: str, target: str) 
     home, _, name = target.rpartition(".")
     having = [keys for keys in PLACES[home] if name in keys]
     assert having, f"{target} does not exist"
-    assert any(word not in keys for keys in having), f"{word} is itself a key beside {target}"
+    if word == name:  # as rank, of methods alone: it is hinted at the top of a recipe
+        assert home
+    else:
+        assert any(word not in keys for keys in having), f"{word} is a key beside {target}"
     assert word not in KEYS
 
 
@@ -137,6 +140,6 @@ def test_help_explains_each_of_them(word: str, capsys: Printed) -> None:
     first, *rest = out.splitlines()
     if first.startswith(f"{word} is called "):
         assert first == f"{word} is called {' or '.join(SYNONYMS[word])} here"
-        assert len(rest) > 2
+        assert len(rest) > 1 and len(rest[1]) > 3
     else:
         assert word in out
