@@ -7,8 +7,10 @@ from pathlib import Path
 from pydantic import Field
 
 from trainer.cli.options import RecipeOptions, quiet_libraries, split_options
+from trainer.cli.resume_command import resume_command, says_how_to_resume
 from trainer.config.load import load_recipe
 from trainer.config.schema import Recipe, RecipeError
+from trainer.runs.run_folder import folder_for
 
 
 class FitOptions(RecipeOptions):
@@ -38,7 +40,9 @@ def run(words: list[str]) -> int:
     if first_rank():
         for line in loaded.said:
             say(line)
-    folder = train_recipe(loaded, None if options.run is None else options.run.expanduser())
+    folder = folder_for(loaded) if options.run is None else options.run.expanduser()
+    with says_how_to_resume(resume_command(words, loaded, folder)):
+        train_recipe(loaded, folder)
     if first_rank():
         print(folder)
     return 0

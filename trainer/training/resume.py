@@ -18,8 +18,8 @@ from trainer.training.console import first_rank, say
 
 
 def last_checkpoint(recipe: Recipe, folder: Path) -> Checkpoint | None:
-    """The checkpoint that a run resumes from. Damaged ones are reported, and so are the keys whose
-    new values are applied.
+    """The checkpoint that a run resumes from, and says where the run is. Damaged ones are reported,
+    and so are the keys whose new values are applied.
 
     Raises:
         ValueError: the recipe differs in a key that no run may change, see `resume_rules.py`.
@@ -37,6 +37,8 @@ def last_checkpoint(recipe: Recipe, folder: Path) -> Checkpoint | None:
         say(f"{folder}: resumes after step {found.step}")
         if applied:
             say(f"{folder}: from step {found.step + 1} on {told(applied)}", "yellow")
+    else:
+        say(f"run folder: {folder}")
     if first_rank():
         facts = {"step": found.step if found else 0, "steps": recipe.run.steps}
         changed = {change.key: [change.before, change.now] for change in applied}

@@ -18,14 +18,14 @@ _attention_trainer() {
 _attention_trainer_python() {
   if (( CURRENT > 3 )) && [[ ${words[2]} == -m && ${words[3]} == trainer ]]; then
     _attention_trainer
-  elif (( $+functions[_python] )); then
+  elif typeset -f _python >/dev/null; then
     _python "$@"
   else
     _files
   fi
 }
 
-if (( ! $+functions[compdef] )); then
+if ! typeset -f compdef >/dev/null; then
   autoload -Uz compinit
   compinit
 fi

@@ -147,9 +147,7 @@ class StepChecks(lightning.Callback):
             )
         if problem:
             raise LeaveError(DISK, f"{name} after step {step}, and {problem}")
-        raise LeaveError(
-            self.stop, f"{name}: saved after step {step}; the same command with run= resumes it"
-        )
+        raise LeaveError(self.stop, f"{name}: saved after step {step} in {self.checkpoints.folder}")
 
     def _skip(
         self,
