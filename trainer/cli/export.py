@@ -11,8 +11,8 @@ from trainer.config.run_section import DEVICES, Device
 
 
 class ExportOptions(Options):
-    """Writes an adapter into a new folder in the format of another tool, loads it with that tool's
-    own code, and compares the output with that of the adapter. run or adapter is needed."""
+    """Writes an adapter into a new folder or file in the format of another tool, loads it with that
+    tool's own code, and compares the output with that of the adapter. run or adapter is needed."""
 
     run: Path | None = Field(
         None,
@@ -22,8 +22,13 @@ class ExportOptions(Options):
     adapter: Path | None = Field(
         None, description="the adapter to write, in place of run: a file or a run folder"
     )
-    out: Path = Field(
-        description="the folder to write; it must not exist yet", examples=["./my_dog"]
+    out: Path | None = Field(
+        None,
+        description="the folder to write, in which files are called as the run; or, with "
+        "format=comfyui, custom_diffusion, diff, diffusers or kohya, the very file, as in "
+        "my_dog.safetensors, or a folder that is there, for a file called as the run. Nothing is "
+        "overwritten; null makes the folder <run>-<format> here",
+        examples=["./my_dog"],
     )
     format: str = Field(
         "merged",
@@ -52,16 +57,22 @@ def run(words: list[str]) -> int:
     assert source is not None
     quiet_libraries()
     from trainer.backbones.device import choose_placement
-    from trainer.config.header import file_of
+    from trainer.config.header import file_of, read_header
     from trainer.export.export import export as write
+    from trainer.export.out_path import settle_out
 
+    path = file_of(source.expanduser())
+    recipe = str(read_header(path)[0].get("recipe", ""))
+    given = None if options.out is None else options.out.expanduser()
+    out, title = settle_out(given, path, recipe, format_name=options.format)
     print(
         write(
-            file_of(source),
-            options.out,
+            path,
+            out,
             options.format,
             dtype=options.dtype,
             rank=options.rank,
+            title=title,
             placement=choose_placement(options.device, "fp32"),
         )
     )

@@ -25,6 +25,7 @@ from trainer.export.card import card_of
 from trainer.export.factor import truncated
 from trainer.export.find_format import find_format
 from trainer.export.job import Job
+from trainer.export.out_path import check_out, is_one_file, only_file
 from trainer.export.probe import LIMIT, PROOF_FRAMES, Probe, Say, difference
 from trainer.export.proof import Proof, measure_rounding, prove, prove_printed_call
 from trainer.export.refusal import proposal, refuse
@@ -57,37 +58,46 @@ def export(
     *,
     dtype: str = EXACT,
     rank: int | None = None,
+    title: str | None = None,
     say: Say = print,
     placement: Placement = CPU,
 ) -> Path:
-    """Writes an adapter in another format to `out`, a folder that must not exist yet.
+    """Writes an adapter in another format to `out`: a new folder, or the file of the format.
 
-    path: the adapter's file; dtype: of the written files, which are proven in float32 before they
-    are rounded; rank: reduces every layer's change to its largest singular directions; what that
-    loses is reported; say: receives each line for the user; placement: where the models are proven,
-    while the files are computed on the CPU. Returns `out`.
+    path: the adapter's file. dtype: of the written files, which are proven in float32 before they
+    are rounded. rank: reduces every layer's change to its largest singular directions; what that
+    loses is reported. title: what files in a folder are called, by default as the folder. say:
+    receives each line for the user. placement: where the models are proven; the files are computed
+    on the CPU. Returns `out`.
 
     Raises:
-        ValueError: the format or dtype is unknown, the folder exists, the format cannot carry the
-            adapter, or the output of the files read back differs by more than `LIMIT`.
+        ValueError: an option is wrong, `out` exists or must be a folder, the format cannot carry
+            the adapter, or the output of the files read back differs by more than `LIMIT`.
     """
     _check_options(out, format_name, dtype=dtype, rank=rank)
     request = Request(format_name, say, placement)
-    job, proof = _prepare(path, out.name, request)
+    called = out.stem if is_one_file(out) else title or out.name
+    job, proof = _prepare(path, called, request)
     if rank is not None:
         job, proof = _reduce_rank(job, proof, rank)
     part = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         proof = _write(job, proof, part, dtype=dtype)
         del job  # the adapted model, whose memory the proof needs
-        prove(proof, part / EXACT)
-        if dtype != EXACT:
-            measure_rounding(proof, part / dtype, dtype)
-        prove_printed_call(proof, part / dtype, exact=dtype == EXACT)
-        os.replace(part / dtype, out)
+        made = only_file(part / dtype, out) if is_one_file(out) else part / dtype
+        _prove_all(proof, part, dtype=dtype)
+        os.replace(made, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out
+
+
+def _prove_all(proof: Proof, part: Path, *, dtype: str) -> None:
+    """Proves what `_write` has written."""
+    prove(proof, part / EXACT)
+    if dtype != EXACT:
+        measure_rounding(proof, part / dtype, dtype)
+    prove_printed_call(proof, part / dtype, exact=dtype == EXACT)
 
 
 def _check_options(out: Path, format_name: str, *, dtype: str, rank: int | None) -> None:
@@ -96,8 +106,7 @@ def _check_options(out: Path, format_name: str, *, dtype: str, rank: int | None)
         raise ValueError(f"dtype={dtype}: no such dtype; there are: {', '.join(DTYPES)}")
     if rank is not None and format_name not in LOW_RANK:
         raise ValueError(f"rank={rank} is for format={', '.join(LOW_RANK)}, not for {format_name}")
-    if out.exists():
-        raise ValueError(f"out={out} exists; give a folder that does not, nothing is overwritten")
+    check_out(out, format_name)
 
 
 def _prepare(path: Path, title: str, request: Request) -> tuple[Job, Proof]:

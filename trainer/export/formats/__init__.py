@@ -49,6 +49,7 @@ class Format:
     read: `read(path, base)` returns what a file or folder of this format adds to the base. None for
         a format that is a complete pipeline.
     refuse: `refuse(job)` raises `CannotCarryError` as `write` does, and writes nothing.
+    one_file: whether an adapter without words and inserted layers is a single file.
     carries: whether the format can hold all layers that methods have inserted into a model's
         denoiser.
     carries_known_words: whether it can hold words of the vocabulary whose embeddings were trained.
@@ -61,6 +62,7 @@ class Format:
     usage: Callable[[Job, Path], Usage]
     read: Callable[[Path, Any], Bundle] | None = None
     refuse: Callable[[Job], None] = _refuses_none
+    one_file: bool = False
     carries: Callable[[Any], bool] = _carries_none
     carries_known_words: bool = False
     remark: Callable[[Any, Probe, Tensor], str | None] = _no_remark

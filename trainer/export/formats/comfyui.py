@@ -136,6 +136,7 @@ FORMAT = Format(
     usage=lora_usage,
     read=read,
     refuse=refuse,
+    one_file=True,
     carries_known_words=True,
     remark=token_remark,
 )

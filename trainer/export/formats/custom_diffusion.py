@@ -143,4 +143,5 @@ FORMAT = Format(
     usage=usage,
     read=read,
     refuse=refuse,
+    one_file=True,
 )

@@ -274,6 +274,7 @@ FORMAT = Format(
     usage=usage,
     read=read,
     refuse=refuse,
+    one_file=True,
     carries=carries_motion,
     carries_known_words=True,
 )

@@ -250,6 +250,7 @@ FORMAT = Format(
     usage=usage,
     read=read,
     refuse=refuse,
+    one_file=True,
     carries_known_words=True,
     remark=token_remark,
 )
