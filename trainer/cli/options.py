@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import Annotated, TypeVar
 
@@ -12,6 +13,31 @@ from trainer.common.section import Section
 from trainer.config.overrides import parse_words
 from trainer.config.unknown_keys import refuse_unknown
 from trainer.config.validate import build_section
+
+# the loggers by which Lightning says what it does
+TALKERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.fabric.utilities.distributed",
+)
+# how the warnings of Lightning begin that no user of ours can mend
+CHATTER = (
+    r"`isinstance\(treespec, LeafSpec\)`",
+    r"The number of training batches .* is smaller than the logging interval",
+    r"Found \d+ module\(s\) in eval mode",
+    r"The '\w+' does not have many workers",
+    r"The `srun` command is available",
+    r"(GPU|MPS) available but not used",
+    r"Trying to infer the `batch_size`",
+    r"It is recommended to use `self\.log",
+    r"(Experiment logs|Checkpoint) directory .* exists",
+    r"Consider setting `persistent_workers",
+    r"Your `IterableDataset` has `__len__` defined",
+    r"`max_epochs` was not set",
+    r"You (defined|passed in) a `val",
+    r"You are using a custom batch sampler",
+    r"Using `DistributedSampler`",
+)
 
 Count = Annotated[int, Field(ge=1)]
 SeedNumber = Annotated[int, Field(ge=0)]
@@ -49,16 +75,20 @@ def split_options(words: Sequence[str], options: type[WithRecipe]) -> tuple[With
 
 
 def quiet_libraries() -> None:
-    """Silences what diffusers, transformers and Lightning print about themselves."""
+    """Silences what libraries print about themselves, and their hints to programmers; their errors
+    and all other warnings stay. Where a user asks for warnings (`python -W`, PYTHONWARNINGS) or
+    sets a library's own variable, that holds."""
     import logging
     import warnings
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", module="lightning")
+    if not sys.warnoptions:
+        for message in CHATTER:
+            warnings.filterwarnings("ignore", message=message, module=r"lightning\.")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+    for name in TALKERS:
         logging.getLogger(name).setLevel(logging.WARNING)  # "GPU: no, TPU: no", and advertisements
     import diffusers
     import transformers

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from trainer.backbones import load_backbone
 from trainer.config.lineage import spec_of
@@ -38,7 +39,8 @@ def run_call(code: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         code = _with(code, name, value)
     names: dict[str, Any] = {}
-    with TemporaryDirectory() as place, chdir(place), torch.random.fork_rng(devices=[]):
+    fork = torch.random.fork_rng(devices=[])
+    with TemporaryDirectory() as place, chdir(place), fork, _without_bars():
         torch.manual_seed(0)
         try:
             exec(compile(code, README, "exec"), names)
@@ -50,6 +52,17 @@ def run_call(code: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     if all(low == high for low, high in picture.convert("RGB").getextrema()):
         raise ValueError("the call that the README prints gives a picture of one colour")
     return names
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Inside the block pipelines of diffusers show no bar of their steps."""
+    pipeline: Any = DiffusionPipeline
+    pipeline._progress_bar_config = {"disable": True}
+    try:
+        yield
+    finally:
+        del pipeline._progress_bar_config
 
 
 def _with(code: str, name: str, value: Any) -> str:
