@@ -14,7 +14,6 @@ from trainer.backbones.folder_check import is_flow
 if TYPE_CHECKING:
     from trainer.backbones.spec import BackboneSpec
 
-SOLVERS = {"ddim": "vp", "euler": "both", "dpmpp": "both"}  # and the paths that each is for
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 
 
@@ -72,14 +71,4 @@ def check_side(key: str, side: int, multiple: int) -> None:
         raise ValueError(
             f"{key}={side}: this backbone takes sides in multiples of {multiple} pixels; "
             f"give {near}"
-        )
-
-
-def check_solver(name: str, flow: bool) -> None:
-    """Raises ValueError where a path has no solver of that name."""
-    if flow and SOLVERS[name] == "vp":
-        have = [each for each, path in SOLVERS.items() if path != "vp"]
-        raise ValueError(
-            f"sampler={name} is for backbones on a VP path, and this one was trained as a flow; "
-            f"give {' or '.join(have)}, or null for its own"
         )

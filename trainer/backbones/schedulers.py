@@ -6,16 +6,18 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-)
+import diffusers
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from trainer.backbones.folder_check import FLOW, check_flow_or_vp, check_prediction, is_flow
-from trainer.backbones.folder_facts import check_solver
+from trainer.backbones.folder_check import (
+    FLOW,
+    PREDICTION_TYPES,
+    check_flow_or_vp,
+    check_prediction,
+    is_flow,
+)
 from trainer.backbones.pipeline_folder import SCHEDULER
+from trainer.backbones.solvers import check_solver
 
 
 def vp_scheduler(config: dict[str, Any], where: Path) -> DDIMScheduler:
@@ -48,26 +50,37 @@ def flow_or_vp(
     )
 
 
-def with_solver(own: Any, name: str) -> Any:
-    """Another solver, one of `SOLVERS`, of the path and noise levels that a scheduler describes.
+def with_solver(own: Any, name: str, *, key: str = "sampler") -> Any:
+    """Another solver, one of `SOLVERS`, of the path and noise levels that a scheduler describes: as
+    `from_config` of its class makes it of the scheduler's config. key: names it in errors.
 
     Raises:
-        ValueError: this path has no such solver.
+        ValueError: this path or target has no such solver, or the solver does not know the path.
     """
     flow = isinstance(own, FlowMatchEulerDiscreteScheduler)
-    check_solver(name, flow)
-    if name == "dpmpp" and flow:
-        return DPMSolverMultistepScheduler(
-            num_train_timesteps=own.config.num_train_timesteps,
-            prediction_type=FLOW,
-            use_flow_sigmas=True,
-            flow_shift=own.config.shift,
-        )
-    if flow:
+    target = None if flow else PREDICTION_TYPES[own.config.prediction_type]
+    solver = check_solver(name, flow, target, key=key)
+    made = getattr(diffusers, str(solver.flow if flow else solver.vp))
+    if not flow:
+        if own.config.get("rescale_betas_zero_snr") and not _takes(made, "rescale_betas_zero_snr"):
+            raise ValueError(
+                f"{key}={name} does not know the noise levels of this backbone, whose last one is "
+                "all noise (rescale_betas_zero_snr); give ddim, euler or dpmpp_2m"
+            )
+        return made.from_config(own.config, **solver.options)
+    if isinstance(own, made):
         return own
-    kinds: dict[str, Any] = {
-        "ddim": DDIMScheduler,
-        "euler": EulerDiscreteScheduler,
-        "dpmpp": DPMSolverMultistepScheduler,
-    }
-    return kinds[name].from_config(own.config)
+    steps, shift = own.config.num_train_timesteps, own.config.shift
+    if not _takes(made, "use_flow_sigmas"):
+        return made(num_train_timesteps=steps, shift=shift)
+    return made(
+        num_train_timesteps=steps,
+        prediction_type=FLOW,
+        use_flow_sigmas=True,
+        flow_shift=shift,
+        **solver.options,
+    )
+
+
+def _takes(scheduler: type, option: str) -> bool:
+    return option in inspect.signature(scheduler.__init__).parameters  # type: ignore[misc]

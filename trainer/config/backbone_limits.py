@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from trainer.backbones.folder_facts import check_side, check_solver, facts_of
+from trainer.backbones.folder_facts import check_side, facts_of
 from trainer.backbones.prompt_tokens import check_max_tokens
+from trainer.backbones.solvers import check_solver
 from trainer.config.schema import Recipe, RecipeError
 
 FLOW_WEIGHTINGS = ("sigma_sqrt", "cosmap")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from trainer.backbones.backbone import Backbone
+from trainer.backbones.solvers import SOLVERS
 from trainer.common.paths import bare_name
 from trainer.common.program import NAME
 from trainer.common.version import own_version
 from trainer.diffusion.sampling_settings import Sampling
 
-# by the backbone's own scheduler, and by `Sampling.sampler`, as UIs call them
-SAMPLERS = {
-    "DDIMScheduler": "DDIM", "FlowMatchEulerDiscreteScheduler": "Euler",
-    "ddim": "DDIM", "euler": "Euler", "dpmpp": "DPM++ 2M",
-}  # fmt: skip
+# by the class of the backbone's own scheduler, as UIs call them
+OWN = {"DDIMScheduler": "DDIM", "FlowMatchEulerDiscreteScheduler": "Euler"}
 
 
 def made_of(
@@ -23,7 +23,8 @@ def made_of(
     """The facts of one picture or clip; more: further ones, as of the adapter. What is None is left
     out."""
     height, width = settings.size or (backbone.resolution, backbone.resolution)
-    solver = settings.sampler or backbone.scheduler_class.__name__
+    own, solver = backbone.scheduler_class.__name__, settings.sampler
+    on_cpu = backbone.device.type == "cpu"
     facts = {
         "prompt": prompt,
         "negative": settings.negative if settings.guided and settings.negative else None,
@@ -31,13 +32,16 @@ def made_of(
         "steps": settings.steps,
         "guidance": settings.guidance,
         "temporal_guidance": settings.temporal_guidance if settings.frames > 1 else None,
-        "sampler": SAMPLERS.get(solver, solver),
+        "sampler": OWN.get(own, own) if solver is None else SOLVERS[solver].title,
+        "scheduler": solver,
         "size": f"{width}x{height}",
         "frames": settings.frames if settings.frames > 1 else None,
         "fps": settings.fps,
         "backbone": bare_name(backbone.name),
         "device": backbone.device.type,
         "computes_in": str(backbone.computes_in).removeprefix("torch."),
+        "threads": torch.get_num_threads() if on_cpu else None,  # the last bits depend on it
+        "torch": torch.__version__,
         "version": f"{NAME} {own_version()}",
         **more,
     }

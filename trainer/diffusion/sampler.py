@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.backbones.backbone import Backbone
+from trainer.backbones.solvers import check_solver
+from trainer.diffusion.from_image import InitialImage, noised
 from trainer.diffusion.sampler_loop import Denoising
 from trainer.diffusion.sampling_settings import Sampling
 
@@ -24,20 +26,19 @@ def sample(
     settings: Sampling = DEFAULT,
     source: Tensor | None = None,
     start: Tensor | None = None,
+    image: InitialImage | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Pictures (b, 3, H, W) in [-1, 1], one for each prompt and seed; the same pair gives the same
-    picture in any batch. With `settings.frames` above 1 a clip for each, (b * frames, 3, H, W), its
-    frames adjacent.
+    """Pictures (b, 3, H, W) in [-1, 1], one for each prompt and seed, the same in any batch up to
+    rounding; of more `settings.frames` than 1 clips (b * frames, 3, H, W), their frames adjacent.
 
-    source: clean latents (b * frames, c, h, w), for a model that keeps the structure of a source.
-    start: latents (b * frames, c, h, w) instead of the seeds' noise, as `inversion.invert` returns
-    them. on_step: called after each step with its number and the latents.
-
-    Raises:
-        ValueError: prompts and seeds of different lengths, or a size the model cannot make.
+    source: clean latents (b * frames, c, h, w), whose structure is kept; start: latents of that
+    shape instead of the seeds' noise, of `inversion.invert`; image: a picture to begin from;
+    on_step: called after each step with its number and the latents. Raises ValueError for prompts
+    and seeds of different lengths, a size that cannot be made, or what methods do not go with.
     """
-    begun = noise_of(backbone, seeds, settings) if start is None else start
+    check_hooks(backbone, settings, image)
+    generators = generators_of(seeds)
     texts = [text for group in prompts_of(prompts, seeds, settings) for text in group]
     with evaluating(backbone):
         denoising = Denoising(
@@ -45,15 +46,18 @@ def sample(
             backbone.encode_prompts(texts),
             clips=len(prompts),
             settings=settings,
-            given=start is not None,
+            given=not (start is None and image is None),
             source=source,
             on_step=on_step,
-            hooks=backbone.hooks,
+            generators=generators,
         )
-        x_0 = denoising.run(begun.to(backbone.device))
-        if settings.frames == 1:
-            return backbone.decode(x_0)
-        return torch.cat([backbone.decode(clip) for clip in x_0.split(settings.frames)])
+        if image is not None:
+            x_0 = denoising(*noised(denoising, image, generators), denoising.calls)
+        else:
+            x_t = noise_of(backbone, generators, settings) if start is None else start
+            x_0 = denoising.run(x_t.to(backbone.device))
+        at_once = len(x_0) if settings.frames == 1 else settings.frames
+        return torch.cat([backbone.decode(clip) for clip in x_0.split(at_once)])
 
 
 def prompts_of(
@@ -67,8 +71,38 @@ def prompts_of(
     return [[settings.negative] * len(prompts), prompts] if settings.guided else [prompts]
 
 
-def noise_of(backbone: Backbone, seeds: Sequence[int], settings: Sampling) -> Tensor:
-    """A latent (b f, c, h, w) of unit noise, each clip by its seed.
+def check_hooks(backbone: Backbone, settings: Sampling, image: InitialImage | None = None) -> None:
+    """Checks that what methods do between the steps goes with a solver and an image.
+
+    Raises:
+        ValueError: names the method.
+    """
+    if not backbone.sampling_hooks:
+        return
+    name, solver = next(iter(backbone.sampling_hooks)), settings.sampler
+    own = backbone.scheduler_class.__name__
+    if solver is not None:
+        chosen = check_solver(solver, backbone.alphas_cumprod is None, key="scheduler")
+        if chosen.options or own not in (chosen.vp, chosen.flow):
+            raise ValueError(
+                f"scheduler={solver} does not go with methods.{name}, which changes the latents "
+                f"between the steps of {own}; leave scheduler out"
+            )
+    if image is not None and any(hook.begin for hook in backbone.hooks):
+        raise ValueError(
+            f"image= does not go with methods.{name}, which has a start of its own; leave one out"
+        )
+
+
+def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
+    """What the noise of each picture or clip is drawn from, on the CPU."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def noise_of(
+    backbone: Backbone, generators: Sequence[torch.Generator], settings: Sampling
+) -> Tensor:
+    """A latent (b f, c, h, w) of unit noise, each clip by its generator.
 
     Raises:
         ValueError: a size the model cannot make.
@@ -80,9 +114,7 @@ def noise_of(backbone: Backbone, seeds: Sequence[int], settings: Sampling) -> Te
         )
     height, width = (side // backbone.divisor for side in size)
     shape = (settings.frames, backbone.latent_channels, height, width)
-    return torch.cat(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    )
+    return torch.cat([torch.randn(shape, generator=own) for own in generators])
 
 
 @contextmanager

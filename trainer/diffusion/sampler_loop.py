@@ -3,7 +3,8 @@ guidance and the hooks of methods."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,6 +23,7 @@ from trainer.diffusion.objective import Objective, alpha_sigma, to_x0
 from trainer.diffusion.predict import predict_groups
 from trainer.diffusion.sampling_settings import Sampling
 
+CPU = torch.device("cpu")
 IMAGE = "image"  # the unconditional output for frames that do not see each other
 
 
@@ -30,7 +32,8 @@ class Denoising:
     """A sampler at work on `clips` clips.
 
     text: a condition for each clip of each group in `settings.groups`; given: whether the latents
-    to start from were given; source, on_step: as of `sample`.
+    to start from were given; source, on_step: as of `sample`; generators: one for each clip, for
+    solvers that draw noise at every step.
     """
 
     backbone: Backbone
@@ -40,7 +43,7 @@ class Denoising:
     given: bool = False
     source: Tensor | None = None
     on_step: Callable[[int, Tensor], None] | None = None
-    hooks: tuple[SamplingHook, ...] = ()
+    generators: Sequence[torch.Generator] = ()
 
     @property
     def steps(self) -> int:
@@ -50,6 +53,10 @@ class Denoising:
     def frames(self) -> int:
         return self.settings.frames
 
+    @property
+    def hooks(self) -> tuple[SamplingHook, ...]:
+        return self.backbone.hooks
+
     @cached_property
     def objective(self) -> Objective:
         return Objective(self.backbone.target, self.backbone.alphas_cumprod)
@@ -57,13 +64,19 @@ class Denoising:
     @property
     def noise_scale(self) -> float:
         """Of what sampling starts from; a flow's scheduler starts from unit noise."""
-        return float(getattr(self._solver(), "init_noise_sigma", 1.0))
+        return float(getattr(self.scheduler(0, CPU), "init_noise_sigma", 1.0))
+
+    @property
+    def calls(self) -> int:
+        """Timesteps of the scheduler: of some solvers more than the steps."""
+        return len(self.scheduler(0, CPU).timesteps)
 
     def scheduler(self, first: int, device: torch.device) -> Any:
-        """One that is at step `first`; a flow's counts its steps."""
+        """One that is at timestep number `first`. Those that count their steps are told, since two
+        steps may have one timestep."""
         scheduler = self._solver()
         scheduler.set_timesteps(self.steps, device=device)
-        if first and hasattr(scheduler, "set_begin_index"):
+        if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first)
         return scheduler
 
@@ -73,7 +86,7 @@ class Denoising:
 
     def level(self, step: int) -> tuple[float, float]:
         """alpha and sigma before a step."""
-        t = self.scheduler(0, torch.device("cpu")).timesteps[step]
+        t = self.scheduler(0, CPU).timesteps[step]
         alpha, sigma = alpha_sigma(self.objective, t[None], 1)
         return float(alpha), float(sigma)
 
@@ -86,13 +99,14 @@ class Denoising:
         assert len(starts) <= 1, "the methods that were applied claim the start of sampling once"
         for begin in starts:
             x_t, step = begin(x_t, self)
-        return self(x_t, step, self.steps)
+        return self(x_t, step, self.calls)
 
     def __call__(self, x_t: Tensor, first: int, last: int) -> Tensor:
         """x_t (b f, c, h, w) from before step `first` to before step `last`, for any number of
         frames."""
         scheduler = self.scheduler(first, x_t.device)
         ctx, condition = self._context(x_t), self.text.per_frame(len(x_t) // self.clips)
+        drawing = self._drawing(scheduler, len(x_t) // self.clips)
         for step, t in list(enumerate(scheduler.timesteps))[first:last]:
             at_step = replace(ctx, step=step, timestep=t)
             predict = Predictor(self, scheduler, condition=condition, ctx=at_step)
@@ -100,13 +114,30 @@ class Denoising:
                 if hook.before_step is not None:
                     x_t = hook.before_step(x_t, predict, predict.ctx)
             prediction = predict(x_t)
-            x_t = scheduler.step(prediction.output, t, x_t).prev_sample
+            x_t = scheduler.step(prediction.output, t, x_t, **drawing).prev_sample
             for hook in self.hooks:
                 if hook.after_step is not None:
                     x_t = hook.after_step(x_t, prediction, predict.ctx)
             if self.on_step is not None:
                 self.on_step(step, x_t)
+        return self._checked(x_t)
+
+    def _checked(self, x_t: Tensor) -> Tensor:
+        """Raises ValueError for latents that a solver has made infinite or NaN: ancestral ones do
+        where the first noise level is far above the second."""
+        if self.settings.sampler is not None and not torch.isfinite(x_t).all():
+            raise ValueError(
+                f"scheduler={self.settings.sampler} came to values that are not finite in "
+                f"{self.steps} steps: its arithmetic does not go with the noise levels of this "
+                "backbone; give more steps, or another scheduler"
+            )
         return x_t
+
+    def _drawing(self, scheduler: Any, frames: int) -> dict[str, Any]:
+        """What a step draws its noise from: a generator for each row."""
+        if not self.generators or "generator" not in inspect.signature(scheduler.step).parameters:
+            return {}
+        return {"generator": [own for own in self.generators for _ in range(frames)]}
 
     def _context(self, x_t: Tensor) -> StepContext:
         """What the calls of every step have in common, for latents (b f, c, h, w)."""

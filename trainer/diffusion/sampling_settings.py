@@ -16,8 +16,7 @@ class Sampling:
     negative: the prompt of those rows. size: height and width in pixels, multiples of the
     backbone's divisor; None for the size it was trained at. frames: of a clip, 1 for pictures. fps:
     frames a second, for a model that has learned of them. temporal_guidance: of clips, see
-    `guidance.temporal`. sampler: one of `backbones.folder_facts.SOLVERS`, None for the backbone's
-    own.
+    `guidance.temporal`. sampler: one of `backbones.solvers.SOLVERS`, None for the backbone's own.
 
     Raises:
         ValueError: no step, no frame, or temporal guidance without guidance or without frames.

@@ -1,0 +1,60 @@
+"""What a backbone was made of, as a short hash of each part's files: a picture says it, so that a
+part that has changed since can be named. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from trainer.backbones.spec import BackboneSpec
+from trainer.backbones.weight_files import weight_files
+from trainer.common.atomic import written_atomically
+from trainer.common.paths import cache_folder
+
+SMALL = (".json", ".txt", ".model")  # what a part has beside its weights
+LENGTH = 16  # letters of a hash that are kept
+
+
+def part_digests(spec: BackboneSpec) -> dict[str, str]:
+    """The hash of each part of a backbone by the part's name, and of the adapters of the runs it is
+    the result of. A checkpoint of the hub is its pinned commit."""
+    found: dict[str, str] = {}
+    if spec.hub is not None:
+        found["hub"] = f"{spec.hub}@{spec.revision}"
+    for folder in (spec.folder, spec.overlay):  # a part of the second replaces that of the first
+        if folder is not None:
+            parts = sorted(path for path in Path(folder).iterdir() if path.is_dir())
+            found |= {part.name: digest for part in parts if (digest := _of_part(part))}
+    if spec.denoiser is not None or spec.scratch:
+        made = spec.model_dump_json(include={"denoiser", "scratch", "family"})
+        found["made from nothing"] = hashlib.sha256(made.encode()).hexdigest()[:LENGTH]
+    for number, adapter in enumerate(spec.adapters, start=1):
+        found[f"adapter {number}"] = file_digest(Path(adapter))
+    return found
+
+
+def _of_part(where: Path) -> str | None:
+    """Of the small files of a part and the weights that are read; None where there are none."""
+    files = [path for path in where.iterdir() if path.suffix in SMALL and path.is_file()]
+    if any(where.glob("*.safetensors")):
+        files += weight_files(where).files
+    if not files:
+        return None
+    lines = [f"{path.name} {file_digest(path)}" for path in sorted(set(files))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:LENGTH]
+
+
+def file_digest(path: Path) -> str:
+    """The first letters of a file's sha256. That of a file whose size and time of change are as
+    they were is read from the cache, since weights are large."""
+    facts = path.stat()
+    key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
+    kept = cache_folder() / "digests" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    if kept.is_file() and len(known := kept.read_text(encoding="utf-8")) == LENGTH:
+        return known
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:LENGTH]
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with written_atomically(kept) as part:
+        part.write_text(digest, encoding="utf-8")
+    return digest
