@@ -95,6 +95,13 @@ class Method(BaseModel):
         """The words it adds to the vocabulary."""
         return ()
 
+    @property
+    def linear(self) -> bool:
+        """Whether all it does is to add a dW to weights of the base, which `scale` can multiply, to
+        add words, or to store the base in another way. One that changes how the network computes
+        is not."""
+        return False
+
     def apply(self, model: AttentionModel) -> Edit:
         """Edits `model` in place. Raises ValueError where nothing matches."""
         raise NotImplementedError

@@ -24,6 +24,7 @@ from trainer.config import load
 from trainer.config.header import ADAPTER_FORMAT, HEADER, read_header
 from trainer.config.lineage import spec_of
 from trainer.methods.apply import apply_methods
+from trainer.runs.scale_adapter import check_linear, copy_scaled
 
 if TYPE_CHECKING:
     from trainer.backbones.backbone import Backbone
@@ -131,7 +132,7 @@ def check_shape(path: Path, name: str, stored: tuple[int, ...], *, own: tuple[in
 
 
 def load_adapted(
-    path: Path, backbone: str | None = None, placement: Placement = CPU
+    path: Path, backbone: str | None = None, placement: Placement = CPU, *, scale: float = 1.0
 ) -> tuple[Backbone, dict[str, Any]]:
     """The model that an adapter makes of its backbone, frozen, in eval mode and placed, and its
     recipe.
@@ -139,13 +140,14 @@ def load_adapted(
     Args:
         backbone: a name or folder to use instead of the recipe's own; it must have the same shapes.
         placement: where it runs, and in which precision.
+        scale: of what the adapter changes, see `scale_adapter`.
 
     Raises:
-        ValueError: see `read_header`, `check_backbone` and `check_tensors`.
+        ValueError: see `read_header`, `check_backbone`, `check_tensors` and `check_linear`.
     """
     tree, _ = read_header(path)
     loaded = load_base(spec_of(tree, backbone), backbone or tree["backbone"], placement, hold=False)
-    plan = _add(path, loaded)
+    plan = _add(path, loaded, scale)
     place(loaded.eval().requires_grad_(False), placement, plan.stored)
     return loaded, tree
 
@@ -171,17 +173,23 @@ def load_base(
     return place(loaded.eval().requires_grad_(False), placement, hold=hold)
 
 
-def _add(path: Path, backbone: Backbone) -> Plan:
+def _add(path: Path, backbone: Backbone, scale: float = 1.0) -> Plan:
     """Applies an adapter's methods to a backbone and copies its tensors."""
     tree, stored = read_header(path)
     check_backbone(path, stored, backbone.identity())
     retarget(backbone, tree.get("objective") or {})
-    plan = apply_methods(backbone, load.methods_of(tree["methods"]))
+    methods = load.methods_of(tree["methods"])
+    if scale != 1:
+        check_linear(path, methods)
+    plan = apply_methods(backbone, methods)
     own = _tensors(backbone)
     wanted = {key: own[key] for key in plan.stored}
     tensors = load_file(path)
     check_tensors(path, tensors, wanted)
-    _copy(tensors, wanted)
+    if scale == 1:
+        _copy(tensors, wanted)
+    else:
+        copy_scaled(backbone, tensors, wanted, scale=scale)
     return plan
 
 

@@ -48,6 +48,10 @@ class CLora(LowRank):
         own = {} if self.task else {"penalty": "task=0 has no earlier concept to be kept off"}
         return super().idle() | own
 
+    @property
+    def linear(self) -> bool:
+        return True
+
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.ops.adapters.inject import layer_of, stack
 

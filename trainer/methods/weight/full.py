@@ -26,6 +26,10 @@ class Full(Method):
     denoiser: bool = Field(True, description="train the denoiser")
     text_encoder: bool = Field(False, description="train the text encoders")
 
+    @property
+    def linear(self) -> bool:
+        return True
+
     def apply(self, model: AttentionModel) -> Edit:
         parts: list[str] = [model.denoiser_name] if self.denoiser else []
         if self.text_encoder:

@@ -57,6 +57,10 @@ class Inflora(LowRank):
             raise ValueError(f"energy={list(self.energy)} must rise within 0 and 1")
         return self
 
+    @property
+    def linear(self) -> bool:
+        return True
+
     def apply(self, model: AttentionModel) -> Edit:
         from torch import nn
 

@@ -51,6 +51,10 @@ class Lora(LowRank):
             )
         return self
 
+    @property
+    def linear(self) -> bool:
+        return True
+
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.ops.adapters.inject import inject
 

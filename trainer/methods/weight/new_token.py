@@ -65,6 +65,10 @@ class NewToken(Method):
     def words(self) -> tuple[str, ...]:
         return self.tokens if self.task is None else self.tokens[: self.task + 1]
 
+    @property
+    def linear(self) -> bool:
+        return True
+
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.ops.adapters.token_rows import extend
 

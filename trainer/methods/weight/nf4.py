@@ -41,6 +41,10 @@ class Nf4(Method):
         "fp32", description="what the layers calculate in; bf16 goes with run.precision=bf16"
     )
 
+    @property
+    def linear(self) -> bool:
+        return True
+
     def apply(self, model: AttentionModel) -> Edit:
         import torch
 

@@ -53,6 +53,8 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # those that leave W0 to the layer under them, which may then be in 4 bits
 OVER_4_BITS = ("oft", "ia3", "fourierft", "waveft", "miss", "hira", "road")
+# those whose change is a dW that peft multiplies by the layer's `scaling`
+LINEAR = ("loha", "lokr")
 SHARED = "shares tensors between layers, which peft cannot inject into a model that is not its own"
 INSTEAD = {
     "lora": "is a method of its own; use methods.lora",
@@ -114,6 +116,10 @@ class PeftAdapter(Targeted):
         if name not in TYPES:
             raise ValueError(f"no such adapter{nearest(name, TYPES)}")
         return name
+
+    @property
+    def linear(self) -> bool:
+        return self.type in LINEAR
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.ops.adapters.inject import base_layer, inject, layer_of

@@ -38,6 +38,10 @@ class Selective(Method):
         "as in the paper",
     )
 
+    @property
+    def linear(self) -> bool:
+        return True
+
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.sites import require
         from trainer.ops.detach_first_token import DetachFirstToken

@@ -38,6 +38,10 @@ class WordEmbedding(Method):
                 raise ValueError(f"{word!r} is no single word; give them one by one")
         return tokens
 
+    @property
+    def linear(self) -> bool:
+        return True
+
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.ops.adapters.token_rows import relearn
 
