@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trainer.backbones import load_backbone
-from trainer.cli.sample import INVERTING
+from trainer.cli.sample_source import INVERTING
 from trainer.config.schema import Recipe
 from trainer.data.world.clips import DIRECTIONS, Clip, draw_clip
 from trainer.data.world.scenes import article

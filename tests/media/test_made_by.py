@@ -128,10 +128,12 @@ def test_sample_keeps_the_pictures_of_prompts_that_begin_alike(
         f"{common} at noon", f"{common} at night", f"{common} at noon"
     ]  # fmt: skip
     assert [own.get("negative") for own in facts] == [None, None, "red"]
+    parts = facts[0].pop("backbone_parts")
+    assert sorted(parts) == ["scheduler", "text_encoder", "tokenizer", "unet", "vae"]
     assert facts[0] | {"version": ""} == {
         "prompt": f"{common} at noon", "seed": 0, "steps": 1, "guidance": 3.0, "sampler": "DDIM",
         "size": "32x32", "backbone": "tiny", "device": "cpu", "computes_in": "float32",
-        "version": "",
+        "version": "", "torch": torch.__version__, "threads": torch.get_num_threads(),
     }  # fmt: skip
     assert not any(str(tmp_path).encode() in path.read_bytes() for path in out.iterdir())
     assert not any(str(tiny_folder).encode() in path.read_bytes() for path in out.iterdir())

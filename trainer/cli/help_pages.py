@@ -43,11 +43,10 @@ def command_page(command: str) -> Iterator[str]:
 
 def _command(verb: str, options: type[BaseModel]) -> Iterator[str]:
     from trainer.cli.options import RecipeOptions
+    from trainer.common.section import keys_of
 
     words = [
-        f"{name}={field.examples[0]}"
-        for name, field in options.model_fields.items()
-        if field.examples
+        f"{name}={field.examples[0]}" for name, field in keys_of(options).items() if field.examples
     ]
     recipe = ["recipe=custom_diffusion"] if issubclass(options, RecipeOptions) else []
     yield f"python -m trainer {verb} [key=value ...]"
@@ -224,10 +223,11 @@ def header_page(kind: str, name: str) -> Iterator[str]:
 def described(record: type[BaseModel], names: Iterable[str] | None = None, prefix: str = "") -> str:
     """Each option, or those of `names`, with its type and default, then its meaning."""
     from trainer.common.field_words import default_of, type_of
+    from trainer.common.section import keys_of
 
-    lines = []
-    for name in record.model_fields if names is None else names:
-        field = record.model_fields[name]
+    lines, fields = [], keys_of(record)
+    for name in fields if names is None else names:
+        field = fields[name]
         lines.append(entry(prefix + name, f"{type_of(field)}; {default_of(field)}"))
         meaning = textwrap.wrap(f"{field.description}.", WIDTH - INDENT)
         lines += [" " * INDENT + line for line in meaning]

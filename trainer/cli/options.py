@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
-from trainer.common.section import Section
+from trainer.common.section import Section, keys_of
 from trainer.config.overrides import parse_words
 from trainer.config.unknown_keys import refuse_unknown
 from trainer.config.validate import build_section
@@ -62,15 +62,29 @@ def read_options(words: Sequence[str], options: type[Some]) -> Some:
     Raises:
         RecipeError: an unknown or missing key, or a value of the wrong type or out of range.
     """
+    return build_options(given_by(words, options), options)
+
+
+def given_by(words: Sequence[str], options: type[Options]) -> dict[str, Any]:
+    """The values of the words that a verb knows, before they are checked.
+
+    Raises:
+        RecipeError: an unknown key.
+    """
     given = parse_words(words)
-    refuse_unknown(given, options.model_fields, "")
-    given = {key: value for key, value in given.items() if value not in (None, "")}
-    return build_section(options, given, "")
+    refuse_unknown(given, keys_of(options), "")
+    return given
+
+
+def build_options(given: Mapping[str, Any], options: type[Some]) -> Some:
+    """The record of a verb; raises as `read_options` does."""
+    kept = {key: value for key, value in given.items() if value not in (None, "")}
+    return build_section(options, kept, "")
 
 
 def split_options(words: Sequence[str], options: type[WithRecipe]) -> tuple[WithRecipe, list[str]]:
     """The options of the verb, and the words that remain for the recipe."""
-    own = [word for word in words if word.partition("=")[0] in options.model_fields]
+    own = [word for word in words if word.partition("=")[0] in keys_of(options)]
     return read_options(own, options), [word for word in words if word not in own]
 
 

@@ -2,57 +2,90 @@
 
 from __future__ import annotations
 
-import hashlib
-import shutil
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from trainer.cli.options import Count, Options, SeedNumber, quiet_libraries, read_options
-from trainer.config import lineage
+from trainer.cli.given_adapter import facts_of_given, given_adapter, load_bare, load_given, parts_of
+from trainer.cli.options import (
+    Count,
+    Options,
+    SeedNumber,
+    build_options,
+    given_by,
+    quiet_libraries,
+)
+from trainer.cli.prompt_file import filled, read_prompts
+from trainer.cli.repeat_picture import Repeated, as_then, compare_parts, compared, read_picture
+from trainer.cli.sample_files import SampleJob, written
+from trainer.cli.sample_source import VideoSource, file_facts, image_of, source_of
+from trainer.common.field_words import Called
+from trainer.common.paths import bare_name
 from trainer.config import load as recipes
 from trainer.config.run_section import Device, Precision
 from trainer.methods.method import Method
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from trainer.backbones.backbone import Backbone
     from trainer.diffusion.sampling_settings import Sampling
 
-AT_ONCE = 16  # pictures that one batch generates; at least one clip
-INVERTING = 3  # calls of the network for each step of an inversion
+Size = Annotated[int | str, Called("512, or 768x512")]
+SIZE = re.compile(r"(\d+)(?:x(\d+))?")
+LEAST = 16  # pixels of a side
 
 
 class SampleOptions(Options):
     """Writes PNGs, or of frames=8 an MP4 and a GIF, and prints their paths. adapter or backbone is
-    needed."""
+    needed, or from."""
 
-    adapter: Path | None = Field(
+    adapter: Path | tuple[Path, ...] | None = Field(
         None,
-        description="a trained adapter: a run folder, its adapter.safetensors, or the name "
-        "of one that ships",
+        description="a trained adapter: a run folder (of one that has not finished, its last "
+        "checkpoint), a checkpoint's folder, an adapter.safetensors, the name of one that ships, "
+        "or with backbone= the file of another tool; or several, as in [a,b], which add up",
         examples=["runs/custom_diffusion/<id>"],
+    )
+    scale: float | tuple[float, ...] = Field(
+        1.0,
+        description="strength of what the adapter changes, 0 for the base and 1 as trained; of "
+        "several adapters one each, as in [0.8,0.5]",
     )
     backbone: str | None = Field(
         None,
         description="a backbone by name or folder, without an adapter; beside one, what it is "
         "loaded over in place of the backbone it was trained on",
     )
-    prompt: str = Field(
+    prompt: str | None = Field(
+        None,
         description="what to generate; {token} and {class} stand for the word and the class_word "
-        "that the adapter was trained with",
+        "that the adapter was trained with. This or prompts is needed",
         examples=['"a <v1> on a blue background"'],
+    )
+    prompts: Path | None = Field(
+        None,
+        description="a text file with a prompt on each line, in place of prompt; empty lines and "
+        "those that begin with # are passed over",
     )
     count: Count = Field(1, description="pictures or clips, one for each seed from seed on")
     seed: SeedNumber = Field(0, description="of the first one's noise")
+    batch: Count | None = Field(
+        None,
+        description="pictures at once, which changes memory and speed, and of the pictures no more "
+        "than the last bits; null goes by their size",
+    )
     steps: Count | None = Field(
         None,
         description="steps of the sampler; null takes the preview.steps of the adapter's "
         "recipe, or 25",
+    )
+    scheduler: str | None = Field(
+        None,
+        description="the solver by its short name, as in ddim, euler, euler_a, dpmpp_2m_karras, "
+        "unipc, heun, lms or pndm (docs/sampling.md has all); null for the backbone's own",
     )
     guidance: float | None = Field(
         None,
@@ -60,11 +93,20 @@ class SampleOptions(Options):
         "takes the preview.guidance of the adapter's recipe, or 5",
     )
     negative: str = Field("", description="a prompt to move away from, in place of the empty one")
-    resolution: int | None = Field(
+    size: Size | None = Field(
         None,
-        ge=16,
-        description="side of the pictures in pixels; null takes the run.resolution of the "
-        "adapter's recipe, or that of the backbone",
+        description="of the pictures in pixels: one side, or width x height; null takes the "
+        "run.resolution of the adapter's recipe, or that of the backbone",
+    )
+    image: Path | None = Field(
+        None, description="a picture to begin from, which the prompt changes (SDEdit)"
+    )
+    strength: float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="with image=: the share of the steps that are done, from the noise they begin "
+        "at; 1 leaves nothing of the picture",
     )
     frames: Count | None = Field(
         None,
@@ -85,7 +127,14 @@ class SampleOptions(Options):
         description="with source=: begin from the noise that DDIM inversion finds for the video "
         "(the prompt then edits it), or from the seed's noise",
     )
+    from_: Path | None = Field(
+        None,
+        alias="from",
+        description="a PNG or GIF of `sample`, which is made again, bit for bit, with the settings "
+        "in it; other options replace its own",
+    )
     out: Path = Field(Path("samples"), description="folder to write into")
+    sheet: bool = Field(True, description="of several pictures, write a contact sheet too")
     device: Device = "auto"
     precision: Precision = "auto"
     methods: dict[str, Any] | None = Field(
@@ -93,98 +142,132 @@ class SampleOptions(Options):
         description="with backbone=: methods that train nothing, as in methods.text2video_zero={}",
     )
 
+    @field_validator("size")
+    @classmethod
+    def _sides(cls, size: Size | None) -> Size | None:
+        found = SIZE.fullmatch(str(size))
+        if size is not None and (not found or any(int(n) < LEAST for n in found.groups() if n)):
+            raise ValueError(
+                f"give one side as in 512, or width x height as in 768x512, each at least {LEAST}"
+            )
+        return size
+
     @model_validator(mode="after")
     def _agree(self) -> SampleOptions:
-        if self.adapter is None and self.backbone is None:
+        if (self.prompt is None) == (self.prompts is None):
+            raise ValueError(
+                'prompt is missing, as in prompt="a <v1> on a blue background"; or give '
+                "prompts=<file>"
+                if self.prompt is None
+                else "give prompt or prompts, not both"
+            )
+        if not self.adapters and self.backbone is None:
             raise ValueError("give adapter=<file or run folder>, or backbone=<name or folder>")
-        if self.adapter is not None and self.methods:
+        if self.adapters and self.methods:
             raise ValueError("an adapter brings its methods along; methods go with backbone= alone")
-        if self.count > 1 and self.source is not None and self.start == "source":
-            raise ValueError("start=source gives the same clip for every seed; leave count at 1")
+        self._agree_on_strengths()
+        self._agree_on_starts()
         return self
+
+    def _agree_on_strengths(self) -> None:
+        given = self.scale if isinstance(self.scale, tuple) else (self.scale,)
+        if not self.adapters and self.scale != 1:
+            raise ValueError("scale is the strength of an adapter; give adapter= too")
+        if self.adapters and isinstance(self.scale, tuple) and len(given) != len(self.adapters):
+            raise ValueError(
+                f"scale has {len(given)} values for {len(self.adapters)} adapters; give one each, "
+                "or one for all"
+            )
+
+    def _agree_on_starts(self) -> None:
+        inverted = self.source is not None and self.start == "source"
+        if inverted and (self.count > 1 or self.prompts is not None):
+            raise ValueError("start=source gives the same clip for every seed; leave count at 1")
+        if self.image is not None and (self.source is not None or (self.frames or 1) > 1):
+            raise ValueError("image= begins a picture, and source= a clip; leave one out")
+
+    @property
+    def adapters(self) -> tuple[Path, ...]:
+        if self.adapter is None or isinstance(self.adapter, tuple):
+            return self.adapter or ()
+        return (self.adapter,)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Of each adapter."""
+        return self.scale if isinstance(self.scale, tuple) else (self.scale,) * len(self.adapters)
+
+    @property
+    def height_and_width(self) -> tuple[int, int] | None:
+        if self.size is None:
+            return None
+        width, _, height = str(self.size).partition("x")
+        return int(height or width), int(width)
 
 
 def run(words: list[str]) -> int:
-    options = read_options(words, SampleOptions)
-    chosen = recipes.methods_of(options.methods) if options.methods else {}
+    given = given_by([_renamed(word) for word in words], SampleOptions)
+    given = {key: value for key, value in given.items() if value not in (None, "")}
     quiet_libraries()
-    kinds = set()
-    for path in _written(options, chosen):
-        print(path)
-        kinds.add(path.suffix)
-    if kinds == {".gif"}:
+    picture: Repeated | None = None
+    if given.get("from") is not None:
+        given, picture = read_picture(Path(str(given.pop("from"))), given)
+    options = build_options(given, SampleOptions)
+    chosen = recipes.methods_of(options.methods) if options.methods else {}
+    found = []
+    with as_then(picture):
+        backbone, job = _job(options, chosen, picture)
+        for path in written(backbone, job):
+            print(path)
+            found.append(path)
+    if {path.suffix for path in found} == {".gif"}:
         print("no MP4 beside it: PyAV writes one, pip install 'av>=18'", file=sys.stderr)
+    if picture is not None and picture.exactly:
+        print(compared(picture, found[-1]), file=sys.stderr)
     return 0
 
 
-def _written(options: SampleOptions, chosen: Mapping[str, Method]) -> Iterator[Path]:
-    """The files of `sample`, each as soon as it is written."""
-    from trainer.backbones.device import pictures_at_once
-    from trainer.diffusion.made_of import made_of
-    from trainer.diffusion.sampler import sample
-    from trainer.media.write_video import PLAYED, write_clip
-
-    backbone, tree = _model(options, chosen)
-    prompt, negative = _prompts(options, backbone, tree)
-    settings = _settings(options, tree, negative)
-    frames, data = settings.frames, tree.get("data") or {}
-    side = backbone.resolution if settings.size is None else settings.size[0]
-    source, start = _source(backbone, options, settings, data=data)
-    options.out.mkdir(parents=True, exist_ok=True)
-    seeds = range(options.seed, options.seed + options.count)
-    at_once = pictures_at_once(max(1, AT_ONCE // frames), frames * side**2)
-    known = _origin(options)
-    for part in (seeds[i : i + at_once] for i in range(0, len(seeds), at_once)):
-        pictures = sample(
-            backbone,
-            [prompt] * len(part),
-            part,
-            settings=settings,
-            source=None if source is None else source.repeat((len(part), 1, 1, 1)),
-            start=start,
-        ).cpu()
-        for seed, clip in zip(part, pictures.split(frames), strict=True):
-            place = options.out / f"{slug(prompt)}-{seed}"
-            facts = made_of(backbone, settings, prompt=prompt, seed=seed, **known)
-            yield from write_clip(clip, place, options.fps or PLAYED, facts=facts)
+def _renamed(word: str) -> str:
+    """A word with the present name of its key."""
+    return f"size={word.removeprefix('resolution=')}" if word.startswith("resolution=") else word
 
 
-def _origin(options: SampleOptions) -> dict[str, Any]:
-    """What else a picture is made of, as facts for its file."""
-    from trainer.config.header import file_of
-    from trainer.runs.adapter import adapter_facts
+def _job(
+    options: SampleOptions, chosen: Mapping[str, Method], picture: Repeated | None
+) -> tuple[Backbone, SampleJob]:
+    """The model, placed, and what it is to make."""
+    from trainer.backbones.device import choose_placement
+    from trainer.diffusion.sampler import check_hooks
+    from trainer.media.write_video import PLAYED
 
-    found: dict[str, Any] = {}
-    if options.adapter is not None:
-        found |= adapter_facts(file_of(options.adapter))
-    if options.methods:
-        found["methods"] = options.methods
-    if options.source is not None:
-        with options.source.open("rb") as file:
-            found["source_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-        found |= {"source": options.source.name, "start": options.start}
-    return found
-
-
-def _model(
-    options: SampleOptions, chosen: Mapping[str, Method]
-) -> tuple[Backbone, Mapping[str, Any]]:
-    """The model, placed, and the recipe's tree where an adapter has one."""
-    from trainer.backbones.device import choose_placement, place
-    from trainer.config.header import file_of
-    from trainer.methods.apply import apply_methods
-    from trainer.runs.adapter import load_adapted, load_base
-
+    given = [given_adapter(path, options.backbone, _say) for path in options.adapters]
+    parts = parts_of(given, options.backbone)
+    if picture is not None:
+        compare_parts(picture, parts)
     placement = choose_placement(options.device, options.precision)
-    if options.adapter is not None:
-        return load_adapted(file_of(options.adapter), options.backbone, placement)
-    assert options.backbone is not None
-    spec = lineage.backbone_spec(options.backbone)
-    backbone = load_base(spec, options.backbone, placement, hold=not chosen)
-    if chosen:
-        apply_methods(backbone, chosen, trains=False)
-        place(backbone, placement)
-    return backbone, {}
+    if given:
+        backbone, tree = load_given(given, options.scales, options.backbone, placement=placement)
+    else:
+        backbone, tree = load_bare(str(options.backbone), chosen, placement), {}
+    given_texts = [("prompt", options.prompt)] if options.prompt else read_prompts(options.prompts)
+    texts = [*given_texts, ("negative", options.negative)]
+    *prompts, negative = filled(texts, backbone, tree)
+    settings = _settings(options, tree, negative)
+    _check_size(options, backbone)
+    check_hooks(backbone, settings)
+    job = SampleJob(
+        prompts=prompts,
+        seeds=range(options.seed, options.seed + options.count),
+        settings=settings,
+        out=options.out,
+        played=options.fps or PLAYED,
+        batch=options.batch,
+        row=None if picture is None else picture.row,
+        sheet=options.sheet,
+        facts={"backbone_parts": parts} | facts_of_given(given, options.scales) | _origin(options),
+        **_starts(options, backbone, settings, data=tree.get("data") or {}),
+    )
+    return backbone, job
 
 
 def _settings(options: SampleOptions, tree: Mapping[str, Any], negative: str) -> Sampling:
@@ -192,88 +275,57 @@ def _settings(options: SampleOptions, tree: Mapping[str, Any], negative: str) ->
     from trainer.diffusion.sampling_settings import Sampling
 
     previews, data, run = (tree.get(key) or {} for key in ("preview", "data", "run"))
-    guidance = options.guidance
-    side = options.resolution or run.get("resolution")
+    guidance, side = options.guidance, run.get("resolution")
     return Sampling(
         options.steps or int(previews.get("steps", 25)),
         float(previews.get("guidance", 5.0)) if guidance is None else guidance,
         negative,
-        size=None if side is None else (int(side), int(side)),
+        size=options.height_and_width or (None if side is None else (int(side), int(side))),
         frames=options.frames or int(data.get("frames", 1)),
         fps=options.fps,
+        sampler=options.scheduler,
     )
 
 
-def _prompts(
-    options: SampleOptions, backbone: Backbone, tree: Mapping[str, Any]
-) -> tuple[str, str]:
-    """The prompt and the negative one; says where one is longer than what is read of it.
+def _check_size(options: SampleOptions, backbone: Backbone) -> None:
+    """Raises ValueError for a size, or a solver, that the backbone does not have."""
+    from trainer.backbones.folder_facts import check_side
+    from trainer.backbones.schedulers import with_solver
 
-    Raises:
-        ValueError: a word that the model does not have, or does not read.
-    """
-    from trainer.config.captions import check_read
-    from trainer.config.prompts import words_in
-
-    words = words_in(tree, backbone.tokenizer.get_vocab())
-    found = []
-    for key in ("prompt", "negative"):
-        found.append(words.prompt(getattr(options, key), key))
-        for line in check_read(found[-1], key, words.added, reader=backbone.prompts.reader):
-            print(line, file=sys.stderr)
-    return found[0], found[1]
+    for side in options.height_and_width or ():
+        check_side("size", side, backbone.multiple)
+    if options.scheduler is not None:
+        with_solver(backbone.scheduler(), options.scheduler, key="scheduler")
 
 
-def _source(
-    backbone: Backbone, options: SampleOptions, settings: Sampling, *, data: Mapping[str, Any]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Clean latents (frames, c, h, w) of the source clip, and the noise that becomes them where
-    sampling begins from it."""
-    from trainer.common.long_work import long_work
-    from trainer.data.kept import KeptSteps
-    from trainer.diffusion.inversion import invert
-    from trainer.diffusion.source_clip import source_latents
-
+def _starts(
+    options: SampleOptions, backbone: Backbone, settings: Sampling, *, data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What sampling begins from other than noise, as fields of the job."""
+    if options.image is not None:
+        size = settings.size or (backbone.resolution, backbone.resolution)
+        return {"image": image_of(options.image, size, options.strength)}
     if options.source is None:
-        return None, None
-    steps, frames = settings.steps, settings.frames
-    size = None if settings.size is None else settings.size[0]
-    source = source_latents(
-        backbone, options.source, frames=frames, fps=options.fps, data=data, side=size
-    )
-    if options.start == "noise":
-        return source, None
-    kept = KeptSteps(_inversion_folder(backbone, options, source, steps=steps))
-    with long_work("inversion", steps, len(kept)) as advance:
-        kept.stored = advance
-        start = invert(
-            backbone,
-            source,
-            [""],
-            steps=steps,
-            frames=frames,
-            fps=options.fps,
-            iterations=INVERTING,
-            known=kept,
-        )
-    shutil.rmtree(kept.folder, ignore_errors=True)  # it is for an inversion that is interrupted
-    return source, start
+        return {}
+    model = (options.adapter, options.scale, options.backbone, options.methods)
+    video = VideoSource(options.source, options.start == "source", model)
+    source, start = source_of(backbone, video, settings, data=data)
+    return {"source": source, "start": start}
 
 
-def _inversion_folder(
-    backbone: Backbone, options: SampleOptions, source: Tensor, *, steps: int
-) -> Path:
-    """Where the steps of an inversion are kept, by all they depend on."""
-    from trainer.common.paths import cache_folder
+def _origin(options: SampleOptions) -> dict[str, Any]:
+    """What else a picture is made of, as facts for its file."""
+    found = file_facts("source", options.source) | file_facts("image", options.image)
+    if options.source is not None:
+        found["start"] = options.start
+    if options.image is not None:
+        found["strength"] = options.strength
+    if options.adapters and options.backbone is not None:
+        found["over"] = bare_name(options.backbone)
+    if options.methods:
+        found["methods"] = options.methods
+    return found
 
-    digest = hashlib.sha256(source.cpu().numpy().tobytes())
-    facts = (backbone.fingerprint(), backbone.device.type, str(backbone.computes_in), steps)
-    own = (options.adapter, options.backbone, options.methods, options.fps, options.frames)
-    digest.update(repr((*facts, *own)).encode())
-    return cache_folder() / "inversion" / digest.hexdigest()[:24]
 
-
-def slug(text: str) -> str:
-    """Text as a file name, of at most 60 letters."""
-    words = "".join(letter if letter.isalnum() else " " for letter in text).split()
-    return "-".join(words)[:60] or "sample"
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -6,6 +6,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
 )
+from pydantic.fields import FieldInfo
 
 
 class Section(BaseModel):
@@ -16,3 +17,9 @@ class Section(BaseModel):
     def idle(self) -> dict[str, str]:
         """Options that have no effect beside the others of this record, each with what it needs."""
         return {}
+
+
+def keys_of(record: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of a record by the keys that a user gives: a field whose key is a word of Python's
+    own, as `from`, has it as its alias."""
+    return {field.alias or name: field for name, field in record.model_fields.items()}

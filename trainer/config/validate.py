@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from trainer.common.field_words import needed, type_of
+from trainer.common.section import keys_of
 from trainer.config.schema import RecipeError
 from trainer.config.unknown_keys import refuse_unknown
 
@@ -27,12 +28,12 @@ def build_section(cls: type[T], values: Any, key: str) -> T:
 
     key: the section's name in the recipe; empty where its fields are given without one.
     """
-    values = {} if values is None else values
+    values, fields = {} if values is None else values, keys_of(cls)
     if not isinstance(values, dict):
-        raise RecipeError(f"{key} is {values!r}; it takes {', '.join(cls.model_fields)}")
-    refuse_unknown(values, cls.model_fields, key)
+        raise RecipeError(f"{key} is {values!r}; it takes {', '.join(fields)}")
+    refuse_unknown(values, fields, key)
     for name, value in values.items():
-        field = cls.model_fields[name]
+        field = fields[name]
         if isinstance(value, bool) and "true or false" not in type_of(field):  # 1, to pydantic
             wanted = needed(field) or f"{type_of(field)} is needed"
             raise RecipeError(f"{_joined(key, name)}={value}: {wanted}")
@@ -60,7 +61,7 @@ def _sentence(error: Any, cls: type[BaseModel], key: str) -> str:
     message, given = error["msg"].removeprefix("Value error, "), error["input"]
     if not error["loc"]:
         return _joined(key, message) if re.match(r"\w+=", message) else _about(key, message)
-    field = cls.model_fields[str(error["loc"][0])]
+    field = keys_of(cls)[str(error["loc"][0])]
     if error["type"] == "missing":
         if not inside and field.examples:
             return f"{where} is missing, as in {where}={field.examples[0]}"

@@ -8,15 +8,22 @@ of `parameters` that has the JSON in its last line. Facts name files without the
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
+from PIL.Image import open as open_image
 from PIL.PngImagePlugin import PngInfo
+
+from trainer.media.images import DAMAGED_IMAGE, ImageError
 
 ENTRY = "attention_trainer"
 PARAMETERS = "parameters"
+LAST = ", Attention trainer: "  # before the JSON in a comment
 # facts in the last line of the parameters, by the names that UIs know
 NAMES = {
     "steps": "Steps",
@@ -29,6 +36,8 @@ NAMES = {
     "backbone": "Model",
     "adapter": "Adapter",
     "adapter_sha256": "Adapter hash",
+    "scale": "Adapter scale",
+    "strength": "Denoising strength",
     "recipe": "Recipe",
     "run": "Run",
     "step": "Step",
@@ -66,13 +75,54 @@ def parameters(facts: Mapping[str, Any]) -> str:
 
 def comment(facts: Mapping[str, Any]) -> str:
     """Facts in one text, for files that have one comment."""
-    return f"{parameters(facts)}, Attention trainer: {json.dumps(as_json(facts))}"
+    return f"{parameters(facts)}{LAST}{json.dumps(as_json(facts))}"
 
 
 def as_json(facts: Mapping[str, Any]) -> str:
     return json.dumps(dict(facts), sort_keys=True)
 
 
+def facts_in(path: Path) -> dict[str, Any]:
+    """The facts in the file of a picture (PNG) or a clip (GIF).
+
+    Raises:
+        ImageError: there is no such file, it is damaged, or nothing in it says what made it.
+    """
+    if not path.is_file():
+        raise ImageError(f"{path}: no such file")
+    try:
+        with open_image(path, formats=("PNG", "GIF")) as image:
+            info = dict(image.info)
+    except DAMAGED_IMAGE:
+        raise ImageError(
+            f"{path}: not a readable PNG or GIF; of a clip give the GIF beside the MP4"
+        ) from None
+    text = info.get(ENTRY) or _json_of(info.get("comment", b""))
+    try:
+        facts = json.loads(text) if isinstance(text, str) else None
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict) or "prompt" not in facts:
+        raise ImageError(
+            f"{path}: nothing in it says what made it; only pictures of `sample` do, as it wrote "
+            "them (programs that edit or send pictures often remove that)"
+        )
+    return facts
+
+
+def _json_of(said: Any) -> str | None:
+    """The JSON in the comment of a clip; the prompt before it may hold the same words."""
+    text = said.decode(errors="replace") if isinstance(said, bytes) else str(said)
+    places = [found.end() for found in re.finditer(re.escape(LAST), text)]
+    for place in places:
+        with suppress(ValueError):
+            found = json.loads(text[place:])
+            return found if isinstance(found, str) else None
+    return None
+
+
 def _quoted(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(str, value))
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return json.dumps(text) if any(mark in text for mark in ',:\n"') else text

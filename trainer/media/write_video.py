@@ -25,13 +25,19 @@ def write_clip(
     pictures: Tensor, place: Path, fps: float, *, facts: Facts | None = None
 ) -> list[Path]:
     """Writes one picture (1, 3, H, W) in [-1, 1] as `<place>.png`, or a clip (frames, 3, H, W) as
-    `write_frames` does, and never over another: where there is one, the name is `<place>-2`, and so
-    on. What is there already, byte for byte, is left. Returns the files."""
+    `write_frames` does, and never over another, see `write_once`. Returns the files."""
     images = [to_pil(picture) for picture in pictures]
     if len(images) > 1:
         files = _encoded(images, fps, facts)
     else:
         files = {".png": png_bytes(with_facts(images[0], facts) if facts else images[0])}
+    return write_once(files, place)
+
+
+def write_once(files: Mapping[str, bytes], place: Path) -> list[Path]:
+    """Writes files as `<place><end>`, by their ends, and never over another: where there is one,
+    the name is `<place>-2`, and so on. What is there already, byte for byte, is left. Returns the
+    paths."""
     for number in count(1):
         name = place.name if number == 1 else f"{place.name}-{number}"
         found = {place.with_name(f"{name}{kind}"): data for kind, data in files.items()}

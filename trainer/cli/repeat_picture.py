@@ -1,0 +1,208 @@
+"""`sample from=picture.png`: the settings in the file of a picture as options, and the files that
+it was made with, found again by their names and compared by their hashes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.cli.given_adapter import CHECKPOINTS, given_digest
+
+# facts that are options as they are
+SAME = (
+    "prompt", "negative", "seed", "steps", "guidance", "size", "fps", "scheduler", "scale",
+    "strength", "start", "methods", "batch",
+)  # fmt: skip
+PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A picture that is made again. given: the options that the user gave over its own."""
+
+    path: Path
+    facts: Mapping[str, Any]
+    given: frozenset[str]
+
+    @property
+    def exactly(self) -> bool:
+        """Whether nothing was given that changes the picture."""
+        return not self.given - {"out", "sheet", "adapter", "backbone", "source", "image"}
+
+    @property
+    def row(self) -> int | None:
+        """The row that the picture had in its batch; None where it was alone, or where the batch is
+        another."""
+        changed = self.given & {"batch", "count", "prompts", "seed"}
+        return None if changed else self.facts.get("row")
+
+
+def read_picture(path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], Repeated]:
+    """The options of a picture with those given over them.
+
+    Raises:
+        ValueError: the file says nothing of what made it, or an adapter, a backbone or another file
+            is not found, or has changed since.
+    """
+    from trainer.media.made_by import facts_in
+
+    found = Repeated(path, facts_in(path.expanduser()), frozenset(given))
+    facts = found.facts
+    options = {key: facts[key] for key in SAME if key in facts}
+    options["frames"] = facts.get("frames", 1)
+    options["device"] = facts.get("device", "auto")
+    options["precision"] = PRECISION.get(str(facts.get("computes_in")), "auto")
+    if given.get("prompts"):
+        options.pop("prompt", None)
+    if "adapter" in given:
+        options = {key: own for key, own in options.items() if key not in ("methods", "scale")}
+    elif "adapter" in facts:
+        options["adapter"] = _adapters(found)
+    if ("over" in facts or "adapter" not in facts) and not {"adapter", "backbone"} & set(given):
+        options["backbone"] = _backbone(found)
+    for key in ("source", "image"):
+        if key in facts and key not in given:
+            options[key] = _file(found, key)
+    return options | dict(given), found
+
+
+def compare_parts(picture: Repeated, parts: Mapping[str, str]) -> None:
+    """Compares the parts of the backbone with those the picture was made with.
+
+    Raises:
+        ValueError: one has changed, and the user has not named the backbone or adapter anew.
+    """
+    before = picture.facts.get("backbone_parts")
+    if not isinstance(before, dict):
+        return
+    changed = [name for name in sorted(before | parts) if before.get(name) != parts.get(name)]
+    if not changed:
+        return
+    text = (
+        f"from={picture.path}: {', '.join(changed)} of backbone {picture.facts.get('backbone')} "
+        f"{'has' if len(changed) == 1 else 'have'} changed since the picture was made"
+    )
+    if not picture.given & {"adapter", "backbone"}:
+        raise ValueError(f"{text}; give backbone=<folder> to use another one")
+    print(f"{text}; the one given is used", file=sys.stderr)
+
+
+def _near(picture: Repeated, names: list[str]) -> Iterator[Path]:
+    """Where a file of the picture's may be: here, among the runs, beside the picture. Names lead to
+    nowhere else."""
+    beside = picture.path.expanduser().absolute().parent
+    for name in names:
+        if not Path(name).name or Path(name).is_absolute() or ".." in Path(name).parts:
+            continue
+        for folder in (Path(), Path("runs"), beside, beside.parent):
+            yield folder / name
+
+
+def _adapters(picture: Repeated) -> Any:
+    """The paths of the picture's adapters: one, or a list."""
+    names, hashes = picture.facts["adapter"], picture.facts.get("adapter_sha256")
+    steps = picture.facts.get("step")
+    if not isinstance(names, list):
+        return str(_adapter(picture, str(names), hashes, step=steps))
+    every = zip(names, hashes or [], steps or [None] * len(names), strict=True)
+    return [str(_adapter(picture, str(name), digest, step=step)) for name, digest, step in every]
+
+
+def _adapter(picture: Repeated, name: str, digest: Any, *, step: Any) -> Path:
+    if isinstance(step, int):
+        names = [f"{name}/{CHECKPOINTS}/step-{step:06d}"]
+    else:
+        names = [name, f"{name}.safetensors"]
+    from trainer.common.paths import shipped
+
+    places = [*_near(picture, names), *([] if "/" in name else [shipped(name)])]
+    return _same(picture, "adapter", name, digest=digest, places=places, hashed=given_digest)
+
+
+def _file(picture: Repeated, key: str) -> str:
+    name, digest = str(picture.facts[key]), picture.facts.get(f"{key}_sha256")
+    places = list(_near(picture, [name]))
+    found = _same(picture, key, name, digest=digest, places=places, hashed=given_digest)
+    return str(found)
+
+
+def _same(
+    picture: Repeated,
+    key: str,
+    name: str,
+    *,
+    digest: Any,
+    places: list[Path],
+    hashed: Callable[[Path], str | None],
+) -> Path:
+    """The first of the places that has the hash."""
+    there = {place: own for place in places if (own := hashed(place)) is not None}
+    for place, own in there.items():
+        if own == digest:
+            return place
+    if not there:
+        raise ValueError(
+            f"from={picture.path}: its {key} {name} (sha256 {digest}) is not here; give "
+            f"{key}=<where it is>"
+        )
+    place, own = next(iter(there.items()))
+    raise ValueError(
+        f"from={picture.path}: its {key} {place} has changed since the picture was made (sha256 "
+        f"{digest} then, {own} now); give {key}=<another> to use that instead"
+    )
+
+
+def _backbone(picture: Repeated) -> str:
+    from trainer.config.lineage import backbone_names
+
+    name = str(picture.facts.get("over") or picture.facts.get("backbone"))
+    if name in backbone_names():
+        return name
+    for place in _near(picture, [name]):
+        if (place / "model_index.json").is_file() or (place / "adapter.safetensors").is_file():
+            return str(place)
+    raise ValueError(
+        f"from={picture.path}: its backbone {name} is not here; give backbone=<its folder>"
+    )
+
+
+@contextmanager
+def as_then(picture: Repeated | None) -> Iterator[None]:
+    """As many threads as the picture was made with: the last bits of sums depend on it."""
+    import torch
+
+    threads, before = picture and picture.facts.get("threads"), torch.get_num_threads()
+    if not isinstance(threads, int) or not 0 < threads <= 1024:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def compared(picture: Repeated, path: Path) -> str:
+    """What to say of a picture that was made again."""
+    import numpy as np
+    import torch
+    from PIL import Image, ImageSequence
+
+    def pixels(file: Path) -> np.ndarray:
+        with Image.open(file) as image:
+            frames = [np.asarray(one.convert("RGB")) for one in ImageSequence.Iterator(image)]
+        return np.stack(frames).astype(int)
+
+    old, new = pixels(picture.path.expanduser()), pixels(path)
+    if old.shape == new.shape and not (most := int(np.abs(old - new).max())):
+        return f"{picture.path}: repeated, bit for bit"
+    much = f"by up to {most} of 255" if old.shape == new.shape else "in its size"
+    then, facts = picture.facts.get("torch"), picture.facts
+    return (
+        f"{picture.path}: repeated, and differs {much}; it was made with torch {then} on "
+        f"{facts.get('device')}, and this is torch {torch.__version__}"
+    )

@@ -1,0 +1,108 @@
+"""What `sample` begins from other than noise: a video, inverted or kept as structure, or a
+picture."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.backbones.backbone import Backbone
+    from trainer.diffusion.from_image import InitialImage
+    from trainer.diffusion.sampling_settings import Sampling
+
+INVERTING = 3  # calls of the network for each step of an inversion
+
+
+@dataclass(frozen=True)
+class VideoSource:
+    """path: the video; inverted: whether sampling begins from its inversion; model: what names the
+    model, for the steps that are kept of an inversion."""
+
+    path: Path
+    inverted: bool
+    model: tuple[Any, ...]
+
+
+def source_of(
+    backbone: Backbone, video: VideoSource, settings: Sampling, *, data: Mapping[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Clean latents (frames, c, h, w) of the source clip, and the noise that becomes them where
+    sampling begins from it. data: the section of the recipe that trained the model.
+
+    Raises:
+        ValueError: a size that is no square.
+    """
+    from trainer.common.long_work import long_work
+    from trainer.data.kept import KeptSteps
+    from trainer.diffusion.inversion import invert
+    from trainer.diffusion.source_clip import source_latents
+
+    steps, frames, fps, size = settings.steps, settings.frames, settings.fps, settings.size
+    if size is not None and size[0] != size[1]:
+        raise ValueError(f"size={size[1]}x{size[0]}: source= is cut to a square; give one side")
+    side = None if size is None else size[0]
+    source = source_latents(backbone, video.path, frames=frames, fps=fps, data=data, side=side)
+    if not video.inverted:
+        return source, None
+    kept = KeptSteps(_inversion_folder(backbone, video, source, settings=settings))
+    with long_work("inversion", steps, len(kept)) as advance:
+        kept.stored = advance
+        start = invert(
+            backbone,
+            source,
+            [""],
+            steps=steps,
+            frames=frames,
+            fps=fps,
+            iterations=INVERTING,
+            known=kept,
+        )
+    shutil.rmtree(kept.folder, ignore_errors=True)  # it is for an inversion that is interrupted
+    return source, start
+
+
+def _inversion_folder(
+    backbone: Backbone, video: VideoSource, source: Tensor, *, settings: Sampling
+) -> Path:
+    """Where the steps of an inversion are kept, by all they depend on."""
+    from trainer.common.paths import cache_folder
+
+    digest = hashlib.sha256(source.cpu().numpy().tobytes())
+    facts = (backbone.fingerprint(), backbone.device.type, str(backbone.computes_in))
+    own = (settings.steps, settings.fps, settings.frames)
+    digest.update(repr((*facts, *own, *video.model)).encode())
+    return cache_folder() / "inversion" / digest.hexdigest()[:24]
+
+
+def file_facts(key: str, path: Path | None) -> dict[str, str]:
+    """The name and the hash of a file that a picture begins from, as facts for its file."""
+    if path is None:
+        return {}
+    with path.expanduser().open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return {key: path.name, f"{key}_sha256": digest}
+
+
+def image_of(path: Path, size: tuple[int, int], strength: float) -> InitialImage:
+    """A picture to begin from, scaled and cut to a size, height and width in pixels.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    from PIL import Image, ImageOps
+
+    from trainer.diffusion.from_image import InitialImage
+    from trainer.media.images import read_image, to_tensor
+
+    height, width = size
+    picture = read_image(path.expanduser())
+    if picture.size != (width, height):
+        picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    return InitialImage(to_tensor(picture)[None], strength)
