@@ -85,7 +85,14 @@ def test_fit_in_half_precision(precision: str, tiny_folder: Path, tmp_path: Path
 
 @pytest.mark.parametrize(("precision", "levels"), [("fp32", LEVELS), ("bf16", 12.0), ("fp16", 4.0)])
 def test_sample(precision: str, levels: float, runs: dict[str, Path], tmp_path: Path) -> None:
-    words = ("sample", f"adapter={runs['cpu']}", "prompt=a <v1>", "steps=5", "count=2")
+    words = (
+        "sample",
+        f"adapter={runs['cpu']}",
+        "prompt=a <v1>",
+        "steps=5",
+        "count=2",
+        "sheet=false",
+    )
     command(*words, f"out={tmp_path / 'cpu'}", "device=cpu", "precision=fp32")
     command(*words, f"out={tmp_path / 'cuda'}", "device=cuda", f"precision={precision}")
     names = sorted(path.name for path in (tmp_path / "cpu").iterdir())

@@ -21,6 +21,7 @@ from trainer.cli.usage import LIGHT_VERBS, VERBS, verb_module
 from trainer.common.exit_codes import BAD_RECIPE
 from trainer.common.field_words import Called, default_of, needed, type_of
 from trainer.common.lookup import only_class
+from trainer.common.section import keys_of
 from trainer.config.load import load_recipe
 from trainer.config.schema import KEYS, SECTIONS
 from trainer.data.source import Source
@@ -67,7 +68,7 @@ def test_every_topic_has_a_page_of_100_columns(topic: str, capsys: Printed) -> N
         assert max(map(len, wrapped)) <= 100
     if topic in RECORDS:
         listed = {line.split()[0] for line in out.splitlines() if line.startswith("  ")}
-        assert set(RECORDS[topic].model_fields) <= listed
+        assert set(keys_of(RECORDS[topic])) <= listed
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -141,7 +142,9 @@ def test_page_of_one_option(capsys: Printed) -> None:
 def test_page_of_a_verb(capsys: Printed) -> None:
     out = page(capsys, "sample")
     assert out == page_of(["sample", "--help"], capsys)
-    assert "  prompt              text; required\n" in out
+    assert "  prompt              text or null; default null\n" in out
+    assert "  size                512, or 768x512, or null; default null\n" in out
+    assert "  from                path or null; default null\n" in out
     example = 'sample adapter=runs/custom_diffusion/<id> prompt="a <v1> on a blue background"'
     assert f"\n  python -m trainer {example}\n" in out
     assert "  count               whole number, at least 1; default 1\n" in out

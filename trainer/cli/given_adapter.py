@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trainer.backbones.device import Placement
     from trainer.methods.method import Method
 
-CHECKPOINTS, WEIGHTS, MANIFEST = "checkpoints", "weights.safetensors", "manifest.json"
+CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
 Say = Callable[[str], None]
 
 
@@ -145,7 +145,7 @@ def _checkpoint(folder: Path, say: Say) -> GivenAdapter:
     except DamagedError as error:
         raise ValueError(f"adapter={folder} is damaged: {error}; give another checkpoint") from None
     manifest, run = found.manifest, folder.absolute().parent.parent
-    digest = manifest["files"][WEIGHTS]["sha256"][:16]
+    digest = _digest(folder / MANIFEST)  # it holds the hashes of the checkpoint's files
     file = cache_folder() / "checkpoints" / digest / "adapter.safetensors"
     if not file.is_file():
         weights, state = read_checkpoint(found)
@@ -163,8 +163,8 @@ def _foreign(path: Path, backbone: str | None, say: Say) -> GivenAdapter:
 
     if backbone is None:
         raise ValueError(
-            f"adapter={path} is no adapter of this toolkit; if another tool made it, give the "
-            "backbone it was made for too, as in backbone=sd15"
+            f"adapter={path}: its header has no {HEADER!r}, so it is not an adapter of ours; if "
+            "another tool made it, give the backbone it was made for too, as in backbone=sd15"
         )
     digest = _digest(path)
     key = hashlib.sha256(f"{digest} {backbone}".encode()).hexdigest()[:24]
@@ -188,7 +188,7 @@ def _imported(import_file: Any, path: Path, backbone: str, *, file: Path) -> lis
 def given_digest(path: Path) -> str | None:
     """The hash that a picture names an adapter, or another file, by; None where there is none."""
     if (path / MANIFEST).is_file():
-        return _digest(path / WEIGHTS) if (path / WEIGHTS).is_file() else None
+        return _digest(path / MANIFEST)
     found = file_of(path)
     if found.is_file():
         return _digest(found)

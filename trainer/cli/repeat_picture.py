@@ -79,7 +79,7 @@ def compare_parts(picture: Repeated, parts: Mapping[str, str]) -> None:
     before = picture.facts.get("backbone_parts")
     if not isinstance(before, dict):
         return
-    changed = [name for name in sorted(before | parts) if before.get(name) != parts.get(name)]
+    changed = [name for name in sorted({*before, *parts}) if before.get(name) != parts.get(name)]
     if not changed:
         return
     text = (

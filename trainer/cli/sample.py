@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ from trainer.cli.options import (
 )
 from trainer.cli.prompt_file import filled, read_prompts
 from trainer.cli.repeat_picture import Repeated, as_then, compare_parts, compared, read_picture
-from trainer.cli.sample_files import SampleJob, written
+from trainer.cli.sample_files import SampleJob, check_fit, written
 from trainer.cli.sample_source import VideoSource, file_facts, image_of, source_of
 from trainer.common.field_words import Called
 from trainer.common.paths import bare_name
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 Size = Annotated[int | str, Called("512, or 768x512")]
 SIZE = re.compile(r"(\d+)(?:x(\d+))?")
-LEAST = 16  # pixels of a side
 
 
 class SampleOptions(Options):
@@ -146,9 +146,9 @@ class SampleOptions(Options):
     @classmethod
     def _sides(cls, size: Size | None) -> Size | None:
         found = SIZE.fullmatch(str(size))
-        if size is not None and (not found or any(int(n) < LEAST for n in found.groups() if n)):
+        if size is not None and (not found or any(int(n) < 16 for n in found.groups() if n)):
             raise ValueError(
-                f"give one side as in 512, or width x height as in 768x512, each at least {LEAST}"
+                "give one side as in 512, or width x height as in 768x512, each at least 16"
             )
         return size
 
@@ -208,12 +208,12 @@ class SampleOptions(Options):
 def run(words: list[str]) -> int:
     given = given_by([_renamed(word) for word in words], SampleOptions)
     given = {key: value for key, value in given.items() if value not in (None, "")}
-    quiet_libraries()
     picture: Repeated | None = None
     if given.get("from") is not None:
         given, picture = read_picture(Path(str(given.pop("from"))), given)
     options = build_options(given, SampleOptions)
     chosen = recipes.methods_of(options.methods) if options.methods else {}
+    quiet_libraries()
     found = []
     with as_then(picture):
         backbone, job = _job(options, chosen, picture)
@@ -240,10 +240,12 @@ def _job(
     from trainer.diffusion.sampler import check_hooks
     from trainer.media.write_video import PLAYED
 
-    given = [given_adapter(path, options.backbone, _say) for path in options.adapters]
+    say = partial(print, file=sys.stderr)
+    given = [given_adapter(path, options.backbone, say) for path in options.adapters]
     parts = parts_of(given, options.backbone)
     if picture is not None:
         compare_parts(picture, parts)
+    facts = {"backbone_parts": parts} | facts_of_given(given, options.scales) | _origin(options)
     placement = choose_placement(options.device, options.precision)
     if given:
         backbone, tree = load_given(given, options.scales, options.backbone, placement=placement)
@@ -253,7 +255,7 @@ def _job(
     texts = [*given_texts, ("negative", options.negative)]
     *prompts, negative = filled(texts, backbone, tree)
     settings = _settings(options, tree, negative)
-    _check_size(options, backbone)
+    check_fit(backbone, options.height_and_width, options.scheduler)
     check_hooks(backbone, settings)
     job = SampleJob(
         prompts=prompts,
@@ -264,7 +266,7 @@ def _job(
         batch=options.batch,
         row=None if picture is None else picture.row,
         sheet=options.sheet,
-        facts={"backbone_parts": parts} | facts_of_given(given, options.scales) | _origin(options),
+        facts=facts,
         **_starts(options, backbone, settings, data=tree.get("data") or {}),
     )
     return backbone, job
@@ -287,17 +289,6 @@ def _settings(options: SampleOptions, tree: Mapping[str, Any], negative: str) ->
     )
 
 
-def _check_size(options: SampleOptions, backbone: Backbone) -> None:
-    """Raises ValueError for a size, or a solver, that the backbone does not have."""
-    from trainer.backbones.folder_facts import check_side
-    from trainer.backbones.schedulers import with_solver
-
-    for side in options.height_and_width or ():
-        check_side("size", side, backbone.multiple)
-    if options.scheduler is not None:
-        with_solver(backbone.scheduler(), options.scheduler, key="scheduler")
-
-
 def _starts(
     options: SampleOptions, backbone: Backbone, settings: Sampling, *, data: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -315,7 +306,9 @@ def _starts(
 
 def _origin(options: SampleOptions) -> dict[str, Any]:
     """What else a picture is made of, as facts for its file."""
-    found = file_facts("source", options.source) | file_facts("image", options.image)
+    found: dict[str, Any] = file_facts("source", options.source) | file_facts(
+        "image", options.image
+    )
     if options.source is not None:
         found["start"] = options.start
     if options.image is not None:
@@ -325,7 +318,3 @@ def _origin(options: SampleOptions) -> dict[str, Any]:
     if options.methods:
         found["methods"] = options.methods
     return found
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)

@@ -41,6 +41,17 @@ class SampleJob:
     image: InitialImage | None = None
 
 
+def check_fit(backbone: Backbone, sides: tuple[int, int] | None, scheduler: str | None) -> None:
+    """Raises ValueError for a side in pixels, or a solver, that the backbone does not have."""
+    from trainer.backbones.folder_facts import check_side
+    from trainer.backbones.schedulers import with_solver
+
+    for side in sides or ():
+        check_side("size", side, backbone.multiple)
+    if scheduler is not None:
+        with_solver(backbone.scheduler(), scheduler, key="scheduler")
+
+
 def written(backbone: Backbone, job: SampleJob) -> Iterator[Path]:
     """The files, each as soon as it is written, and the sheet as the last."""
     from trainer.diffusion.made_of import made_of

@@ -81,10 +81,13 @@ def _inversion_folder(
     return cache_folder() / "inversion" / digest.hexdigest()[:24]
 
 
-def file_facts(key: str, path: Path | None) -> dict[str, str]:
-    """The name and the hash of a file that a picture begins from, as facts for its file."""
+def file_facts(key: str, path: Path | None) -> dict[str, Any]:
+    """The name and the hash of a file that a picture begins from, as facts for its own; raises
+    ValueError where there is none."""
     if path is None:
         return {}
+    if not path.expanduser().is_file():
+        raise ValueError(f"{key}={path}: no such file")
     with path.expanduser().open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     return {key: path.name, f"{key}_sha256": digest}
