@@ -139,7 +139,10 @@ def test_a_clip_again_from_its_gif(tiny_folder: Path, tmp_path: Path, capsys: Pr
             assert np.array_equal(np.asarray(one.convert("RGB")), np.asarray(two.convert("RGB")))
 
 
-@pytest.mark.parametrize("kind", ["nothing", "other words", "no file", "no picture", "a list"])
+KINDS = ["nothing", "other words", "no file", "no picture", "a list", "no end"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_picture_that_says_nothing(kind: str, tmp_path: Path, capsys: Printed) -> None:
     path = tmp_path / "a.png"
     image = Image.new("RGB", (16, 16))
@@ -149,6 +152,8 @@ def test_a_picture_that_says_nothing(kind: str, tmp_path: Path, capsys: Printed)
         path.write_bytes(png_bytes(image, {"attention_trainer": "{"}))
     elif kind == "a list":
         path.write_bytes(png_bytes(image, {"attention_trainer": "[1]"}))
+    elif kind == "no end":
+        path.write_bytes(png_bytes(image, {"attention_trainer": "[" * 100_000}))
     elif kind == "no picture":
         path.write_text("hello")
     says = refused(capsys, f"from={path}")
@@ -167,6 +172,27 @@ def test_a_picture_leads_to_no_file_elsewhere(tmp_path: Path, capsys: Printed) -
     path = write_clip(torch.zeros(1, 3, 16, 16), tmp_path / "b", 8.0, facts=facts)[0]
     says = refused(capsys, f"from={path}")
     assert "seed='x'" in says and "steps=-3" in says
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        ({"adapter": ["a", "b"], "adapter_sha256": ["x"]}, "of its adapters is incomplete"),
+        ({"adapter": ["a", "b"], "adapter_sha256": 3}, "of its adapters is incomplete"),
+        ({"adapter": "../a"}, "its adapter ../a (sha256 None) is not here"),
+        ({"backbone": "tiny", "methods": {"os": {}}}, "methods.os"),
+        ({"backbone": "tiny", "methods": {"lora": {}}}, "has weights to train"),
+        ({"backbone": "tiny", "device": "a; b"}, "device='a; b'"),
+        ({"backbone": "tiny", "scheduler": {"_target_": "os.system"}}, "scheduler"),
+        ({"backbone": "tiny", "image": "/etc/passwd", "image_sha256": "0"}, "its image /etc/pas"),
+    ],
+)
+def test_facts_of_a_stranger(
+    facts: dict[str, Any], says: str, tmp_path: Path, capsys: Printed
+) -> None:
+    given = {"prompt": "a", "seed": 1, "steps": 1, "row": "x", "batch": 2} | facts
+    path = write_clip(torch.zeros(1, 3, 16, 16), tmp_path / "b", 8.0, facts=given)[0]
+    assert says in refused(capsys, f"from={path}")
 
 
 def test_the_facts_come_back(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,10 @@ class Repeated:
     def row(self) -> int | None:
         """The row that the picture had in its batch; None where it was alone, or where the batch is
         another."""
+        batch, row = self.facts.get("batch"), self.facts.get("row")
+        known = isinstance(batch, int) and isinstance(row, int) and 0 <= row < batch
         changed = self.given & {"batch", "count", "prompts", "seed"}
-        return None if changed else self.facts.get("row")
+        return row if known and not changed else None
 
 
 def read_picture(path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], Repeated]:
@@ -104,11 +106,13 @@ def _near(picture: Repeated, names: list[str]) -> Iterator[Path]:
 
 def _adapters(picture: Repeated) -> Any:
     """The paths of the picture's adapters: one, or a list."""
-    names, hashes = picture.facts["adapter"], picture.facts.get("adapter_sha256")
-    steps = picture.facts.get("step")
+    names, hashes, steps = (picture.facts.get(key) for key in ("adapter", "adapter_sha256", "step"))
     if not isinstance(names, list):
         return str(_adapter(picture, str(names), hashes, step=steps))
-    every = zip(names, hashes or [], steps or [None] * len(names), strict=True)
+    steps = [None] * len(names) if steps is None else steps
+    if not all(isinstance(own, list) and len(own) == len(names) for own in (hashes, steps)):
+        raise ValueError(f"from={picture.path}: what it says of its adapters is incomplete")
+    every = zip(names, hashes, steps, strict=True)
     return [str(_adapter(picture, str(name), digest, step=step)) for name, digest, step in every]
 
 
@@ -192,15 +196,20 @@ def compared(picture: Repeated, path: Path) -> str:
     import torch
     from PIL import Image, ImageSequence
 
-    def pixels(file: Path) -> np.ndarray:
-        with Image.open(file) as image:
-            frames = [np.asarray(one.convert("RGB")) for one in ImageSequence.Iterator(image)]
-        return np.stack(frames).astype(int)
-
-    old, new = pixels(picture.path.expanduser()), pixels(path)
-    if old.shape == new.shape and not (most := int(np.abs(old - new).max())):
-        return f"{picture.path}: repeated, bit for bit"
-    much = f"by up to {most} of 255" if old.shape == new.shape else "in its size"
+    much = "in its size"
+    files = [picture.path.expanduser(), path]
+    with ExitStack() as opened:
+        images = [opened.enter_context(Image.open(own, formats=("PNG", "GIF"))) for own in files]
+        sizes = {(own.size, getattr(own, "n_frames", 1)) for own in images}
+        if len(sizes) == 1:  # else nothing of the older one is decoded
+            old, new = (
+                np.stack([np.asarray(one.convert("RGB")) for one in ImageSequence.Iterator(own)])
+                for own in images
+            )
+            most = int(np.abs(old.astype(int) - new.astype(int)).max())
+            much = f"by up to {most} of 255"
+            if most == 0:
+                return f"{picture.path}: repeated, bit for bit"
     then, facts = picture.facts.get("torch"), picture.facts
     return (
         f"{picture.path}: repeated, and differs {much}; it was made with torch {then} on "

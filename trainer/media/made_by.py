@@ -100,7 +100,7 @@ def facts_in(path: Path) -> dict[str, Any]:
     text = info.get(ENTRY) or _json_of(info.get("comment", b""))
     try:
         facts = json.loads(text) if isinstance(text, str) else None
-    except ValueError:
+    except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict) or "prompt" not in facts:
         raise ImageError(
@@ -115,7 +115,7 @@ def _json_of(said: Any) -> str | None:
     text = said.decode(errors="replace") if isinstance(said, bytes) else str(said)
     places = [found.end() for found in re.finditer(re.escape(LAST), text)]
     for place in places:
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             found = json.loads(text[place:])
             return found if isinstance(found, str) else None
     return None
