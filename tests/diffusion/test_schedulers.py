@@ -134,6 +134,22 @@ def test_a_flow_equals_a_loop_over_diffusers_class(name: str, dit: Any) -> None:
     assert float((own - dit.decode(x)).abs().max()) / 2 <= CLOSE
 
 
+@pytest.mark.parametrize("name", [name for name in FLOW if name not in ("euler", "heun")])
+def test_a_flow_equals_the_stock_pipeline(name: str, dit: Any) -> None:
+    """PixArt's, which calls every solver but the two that are for flows alone."""
+    how = Sampling(steps=STEPS, guidance=4, sampler=name)
+    own = sample(dit, PROMPTS, SEEDS, settings=how) / 2 + 0.5
+    pipeline = dit.pipeline()
+    sde = {"algorithm_type": "sde-dpmsolver++"} if name.endswith("sde") else {}
+    kind = in_order(getattr(diffusers, f"{FLOW_CLASSES[name]}Scheduler"))
+    pipeline.scheduler = kind(
+        use_flow_sigmas=True, flow_shift=2.0, prediction_type="flow_prediction", **sde
+    )
+    options = {"use_resolution_binning": False, "clean_caption": False, "height": 32, "width": 32}
+    wanted = from_stock(pipeline, SEEDS, max_sequence_length=dit.text_length, **options)
+    assert float((own - wanted).abs().max()) <= CLOSE
+
+
 def test_solvers_differ_and_come_to_one_picture_with_many_steps(mild: Any) -> None:
     """Those without noise solve one equation."""
     exact = sample(mild, PROMPTS[:1], [3], settings=Sampling(200, 3, sampler="ddim"))

@@ -54,6 +54,8 @@ def check_fit(backbone: Backbone, sides: tuple[int, int] | None, scheduler: str 
 
 def written(backbone: Backbone, job: SampleJob) -> Iterator[Path]:
     """The files, each as soon as it is written, and the sheet as the last."""
+    import torch
+
     from trainer.diffusion.made_of import made_of
     from trainer.media.contact_sheet import thumbnail
     from trainer.media.images import to_pil
@@ -61,6 +63,10 @@ def written(backbone: Backbone, job: SampleJob) -> Iterator[Path]:
 
     job.out.mkdir(parents=True, exist_ok=True)
     frames = job.settings.frames
+    # what the last bits depend on, too
+    known = {"torch": torch.__version__, "scheduler": job.settings.sampler, **job.facts}
+    if backbone.device.type == "cpu":
+        known["threads"] = torch.get_num_threads()
     small: dict[Pair, Image] = {}
     for part in _parts(backbone, job):
         pictures = _generated(backbone, job, part)
@@ -69,7 +75,7 @@ def written(backbone: Backbone, job: SampleJob) -> Iterator[Path]:
                 continue
             prompt, seed = pair
             among = {"batch": len(part), "row": row} if len(part) > 1 else {}
-            facts = made_of(backbone, job.settings, prompt=prompt, seed=seed, **among, **job.facts)
+            facts = made_of(backbone, job.settings, prompt=prompt, seed=seed, **among, **known)
             place = job.out / f"{slug(prompt)}-{seed}"
             yield from write_clip(clip, place, job.played, facts=facts)
             if job.sheet and frames == 1:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.solvers import SOLVERS
 from trainer.common.paths import bare_name
@@ -24,7 +22,6 @@ def made_of(
     out."""
     height, width = settings.size or (backbone.resolution, backbone.resolution)
     own, solver = backbone.scheduler_class.__name__, settings.sampler
-    on_cpu = backbone.device.type == "cpu"
     facts = {
         "prompt": prompt,
         "negative": settings.negative if settings.guided and settings.negative else None,
@@ -33,15 +30,12 @@ def made_of(
         "guidance": settings.guidance,
         "temporal_guidance": settings.temporal_guidance if settings.frames > 1 else None,
         "sampler": OWN.get(own, own) if solver is None else SOLVERS[solver].title,
-        "scheduler": solver,
         "size": f"{width}x{height}",
         "frames": settings.frames if settings.frames > 1 else None,
         "fps": settings.fps,
         "backbone": bare_name(backbone.name),
         "device": backbone.device.type,
         "computes_in": str(backbone.computes_in).removeprefix("torch."),
-        "threads": torch.get_num_threads() if on_cpu else None,  # the last bits depend on it
-        "torch": torch.__version__,
         "version": f"{NAME} {own_version()}",
         **more,
     }

@@ -1,0 +1,83 @@
+"""The hash of each part of a backbone: of the files that are read, and of no others."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from trainer.backbones import part_digests as module
+from trainer.backbones.part_digests import file_digest, part_digests
+from trainer.config.lineage import backbone_spec
+
+PARTS = ["scheduler", "text_encoder", "tokenizer", "unet", "vae"]
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    found = tmp_path / "mine"
+    shutil.copytree(tiny_folder, found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("file", "part"),
+    [
+        ("unet/config.json", "unet"),
+        ("unet/diffusion_pytorch_model.safetensors", "unet"),
+        ("vae/diffusion_pytorch_model.safetensors", "vae"),
+        ("tokenizer/tokenizer.json", "tokenizer"),
+        ("scheduler/scheduler_config.json", "scheduler"),
+    ],
+)
+def test_one_byte_changes_its_part_alone(file: str, part: str, folder: Path) -> None:
+    spec = backbone_spec(str(folder))
+    before = part_digests(spec)
+    assert sorted(before) == PARTS
+    data = bytearray((folder / file).read_bytes())
+    data[-1] ^= 1
+    (folder / file).write_bytes(data)
+    after = part_digests(spec)
+    assert [name for name in PARTS if before[name] != after[name]] == [part]
+
+
+def test_where_it_lies_and_what_is_not_read_do_not_matter(folder: Path, tmp_path: Path) -> None:
+    before = part_digests(backbone_spec(str(folder)))
+    (folder / "unet" / "README.md").write_text("hello")
+    shutil.copy(
+        folder / "unet" / "diffusion_pytorch_model.safetensors",
+        folder / "unet" / "diffusion_pytorch_model.fp16.safetensors",
+    )
+    moved = tmp_path / "elsewhere"
+    folder.rename(moved)
+    assert part_digests(backbone_spec(str(moved))) == before
+
+
+def test_an_overlay_s_parts_are_the_ones_that_are_read() -> None:
+    plain, over = part_digests(backbone_spec("tiny")), part_digests(backbone_spec("tiny_dit"))
+    assert over["vae"] == plain["vae"] and over["text_encoder"] == plain["text_encoder"]
+    assert over["scheduler"] != plain["scheduler"]
+    assert "transformer" in over
+
+
+def test_a_network_made_from_nothing_is_known_by_its_values() -> None:
+    one, other = (part_digests(backbone_spec("unet_scratch", {"seed": seed})) for seed in (0, 1))
+    assert [name for name in one if one[name] != other[name]] == ["made from nothing"]
+
+
+def test_a_file_is_read_again_only_where_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, reads = tmp_path / "weights", []
+    path.write_bytes(b"one")
+    true = module.hashlib.file_digest
+    monkeypatch.setattr(
+        module.hashlib, "file_digest", lambda *given: reads.append(1) or true(*given)
+    )
+    first = file_digest(path)
+    assert file_digest(path) == first and len(reads) == 1
+    path.write_bytes(b"two")
+    os.utime(path, ns=(1, 1))
+    assert file_digest(path) != first and len(reads) == 2
