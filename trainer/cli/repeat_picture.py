@@ -112,7 +112,7 @@ def _adapters(picture: Repeated) -> Any:
     steps = [None] * len(names) if steps is None else steps
     if not all(isinstance(own, list) and len(own) == len(names) for own in (hashes, steps)):
         raise ValueError(f"from={picture.path}: what it says of its adapters is incomplete")
-    every = zip(names, hashes, steps, strict=True)
+    every = zip(names, list(hashes or []), steps, strict=True)
     return [str(_adapter(picture, str(name), digest, step=step)) for name, digest, step in every]
 
 
