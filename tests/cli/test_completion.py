@@ -17,6 +17,7 @@ from trainer.cli.data import COMMANDS
 from trainer.cli.help_pages import command_records
 from trainer.cli.usage import VERBS
 from trainer.common.exit_codes import BAD_RECIPE
+from trainer.common.section import keys_of
 from trainer.config.lineage import backbone_names
 from trainer.config.load import recipe_names
 from trainer.config.run_section import RunSpec
@@ -64,7 +65,7 @@ PLACES = {
     "completion ": ["bash", "zsh"],
     "import format=au": ["format=auto"],
     **{
-        f"{command} ": [f"{name}=" for name in record.model_fields]
+        f"{command} ": [f"{name}=" for name in keys_of(record)]
         for command, record in command_records().items()
         if command in ("sample", "evaluate", "export", "import", "merge")
     },

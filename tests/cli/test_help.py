@@ -45,7 +45,7 @@ RECORDS: dict[str, type[BaseModel]] = {
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_every_option_says_what_it_means(name: str) -> None:
-    for option, field in RECORDS[name].model_fields.items():
+    for option, field in keys_of(RECORDS[name]).items():
         assert field.description, f"{name}.{option} has no description"
         assert not field.description.endswith(".")  # `help` ends the sentence
         assert field.description != option
@@ -77,7 +77,7 @@ def test_every_option_has_a_page(name: str, capsys: Printed) -> None:
     if name == "BackboneSpec":  # of a backbone's own file
         return
     home = "denoiser" if name.endswith("Spec") else name.removeprefix("verb ")
-    for option in RECORDS[name].model_fields:
+    for option in keys_of(RECORDS[name]):
         for topic in (f"{home}.{option}", f"{home} {option}", option):
             out = page(capsys, topic)
             if topic in _pages():  # `denoiser` and `methods` are keys of recipes too

@@ -7,6 +7,7 @@ import pytest
 from trainer.__main__ import main
 from trainer.cli.help_pages import command_records
 from trainer.common.exit_codes import BAD_RECIPE
+from trainer.common.section import keys_of
 from trainer.config.load import load_recipe
 from trainer.config.schema import KEYS, SECTIONS, RecipeError
 from trainer.config.synonyms import SYNONYMS, meant_keys
@@ -18,7 +19,7 @@ PLACES: dict[str, list[set[str]]] = {
     **{name: [set(section.model_fields)] for name, section in SECTIONS.items()},
     **{f"methods.{name}": [set(find_method(name).model_fields)] for name in method_names()},
     "data": [set(Source.find(name).model_fields) for name in Source.names()],
-    "": [set(KEYS), *(set(record.model_fields) for record in command_records().values())],
+    "": [set(KEYS), *(set(keys_of(record)) for record in command_records().values())],
 }
 PAIRS = [(word, target) for word, targets in SYNONYMS.items() for target in targets]
 Printed = pytest.CaptureFixture[str]

@@ -11,6 +11,7 @@ from trainer.cli.usage import VERBS
 from trainer.common.exit_codes import BAD_RECIPE
 from trainer.common.paths import PACKAGE
 from trainer.common.program import program
+from trainer.common.section import keys_of
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -83,10 +84,10 @@ def _option_cases() -> Iterator[str]:
     }
     for command, record in command_records().items():
         values = _values("", record) | known.get(command, {})
-        if "backbone" in record.model_fields:
+        if "backbone" in keys_of(record):
             values["backbone"] = backbone_names()
         yield from _value_cases(f"{command}:", values)
-        own = _print(f"{name}=" for name in record.model_fields)
+        own = _print(f"{name}=" for name in keys_of(record))
         more = '; _attention_trainer_recipe "$2"' if issubclass(record, RecipeOptions) else ""
         yield f"  {shlex.quote(f'{command}:')}*) {own}{more} ;;"
 
@@ -109,7 +110,7 @@ def _of_recipes() -> tuple[list[str], Values]:
     keys = [*values, *(f"methods.{name}" for name in method_names())]
     for home in homes(""):
         if home.key:
-            keys += [f"{home.key}.{name}" for name in home.record.model_fields]
+            keys += [f"{home.key}.{name}" for name in keys_of(home.record)]
             values |= _values(f"{home.key}.", home.record)
     keys += [f"optim.lrs.{name}" for name in method_names()]
     return [f"{key}=" for key in dict.fromkeys(keys)], values
@@ -118,7 +119,7 @@ def _of_recipes() -> tuple[list[str], Values]:
 def _values(start: str, record: type[BaseModel]) -> Values:
     from trainer.common.field_words import words_of_choice
 
-    found = {start + name: words_of_choice(field) for name, field in record.model_fields.items()}
+    found = {start + name: words_of_choice(field) for name, field in keys_of(record).items()}
     return {name: words for name, words in found.items() if words}
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainer.cli.help_pages import command_records, denoiser_specs, described
+from trainer.common.section import keys_of
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -29,7 +30,7 @@ def option_page(topic: str) -> Page | None:
     all that are called so; of an entry in a mapping, as `optim.lrs.lora`, that of the mapping. None
     if there is none."""
     home, _, name = topic.rpartition(".")
-    found = [each for each in homes(home) if name in each.record.model_fields]
+    found = [each for each in homes(home) if name in keys_of(each.record)]
     if not found:
         return _page_of_mapping(home)
 
@@ -48,14 +49,14 @@ def _page_of_mapping(topic: str) -> Page | None:
     home, _, name = topic.rpartition(".")
     if not home:
         return None
-    fields = [h.record.model_fields[name] for h in homes(home) if name in h.record.model_fields]
+    fields = [own[name] for h in homes(home) if name in (own := keys_of(h.record))]
     return option_page(topic) if any("mapping of" in type_of(field) for field in fields) else None
 
 
 def option_names(home: str = "") -> list[str]:
     """The options below a topic with their full names; without one those of all, by their own."""
     start = f"{home}." if home else ""
-    return list(dict.fromkeys(start + name for h in homes(home) for name in h.record.model_fields))
+    return list(dict.fromkeys(start + name for h in homes(home) for name in keys_of(h.record)))
 
 
 def homes(topic: str) -> list[Home]:

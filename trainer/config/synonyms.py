@@ -10,7 +10,7 @@ from trainer.config.schema import KEYS, SECTIONS
 from trainer.methods.apply import find_method, method_names
 
 SAMPLING = ("preview", "evaluate")
-LR, STEPS, SIZE = ("optim.lr",), ("run.steps",), ("run.resolution", "resolution")
+LR, STEPS, SIZE = ("optim.lr",), ("run.steps",), ("run.resolution", "size")
 RANK, ALPHA = ("methods.lora.rank",), ("methods.lora.alpha",)
 BATCH, OUT, MODEL = ("run.batch_size", "batch"), ("run.out", "out"), ("backbone",)
 PRECISION, SEED, COUNT = ("run.precision", "precision"), ("run.seed", "seed"), ("count", "images")
@@ -34,7 +34,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "adam_beta1": ("optim.betas",), "adam_beta2": ("optim.betas",),
     "use_ema": ("optim.ema",), "ema_decay": ("optim.ema",),
     # on what, and where to
-    "size": SIZE, "image_size": SIZE, "width": SIZE, "height": SIZE,
+    "size": ("run.resolution",), "image_size": SIZE, "width": SIZE, "height": SIZE,
     "mixed_precision": PRECISION, "dtype": PRECISION, "fp16": PRECISION, "bf16": PRECISION,
     "random_seed": SEED, "manual_seed": SEED,
     "num_workers": ("run.workers",), "dataloader_num_workers": ("run.workers",),
