@@ -292,9 +292,9 @@ def test_read_folder_raise_and_skip(tmp_path: Path) -> None:
     quadrants(40, 64).save(tmp_path / "10.jpg")
     (tmp_path / "2.txt").write_text("a flag")
     photos, skipped = read_folder(tmp_path)
-    assert [(p.path.name, p.image.size, p.caption) for p in photos] == [
-        ("2.png", (48, 32), "a flag"),
-        ("10.jpg", (40, 64), None),
+    assert [(p.path.name, p.image.size, p.captions) for p in photos] == [
+        ("2.png", (48, 32), ("a flag",)),
+        ("10.jpg", (40, 64), ()),
     ]
     assert skipped == []
     assert {photo.image.size for photo in read_folder(tmp_path, size=24)[0]} == {(24, 24)}

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from trainer.media.mask_files import read_mask
-from trainer.media.photo_folder import list_images, masks_of, read_folder, unread_files
+from trainer.media.photo_folder import list_images, read_folder
+from trainer.media.photo_listing import list_photos, unread
 
 SIZE = (40, 30)
 
@@ -48,7 +49,7 @@ def test_names_of_masks(own: str, mask: str, tmp_path: Path) -> None:
     half().save(tmp_path / mask)
     photo(tmp_path, "other.png")
     assert list_images(tmp_path) == sorted([there, tmp_path / "other.png"])
-    assert masks_of(tmp_path) == {there: tmp_path / mask}
+    assert list_photos(tmp_path).masks == {there: tmp_path / mask}
     photos, skipped = read_folder(tmp_path)
     found = {each.path.name: each.mask for each in photos}
     assert found["other.png"] is None and not skipped
@@ -125,15 +126,15 @@ def test_what_is_not_read_is_said(tmp_path: Path) -> None:
     half().save(tmp_path / "a_mask.png")
     for name in (".DS_Store", "._a.png", "._a.txt", "Thumbs.db"):
         (tmp_path / name).write_bytes(b"x")
-    assert unread_files(tmp_path) == []
-    (tmp_path / "a.caption").write_text("a")
+    assert unread(list_photos(tmp_path)) == []
+    (tmp_path / "a.json").write_text("a")
     (tmp_path / "b.txt").write_text("of no photo")
     (tmp_path / "masks").mkdir()
-    (said,) = unread_files(tmp_path)
-    assert "not read: a.caption, b.txt, masks/; captions are read from .txt" in said
+    (said,) = unread(list_photos(tmp_path))
+    assert "not read: a.json, b.txt, masks/; captions are read from .txt and" in said
     for name in ("a_depth.png", "a-condlabel.png", "a_2.png", "a_mask1.png"):
         photo(tmp_path, name)
     assert (
         "trained on as photos: a-condlabel.png, a_depth.png, a_mask1.png;"
-        in (unread_files(tmp_path)[1])
+        in (unread(list_photos(tmp_path))[1])
     )

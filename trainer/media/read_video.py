@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from PIL import Image
 
 from trainer.media.images import MAX_PIXELS, MIN_SIDE, ImageError
-from trainer.media.photo_folder import natural_order
+from trainer.media.photo_listing import natural_order
 
 if TYPE_CHECKING:
     from av.container import InputContainer

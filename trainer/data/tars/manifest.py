@@ -32,7 +32,7 @@ from pydantic import (
 from trainer.common.atomic import written_atomically
 from trainer.media.images import DAMAGED_IMAGE, ImageError, decode_image
 from trainer.media.mask_files import weights_of
-from trainer.media.photo_folder import READABLE_IMAGES
+from trainer.media.photo_listing import READABLE_IMAGES
 from trainer.media.read_caption import decode_caption
 from trainer.media.read_video import VideoFacts, examine
 

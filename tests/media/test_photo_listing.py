@@ -1,0 +1,75 @@
+"""Folders of photos as people have them: which files are photos, in which order, how often each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from trainer.media.photo_listing import list_photos, unread
+
+
+def made(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20)).save(path)
+
+
+def names(folder: Path, recursive: bool = False) -> list[str]:
+    listing = list_photos(folder, recursive)
+    return [listing.name(path) for path in listing.photos]
+
+
+def test_subfolders_are_read_on_request_in_natural_order(tmp_path: Path) -> None:
+    made(tmp_path, ["b.png", "10/a.png", "2/a.png", "2/deep/c.png", ".hidden/d.png", "z.png"])
+    assert names(tmp_path) == ["b.png", "z.png"]
+    (said,) = unread(list_photos(tmp_path))
+    assert "not read: 2/, 10/;" in said and "data.recursive=true" in said
+    assert names(tmp_path, True) == ["2/a.png", "2/deep/c.png", "10/a.png", "b.png", "z.png"]
+    assert unread(list_photos(tmp_path, True)) == []
+
+
+def test_folders_with_a_number_are_read_by_themselves(tmp_path: Path) -> None:
+    made(tmp_path, ["10_sks dog/1.png", "10_sks dog/2.png", "3_cat/1.png", "old/1.png"])
+    listing = list_photos(tmp_path)
+    found = {listing.name(p): (listing.repeats(p), listing.subject(p)) for p in listing.photos}
+    assert found == {
+        "3_cat/1.png": (3, "cat"),
+        "10_sks dog/1.png": (10, "sks dog"),
+        "10_sks dog/2.png": (10, "sks dog"),
+    }
+    assert "not read: old/;" in unread(listing)[0]
+    deeper = list_photos(tmp_path, True)
+    assert [deeper.repeats(path) for path in deeper.photos] == [3, 10, 10, 1]
+
+
+def test_beside_photos_of_the_folder_itself_they_are_not_read(tmp_path: Path) -> None:
+    made(tmp_path, ["a.png", "10_dog/1.png"])
+    assert names(tmp_path) == ["a.png"]
+    assert "not read: 10_dog/;" in unread(list_photos(tmp_path))[0]
+
+
+@pytest.mark.parametrize("name", ["2024_holiday", "20240512_beach", "0_dog", "dog_10", "10_", "10"])
+def test_dates_and_other_names_are_no_repeats(tmp_path: Path, name: str) -> None:
+    made(tmp_path, [f"{name}/1.png"])
+    (photo,) = (listing := list_photos(tmp_path, True)).photos
+    assert (listing.repeats(photo), listing.subject(photo)) == (1, None)
+    with pytest.raises(ValueError, match=r"no image in this folder.*without data\.recursive=true"):
+        list_photos(tmp_path)
+
+
+def test_masks_are_those_of_their_own_folder(tmp_path: Path) -> None:
+    made(tmp_path, ["1_a/x.png", "1_a/x_mask.png", "1_b/x.png"])
+    listing = list_photos(tmp_path)
+    assert names(tmp_path) == ["1_a/x.png", "1_b/x.png"]
+    assert listing.masks == {tmp_path / "1_a/x.png": tmp_path / "1_a/x_mask.png"}
+
+
+def test_a_link_to_a_folder_above_is_not_followed(tmp_path: Path) -> None:
+    made(tmp_path, ["in/a.png"])
+    os.symlink(tmp_path, tmp_path / "in" / "up")
+    assert names(tmp_path, True) == ["in/a.png"]
