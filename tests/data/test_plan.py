@@ -229,3 +229,30 @@ def test_turns_that_rounding_would_lose_are_counted() -> None:
     """0.29 x 100 is a little less than 29 in floating point."""
     assert 0.29 * 100 < 29
     assert [_turns(0.29, cycles) for cycles in (0, 3, 4, 99, 100)] == [0, 0, 1, 28, 29]
+
+
+def test_samples_are_in_an_epoch_as_often_as_they_repeat() -> None:
+    times = (1, 3, 2)
+    plan = StepPlan(((0, 3),), (1.0,), (1.0,), batch_size=2, seed=5, repeats=times)
+    drawn = [slot.index for step in range(9) for slot in plan.batch(step)]
+    for first in (0, 6, 12):
+        assert Counter(drawn[first : first + 6]) == {0: 1, 1: 3, 2: 2}
+    assert len({tuple(drawn[first : first + 6]) for first in (0, 6, 12)}) > 1
+    once = StepPlan(((0, 3),), (1.0,), (1.0,), batch_size=2, seed=5)
+    assert [once.batch(n) for n in range(9)] == [
+        changed(once, repeats=(1, 1, 1)).batch(n) for n in range(9)
+    ]
+
+
+def test_buckets_take_turns_by_what_repeats() -> None:
+    plan = StepPlan(
+        ((0, 2), (2, 4)),
+        (0.75, 0.25),
+        (1.0, 1.0),
+        batch_size=2,
+        seed=1,
+        sizes=((32, 64), (64, 32)),
+        repeats=(3, 3, 1, 1),
+    )
+    drawn = Counter(slot.index for step in range(4 * 5) for slot in plan.batch(step))
+    assert drawn == {0: 15, 1: 15, 2: 5, 3: 5}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 LETTERS = 16  # of a digest, 64 bits
 HELD_OUT = "held out: "
+TIMES = "x"  # before a number of repeats; no digit of a digest
 
 Identity = dict[str, str]
 
@@ -38,10 +39,14 @@ def by_name(rows: Iterable[tuple[str, str]]) -> Identity:
     return found
 
 
-def captioned(picture: str, captions: Sequence[str], mask: str | None = None) -> str:
-    """The identity of a sample from those of its picture and its mask, and its captions."""
+def captioned(
+    picture: str, captions: Sequence[str], mask: str | None = None, *, repeats: int = 1
+) -> str:
+    """The identity of a sample from those of its picture and its mask, its captions, and how often
+    an epoch has it."""
     parts = [picture[:LETTERS], digest_of(*captions)]
-    return " ".join(parts if mask is None else [*parts, mask[:LETTERS]])
+    parts += [] if mask is None else [mask[:LETTERS]]
+    return " ".join(parts if repeats == 1 else [*parts, f"{TIMES}{repeats}"])
 
 
 def digest_of(*texts: str) -> str:
@@ -75,8 +80,16 @@ def changed_samples(before: Mapping[str, str], now: Mapping[str, str]) -> list[s
     return [*changed, *new, *gone]
 
 
+def _parts(value: str) -> tuple[list[str], str]:
+    """The digests of an identity, empty ones behind them, and its repeats."""
+    digests, _, times = value.partition(f" {TIMES}")
+    return [*digests.split(" "), "", ""], times or "1"
+
+
 def _how(name: str, before: str, now: str) -> str:
-    had, has = ([*each.split(" "), "", ""] for each in (before, now))
+    (had, often), (has, oftener) = map(_parts, (before, now))
+    if had == has and often != oftener:
+        return f"{name} is in an epoch {oftener} times and was {often} times"
     if not (had[1] and has[1]):
         return f"{name} has changed"
     if had[0] != has[0]:

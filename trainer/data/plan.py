@@ -33,6 +33,8 @@ class StepPlan:
     weights: each group's weight in the loss. Each group is shuffled anew in each of its epochs. The
     loss is the sum over groups of weight * mean over the group's samples, whatever the shares.
 
+    repeats: how often each sample is in an epoch, empty for once.
+
     frames, sizes: of the samples of each group, empty if they are all the same. Samples that differ
     in them are a different kind and are never in one batch: the kinds take turns, and a kind makes
     as many batches as its share says. With sizes, turns are planned for an epoch of all samples;
@@ -46,6 +48,7 @@ class StepPlan:
     seed: int
     frames: tuple[int, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
+    repeats: tuple[int, ...] = ()
 
     def counts(self) -> list[int]:
         """How many samples of each group a batch of all groups has, see `_counts`."""
@@ -58,7 +61,7 @@ class StepPlan:
         if len(kinds) < 2:
             return list(range(len(self.groups))), step
         groups = [[g for g, kind in enumerate(own) if kind == each] for each in kinds]
-        samples = self.groups[-1][1] - self.groups[0][0]
+        samples = sum(len(self._epoch(group)) for group in range(len(self.groups)))
         length = samples / self.batch_size if self.sizes else CYCLE
         rates = [sum(self.shares[g] for g in those) * length for those in groups]
         cycle = int(step / length)
@@ -84,14 +87,20 @@ class StepPlan:
             shares = [share / sum(shares) for share in shares]
         counts = _counts(shares, self.batch_size)
         for group, count in zip(groups, counts, strict=True):
-            (start, stop), weight = self.groups[group], self.weights[group]
+            epoch_of, weight = self._epoch(group), self.weights[group]
+            size = len(epoch_of)
             for i in range(count):
-                epoch, position = divmod(turn * count + i, stop - start)
-                order = _permutation(seed=self.seed, group=group, epoch=epoch, size=stop - start)
-                index = start + int(order[position])
+                epoch, position = divmod(turn * count + i, size)
+                order = _permutation(seed=self.seed, group=group, epoch=epoch, size=size)
+                index = int(epoch_of[int(order[position])])
                 slots.append(((i + 0.5) / count, index, weight * self.batch_size / count))
         slots.sort(key=lambda slot: slot[0])
         return [Slot(index, place, weight) for place, (_, index, weight) in enumerate(slots)]
+
+    def _epoch(self, group: int) -> Sequence[int]:
+        """The samples of one epoch of a group, in their own order, each as often as it repeats."""
+        start, stop = self.groups[group]
+        return _repeated(start, self.repeats[start:stop]) if self.repeats else range(start, stop)
 
     def _kinds(self) -> list[tuple[int, tuple[int, int]]]:
         """Frames and size of each group."""
@@ -130,6 +139,11 @@ def _turns(rate: float, cycles: int) -> int:
 @lru_cache(maxsize=16)
 def _permutation(seed: int, group: int, epoch: int, size: int) -> np.ndarray:
     return np.random.default_rng((seed, group, epoch)).permutation(size)
+
+
+@lru_cache(maxsize=16)
+def _repeated(start: int, repeats: tuple[int, ...]) -> np.ndarray:
+    return np.repeat(np.arange(start, start + len(repeats)), repeats)
 
 
 class Cursor:
