@@ -22,6 +22,8 @@ from trainer.config.lineage import backbone_names, backbone_spec, lineage_of, re
 from trainer.config.overrides import parse_words
 from trainer.config.partners import check_partners, flat, idle_options, refuse_idle
 from trainer.config.prompts import check_texts, follow_data, unspelled, with_words, words_of
+from trainer.config.run_length import in_steps, laid_over, told_length
+from trainer.config.run_section import RunSpec
 from trainer.config.schema import KEYS, SECTIONS, TRACKERS, Recipe, RecipeError
 from trainer.config.sections import OptimSpec
 from trainer.config.tasks import check_tasks, task_overlay
@@ -87,7 +89,7 @@ def user_values(name: str, backbone: str) -> dict[str, Any]:
     while path.parent != RECIPES:
         own = read_yaml(path)
         over = own.pop("backbones", None) or {}
-        tree = merge_trees(merge_trees(own, _own_values(over, lineage_of(backbone)[0])), tree)
+        tree = laid_over(laid_over(own, _own_values(over, lineage_of(backbone)[0])), tree)
         base = tree.pop("base", None)
         if base is None:
             break
@@ -100,7 +102,9 @@ def _checked(recipe: Recipe) -> list[str]:
     do, or does not read."""
     check_limits(recipe)
     said = unspelled(recipe.data, recipe.methods, recipe.backbone)
-    return [*said, *recipe.data.remarks(), *check_words(recipe)]
+    data = recipe.data
+    said = [*data.found(), *told_length(recipe.run, data), *said]
+    return [*said, *data.remarks(), *check_words(recipe)]
 
 
 def resolve_recipe(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Recipe:
@@ -114,6 +118,9 @@ def resolve_recipe(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]
         raise RecipeError(f"tracker={tracker}: no such tracker{nearest(str(tracker), TRACKERS)}")
     spec = read_by(backbone_spec(tree["backbone"], tree.pop("denoiser", None)), tree)
     data = _data(tree.get("data"))
+    run = sections["run"]
+    assert isinstance(run, RunSpec)
+    tree, sections["run"] = in_steps(tree, run, data)
     tree["methods"] = follow_data(tree.get("methods"), data)
     chosen = methods_of(tree["methods"])
     _check_words(data, chosen)
@@ -153,9 +160,9 @@ def _overlaid(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
             f"backbone is {backbone!r}; it is a name or a folder, as in backbone=tiny"
         )
     own = _own_values(per_backbone, lineage_of(backbone)[0])
-    below = merge_trees(tree, own)
+    below = laid_over(tree, own)
     below["data"] = _of_source(below.get("data"), overrides.get("data"))
-    return merge_trees(below, overrides) | {"backbone": backbone}
+    return laid_over(below, overrides) | {"backbone": backbone}
 
 
 def _of_source(data: Any, given: Any) -> Any:
@@ -221,7 +228,7 @@ def _over_base(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if below in chain:
         names = " -> ".join(file.name for file in (*chain, below))
         raise RecipeError(f"{path}: base is circular, {names}; remove one of them")
-    return merge_trees(_over_base(below, chain), tree)
+    return laid_over(_over_base(below, chain), tree)
 
 
 def _recipe_file(name: str, word: str, folder: Path) -> Path:
@@ -261,7 +268,7 @@ def _without_base(table: Mapping[str, Any]) -> list[str]:
 def _own_values(table: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The values of `backbones:` for one backbone, over those of the one it names as its `base`."""
     values = dict(table.get(name) or {})
-    return merge_trees(table.get(values.pop("base", None)) or {}, values)
+    return laid_over(table.get(values.pop("base", None)) or {}, values)
 
 
 def _data(tree: Any) -> Source:

@@ -32,6 +32,12 @@ class RunSpec(Section):
     """How long, how much at once, on which devices, and what is written where."""
 
     steps: int = Field(1000, gt=0, description="optimiser steps of the run")
+    epochs: float | None = Field(
+        None,
+        gt=0,
+        description="passes over the training data in place of steps, where the data can be "
+        "counted; what they take is said, and stored as run.steps",
+    )
     batch_size: int = Field(
         4,
         gt=0,
@@ -131,6 +137,15 @@ class RunSpec(Section):
                 )
             return {**values, "device": earlier}
         return values
+
+    @model_validator(mode="after")
+    def _one_length(self) -> RunSpec:
+        if self.epochs is not None and "steps" in self.model_fields_set:
+            raise ValueError(
+                f"epochs={self.epochs:g} and run.steps={self.steps} both say how long the run "
+                "is; give one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_numbered_device(self) -> RunSpec:
