@@ -296,11 +296,14 @@ def test_merge_leaves_both_sides_alone() -> None:
     assert low["a"] == {"b": 1, "c": [1, 2]}
 
 
-def test_loading_a_recipe_imports_nothing_heavy() -> None:
+def test_loading_a_recipe_imports_nothing_heavy(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a fox")
     code = (
         "import sys; from trainer.config.load import load_recipe\n"
         f"for name in {recipe_names()!r}:\n"
-        "    load_recipe([f'recipe={name}'])\n"
+        f"    own = ['data.folder={tmp_path}'] if name == 'lora_folder' else []\n"
+        "    load_recipe([f'recipe={name}', *own])\n"
         "    heavy = {'torch', 'diffusers', 'lightning', 'transformers'} & set(sys.modules)\n"
         "    assert not heavy, (name, heavy)"
     )

@@ -48,6 +48,11 @@ data.prior_seed=3 -> data.prior_weight=0 -> prior_weight=0 uses no class images
 data.prior_steps=3 -> data.prior_images=0 -> prior_images=0 generates none
 data.prior_guidance=3 -> data.prior_images=0 -> prior_images=0 generates none
 data.prior_sampler=euler -> data.prior_images=0 -> prior_images=0 generates none
+data.recursive=true -> -> a sprite has no files
+data.caption_from=txt -> -> a sprite has no files
+data.caption_lines=true -> -> a sprite has no files
+data.shuffle_tags=true -> -> a sprite has no files
+data.keep_tags=1 -> -> a sprite has no files
 data.on_bad=skip -> -> no file is read; it is for folders of photos
 data.validation=1 -> -> a sprite has scenes of its own for that
 methods.lora.projections=[q] -> methods.lora.sites=null & methods.lora.layers=['*ff*'] -> sites=n
@@ -71,7 +76,8 @@ methods.imagen_video.kernel=5 -> methods.imagen_video.attention_from=1 -> attent
 ROWS = [[part.strip() for part in line.split("->")] for line in IDLE.strip().splitlines()]
 # options of other recipes and sources, in the tests below
 ELSEWHERE = {
-    "preview.every", "data.concept.token", "data.concept.class_word", "data.concept.prior_folder",
+    "preview.every", "data.folder.keep_tags", "data.folder.repeats",
+    "data.concept.token", "data.concept.class_word", "data.concept.prior_folder",
     "data.video.stride", "data.video.fps", "data.video.ignore", "data.world_clips.fps",
     "evaluate.beside", "evaluate.alone", "methods.new_token.tokens", "methods.new_token.init",
     *(f"methods.{name}.task" for name in ("coda_prompt", "inflora", "c_lora", "new_token")),
@@ -87,7 +93,7 @@ OWN = {
 ALONE = """
 objective: target path timesteps offset_noise caption_dropout
 optim: name scale_lr betas eps weight_decay schedule clip ema
-run: steps batch_size accumulate seed device accelerator devices nodes precision workers
+run: steps epochs batch_size accumulate seed device accelerator devices nodes precision workers
  gradient_checkpointing channels_last compile validate_every checkpoint_every checkpoint_keep
  on_disk_full
  on_nonfinite log_every out id start_from
@@ -95,7 +101,8 @@ preview: steps guidance
 evaluate: steps guidance known
 continual: concepts
 data.concept: concept augment flip prior_weight
-data.folder: folder template on_bad validation flip
+data.folder: folder template on_bad validation flip recursive caption_from caption_lines
+ shuffle_tags
 data.remote: url validation on_bad buckets
 data.shards: shards validation on_bad ignore buckets
 data.video: video prompt frames start flip validation on_bad
@@ -126,6 +133,13 @@ methods.word_embedding: tokens
 LOW_RANK = "layers text_encoder text_layers rank alpha dropout ranks alphas rslora init group "
 LOW_RANK += "whole energy sites projections type options"
 LOW_RANKS = ("c_lora", "controls", "dora", "inflora", "longlora", "lora", "peft_adapter")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a fox")
+    return tmp_path
 
 
 def refusal(*words: str) -> str:
@@ -187,8 +201,18 @@ def test_what_has_its_partner_or_was_not_given_passes(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_shipped_recipes_are_never_refused(name: str) -> None:
-    assert load_recipe([f"recipe={name}"])
+def test_shipped_recipes_are_never_refused(name: str, photos: Path) -> None:
+    assert load_recipe(
+        [f"recipe={name}", *([f"data.folder={photos}"] if name == "lora_folder" else [])]
+    )
+
+
+def test_options_of_a_folder_of_photos(photos: Path) -> None:
+    words = ["recipe=lora_folder", f"data.folder={photos}"]
+    assert "shuffle_tags=false leaves tags" in refusal(*words, "data.keep_tags=1")
+    assert load_recipe([*words, "data.keep_tags=1", "data.shuffle_tags=true"])
+    assert "run.steps says how long the run is" in refusal(*words, "data.repeats=2")
+    assert load_recipe([*words, "data.repeats=2", "run.epochs=3"])
 
 
 def test_tasks_take_the_place_of_some_options() -> None:

@@ -129,7 +129,8 @@ def test_the_table_names_no_key_that_is_not_there() -> None:
     }
     for source, rules in IN_DATA.items():
         assert set(rules) <= set(Source.find(source).model_fields)
-        assert set(rules.values()) <= {FREE, PLACE}
+        assert {rules[key] for key in rules if key.endswith("_tags")} <= {APPLIED}
+        assert set(rules.values()) <= {FREE, PLACE, APPLIED, REFUSED}
     assert {*OUTSIDE, *SECTIONS, "data", "methods"} == set(KEYS)
 
 

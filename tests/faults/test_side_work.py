@@ -135,7 +135,7 @@ def test_a_held_out_picture_that_vanishes(
         (photos / "3.png").unlink(missing_ok=True)
         return original(self, number)
 
-    monkeypatch.setattr("trainer.data.sources.folder.KEEP_BYTES", 0)
+    monkeypatch.setattr("trainer.data.folder_photos.KEEP_BYTES", 0)
     monkeypatch.setattr(loader_file.Fixed, "__getitem__", vanished)
     folder = tmp_path / "run"
     words = (f"recipe={recipe}", "run.cache_latents=false", *CHECKED)

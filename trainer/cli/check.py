@@ -6,7 +6,7 @@ from pydantic import Field
 
 from trainer.cli.options import RecipeOptions, quiet_libraries, split_options
 from trainer.config.load import load_recipe, recipe_names
-from trainer.config.schema import Recipe
+from trainer.config.schema import Recipe, RecipeError
 from trainer.runs.resuming import check_folder
 from trainer.runs.run_folder import folder_for
 
@@ -62,8 +62,11 @@ def _unknown(recipe: Recipe) -> str | None:
     """Refuses what the recipe's methods cannot do to its backbone; returns why that is not known,
     or None. Recipes that ship are known to fit, which needs no torch."""
     if recipe.name in recipe_names() and recipe.run.start_from is None:
-        shipped = load_recipe([f"recipe={recipe.name}"])
-        if all(shipped.tree.get(key) == recipe.tree.get(key) for key in DECIDE):
+        try:
+            shipped = load_recipe([f"recipe={recipe.name}"])
+        except RecipeError:  # it needs data of the user's
+            shipped = None
+        if shipped and all(shipped.tree.get(key) == recipe.tree.get(key) for key in DECIDE):
             return None
     quiet_libraries()
     from trainer.training.without_weights import refuse_unfit

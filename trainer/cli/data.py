@@ -161,6 +161,8 @@ def _verify(words: list[str]) -> int:
 def _inspect(words: list[str]) -> int:
     options, rest = split_options(words, InspectOptions)
     loaded = load_recipe(rest)
+    for line in loaded.said:
+        print(line)
     quiet_libraries()
     from trainer.training.inspect import inspect
 

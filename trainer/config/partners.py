@@ -75,6 +75,10 @@ def _of_run(recipe: Recipe) -> dict[str, str]:
         found["run.timeouts.preview"] = "there are no previews"
     if reason := _changing(recipe.data):
         found["run.cache_latents"] = f"{reason} makes other pictures at every use"
+    if recipe.run.epochs is None:
+        found["data.repeats"] = (
+            "run.steps says how long the run is, and all photos are repeated alike; give run.epochs"
+        )
     return found
 
 

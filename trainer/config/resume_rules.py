@@ -64,6 +64,7 @@ IN_SECTIONS: dict[str, dict[str, Rule]] = {
     },
     "run": {
         "steps": APPLIED,  # never below the step of the checkpoint, see `runs/resuming.py`
+        "epochs": FREE,  # stored as the steps that they take
         "batch_size": REFUSED,
         "accumulate": REFUSED,
         "seed": REFUSED,
@@ -120,9 +121,13 @@ IN_SECTIONS: dict[str, dict[str, Rule]] = {
         "judge": REFUSED,
     },
 }
+# drawn anew at each step, as captions are dropped
+TAGS: dict[str, Rule] = {"shuffle_tags": APPLIED, "keep_tags": APPLIED}
+# which captions and photos there are, compared besides by `data/identity.py`
+CAPTIONS: dict[str, Rule] = dict.fromkeys(("recursive", "caption_from", "caption_lines"), REFUSED)
 IN_DATA: dict[str, dict[str, Rule]] = {
-    "concept": {"concept": PLACE, "prior_folder": PLACE, "on_bad": FREE},
-    "folder": {"folder": PLACE, "on_bad": FREE},
+    "concept": {"concept": PLACE, "prior_folder": PLACE, "on_bad": FREE, **TAGS, **CAPTIONS},
+    "folder": {"folder": PLACE, "on_bad": FREE, **TAGS, **CAPTIONS, "repeats": REFUSED},
     "remote": {"url": PLACE, "on_bad": FREE},
     "shards": {"shards": PLACE, "on_bad": FREE},
     "video": {"video": PLACE, "stills": PLACE, "on_bad": FREE},

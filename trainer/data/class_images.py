@@ -14,8 +14,9 @@ from trainer.data.identity import captioned, digest_of
 from trainer.data.kept import kept_pictures
 from trainer.data.source import Generation, Needs
 from trainer.media.images import ImageError
-from trainer.media.photo_folder import list_images, read_folder
-from trainer.media.read_caption import read_caption
+from trainer.media.photo_captions import CaptionRules, Captions
+from trainer.media.photo_folder import read_folder
+from trainer.media.photo_listing import Listing, list_photos
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,17 +48,20 @@ def pixels_digest(image: Image.Image) -> str:
 @dataclass(frozen=True)
 class ClassFolder:
     """A folder of class images. caption: of images without one beside them, None where nothing says
-    what they show."""
+    what they show. recursive: whether its subfolders are read."""
 
     path: Path
     caption: str | None
+    recursive: bool = False
 
     def check(self) -> None:
         """Raises ValueError for an image that would have no caption; the message begins with the
         option."""
-        for path in list_images(self.path) if self.caption is None else ():
+        captions = self.captions()
+        for path in captions.listing.photos if self.caption is None else ():
             with suppress(ImageError):  # reading reports what is wrong with it
-                if read_caption(path):
+                found = captions.of(path)
+                if found is not None and found.texts[0]:
                     continue
                 raise ValueError(
                     f"prior_folder={self.path}: nothing says what {path.name} shows; write "
@@ -68,16 +72,27 @@ class ClassFolder:
     def read(self, on_bad: Literal["raise", "skip"]) -> list[Pair]:
         """Its images; raises ImageError as `read_folder`, and ValueError as `check`."""
         self.check()
-        photos, _ = read_folder(self.path, on_bad)
+        listing = self._listing()
+        photos, _ = read_folder(listing, on_bad, rules=self._rules())
         return [
             Pair(
                 photo.image,
-                (photo.caption or self.caption or "",),
-                photo.path.name,
+                tuple(text or self.caption or "" for text in photo.captions or ("",)),
+                listing.name(photo.path),
                 mask=photo.mask,
             )
             for photo in photos
         ]
+
+    def captions(self) -> Captions:
+        """What lies in the folder; raises ValueError as `list_photos`."""
+        return Captions(self._listing(), self._rules())
+
+    def _listing(self) -> Listing:
+        return list_photos(self.path, self.recursive)
+
+    def _rules(self) -> CaptionRules:
+        return CaptionRules(subjects=self.caption is None)
 
 
 def class_images(prompts: Sequence[str], seed: int, how: Generation, *, needs: Needs) -> list[Pair]:

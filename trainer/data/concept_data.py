@@ -12,6 +12,7 @@ from trainer.data.class_images import Pair
 from trainer.data.identity import by_name
 from trainer.data.loss_mask import checked_cells
 from trainer.data.source import Sample
+from trainer.data.tags import FIXED, Tags, drawn
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,12 +22,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class View:
     """How photos become samples: the side in pixels, the pixels per latent, whether photos are
-    augmented, and whether half of them are mirrored."""
+    augmented, whether half of them are mirrored, and how the tags of captions vary."""
 
     side: int
     divisor: int
     augment: bool = False
     flip: bool = False
+    tags: Tags = FIXED
 
 
 class ConceptData:
@@ -103,8 +105,8 @@ class ConceptData:
         return self.masks.get(index)
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
-        captions = self.pairs[index].captions
-        return captions[int(rng.integers(len(captions)))]
+        tags = self.view.tags if index < self.num_photos else FIXED
+        return drawn(self.pairs[index].captions, rng, tags)
 
     def key(self, index: int) -> str:
         return self.pairs[index].key

@@ -12,8 +12,9 @@ from trainer.data.class_images import Pair
 from trainer.data.held_out import check_split
 from trainer.data.templates import TEMPLATES, render
 from trainer.media.images import ImageError
-from trainer.media.photo_folder import list_images, read_folder
-from trainer.media.read_caption import read_caption
+from trainer.media.photo_captions import CaptionRules, Captions
+from trainer.media.photo_folder import Photo, read_folder
+from trainer.media.photo_listing import Listing, list_photos
 
 SPRITE = "sprite:"
 # as a user would take photos: the thing alone, then beside others. Each is a scene index in the
@@ -30,11 +31,17 @@ HELD_OUT_FROM = 5  # photos of a concept, of which one is then held out
 
 
 class OneConcept(NamedTuple):
-    """place: a folder of photos, or `sprite:<word>`; token: its new word; kind: its class word."""
+    """place: a folder of photos, or `sprite:<word>`; token: its new word; kind: its class word;
+    recursive: whether subfolders are read; rules: which captions."""
 
     place: str
     token: str
     kind: str | None
+    recursive: bool = False
+    rules: CaptionRules = CaptionRules(subjects=False)
+
+    def listing(self) -> Listing:
+        return list_photos(self.place, self.recursive)
 
     @property
     def sprite(self) -> str | None:
@@ -59,21 +66,24 @@ def photos_of(
     if concept.sprite is not None:
         unseen = [(index, None) for index in UNSEEN]
         return _scenes(concept, SCENES), [], _scenes(concept, unseen)
-    photos, skipped = read_folder(concept.place, on_bad)
-    pairs = []
-    for photo in photos:
-        captions = concept.templates if photo.caption is None else (photo.caption,)
-        if concept.token not in captions[0]:
-            raise ValueError(
-                f"{photo.path.with_suffix('.txt')}: the caption must contain the token "
-                f"{concept.token}"
-            )
-        pairs.append(Pair(photo.image, captions, photo.path.name, mask=photo.mask))
+    listing = concept.listing()
+    photos, skipped = read_folder(listing, on_bad, rules=concept.rules)
+    pairs = [_pair(photo, concept, listing) for photo in photos]
     if validation is None:
         validation = int(len(pairs) >= HELD_OUT_FROM)
     check_split(validation, len(pairs), f"photos in {concept.place}")
     cut = len(pairs) - validation
-    return pairs[:cut], [f"{path.name}: {reason}" for path, reason in skipped], pairs[cut:]
+    left_out = [f"{listing.name(path)}: {reason}" for path, reason in skipped]
+    return pairs[:cut], left_out, pairs[cut:]
+
+
+def _pair(photo: Photo, concept: OneConcept, listing: Listing) -> Pair:
+    captions = photo.captions or concept.templates
+    if any(concept.token not in caption for caption in captions):
+        found = Captions(listing, concept.rules).of(photo.path)
+        where = found.where if found else photo.path
+        raise ValueError(f"{where}: the caption must contain the token {concept.token}")
+    return Pair(photo.image, captions, listing.name(photo.path), mask=photo.mask)
 
 
 def captions_of(concept: OneConcept, augment: bool) -> Iterator[tuple[str, str]]:
@@ -82,11 +92,12 @@ def captions_of(concept: OneConcept, augment: bool) -> Iterator[tuple[str, str]]
         own = [(pair.key, pair.captions[0]) for pair in _scenes(concept, SCENES)]
     else:
         own = []
-        for path in list_images(concept.place):
+        captions = Captions(concept.listing(), concept.rules)
+        for path in captions.listing.photos:
             with suppress(ImageError):  # reading reports or skips it
-                text = read_caption(path)
-                if text is not None:
-                    own.append((str(path.with_suffix(".txt")), text))
+                found = captions.of(path)
+                if found is not None:
+                    own += [(found.where, text) for text in found.texts]
                 else:
                     own += [(f"the caption template {each!r}", each) for each in concept.templates]
     prefixes = (*FAR_PREFIXES, *CLOSE_PREFIXES) if augment else ()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from trainer.data.identity import by_name
 from trainer.data.loss_mask import Masked
-from trainer.data.source import Dataset, Sample
+from trainer.data.source import Dataset, Repeated, Sample
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +28,11 @@ class Mixed:
         self.rates = clips.rates
         moved = (range(len(clips) + g.start, len(clips) + g.stop) for g in stills.groups)
         self.groups: Sequence[range] = [*clips.groups, *moved]
+        self.repeats: Sequence[int] = [
+            times
+            for part in self.parts
+            for times in (part.repeats if isinstance(part, Repeated) else [1] * len(part))
+        ]
         self.fixed = clips.fixed and stills.fixed
         self.skipped: Sequence[str] = list(chain(clips.skipped, stills.skipped))
 

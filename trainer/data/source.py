@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median_low
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
@@ -80,6 +80,13 @@ class Dataset(Protocol):
         ...
 
 
+@runtime_checkable
+class Repeated(Protocol):
+    """A dataset some of whose samples are in an epoch several times; repeats: of each sample."""
+
+    repeats: Sequence[int]
+
+
 def shape_of_clips(data: Dataset) -> tuple[int, float | None]:
     """Frames of its clips, and the middle one of their frames a second; 1 and None for images."""
     return max(data.frames), median_low(data.rates) if data.rates else None
@@ -136,6 +143,16 @@ class Source(BaseModel):
     def captions(self) -> Iterable[Caption]:
         """Every caption that can be read without opening the data, or none."""
         return ()
+
+    def found(self) -> list[str]:
+        """A sentence or more on what there is: pictures, captions by kind, masks, repeats; from
+        names and captions alone. Every start prints it."""
+        return []
+
+    def epoch(self) -> float | None:
+        """How many samples of a batch one pass over the training data takes; None where only
+        opening the data would tell."""
+        return None
 
     def remarks(self) -> list[str]:
         """A sentence for each thing in the data that a user may not expect, as in a file that is

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from trainer.media.photo_captions import CaptionKind
+
 OnBad = Annotated[
     Literal["raise", "skip"],
     Field(
@@ -36,3 +38,39 @@ Mirror = Annotated[
         "captions that say left or right become wrong"
     ),
 ]
+Recursive = Annotated[
+    bool,
+    Field(
+        description="read photos of subfolders as well; without it, only those of folders like "
+        "10_dog, where the folder itself holds none"
+    ),
+]
+CaptionLines = Annotated[
+    bool,
+    Field(
+        description="each line of a .txt or .caption is a caption of its own, one of which is "
+        "drawn at each use; without it the whole file is one caption"
+    ),
+]
+CaptionFrom = Annotated[
+    CaptionKind | None,
+    Field(
+        description="read captions only from .txt or .caption files, from metadata.jsonl, or from "
+        "the names of folders like 10_dog; null takes whichever there is"
+    ),
+]
+ShuffleTags = Annotated[
+    bool,
+    Field(
+        description="put the tags of a caption, its parts between commas, into another order at "
+        "each use"
+    ),
+]
+KeepTags = Annotated[
+    int, Field(ge=0, description="with shuffle_tags: tags at the front that stay where they are")
+]
+
+
+def idle_tags(shuffle: bool) -> dict[str, str]:
+    """Options of tags that have no effect."""
+    return {} if shuffle else {"keep_tags": "data.shuffle_tags=false leaves tags in their order"}

@@ -27,7 +27,7 @@ from trainer.data import cache
 from trainer.data.buckets import Bucketed
 from trainer.data.loader import Fixed, Planned, Tried
 from trainer.data.plan import StepPlan
-from trainer.data.source import Dataset, Generation, Needs
+from trainer.data.source import Dataset, Generation, Needs, Repeated
 from trainer.diffusion.made_of import made_of
 from trainer.diffusion.objective import Objective
 from trainer.diffusion.sampler import evaluating, sample_many
@@ -173,6 +173,7 @@ def step_plan(recipe: Recipe, data: Dataset) -> StepPlan:
     groups = tuple((group.start, group.stop) for group in data.groups)
     shares, weights, frames = tuple(data.shares), tuple(data.weights), tuple(data.frames)
     sizes = tuple(data.sizes) if isinstance(data, Bucketed) else ()
+    repeats = tuple(data.repeats) if isinstance(data, Repeated) else ()
     return StepPlan(
         groups,
         shares,
@@ -181,6 +182,7 @@ def step_plan(recipe: Recipe, data: Dataset) -> StepPlan:
         seed=recipe.run.seed,
         frames=frames,
         sizes=sizes,
+        repeats=repeats if any(times != 1 for times in repeats) else (),
     )
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from trainer.config.schema import Recipe
 from trainer.data.buckets import Bucketed, Size, upright_size
 from trainer.data.concept_data import ConceptData
+from trainer.data.folder_photos import Photos
 from trainer.data.loader import Batch, Planned
 from trainer.data.source import Dataset
-from trainer.data.sources.folder import Photos
 from trainer.data.tars.reader import Tars
 from trainer.media.grids import wrap
 from trainer.media.images import to_pil
@@ -68,7 +68,7 @@ def originals(data: Dataset) -> list[Size]:
     if isinstance(data, Tars):
         return [(entry.width, entry.height) for _, entry in data.rows]
     if isinstance(data, Photos):
-        return [upright_size(path) for path, _ in data.pairs]
+        return [upright_size(row.path) for row in data.rows]
     if isinstance(data, ConceptData):
         return [pair.image.size for pair in data.pairs]
     return []

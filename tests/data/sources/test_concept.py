@@ -301,3 +301,35 @@ def test_class_images_are_made_as_ever_by_default() -> None:
         "prior_images": 200, "prior_weight": 1.0, "prior_seed": 0, "prior_steps": 25,
     }  # fmt: skip
     assert (source.prior_guidance, source.prior_sampler, source.validation) == (5.0, None, None)
+
+
+def test_captions_of_every_kind_hold_the_token(folders: list[Path], tmp_path: Path) -> None:
+    red = folders[0]
+    (red / "0.caption").write_text("a <v1>, red, small\na <v1>, on a table, near")
+    row = '{"file_name": "1.png", "text": "the <v1> itself"}'
+    (red / "metadata.jsonl").write_text(row)
+    options = {"concept": str(red), "class_word": "mug", "prior_weight": 0, "caption_lines": True}
+    source = Concept(**options, augment=False)
+    texts = [text for _, text, _ in source.captions()]
+    assert texts[:3] == ["a <v1>, red, small", "a <v1>, on a table, near", "the <v1> itself"]
+    train, _ = opened(tmp_path, **options, shuffle_tags=True, keep_tags=1)
+    seen = {train.caption(0, np.random.default_rng(n)) for n in range(60)}
+    assert seen == {
+        "a <v1>, red, small", "a <v1>, small, red",
+        "a <v1>, on a table, near", "a <v1>, near, on a table",
+    }  # fmt: skip
+    assert source.found() == [
+        f"{red}: 3 photos; captions: 1 from .caption, 1 from metadata.jsonl, 1 from a template ("
+        "photos with several: 1); masks: none"
+    ]
+    (red / "0.caption").write_text("a <v1>\na mug")
+    with pytest.raises(ValueError, match=r"0\.caption: the caption must contain the token <v1>"):
+        opened(tmp_path, **options)
+
+
+def test_photos_in_subfolders_of_a_concept(folders: list[Path], tmp_path: Path) -> None:
+    options = {"concept": str(tmp_path), "class_word": None, "prior_weight": 0, "validation": 0}
+    with pytest.raises(ValueError, match=r"no image in this folder.*data\.recursive=true"):
+        opened(tmp_path, **options)
+    train, _ = opened(tmp_path, **options, recursive=True)
+    assert [train.key(i) for i in range(7)][::3] == ["blue/0.png", "blue/3.png", "red/2.png"]

@@ -14,7 +14,9 @@ from PIL import Image
 
 from trainer.config.schema import RecipeError
 from trainer.config.validate import build_section
+from trainer.data import folder_photos
 from trainer.data.held_out import KEEP_BYTES
+from trainer.data.identity import changed_samples
 from trainer.data.source import Needs, Source
 from trainer.data.sources import folder
 from trainer.data.sources.folder import Folder
@@ -154,7 +156,7 @@ def test_masks_are_weights_of_latents(photos: Path) -> None:
 def test_samples_are_the_same_kept_or_read_anew(
     photos: Path, keep: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "KEEP_BYTES", keep)
+    monkeypatch.setattr(folder_photos, "KEEP_BYTES", keep)
     train, _ = open_folder(photos)
     first = train.sample(0, RNG).image
     assert len(train._kept) == bool(keep)
@@ -211,3 +213,81 @@ def test_source_is_found_by_name_and_imports_no_torch() -> None:
     assert Source.find("folder") is Folder
     code = "import sys, trainer.data.sources.folder; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(folder.__file__).parents[3])
+
+
+def test_repeats_and_names_of_numbered_folders(photos: Path, tmp_path: Path) -> None:
+    root = tmp_path / "train"
+    (root / "5_dog").mkdir(parents=True)
+    (root / "2_cat").mkdir()
+    noise(1).save(root / "5_dog" / "1.png")
+    noise(2).save(root / "2_cat" / "1.png")
+    train, _ = open_folder(root, repeats=2)
+    assert [train.key(i) for i in range(2)] == ["2_cat/1.png", "5_dog/1.png"]
+    assert [train.caption(i, RNG) for i in range(2)] == ["cat", "dog"]
+    assert list(train.repeats) == [4, 10]
+    assert Folder(folder=root, repeats=2).epoch() == 14
+    assert Folder(folder=root, validation=1).epoch() == 2
+    given, _ = open_folder(root, template="a pet")
+    assert [given.caption(i, RNG) for i in range(2)] == ["a pet", "a pet"]
+    before, now = train.identity(), open_folder(root, repeats=3)[0].identity()
+    assert changed_samples(before, now) == [
+        "2_cat/1.png is in an epoch 6 times and was 4 times",
+        "5_dog/1.png is in an epoch 15 times and was 10 times",
+    ]
+
+
+def test_one_of_several_captions_is_drawn_and_a_held_out_one_stays(photos: Path) -> None:
+    for i in (1, 2, 10):
+        (photos / f"{i}.txt").write_text(f"photo {i}\npicture {i}")
+    train, held_out = open_folder(photos, validation=1, caption_lines=True, flip=True)
+    for seed in range(20):
+        rngs = [np.random.default_rng(seed) for _ in range(2)]
+        assert train.sample(0, rngs[0]).caption == train.caption(0, rngs[1])
+    seen = {train.caption(0, np.random.default_rng(seed)) for seed in range(20)}
+    assert seen == {"photo 1", "picture 1"}
+    assert {held_out.caption(0, np.random.default_rng(n)) for n in range(20)} == {"photo 10"}
+    whole = open_folder(photos, validation=1)[0]
+    assert whole.caption(0, RNG) == "photo 1\npicture 1"
+    assert train.identity() != whole.identity() and train.fixed is False
+    source = Folder(folder=photos, caption_lines=True)
+    assert [text for _, text, _ in source.captions()][:2] == ["photo 1", "picture 1"]
+
+
+def test_tags_are_shuffled_in_training_alone(photos: Path) -> None:
+    for i in (1, 2, 10):
+        (photos / f"{i}.txt").write_text("dog, red, big, old")
+    train, held_out = open_folder(photos, validation=1, shuffle_tags=True, keep_tags=1)
+    seen = {train.caption(0, np.random.default_rng(seed)) for seed in range(60)}
+    assert len(seen) == 6 and all(text.startswith("dog, ") for text in seen)
+    assert {held_out.caption(0, np.random.default_rng(n)) for n in range(9)} == {
+        "dog, red, big, old"
+    }
+    assert train.fixed  # pictures stay, so latents are cached
+
+
+def test_captions_do_not_depend_on_cached_latents_or_workers(photos: Path) -> None:
+    from trainer.data.loader import Planned, loader
+    from trainer.data.plan import StepPlan
+
+    for i in (1, 2, 10):
+        (photos / f"{i}.txt").write_text(f"photo {i}, a, b, c\npicture {i}, a, b, c")
+    train, _ = open_folder(photos, caption_lines=True, shuffle_tags=True, keep_tags=1)
+    plan = StepPlan(((0, 3),), (1.0,), (1.0,), 2, 7, repeats=(1, 2, 3))
+    pixels = Planned(train, plan, None, rank=0, world_size=1)
+    latents = np.zeros((3, 8, 4, 4), np.float16)
+    cached = Planned(train, plan, latents, rank=0, world_size=1)  # type: ignore[arg-type]
+    found = [pixels[step].captions for step in range(6)]
+    assert found == [cached[step].captions for step in range(6)]
+    assert found == [batch.captions for batch in loader(pixels, 6, 0, workers=2)]
+    assert found[3:] == [batch.captions for batch in loader(pixels, 6, 3, workers=0)]
+    assert len({text for texts in found for text in texts}) > 6
+
+
+def test_what_was_found_is_told(photos: Path) -> None:
+    (photos / "2.txt").unlink()
+    (photos / "notes.md").write_text("x")
+    source = Folder(folder=photos, template="a cat")
+    assert source.found() == [
+        f"{photos}: 3 photos; captions: 2 from .txt, 1 from a template; masks: none"
+    ]
+    assert "not read: notes.md;" in source.remarks()[0]

@@ -14,20 +14,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from trainer.common.suggest import nearest
 from trainer.data.class_images import ClassFolder, Pair, class_images
 from trainer.data.concept_data import ConceptData, View
 from trainer.data.concept_photos import SPRITE, OneConcept, captions_of, photos_of
 from trainer.data.source import Caption, Dataset, Generation, Needs, Source
-from trainer.data.source_options import Mirror, OnBad
+from trainer.data.source_options import (
+    CaptionFrom,
+    CaptionLines,
+    KeepTags,
+    Mirror,
+    OnBad,
+    Recursive,
+    ShuffleTags,
+    idle_tags,
+)
+from trainer.data.tags import Tags
 from trainer.data.templates import fill
-from trainer.media.photo_folder import list_images, unread_files
+from trainer.media.photo_captions import CaptionRules, Captions
+from trainer.media.photo_listing import list_photos, unread
+from trainer.media.photo_report import found_in
 
 CLASS, CLASS_PROMPT = "{class}", "a photo of a {class}"
 Item = TypeVar("Item")
-# options of class images that are generated
+# options of photos' captions; and of class images that are generated
+PHOTOS = ("recursive", "caption_from", "caption_lines", "shuffle_tags", "keep_tags")
 GENERATED = ("prior_prompts", "prior_seed", "prior_steps", "prior_guidance", "prior_sampler")
 
 
@@ -36,6 +49,7 @@ class Concept(Source):
     images. Several concepts trained jointly are a list of each option, as in
     `concept: [./dog, ./cat]`, `token: [<v1>, <v2>]`, `class_word: [dog, cat]`."""
 
+    recursive: Recursive = False  # first, because folders are looked into when they are read
     concept: str | tuple[str, ...] = Field(
         description="a folder of 4 to 20 photos of one thing, or sprite:<word> for five scenes of "
         "a sprite of the embedded world; a .txt beside a photo is its caption and must contain "
@@ -56,6 +70,10 @@ class Concept(Source):
         description="Custom Diffusion's resizing of photos, with words for it in the caption and a "
         "loss on the photo alone (arXiv 2212.04488)",
     )
+    caption_from: CaptionFrom = None
+    caption_lines: CaptionLines = False
+    shuffle_tags: ShuffleTags = False
+    keep_tags: KeepTags = 0
     flip: Mirror = False
     on_bad: OnBad = "raise"
     validation: int | None = Field(
@@ -113,7 +131,11 @@ class Concept(Source):
         """The concepts in their order."""
         folders = _listed(self.concept)
         kinds = self.kinds or [None] * len(folders)
-        return [OneConcept(*each) for each in zip(folders, self.words, kinds, strict=True)]
+        rules = CaptionRules(self.caption_lines, self.caption_from, subjects=False)
+        return [
+            OneConcept(*each, recursive=self.recursive, rules=rules)
+            for each in zip(folders, self.words, kinds, strict=True)
+        ]
 
     @property
     def class_folders(self) -> list[ClassFolder]:
@@ -126,7 +148,9 @@ class Concept(Source):
             kinds = [concepts[min(n, len(concepts) - 1)].kind for n in range(len(folders))]
         return [
             ClassFolder(
-                folder, None if kind is None and CLASS in given[0] else fill(given[0], None, kind)
+                folder,
+                None if kind is None and CLASS in given[0] else fill(given[0], None, kind),
+                recursive=self.recursive,
             )
             for folder, kind in zip(folders, kinds, strict=True)
         ]
@@ -143,18 +167,21 @@ class Concept(Source):
 
     @field_validator("concept")
     @classmethod
-    def _are_there(cls, concept: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    def _are_there(
+        cls, concept: str | tuple[str, ...], info: ValidationInfo
+    ) -> str | tuple[str, ...]:
+        recursive = bool(info.data.get("recursive"))
         if isinstance(concept, str):
-            return cls._is_there(concept)
+            return cls._is_there(concept, recursive)
         if not concept:
             raise ValueError("the list is empty; name a folder of photos")
-        return tuple(cls._is_there(each) for each in concept)
+        return tuple(cls._is_there(each, recursive) for each in concept)
 
     @classmethod
-    def _is_there(cls, concept: str) -> str:
+    def _is_there(cls, concept: str, recursive: bool) -> str:
         if not concept.startswith(SPRITE):
             folder = Path(concept).expanduser()
-            list_images(folder)
+            list_photos(folder, recursive)
             return str(folder)
         from trainer.data.world.sprites import ALL
 
@@ -166,10 +193,10 @@ class Concept(Source):
     @field_validator("prior_folder")
     @classmethod
     def _holds_images(
-        cls, folder: Path | tuple[Path, ...] | None
+        cls, folder: Path | tuple[Path, ...] | None, info: ValidationInfo
     ) -> Path | tuple[Path, ...] | None:
         for each in _listed(folder):
-            list_images(each.expanduser())
+            list_photos(each.expanduser(), bool(info.data.get("recursive")))
         if folder is None or isinstance(folder, Path):
             return folder and folder.expanduser()
         return tuple(each.expanduser() for each in folder)
@@ -214,7 +241,7 @@ class Concept(Source):
 
     def idle(self) -> dict[str, str]:
         own = [each for each in self.concepts if each.sprite is None]
-        found: dict[str, str] = {}
+        found = idle_tags(self.shuffle_tags)
         if self.prior_weight == 0:
             why = "prior_weight=0 uses no class images"
             found |= dict.fromkeys((*GENERATED, "prior_images", "prior_folder"), why)
@@ -227,17 +254,22 @@ class Concept(Source):
             found |= dict.fromkeys(GENERATED, "prior_images=0 generates none")
         if not own:
             found["validation"] = "a sprite has scenes of its own for that; it is for photos"
+            found |= dict.fromkeys(PHOTOS, "a sprite has no files; it is for folders of photos")
             if self.prior_folder is None:
                 found["on_bad"] = "no file is read; it is for folders of photos"
         return found
 
+    def _read(self) -> list[Captions]:
+        """What lies in each of its folders."""
+        own = [each for each in self.concepts if each.sprite is None]
+        found = [Captions(each.listing(), each.rules) for each in own]
+        return [*found, *(each.captions() for each in self.class_folders)]
+
+    def found(self) -> list[str]:
+        return [line for each in self._read() for line in found_in(each, template=True)]
+
     def remarks(self) -> list[str]:
-        places = [Path(each.place) for each in self.concepts if each.sprite is None]
-        return [
-            line
-            for folder in (*places, *_listed(self.prior_folder))
-            for line in unread_files(folder)
-        ]
+        return [line for each in self._read() for line in unread(each.listing)]
 
     def captions(self) -> Iterator[Caption]:
         for concept in self.concepts:
@@ -254,7 +286,8 @@ class Concept(Source):
             skipped += bad
             unseen += more
         plain = View(side=needs.resolution, divisor=needs.divisor)
-        view = replace(plain, augment=self.augment, flip=self.flip)
+        tags = Tags(self.shuffle_tags, self.keep_tags)
+        view = replace(plain, augment=self.augment, flip=self.flip, tags=tags)
         train = ConceptData(
             photos,
             view,

@@ -27,6 +27,9 @@ class World(Source):
     seed: WorldSeed = 0
     validation: int = Field(128, ge=0, description="unseen scenes for the validation loss")
 
+    def epoch(self) -> int:
+        return self.count
+
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
         def scenes(seed: int, count: int) -> Scenes:
             return Scenes(seed, count=count, sprites=self.sprites, side=needs.resolution)
