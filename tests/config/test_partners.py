@@ -78,7 +78,8 @@ ROWS = [[part.strip() for part in line.split("->")] for line in IDLE.strip().spl
 ELSEWHERE = {
     "preview.every", "data.folder.keep_tags", "data.folder.repeats",
     "data.concept.token", "data.concept.class_word", "data.concept.prior_folder",
-    "data.video.stride", "data.video.fps", "data.video.ignore", "data.world_clips.fps",
+    "data.video.stride", "data.video.fps", "data.video.ignore", "data.video.frame_rate",
+    "data.world_clips.fps",
     "evaluate.beside", "evaluate.alone", "methods.new_token.tokens", "methods.new_token.init",
     *(f"methods.{name}.task" for name in ("coda_prompt", "inflora", "c_lora", "new_token")),
     *(f"methods.{name}.num_tasks" for name in ("coda_prompt", "inflora")),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from trainer.data.held_out import KEEP_BYTES
 from trainer.data.identity import by_name, captioned, digest_of, sha256_of_file
 from trainer.data.source import Sample
+from trainer.media.frame_folders import digest_of_frames, read_frames
 from trainer.media.images import ImageError
 from trainer.media.read_video import SLACK, VideoFacts, read_clip
 
@@ -75,8 +76,8 @@ class Window:
 class CaptionedVideo:
     """One video and its caption.
 
-    source: its file, or a function that reads its bytes; digest: identifies those bytes, needed
-    only with a function.
+    source: its file, a folder of its frames, or a function that reads its bytes; digest:
+    identifies those bytes, needed only with a function.
     """
 
     key: str
@@ -87,8 +88,10 @@ class CaptionedVideo:
 
     def read(self, window: Window, start: int) -> list[Image]:
         """The frames of the clip that begins with frame `start`."""
-        source = self.source if isinstance(self.source, Path) else self.source()
         times = window.times(self.facts, start)
+        if isinstance(self.source, Path) and self.source.is_dir():
+            return read_frames(self.source, self.key, video=self.facts, times=times)
+        source = self.source if isinstance(self.source, Path) else self.source()
         return read_clip(source, self.key, video=self.facts, times=times)
 
     def identity(self) -> str:
@@ -96,6 +99,8 @@ class CaptionedVideo:
         if self.digest is not None:
             return self.digest
         assert isinstance(self.source, Path)
+        if self.source.is_dir():
+            return digest_of_frames(self.source)
         return sha256_of_file(self.source)
 
 

@@ -1,4 +1,4 @@
-"""Captions: a text file beside a picture or a video."""
+"""Captions: a text file beside a video or a folder of frames, and the text of such a file."""
 
 from __future__ import annotations
 
@@ -6,20 +6,30 @@ from pathlib import Path
 
 from trainer.media.images import ImageError
 
+SUFFIXES = (".txt", ".TXT", ".caption", ".CAPTION")
+
 
 def read_caption(path: str | Path) -> str | None:
-    """The caption beside an image or video: `cat.txt` for `cat.jpg`, UTF-8 with or without BOM.
+    """The caption beside a video or a folder of frames: `cat.txt` or `cat.caption` for `cat.mp4`
+    and for `cat/`, UTF-8 with or without BOM.
 
     Returns the text without surrounding white space, or None if there is no file.
 
     Raises:
         ImageError: the text is not UTF-8; names the file and the offset of the first wrong byte.
+            Or there are two files that differ.
     """
-    candidates = [Path(path).with_suffix(suffix) for suffix in (".txt", ".TXT")]
-    caption_path = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if caption_path is None:
-        return None
-    return decode_caption(caption_path.read_bytes(), caption_path)
+    path = Path(path)
+    stem = path.name if path.is_dir() else path.stem
+    found = [
+        (file, decode_caption(file.read_bytes(), file))
+        for file in (path.with_name(f"{stem}{suffix}") for suffix in SUFFIXES)
+        if file.is_file()
+    ]
+    for file, text in found[1:]:
+        if text != found[0][1]:
+            raise ImageError(f"{path}: {found[0][0].name} and {file.name} differ; keep one")
+    return found[0][1] if found else None
 
 
 def decode_caption(data: bytes, name: str | Path) -> str:

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
     Opened = tuple[InputContainer, VideoStream]
 
-READABLE_VIDEOS = frozenset((".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"))
+READABLE_VIDEOS = frozenset((".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif"))
 # These are listed too, so that reading reports an error: a video must not go unnoticed.
 LISTED_VIDEOS = READABLE_VIDEOS.union(
-    (".gif", ".wmv", ".flv", ".mpg", ".mpeg", ".ts", ".mts", ".3gp", ".ogv")
+    (".wmv", ".flv", ".mpg", ".mpeg", ".ts", ".mts", ".3gp", ".ogv")
 )
 CONVERT_VIDEO = "convert it to MP4, or remove it"
 COPY = "copy it again from its source, or remove it"
@@ -38,7 +38,9 @@ SIGNATURES = (
     *((4, kind, "mov") for kind in (b"ftyp", b"moov", b"mdat", b"wide", b"free")),
     (0, b"\x1aE\xdf\xa3", "matroska"),
     (8, b"AVI ", "avi"),
+    (0, b"GIF8", "gif"),
 )
+GIF_END = b";"
 HDR = (16, 18)  # transfer functions PQ and HLG, ITU-T H.273 table 3
 SLACK = 0.1  # frames of tolerance: containers round times, Matroska to a millisecond
 
@@ -55,8 +57,9 @@ class VideoFacts(NamedTuple):
     rate: float
 
 
-def list_videos(place: str | Path) -> list[Path]:
-    """The video files of a folder, not of its subfolders, in natural order; or the given file.
+def list_videos(place: str | Path, others: Sequence[Path] = ()) -> list[Path]:
+    """The video files of a folder, not of its subfolders, in natural order, with `others`; or the
+    given file.
 
     Raises:
         ValueError: the file or folder is missing, or the folder has no video.
@@ -69,6 +72,7 @@ def list_videos(place: str | Path) -> list[Path]:
         return [place]
     found = [path for path in place.iterdir() if path.suffix.lower() in LISTED_VIDEOS]
     found = [path for path in found if not path.name.startswith(".") and not path.is_dir()]
+    found += others
     if not found:
         raise ValueError(f"{place}: no video in this folder; {expected}, subfolders are not read")
     return sorted(found, key=natural_order)
@@ -139,6 +143,8 @@ def _opened(source: Path | bytes, name: str | Path) -> Iterator[Opened]:
             f"{name}: reading videos needs {missing.name}: pip install 'attention-trainer[video]'"
         ) from missing
     demuxer, size = _demuxer(source, name)
+    if demuxer == "gif" and _is_cut_gif(source):
+        raise ImageError(f"{name}: truncated; {COPY}")
     try:
         # absolute, because FFmpeg takes a name such as "concat:x" for one of its protocols
         file = io.BytesIO(source) if isinstance(source, bytes) else str(source.absolute())
@@ -177,6 +183,12 @@ def _demuxer(source: Path | bytes, name: str | Path) -> tuple[str, int]:
     raise ImageError(f"{name}: not a readable video; {CONVERT_VIDEO}")
 
 
+def _is_cut_gif(source: Path | bytes) -> bool:
+    """Whether a GIF lacks its end mark; FFmpeg reads one that was cut without a word."""
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    return not data.rstrip(b"\0").endswith(GIF_END)
+
+
 def _check_header(stream: VideoStream, name: str | Path, size: int) -> None:
     pixels = stream.width * stream.height
     if pixels > MAX_PIXELS:
@@ -201,7 +213,7 @@ def _check_end(
     if "DURATION" in stream.metadata:
         hours, minutes, seconds = map(float, stream.metadata["DURATION"].split(":"))
         length = 3600 * hours + 60 * minutes + seconds
-    elif container.duration and len(container.streams) == 1:
+    elif container.format.name != "gif" and container.duration and len(container.streams) == 1:
         length = container.duration / 1e6
     if end < length - max(0.5, 0.05 * length):  # a last frame may be shown long
         raise ImageError(f"{name}: truncated, {end:.2f} of {length:.2f} seconds; {COPY}")

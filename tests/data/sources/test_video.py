@@ -259,7 +259,9 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "pointer.mp4").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     (folder / "list.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\n{folder}/good.mp4\n")
-    Image.new("RGB", (32, 32)).save(folder / "moving.gif", save_all=True)
+    still = [Image.fromarray(frame) for frame in greys(9)]
+    still[0].save(folder / "moving.gif", save_all=True, append_images=still[1:])
+    cut(folder / "moving.gif", 0.6)
     (folder / "gone.mp4").symlink_to(folder / "nowhere.mp4")
     (folder / "notes.md").write_text("passed over")
     return folder
@@ -274,7 +276,7 @@ REASONS = {
     "gone.mp4": "no such file",
     "hdr.mp4": "high dynamic range (PQ or HLG); convert it to SDR",
     "list.mp4": "not a readable video; convert it to MP4, or remove it",
-    "moving.gif": "not a readable video",
+    "moving.gif": "truncated; copy it again",
     "one.mp4": "1 frames at 8 a second are too short for 4 frames at 8 from frame 0; lower",
     "pointer.mp4": "a Git LFS pointer, not the video; run `git lfs pull`",
     "short.mp4": "3 frames at 8 a second are too short",
@@ -554,3 +556,68 @@ def test_without_the_decoder_the_message_says_what_to_install(
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ModuleNotFoundError, match=r"needs av: pip install .*\[video\]"):
         source(grey)
+
+
+def stills(folder: Path, count: int = 12) -> Path:
+    folder.mkdir(parents=True)
+    for i, frame in enumerate(greys(count)):
+        Image.fromarray(frame).save(folder / f"{i + 1}.png")
+    return folder
+
+
+def test_gifs_are_clips_at_their_own_pace(tmp_path: Path) -> None:
+    frames = [Image.fromarray(frame) for frame in greys(10)]
+    place = tmp_path / "a.gif"
+    held = [100] * 9 + [3000]  # the last one stays
+    frames[0].save(place, save_all=True, append_images=frames[1:], duration=held)
+    assert numbers(source(place)[0].image(0)) == [0, 1, 2, 3]
+    assert numbers(source(place, stride=2, start=2)[0].image(0)) == [2, 4, 6, 8]
+    assert numbers(source(place, fps=5)[0].image(0)) == [0, 2, 4, 6]
+    assert examine(place, "a.gif").rate == pytest.approx(10)
+    held = [100, 300] * 5  # by time, as a player shows them
+    frames[0].save(place, save_all=True, append_images=frames[1:], duration=held)
+    assert numbers(source(place, fps=2.5)[0].image(0)) == [0, 2, 4, 6]
+    clear = [Image.new("RGBA", (32, 32), (0, 0, 0, 0)) for _ in range(2)]
+    clear[1].putpixel((0, 0), (9, 9, 9, 255))
+    clear[0].save(place, save_all=True, append_images=clear[1:], duration=100)
+    assert float(source(place, frames=1)[0].image(0).min()) == 1.0  # white behind it
+
+
+def test_folders_of_frames_are_clips(tmp_path: Path) -> None:
+    folder = stills(tmp_path / "clips" / "dance.one")
+    (folder.parent / "dance.one.caption").write_text("a dance")
+    with pytest.raises(ValueError, match=r"no video in this folder.*data\.frame_rate=24 reads"):
+        source(folder.parent)
+    train, _ = source(folder.parent, frame_rate=6, prompt=None)
+    sample = train.sample(0, RNG)
+    assert (sample.key, sample.caption, list(train.rates)) == ("dance.one", "a dance", [6])
+    assert numbers(sample.image) == [0, 1, 2, 3]
+    assert numbers(source(folder.parent, frame_rate=6, stride=3, start=1)[0].image(0)) == [
+        1, 4, 7, 10,
+    ]  # fmt: skip
+    assert numbers(source(folder, frame_rate=6, fps=2)[0].image(0)) == [0, 3, 6, 9]
+    before = train.identity(), train.fingerprint()
+    Image.fromarray(greys(13)[12]).save(folder / "12.png")
+    now = source(folder.parent, frame_rate=6, prompt=None)[0]
+    assert now.identity() != before[0] and now.fingerprint() != before[1]
+    (folder / "12.png").unlink()
+    with pytest.raises(ImageError, match=r"dance\.one: 11 frames, and it had 12"):
+        now.image(0)
+    Image.new("RGB", (20, 20)).save(folder / "7.png")
+    assert "dance.one: 7.png has 20x20 pixels and 1.png 48x32" in refusal(folder, frame_rate=6)
+
+
+def test_frames_beside_videos_are_read_on_request(grey: Path, tmp_path: Path) -> None:
+    (tmp_path / "b.mp4").write_bytes(grey.read_bytes())
+    stills(tmp_path / "a")
+    alone = Video(video=tmp_path, prompt="grey")
+    assert alone.found() == [
+        f"{tmp_path}: 1 videos, 0 folders of frames; captions: one for all, data.prompt",
+        f"{tmp_path}: folders of frames that are not read: 1, as a; data.frame_rate=24 reads them "
+        "as clips of so many frames a second",
+    ]
+    both = Video(video=tmp_path, prompt="grey", frame_rate=8, frames=4)
+    assert both.found()[0].startswith(f"{tmp_path}: 1 videos, 1 folders of frames;")
+    assert [take.key for take in both.open(needs(tmp_path))[0].videos] == ["a", "b.mp4"]
+    assert "has no folder of frames" in Video(video=grey, prompt="grey").idle()["frame_rate"]
+    assert "frame_rate" not in both.idle()

@@ -4,6 +4,8 @@
                                         of `caption` in the .json
     000012.mp4  000012.txt  000012.json in tars in webdataset layout, the same
 
+    cat/0001.png  cat/0002.png  cat.txt frames, with `frame_rate`
+
 A clip has the frames that a player shows at `frames` moments. The time between two of them is
 `stride` frames of the video at its average rate, or 1 / `fps` seconds, so a variable frame rate is
 no problem. Each video gives one clip; it begins at frame `start`, or at a random frame.
@@ -29,6 +31,7 @@ from trainer.data.tars.manifest import metadata_of
 from trainer.data.tars.reader import Tars
 from trainer.data.tars.shard_checksums import load_manifest, tars_of
 from trainer.data.video_clips import CaptionedVideo, VideoClips, Window
+from trainer.media.frame_folders import examine_frames, list_frame_folders
 from trainer.media.images import ImageError
 from trainer.media.read_caption import read_caption
 from trainer.media.read_video import VideoFacts, examine, list_videos
@@ -38,7 +41,15 @@ class Video(Source):
     """One clip of every video."""
 
     video: Path = Field(
-        description="a video, a folder of them, a .tar, or a folder of .tar", examples=["./clips"]
+        description="a video or GIF, a folder of them, a folder of frames or of such folders, a "
+        ".tar, or a folder of .tar",
+        examples=["./clips"],
+    )
+    frame_rate: float | None = Field(
+        None,
+        gt=0,
+        description="frames a second of folders of frames, cat/0001.png and so on, each a clip; "
+        "null does not read them",
     )
     prompt: str | None = Field(
         None, description="the caption of all videos; null reads the one beside each"
@@ -124,7 +135,7 @@ class Video(Source):
         if _holds_tars(self.video):
             tars_of(self.video)
             return self
-        paths = list_videos(self.video)
+        paths = self._paths()
         check_split(self.validation, len(paths), f"videos in {self.video}")
         for path in paths:
             if self.prompt is None and not has_caption(path, _beside):
@@ -138,13 +149,15 @@ class Video(Source):
             found |= dict.fromkeys(("stride", "fps"), why)
         if not _holds_tars(self.video):
             found["ignore"] = "it is for .tar files"
+        if not list_frame_folders(self.video):
+            found["frame_rate"] = f"{self.video} has no folder of frames; videos say their own"
         return found
 
     def captions(self) -> Iterator[Caption]:
         if self.prompt is not None:
             yield "data.prompt", self.prompt, None
         elif not _holds_tars(self.video):
-            for path in list_videos(self.video):
+            for path in self._paths():
                 with suppress(ImageError):  # `open` reports or skips it
                     if (text := _beside(path)) is not None:
                         yield f"the caption of {path}", text, None
@@ -188,16 +201,55 @@ class Video(Source):
         """The usable videos of a folder, and what is wrong with the others."""
         videos: list[CaptionedVideo] = []
         bad: list[str] = []
-        for path in list_videos(self.video):
+        for path in self._paths():
             try:
                 caption = self.prompt or _beside(path)
                 if caption is None:
                     raise _no_caption(path)
-                facts = self._long_enough(examine(path, path.name), path.name)
+                facts = self._long_enough(self._examine(path), path.name)
                 videos.append(CaptionedVideo(path.name, caption, facts=facts, source=path))
             except ImageError as error:
                 bad.append(str(error))
         return videos, bad
+
+    def _paths(self) -> list[Path]:
+        """The videos of a folder and, where their rate is given, its folders of frames."""
+        folders = list_frame_folders(self.video)
+        if self.frame_rate is not None and folders == [self.video]:
+            return folders
+        try:
+            return list_videos(self.video, folders if self.frame_rate is not None else ())
+        except ValueError as error:
+            if not folders:
+                raise
+            raise ValueError(
+                f"{error}; data.frame_rate=24 reads folders of frames, here {folders[0]}, with so "
+                "many frames a second"
+            ) from None
+
+    def _examine(self, path: Path) -> VideoFacts:
+        if not path.is_dir():
+            return examine(path, path.name)
+        assert self.frame_rate is not None, "only then folders are listed"
+        return examine_frames(path, path.name, self.frame_rate)
+
+    def found(self) -> list[str]:
+        if _holds_tars(self.video):
+            return []
+        paths = self._paths()
+        folders = sum(path.is_dir() for path in paths)
+        beside = 0 if self.prompt else sum(has_caption(path, _beside) for path in paths)
+        captions = f"{beside} beside them" if beside else "one for all, data.prompt"
+        said = [
+            f"{self.video}: {len(paths) - folders} videos, {folders} folders of frames; captions: "
+            f"{captions}"
+        ]
+        if self.frame_rate is None and (left := list_frame_folders(self.video)):
+            said.append(
+                f"{self.video}: folders of frames that are not read: {len(left)}, as "
+                f"{left[0].name}; data.frame_rate=24 reads them as clips of so many frames a second"
+            )
+        return said
 
     def _in_tars(self, needs: Needs) -> tuple[list[CaptionedVideo], list[str]]:
         """The usable videos of tars, and what is wrong with the others."""
@@ -256,6 +308,7 @@ def _beside(path: Path) -> str | None:
 
 def _no_caption(path: Path) -> ValueError:
     return ValueError(
-        f"no caption for {path}: write it into {path.with_suffix('.txt').name} beside it, or set "
+        f"no caption for {path}: write it into {path.name if path.is_dir() else path.stem}.txt "
+        "beside it, or set "
         "data.prompt, one caption for all videos"
     )
