@@ -223,3 +223,13 @@ def test_each_repetition_waits_twice_as_long(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ValueError, match="connection reset"):
         remote.get("http://127.0.0.1:9/a.tar", 0, 8)
     assert waited == [0.5, 1.0, 2.0]  # four requests
+
+
+def test_a_pattern_chooses_shards_of_the_manifest(served: Any, tmp_path: Path) -> None:
+    address, _ = served
+    one = opened(Remote(url=f"{address}/world-{{000001..000001}}.tar"), tmp_path)
+    every = opened(Remote(url=address), tmp_path)
+    assert len(one) == 3 and one.key(0) == every.key(4)
+    assert one.sample(0, RNG).image.equal(every.sample(4, RNG).image)
+    with pytest.raises(ValueError, match=r"does not list world-000002\.tar"):
+        opened(Remote(url=f"{address}/world-{{000001..000002}}.tar"), tmp_path)

@@ -18,6 +18,7 @@ import pytest
 import tars
 from PIL import Image
 
+from trainer.config.load import load_recipe
 from trainer.config.schema import RecipeError
 from trainer.config.validate import build_section
 from trainer.data.source import Needs, Source
@@ -486,3 +487,31 @@ def test_source_is_found_by_name_and_imports_no_torch() -> None:
     assert Source.find("shards") is Shards
     code = "import sys, trainer.data.tars.write_shards; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(shards.__file__).parents[3])
+
+
+def test_a_pattern_names_shards(world: Path) -> None:
+    both, _ = open_shards(world)
+    pattern = world / "world-{000000..000001}.tar"
+    found, _ = open_shards(pattern)
+    assert [found.key(i) for i in range(len(found))] == [both.key(i) for i in range(len(both))]
+    assert found.sample(0, RNG).image.equal(both.sample(0, RNG).image)
+    second, _ = open_shards(world / "world-{000001,}.tar".replace(",}", ",000000}"))
+    assert second.key(0) == open_shards(world / SECOND)[0].key(0)
+    one, _ = open_shards(world / "world-00000{1..1}.tar")
+    assert len(one) == len(open_shards(world / SECOND)[0])
+    assert "world-000002.tar missing; copy" in refusal(world / "world-{000000..000002}.tar")
+    assert "braces hold a range or a list" in refusal(world / "world-{a}.tar")
+    assert "is not the name of a .tar" in refusal(world / "world-{0..1}.zip")
+    loaded = load_recipe(["recipe=linear_swap", "data.source=shards", f"data.shards={pattern}"])
+    assert loaded.data.shards == pattern  # type: ignore[attr-defined]
+
+
+def test_a_pattern_without_a_manifest_makes_its_own(world: Path) -> None:
+    (world / "manifest.json").unlink(missing_ok=True)
+    pattern = world / "world-{000000..000001}.tar"
+    first, _ = open_shards(pattern)
+    again, _ = open_shards(pattern)
+    assert first.fingerprint() == again.fingerprint()
+    with (world / SECOND).open("r+b") as file:
+        file.truncate(1024)
+    assert "1024 bytes" in refusal(pattern)

@@ -24,6 +24,7 @@ from trainer.data.source_options import Buckets, OnBad
 from trainer.data.tars.manifest import MANIFEST
 from trainer.data.tars.reader import Opening, check_usable, split
 from trainer.data.tars.shard_checksums import parse_manifest
+from trainer.data.tars.shard_names import is_pattern, names_of
 
 SCHEMES = ("http", "https")
 MAX_MANIFEST = 2**28
@@ -36,7 +37,8 @@ class Remote(Source):
     """Shards of a web server, as the source `shards` reads them from a disk."""
 
     url: str = Field(
-        description="the folder of shards on the server, with manifest.json in it",
+        description="the folder of shards on the server, with manifest.json in it; or a pattern of "
+        "shards in it, as in https://host/data/shard-{000..010}.tar",
         examples=["https://host/data"],
     )
     validation: int = Field(
@@ -58,6 +60,7 @@ class Remote(Source):
                 "leave out user, password and what follows ? or #; the recipe is written into the "
                 "run folder and the adapter, where others could read them"
             )
+        _folder_and_names(url)
         return url.rstrip("/")
 
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
@@ -67,17 +70,31 @@ class Remote(Source):
             ValueError: there is no manifest, or no connection.
             ImageError: samples that cannot be used, all in one message.
         """
-        address = f"{self.url}/{MANIFEST}"
+        base, wanted = _folder_and_names(self.url)
+        address = f"{base}/{MANIFEST}"
         found = parse_manifest(get(address, 0, MAX_MANIFEST), address).shards
         strange = [each.name for each in found if not re.fullmatch(r"[\w-][\w.-]*\.tar", each.name)]
         if strange:
             raise ValueError(f"{address}: {strange[0]!r} is not the plain name of a .tar")
+        if wanted is not None:
+            listed = {each.name: each for each in found}
+            if missing := [name for name in wanted if name not in listed]:
+                raise ValueError(
+                    f"{address}: does not list {missing[0]}; write a pattern of those it does"
+                )
+            found = tuple(listed[name] for name in wanted)
         bad = check_usable(found, self.url, self.on_bad)
         opening = Opening(
-            folder=self.url, skipped=bad, validation=self.validation, step=self.buckets,
+            folder=base, skipped=bad, validation=self.validation, step=self.buckets,
             read=read_remote,
         )  # fmt: skip
         return split(found, needs, opening)
+
+
+def _folder_and_names(url: str) -> tuple[str, list[str] | None]:
+    """The address of the folder, and the names of a pattern of shards; None where all are meant."""
+    folder, _, name = url.rpartition("/")
+    return (folder, names_of(name)) if is_pattern(name) else (url, None)
 
 
 def read_remote(folder: Path | str, name: str, *, offset: int, size: int) -> bytes:

@@ -27,7 +27,9 @@ class Shards(Source):
     """Samples of .tar files in webdataset layout."""
 
     shards: Path = Field(
-        description="a folder of .tar files, or one of them", examples=["./shards"]
+        description="a folder of .tar files, one of them, or a pattern of their names, as in "
+        "./shards/shard-{000..010}.tar",
+        examples=["./shards"],
     )
     validation: int = Field(
         0, ge=0, description="samples to hold out for the validation loss, the last ones"

@@ -42,7 +42,7 @@ class Video(Source):
 
     video: Path = Field(
         description="a video or GIF, a folder of them, a folder of frames or of such folders, a "
-        ".tar, or a folder of .tar",
+        ".tar, a pattern of them as in shard-{000..010}.tar, or a folder of .tar",
         examples=["./clips"],
     )
     frame_rate: float | None = Field(

@@ -19,15 +19,18 @@ from trainer.data.tars.manifest import (
     index,
     save_manifest,
 )
+from trainer.data.tars.shard_names import is_pattern, names_of
 
 
 def tars_of(shards: Path) -> list[Path]:
-    """The .tar files of a folder, sorted by name; or the given .tar.
+    """The .tar files of a folder, sorted by name; the given .tar; or those of a pattern of names.
 
     Raises:
         ValueError: the path is missing, is not a .tar, or is a folder without any.
     """
     expected = "expected a folder of .tar files in webdataset layout, or one .tar"
+    if is_pattern(shards.name) and not shards.exists():
+        return _of_pattern(shards)
     if not shards.exists():
         raise ValueError(f"{shards}: no such file or folder; {expected}")
     if shards.is_dir():
@@ -38,6 +41,19 @@ def tars_of(shards: Path) -> list[Path]:
     if shards.suffix != ".tar":
         raise ValueError(f"{shards}: not a .tar; {expected}, not compressed")
     return [shards]
+
+
+def _of_pattern(shards: Path) -> list[Path]:
+    paths = [shards.with_name(name) for name in names_of(shards.name)]
+    if strange := [path for path in paths if path.suffix != ".tar" or path.parent != shards.parent]:
+        raise ValueError(f"{shards}: {strange[0].name} is not the name of a .tar")
+    if missing := [path.name for path in paths if not path.is_file()]:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"{shards}: {', '.join(missing[:3])}{more} missing; copy them there, or write a "
+            "pattern of those that are"
+        )
+    return paths
 
 
 def load_manifest(shards: Path, cache: Path, ignore: Collection[str] = ()) -> list[Shard]:
@@ -69,7 +85,7 @@ def kept_manifest(shards: Path, cache: Path) -> tuple[Path, dict[str, Shard]] | 
             listed = {
                 shard.name: shard for shard in parse_manifest(place.read_bytes(), place).shards
             }
-            if shards.is_dir() or shards.name in listed:
+            if shards.is_dir() or all(path.name in listed for path in tars_of(shards)):
                 return place, listed
     return None
 

@@ -33,7 +33,7 @@ def shards(place: Path, cache: Path, ignore: Collection[str] = ()) -> tuple[list
         )
     at, listed = kept
     if not place.is_dir():
-        listed = {place.name: listed[place.name]}
+        listed = {name: listed[name] for name in paths}
     found = [
         f"{name}: the shard is missing, and {len(shard.samples)} samples with it"
         for name, shard in listed.items()
