@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 from PIL import Image, ImageOps
 
-from trainer.media.images import FORMATS
+from trainer.media.images import formats_of
 
 MAX_ASPECT = 2.0  # pictures with a larger ratio are cut to this one
 TURNED = (5, 6, 7, 8)  # EXIF orientations rotated by 90 degrees
@@ -85,7 +85,8 @@ def cover(image: Image.Image, size: Size) -> Image.Image:
 
 def upright_size(path: Path) -> Size:
     """Width and height of a photo after EXIF rotation, read from its header."""
-    with Image.open(path, formats=FORMATS) as image:
+    with Image.open(path, formats=formats_of(path)) as image:
         width, height = image.size
-        turned = image.getexif().get(0x0112) in TURNED
+        # Pillow turns a TIFF itself
+        turned = image.format != "TIFF" and image.getexif().get(0x0112) in TURNED
     return (height, width) if turned else (width, height)

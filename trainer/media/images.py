@@ -1,8 +1,8 @@
 """Opens users' image files, checks them and turns them into tensors.
 
 Every file becomes either an upright 8-bit sRGB image or an `ImageError` that names the file and
-says what to do. A file's format is known by its content, not by its name. torch is imported only
-by the functions that need it.
+says what to do. A JPEG, PNG or WebP is known by its content, not by its name; other formats are
+those of `other_formats.py`. torch is imported only by the functions that need it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import re
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from trainer.media.other_formats import other_format
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,16 +29,19 @@ MAX_PIXELS = 64_000_000
 MIN_SIDE = 16
 FORMATS = ("JPEG", "PNG", "WEBP")
 CONVERT_IMAGE = "convert it to JPEG, PNG or WebP"
+COPY_IMAGE = "copy it again from its source or export it anew"
 EXPORT = "export one frame as JPEG, PNG or WebP"
+RAW = "camera raw is not read, and a TIFF by the name .tif; rename it, or convert it to JPEG or PNG"
+HEIC = f"a HEIC, which is read by the name .heic; rename it, or {CONVERT_IMAGE}"
 # (offset, bytes there, message) of other files that are common in folders of photos
 FOREIGN = (
     (0, b"GIF8", f"a GIF, a format for animations; {EXPORT}"),
-    (0, b"BM", f"BMP is not read; {CONVERT_IMAGE}"),
-    (0, b"II*\0", f"TIFF and camera raw are not read; {CONVERT_IMAGE}"),
-    (0, b"MM\0*", f"TIFF and camera raw are not read; {CONVERT_IMAGE}"),
+    (0, b"BM", f"a BMP, which is read by the name .bmp; rename it, or {CONVERT_IMAGE}"),
+    (0, b"II*\0", RAW),
+    (0, b"MM\0*", RAW),
     (4, b"ftypavi", f"AVIF is not read; {CONVERT_IMAGE}"),
-    (4, b"ftyphe", f"HEIC is not read; {CONVERT_IMAGE}"),
-    (4, b"ftypmif1", f"HEIC is not read; {CONVERT_IMAGE}"),
+    (4, b"ftyphe", HEIC),
+    (4, b"ftypmif1", HEIC),
     (4, b"ftyp", f"a video; {EXPORT}"),
     (0, b"version https://git-lfs", "a Git LFS pointer, not the image; run `git lfs pull`"),
     (0, b"", f"not a readable image; {CONVERT_IMAGE}, or remove it from the folder"),
@@ -62,7 +68,8 @@ RULES = ImageRules()
 
 
 def read_image(path: str | Path, rules: ImageRules = RULES) -> Image.Image:
-    """Reads one JPEG, PNG or WebP still image as an upright 8-bit RGB image.
+    """Reads one still image as an upright 8-bit RGB image: a JPEG, PNG or WebP, or a BMP, TIFF or
+    HEIC of such a name.
 
     EXIF orientation is applied. CMYK, palette, grey and 16-bit files become RGB; an embedded RGB
     or CMYK colour profile is converted to sRGB.
@@ -70,16 +77,26 @@ def read_image(path: str | Path, rules: ImageRules = RULES) -> Image.Image:
     Raises:
         ImageError: missing, empty, truncated or damaged file, other format, animation, too large,
             too small.
+        ModuleNotFoundError: a HEIC, and pillow-heif is not installed.
     """
     path = Path(path)
-    _check_signature(path, _head(path))
-    return _decode(path, name=path, rules=rules)
+    return _decode(path, name=path, rules=rules, formats=formats_of(path))
+
+
+def formats_of(path: Path) -> tuple[str, ...]:
+    """The formats that a file may have, as Pillow calls them, by its name and its first bytes;
+    raises as `read_image` for another one."""
+    head = _head(path)
+    if (other := other_format(path, head)) is not None:
+        return (other,)
+    _check_signature(path, head)
+    return FORMATS
 
 
 def decode_image(data: bytes, name: str, rules: ImageRules = RULES) -> Image.Image:
-    """Decodes the bytes of an image file, as `read_image` does; `name` is its name in errors."""
+    """Decodes the bytes of a JPEG, PNG or WebP, as `read_image`; `name` is its name in errors."""
     _check_signature(name, data[:32])
-    return _decode(io.BytesIO(data), name=name, rules=rules)
+    return _decode(io.BytesIO(data), name=name, rules=rules, formats=FORMATS)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -141,24 +158,31 @@ def _check_signature(name: str | Path, head: bytes) -> None:
     raise ImageError(f"{name}: {reason}")
 
 
-def _decode(source: Path | io.BytesIO, *, name: str | Path, rules: ImageRules) -> Image.Image:
+def _decode(
+    source: Path | io.BytesIO, *, name: str | Path, rules: ImageRules, formats: Sequence[str]
+) -> Image.Image:
     try:
         with warnings.catch_warnings():
             # Pillow warns above its own limit; the check below raises an error above ours
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(source, formats=FORMATS)
+            image = Image.open(source, formats=formats)
         with image:
             _check_header(name, image, rules)
             return _to_rgb(ImageOps.exif_transpose(image), rules.background)
     except ImageError:
         raise
+    except UnidentifiedImageError as error:
+        if formats == FORMATS:
+            raise ImageError(f"{name}: truncated or damaged ({error}); {COPY_IMAGE}") from error
+        raise ImageError(
+            f"{name}: damaged, or a kind of {formats[0]} that is not read; {CONVERT_IMAGE}"
+        ) from error
     except Image.DecompressionBombError as error:
         # raised before the size can be read; the first number in Pillow's message is the pixels
         pixels = int(re.findall(r"\d+", str(error))[0])
         raise _too_large(name, pixels, rules.max_pixels) from error
     except DAMAGED_IMAGE as error:
-        fix = "copy it again from its source or export it anew"
-        raise ImageError(f"{name}: truncated or damaged ({error}); {fix}") from error
+        raise ImageError(f"{name}: truncated or damaged ({error}); {COPY_IMAGE}") from error
 
 
 def _check_header(name: str | Path, image: Image.Image, rules: ImageRules) -> None:
@@ -170,6 +194,8 @@ def _check_header(name: str | Path, image: Image.Image, rules: ImageRules) -> No
             f"{name}: {width}x{height} pixels, each side must have at least {rules.min_side}; "
             "use a larger version of the image"
         )
+    if image.mode == "F":
+        raise ImageError(f"{name}: numbers with a fraction, not 8 or 16 bits; {CONVERT_IMAGE}")
     # MPO is a JPEG with a second picture (stereo, gain map), as phones write it: no animation
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise ImageError(f"{name}: an animated {image.format}; {EXPORT}")

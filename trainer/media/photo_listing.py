@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.media.mask_files import images_beside, masks_among
+from trainer.media.other_formats import OTHER_IMAGES
 
-READABLE_IMAGES = frozenset((".jpg", ".jpeg", ".png", ".webp"))
+WEB_IMAGES = frozenset((".jpg", ".jpeg", ".png", ".webp"))
+READABLE_IMAGES = WEB_IMAGES | OTHER_IMAGES
 # These are listed too, so that reading reports an error: a photo must not go unnoticed.
-ANIMATED_OR_WEB = (".gif", ".apng", ".heic", ".heif", ".avif", ".jxl", ".svg", ".ico", ".jfif")
-EDITED_OR_RAW = (".bmp", ".tif", ".tiff", ".jp2", ".mpo", ".psd", ".dng", ".cr2", ".nef", ".arw")
+ANIMATED_OR_WEB = (".gif", ".apng", ".avif", ".jxl", ".svg", ".ico", ".jfif")
+EDITED_OR_RAW = (".jp2", ".mpo", ".psd", ".dng", ".cr2", ".nef", ".arw")
 LEFT_BY_SYSTEMS = frozenset(("Thumbs.db", "desktop.ini", "Icon\r", "__MACOSX"))
 LISTED_IMAGES = READABLE_IMAGES.union(ANIMATED_OR_WEB, EDITED_OR_RAW)
 CAPTION_FILES = (".txt", ".TXT", ".caption", ".CAPTION")

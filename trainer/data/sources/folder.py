@@ -41,7 +41,8 @@ class Folder(Source):
 
     recursive: Recursive = False  # first, because the folder is looked into when it is read
     folder: Path = Field(
-        description="a folder of JPEG, PNG or WebP photos", examples=["./pictures"]
+        description="a folder of photos: JPEG, PNG, WebP, BMP, TIFF or HEIC (the extra heic)",
+        examples=["./pictures"],
     )
     template: str | None = Field(
         default=None, description="the caption of photos without one; null refuses such photos"

@@ -32,12 +32,12 @@ from pydantic import (
 from trainer.common.atomic import written_atomically
 from trainer.media.images import DAMAGED_IMAGE, ImageError, decode_image
 from trainer.media.mask_files import weights_of
-from trainer.media.photo_listing import READABLE_IMAGES
+from trainer.media.photo_listing import WEB_IMAGES
 from trainer.media.read_caption import decode_caption
 from trainer.media.read_video import VideoFacts, examine
 
 MAX_MEMBER = 64 * 2**20
-IMAGES = frozenset(suffix[1:] for suffix in READABLE_IMAGES)
+IMAGES = frozenset(suffix[1:] for suffix in WEB_IMAGES)
 CAPTION, METADATA, MASK, VIDEO = "txt", "json", "mask.png", "mp4"
 KNOWN_FIELDS = IMAGES | {CAPTION, METADATA, MASK, VIDEO}
 PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")  # webdataset's decoders would execute these
