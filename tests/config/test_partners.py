@@ -79,6 +79,7 @@ ELSEWHERE = {
     "preview.every", "data.folder.keep_tags", "data.folder.repeats",
     "data.concept.token", "data.concept.class_word", "data.concept.prior_folder",
     "data.video.stride", "data.video.fps", "data.video.ignore", "data.video.frame_rate",
+    "data.parquet.split",
     "data.world_clips.fps",
     "evaluate.beside", "evaluate.alone", "methods.new_token.tokens", "methods.new_token.init",
     *(f"methods.{name}.task" for name in ("coda_prompt", "inflora", "c_lora", "new_token")),
@@ -104,6 +105,7 @@ continual: concepts
 data.concept: concept augment flip prior_weight
 data.folder: folder template on_bad validation flip recursive caption_from caption_lines
  shuffle_tags
+data.parquet: parquet image_column caption_column validation on_bad buckets
 data.remote: url validation on_bad buckets
 data.shards: shards validation on_bad ignore buckets
 data.video: video prompt frames start flip validation on_bad

@@ -128,6 +128,7 @@ CAPTIONS: dict[str, Rule] = dict.fromkeys(("recursive", "caption_from", "caption
 IN_DATA: dict[str, dict[str, Rule]] = {
     "concept": {"concept": PLACE, "prior_folder": PLACE, "on_bad": FREE, **TAGS, **CAPTIONS},
     "folder": {"folder": PLACE, "on_bad": FREE, **TAGS, **CAPTIONS, "repeats": REFUSED},
+    "parquet": {"parquet": PLACE, "on_bad": FREE},
     "remote": {"url": PLACE, "on_bad": FREE},
     "shards": {"shards": PLACE, "on_bad": FREE},
     "video": {"video": PLACE, "stills": PLACE, "on_bad": FREE},

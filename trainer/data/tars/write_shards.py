@@ -59,7 +59,12 @@ def write_world(
 
 
 def write_shards(
-    folder: str | Path, records: Iterable[Record], *, per_shard: int, stem: str = "shard"
+    folder: str | Path,
+    records: Iterable[Record],
+    *,
+    per_shard: int,
+    stem: str = "shard",
+    keep_bad: bool = False,
 ) -> list[Path]:
     """Writes samples, in order, as `<stem>-000000.tar`, ... and a manifest into a new folder.
 
@@ -68,6 +73,8 @@ def write_shards(
         records: (key, bytes of each file by extension): one image or video, `txt` or a `json` with
             a caption, and perhaps `mask.png`.
         per_shard: samples in each shard but the last.
+        keep_bad: whether samples that readers cannot use are written as they are, and listed as
+            such in the manifest.
 
     Raises:
         ValueError: the folder is not empty, there is no record, readers would not understand a key
@@ -84,7 +91,8 @@ def write_shards(
         part.mkdir()
         paths = _write_all(part, records, per_shard=per_shard, stem=stem)
         found = index(paths)
-        _refuse_bad([f"{shard.name}: {reason}" for shard in found for reason in shard.bad])
+        if not keep_bad:
+            _refuse_bad([f"{shard.name}: {reason}" for shard in found for reason in shard.bad])
         save_manifest(Manifest(shards=tuple(found)), part / MANIFEST)
         os.replace(part, folder)
     finally:
