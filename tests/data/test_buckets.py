@@ -14,14 +14,14 @@ from PIL import Image, ImageOps
 from pydantic import ValidationError
 
 from trainer.__main__ import main
-from trainer.data.buckets import arrange, bucket_sizes, nearest_bucket, upright_size
+from trainer.data.buckets import arrange, bucket_sizes, nearest_bucket
 from trainer.data.loader import Fixed, Planned, loader
 from trainer.data.plan import StepPlan
 from trainer.data.source import Needs
 from trainer.data.sources.folder import Folder
 from trainer.data.sources.shards import Shards
 from trainer.data.tars.write_shards import write_shards
-from trainer.media.images import ImageError
+from trainer.media.images import ImageError, upright_size
 
 HELD = (1, 5, 30, 64)  # samples in each bucket
 SHAPES = ((64, 32), (48, 40), (40, 48), (32, 64))

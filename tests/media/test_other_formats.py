@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.data.buckets import upright_size
-from trainer.media.images import ImageError, decode_image, read_image
+from trainer.media.images import ImageError, decode_image, read_image, upright_size
 from trainer.media.photo_folder import list_images
 
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import log
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from PIL import Image, ImageOps
 
-from trainer.media.images import formats_of
-
 MAX_ASPECT = 2.0  # pictures with a larger ratio are cut to this one
-TURNED = (5, 6, 7, 8)  # EXIF orientations rotated by 90 degrees
 Size = tuple[int, int]  # width, height in pixels
 
 
@@ -69,6 +65,11 @@ def arrange(
     return order, groups, used
 
 
+def cut_size(shape: Size, side: int, step: int) -> Size:
+    """The size to which a picture is cut, as `arrange` has it: of its bucket, or the square."""
+    return nearest_bucket(shape, bucket_sizes(side, step)) if step else (side, side)
+
+
 def check_step(step: int, divisor: int) -> None:
     """Raises ValueError unless `step` is a multiple of `divisor`, the pixels per latent."""
     if step % divisor:
@@ -81,12 +82,3 @@ def check_step(step: int, divisor: int) -> None:
 def cover(image: Image.Image, size: Size) -> Image.Image:
     """Scales the picture until it covers `size` (Lanczos) and cuts out the centre."""
     return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-
-
-def upright_size(path: Path) -> Size:
-    """Width and height of a photo after EXIF rotation, read from its header."""
-    with Image.open(path, formats=formats_of(path)) as image:
-        width, height = image.size
-        # Pillow turns a TIFF itself
-        turned = image.format != "TIFF" and image.getexif().get(0x0112) in TURNED
-    return (height, width) if turned else (width, height)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.data.buckets import Size, arrange, cover, upright_size
+from trainer.data.buckets import Size, arrange
+from trainer.data.decoded import Decoded
 from trainer.data.held_out import KEEP_BYTES
 from trainer.data.identity import by_name, captioned, sha256_of_file
 from trainer.data.loss_mask import checked_cells
 from trainer.data.source import Sample
 from trainer.data.tags import FIXED, Tags, drawn
-from trainer.media.images import read_image
+from trainer.media.images import upright_size
 from trainer.media.mask_files import read_mask
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class Masks:
 
 class Photos:
     """Photos, each scaled to cover its size and cut to the centre. The size is a square of `side`,
-    or with `step` that of a bucket, see `buckets.py`. tags: how captions vary."""
+    or with `step` that of a bucket, see `buckets.py`. tags: how captions vary; decoded: where large
+    photos are kept, None for nowhere."""
 
     rates: Sequence[float] = ()
 
@@ -65,9 +67,11 @@ class Photos:
         skipped: Sequence[str] = (),
         masks: Masks | None = None,
         tags: Tags = FIXED,
+        decoded: Decoded | None = None,
     ) -> None:
         self.side, self.flip, self.skipped, self.step = side, flip, skipped, step
         self.tags = tags
+        self.decoded = decoded or Decoded(None, side)
         square = [(side, side)] * len(rows)
         shapes = [upright_size(row.path) for row in rows] if step else square
         order, groups, sizes = arrange(shapes, side, step)
@@ -139,7 +143,7 @@ class Photos:
     def _cut(self, index: int) -> Image:
         if index in self._kept:
             return self._kept[index]
-        image = cover(read_image(self.rows[index].path), self._size(index))
+        image = self.decoded.cut(self.rows[index].path, self._size(index))
         if len(self.rows) * self.side**2 * 3 <= KEEP_BYTES:
             self._kept[index] = image
         return image

@@ -63,7 +63,7 @@ def read_kept(path: Path) -> Image.Image | None:
             image.verify()  # the checksum of every part, which reading the pixels passes over
         with Image.open(path, formats=["PNG"]) as image:
             pixels = image.convert("RGB")
-            return pixels if image.info.get(PLACE) == _place(path) else None
+            return pixels if image.info.get(PLACE) == place_of(path) else None
     except (OSError, SyntaxError, ValueError):  # what PIL raises for a damaged file
         return None
 
@@ -86,14 +86,14 @@ class KeptSteps:
             with np.load(
                 self._file(step), allow_pickle=False
             ) as stored:  # zip files have checksums
-                here = str(stored["place"]) == _place(self._file(step))
+                here = str(stored["place"]) == place_of(self._file(step))
                 return torch.from_numpy(stored["tensor"]) if here else None
         except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
             return None
 
     def __setitem__(self, step: int, tensor: Tensor) -> None:
         with written_atomically(self._file(step)) as part:
-            place = _place(self._file(step))
+            place = place_of(self._file(step))
             np.savez(part, tensor=tensor.detach().cpu().numpy(), place=place)
         self.stored(1)
 
@@ -122,12 +122,12 @@ def _fill(
     for number in absent:
         picture = made[number - batch.start]
         with written_atomically(_path(folder, number)) as part:
-            own = {PLACE: _place(_path(folder, number))}
+            own = {PLACE: place_of(_path(folder, number))}
             part.write_bytes(png_bytes(picture, own))
         found[number] = picture
 
 
-def _place(path: Path) -> str:
+def place_of(path: Path) -> str:
     """Folder and number. The folder's name is a digest of all else that its files depend on."""
     return f"{path.parent.name}/{path.stem}"
 

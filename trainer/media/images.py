@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 16
+TURNED = (5, 6, 7, 8)  # EXIF orientations rotated by 90 degrees
 FORMATS = ("JPEG", "PNG", "WEBP")
 CONVERT_IMAGE = "convert it to JPEG, PNG or WebP"
 COPY_IMAGE = "copy it again from its source or export it anew"
@@ -97,6 +98,15 @@ def decode_image(data: bytes, name: str, rules: ImageRules = RULES) -> Image.Ima
     """Decodes the bytes of a JPEG, PNG or WebP, as `read_image`; `name` is its name in errors."""
     _check_signature(name, data[:32])
     return _decode(io.BytesIO(data), name=name, rules=rules, formats=FORMATS)
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Width and height of a photo after EXIF rotation, read from its header."""
+    with Image.open(path, formats=formats_of(path)) as image:
+        width, height = image.size
+        # Pillow turns a TIFF itself
+        turned = image.format != "TIFF" and image.getexif().get(0x0112) in TURNED
+    return (height, width) if turned else (width, height)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

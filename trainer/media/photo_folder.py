@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
 
-from trainer.media.images import ImageError, read_image, resize_cover
+from trainer.media.images import ImageError, read_image, resize_cover, upright_size
 from trainer.media.mask_files import read_mask
 from trainer.media.photo_captions import ANY, CaptionRules, Captions
 from trainer.media.photo_listing import Listing, list_photos
@@ -36,12 +37,14 @@ def read_folder(
     size: int | None = None,
     *,
     rules: CaptionRules = ANY,
+    opener: Callable[[Path], Image.Image] = read_image,
 ) -> tuple[list[Photo], list[tuple[Path, str]]]:
     """Reads all photos of a folder with their captions, in natural order.
 
     Args:
         on_bad: "raise" reports all bad images and captions in one error; "skip" skips them.
         size: cut each image by `resize_cover` while reading, so that large photos fit in memory.
+        opener: reads a photo, as `read_image` or from a cache.
 
     Returns the photos, and `(path, reason)` for each file skipped.
 
@@ -52,26 +55,22 @@ def read_folder(
     if on_bad not in ("raise", "skip"):
         raise ValueError(f"on_bad={on_bad!r}: choose 'raise' or 'skip'")
     listing = folder if isinstance(folder, Listing) else list_photos(folder)
-    captions = Captions(listing, rules)
+    captions, masks = Captions(listing, rules), listing.masks
     photos: list[Photo] = []
     skipped: list[tuple[Path, str]] = []
     for path in listing.photos:
         try:
-            photos.append(_read(path, captions, size))
+            image, found = opener(path), captions.of(path)
+            mask = read_mask(masks[path], upright_size(path)) if path in masks else None
         except ImageError as error:
             skipped.append((path, str(error)))
+            continue
+        if size is not None:
+            image, mask = resize_cover(image, size), mask and resize_cover(mask, size)
+        photos.append(Photo(path, image, found.texts if found else (), mask=mask))
     if skipped and (on_bad == "raise" or not photos):
         reasons = "\n".join(reason for _, reason in skipped)
         of = len(photos) + len(skipped)
         raise ImageError(f"{listing.folder}: {len(skipped)} of {of} images cannot be used:\n"
                          f"{reasons}")  # fmt: skip
     return photos, skipped
-
-
-def _read(path: Path, captions: Captions, size: int | None) -> Photo:
-    image, found = read_image(path), captions.of(path)
-    masks = captions.listing.masks
-    mask = read_mask(masks[path], image.size) if path in masks else None
-    if size is not None:
-        image, mask = resize_cover(image, size), mask and resize_cover(mask, size)
-    return Photo(path, image, found.texts if found else (), mask=mask)

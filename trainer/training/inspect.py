@@ -13,14 +13,14 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from trainer.config.schema import Recipe
-from trainer.data.buckets import Bucketed, Size, upright_size
+from trainer.data.buckets import Bucketed, Size
 from trainer.data.concept_data import ConceptData
 from trainer.data.folder_photos import Photos
 from trainer.data.loader import Batch, Planned
 from trainer.data.source import Dataset
 from trainer.data.tars.reader import Tars
 from trainer.media.grids import wrap
-from trainer.media.images import to_pil
+from trainer.media.images import to_pil, upright_size
 from trainer.runs.adapter import load_base
 from trainer.training.build import needs, placement_of, step_plan
 from trainer.training.tasks.denoise import kept_captions, seeds_of

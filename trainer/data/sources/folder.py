@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from trainer.data.buckets import check_step
+from trainer.data.decoded import Decoded
 from trainer.data.folder_photos import Masks, Photos, Row
 from trainer.data.held_out import check_split
 from trainer.data.source import Caption, Dataset, Needs, Source
@@ -128,7 +129,10 @@ class Folder(Source):
         """
         check_step(self.buckets, needs.divisor)
         listing = self._listing()
-        photos, bad = read_folder(listing, self.on_bad, CHECKED_SIDE, rules=self._rules())
+        decoded = Decoded(needs.cache, needs.resolution, self.buckets)
+        photos, bad = read_folder(
+            listing, self.on_bad, CHECKED_SIDE, rules=self._rules(), opener=decoded.check
+        )
         rows = [self._row(photo, listing) for photo in photos]
         check_split(self.validation, len(rows), f"usable images in {self.folder}")
         skipped = [f"{listing.name(path)}: {text.removeprefix(f'{path}: ')}" for path, text in bad]
@@ -143,12 +147,13 @@ class Folder(Source):
             skipped=skipped,
             masks=masks,
             tags=Tags(self.shuffle_tags, self.keep_tags),
+            decoded=decoded,
         )
         if not self.validation:
             return train, None
         # a validation loss is of the same captions every time
         seen = [Row(row.path, row.captions[:1], row.key) for row in rows[cut:]]
-        return train, Photos(seen, side, step=step, masks=masks)
+        return train, Photos(seen, side, step=step, masks=masks, decoded=decoded)
 
     def _row(self, photo: Photo, listing: Listing) -> Row:
         captions = photo.captions or (() if self.template is None else (self.template,))
