@@ -1,5 +1,5 @@
-"""Times the source `folder` on photos of 24 megapixels: a first start, later starts, and reading each
-photo once, with what is kept of large photos and without.
+"""Times the source `folder` on photos of 24 megapixels: a first start, later starts, and reading
+each photo once, with what is kept of large photos and without.
 
     OMP_NUM_THREADS=1 python bench/large_photos.py
 """
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from trainer.data import folder_photos
-from trainer.data.decoded import Decoded
+from trainer.data.decoded import LARGE, Decoded
 from trainer.data.source import Needs
 from trainer.data.sources.folder import Folder
 
@@ -54,7 +54,8 @@ def main() -> None:
         print(f"{count} photos of {SIZE[0]}x{SIZE[1]}, {size / 1e6:.1f} MB each, cut to {SIDE}")
         source = Folder(folder=folder, template="a photo")
         needs = Needs(SIDE, 8, lambda *_: (), Path(place) / "cache", lambda: "bench")
-        never = mock.patch.object(Decoded, "_is_large", lambda *_: False)
+        never = mock.patch.object(Decoded, "_is_large", return_value=False)
+        kept = mock.patch.object(Decoded, "large", LARGE)
         unheld = mock.patch.object(folder_photos, "KEEP_BYTES", 0)  # as for a large data set
         for name, patch in (
             ("without", never),
@@ -68,8 +69,8 @@ def main() -> None:
                         f"{name} keeping, {start} start: {seconds / count:.3f} s a photo; reading "
                         f"each once: {read / count:.3f} s a photo"
                     )
-        kept = sum(path.stat().st_size for path in (Path(place) / "cache").rglob("*.png"))
-        print(f"kept: {kept / count / 1e6:.2f} MB a photo")
+        total = sum(path.stat().st_size for path in (Path(place) / "cache").rglob("*.png"))
+        print(f"kept: {total / count / 1e6:.2f} MB a photo")
 
 
 if __name__ == "__main__":
