@@ -57,10 +57,7 @@ def main() -> None:
         never = mock.patch.object(Decoded, "_is_large", return_value=False)
         kept = mock.patch.object(Decoded, "large", LARGE)
         unheld = mock.patch.object(folder_photos, "KEEP_BYTES", 0)  # as for a large data set
-        for name, patch in (
-            ("without", never),
-            ("with", mock.patch.object(Decoded, "large", 2**21)),
-        ):
+        for name, patch in (("without", never), ("with", kept)):
             with patch, unheld:
                 for start in ("first", "second"):
                     seconds, opened = timed(lambda: source.open(needs)[0])

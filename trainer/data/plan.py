@@ -97,7 +97,7 @@ class StepPlan:
         slots.sort(key=lambda slot: slot[0])
         return [Slot(index, place, weight) for place, (_, index, weight) in enumerate(slots)]
 
-    def _epoch(self, group: int) -> Sequence[int]:
+    def _epoch(self, group: int) -> range | np.ndarray:
         """The samples of one epoch of a group, in their own order, each as often as it repeats."""
         start, stop = self.groups[group]
         return _repeated(start, self.repeats[start:stop]) if self.repeats else range(start, stop)

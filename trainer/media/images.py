@@ -12,7 +12,6 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -169,7 +168,7 @@ def _check_signature(name: str | Path, head: bytes) -> None:
 
 
 def _decode(
-    source: Path | io.BytesIO, *, name: str | Path, rules: ImageRules, formats: Sequence[str]
+    source: Path | io.BytesIO, *, name: str | Path, rules: ImageRules, formats: tuple[str, ...]
 ) -> Image.Image:
     try:
         with warnings.catch_warnings():

@@ -134,12 +134,13 @@ def _texts(row: dict[str, Any], where: str) -> tuple[str, ...]:
         raise ImageError(f"{where}: text and caption differ; keep one of them")
     value = next(iter(given.values()), None)
     texts = value if isinstance(value, list) else [value]
-    if not texts or not all(isinstance(text, str) for text in texts):
+    found = tuple(text.strip() for text in texts if isinstance(text, str))
+    if not found or len(found) != len(texts):
         raise ImageError(
             f"{where}: {row['file_name']} has no caption; give text (or caption), a text or a list "
             "of texts"
         )
-    return tuple(text.strip() for text in texts)
+    return found
 
 
 def _absent(photo: Path, table: Path, listing: Listing) -> str:
