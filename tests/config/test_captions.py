@@ -63,7 +63,8 @@ def test_a_caption_whose_word_is_not_read_is_named(
 
 def test_all_are_counted(photos: Any) -> None:
     folder = photos("a zwx here", "the Zwx, big", None)
-    said = load_recipe([*CUSTOM, folder, "data.token=zwx", "data.augment=false"]).said
+    found, *said = load_recipe([*CUSTOM, folder, "data.token=zwx", "data.augment=false"]).said
+    assert found.endswith("3 photos; captions: 2 from .txt, 1 from a template; masks: none")
     assert said[0].startswith("captions: 23, 23 with zwx; the longest has ")
     assert "tokens of 30 that are read" in said[0]
 
@@ -80,10 +81,10 @@ def test_words_put_before_a_caption_may_push_its_word_out(photos: Any) -> None:
 
 def test_long_captions_are_said(photos: Any) -> None:
     folder = photos(f"a <v1> {MANY}{MANY}", "a <v1>")
-    said = load_recipe([*CUSTOM, folder, "data.augment=false"]).said
+    said = load_recipe([*CUSTOM, folder, "data.augment=false"]).said[1:]
     assert "longer than the 30 tokens that are read: " in said[1] and "0.txt (62 tokens)" in said[1]
     assert "text.max_tokens=90 reads all" in said[1]
-    more = load_recipe([*CUSTOM, folder, "data.augment=false", "text.max_tokens=90"]).said
+    more = load_recipe([*CUSTOM, folder, "data.augment=false", "text.max_tokens=90"]).said[1:]
     assert len(more) == 1 and "of 90 that are read" in more[0]
 
 
@@ -100,7 +101,7 @@ def test_captions_of_a_folder_may_lack_a_word_but_not_lose_it(photos: Any, tmp_p
              "methods.new_token.tokens=[zwx]", "preview.every=0",
              *(f"data.{key}=null" for key in ("concept", "prior_images", "prior_steps", "augment",
                "class_word", "prior_prompts", "prior_guidance"))]  # fmt: skip
-    assert "captions: 3, 1 with zwx" in load_recipe(words).said[0]
+    assert "captions: 3, 1 with zwx" in load_recipe(words).said[1]
     (tmp_path / "photos" / "2.txt").write_text("a zwxdog")
     assert "2.txt: the caption has zwx only inside another word" in refusal(*words)
     for number in (1, 2):

@@ -57,7 +57,8 @@ def test_it_draws_the_batches_and_counts_them(
     sheet = tmp_path / "a" / "sheet.png"
     own = [f"out={sheet}", "count=5", "step=2", "objective.caption_dropout=0.5"]
     assert main(["data", "inspect", *words(tiny_folder, *own)]) == 0
-    out = capsys.readouterr().out.splitlines()
+    told, *out = capsys.readouterr().out.splitlines()
+    assert told.startswith("captions: 25, 25 with <v1>")  # as at every start
     assert out[0] == "pictures as stored, by aspect ratio:" and out[1].split()[:2] == ["1.0:1", "5"]
     assert out[2] == "buckets, width x height:" and out[3].split()[1] == "5"
     assert out[-1] == str(sheet)

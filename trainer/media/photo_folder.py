@@ -41,10 +41,9 @@ def read_folder(
 ) -> tuple[list[Photo], list[tuple[Path, str]]]:
     """Reads all photos of a folder with their captions, in natural order.
 
-    Args:
-        on_bad: "raise" reports all bad images and captions in one error; "skip" skips them.
-        size: cut each image by `resize_cover` while reading, so that large photos fit in memory.
-        opener: reads a photo, as `read_image` or from a cache.
+    on_bad: "raise" reports all bad images and captions in one error; "skip" skips them. size: cut
+    each image by `resize_cover` while reading, so that large photos fit in memory. opener: reads a
+    photo, as `read_image` or from a cache.
 
     Returns the photos, and `(path, reason)` for each file skipped.
 
