@@ -68,8 +68,10 @@ def read_folder(
             image, mask = resize_cover(image, size), mask and resize_cover(mask, size)
         photos.append(Photo(path, image, found.texts if found else (), mask=mask))
     if skipped and (on_bad == "raise" or not photos):
-        reasons = "\n".join(reason for _, reason in skipped)
-        of = len(photos) + len(skipped)
-        raise ImageError(f"{listing.folder}: {len(skipped)} of {of} images cannot be used:\n"
-                         f"{reasons}")  # fmt: skip
+        raise _unusable(listing.folder, skipped, len(photos) + len(skipped))
     return photos, skipped
+
+
+def _unusable(folder: Path, skipped: list[tuple[Path, str]], total: int) -> ImageError:
+    reasons = "\n".join(reason for _, reason in skipped)
+    return ImageError(f"{folder}: {len(skipped)} of {total} images cannot be used:\n{reasons}")
