@@ -54,6 +54,19 @@ def test_epochs_of_a_folder_resume_bit_for_bit(
     assert all(whole[name].equal(other[name]) for name in whole)
 
 
+def test_check_and_inspect_say_what_was_found(
+    pictures: Path, tmp_path: Path, tiny_folder: Path
+) -> None:
+    (pictures / "notes.md").write_text("x")
+    words = ["recipe=lora_folder", "data.folder=pictures", f"backbone={tiny_folder}"]
+    for verb in (["check"], ["data", "inspect"]):
+        result = command(*verb, *words, "data.buckets=0", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert "pictures: 5 photos; captions: 4 from folder names, 1 from .txt" in result.stdout
+        assert "with repeats 8 an epoch (2_a dog 2 times)" in result.stdout
+        assert "pictures: not read: notes.md; captions are read from .txt" in result.stdout
+
+
 def test_repeats_that_changed_are_refused(
     pictures: Path, tmp_path: Path, tiny_folder: Path
 ) -> None:

@@ -16,6 +16,7 @@ from trainer.config.schema import Recipe
 from trainer.data.buckets import Bucketed, Size
 from trainer.data.concept_data import ConceptData
 from trainer.data.folder_photos import Photos
+from trainer.data.found import found_when_opened
 from trainer.data.loader import Batch, Planned
 from trainer.data.source import Dataset
 from trainer.data.tars.reader import Tars
@@ -53,6 +54,7 @@ def inspect(recipe: Recipe, count: int, step: int, out: Path) -> Iterator[str]:
     for group, size in zip(train.groups, _sizes(train, batch), strict=True):
         seen[f"{size[0]}x{size[1]}"] += len(group)
     yield from _histogram("buckets, width x height", seen)
+    yield from found_when_opened(recipe.data, train)
     yield from (f"skipped {reason}" for reason in train.skipped)
     yield str(out)
 

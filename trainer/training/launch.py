@@ -23,6 +23,7 @@ from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import slow_precision
 from trainer.common.exit_codes import LeaveError
 from trainer.config.schema import Recipe
+from trainer.data.found import found_when_opened
 from trainer.data.source import Dataset, shape_of_clips
 from trainer.diffusion.sampling_settings import Sampling
 from trainer.methods.apply import Plan
@@ -252,6 +253,8 @@ def announce(
         {"recipe": recipe.name, **recipe.tree}, sort_keys=False, allow_unicode=True
     )
     write_text(folder / "recipe.yaml", text)
+    for line in found_when_opened(recipe.data, train):
+        say(line)
     slow = slow_precision(backbone)
     for line in [*([slow] if slow else []), *(f"skipped {each}" for each in train.skipped)]:
         console.print(line, style="yellow", highlight=False, markup=False)

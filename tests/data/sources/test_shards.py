@@ -21,6 +21,7 @@ from PIL import Image
 from trainer.config.load import load_recipe
 from trainer.config.schema import RecipeError
 from trainer.config.validate import build_section
+from trainer.data.found import found_when_opened
 from trainer.data.source import Needs, Source
 from trainer.data.sources import shards
 from trainer.data.sources.shards import Shards
@@ -515,3 +516,15 @@ def test_a_pattern_without_a_manifest_makes_its_own(world: Path) -> None:
     with (world / SECOND).open("r+b") as file:
         file.truncate(1024)
     assert "1024 bytes" in refusal(pattern)
+
+
+def test_what_was_found_is_told_when_it_is_opened(world: Path) -> None:
+    source = Shards(shards=world)
+    train, _ = open_shards(world)
+    (told,) = found_when_opened(source, train)
+    count = len(train)
+    assert told == (f"data: {count} training samples; captions: {count} from .txt; masks: {count}")
+    scenes = Source.find("world")(count=3)
+    assert found_when_opened(scenes, Scenes(0, count=3, sprites="all", side=8)) == [
+        "data: 3 training samples"
+    ]
