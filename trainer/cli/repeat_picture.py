@@ -21,7 +21,7 @@ PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True)
-class Repeated:
+class RepeatedPicture:
     """A picture that is made again. given: the options that the user gave over its own."""
 
     path: Path
@@ -43,7 +43,7 @@ class Repeated:
         return row if known and not changed else None
 
 
-def read_picture(path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], Repeated]:
+def read_picture(path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], RepeatedPicture]:
     """The options of a picture with those given over them.
 
     Raises:
@@ -52,7 +52,7 @@ def read_picture(path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
     """
     from trainer.media.made_by import facts_in
 
-    found = Repeated(path, facts_in(path.expanduser()), frozenset(given))
+    found = RepeatedPicture(path, facts_in(path.expanduser()), frozenset(given))
     facts = found.facts
     options = {key: facts[key] for key in SAME if key in facts}
     options["frames"] = facts.get("frames", 1)
@@ -72,7 +72,7 @@ def read_picture(path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
     return options | dict(given), found
 
 
-def compare_parts(picture: Repeated, parts: Mapping[str, str]) -> None:
+def compare_parts(picture: RepeatedPicture, parts: Mapping[str, str]) -> None:
     """Compares the parts of the backbone with those the picture was made with.
 
     Raises:
@@ -93,7 +93,7 @@ def compare_parts(picture: Repeated, parts: Mapping[str, str]) -> None:
     print(f"{text}; the one given is used", file=sys.stderr)
 
 
-def _near(picture: Repeated, names: list[str]) -> Iterator[Path]:
+def _near(picture: RepeatedPicture, names: list[str]) -> Iterator[Path]:
     """Where a file of the picture's may be: here, among the runs, beside the picture. Names lead to
     nowhere else."""
     beside = picture.path.expanduser().absolute().parent
@@ -104,7 +104,7 @@ def _near(picture: Repeated, names: list[str]) -> Iterator[Path]:
             yield folder / name
 
 
-def _adapters(picture: Repeated) -> Any:
+def _adapters(picture: RepeatedPicture) -> Any:
     """The paths of the picture's adapters: one, or a list."""
     names, hashes, steps = (picture.facts.get(key) for key in ("adapter", "adapter_sha256", "step"))
     if not isinstance(names, list):
@@ -116,7 +116,7 @@ def _adapters(picture: Repeated) -> Any:
     return [str(_adapter(picture, str(name), digest, step=step)) for name, digest, step in every]
 
 
-def _adapter(picture: Repeated, name: str, digest: Any, *, step: Any) -> Path:
+def _adapter(picture: RepeatedPicture, name: str, digest: Any, *, step: Any) -> Path:
     if isinstance(step, int):
         names = [f"{name}/{CHECKPOINTS}/step-{step:06d}"]
     else:
@@ -127,7 +127,7 @@ def _adapter(picture: Repeated, name: str, digest: Any, *, step: Any) -> Path:
     return _same(picture, "adapter", name, digest=digest, places=places, hashed=given_digest)
 
 
-def _file(picture: Repeated, key: str) -> str:
+def _file(picture: RepeatedPicture, key: str) -> str:
     name, digest = str(picture.facts[key]), picture.facts.get(f"{key}_sha256")
     places = list(_near(picture, [name]))
     found = _same(picture, key, name, digest=digest, places=places, hashed=given_digest)
@@ -135,7 +135,7 @@ def _file(picture: Repeated, key: str) -> str:
 
 
 def _same(
-    picture: Repeated,
+    picture: RepeatedPicture,
     key: str,
     name: str,
     *,
@@ -160,7 +160,7 @@ def _same(
     )
 
 
-def _backbone(picture: Repeated) -> str:
+def _backbone(picture: RepeatedPicture) -> str:
     from trainer.config.lineage import backbone_names
 
     name = str(picture.facts.get("over") or picture.facts.get("backbone"))
@@ -175,7 +175,7 @@ def _backbone(picture: Repeated) -> str:
 
 
 @contextmanager
-def as_then(picture: Repeated | None) -> Iterator[None]:
+def as_then(picture: RepeatedPicture | None) -> Iterator[None]:
     """As many threads as the picture was made with: the last bits of sums depend on it."""
     import torch
 
@@ -190,7 +190,7 @@ def as_then(picture: Repeated | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def compared(picture: Repeated, path: Path) -> str:
+def compared(picture: RepeatedPicture, path: Path) -> str:
     """What to say of a picture that was made again."""
     import numpy as np
     import torch

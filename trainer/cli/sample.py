@@ -21,7 +21,13 @@ from trainer.cli.options import (
     quiet_libraries,
 )
 from trainer.cli.prompt_file import filled, read_prompts
-from trainer.cli.repeat_picture import Repeated, as_then, compare_parts, compared, read_picture
+from trainer.cli.repeat_picture import (
+    RepeatedPicture,
+    as_then,
+    compare_parts,
+    compared,
+    read_picture,
+)
 from trainer.cli.sample_files import SampleJob, check_fit, written
 from trainer.cli.sample_source import VideoSource, file_facts, image_of, source_of
 from trainer.common.field_words import Called
@@ -208,7 +214,7 @@ class SampleOptions(Options):
 def run(words: list[str]) -> int:
     given = given_by([_renamed(word) for word in words], SampleOptions)
     given = {key: value for key, value in given.items() if value not in (None, "")}
-    picture: Repeated | None = None
+    picture: RepeatedPicture | None = None
     if given.get("from") is not None:
         given, picture = read_picture(Path(str(given.pop("from"))), given)
     options = build_options(given, SampleOptions)
@@ -233,7 +239,7 @@ def _renamed(word: str) -> str:
 
 
 def _job(
-    options: SampleOptions, chosen: Mapping[str, Method], picture: Repeated | None
+    options: SampleOptions, chosen: Mapping[str, Method], picture: RepeatedPicture | None
 ) -> tuple[Backbone, SampleJob]:
     """The model, placed, and what it is to make."""
     from trainer.backbones.device import choose_placement

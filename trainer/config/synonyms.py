@@ -10,6 +10,7 @@ from trainer.config.schema import KEYS, SECTIONS
 from trainer.methods.apply import find_method, method_names
 
 SAMPLING = ("preview", "evaluate")
+EPOCHS = ("run.epochs",)
 LR, STEPS, SIZE = ("optim.lr",), ("run.steps",), ("run.resolution", "size")
 RANK, ALPHA = ("methods.lora.rank",), ("methods.lora.alpha",)
 BATCH, OUT, MODEL = ("run.batch_size", "batch"), ("run.out", "out"), ("backbone",)
@@ -21,8 +22,8 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     # how long and how fast
     "learning_rate": LR, "unet_lr": LR, "base_lr": LR,
     "max_train_steps": STEPS, "max_steps": STEPS, "num_train_steps": STEPS, "iterations": STEPS,
-    "num_steps": (*STEPS, "steps"), "epochs": STEPS, "num_train_epochs": STEPS,
-    "max_train_epochs": STEPS, "batch": ("run.batch_size",), "batchsize": BATCH,
+    "num_steps": (*STEPS, "steps"), "num_train_epochs": EPOCHS,
+    "max_train_epochs": EPOCHS, "batch": ("run.batch_size",), "batchsize": BATCH,
     "train_batch_size": BATCH,
     "gradient_accumulation_steps": ("run.accumulate",), "accumulation": ("run.accumulate",),
     "lr_scheduler": ("optim.schedule",), "scheduler_type": ("optim.schedule",),
