@@ -164,9 +164,9 @@ def test_a_picture_that_says_nothing(kind: str, tmp_path: Path, capsys: Printed)
 def test_a_picture_leads_to_no_file_elsewhere(tmp_path: Path, capsys: Printed) -> None:
     """Its facts are a stranger's: a name with a path in it is not followed, and wrong values are
     refused by their keys."""
-    from trainer.cli.repeat_picture import Repeated, _near
+    from trainer.cli.repeat_picture import RepeatedPicture, _near
 
-    beside = Repeated(tmp_path / "a.png", {}, frozenset())
+    beside = RepeatedPicture(tmp_path / "a.png", {}, frozenset())
     assert list(_near(beside, ["/etc/passwd", "../x", "a/../../x", "", "."])) == []
     facts = {"prompt": "a", "seed": "x", "steps": -3, "backbone": "tiny"}
     path = write_clip(torch.zeros(1, 3, 16, 16), tmp_path / "b", 8.0, facts=facts)[0]
