@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 from trainer.config.load import load_recipe, resolve_recipe, task_recipe
+from trainer.config.prompts import words_in
 from trainer.config.schema import RecipeError
 from trainer.data.templates import fill
 from trainer.runs.run_folder import recipe_header
@@ -28,6 +29,15 @@ def refusal(*words: str) -> str:
     with pytest.raises(RecipeError) as caught:
         load_recipe(words)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_the_words_of_an_adapter_are_those_of_its_first_concept(many: bool) -> None:
+    data = {"token": ["<a>", "<b>"], "class_word": ["cup", "dog"]}
+    if not many:
+        data = {"token": "<a>", "class_word": "cup"}  # type: ignore[dict-item]
+    words = words_in({"data": data, "methods": {}}, ["<a>", "fox"])
+    assert words.prompt("my {token} {class}", "prompt") == "my <a> cup"
 
 
 def test_one_key_names_the_word_everywhere() -> None:

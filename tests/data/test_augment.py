@@ -197,3 +197,14 @@ def test_templates() -> None:
             render(bad, "cat")
     with pytest.raises(ValueError, match="blank"):
         render("a {}", "  ")
+
+
+def test_a_cell_may_be_one_pixel_and_a_size_six_cells() -> None:
+    """Latents of pixels have a factor of 1."""
+    for size, divisor in ((6, 1), (24, 4)):
+        rng = np.random.default_rng(0)
+        _, _, mask = resize_augment(WHITE, "cat", size=size, mask_divisor=divisor, rng=rng)
+        assert mask.shape == (1, 6, 6)
+    for size, divisor in ((5, 1), (20, 4), (25, 4), (8, 0)):
+        with pytest.raises(ValueError, match="does not fit mask_divisor"):
+            resize_augment(WHITE, "cat", size=size, mask_divisor=divisor, rng=rng)

@@ -249,7 +249,7 @@ def test_data_that_were_moved_are_the_same(
     assert run(folder, f"data.concept={tmp_path / 'moved'}") == 0
 
 
-def test_another_start_is_refused(tmp_path: Path, run: Any, stopped: Any) -> None:
+def test_another_start_is_refused(tmp_path: Path, run: Any, stopped: Any, look: Any) -> None:
     for name in ("one", "other"):
         assert run(tmp_path / name, "run.steps=1", f"run.seed={len(name)}") == 0
     folder = stopped(tmp_path / "run", f"run.start_from={tmp_path / 'one'}")
@@ -259,6 +259,8 @@ def test_another_start_is_refused(tmp_path: Path, run: Any, stopped: Any) -> Non
     shutil.copytree(folder, tmp_path / "again")
     assert run(folder, f"run.start_from={tmp_path / 'moved'}") == 0
     assert run(tmp_path / "again") == 0  # what it brought is in the checkpoint
+    begun = {each.manifest["start_from"] for each in look.checkpoints(tmp_path / "again")}
+    assert len(begun) == 1 and None not in begun  # and stays known
     plain = stopped(tmp_path / "plain")
     with pytest.raises(ValueError, match=r"begun with no run\.start_from"):
         run(plain, f"run.start_from={tmp_path / 'moved'}")

@@ -17,3 +17,9 @@ def test_the_first_rank_speaks_alone(rank: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(console.rank_zero_only, "rank", rank, raising=False)
     console.say("resumes after step 3 [bold]")
     assert said.getvalue() == ("resumes after step 3 [bold]\n" if rank == 0 else "")
+
+
+def test_it_speaks_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    """stdout is for what a verb gives: the run folder, paths of pictures."""
+    assert Console(stderr=True).file is not Console().file
+    assert console.console.stderr
