@@ -62,6 +62,7 @@ objective.target=epss -> objective.target='epss': eps, v, x0 or flow is needed; 
 preview.negative=12 -> preview.negative=12: text is needed; quote it, as in preview.negative="'12'"
 preview.prompts=a <v1> -> preview.prompts='a <v1>': a list is needed, as in preview.prompts=[a <v1>]
 preview.prompts=[a: b] -> preview.prompts.0: text is needed; quote
+data.token={a: 1} -> data.token: text is needed; quote it
 preview.prompts.0=a -> preview.prompts: a list is needed, as in preview.prompts=[...]
 data=3 -> data.source is missing; sources: concept,
 data.source=concpt -> data.source=concpt: no such source; did you mean concept?

@@ -1,4 +1,4 @@
-"""How a loop that is left early ends on each rank."""
+"""How a model is set up for training, and how a loop that is left early ends on each rank."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
+from trainer.backbones.device import CPU
 from trainer.common.exit_codes import TERMINATED, LeaveError
+from trainer.config.load import load_recipe
+from trainer.training.build import adapt
 from trainer.training.launch import ending, is_child
 
 
@@ -44,3 +48,13 @@ def test_a_data_worker_that_died_is_told_with_what_helps(tmp_path: Path) -> None
     assert left.value.code == 1
     with pytest.raises(RuntimeError, match="shapes"), ending(rank(0, None), tmp_path):
         raise RuntimeError("shapes")
+
+
+def test_channels_last_is_how_the_denoiser_is_stored(tiny: Any) -> None:
+    words = ["recipe=lora", "methods.new_token=null", "data.token=sks", "run.channels_last=true"]
+    before = tiny.unet.conv_in.weight.clone()
+    assert not before.is_contiguous(memory_format=torch.channels_last)
+    adapt(load_recipe(words), tiny, CPU)
+    weight = tiny.unet.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(weight, before)
