@@ -30,7 +30,6 @@ from trainer.cli.option_pages import Page, homes, option_names, option_page
 from trainer.cli.usage import VERBS, usage
 from trainer.common.exit_codes import BAD_RECIPE
 from trainer.common.program import as_started
-from trainer.common.section import keys_of
 
 
 def run(words: list[str]) -> int:
@@ -52,7 +51,7 @@ def run(words: list[str]) -> int:
 
 def topics() -> list[str]:
     """What `help` explains: every page, and every option by its key in a recipe."""
-    keys = [f"{home.key}.{name}" for home in homes("") for name in keys_of(home.record)]
+    keys = [f"{home.key}.{name}" for home in homes("") for name in home.options]
     return list(dict.fromkeys([*_pages(), *(key for key in keys if not key.startswith("."))]))
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainer.cli.help_pages import command_records, denoiser_specs, described
-from trainer.common.section import keys_of
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
 
 Page = Callable[[], Iterator[str]]
 
@@ -24,13 +24,20 @@ class Home:
     key: str
     title: str = ""
 
+    @property
+    def options(self) -> dict[str, FieldInfo]:
+        """By their names."""
+        from trainer.common.section import keys_of
+
+        return keys_of(self.record)
+
 
 def option_page(topic: str) -> Page | None:
     """The page of an option: `run.steps`, `methods.lora.rank`, `sample.prompt`, or just `rank`, of
     all that are called so; of an entry in a mapping, as `optim.lrs.lora`, that of the mapping. None
     if there is none."""
     home, _, name = topic.rpartition(".")
-    found = [each for each in homes(home) if name in keys_of(each.record)]
+    found = [each for each in homes(home) if name in each.options]
     if not found:
         return _page_of_mapping(home)
 
@@ -49,14 +56,14 @@ def _page_of_mapping(topic: str) -> Page | None:
     home, _, name = topic.rpartition(".")
     if not home:
         return None
-    fields = [own[name] for h in homes(home) if name in (own := keys_of(h.record))]
+    fields = [own[name] for h in homes(home) if name in (own := h.options)]
     return option_page(topic) if any("mapping of" in type_of(field) for field in fields) else None
 
 
 def option_names(home: str = "") -> list[str]:
     """The options below a topic with their full names; without one those of all, by their own."""
     start = f"{home}." if home else ""
-    return list(dict.fromkeys(start + name for h in homes(home) for name in keys_of(h.record)))
+    return list(dict.fromkeys(start + name for h in homes(home) for name in h.options))
 
 
 def homes(topic: str) -> list[Home]:

@@ -1,5 +1,8 @@
 """Data source `folder`: a folder of photos with captions beside them, in the layouts that people
-have; see `media/photo_listing.py` and `media/photo_captions.py`."""
+have.
+
+`media/photo_listing.py` says which files are photos, `media/photo_captions.py` where captions are.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """Data source `parquet`: pictures and captions of parquet files, as the Hugging Face Hub keeps data
-sets; see `tars/from_parquet.py`."""
+sets.
+
+`tars/from_parquet.py` writes them into shards once.
+"""
 
 from __future__ import annotations
 
