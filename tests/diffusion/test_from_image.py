@@ -48,6 +48,7 @@ def img2img(backbone: Any, scheduler: Any, pixels: Tensor, strength: float) -> T
     return images
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
 @pytest.mark.parametrize("name", [None, "euler", "heun", "dpmpp_2m", "pndm", "ddpm", "unipc"])
 def test_equals_the_stock_pipeline(

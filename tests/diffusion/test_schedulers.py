@@ -71,6 +71,7 @@ def mild(tiny: Any) -> Any:
     return tiny
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", VP)
 def test_equals_the_stock_pipeline(name: str, mild: Any) -> None:
     """The pictures of the tiny folder, guided, each seed's noise its own in every step."""
@@ -108,6 +109,7 @@ def test_equals_the_stock_pipeline_at_the_noise_levels_of_the_tiny_folder(
     assert float((own - from_stock(pipeline, SEEDS)).abs().max()) <= CLOSE
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", FLOW)
 @torch.no_grad()
 def test_a_flow_equals_a_loop_over_diffusers_class(name: str, dit: Any) -> None:
@@ -134,6 +136,7 @@ def test_a_flow_equals_a_loop_over_diffusers_class(name: str, dit: Any) -> None:
     assert float((own - dit.decode(x)).abs().max()) / 2 <= CLOSE
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", [name for name in FLOW if name not in ("euler", "heun")])
 def test_a_flow_equals_the_stock_pipeline(name: str, dit: Any) -> None:
     """PixArt's, which calls every solver but the two that are for flows alone."""
@@ -198,6 +201,7 @@ def test_a_flow_refuses_what_is_not_for_it(name: str, dit: Any) -> None:
         with_solver(dit.scheduler(), name, key="scheduler")
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", VP)
 def test_a_network_that_predicts_x0(name: str, mild: Any) -> None:
     """Used where diffusers' class knows that target, refused where it raises or ignores it."""
@@ -218,6 +222,7 @@ def test_a_network_that_predicts_x0(name: str, mild: Any) -> None:
         sample(mild, PROMPTS[:1], SEEDS[:1], settings=how)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", VP)
 def test_noise_levels_that_a_class_does_not_know(name: str, tiny: Any) -> None:
     """rescale_betas_zero_snr: those that would silently leave it out are refused."""

@@ -76,6 +76,7 @@ def test_0_is_the_base_and_1_the_adapter_to_the_last_bit(
         assert not torch.equal(half, base) and not torch.equal(half, adapted)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("scale", [0.3, 1.7, -1.0])
 @pytest.mark.parametrize("kind", LINEAR)
 def test_every_weight_moves_in_proportion(
