@@ -292,7 +292,7 @@ def test_what_a_mac_and_windows_leave_in_a_tar_is_passed_over(tmp_path: Path) ->
         "photos/PaxHeaders.1234/0.png", "PaxHeader/0.txt", "photos/Thumbs.db", "photos/desktop.ini",
         "photos/Icon\r", ".DS_Store", "._0.pkl",
     ]  # fmt: skip
-    members: list[Any] = [(name, double) for name in left]
+    members: list[Any] = [(name, double) for name in left] + [(".localized", b"")]
     own = [("./photos/0.png", png()), ("./photos/._0.txt", double), ("./photos/0.txt", b"a thing")]
     train, _ = open_shards(pack(tmp_path / "in", *members, *own, *members))
     assert [entry.key for _, entry in train.rows] == ["./photos/0"]

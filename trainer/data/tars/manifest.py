@@ -234,7 +234,7 @@ def _check_member(path: Path, info: tarfile.TarInfo, ignore: Collection[str]) ->
     reason = ""
     if name.startswith("/") or ".." in name.split("/") or re.search(r"\\|^[A-Za-z]:", name):
         reason = "an absolute or upward name; pack the files by plain names"
-    elif LEFT_BY_SYSTEMS.search(name):
+    elif LEFT_BY_SYSTEMS.search(name) and info.size >= 0:  # one below 0 is refused, as any member
         return
     elif not name.isprintable():
         reason = "a name with control characters; rename the file"
