@@ -26,7 +26,7 @@ def test_it_ends_clearly_and_goes_on(
     look.wait_for(tmp_path / "run" / "checkpoints" / "step-000001", process)
     began = time.monotonic()
     _, said = process.communicate(timeout=120)
-    assert time.monotonic() - began < 45
+    assert time.monotonic() - began < 90
     assert process.returncode == code and says in said
     assert number != signal.SIGKILL or ("run.workers=0" in said and "Traceback" not in said)
     last = look.checkpoints(tmp_path / "run")[-1].step
