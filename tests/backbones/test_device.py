@@ -74,6 +74,13 @@ def test_fast_is_bf16_where_the_processor_has_it(
     assert (slow_precision(tiny) is None) == has
 
 
+def test_a_build_without_onednn_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that for Macs; there the function that tells about bf16 is not there at all."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    assert choose_placement("cpu", "fast").dtype(torch.float16) == torch.float32
+
+
 def test_what_trains_or_is_stored_stays_in_fp32(tiny: Any) -> None:
     plan = apply_methods(tiny, methods_of({"lora": {"rank": 2}, "new_token": {}}))
     stored = next(n for n, _ in tiny.unet.named_parameters() if n.endswith("base_layer.weight"))

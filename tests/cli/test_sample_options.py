@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from trainer.__main__ import main
+from trainer.cli.given_adapter import given_adapter
 from trainer.common.exit_codes import BAD_RECIPE
 from trainer.media.contact_sheet import Strip, contact_sheet, thumbnail
 from trainer.media.made_by import facts_in
@@ -244,6 +245,22 @@ def test_a_file_of_another_tool(
     assert np.array_equal(pixels(base), pixels(plain))
     assert not np.array_equal(pixels(half), pixels(plain))
     assert facts_in(own)["adapter"] == given.stem
+
+
+def test_a_file_is_imported_anew_for_other_weights(
+    tiny_folder: Path, save_trained_on: Save, tmp_path: Path
+) -> None:
+    """One backbone's name may come to mean other files, and some adapters start from weights."""
+    adapter = save_trained_on(tiny_folder, LORA)
+    assert main(["export", f"adapter={adapter}", "out=x", "format=kohya", "device=cpu"]) == 0
+    (given,) = Path("x").glob("*.safetensors")
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    first = given_adapter(given, str(base), print)
+    assert given_adapter(given, str(base), print) == first
+    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.01 * value for name, value in load_file(weights).items()}, weights)
+    again = given_adapter(given, str(base), print)
+    assert again.file != first.file and again.facts == first.facts
 
 
 def test_a_stranger_s_file_says_what_is_wrong(tiny_folder: Path, capsys: Printed) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.common.paths import cache_folder, shipped
 from trainer.config.header import HEADER, file_of
+from trainer.data.identity import LETTERS, sha256_of_file
 
 if TYPE_CHECKING:
     from trainer.backbones.backbone import Backbone
@@ -159,6 +160,9 @@ def _checkpoint(folder: Path, say: Say) -> GivenAdapter:
 
 def _foreign(path: Path, backbone: str | None, say: Say) -> GivenAdapter:
     """The file of another tool, imported once into the cache, where it is found again."""
+    from trainer.backbones.part_digests import part_digests
+    from trainer.common.version import own_version
+    from trainer.config.lineage import backbone_spec
     from trainer.export.import_ import import_file
 
     if backbone is None:
@@ -167,7 +171,9 @@ def _foreign(path: Path, backbone: str | None, say: Say) -> GivenAdapter:
             "another tool made it, give the backbone it was made for too, as in backbone=sd15"
         )
     digest = _digest(path)
-    key = hashlib.sha256(f"{digest} {backbone}".encode()).hexdigest()[:24]
+    # what is read depends on the weights of the backbone, too, as where an adapter starts from them
+    base = sorted(part_digests(backbone_spec(backbone)).items())
+    key = hashlib.sha256(repr((digest, backbone, base, own_version())).encode()).hexdigest()[:24]
     folder = cache_folder() / "imported" / key
     file = folder / "adapter.safetensors"
     if not file.is_file():
@@ -199,8 +205,7 @@ def given_digest(path: Path) -> str | None:
 def _digest(path: Path) -> str:
     """Of a file, or of all files of a folder."""
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return sha256_of_file(path)[:LETTERS]
     files = sorted(item for item in path.rglob("*") if item.is_file())
     lines = [f"{item.relative_to(path)} {_digest(item)}" for item in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:LETTERS]

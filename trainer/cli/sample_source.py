@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.data.identity import LETTERS, sha256_of_file
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -88,9 +90,7 @@ def file_facts(key: str, path: Path | None) -> dict[str, Any]:
         return {}
     if not path.expanduser().is_file():
         raise ValueError(f"{key}={path}: no such file")
-    with path.expanduser().open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return {key: path.name, f"{key}_sha256": digest}
+    return {key: path.name, f"{key}_sha256": sha256_of_file(path.expanduser())[:LETTERS]}
 
 
 def image_of(path: Path, size: tuple[int, int], strength: float) -> InitialImage:

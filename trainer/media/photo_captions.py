@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.media.images import ImageError
-from trainer.media.photo_listing import CAPTION_FILES, METADATA, Listing
-from trainer.media.read_caption import decode_caption
+from trainer.media.photo_listing import METADATA, Listing
+from trainer.media.read_caption import CAPTION_FILES, decode_caption
 
 CaptionKind = Literal["txt", "caption", "metadata", "folder"]
 TEXTS = ("text", "caption")  # the columns of a table that hold a caption

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from trainer.media.mask_files import images_beside, masks_among
 from trainer.media.other_formats import OTHER_IMAGES
+from trainer.media.read_caption import CAPTION_FILES
 
 WEB_IMAGES = frozenset((".jpg", ".jpeg", ".png", ".webp"))
 READABLE_IMAGES = WEB_IMAGES | OTHER_IMAGES
@@ -24,7 +25,6 @@ ANIMATED_OR_WEB = (".gif", ".apng", ".avif", ".jxl", ".svg", ".ico", ".jfif")
 EDITED_OR_RAW = (".jp2", ".mpo", ".psd", ".dng", ".cr2", ".nef", ".arw")
 LEFT_BY_SYSTEMS = frozenset(("Thumbs.db", "desktop.ini", "Icon\r", "__MACOSX"))
 LISTED_IMAGES = READABLE_IMAGES.union(ANIMATED_OR_WEB, EDITED_OR_RAW)
-CAPTION_FILES = (".txt", ".TXT", ".caption", ".CAPTION")
 METADATA = "metadata.jsonl"
 REPEATED = re.compile(r"([1-9][0-9]{0,2})_(.+)")  # more digits are a year or a date
 NAMED = 3  # files that a sentence names

@@ -12,9 +12,10 @@ from trainer.media.photo_listing import Listing
 FOLDERS = 4  # whose repeats a sentence names
 
 
-def found_in(captions: Captions, template: bool = False, times: int = 1) -> list[str]:
+def found_in(captions: Captions, template: bool = False, times: int | None = 1) -> list[str]:
     """A sentence of counts, and one for what may be meant otherwise. template: whether photos
-    without a caption get one from elsewhere; times: how often all photos are repeated."""
+    without a caption get one from elsewhere; times: how often all photos are repeated,
+    None where the data set takes each as often as the others."""
     listing = captions.listing
     kinds, several, lines = Counter[str](), 0, 0
     for photo in listing.photos:
@@ -28,7 +29,7 @@ def found_in(captions: Captions, template: bool = False, times: int = 1) -> list
         f"{listing.folder}: {len(listing.photos)} photos",
         f"captions: {told or 'none'}" + (f" (photos with several: {several})" if several else ""),
         f"masks: {len(listing.masks) or 'none'}",
-        *_repeats(listing, times),
+        *(() if times is None else _repeats(listing, times)),
     ]
     said = ["; ".join(parts)]
     if lines:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainer.media.images import ImageError
 
-SUFFIXES = (".txt", ".TXT", ".caption", ".CAPTION")
+CAPTION_FILES = (".txt", ".TXT", ".caption", ".CAPTION")
 
 
 def read_caption(path: str | Path) -> str | None:
@@ -23,7 +23,7 @@ def read_caption(path: str | Path) -> str | None:
     stem = path.name if path.is_dir() else path.stem
     found = [
         (file, decode_caption(file.read_bytes(), file))
-        for file in (path.with_name(f"{stem}{suffix}") for suffix in SUFFIXES)
+        for file in (path.with_name(f"{stem}{suffix}") for suffix in CAPTION_FILES)
         if file.is_file()
     ]
     for file, text in found[1:]:

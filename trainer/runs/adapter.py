@@ -4,7 +4,6 @@ frozen tensors that methods store beside them, and the recipe in its header."""
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from trainer.backbones.retarget import resolved, retarget
 from trainer.config import load
 from trainer.config.header import ADAPTER_FORMAT, HEADER, read_header
 from trainer.config.lineage import spec_of
+from trainer.data.identity import LETTERS, sha256_of_file
 from trainer.methods.apply import apply_methods
 from trainer.runs.scale_adapter import check_linear, copy_scaled
 
@@ -72,9 +72,7 @@ def save_adapter(
 
 def adapter_facts(path: Path) -> dict[str, str]:
     """The name of an adapter, of a run that of its recipe and its own, and the hash of the file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    run = path.absolute().parent
+    digest, run = sha256_of_file(path)[:LETTERS], path.absolute().parent
     name = f"{run.parent.name}/{run.name}" if (run / "recipe.yaml").is_file() else path.stem
     if name == "adapter":  # one that ships, in a folder of its name
         name = run.name

@@ -327,6 +327,15 @@ def test_captions_of_every_kind_hold_the_token(folders: list[Path], tmp_path: Pa
         opened(tmp_path, **options)
 
 
+def test_numbers_of_folders_repeat_no_photo_of_a_concept(tmp_path: Path) -> None:
+    """Each photo of a concept is taken as often as the others, and nothing else is said."""
+    for name in ("10_dog", "3_cat"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (32, 32)).save(tmp_path / name / "0.png")
+    (said,) = Concept(concept=str(tmp_path), class_word="dog", prior_weight=0).found()
+    assert said == f"{tmp_path}: 2 photos; captions: 2 from a template; masks: none"
+
+
 def test_photos_in_subfolders_of_a_concept(folders: list[Path], tmp_path: Path) -> None:
     options = {"concept": str(tmp_path), "class_word": None, "prior_weight": 0, "validation": 0}
     with pytest.raises(ValueError, match=r"no image in this folder.*data\.recursive=true"):

@@ -266,7 +266,7 @@ class Concept(Source):
         return [*found, *(each.captions() for each in self.class_folders)]
 
     def found(self) -> list[str]:
-        return [line for each in self._read() for line in found_in(each, template=True)]
+        return [line for each in self._read() for line in found_in(each, template=True, times=None)]
 
     def remarks(self) -> list[str]:
         return [line for each in self._read() for line in unread(each.listing)]

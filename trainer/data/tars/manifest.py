@@ -150,7 +150,7 @@ def metadata_of(data: bytes, name: str) -> dict[str, Any]:
 def mask_of(data: bytes, name: str, size: tuple[int, int]) -> np.ndarray:
     """The values of a mask as uint8 (height, width), of a palette its indices; ImageError unless
     its size is `size` = (width, height)."""
-    return np.array(_mask(data, name, size))
+    return np.array(_mask(data, name, size), dtype=np.uint8)
 
 
 def loss_weights_of(data: bytes, name: str, size: tuple[int, int]) -> Image.Image | None:
