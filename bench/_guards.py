@@ -92,7 +92,7 @@ class Loop:
         return callbacks(
             self.recipe,
             folder,
-            ema=self._ema(),
+            average=self._ema(),
             found=None,
             signals=signals,
             scaler=None,

@@ -37,13 +37,13 @@ steps=1 -> steps: no such key; did you mean run.steps or preview.steps or evalua
 xyz=1 -> xyz: no such key; there are: recipe, backbone, data, methods, objective, optim
 backbones.tiny.run.steps=1 -> backbones: no such key; did you mean backbone?
 optim=3 -> optim is 3; it takes name, lr, muon_lr, scale_lr, lrs
-optim.name=adamw8 -> optim.name='adamw8': adamw, adamw8bit, paged_adamw8bit or
+optim.name=adamw8 -> optim.name='adamw8': adamw, adamw8bit, paged_adamw8bit, muon, prodigy
 optim.lr=abc -> optim.lr='abc': a number is needed, above 0
 optim.lr.x=1 -> optim.lr: a number is needed, above 0
 optim.lr=true -> optim.lr=True: a number is needed
 optim.lr=0 -> optim.lr=0: a number is needed, above 0
 optim.lr=.inf -> optim.lr=inf: a finite number is needed
-optim.betas=[0.9] -> optim.betas.1: a value is needed
+optim.betas=[0.9] -> optim.betas=[0.9]: adamw takes 2 numbers, as in [0.9, 0.999]
 optim.betas=[0.9, 1.0] -> optim.betas.1=1.0: Input should be less than 1
 optim.ema=1 -> optim.ema=1: a number is needed, above 0 and below 1
 run.steps=1.5 -> run.steps=1.5: a whole number is needed, at least 1

@@ -25,6 +25,7 @@ objective.logit_mean=1 -> objective.timesteps=uniform -> it is for logit_normal
 objective.logit_std=2 -> objective.timesteps=uniform -> it is for logit_normal
 objective.min_snr_gamma=5 -> -> objective.weighting is none; it is for min_snr
 optim.final_lr=0.1 -> optim.schedule=constant -> optim.schedule is constant; it is for cosine
+optim.eps=1e-6 -> optim.name=lion -> optim.name is lion, which has none
 optim.warmup=9 -> run.steps=9 -> the run has 9 steps (run.steps)
 optim.warmup=10 -> run.steps=9 -> the run has 9 steps (run.steps)
 optim.lr=1e-4 -> optim.lrs={lora: 1e-3, new_token: 1e-3} -> has a learning rate of its own
@@ -94,7 +95,7 @@ OWN = {
 # act whatever the others are
 ALONE = """
 objective: target path timesteps offset_noise caption_dropout
-optim: name scale_lr betas eps weight_decay schedule clip ema
+optim: name scale_lr betas weight_decay schedule clip ema
 run: steps epochs batch_size accumulate seed device accelerator devices nodes precision workers
  gradient_checkpointing channels_last compile validate_every checkpoint_every checkpoint_keep
  on_disk_full

@@ -138,7 +138,7 @@ def test_a_method_with_an_lr_of_0_is_frozen() -> None:
             OptimSpec,
             {
                 "name": "adamw", "lr": 1e-4, "muon_lr": None, "scale_lr": False, "lrs": {},
-                "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "warmup": 0,
+                "betas": None, "eps": 1e-8, "weight_decay": 1e-2, "warmup": 0,
                 "schedule": "constant", "final_lr": 0.0, "clip": 1.0, "ema": None,
             },
         ),

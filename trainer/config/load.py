@@ -19,6 +19,8 @@ from trainer.common.suggest import nearest
 from trainer.config.backbone_limits import check_limits
 from trainer.config.captions import check_words
 from trainer.config.lineage import backbone_names, backbone_spec, lineage_of, read_by
+from trainer.config.optimiser_notes import check_optimiser
+from trainer.config.optimisers import with_own_lr
 from trainer.config.overrides import parse_words
 from trainer.config.partners import check_partners, flat, idle_options, refuse_idle
 from trainer.config.prompts import check_texts, follow_data, unspelled, with_words, words_of
@@ -103,8 +105,8 @@ def _checked(recipe: Recipe) -> list[str]:
     check_limits(recipe)
     said = unspelled(recipe.data, recipe.methods, recipe.backbone)
     data = recipe.data
-    said = [*data.found(), *told_length(recipe.run, data), *said]
-    return [*said, *data.remarks(), *check_words(recipe)]
+    said = [*data.found(), *told_length(recipe.run, data), *said, *data.remarks()]
+    return [*said, *check_words(recipe), *check_optimiser(recipe.optim)]
 
 
 def resolve_recipe(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Recipe:
@@ -162,7 +164,7 @@ def _overlaid(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
     own = _own_values(per_backbone, lineage_of(backbone)[0])
     below = laid_over(tree, own)
     below["data"] = _of_source(below.get("data"), overrides.get("data"))
-    return laid_over(below, overrides) | {"backbone": backbone}
+    return with_own_lr(laid_over(below, overrides) | {"backbone": backbone})
 
 
 def _of_source(data: Any, given: Any) -> Any:

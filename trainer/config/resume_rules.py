@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
+from trainer.config.optimisers import own_betas
 from trainer.config.schema import SECTIONS
 from trainer.data.source import Source
 from trainer.methods.apply import find_method, method_names
@@ -188,6 +189,8 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
         values = dict(tree.get(section) or {})
         if section == "optim" and values.get("lrs"):  # those of methods that were removed
             values["lrs"] = {name: lr for name, lr in values["lrs"].items() if name in chosen}
+        if section == "optim" and values.get("betas") is None:
+            values["betas"] = own_betas(values.get("name"))
         flat |= _section(section, cls, values)
     data = dict(tree.get("data") or {})
     flat["data.source"] = source = data.pop("source", None)

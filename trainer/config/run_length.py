@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Any
 
+from trainer.config.optimisers import for_another
 from trainer.config.run_section import RunSpec
 from trainer.config.schema import RecipeError
 from trainer.config.tree import merge_trees
@@ -16,7 +17,9 @@ LENGTHS = ("steps", "epochs")
 
 
 def laid_over(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """`high` over `low`; a length of the run in `high` replaces both of `low`."""
+    """`high` over `low`; a length of the run in `high` replaces both of `low`, and an optimiser in
+    `high` what `low` has for another one alone."""
+    low = for_another(low, high)
     above, below = high.get("run"), low.get("run")
     if isinstance(above, Mapping) and isinstance(below, Mapping) and _given(above):
         low = {**low, "run": {key: below[key] for key in below if key not in LENGTHS}}

@@ -149,7 +149,7 @@ class RunSpec(Section):
 
     @model_validator(mode="after")
     def _one_numbered_device(self) -> RunSpec:
-        if ":" in self.device and self.devices > 1:
+        if (":" in self.device or self.device == "mps") and self.devices > 1:
             raise ValueError(
                 f"device={self.device} is one GPU, and run.devices={self.devices}; give "
                 "run.device=cuda for several"

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
 from trainer.common.section import Section
+from trainer.config.optimisers import OPTIMISERS, unsuited
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -74,13 +75,25 @@ class ObjectiveSpec(Section):
 class OptimSpec(Section):
     """The optimiser and its learning rate: a linear warm-up, then constant or cosine."""
 
-    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "muon"] = Field(
+    name: Literal[
+        "adamw", "adamw8bit", "paged_adamw8bit", "muon", "prodigy", "adafactor", "lion", "lion8bit",
+        "schedule_free_adamw", "came",
+    ] = Field(
         "adamw",
         description="adamw8bit keeps AdamW's moments in 8 bits (bitsandbytes), paged_adamw8bit "
         "also lets them overflow from the GPU into main memory; muon moves the matrices of blocks "
-        "that hold attention (arXiv 2502.16982) and AdamW all else, for training from nothing",
+        "that hold attention (arXiv 2502.16982) and AdamW all else, for training from nothing; "
+        "prodigy finds the learning rate (arXiv 2306.06101); adafactor (arXiv 1804.04235) and came "
+        "(arXiv 2307.02047) keep rows and columns of the second moment; lion moves by signs (arXiv "
+        "2302.06675), lion8bit with its moment in 8 bits; schedule_free_adamw averages weights in "
+        "place of a schedule (arXiv 2405.15682)",
+    )  # fmt: skip
+    lr: float = Field(
+        1e-4,
+        gt=0,
+        description="learning rate after the warm-up; with name=prodigy a factor on the one it "
+        "finds, 1 if not given",
     )
-    lr: float = Field(1e-4, gt=0, description="learning rate after the warm-up")
     muon_lr: float | None = Field(
         None,
         gt=0,
@@ -95,14 +108,26 @@ class OptimSpec(Section):
         description="learning rates of single methods by name, as in {new_token: 5e-4}; 0 keeps "
         "what run.start_from left",
     )
-    betas: tuple[Decay, Decay] = Field(
-        (0.9, 0.999), description="decay of AdamW's two moments (arXiv 1711.05101)"
+    betas: tuple[Decay, ...] | None = Field(
+        None,
+        description="decays of the optimiser's moments; null is its own: [0.9, 0.999] of AdamW, "
+        "prodigy and schedule_free_adamw, [0.9, 0.99] of lion, [0.9, 0.999, 0.9999] of came; none "
+        "of adafactor, to which one number gives a momentum",
     )
-    eps: float = Field(1e-8, gt=0, description="added to the denominator of AdamW's step")
+    eps: float = Field(
+        1e-8,
+        gt=0,
+        description="added to the denominator of the step; adafactor, lion and came have none",
+    )
     weight_decay: float = Field(
         1e-2, ge=0, description="share of lr by which weights shrink a step"
     )
-    warmup: int = Field(0, ge=0, description="steps over which lr rises linearly from near 0")
+    warmup: int = Field(
+        0,
+        ge=0,
+        description="steps over which lr rises linearly from near 0; schedule_free_adamw does that "
+        "itself, so that its average knows of it",
+    )
     schedule: Literal["constant", "cosine"] = Field(
         "constant", description="lr after the warm-up: constant, or falling to final_lr of it"
     )
@@ -126,10 +151,19 @@ class OptimSpec(Section):
             raise ValueError(f"muon_lr={self.muon_lr:g} is for name=muon, and name is {self.name}")
         return self
 
+    @model_validator(mode="after")
+    def _suits_the_optimiser(self) -> OptimSpec:
+        if problem := unsuited(self.name, self.model_dump()):
+            raise ValueError(problem)
+        return self
+
     def idle(self) -> dict[str, str]:
-        if self.schedule == "cosine":
-            return {}
-        return {"final_lr": f"optim.schedule is {self.schedule}; it is for cosine"}
+        found = {}
+        if not OPTIMISERS[self.name].eps:
+            found["eps"] = f"optim.name is {self.name}, which has none; leave it out"
+        if self.schedule != "cosine":
+            found["final_lr"] = f"optim.schedule is {self.schedule}; it is for cosine"
+        return found
 
     @property
     def frozen(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from trainer.config.optimisers import CALLED, OPTIMISERS
 from trainer.config.schema import KEYS, SECTIONS
 from trainer.methods.apply import find_method, method_names
 
@@ -17,6 +18,7 @@ BATCH, OUT, MODEL = ("run.batch_size", "batch"), ("run.out", "out"), ("backbone"
 PRECISION, SEED, COUNT = ("run.precision", "precision"), ("run.seed", "seed"), ("count", "images")
 GUIDANCE, SAMPLED = ("preview.guidance", "guidance"), ("preview.steps", "steps")
 CAPTION = ("data.token", "data.class_word")
+OPTIMISER = ("optim.name",)
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
     # how long and how fast
@@ -28,8 +30,9 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "gradient_accumulation_steps": ("run.accumulate",), "accumulation": ("run.accumulate",),
     "lr_scheduler": ("optim.schedule",), "scheduler_type": ("optim.schedule",),
     "lr_warmup_steps": ("optim.warmup",), "warmup_steps": ("optim.warmup",),
-    "optimizer": ("optim.name",), "optimizer_type": ("optim.name",),
-    "use_8bit_adam": ("optim.name",),
+    "optimizer": OPTIMISER, "optimizer_type": OPTIMISER,
+    "use_8bit_adam": OPTIMISER, "optimizer_name": OPTIMISER, "optim_type": OPTIMISER,
+    **dict.fromkeys((*OPTIMISERS, *(word.replace("-", "_") for word in CALLED)), OPTIMISER),
     "max_grad_norm": ("optim.clip",), "gradient_clip_val": ("optim.clip",),
     "adam_weight_decay": ("optim.weight_decay",), "adam_epsilon": ("optim.eps",),
     "adam_beta1": ("optim.betas",), "adam_beta2": ("optim.betas",),

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from trainer.common.field_words import needed, type_of
 from trainer.common.section import keys_of
+from trainer.config.optimisers import CALLED
 from trainer.config.schema import RecipeError
 from trainer.config.unknown_keys import refuse_unknown
 
@@ -84,7 +85,9 @@ def _reason(error: Any, where: str, message: str, wanted: str | None) -> str:
         text = "12" if isinstance(given, dict) else given
         return f"text is needed; quote it, as in {where}=\"'{text}'\""
     if kind == "literal_error":
-        near = difflib.get_close_matches(str(given), re.findall(r"'(.+?)'", message), n=1)
+        words = re.findall(r"'(.+?)'", message)
+        meant = CALLED.get(str(given).lower())
+        near = [meant] if meant in words else difflib.get_close_matches(str(given), words, n=1)
         return (wanted or message) + (f"; did you mean {near[0]}?" if near else "")
     if kind == "finite_number":
         return "a finite number is needed"

@@ -94,7 +94,7 @@ def _fit(recipe: Recipe, folder: Path) -> None:
     if launched.trainer.is_global_zero:
         place(backbone, placement, plan.stored)  # Lightning leaves it on the CPU
         path = folder / "adapter.safetensors"
-        with launched.ema.swapped(module) if launched.ema else nullcontext():
+        with launched.average.swapped(module) if launched.average else nullcontext():
             finish_methods(plan, look)
             save_adapter(path, module.stored(), recipe_header(recipe), identity=backbone.identity())
         note_event(folder, "finished", step=run.steps)

@@ -22,12 +22,15 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import slow_precision
 from trainer.common.exit_codes import LeaveError
+from trainer.config.optimisers import SCHEDULE_FREE
 from trainer.config.schema import Recipe
+from trainer.config.sections import OptimSpec
 from trainer.data.found import found_when_opened
 from trainer.data.source import Dataset, shape_of_clips
 from trainer.diffusion.sampling_settings import Sampling
 from trainer.methods.apply import Plan
 from trainer.runs.run_folder import recipe_header, write_text
+from trainer.training.callbacks.average import Average
 from trainer.training.callbacks.backend_report import BackendReport
 from trainer.training.callbacks.checkpoints import Checkpoints
 from trainer.training.callbacks.ema import EMA
@@ -35,6 +38,7 @@ from trainer.training.callbacks.hang import HangGuard, vanish
 from trainer.training.callbacks.nonfinite_and_signals import StepChecks
 from trainer.training.callbacks.preview import Preview
 from trainer.training.callbacks.progress import Bar
+from trainer.training.callbacks.schedule_free import ScheduleFree
 from trainer.training.callbacks.side_work import SideWork
 from trainer.training.callbacks.signal_recorder import Signals, keep_lightning_out
 from trainer.training.callbacks.trackers import make_trackers
@@ -49,7 +53,7 @@ class Launch:
 
     trainer: lightning.Trainer
     signals: Signals
-    ema: EMA | None
+    average: Average | None
 
 
 def launch(
@@ -65,13 +69,13 @@ def launch(
     """The trainer of a run in `folder`. found: the checkpoint it resumes from; backbone: as placed,
     it decides device and precision; facts: of `run_facts`, for every manifest."""
     signals, mixed = Signals(first_rank()), mixed_precision(backbone.computes_in, backbone.device)
-    ema = EMA(recipe.optim.ema) if recipe.optim.ema else None
+    average = average_of(recipe.optim)
     ran = BackendReport(partial(report_backends, plan, folder, console=console))
     scaler = None if mixed is None else mixed.scaler
     own = callbacks(
         recipe,
         folder,
-        ema=ema,
+        average=average,
         found=found,
         signals=signals,
         scaler=scaler,
@@ -79,14 +83,22 @@ def launch(
         facts=facts,
     )
     trainer = make_trainer(recipe, folder, backbone.device, mixed=mixed, callbacks=[ran, *own])
-    return Launch(trainer, signals, ema)
+    return Launch(trainer, signals, average)
+
+
+def average_of(optim: OptimSpec) -> EMA | ScheduleFree | None:
+    """What has averaged weights for validation, previews and the adapter; None for the weights
+    themselves."""
+    if optim.name == SCHEDULE_FREE:
+        return ScheduleFree()
+    return EMA(optim.ema) if optim.ema else None
 
 
 def callbacks(
     recipe: Recipe,
     folder: Path,
     *,
-    ema: EMA | None,
+    average: EMA | ScheduleFree | None,
     found: Checkpoint | None,
     signals: Signals,
     scaler: torch.amp.GradScaler | None,
@@ -105,7 +117,7 @@ def callbacks(
         facts={"recipe": recipe_header(recipe), **(facts or {})},
         on_full=run.on_disk_full,
         hang=hang,
-        ema=ema,
+        average=average,
         say=partial(say, style="red"),
     )
     watch = StepChecks(
@@ -120,16 +132,16 @@ def callbacks(
     )
     saver.parts |= {"watch": watch} | ({"scaler": scaler} if scaler is not None else {})
     bar = Bar(run.batch_size * run.accumulate, max(1, run.steps // 20), console)
-    first: list[lightning.Callback] = [ema] if ema else []
+    first: list[lightning.Callback] = [average] if average else []
     side = SideWork(saver, partial(say, style="red"))
-    shown = previews(recipe, folder, ema, hang=hang, train=train, side=side)
+    shown = previews(recipe, folder, average, hang=hang, train=train, side=side)
     return [*first, bar, saver, watch, side, *shown, hang]
 
 
 def previews(
     recipe: Recipe,
     folder: Path,
-    ema: EMA | None,
+    average: Average | None,
     *,
     hang: HangGuard,
     train: Dataset,
@@ -155,7 +167,7 @@ def previews(
                 fps=fps,
             ),
             maps=preview.maps,
-            ema=ema,
+            average=average,
             hang=hang,
             side=side,
         )

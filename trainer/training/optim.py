@@ -12,23 +12,33 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.config.optimisers import OPTIMISERS, SCHEDULE_FREE, missing_package
 from trainer.ops.adapters.nf4 import bitsandbytes
+from trainer.training.optimizer_packages import PACKAGED
 
 # optimisers of bitsandbytes (arXiv 2110.02861); tensors below 4096 values have 32-bit moments
-EIGHT_BIT = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
+EIGHT_BIT = {
+    "adamw8bit": "AdamW8bit",
+    "paged_adamw8bit": "PagedAdamW8bit",
+    "lion8bit": "Lion8bit",
+}
+# what optimisers count in their groups; all else there is an option
+COUNTED = ("k", "d", "d_max", "d_numerator", "d_denom", "d_hat", "weight_sum", "lr_max",
+           "scheduled_lr")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW, one of `EIGHT_BIT`, or Muon.
+    """AdamW, one of `EIGHT_BIT`, Muon, or one of `PACKAGED`.
 
     The learning rate rises linearly over `warmup` of `steps`, then it is constant, or falls as a
-    cosine to `final_lr` times lr. muon_lr: the lr of the matrices that Muon trains; None is lr.
+    cosine to `final_lr` times lr; schedule-free AdamW warms up by itself. betas: None are the
+    optimiser's own. muon_lr: the lr of the matrices that Muon trains; None is lr.
     """
 
     lr: float
     steps: int
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, ...] | None = None
     eps: float = 1e-8
     weight_decay: float = 1e-2
     warmup: int = 0
@@ -39,6 +49,8 @@ class Optim:
 
     def factor(self, step: int) -> float:
         """The factor on lr at optimiser step `step`, counted from 0."""
+        if self.name == SCHEDULE_FREE:
+            return 1.0
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
         if self.schedule == "constant":
@@ -61,7 +73,8 @@ def make_optimizer(
     blocks with attention. Muon trains the matrices there, except those with their own lr.
 
     Raises:
-        ValueError: as `optimizer_class`; there is no matrix for Muon.
+        ValueError: as `optimizer_class`; there is no matrix for Muon; the optimiser's package is
+            not installed.
     """
     within = tuple(blocks) if optim.name == "muon" else ()
     matrices, by_lr = _for_muon(optim, named, lrs=lrs, within=within)
@@ -76,16 +89,36 @@ def make_optimizer(
             "is trained; set optim.name=adamw"
         )
     if by_lr:
-        parts.append(
-            optimizer_class(optim.name, device)(
-                [{"params": group, "lr": lr} for lr, group in by_lr.items()],
-                lr=optim.lr,
-                betas=optim.betas,
-                eps=optim.eps,
-                weight_decay=optim.weight_decay,
-            )
-        )
+        groups = [{"params": group, "lr": lr} for lr, group in by_lr.items()]
+        parts.append(_made(optim, groups, device))
     return Muon(parts) if matrices else parts[0]
+
+
+def _made(optim: Optim, groups: list[dict[str, Any]], device: str) -> torch.optim.Optimizer:
+    """The optimiser of groups of parameters, all but Muon's."""
+    if (missing := missing_package(optim.name)) is not None:
+        raise ValueError(missing)
+    known = OPTIMISERS[optim.name]
+    options: dict[str, Any] = {
+        "lr": optim.lr,
+        "betas": known.betas if optim.betas is None else optim.betas,
+        "weight_decay": optim.weight_decay,
+    }
+    if known.eps:
+        options["eps"] = optim.eps
+    if optim.name in PACKAGED:
+        return PACKAGED[optim.name](groups, warmup=optim.warmup, **options)
+    made: torch.optim.Optimizer = optimizer_class(optim.name, device)(groups, **options)
+    return made
+
+
+def effective_lr(optimizer: torch.optim.Optimizer) -> float | None:
+    """The lr of the next step where the optimiser finds it, Prodigy's lr times d; None elsewhere.
+
+    Its bias correction, near 1 after some hundred steps, is left out.
+    """
+    group = optimizer.param_groups[0]
+    return group["lr"] * group["d"] if "d" in group else None
 
 
 def order_of(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> list[str]:
@@ -101,8 +134,8 @@ def restore_moments(
     before: Sequence[str] | None,
     now: Sequence[str],
 ) -> None:
-    """Gives an optimiser the moments of a stored state. Its groups, with lr, betas, eps and weight
-    decay, stay its own, as the recipe has them.
+    """Gives an optimiser the moments of a stored state, and what it has counted in its groups. The
+    groups, with lr, betas, eps and weight decay, stay its own, as the recipe has them.
 
     before, now: the order of parameters in the stored state and in this optimiser; before is None
     in a checkpoint of an earlier version.
@@ -119,12 +152,33 @@ def restore_moments(
                 "recipe groups them otherwise; keep optim.lrs as it was, or choose another run.id"
             )
     places = {name: number for number, name in enumerate(now if before is None else before)}
+    numbers = [places[name] for name in now]  # in the stored state, by the number here
     state = {
-        number: stored["state"][places[name]]
-        for number, name in enumerate(now)
-        if places[name] in stored["state"]
+        number: stored["state"][earlier]
+        for number, earlier in enumerate(numbers)
+        if earlier in stored["state"]
     }
-    optimizer.load_state_dict({**own, "state": state})
+    of = {number: group for group in stored["param_groups"] for number in group["params"]}
+    earlier_groups = [of[numbers[group["params"][0]]] for group in own["param_groups"]]
+    groups = [
+        {**group, **{key: had[key] for key in COUNTED if key in had}}
+        for group, had in zip(own["param_groups"], earlier_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**own, "state": state, "param_groups": groups})
+    if "train_mode" in own["param_groups"][0]:
+        _take_betas(optimizer, [group["betas"] for group in earlier_groups])
+
+
+def _take_betas(optimizer: Any, before: Sequence[Sequence[float]]) -> None:
+    """Schedule-free weights y = (1 - beta) z + beta x of an earlier beta, for the beta of the
+    recipe: x stays as it was."""
+    own = [group["betas"] for group in optimizer.param_groups]
+    if list(map(tuple, before)) == list(map(tuple, own)):
+        return
+    for betas, change in ((before, optimizer.eval), (own, optimizer.train)):
+        for group, each in zip(optimizer.param_groups, betas, strict=True):
+            group["betas"] = each
+        change()
 
 
 def restore_schedule(

@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from trainer.attention.condition import Condition
 from trainer.backbones.backbone import Backbone
+from trainer.config.optimisers import OPTIMISERS
 from trainer.config.schema import Recipe
 from trainer.methods.apply import Plan
 from trainer.methods.method import Method
@@ -101,12 +102,13 @@ def report_backends(plan: Plan, folder: Path, console: Console) -> None:
 def peak_memory(recipe: Recipe, backbone: Backbone, plan: Plan) -> int:
     """Bytes at the peak of a training step on one device, estimated.
 
-    This is the sum of all weights; gradients, two AdamW moments and EMA of trained parameters; and
+    This is the sum of all weights; gradients, moments and EMA of trained parameters; and
     the tensors that one forward saves for the backward, counted with fake tensors.
     """
     stored = [part for value in backbone.parameters() for part in (value, *scales(value))]
     weights = sum(part.numel() * part.element_size() for part in stored)
-    state = plan.trained_bytes * (3 + (recipe.optim.ema is not None))
+    kept = OPTIMISERS[recipe.optim.name].moments + (recipe.optim.ema is not None)
+    state = round(plan.trained_bytes * (1 + kept))
     rows = recipe.run.batch_size // (recipe.run.devices * recipe.run.nodes)
     return weights + state + saved_bytes(recipe, backbone, rows)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trainer.common.exit_codes import DISK, NONFINITE, LeaveError
 from trainer.runs.run_folder import note_event
+from trainer.training.callbacks.average import Average
 from trainer.training.callbacks.ema import EMA
 from trainer.training.callbacks.hang import HangGuard
 from trainer.training.checkpoint_files import (
@@ -74,13 +75,13 @@ class Checkpoints(lightning.Callback):
         facts: Mapping[str, Any],
         on_full: Literal["stop", "continue"],
         hang: HangGuard,
-        ema: EMA | None,
+        average: Average | None,
         say: Callable[[str], None],
     ) -> None:
         self.folder, self.root = folder, folder / "checkpoints"
         self.every, self.keep, self.found, self.facts = every, keep, found, dict(facts)
-        self.on_full, self.hang, self.ema, self.say = on_full, hang, ema, say
-        self.parts: dict[str, Stateful] = {"ema": ema} if ema else {}
+        self.on_full, self.hang, self.average, self.say = on_full, hang, average, say
+        self.parts: dict[str, Stateful] = {"ema": average} if isinstance(average, EMA) else {}
         self.end: StepEnd | None = None
         self.saved = self.tried = found.step if found else 0
         self.parent = found.folder.name if found else None
@@ -137,8 +138,8 @@ class Checkpoints(lightning.Callback):
         assert self.end is not None
         if self.saved == self.end.step:
             return None
-        if self.ema is not None:
-            self.ema.take_back(pl_module)  # during validation the model has averaged weights
+        if self.average is not None:
+            self.average.take_back(pl_module)  # during validation the model has averaged weights
         with self.hang.inside("save"):
             rng = gather_values(self.end.rng)
             problem = None

@@ -22,7 +22,7 @@ from trainer.media.grids import grid, overlay_maps, stacked
 from trainer.media.made_by import png_bytes, with_facts
 from trainer.media.write_video import PLAYED, write_frames
 from trainer.ops.attention_maps import MapStore
-from trainer.training.callbacks.ema import EMA
+from trainer.training.callbacks.average import Average
 from trainer.training.callbacks.hang import HangGuard
 from trainer.training.callbacks.side_work import SideWork
 from trainer.training.callbacks.trackers import log_clip, log_picture
@@ -37,11 +37,11 @@ class Preview(lightning.Callback):
     """Writes `previews/grid.png`, with a row for each preview, and logs each preview with every
     tracker. A resumed run keeps the rows it had.
 
-    every: steps between two previews; maps: a token whose attention maps are shown, too; ema: its
-    average is used; side: is told of a preview that failed, after which there are no more. If
-    `settings` has more than one frame, a preview has clips: `previews/<label>.png` with a row for
-    each prompt and a column for each frame, and `<label>.gif` and `.mp4`, which show all clips side
-    by side.
+    every: steps between two previews; maps: a token whose attention maps are shown, too; average:
+    has the weights that are used; side: is told of a preview that failed, after which there are no
+    more. If `settings` has more than one frame, a preview has clips: `previews/<label>.png` with a
+    row for each prompt and a column for each frame, and `<label>.gif` and `.mp4`, which show all
+    clips side by side.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Preview(lightning.Callback):
         seed: int,
         settings: Sampling,
         maps: str | None = None,
-        ema: EMA | None = None,
+        average: Average | None = None,
         hang: HangGuard | None = None,
         side: SideWork | None = None,
     ) -> None:
         self.folder, self.prompts, self.every = folder, list(prompts), every
-        self.maps, self.ema, self.hang, self.side = maps, ema, hang, side
+        self.maps, self.average, self.hang, self.side = maps, average, hang, side
         self.failed = False
         self.settings = settings
         self.frames, self.fps = settings.frames, settings.fps
@@ -115,7 +115,7 @@ class Preview(lightning.Callback):
         assert isinstance(pl_module, DiffusionModule)
         with (
             self.hang.inside("preview") if self.hang else nullcontext(),
-            self.ema.swapped(pl_module) if self.ema else nullcontext(),
+            self.average.swapped(pl_module) if self.average else nullcontext(),
         ):
             pictures, maps = self._sample(pl_module.backbone)
         rows = [(label, pictures)]

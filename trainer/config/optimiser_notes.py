@@ -1,0 +1,52 @@
+"""What a user is told of the chosen optimiser before a run: how its learning rate is meant, and
+what else differs from AdamW."""
+
+from __future__ import annotations
+
+from trainer.config.optimisers import SCHEDULE_FREE, missing_package
+from trainer.config.schema import RecipeError
+from trainer.config.sections import OptimSpec
+
+SMALL = 0.1  # a factor below it is most likely a learning rate meant for AdamW
+
+
+def check_optimiser(optim: OptimSpec) -> list[str]:
+    """Lines about the optimiser of a recipe.
+
+    Raises:
+        RecipeError: its package is not installed; the message has the line that installs it.
+    """
+    if missing := missing_package(optim.name):
+        raise RecipeError(missing)
+    if optim.name == "prodigy":
+        return [_of_prodigy(optim.lr)]
+    if optim.name.startswith("lion"):
+        return [
+            f"optim.name={optim.name} moves every value by all of lr at each step: a third to a "
+            "tenth of AdamW's learning rate is usual, with 3 to 10 times its weight decay; "
+            f"optim.lr={optim.lr:g}, optim.weight_decay={optim.weight_decay:g}"
+        ]
+    if optim.name == "adafactor":
+        momentum = "no momentum, optim.betas=[0.9] keeps one" if optim.betas is None else "momentum"
+        return [
+            f"optim.name=adafactor: optim.lr={optim.lr:g} is used as it is, neither made relative "
+            f"to the step nor to the weights; {momentum}"
+        ]
+    if optim.name == SCHEDULE_FREE:
+        return [
+            f"optim.name={SCHEDULE_FREE} averages weights in place of a schedule and of optim.ema: "
+            "validation, previews and the adapter have the average; optim.warmup is its own warm-up"
+        ]
+    return []
+
+
+def _of_prodigy(lr: float) -> str:
+    if lr < SMALL:
+        return (
+            f"optim.lr={lr:g} is for prodigy a factor on the learning rate that it finds, which "
+            "becomes so much smaller; 1 is usual"
+        )
+    return (
+        f"optim.name=prodigy finds the learning rate itself, logged as train/effective_lr; "
+        f"optim.lr={lr:g} is a factor on it"
+    )
