@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import platform
 import signal
@@ -10,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from trainer.runs import run_folder as runs
 from trainer.runs.run_folder import locked
 
 pytestmark = pytest.mark.faults
@@ -28,16 +29,17 @@ def test_a_second_program_is_refused_and_a_killed_one_keeps_nobody_out(
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert run(tmp_path / "run") == 0
-    assert (tmp_path / "run" / ".lock").read_text() == ""
+    assert not (tmp_path / "run" / ".holder").exists()
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_keeps_nobody_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def flock(*_: Any) -> None:
-        raise OSError("Function not implemented")
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(runs.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with locked(tmp_path), locked(tmp_path):
         pass
 

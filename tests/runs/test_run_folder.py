@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -10,8 +14,9 @@ import torch
 from trainer.config.load import load_recipe
 from trainer.config.schema import Recipe
 from trainer.runs.adapter import save_adapter
-from trainer.runs.run_folder import folder_for, is_finished, recipe_header
+from trainer.runs.run_folder import folder_for, is_finished, locked, recipe_header
 
+ROOT = Path(__file__).parents[2]
 BASIC = ["recipe=lora", "data.token=<v1>"]
 
 
@@ -70,3 +75,31 @@ def test_the_folder_and_what_adapters_keep_of_the_recipe(tmp_path: Path) -> None
     assert recipe_header(recipe)["recipe"] == "lora"
     assert recipe_header(recipe)["run"]["seed"] == 3
     assert not {"out", "id", "start_from"} & set(recipe_header(recipe)["run"])
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from trainer.runs.run_folder import locked
+with locked(Path(sys.argv[1])):
+    print("has it", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_of_two_processes_one_has_the_folder(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(words, stdin=PIPE, stdout=PIPE, text=True, cwd=ROOT) as other:
+        assert other.stdin is not None and other.stdout is not None
+        assert other.stdout.readline() == "has it\n"
+        says = rf"process {other.pid} on .* is training there; wait until it ends, or choose"
+        for _ in range(2):
+            with pytest.raises(ValueError, match=says), locked(tmp_path):
+                pass
+        other.stdin.write("enough\n")
+    assert other.returncode == 0
+    with locked(tmp_path):
+        assert (tmp_path / ".holder").read_text().startswith(f"process {os.getpid()} on ")
+        with pytest.raises(ValueError, match="is training there"), locked(tmp_path):
+            pass
+    assert not (tmp_path / ".holder").exists()

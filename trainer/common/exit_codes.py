@@ -29,11 +29,10 @@ class LeaveError(Exception):
         self.code = code
 
 
-CODES = {
-    signal.SIGTERM: TERMINATED,
-    signal.SIGINT: INTERRUPTED,
-    signal.SIGUSR1: REQUEUE,
-}
+_BY_NAME = {"SIGTERM": TERMINATED, "SIGINT": INTERRUPTED, "SIGUSR1": REQUEUE}
+CODES: dict[signal.Signals, int] = {
+    getattr(signal, name): code for name, code in _BY_NAME.items() if hasattr(signal, name)
+}  # Windows has no SIGUSR1
 
 
 def report(error: BaseException) -> int | None:

@@ -190,7 +190,7 @@ class Batches(DataLoader[Any]):
     acts on the signal, and needs its batches until then."""
 
     def __iter__(self) -> Any:
-        if not self.num_workers:
+        if not self.num_workers or not hasattr(signal, "pthread_sigmask"):  # as on Windows
             return super().__iter__()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, CODES)  # a new process inherits it
         try:
@@ -202,10 +202,12 @@ class Batches(DataLoader[Any]):
 def _calm(worker: int) -> None:
     """A data worker ignores SIGINT and SIGUSR1, and ends `SPARED` seconds after a SIGTERM."""
     return_to_all()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_later)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, CODES)
+    for number in CODES:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):  # on Windows a worker is ended without a signal
+        signal.signal(signal.SIGTERM, _end_later)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, CODES)
 
 
 def _end_later(number: int, frame: FrameType | None) -> None:

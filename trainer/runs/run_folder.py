@@ -8,14 +8,14 @@
                                could not be written, and each skipped step
     metrics.jsonl              a line for each time that metrics are logged
     tracker.id                 what wandb knows the run by
-    .lock                      the program that is training here
+    .lock                      locked by the program that is training here
+    .holder                    which one that is
 
 Previews, the tracker's files and `evaluation.json` are in the same folder.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -25,6 +25,8 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from trainer.common.atomic import written_atomically
 from trainer.config.header import read_header
@@ -88,30 +90,32 @@ def locked(folder: Path) -> Iterator[None]:
     """Keeps other programs from training in the folder inside the block.
 
     The system releases the lock when the process ends, however it ends. On a file system without
-    locks nothing is kept out.
+    locks nothing is kept out. Who holds it is in a file beside it, because Windows lets nobody else
+    read a locked file.
 
     Raises:
         ValueError: another program is training there; the message names it.
     """
-    with (folder / ".lock").open("ab+", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            who = file.read().decode() or "another program"
-            raise ValueError(
-                f"{folder}: {who} is training there; wait until it ends, or choose another run.id"
-            ) from None
-        except OSError:
-            pass
-        with suppress(OSError):  # the disk may be full
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}".encode())
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                file.truncate(0)
+    lock, holder = FileLock(folder / ".lock", fallback_to_soft=False), folder / ".holder"
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        who = "another program"
+        with suppress(OSError):
+            who = holder.read_text(encoding="utf-8") or who
+        raise ValueError(
+            f"{folder}: {who} is training there; wait until it ends, or choose another run.id"
+        ) from None
+    except OSError:
+        pass
+    with suppress(OSError):  # the disk may be full
+        holder.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            holder.unlink(missing_ok=True)
+            lock.release()
 
 
 def note_event(folder: Path, event: str, **facts: Any) -> None:

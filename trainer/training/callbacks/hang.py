@@ -108,7 +108,7 @@ class HangGuard(lightning.Callback):
                 stream.flush()
                 faulthandler.dump_traceback(stream)
         if (launcher := trainer.strategy.launcher) is not None:
-            launcher.kill(signal.SIGKILL)
+            launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))  # Windows has no SIGKILL
         vanish(HUNG)
 
 
