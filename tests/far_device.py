@@ -1,5 +1,6 @@
 """A device that is not the CPU and needs no hardware: tensors on it are computed on the CPU, and an
-operation that gets tensors of both devices is refused, as a GPU would refuse it.
+operation that gets tensors of both devices is refused, as a GPU would refuse it. Like Apple's GPUs
+(mps) it has no float64.
 
     with far_device() as far:
         model.to(FAR)
@@ -36,6 +37,11 @@ class Far(Tensor):
 
     @staticmethod
     def __new__(cls, near: Tensor) -> Far:
+        if near.dtype == torch.float64:  # the words of PyTorch
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support "
+                "float64. Please use float32 instead."
+            )
         made: Far = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             near.shape,

@@ -153,6 +153,42 @@ def test_each_process_has_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch)
     assert placement_of(run).device == torch.device("cuda", 3)
 
 
+def test_apples_gpu_knows_bf16_from_macos_14_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def newer(major: int, minor: int) -> bool:
+        asked.append((major, minor))
+        return known
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", newer)
+    known = True
+    assert choose_placement("mps", "bf16").device == torch.device("mps")
+    assert choose_placement("mps", "fast").dtype(torch.float16) == torch.bfloat16
+    assert choose_placement("mps").dtype(torch.bfloat16) == torch.bfloat16
+    known = False
+    with pytest.raises(ValueError, match="from macOS 14 on; give precision=fp16 or fp32"):
+        choose_placement("mps", "bf16")
+    assert choose_placement("mps", "fast").dtype(torch.float16) == torch.float32
+    assert choose_placement("mps").dtype(torch.bfloat16) == torch.float32
+    assert choose_placement("mps").dtype(torch.float16) == torch.float16
+    assert choose_placement("mps", "fp16").dtype(torch.float32) == torch.float16
+    assert set(asked) == {(14, 0)}
+
+
+def test_a_mac_has_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"run\.device=mps is one GPU, and run\.devices=2"):
+        load_recipe(["recipe=lora", "run.device=mps", "run.devices=2"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    run = load_recipe(["recipe=lora", "run.devices=2"]).run
+    with pytest.raises(
+        ValueError, match=r"a Mac has one GPU.*give run\.devices=1 and run\.nodes=1"
+    ):
+        placement_of(run)
+
+
 def test_the_earlier_name_of_the_device_is_read() -> None:
     run = load_recipe(["recipe=lora", "run.accelerator=cpu"]).run
     assert placement_of(run).device == torch.device("cpu") and run.device == "cpu"

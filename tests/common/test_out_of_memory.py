@@ -25,7 +25,12 @@ def test_a_tensor_too_large_for_the_machine(
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), MemoryError()]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB)"),
+        MemoryError(),
+    ],
 )
 def test_what_is_known(error: BaseException) -> None:
     found = out_of_memory(error)

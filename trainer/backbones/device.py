@@ -34,12 +34,15 @@ class Placement:
     precision: str = "auto"
 
     def dtype(self, published: torch.dtype) -> torch.dtype:
-        """auto is what the weights were `published` in, and fp32 on a CPU. fast is bf16 where the
-        device has instructions for it, else fp32: without them bf16 takes many times as long."""
+        """auto is what the weights were `published` in, and fp32 on a CPU, and where Apple's GPU
+        does not know bf16. fast is bf16 where the device has instructions for it, else fp32:
+        without them bf16 takes many times as long."""
         if self.precision == "fast":
             return torch.bfloat16 if has_bf16(self.device) else torch.float32
         if self.precision != "auto":
             return PRECISIONS[self.precision]
+        if published == torch.bfloat16 and self.device.type == "mps" and not has_bf16(self.device):
+            return torch.float32
         return torch.float32 if self.device.type == "cpu" else published
 
 
@@ -48,7 +51,9 @@ CPU = Placement(torch.device("cpu"))
 
 def has_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for bf16; of a CPU what oneDNN, which computes its
-    convolutions, says of it."""
+    convolutions, says of it. Apple's GPUs have them from macOS 14 on."""
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
@@ -71,11 +76,17 @@ def choose_placement(device: str = "auto", precision: str = "auto", rank: int = 
     CPU; `cuda` is the GPU numbered `rank`, the number of this process on its machine.
 
     Raises:
-        ValueError: no such precision or device, or this machine has no such device.
+        ValueError: no such precision or device, this machine has no such device, or the device
+            does not know the precision.
     """
     if precision not in ("auto", "fast", *PRECISIONS):
         raise ValueError(f"precision={precision}: there are auto, fast, {', '.join(PRECISIONS)}")
-    return Placement(_device(device, rank), precision)
+    found = Placement(_device(device, rank), precision)
+    if precision == "bf16" and found.device.type == "mps" and not has_bf16(found.device):
+        raise ValueError(
+            "precision=bf16: Apple's GPUs know bf16 from macOS 14 on; give precision=fp16 or fp32"
+        )
+    return found
 
 
 def _device(name: str, rank: int) -> torch.device:

@@ -56,11 +56,17 @@ def placement_of(run: RunSpec) -> Placement:
     several.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: there is no such device, or one where several are wanted.
     """
     own = SLURMEnvironment().local_rank() if SLURMEnvironment.detect() else None
     rank = int(os.environ.get("LOCAL_RANK", 0)) if own is None else own
-    return choose_placement(run.device, run.precision, rank)
+    placement = choose_placement(run.device, run.precision, rank)
+    if placement.device.type == "mps" and run.devices * run.nodes > 1:
+        raise ValueError(
+            f"run.devices={run.devices}, run.nodes={run.nodes}: a Mac has one GPU, and PyTorch has "
+            "no way for several Macs to train together; give run.devices=1 and run.nodes=1"
+        )
+    return placement
 
 
 def adapt(recipe: Recipe, backbone: Backbone, placement: Placement) -> Plan:

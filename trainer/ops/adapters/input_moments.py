@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.ops.exact import in_float64
+
 
 def input_moments(layers: Mapping[str, nn.Module], run: Callable[[], None]) -> dict[str, Tensor]:
     """H = sum of x x^T over all tokens x (d,) that reach each layer while `run` runs: (d, d) in
@@ -21,7 +23,7 @@ def input_moments(layers: Mapping[str, nn.Module], run: Callable[[], None]) -> d
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            tokens = args[0].detach().flatten(0, -2).double()
+            tokens = in_float64(args[0].detach().flatten(0, -2))
             moment = tokens.T @ tokens
             found[name] = found[name] + moment if name in found else moment
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from trainer.ops.adapters.input_moments import leading
+from trainer.ops.exact import in_float64
 
 ROUNDING = 1e-13  # of the energy: what float64 leaves open when all of it is asked for
 
 
 def unpack(kept: Tensor, complement: bool) -> Tensor:
     """`free` from what is stored; orthonormal again, since it was stored in single precision."""
-    columns = kept[:, kept.square().sum(0) > 0.5].double()
+    columns = in_float64(kept[:, kept.square().sum(0) > 0.5])
     basis, _ = torch.linalg.qr(columns, mode="complete")
     count = columns.shape[1]
     return basis[:, :count] if complement else basis[:, count:]
