@@ -24,10 +24,11 @@ Buckets = Annotated[
     ),
 ]
 Sprites = Annotated[
-    Literal["known", "held_out", "all"],
+    Literal["known", "held_out", "all", "wide", "wide_held_out"],
     Field(
         description="which sprites: the 64 the tiny backbones were trained on, the 16 they were "
-        "not, or all 80"
+        "not, or all 80; wide are 384 that a backbone of more words can learn, wide_held_out the "
+        "32 it does not"
     ),
 ]
 WorldSeed = Annotated[int, Field(ge=0, description="another seed gives other scenes and clips")]

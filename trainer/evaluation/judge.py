@@ -35,6 +35,19 @@ class Found:
     mass: Tensor
     centers: Tensor
 
+    @classmethod
+    def of_shares(cls, words: Sequence[str], shares: Tensor) -> Found:
+        """From the share (n, patches, w) of each patch, row by row, that shows each word."""
+        side = round(shares.shape[1] ** 0.5)
+        middle = (torch.arange(side) + 0.5) / side
+        xs, ys = middle.repeat(side), middle.repeat_interleave(side)
+        mass = shares.sum(1)
+        weights = shares / mass[:, None].clamp(min=1e-6)
+        centers = torch.stack(
+            [(weights * xs[:, None]).sum(1), (weights * ys[:, None]).sum(1)], dim=-1
+        )
+        return cls(tuple(words), mass, centers)
+
     def top(self, count: int) -> list[list[str]]:
         """The `count` words with the most patches in each picture, most first."""
         return [
@@ -116,15 +129,7 @@ class Judge:
             for part in pictures.split(64)
         ]
         shares = torch.cat(parts)  # n patches w
-        side = round(shares.shape[1] ** 0.5)
-        middle = (torch.arange(side) + 0.5) / side
-        xs, ys = middle.repeat(side), middle.repeat_interleave(side)
-        mass = shares.sum(1)
-        weights = shares / mass[:, None].clamp(min=1e-6)
-        centers = torch.stack(
-            [(weights * xs[:, None]).sum(1), (weights * ys[:, None]).sum(1)], dim=-1
-        )
-        return Found(tuple(words), mass, centers)
+        return Found.of_shares(words, shares)
 
     def _encode(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         pixels = self.processor(

@@ -54,7 +54,7 @@ class Scenes:
         from trainer.data.world import sprites as table
 
         self.seed, self.count, self.sprites, self.side = seed, count, sprites, side
-        self.names = {"known": table.KNOWN, "held_out": table.HELD_OUT, "all": table.ALL}[sprites]
+        self.names = table.SETS[sprites]
         self.groups: Sequence[range] = (range(count),)
 
     def __len__(self) -> int:

@@ -106,7 +106,7 @@ class DrawnClips:
         from trainer.data.world.clips import check_rate
 
         self.seed, self.count, self.sprites, self.side = seed, count, sprites, side
-        self.names = {"known": table.KNOWN, "held_out": table.HELD_OUT, "all": table.ALL}[sprites]
+        self.names = table.SETS[sprites]
         self.motions = tuple(motions)
         self.groups: Sequence[range] = (range(count),)
         self.fps = check_rate(frames, fps)

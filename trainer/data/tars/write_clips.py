@@ -16,8 +16,9 @@ import json
 from pathlib import Path
 
 from trainer.data.tars.manifest import VIDEO
-from trainer.data.tars.write_shards import SPRITES, Record, write_shards
+from trainer.data.tars.write_shards import Record, write_shards
 from trainer.data.world.clips import Clip, draw_clip
+from trainer.data.world.sprites import SETS
 from trainer.media.write_video import encode_video
 
 
@@ -36,11 +37,11 @@ def write_clips(
     Raises:
         ValueError: as `write_shards` and `draw_clip`; no such set of sprites; a count below 1.
     """
-    if sprites not in SPRITES:
-        raise ValueError(f"sprites={sprites}: choose one of {', '.join(SPRITES)}")
+    if sprites not in SETS:
+        raise ValueError(f"sprites={sprites}: choose one of {', '.join(SETS)}")
     if count < 1:
         raise ValueError(f"count={count}: write at least one clip")
-    names = SPRITES[sprites]
+    names = SETS[sprites]
     records = (
         clip_record(draw_clip(seed, i, names=names, frames=frames, fps=fps), f"clip-{seed}-{i}")
         for i in range(count)

@@ -27,11 +27,9 @@ from PIL import Image
 
 from trainer.data.tars.manifest import KNOWN_FIELDS, MANIFEST, MASK, Manifest, index, save_manifest
 from trainer.data.world.scenes import Scene, draw_scene
-from trainer.data.world.sprites import ALL, HELD_OUT
-from trainer.data.world.sprites import KNOWN as KNOWN_SPRITES
+from trainer.data.world.sprites import SETS
 
 Record = tuple[str, Mapping[str, bytes]]
-SPRITES = {"known": KNOWN_SPRITES, "held_out": HELD_OUT, "all": ALL}
 # colours in which viewers show the background and up to three objects
 PALETTE = (0, 0, 0, 230, 60, 60, 60, 180, 90, 70, 110, 230)
 
@@ -49,11 +47,11 @@ def write_world(
     Raises:
         ValueError: as `write_shards`; no such set of sprites; a count below 1.
     """
-    if sprites not in SPRITES:
-        raise ValueError(f"sprites={sprites}: choose one of {', '.join(SPRITES)}")
+    if sprites not in SETS:
+        raise ValueError(f"sprites={sprites}: choose one of {', '.join(SETS)}")
     if count < 1:
         raise ValueError(f"count={count}: write at least one scene")
-    names = SPRITES[sprites]
+    names = SETS[sprites]
     records = (scene_record(draw_scene(seed, i, names), f"scene-{seed}-{i}") for i in range(count))
     return write_shards(folder, records, per_shard=per_shard, stem="world")
 

