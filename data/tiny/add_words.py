@@ -4,15 +4,16 @@
 
 Every word of `sprites.WIDE` becomes one token, after all that exist, so the states of old captions
 stay what they were to the last bit. The judge finds the vectors of the new words: they alone are
-trained (as in textual inversion, arXiv 2208.01618) until its text embedding of "a <word>" is near its
-embeddings of scenes of that sprite. So sprites that look alike start alike. The text encoder takes
-over the same vectors.
+trained (as in textual inversion, arXiv 2208.01618) until its text embedding of "a <word>" is near
+its embeddings of scenes of that sprite. So sprites that look alike start alike. The text encoder
+takes over the same vectors.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def split(word: str, rank: dict[tuple[str, str], int]) -> list[str]:
     """The pieces of a word by byte-pair merges, the one of lowest rank first."""
     pieces = [*word[:-1], f"{word[-1]}</w>"]
     while True:
-        pairs = [pair for pair in zip(pieces, pieces[1:], strict=False) if pair in rank]
+        pairs = [pair for pair in pairwise(pieces) if pair in rank]
         if not pairs:
             return pieces
         best = min(pairs, key=rank.__getitem__)

@@ -2,8 +2,8 @@
 
 python data/tiny/make_second_judge.py --steps 2500 --out data/tiny/second_judge
 
-Every cell of an 8x8 grid is told its sprite, or that it is empty; no picture is bent or blurred, and
-none goes through the VAE.
+Every cell of an 8x8 grid is told its sprite, or that it is empty. No picture is bent or blurred,
+and none goes through the VAE.
 """
 
 from __future__ import annotations

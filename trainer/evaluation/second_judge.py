@@ -38,7 +38,8 @@ class Residual(nn.Module):
 
 
 class CellNamer(nn.Module):
-    """Pictures (n, 3, 64, 64) in [-1, 1] to logits (n, words + 1, 8, 8); the last is an empty cell."""
+    """Pictures (n, 3, 64, 64) in [-1, 1] to logits (n, words + 1, 8, 8) of 8x8 cells; the last
+    logit is that of an empty cell."""
 
     def __init__(self, words: int, width: int) -> None:
         super().__init__()

@@ -78,7 +78,7 @@ MORE: dict[str, dict[str, str]] = {
         "frisbee": "flying_disc", "gear": "gear", "glasses": "glasses",
         "globe": "globe_showing_Americas", "gloves": "gloves", "goggles": "goggles",
         "hammer": "hammer", "harp": "harp", "hat": "top_hat", "headphones": "headphone",
-        "helmet": "rescue_worker’s_helmet", "hook": "hook", "hourglass": "hourglass_done",
+        "helmet": "rescue_worker\u2019s_helmet", "hook": "hook", "hourglass": "hourglass_done",
         "hut": "hut", "jar": "jar", "jeans": "jeans", "joystick": "joystick", "key": "key",
         "kimono": "kimono", "kite": "kite", "knife": "kitchen_knife", "ladder": "ladder",
         "lantern": "red_paper_lantern", "laptop": "laptop", "lipstick": "lipstick",
