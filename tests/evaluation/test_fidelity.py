@@ -20,7 +20,7 @@ def picture(*spots: Spot, ground: str = "blue") -> Tensor:
     return to_tensor(Image.fromarray(image))
 
 
-FOX = picture(Spot("fox", 30, 33, 36))
+FOX = picture(Spot("fox", 30, 33, 37))
 
 
 def of(shown: Tensor, word: str = "fox") -> tuple[float, float]:
@@ -32,12 +32,14 @@ def of(shown: Tensor, word: str = "fox") -> tuple[float, float]:
 def test_the_drawing_itself_is_found_at_any_place_size_and_direction() -> None:
     shown = [
         FOX,
-        picture(Spot("fox", 20, 41, 24), ground="red to green gradient"),
+        picture(Spot("fox", 20, 41, 25), ground="red to green gradient"),
         FOX.flip(-1),
     ]
     found = fidelity(torch.stack(shown), ["fox"] * 3)
     assert found.structure.min() > 0.97
     assert found.colour.min() > 0.97
+    for size in (20, 33, 34, 35, 47):
+        assert min(of(picture(Spot("fox", 30, 33, size)))) > 0.95
 
 
 def test_other_drawings_and_an_empty_picture_are_far() -> None:
@@ -76,7 +78,7 @@ def test_the_score_is_the_mean_of_structure_and_colour() -> None:
 
 
 def test_each_picture_has_its_own_word() -> None:
-    cow = picture(Spot("cow", 32, 32, 30))
+    cow = picture(Spot("cow", 32, 32, 31))
     found = fidelity(torch.stack([FOX, cow, FOX]), ["fox", "cow", "cow"])
     assert found.structure[0] > 0.97
     assert found.structure[1] > 0.97

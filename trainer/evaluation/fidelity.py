@@ -19,7 +19,8 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from trainer.data.world.sprites import scaled
 
-SIZES = range(16, 53, 2)  # longer side of the drawing in pixels; the world draws 16 to 48
+SIZES = range(16, 53, 4)  # longer side of the drawing in pixels; the world draws 16 to 48
+FINER = (-2, -1, 1, 2)  # sizes around the best of these that are tried next
 BINS = 6  # of each colour channel
 RIM = 2  # pixels around the drawing that count too, so that its outline does
 
@@ -62,22 +63,33 @@ def fidelity(pictures: Tensor, words: Sequence[str]) -> Fidelity:
 
 def _best_match(pictures: Tensor, word: str) -> Tensor:
     """Structure and colour (2, n) of the best match in any size and direction."""
-    best = torch.full((2, len(pictures)), -1.0)
-    for template in _templates(word, pictures.shape[-1]):
-        found = torch.stack(_match(pictures, template))
-        better = found.sum(0) > best.sum(0)
-        best = torch.where(better, found, best)
+    count, side = len(pictures), pictures.shape[-1]
+    best = torch.full((2, count), -1.0)
+    chosen = [(0, False)] * count  # the size, and whether it is mirrored
+
+    def attempt(rows: list[int], size: int, mirrored: bool) -> None:
+        found = torch.stack(_match(pictures[rows], _template(word, size, mirrored)))
+        for row, each in zip(rows, found.T, strict=True):
+            if each.sum() > best[:, row].sum():
+                best[:, row], chosen[row] = each, (size, mirrored)
+
+    for size in SIZES:
+        for mirrored in (False, True):
+            if size <= side:
+                attempt(list(range(count)), size, mirrored)
+    coarse = list(chosen)
+    for step in FINER:
+        for size, mirrored in sorted(set(coarse)):
+            if size + step <= side:
+                rows = [row for row in range(count) if coarse[row] == (size, mirrored)]
+                attempt(rows, size + step, mirrored)
     return best
 
 
-def _templates(word: str, side: int) -> list[Template]:
-    found = []
-    for size in SIZES:
-        if size > side:
-            break
-        drawn = torch.from_numpy(np.moveaxis(scaled(word, size), -1, 0).copy())
-        found += [Template(each[:3], each[3]) for each in (drawn, drawn.flip(-1))]
-    return found
+def _template(word: str, size: int, mirrored: bool) -> Template:
+    drawn = torch.from_numpy(np.moveaxis(scaled(word, size), -1, 0).copy())
+    drawn = drawn.flip(-1) if mirrored else drawn
+    return Template(drawn[:3], drawn[3])
 
 
 def _match(pictures: Tensor, template: Template) -> tuple[Tensor, Tensor]:
@@ -102,13 +114,23 @@ def _match(pictures: Tensor, template: Template) -> tuple[Tensor, Tensor]:
 def _place(pictures: Tensor, template: Template) -> tuple[list[int], list[int]]:
     """The top and left pixel at which the template differs least from each picture, as the mean
     squared difference under its opacity."""
-    opacity = template.opacity[None, None]
-    squares = F.conv2d(pictures.square().sum(1, keepdim=True), opacity)
-    products = F.conv2d(pictures, template.colour[None])
-    error = (squares - 2 * products)[:, 0]  # the rest is the same at every place
+    side, (height, width) = pictures.shape[-1], template.opacity.shape
+    squares = _correlated(pictures.square().sum(1), template.opacity)
+    products = _correlated(pictures, template.colour).sum(1)
+    error = squares - 2 * products  # the rest is the same at every place
+    error = error[:, : side - height + 1, : side - width + 1]
     columns = error.shape[-1]
     first = error.flatten(1).argmin(1).tolist()
     return [place // columns for place in first], [place % columns for place in first]
+
+
+def _correlated(pictures: Tensor, pattern: Tensor) -> Tensor:
+    """The sum of products with a pattern laid with its top left corner on each pixel, by the
+    Fourier transform; right wherever the pattern does not leave the picture."""
+    size = pictures.shape[-2:]
+    return torch.fft.irfft2(
+        torch.fft.rfft2(pictures) * torch.fft.rfft2(pattern, s=size).conj(), s=size
+    )
 
 
 def _drawn(picture: Tensor, template: Template, *, top: int, left: int) -> tuple[Tensor, Tensor]:
