@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 from tars import pack
 
 from trainer.__main__ import main
-from trainer.cli.sample_files import slug
 from trainer.common import secrets
 from trainer.common.exit_codes import BAD_RECIPE, DAMAGED
+from trainer.common.paths import slug
 from trainer.config.header import HEADER, read_header
 from trainer.config.run_section import RunSpec
 from trainer.config.schema import RecipeError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from trainer.media.grids import grid, overlay_maps, stacked
+from trainer.media.grids import cell_side, grid, overlay_maps, stacked
 from trainer.media.images import to_pil
 
 
@@ -29,6 +29,21 @@ def test_pictures_stand_in_the_row_and_column_of_their_place() -> None:
     left = sheet.width - 2 * 18
     found = [sheet.getpixel((left + 8 + 18 * x, 8 + 18 * y)) for y in (0, 1) for x in (0, 1)]
     assert found == [colours[0], colours[1], colours[2], colours[0]]
+
+
+def test_pictures_that_are_no_squares_keep_their_shape() -> None:
+    """Twice as wide as high: half of the cell, in its middle."""
+    wide = torch.tensor([1.0, -1.0, -1.0]).reshape(3, 1, 1).expand(1, 3, 4, 8)
+    sheet = grid([("", wide)], side=16)
+    left = sheet.width - 18
+    rows = [sheet.getpixel((left + 8, y)) == (255, 0, 0) for y in range(16)]
+    assert rows == [4 <= y < 12 for y in range(16)]
+    assert sum(sheet.getpixel((left + x, 8)) == (255, 0, 0) for x in range(16)) == 16
+
+
+def test_cells_show_pictures_in_their_own_size_within_limits() -> None:
+    sizes = {(32, 32): 96, (160, 120): 160, (120, 160): 160, (1024, 512): 256}
+    assert {size: cell_side(torch.zeros(1, 3, *size), 256) for size in sizes} == sizes
 
 
 def test_stacked_images_follow_each_other_from_the_top() -> None:

@@ -97,6 +97,7 @@ def test_tensorboard_has_losses_and_previews(first: Path) -> None:
     events = EventAccumulator(str(next((first / "tensorboard").glob("events*"))))
     events.Reload()
     assert {"val/loss", "val/loss_t062", "val/loss_t938"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 4]  # first and last
     assert "preview" in events.Tags()["images"]
 
 

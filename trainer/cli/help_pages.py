@@ -207,6 +207,13 @@ def trackers_page() -> Iterator[str]:
     from trainer.config.schema import TRACKERS
 
     yield f"tracker: where losses are logged: {', '.join(TRACKERS)}; default tensorboard"
+    yield ""
+    yield from _paragraph(
+        "Beside the losses: learning rates, the norm of gradients, images a second, memory, "
+        "previews and every option of the recipe; docs/tracking.md names them. metrics.jsonl in "
+        "the run folder has the numbers in any case. wandb without a login is offline, and the end "
+        "of the run prints the command that uploads it."
+    )
 
 
 def header_page(kind: str, name: str) -> Iterator[str]:

@@ -53,7 +53,12 @@ def read_picture(path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
     from trainer.media.made_by import facts_in
 
     found = RepeatedPicture(path, facts_in(path.expanduser()), frozenset(given))
-    facts = found.facts
+    facts, bare = found.facts, found.facts.get("step") == 0 and "backbone" in given
+    if "rows" in facts:
+        raise ValueError(
+            f"from={path}: a sheet of several previews; give one of the pictures beside it, as in "
+            "previews/step-000300/00-a-fox.png"
+        )
     options = {key: facts[key] for key in SAME if key in facts}
     options["frames"] = facts.get("frames", 1)
     options["device"] = facts.get("device", "auto")
@@ -62,7 +67,7 @@ def read_picture(path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
         options.pop("prompt", None)
     if "adapter" in given:
         options = {key: own for key, own in options.items() if key not in ("methods", "scale")}
-    elif "adapter" in facts:
+    elif "adapter" in facts and not bare:
         options["adapter"] = _adapters(found)
     if ("over" in facts or "adapter" not in facts) and not {"adapter", "backbone"} & set(given):
         options["backbone"] = _backbone(found)
@@ -100,7 +105,8 @@ def _near(picture: RepeatedPicture, names: list[str]) -> Iterator[Path]:
     for name in names:
         if not Path(name).name or Path(name).is_absolute() or ".." in Path(name).parts:
             continue
-        for folder in (Path(), Path("runs"), beside, beside.parent):
+        # the last one holds the folder of a recipe's runs, of a preview in one of them
+        for folder in (Path(), Path("runs"), beside, beside.parent, beside / "../../../.."):
             yield folder / name
 
 
@@ -117,14 +123,33 @@ def _adapters(picture: RepeatedPicture) -> Any:
 
 
 def _adapter(picture: RepeatedPicture, name: str, digest: Any, *, step: Any) -> Path:
-    if isinstance(step, int):
-        names = [f"{name}/{CHECKPOINTS}/step-{step:06d}"]
-    else:
-        names = [name, f"{name}.safetensors"]
     from trainer.common.paths import shipped
 
-    places = [*_near(picture, names), *([] if "/" in name else [shipped(name)])]
+    finished = [name, f"{name}.safetensors"]
+    if not isinstance(step, int):
+        places = [*_near(picture, finished), *([] if "/" in name else [shipped(name)])]
+        return _same(picture, "adapter", name, digest=digest, places=places, hashed=given_digest)
+    if digest is None:
+        raise ValueError(f"from={picture.path}: {_not_kept(name, step)}")
+    for place in _near(picture, finished):  # the last preview of a run names its result
+        if given_digest(place) == digest:
+            return place
+    digest = picture.facts.get("checkpoint_sha256") or digest
+    places = list(_near(picture, [f"{name}/{CHECKPOINTS}/step-{step:06d}"]))
     return _same(picture, "adapter", name, digest=digest, places=places, hashed=given_digest)
+
+
+def _not_kept(name: str, step: int) -> str:
+    """Why a preview cannot be made again."""
+    if step == 0:
+        return (
+            f"a preview of {name} before its first step, when there was no adapter; give "
+            "backbone=<name or folder> for the backbone alone, or adapter=<another>"
+        )
+    return (
+        f"a preview of {name} after step {step}, of which no checkpoint was kept "
+        "(run.checkpoint_every); give adapter=<another>"
+    )
 
 
 def _file(picture: RepeatedPicture, key: str) -> str:

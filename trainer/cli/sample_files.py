@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.common.paths import slug
+
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
@@ -126,9 +128,3 @@ def _sheet(job: SampleJob, small: Mapping[Pair, Image]) -> list[Path]:
         strips.append(Strip(prompt, [each for _, each in own], [str(seed) for seed, _ in own]))
     sheet = {".png": png_bytes(contact_sheet(strips))}
     return write_once(sheet, job.out / f"{slug(job.prompts[0])}-sheet")
-
-
-def slug(text: str) -> str:
-    """Text as a file name, of at most 60 letters."""
-    words = "".join(letter if letter.isalnum() else " " for letter in text).split()
-    return "-".join(words)[:60] or "sample"

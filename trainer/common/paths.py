@@ -30,6 +30,12 @@ def bare_name(name: str | Path) -> str:
     return Path(name).name or str(name)
 
 
+def slug(text: str) -> str:
+    """Text as a file name, of at most 60 letters."""
+    words = "".join(letter if letter.isalnum() else " " for letter in text).split()
+    return "-".join(words)[:60] or "sample"
+
+
 def cache_folder() -> Path:
     """Where latents and prior images are kept between runs; `TRAINER_CACHE` moves it."""
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "attention-trainer"

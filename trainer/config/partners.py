@@ -92,7 +92,13 @@ def _changing(data: Source) -> str | None:
 
 
 def _previews(recipe: Recipe) -> bool:
-    return bool(recipe.preview.every and recipe.preview.prompts)
+    return bool(recipe.preview.every and (recipe.preview.prompts or _of_captions(recipe)))
+
+
+def _of_captions(recipe: Recipe) -> bool:
+    """Whether captions of the data are what previews show, see `training/preview_prompts.py`."""
+    given = "prompts" in (recipe.tree.get("preview") or {})
+    return not given and getattr(recipe.data, "frames", 1) > 1
 
 
 def _of_preview(recipe: Recipe) -> dict[str, str]:
@@ -100,12 +106,13 @@ def _of_preview(recipe: Recipe) -> dict[str, str]:
     tree = recipe.tree.get("preview") or {}
     if not preview.every and tree.get("prompts"):
         found["preview.prompts"] = "preview.every=0 makes no previews; give the steps between two"
-    if preview.every and "prompts" not in tree:  # an empty list is there to have none
+    # an empty list is there to have none
+    if preview.every and "prompts" not in tree and not _of_captions(recipe):
         found["preview.every"] = "there is nothing to show; give preview.prompts"
     if not _previews(recipe):
         why = "there are no previews; give preview.prompts and preview.every"
         found |= dict.fromkeys(("preview.seed", "preview.negative", "preview.maps"), why)
-    elif preview.maps is not None and not _shown(preview.maps, preview.prompts):
+    elif preview.maps and preview.prompts and not _shown(preview.maps, preview.prompts):
         found["preview.maps"] = f"no prompt of the previews has {preview.maps}"
     return found
 

@@ -102,7 +102,9 @@ class RunSpec(Section):
         description="seconds after which a part of the loop counts as hung and the run ends, as in "
         "{step: 600}; without one 600 for data and 1800 for each other, 0 for never",
     )
-    log_every: int = Field(10, gt=0, description="steps between logged losses")
+    log_every: int = Field(
+        10, gt=0, description="steps between logged numbers; those of the first and last are too"
+    )
     out: Path = Field(Path("runs"), description="folder in which runs/<recipe>/<id> is made")
     id: str | None = Field(
         None,

@@ -188,7 +188,11 @@ class PreviewSpec(Section):
     takes by default; nothing that trains or is evaluated depends on them. In prompts {token} stands
     for the concept's new word and {class} for its kind."""
 
-    prompts: tuple[str, ...] = Field((), description="one picture or clip each; none if empty")
+    prompts: tuple[str, ...] = Field(
+        (),
+        description="one picture or clip each, in the size that is trained; none if empty, and "
+        "captions of the data where a run on clips does not give any",
+    )
     every: int = Field(100, ge=0, description="steps between previews; 0 for none")
     steps: int = Field(25, gt=0, description="steps of the sampler")
     guidance: float = Field(

@@ -11,15 +11,17 @@ from torch import Tensor
 from trainer.media.images import to_pil
 
 LABEL = 14
+SIDE = 96  # pixels of a cell, at least
 
 
 def grid(
-    rows: Sequence[tuple[str, Tensor]], titles: Sequence[str] = (), side: int = 96
+    rows: Sequence[tuple[str, Tensor]], titles: Sequence[str] = (), side: int = SIDE
 ) -> Image.Image:
     """Rows of (label, pictures (n, 3, H, W) in [-1, 1]) as one image, with titles above columns.
 
-    A label wider than a picture is broken into several lines. If `side` is even, the width is even,
-    which video formats need.
+    Each picture is in the middle of a square of `side` pixels, as large as fits. A label wider than
+    that is broken into several lines. If `side` is even, the width is even, which video formats
+    need.
     """
     columns = max(len(pictures) for _, pictures in rows)
     labels = [wrap(label, side) for label, _ in rows]
@@ -38,8 +40,16 @@ def grid(
             middle = y + side // 2 - 6 + LABEL * number - LABEL * (len(label) - 1) // 2
             pen.text((2, middle), words, fill="black")
         for column, picture in enumerate(pictures):
-            sheet.paste(_scaled(to_pil(picture), side), (left + column * (side + 2), y))
+            cell = _scaled(to_pil(picture), side)
+            x = left + column * (side + 2) + (side - cell.width) // 2
+            sheet.paste(cell, (x, y + (side - cell.height) // 2))
     return sheet
+
+
+def cell_side(pictures: Tensor, most: int) -> int:
+    """The side of cells that show pictures (n, 3, H, W) in their own size, if that is at least
+    `SIDE` and at most `most` pixels."""
+    return max(SIDE, min(most, max(pictures.shape[-2:])))
 
 
 def overlay_maps(pictures: Tensor, maps: Tensor) -> Tensor:
@@ -54,9 +64,11 @@ def overlay_maps(pictures: Tensor, maps: Tensor) -> Tensor:
 
 
 def _scaled(picture: Image.Image, side: int) -> Image.Image:
-    whole = side % picture.width == 0 or picture.width < side
+    longer = max(picture.size)
+    whole = side % longer == 0 or longer < side
+    width, height = (max(1, round(own * side / longer)) for own in picture.size)
     return picture.resize(
-        (side, side), Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS
+        (width, height), Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS
     )
 
 

@@ -7,11 +7,12 @@
     events.jsonl               a line for each start and end, each checkpoint that was skipped or
                                could not be written, and each skipped step
     metrics.jsonl              a line for each time that metrics are logged
-    tracker.id                 what wandb knows the run by
+    previews/                  see `training/callbacks/preview_files.py`
+    tracker.id                 what wandb knows the run by, and which folder that was drawn for
     .lock                      locked by the program that is training here
     .holder                    which one that is
 
-Previews, the tracker's files and `evaluation.json` are in the same folder.
+The tracker's files and `evaluation.json` are in the same folder.
 """
 
 from __future__ import annotations

@@ -97,5 +97,7 @@ def _fit(recipe: Recipe, folder: Path) -> None:
         with launched.average.swapped(module) if launched.average else nullcontext():
             finish_methods(plan, look)
             save_adapter(path, module.stored(), recipe_header(recipe), identity=backbone.identity())
+        for preview in launched.previews:
+            preview.files.name_adapter(path)
         note_event(folder, "finished", step=run.steps)
         say(f"adapter: {path}")

@@ -21,7 +21,9 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import slow_precision
+from trainer.backbones.part_digests import part_digests
 from trainer.common.exit_codes import LeaveError
+from trainer.config.flat_settings import flat_settings
 from trainer.config.optimisers import SCHEDULE_FREE
 from trainer.config.schema import Recipe
 from trainer.config.sections import OptimSpec
@@ -35,6 +37,7 @@ from trainer.training.callbacks.backend_report import BackendReport
 from trainer.training.callbacks.checkpoints import Checkpoints
 from trainer.training.callbacks.ema import EMA
 from trainer.training.callbacks.hang import HangGuard, vanish
+from trainer.training.callbacks.metrics import Measured, Metrics
 from trainer.training.callbacks.nonfinite_and_signals import StepChecks
 from trainer.training.callbacks.preview import Preview
 from trainer.training.callbacks.progress import Bar
@@ -45,6 +48,7 @@ from trainer.training.callbacks.trackers import make_trackers
 from trainer.training.checkpoint_files import Checkpoint
 from trainer.training.console import console, first_rank, say
 from trainer.training.plan_report import describe_plan, report_backends, save_plan, show_plan
+from trainer.training.preview_prompts import preview_prompts
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Launch:
     trainer: lightning.Trainer
     signals: Signals
     average: Average | None
+    previews: tuple[Preview, ...] = ()
 
 
 def launch(
@@ -81,9 +86,11 @@ def launch(
         scaler=scaler,
         train=train,
         facts=facts,
+        plan=plan,
     )
     trainer = make_trainer(recipe, folder, backbone.device, mixed=mixed, callbacks=[ran, *own])
-    return Launch(trainer, signals, average)
+    shown = tuple(each for each in own if isinstance(each, Preview))
+    return Launch(trainer, signals, average, previews=shown)
 
 
 def average_of(optim: OptimSpec) -> EMA | ScheduleFree | None:
@@ -104,6 +111,7 @@ def callbacks(
     scaler: torch.amp.GradScaler | None,
     train: Dataset,
     facts: Mapping[str, Any] | None = None,
+    plan: Plan | None = None,
 ) -> list[lightning.Callback]:
     """In the order they act at the end of a step: what a checkpoint holds is done before it is
     saved, what only looks comes after."""
@@ -131,11 +139,26 @@ def callbacks(
         scaler=scaler,
     )
     saver.parts |= {"watch": watch} | ({"scaler": scaler} if scaler is not None else {})
-    bar = Bar(run.batch_size * run.accumulate, max(1, run.steps // 20), console)
+    measured = measured_of(recipe, train, plan)
+    bar = Bar(measured.samples, max(1, run.steps // 20), console, what=measured.what)
+    metrics = Metrics(run.log_every, measured, hang=hang, watch=watch)
     first: list[lightning.Callback] = [average] if average else []
     side = SideWork(saver, partial(say, style="red"))
     shown = previews(recipe, folder, average, hang=hang, train=train, side=side)
-    return [*first, bar, saver, watch, side, *shown, hang]
+    return [*first, bar, metrics, saver, watch, side, *shown, hang]
+
+
+def measured_of(recipe: Recipe, train: Dataset, plan: Plan | None) -> Measured:
+    """What the trackers of a run are told of it. plan: names the methods that train parameters."""
+    run, clips = recipe.run, [frames > 1 for frames in train.frames]
+    edits = plan.edits if plan else {}
+    mixed = "samples" if any(clips) else "images"
+    return Measured(
+        run.batch_size * run.accumulate,
+        "clips" if all(clips) else mixed,
+        owners={method: edit.trains for method, edit in edits.items() if edit.trains},
+        settings=flat_settings(recipe),
+    )
 
 
 def previews(
@@ -147,15 +170,15 @@ def previews(
     train: Dataset,
     side: SideWork,
 ) -> list[lightning.Callback]:
-    """The previews, if the recipe asks for some."""
-    preview = recipe.preview
-    if not (preview.prompts and preview.every):
+    """The previews, if the recipe asks for some, or trains on clips."""
+    preview, prompts = recipe.preview, preview_prompts(recipe, train, say)
+    if not prompts:
         return []
     frames, fps = shape_of_clips(train)
     return [
         Preview(
             folder / "previews",
-            preview.prompts,
+            prompts,
             every=preview.every,
             seed=preview.seed,
             settings=Sampling(
@@ -170,6 +193,7 @@ def previews(
             average=average,
             hang=hang,
             side=side,
+            parts=partial(part_digests, recipe.backbone),
         )
     ]
 
@@ -197,9 +221,11 @@ def make_trainer(
         val_check_interval=run.validate_every * run.accumulate if run.validate_every else None,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        log_every_n_steps=run.log_every,
+        log_every_n_steps=1,  # nothing: `Metrics` logs
         callbacks=callbacks,
-        logger=make_trackers(recipe.tracker, folder, recipe.tree, say=partial(say, style="yellow")),
+        logger=make_trackers(
+            recipe.tracker, folder, flat_settings(recipe), say=partial(say, style="yellow")
+        ),
         use_distributed_sampler=False,
         enable_checkpointing=False,  # `Checkpoints` does that
         enable_model_summary=False,

@@ -76,7 +76,7 @@ class DiffusionModule(lightning.LightningModule):
         loss = (result.losses * batch.weights).mean()
         for extra in self.extra_losses:
             loss = loss + extra(result)
-        self.log("train/loss", loss.detach(), batch_size=len(batch.positions), sync_dist=True)
+        self._note("train/loss", loss.detach(), batch_size=len(batch.positions))
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -108,11 +108,16 @@ class DiffusionModule(lightning.LightningModule):
             self.val_losses.clear()
             return
         for level, losses in sorted(self.val_losses.items()):
-            self.log(f"val/loss_t{level:03d}", sum(losses) / len(losses), sync_dist=True)
+            self._note(f"val/loss_t{level:03d}", sum(losses) / len(losses))
         every = [loss for losses in self.val_losses.values() for loss in losses]
         if every:
-            self.log("val/loss", sum(every) / len(every), prog_bar=True, sync_dist=True)
+            self._note("val/loss", sum(every) / len(every))
         self.val_losses.clear()
+
+    def _note(self, name: str, value: Any, **options: Any) -> None:
+        """Keeps the mean over all ranks for the callbacks; `callbacks/metrics.py` logs it, since
+        Lightning counts the steps of trackers otherwise."""
+        self.log(name, value, sync_dist=True, logger=False, **options)
 
     def transfer_batch_to_device(
         self, batch: Batch | Unread, device: torch.device, dataloader_idx: int

@@ -8,7 +8,10 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from commands import command
@@ -16,9 +19,18 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.__main__ import main
+from trainer.common.exit_codes import BAD_RECIPE
+from trainer.common.paths import slug
+from trainer.data.mixed import Mixed
+from trainer.data.sources.world import Scenes
+from trainer.data.sources.world_clips import DrawnClips
+from trainer.diffusion.sampling_settings import Sampling
 from trainer.media.grids import grid
+from trainer.media.images import to_pil
+from trainer.media.made_by import facts_in
 from trainer.media.write_video import write_frames
 from trainer.training.callbacks import preview
+from trainer.training.preview_prompts import captions_of_clips
 
 FRAMES, PROMPTS = 3, 2
 WORDS = [
@@ -51,14 +63,16 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     return finished(tmp_path_factory.mktemp("run") / "moving", tiny_folder)
 
 
-def test_a_run_that_goes_on_keeps_the_looks_it_had(tmp_path: Path, tiny_folder: Path) -> None:
+def test_a_run_that_goes_on_keeps_the_looks_it_had(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
         """
 data: {source: world, count: 4}
 methods: {selective: {}}
 run: {batch_size: 1, validate_every: 0, checkpoint_every: 1}
-preview: {every: 1, steps: 1, prompts: [a fox]}
+preview: {every: 1, steps: 1, prompts: [a fox, a cat]}
 """
     )
     words = ["fit", f"recipe={recipe}", f"backbone={tiny_folder}", f"run={tmp_path / 'run'}"]
@@ -70,29 +84,74 @@ preview: {every: 1, steps: 1, prompts: [a fox]}
     with Image.open(place) as both:
         assert both.height > before.height
         assert both.crop((0, 0, *before.size)).tobytes() == before.tobytes()
+    _made_again(tmp_path / "run" / "previews", tiny_folder, capsys)
+
+
+def _made_again(place: Path, backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each picture in its full size: of the result, of a checkpoint, and of no adapter yet."""
+    looks = [f"step-{step:06d}" for step in (0, 1, 2)]
+    found = sorted(path.relative_to(place).as_posix() for path in place.glob("*/*"))
+    assert found == [f"{look}/{name}.png" for look in looks for name in ("00-a-fox", "01-a-cat")]
+    base, *trained = (place / look / "01-a-cat.png" for look in looks)
+    for path in trained:
+        with Image.open(path) as picture:
+            assert picture.size == (32, 32)
+        capsys.readouterr()
+        assert main(["sample", f"from={path}", f"out={place.parent / 'again'}"]) == 0
+        assert "repeated, bit for bit" in capsys.readouterr().err
+    assert trained[0].read_bytes() != trained[1].read_bytes()
+    again = ["sample", f"from={base}", f"out={place.parent / 'base'}"]
+    assert main(again) == BAD_RECIPE
+    assert "before its first step, when there was no adapter" in capsys.readouterr().err
+    assert main([*again, f"backbone={backbone}"]) == 0
 
 
 def test_each_look_is_a_sheet_and_a_film(run: Path) -> None:
-    looks = ("base", "step-1", "step-2")
-    kinds = ["gif", "png"]
-    if pytest.importorskip("av", reason="MP4 needs PyAV"):
-        kinds.append("mp4")
+    pytest.importorskip("av", reason="MP4 needs PyAV")
+    looks = ("step-000000", "step-000001", "step-000002")
     names = sorted(path.name for path in (run / "previews").iterdir())
-    assert names == sorted(f"{look}.{kind}" for look in looks for kind in kinds)
-    with Image.open(run / "previews" / "step-2.png") as sheet:
+    assert names == sorted(
+        f"{look}{kind}" for look in looks for kind in ("", ".gif", ".mp4", ".png")
+    )
+    with Image.open(run / "previews" / "step-000002.png") as sheet:
         assert sheet.height == PROMPTS * 98
         assert FRAMES * 98 < sheet.width < FRAMES * 98 + 120
-    with Image.open(run / "previews" / "step-2.gif") as film:
+    with Image.open(run / "previews" / "step-000002.gif") as film:
         assert film.n_frames == FRAMES  # type: ignore[attr-defined]
         assert film.info["duration"] == 250  # four frames a second, as in the data
         assert all(side % 2 == 0 for side in film.size)
 
 
+def test_each_clip_is_a_file_that_is_made_again(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("av", reason="MP4 needs PyAV")
+    own = ["00-a-fox-moving-left-on-a-blue-background", "01-a-cow-beside-a-fox"]
+    for look in ("step-000000", "step-000001", "step-000002"):
+        names = sorted(path.name for path in (run / "previews" / look).iterdir())
+        assert names == [f"{name}.{kind}" for name in own for kind in ("gif", "mp4")]
+    clip = run / "previews" / "step-000002" / f"{own[1]}.gif"
+    with Image.open(clip) as film:
+        assert film.size == (32, 32)  # as it is trained
+        assert (film.n_frames, film.info["duration"]) == (FRAMES, 250)  # type: ignore[attr-defined]
+    facts = facts_in(clip)
+    assert (facts["prompt"], facts["seed"], facts["step"]) == ("a cow beside a fox", 1, 2)
+    capsys.readouterr()
+    assert main(["sample", f"from={clip}", f"out={tmp_path}"]) == 0
+    assert "repeated, bit for bit" in capsys.readouterr().err
+    for path, says in {
+        run / "previews" / "step-000001" / f"{own[1]}.gif": "no checkpoint was kept",
+        run / "previews" / "step-000002.gif": "give one of the pictures beside it",
+    }.items():
+        assert main(["sample", f"from={path}", f"out={tmp_path}"]) == BAD_RECIPE
+        assert says in capsys.readouterr().err
+
+
 def test_the_mp4_shows_the_same(run: Path) -> None:
     av = pytest.importorskip("av")
     with (
-        av.open(str(run / "previews" / "step-2.mp4")) as film,
-        Image.open(run / "previews" / "step-2.gif") as loop,
+        av.open(str(run / "previews" / "step-000002.mp4")) as film,
+        Image.open(run / "previews" / "step-000002.gif") as loop,
     ):
         shown = [frame.to_image() for frame in film.decode(video=0)]
         assert film.streams.video[0].average_rate == 4
@@ -124,7 +183,7 @@ def test_wandb_gets_the_film_offline(tmp_path: Path, tiny_folder: Path) -> None:
     assert len(kept) == 2  # the base and the end
     made = {
         path.read_bytes()
-        for look in ("base", "step-2")
+        for look in ("step-000000", "step-000002")
         for path in (tmp_path / "w" / "previews").glob(f"{look}.*")
     }
     assert {path.read_bytes() for path in kept} <= made
@@ -136,9 +195,9 @@ def test_maps_stand_below_their_clip_and_every_frame_has_its_own(
 ) -> None:
     drawn: list[list[tuple[str, Tensor]]] = []
 
-    def kept(rows: list[tuple[str, Tensor]], *titles: list[str]) -> Image.Image:
+    def kept(rows: list[tuple[str, Tensor]], *titles: Any, **more: Any) -> Image.Image:
         drawn.append(rows)
-        return grid(rows, *titles)
+        return grid(rows, *titles, **more)
 
     monkeypatch.setattr(preview, "grid", kept)
     words = ["preview.maps=fox</w>", "preview.every=99", "run.steps=1", "tracker=none"]
@@ -155,7 +214,6 @@ def test_a_clip_is_the_same_alone_and_among_others(
 ) -> None:
     """And the same as `sample` paints by its prompt and seed."""
     from trainer.diffusion.sampler import sample
-    from trainer.diffusion.sampling_settings import Sampling
 
     backbone = open_folder(tiny_folder)
     prompts = ["a fox", "a cow"]
@@ -168,6 +226,56 @@ def test_a_clip_is_the_same_alone_and_among_others(
         backbone, prompts, [5, 6], settings=Sampling(steps=2, guidance=3.0, frames=2, fps=8.0)
     )  # type: ignore[arg-type]
     torch.testing.assert_close(pictures, both, rtol=0, atol=1e-4)
+
+
+def test_pictures_that_are_no_squares_keep_their_shape(
+    tiny_folder: Path, open_folder: Callable[[Path], object], tmp_path: Path
+) -> None:
+    """A preview of a size, 40 pixels wide and 24 high; two at once, then one."""
+    backbone = open_folder(tiny_folder)
+    settings = Sampling(1, 1.0, size=(24, 40))
+    looked = preview.Preview(
+        tmp_path / "x" / "previews", ["a fox", "a cat"], every=1, seed=5, settings=settings
+    )
+    pictures, _ = looked._sample(backbone)  # type: ignore[arg-type]
+    at = SimpleNamespace(global_step=300, max_steps=900)
+    looked._write(backbone, pictures, trainer=at)  # type: ignore[arg-type]
+    paths = sorted((tmp_path / "x" / "previews" / "step-000300").iterdir())
+    assert [path.name for path in paths] == ["00-a-fox.png", "01-a-cat.png"]
+    for row, path in enumerate(paths):
+        with Image.open(path) as picture:
+            assert picture.size == (40, 24)
+            assert picture.tobytes() == to_pil(pictures[row]).tobytes()
+        facts = facts_in(path)
+        assert (facts["size"], facts["batch"], facts["row"]) == ("40x24", 2, row)
+        assert (facts["seed"], facts["step"]) == (5 + row, 300)
+
+
+def test_clips_without_prompts_are_shown_by_their_captions(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["recipe=tune_a_video", f"backbone={tiny_folder}", f"run={tmp_path / 'run'}"]
+    words += ["data.source=world_clips", "data.count=1", "data.seed=12", "data.frames=2"]
+    words += ["run.steps=1", "preview.steps=1", "preview.guidance=1", "tracker=none"]
+    assert main(["fit", *words]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    clips = DrawnClips(12, count=1, sprites="known", side=16, frames=2, fps=None)
+    caption = clips.caption(0, np.random.default_rng(0))
+    assert f"previews show captions of the data: {caption} " in said
+    (clip,) = (tmp_path / "run" / "previews" / "step-000001").glob("*.gif")
+    assert clip.name == f"00-{slug(caption)}.gif" and facts_in(clip)["prompt"] == caption
+
+
+def test_captions_are_those_of_clips_that_differ() -> None:
+    """Not those of images among them, and no more than four."""
+    clips = DrawnClips(0, count=40, sprites="known", side=16, frames=2, fps=None, motions=())
+    stills = Scenes(0, count=4, sprites="known", side=16)
+    rng = np.random.default_rng(0)
+    wanted = list(dict.fromkeys(clips.caption(i, rng) for i in range(16)))[:4]
+    assert list(captions_of_clips(Mixed(clips, stills, 0.5))) == wanted and len(wanted) == 4
+    assert captions_of_clips(stills) == ()
+    one = DrawnClips(0, count=1, sprites="known", side=16, frames=2, fps=None, motions=())
+    assert len(captions_of_clips(one)) == 1
 
 
 def test_without_pyav_there_is_a_gif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,7 @@ class StepChecks(lightning.Callback):
         self.voted = checkpoints.saved
         self.batches: list[tuple[int, list[str]]] = []
         self.losses: list[Tensor] = []
+        self.norm: Tensor | None = None  # of the last step's gradients, before they are clipped
 
     def state_dict(self) -> dict[str, Any]:
         return {"row": self.row, "spent": self.spent}
@@ -82,7 +83,7 @@ class StepChecks(lightning.Callback):
     ) -> None:
         values = [value for group in optimizer.param_groups for value in group["params"]]
         gradients = [value.grad for value in values if value.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        self.norm = norm = torch.nn.utils.get_total_norm(gradients)
         loss = torch.stack(self.losses).float().sum()
         self.stop, bad_loss, bad_norm = self._agree(trainer, loss, norm.to(loss))
         if bad_norm and not bad_loss and self.scaler is not None and self.scaler.get_scale() > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -14,34 +14,38 @@ from torch import Tensor
 
 from trainer.attention.sites import select
 from trainer.backbones.backbone import Backbone
+from trainer.backbones.device import pictures_at_once
 from trainer.diffusion.guidance import COND
 from trainer.diffusion.made_of import made_of
 from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling_settings import Sampling
-from trainer.media.grids import grid, overlay_maps, stacked
+from trainer.media.grids import cell_side, grid, overlay_maps, stacked
 from trainer.media.made_by import png_bytes, with_facts
 from trainer.media.write_video import PLAYED, write_frames
 from trainer.ops.attention_maps import MapStore
 from trainer.training.callbacks.average import Average
 from trainer.training.callbacks.hang import HangGuard
+from trainer.training.callbacks.preview_files import PreviewFiles, Shown, step_name
 from trainer.training.callbacks.side_work import SideWork
-from trainer.training.callbacks.trackers import log_clip, log_picture
+from trainer.training.callbacks.trackers import log_clip, log_pictures
 from trainer.training.console import problem_of
 from trainer.training.distributed import value_of_first
 from trainer.training.module import DiffusionModule
 
 GRID = "grid.png"
+CELL = 256  # pixels of a picture's longer side in the grid, at most
 
 
 class Preview(lightning.Callback):
-    """Writes `previews/grid.png`, with a row for each preview, and logs each preview with every
-    tracker. A resumed run keeps the rows it had.
+    """Writes `previews/grid.png`, with a row for each preview, and each picture in its full size as
+    a file of its own, see `preview_files.py`; logs each preview with every tracker. A resumed run
+    keeps the rows it had.
 
     every: steps between two previews; maps: a token whose attention maps are shown, too; average:
     has the weights that are used; side: is told of a preview that failed, after which there are no
-    more. If `settings` has more than one frame, a preview has clips: `previews/<label>.png` with a
-    row for each prompt and a column for each frame, and `<label>.gif` and `.mp4`, which show all
-    clips side by side.
+    more; parts: as of `PreviewFiles`. If `settings` has more than one frame, a preview has clips:
+    `previews/step-000300.png` with a row for each prompt and a column for each frame, and
+    `step-000300.gif` and `.mp4`, which show all clips side by side.
     """
 
     def __init__(
@@ -56,10 +60,11 @@ class Preview(lightning.Callback):
         average: Average | None = None,
         hang: HangGuard | None = None,
         side: SideWork | None = None,
+        parts: Callable[[], Mapping[str, str]] | None = None,
     ) -> None:
         self.folder, self.prompts, self.every = folder, list(prompts), every
         self.maps, self.average, self.hang, self.side = maps, average, hang, side
-        self.failed = False
+        self.files, self.failed = PreviewFiles(folder, parts), False
         self.settings = settings
         self.frames, self.fps = settings.frames, settings.fps
         self.seeds = [seed + i for i in range(len(self.prompts))]
@@ -72,7 +77,9 @@ class Preview(lightning.Callback):
     ) -> None:
         if trainer.global_step == 0:
             self._preview(trainer, pl_module, "base")
-        elif trainer.is_global_zero:
+            return
+        self.last = trainer.global_step  # shown before, if it was due
+        if trainer.is_global_zero:
             with suppress(OSError), Image.open(self.folder / GRID) as sheet:
                 self.earlier = [sheet.copy()]
 
@@ -118,18 +125,36 @@ class Preview(lightning.Callback):
             self.average.swapped(pl_module) if self.average else nullcontext(),
         ):
             pictures, maps = self._sample(pl_module.backbone)
+            self._write(pl_module.backbone, pictures, trainer=trainer)
         rows = [(label, pictures)]
         if maps is not None and label != "base":
             rows.append((f"{self.maps}", overlay_maps(pictures, maps)))
-        self.folder.mkdir(parents=True, exist_ok=True)
         if self.frames > 1:
             self._show_clips(trainer, rows, self._facts(pl_module.backbone, trainer.global_step))
             return
         self.rows += rows
-        sheet = stacked([*self.earlier, grid(self.rows, self.prompts)])
+        own = grid(self.rows, self.prompts, cell_side(pictures, CELL))
+        sheet = stacked([*self.earlier, own])
         facts = self._facts(pl_module.backbone, trainer.global_step)
         (self.folder / GRID).write_bytes(png_bytes(with_facts(sheet, facts)))
-        log_picture(trainer, "preview", grid(rows[:1], self.prompts))
+        log_pictures(trainer, "preview", pictures, prompts=self.prompts)
+
+    def _write(self, backbone: Backbone, pictures: Tensor, *, trainer: lightning.Trainer) -> None:
+        """Every picture or clip as a file of its own."""
+        at_once, count = self._at_once(backbone), len(self.prompts)
+        shown = [
+            Shown(
+                self.prompts[i],
+                self.seeds[i],
+                clip,
+                batch=min(at_once, count - i // at_once * at_once),
+                row=i % at_once,
+            )
+            for i, clip in enumerate(pictures.split(self.frames))
+        ]
+        step = trainer.global_step
+        last = step == trainer.max_steps
+        self.files.write(shown, step, backbone=backbone, settings=self.settings, last=last)
 
     def _facts(self, backbone: Backbone, step: int) -> dict[str, Any]:
         """What the sheet at a step was made of; a row for each earlier one is above it."""
@@ -149,16 +174,18 @@ class Preview(lightning.Callback):
     def _show_clips(
         self, trainer: lightning.Trainer, rows: list[tuple[str, Tensor]], facts: dict[str, Any]
     ) -> None:
-        path = self.folder / rows[0][0].replace(" ", "-")
+        path = self.folder / step_name(trainer.global_step)
+        side = cell_side(rows[0][1], CELL)
         own = [(name, pictures.split(self.frames)) for name, pictures in rows]
         sheet = [
             (prompt if i == 0 else name, clips[number])
             for number, prompt in enumerate(self.prompts)
             for i, (name, clips) in enumerate(own)
         ]
-        path.with_name(f"{path.name}.png").write_bytes(png_bytes(with_facts(grid(sheet), facts)))
+        whole = with_facts(grid(sheet, side=side), facts)
+        path.with_name(f"{path.name}.png").write_bytes(png_bytes(whole))
         images = [
-            grid([(name, pictures[i :: self.frames]) for name, pictures in rows], self.prompts)
+            grid([(name, own[i :: self.frames]) for name, own in rows], self.prompts, side)
             for i in range(self.frames)
         ]
         files = write_frames(images, path, self.fps or PLAYED, facts=facts)
@@ -168,7 +195,7 @@ class Preview(lightning.Callback):
         """Pictures of all prompts (n, 3, H, W), and attention maps (n, h, w) of `maps` or None.
         Clips are sampled one by one, because a clip is a batch of frames."""
         where = positions(backbone, self.prompts, self.maps) if self.maps else None
-        at_once = len(self.prompts) if self.frames == 1 else 1
+        at_once = self._at_once(backbone)
         parts = [
             self._sample_part(
                 backbone,
@@ -180,6 +207,13 @@ class Preview(lightning.Callback):
         ]
         maps = [maps for _, maps in parts if maps is not None]
         return torch.cat([pictures for pictures, _ in parts]), torch.cat(maps) if maps else None
+
+    def _at_once(self, backbone: Backbone) -> int:
+        """The prompts of one batch; of clips one."""
+        if self.frames > 1:
+            return 1
+        height, width = self.settings.size or (backbone.resolution, backbone.resolution)
+        return pictures_at_once(len(self.prompts), height * width)
 
     def _sample_part(
         self,

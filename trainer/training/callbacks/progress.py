@@ -12,11 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Bar(lightning.Callback):
-    """images: images of one optimiser step, over all ranks; every: steps between two lines, without
-    a terminal."""
+    """samples: images or clips of one optimiser step, over all ranks; every: steps between two
+    lines, without a terminal; what: the samples are called."""
 
-    def __init__(self, images: int, every: int, console: Console | None = None) -> None:
-        self.images, self.every, self.console = images, every, console or Console(stderr=True)
+    def __init__(
+        self, samples: int, every: int, console: Console | None = None, *, what: str = "images"
+    ) -> None:
+        self.samples, self.every, self.console = samples, every, console or Console(stderr=True)
+        self.what = what
         self.progress: Progress | None = None
         self.seen = 0
         self.smooth: float | None = None
@@ -34,7 +37,7 @@ class Bar(lightning.Callback):
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} images/s"),
+            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} " + self.what + "/s"),
             TimeRemainingColumn(),
         )
         self.progress = Progress(*columns, console=self.console)
@@ -55,7 +58,7 @@ class Bar(lightning.Callback):
             self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
         spent = time.monotonic() - self.started
         shown = "-" if self.smooth is None else f"{self.smooth:.4f}"
-        rate = (step - self.first) * self.images / max(spent, 1e-9)
+        rate = (step - self.first) * self.samples / max(spent, 1e-9)
         if self.progress is not None:
             self.progress.update(self.task, completed=step, loss=shown, rate=f"{rate:.1f}")
         elif step % self.every == 0 or step == trainer.max_steps:
@@ -64,7 +67,7 @@ class Bar(lightning.Callback):
             held_out = f"  val {float(validation):.4f}" if validation is not None else ""
             self.console.print(
                 f"step {step}/{trainer.max_steps}  loss {shown}{held_out}  {rate:.1f} "
-                "images/s  "
+                f"{self.what}/s  "
                 f"{left / 60:.1f} min left",
                 highlight=False,
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-import uuid
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,12 +22,16 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor
+from torch.utils.tensorboard.summary import hparams
 
-from trainer.runs.run_folder import append_line, note_event, write_text
-from trainer.training.console import first_rank
+from trainer.media.grids import cell_side, grid
+from trainer.media.images import to_pil
+from trainer.runs.run_folder import append_line, note_event
+from trainer.training.tracker_id import tracker_id
 
-TRACKER_ID = "tracker.id"  # the file in a run folder
 UPLOADS = 60  # seconds that the end of a run waits for wandb's uploads
+SHOWN = 512  # pixels of the longer side of a preview in TensorBoard
 
 
 class MetricsFile(Logger):
@@ -55,15 +59,35 @@ class MetricsFile(Logger):
         """Does nothing: they are in `recipe.yaml`."""
 
 
+class WandbTracker(WandbLogger):
+    """Its steps are those of the run, with Lightning's `trainer/global_step` beside them. What is
+    logged again after a resume, when wandb is at a later step, follows there: wandb would drop it
+    under its own step."""
+
+    least = 0  # the first step that wandb still takes
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        run = self.experiment
+        least = max(self.least, run.starting_step)
+        taken = step is not None and step >= least
+        run.log({**metrics, "trainer/global_step": step}, step=step if taken else None)
+        self.least = step if taken and step is not None else least + 1
+
+
 class Steady(Logger):
     """A tracker whose failures do not end a run. If the first of `trackers` fails, the next one is
-    used, until none is left. failed: is called with the failed tracker and the exception."""
+    used, until none is left. failed: is called with the failed tracker and the exception; ended:
+    with the tracker whose files are complete."""
 
     def __init__(
-        self, trackers: Sequence[Logger], failed: Callable[[Logger, Exception], None]
+        self,
+        trackers: Sequence[Logger],
+        failed: Callable[[Logger, Exception], None],
+        ended: Callable[[Logger], None] | None = None,
     ) -> None:
         super().__init__()
-        self.trackers, self.failed = list(trackers), failed
+        self.trackers, self.failed, self.ended = list(trackers), failed, ended
 
     def attempt(self, act: Callable[[Logger], Any]) -> Any:
         """The result of `act` on the first tracker that does not fail; None if all fail."""
@@ -109,14 +133,17 @@ class Steady(Logger):
                 import wandb
 
                 wandb.finish(exit_code=0 if status == "success" else 1)
+            if self.ended is not None:
+                self.ended(tracker)
 
         self.attempt(end)
 
 
 def make_trackers(
-    name: str, folder: Path, recipe: Mapping[str, Any], say: Callable[[str], None]
+    name: str, folder: Path, settings: Mapping[str, Any], say: Callable[[str], None]
 ) -> list[Logger]:
-    """The loggers of a run, whose files are in the run folder. say: prints a line about a failure.
+    """The loggers of a run, whose files are in the run folder. settings: of `flat_settings`; say:
+    prints a line about a failure, a copied folder, or files that are to be uploaded.
 
     Raises:
         ValueError: wandb is requested and not installed.
@@ -126,26 +153,33 @@ def make_trackers(
         note_event(folder, "tracker_failed", tracker=type(tracker).__name__, reason=str(error))
         why = str(error).partition("\n")[0] or type(error).__name__
         if isinstance(error, TimeoutError) and isinstance(tracker, WandbLogger):
-            sync = f"`wandb sync {folder}/wandb/*` sends the rest"
-            why = f"not all was uploaded after {UPLOADS:g} seconds, {sync}"
+            sync = sync_command(folder, tracker)
+            why = f"not all was uploaded after {UPLOADS:g} seconds, `{sync}` sends the rest"
         say(f"tracker={name}: {why}; the run continues, and metrics.jsonl has its metrics")
         if isinstance(tracker, WandbLogger):
             import wandb
 
             wandb.teardown()  # it still uses the id of the run
 
+    def ended(tracker: Logger) -> None:
+        if isinstance(tracker, WandbLogger) and tracker._offline and _used(tracker):
+            say(f"wandb was offline; to upload this run: {sync_command(folder, tracker)}")
+
     record = MetricsFile(folder)
     if name == "none":
         return [record]
-    trackers = [_tensorboard(folder)] if name == "tensorboard" else _wandb(folder, recipe)
-    return [Steady(trackers, failed), record]
+    if name == "tensorboard":
+        return [Steady([_tensorboard(folder)], failed), record]
+    return [Steady(_wandb(folder, settings, say=say), failed, ended), record]
 
 
 def _tensorboard(folder: Path) -> Logger:
     return TensorBoardLogger(folder, name="", version="tensorboard")
 
 
-def _wandb(folder: Path, recipe: Mapping[str, Any]) -> list[Logger]:
+def _wandb(
+    folder: Path, settings: Mapping[str, Any], *, say: Callable[[str], None]
+) -> list[Logger]:
     """An online and an offline logger if somebody is logged in, else an offline one. `wandb sync`
     uploads what an offline logger stored."""
     try:
@@ -155,36 +189,34 @@ def _wandb(folder: Path, recipe: Mapping[str, Any]) -> list[Logger]:
             "tracker=wandb needs the package: pip install 'attention-trainer[wandb]'"
         ) from None
     # no code, no git diff, no machine facts: a run folder can be shared
-    settings = wandb.Settings(
+    private = wandb.Settings(
         disable_git=True, save_code=False, x_disable_meta=True, silent=True,
         finish_timeout=UPLOADS, finish_timeout_raises=True,
     )  # fmt: skip
     online = bool(os.environ.get("WANDB_API_KEY")) or _logged_in()
-    own = tracker_id(folder)
+    own = tracker_id(folder, say)
     return [
-        WandbLogger(
+        WandbTracker(
             project="attention-trainer", name=shown_name(folder), id=own, save_dir=folder,
             offline=offline, mode="offline" if offline else None,
-            settings=settings, config=dict(recipe), resume="allow",
+            settings=private, config=dict(settings), resume="allow",
         )
         for offline in ((False, True) if online else (True,))
     ]  # fmt: skip
 
 
-def tracker_id(folder: Path) -> str:
-    """The id of a run for its tracker: drawn when the run begins and kept in its folder, so that
-    two runs never share one, whatever they are called, and a resumed run keeps its own."""
-    place = folder / TRACKER_ID
-    with suppress(OSError):
-        if found := place.read_text(encoding="utf-8").strip():
-            return found
-    # an earlier version took the name of the folder
-    earlier = any(folder.glob(f"wandb/*run-*-{folder.name}"))
-    own = folder.name if earlier else uuid.uuid4().hex
-    if first_rank():  # the others have no tracker
-        with suppress(OSError):
-            write_text(place, own + "\n")
-    return own
+def sync_command(folder: Path, tracker: WandbLogger) -> str:
+    """What uploads the files of the run in a folder: a folder for each time that it was begun or
+    resumed, the earliest first."""
+    kind = "offline-run" if tracker._offline else "run"
+    kept = sorted(folder.glob(f"wandb/{kind}-*-{tracker._wandb_init['id']}"))
+    online = [] if tracker._offline else ["--include-online"]
+    return shlex.join(["wandb", "sync", *online, *map(str, kept)])
+
+
+def _used(tracker: WandbLogger) -> bool:
+    """Whether anything was logged with it: then it has made its files."""
+    return tracker._experiment is not None
 
 
 def shown_name(folder: Path) -> str:
@@ -201,17 +233,45 @@ def attempt(logger: Logger, act: Callable[[Logger], None]) -> None:
         act(logger)
 
 
-def log_picture(trainer: lightning.Trainer, name: str, image: Image.Image) -> None:
-    """Logs a picture with every tracker of the run, at the present step."""
+def log_settings(
+    trainer: lightning.Trainer, settings: Mapping[str, Any], metrics: Sequence[str]
+) -> None:
+    """Logs hyperparameters, plain values by full key, with TensorBoard; wandb was made with them.
+    metrics: those that TensorBoard lists beside them."""
+
+    def log(logger: Logger) -> None:
+        if isinstance(logger, TensorBoardLogger):
+            logger.hparams.update(settings)
+            for summary in hparams(dict(settings), dict.fromkeys(metrics)):
+                logger.experiment.file_writer.add_summary(summary, 0)
+
+    for logger in trainer.loggers:
+        attempt(logger, log)
+
+
+def log_metrics(trainer: lightning.Trainer, metrics: dict[str, float]) -> None:
+    """Logs metrics with every tracker of the run, at the present step."""
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, trainer.global_step)
+        logger.save()
+
+
+def log_pictures(
+    trainer: lightning.Trainer, name: str, pictures: Tensor, *, prompts: Sequence[str]
+) -> None:
+    """Logs pictures (n, 3, H, W) in [-1, 1] with every tracker of the run, at the present step:
+    with wandb each alone in its full size, with TensorBoard as a row of up to `SHOWN` pixels
+    each."""
     step = trainer.global_step
 
     def log(logger: Logger) -> None:
-        experiment: Any = getattr(logger, "experiment", None)
-        if hasattr(logger, "log_image"):
-            logger.log_image(name, [image], step=step)
-        elif hasattr(experiment, "add_image"):
-            pixels = torch.from_numpy(np.asarray(image).copy())
-            experiment.add_image(name, pixels, global_step=step, dataformats="HWC")
+        if isinstance(logger, WandbLogger):
+            images = [to_pil(picture) for picture in pictures]
+            logger.log_image(name, images, step=step, caption=list(prompts))
+        elif isinstance(logger, TensorBoardLogger):
+            row = grid([(f"step {step}", pictures)], prompts, cell_side(pictures, SHOWN))
+            pixels = torch.from_numpy(np.asarray(row).copy())
+            logger.experiment.add_image(name, pixels, global_step=step, dataformats="HWC")
 
     for logger in trainer.loggers:
         attempt(logger, log)
