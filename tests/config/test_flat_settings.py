@@ -7,11 +7,11 @@ from trainer.config.load import load_recipe
 
 
 def test_every_option_has_its_full_key_and_a_plain_value() -> None:
-    words = ["optim.lr=3e-4", "optim.lrs={vdm: 0.002}", "run.steps=7", "preview.prompts=[a, ü]"]
+    words = ["optim.lrs={vdm: 0.003}", "run.steps=7", "preview.prompts=[a, ü]"]
     own = flat_settings(load_recipe(["recipe=vdm", *words]))
     given = {
         "recipe": "vdm", "backbone": "tiny", "data.source": "world_clips", "data.images": 0.33,
-        "optim.lr": 3e-4, "optim.lrs.vdm": 0.002, "run.steps": 7, "preview.prompts": '["a", "ü"]',
+        "optim.lr": 5e-4, "optim.lrs.vdm": 0.003, "run.steps": 7, "preview.prompts": '["a", "ü"]',
         "methods.vdm.images": "self", "methods.lora.rank": 16,
     }  # fmt: skip
     defaults = {"run.accumulate": 1, "optim.eps": 1e-8, "run.compile": False}
