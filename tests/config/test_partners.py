@@ -249,8 +249,12 @@ def test_clips_and_folders(tmp_path: Path) -> None:
              "methods": {"full": {}}}  # fmt: skip
     (tmp_path / "a.mp4").write_bytes(b"x")
     words = [mine(tmp_path, video)]
+    assert load_recipe([*words, "preview.every=5", "preview.seed=3"])  # of the captions
     assert "preview.every=5 has no effect: there is nothing to show" in refusal(
-        *words, "preview.every=5"
+        *words, "preview.every=5", "data.frames=1"
+    )
+    assert "preview.seed=3 has no effect: there are no previews" in refusal(
+        *words, "preview.seed=3", "preview.prompts=[]"
     )
     assert load_recipe([*words, "preview.every=5", "preview.prompts=[]"])
     assert "it is for .tar files" in refusal(*words, "data.ignore=[cls]")
