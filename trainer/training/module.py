@@ -17,7 +17,7 @@ from trainer.data.loader import Batch, Unread
 from trainer.data.plan import quantiles
 from trainer.training.console import problem_of
 from trainer.training.distributed import gather_values
-from trainer.training.optim import Optim, effective_lr, make_optimizer
+from trainer.training.optim import Optim, make_optimizer
 from trainer.training.tasks.task import Task
 
 QUANTILES = quantiles(8)  # of the timesteps, where the validation loss of each sample is taken
@@ -78,10 +78,6 @@ class DiffusionModule(lightning.LightningModule):
             loss = loss + extra(result)
         self._note("train/loss", loss.detach(), batch_size=len(batch.positions))
         return loss
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if (lr := effective_lr(optimizer)) is not None:
-            self.log("train/effective_lr", lr)
 
     def validation_step(self, batch: Batch | Unread, batch_index: int) -> None:
         """What fails here is noted, and what is left of the validation is passed over: the ranks

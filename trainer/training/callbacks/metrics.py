@@ -6,14 +6,15 @@ were done when it was measured, as in the names of checkpoints and previews.
     train/images_per_second    over all ranks, since the line before; validation, saves and previews
                                are left out. clips_ or samples_ where the data are no pictures
     train/peak_memory_mib      at most so far: on CUDA what torch has allocated, elsewhere the
-                               resident set of the process; the largest of all ranks
+                               resident set of the process, except on Windows; the largest of all
+                               ranks
+    train/effective_lr         where the optimiser finds it, see `optim.effective_lr`
     lr/<methods>               of each group of parameters, in the step
     val/loss, val/loss_t062    see `DiffusionModule.on_validation_epoch_end`
 """
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from trainer.training.callbacks.nonfinite_and_signals import StepChecks
 from trainer.training.callbacks.trackers import log_metrics, log_settings
 from trainer.training.distributed import largest
 from trainer.training.module import DiffusionModule
+from trainer.training.optim import effective_lr
 
 LOSSES = ("train/loss", "val/loss")
 
@@ -56,6 +58,7 @@ class Metrics(lightning.Callback):
         self.every, self.measured, self.hang, self.watch = every, measured, hang, watch
         self.names: list[str] = []
         self.lrs: list[float] = []
+        self.effective: float | None = None
         self.seen = self.logged = 0
         self.trained = 0.0
 
@@ -78,6 +81,7 @@ class Metrics(lightning.Callback):
     ) -> None:
         """Right after the step the groups have the lr of the next one."""
         self.lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self.effective = effective_lr(optimizer)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any, **__: Any
@@ -103,16 +107,19 @@ class Metrics(lightning.Callback):
     def _measure(self, trainer: lightning.Trainer) -> dict[str, float]:
         """The numbers of the step that was just done. Every rank must call this."""
         device, trained = trainer.strategy.root_device, self.hang.trained()
-        memory = largest(torch.tensor(memory_so_far(device), device=device))
         samples = (self.seen - self.logged) * self.measured.samples
         found = {
             "train/loss": float(trainer.callback_metrics["train/loss"]),
             f"train/{self.measured.what}_per_second": samples / max(trained - self.trained, 1e-9),
-            "train/peak_memory_mib": float(memory),
             **{f"lr/{name}": lr for name, lr in zip(self.names, self.lrs, strict=True)},
         }
+        if (memory := memory_so_far(device)) is not None:
+            most = largest(torch.tensor(memory, device=device))
+            found["train/peak_memory_mib"] = float(most)
         if self.watch.norm is not None:
             found["train/grad_norm"] = float(self.watch.norm)
+        if self.effective is not None:
+            found["train/effective_lr"] = self.effective
         self.logged, self.trained = self.seen, trained
         return found
 
@@ -139,10 +146,14 @@ def group_names(
     ]
 
 
-def memory_so_far(device: torch.device) -> float:
+def memory_so_far(device: torch.device) -> float | None:
     """In MiB, of this process so far: on CUDA what torch has allocated at most, elsewhere the
-    largest resident set."""
+    largest resident set; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
