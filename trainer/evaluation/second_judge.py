@@ -44,14 +44,9 @@ class CellNamer(nn.Module):
     def __init__(self, words: int, width: int) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, stride=2, padding=1)
-        self.blocks = nn.Sequential(
-            Residual(width, width, 1),
-            Residual(width, 2 * width, 2),
-            Residual(2 * width, 2 * width, 1),
-            Residual(2 * width, 4 * width, 2),
-            Residual(4 * width, 4 * width, 1),
-            Residual(4 * width, 4 * width, 1),
-        )
+        sizes = [(1, 1, 1), (1, 2, 2), (2, 2, 1), (2, 4, 2), (4, 4, 1), (4, 4, 1)]
+        blocks = [Residual(inner * width, outer * width, step) for inner, outer, step in sizes]
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.GroupNorm(8, 4 * width)
         self.head = nn.Conv2d(4 * width, words + 1, 1)
 
