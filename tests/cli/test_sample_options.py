@@ -217,6 +217,8 @@ def test_a_run_that_has_not_finished(
     (wanted,) = made(capsys, f"adapter={adapter}", "prompt=a fox", "out=wanted")
     assert np.array_equal(pixels(ten), pixels(wanted))
     assert not np.array_equal(pixels(Path(out.strip())), pixels(wanted))
+    ours = given_adapter(run, None, print).file
+    ours.write_bytes(ours.read_bytes()[:-1])  # the cache is not believed
     (again,) = made(capsys, f"from={out.strip()}", "out=again")
     assert again.read_bytes() == Path(out.strip()).read_bytes()
     shutil.rmtree(run / "checkpoints" / "step-000020")
@@ -261,6 +263,24 @@ def test_a_file_is_imported_anew_for_other_weights(
     save_file({name: 1.01 * value for name, value in load_file(weights).items()}, weights)
     again = given_adapter(given, str(base), print)
     assert again.file != first.file and again.facts == first.facts
+
+
+def test_an_imported_file_that_has_changed_is_imported_again(
+    tiny_folder: Path, save_trained_on: Save, capsys: Printed
+) -> None:
+    """Weights that are finite and of the right shapes are compared with their checksum, too."""
+    adapter = save_trained_on(tiny_folder, LORA)
+    assert main(["export", f"adapter={adapter}", "out=x", "format=kohya", "device=cpu"]) == 0
+    (given,) = Path("x").glob("*.safetensors")
+    file = given_adapter(given, str(tiny_folder), print).file
+    wanted = file.read_bytes()
+    file.write_bytes(wanted[:-1] + bytes([wanted[-1] ^ 1]))
+    capsys.readouterr()
+    assert given_adapter(given, str(tiny_folder), print).file == file
+    assert f"{file}, kept from before, is damaged or was changed" in capsys.readouterr().out
+    assert file.read_bytes() == wanted
+    given_adapter(given, str(tiny_folder), print)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_stranger_s_file_says_what_is_wrong(tiny_folder: Path, capsys: Printed) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.common.paths import cache_folder, shipped
 from trainer.config.header import HEADER, file_of
 from trainer.data.identity import LETTERS, sha256_of_file
+from trainer.data.kept_file import kept_file
 
 if TYPE_CHECKING:
     from trainer.backbones.backbone import Backbone
@@ -148,11 +149,13 @@ def _checkpoint(folder: Path, say: Say) -> GivenAdapter:
     manifest, run = found.manifest, folder.absolute().parent.parent
     digest = _digest(folder / MANIFEST)  # it holds the hashes of the checkpoint's files
     file = cache_folder() / "checkpoints" / digest / "adapter.safetensors"
-    if not file.is_file():
+
+    def make(file: Path) -> None:
         weights, state = read_checkpoint(found)
         weights |= (state["parts"].get("ema") or {}).get("averaged", {})
-        file.parent.mkdir(parents=True, exist_ok=True)
         save_adapter(file, weights, manifest["recipe"], identity=manifest["backbone"])
+
+    kept_file(file, make, say)
     say(f"adapter={folder}: a run that has not finished, its weights after step {found.step}")
     name = f"{run.parent.name}/{run.name}"
     return GivenAdapter(file, {"adapter": name, "adapter_sha256": digest, "step": found.step})
@@ -174,13 +177,13 @@ def _foreign(path: Path, backbone: str | None, say: Say) -> GivenAdapter:
     # what is read depends on the weights of the backbone, too, as where an adapter starts from them
     base = sorted(part_digests(backbone_spec(backbone)).items())
     key = hashlib.sha256(repr((digest, backbone, base, own_version())).encode()).hexdigest()[:24]
-    folder = cache_folder() / "imported" / key
-    file = folder / "adapter.safetensors"
-    if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        file.with_suffix(".yaml").unlink(missing_ok=True)  # of an import that was interrupted
+    file = cache_folder() / "imported" / key / "adapter.safetensors"
+
+    def make(file: Path) -> None:
         for line in _imported(import_file, path, backbone, file=file):
             say(line)
+
+    kept_file(file, make, say)
     return GivenAdapter(file, {"adapter": path.stem, "adapter_sha256": digest})
 
 
