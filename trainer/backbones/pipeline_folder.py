@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from trainer.backbones.weight_files import weight_files
+from trainer.backbones.weight_files import names_to_fetch, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 
 SCHEDULER = "scheduler_config.json"
+# what a checkpoint of the hub has beside its weights, and what of that is not fetched: a tool for
+# other pipelines, and indices of shards, which are fetched with these
+SMALL = ("model_index.json", "*/*.json", "*/merges.txt", "*/vocab.json", "*/spiece.model")
+OTHERS = ("safety_checker/*", "*.safetensors.index*")
 WITHOUT_VALUES: ContextVar[bool] = ContextVar("without_values", default=False)
 
 
@@ -141,22 +145,53 @@ def pipeline_folder(spec: BackboneSpec, name: str, parts: Sequence[str]) -> Pipe
 
 
 def _download(spec: BackboneSpec, name: str, parts: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
+    """The folder of a checkpoint of the hub, from the cache where it is complete."""
+    from huggingface_hub import HfApi, snapshot_download
 
-    patterns = ["model_index.json", "*/*.json", "*/merges.txt", "*/vocab.json", "*/spiece.model"]
-    patterns += [f"{part}/*.safetensors" for part in parts]
-    try:
-        return Path(
-            snapshot_download(
-                spec.hub,  # type: ignore[arg-type]
-                revision=spec.revision,
-                allow_patterns=patterns,
-                ignore_patterns=["*.fp16.*", "*.non_ema.*", "safety_checker/*"],
-            )
+    hub, revision = str(spec.hub), spec.revision
+
+    def small(kept: bool = False) -> Path:
+        found = snapshot_download(
+            hub,
+            revision=revision,
+            allow_patterns=list(SMALL),
+            ignore_patterns=list(OTHERS),
+            local_files_only=kept,
         )
+        return Path(found)
+
+    try:
+        if (folder := _kept(small, parts)) is not None:
+            return folder
+        every = HfApi().list_repo_files(hub, revision=revision)
+        folder = small()  # before the weights, so that where these are, all is
+        if weights := weights_to_fetch(every, parts):
+            snapshot_download(hub, revision=revision, allow_patterns=weights)
+        return folder
     except Exception as error:  # the hub raises a dozen kinds, all for what cannot be fetched
         raise ValueError(
             f"backbone {name}: {spec.hub} could not be fetched ({type(error).__name__}); "
             "download the folder on a "
             f"machine with access and pass backbone=<folder>"
         ) from error
+
+
+def _kept(small: Callable[..., Path], parts: Sequence[str]) -> Path | None:
+    """The folder in the cache; None where something lacks. A pinned commit never changes."""
+    try:
+        folder = small(kept=True)
+        for part in parts:
+            weight_files(folder / part)
+    except (OSError, ValueError):  # the library's own errors are of both kinds
+        return None
+    return folder
+
+
+def weights_to_fetch(every: Iterable[str], parts: Sequence[str]) -> list[str]:
+    """Of all files of a repository, the weights of these parts: in full precision where they are,
+    else those of the one variant that `weight_files` takes."""
+    found = []
+    for part in parts:
+        inside = [path.partition("/")[2] for path in every if path.startswith(f"{part}/")]
+        found += [f"{part}/{own}" for own in names_to_fetch(inside)]
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from trainer.common import pickles
 
 STEM = r"(?:diffusion_pytorch_model|model)"
 WHOLE = re.compile(rf"{STEM}(?:\.(?P<variant>[\w-]+))?\.safetensors")
-SHARD = re.compile(rf"{STEM}(?:\.[\w-]+?)?-\d{{5}}-of-\d{{5}}(?:\.[\w-]+)?\.safetensors")
 # diffusers and transformers put the variant at different places
+SHARD = re.compile(
+    rf"{STEM}(?:\.(?P<one>[\w-]+?))?-\d{{5}}-of-\d{{5}}(?:\.(?P<other>[\w-]+))?\.safetensors"
+)
 INDEX = re.compile(
     rf"{STEM}\.safetensors(?:\.(?P<one>[\w-]+))?\.index(?:\.(?P<other>[\w-]+))?\.json"
 )
@@ -43,9 +46,29 @@ def weight_files(where: Path) -> WeightFiles:
             found[match["variant"]] = (path,)
     if not found:
         raise ValueError(_none_found(where))
-    known = [variant for variant in PREFERRED if variant in found]
-    variant = (known or sorted(map(str, found)))[0]
+    variant = _preferred(found)
     return WeightFiles(found[variant], variant)
+
+
+def names_to_fetch(names: Iterable[str]) -> list[str]:
+    """Of the names in a part's folder elsewhere, those of the weights that `weight_files` would
+    take, with the index of shards; none where there are no weights in safetensors."""
+    whole: dict[str | None, list[str]] = {}
+    parts: dict[str | None, list[str]] = {}
+    for name in sorted(names):
+        if match := SHARD.fullmatch(name) or INDEX.fullmatch(name):
+            parts.setdefault(match["one"] or match["other"], []).append(name)
+        elif match := WHOLE.fullmatch(name):
+            whole[match["variant"]] = [name]
+    found = parts | whole
+    return found[_preferred(found)] if found else []
+
+
+def _preferred(variants: Iterable[str | None]) -> str | None:
+    """The variant to take: full precision where it is, else the first known one."""
+    variants = list(variants)
+    known = [variant for variant in PREFERRED if variant in variants]
+    return (known or sorted(map(str, variants)))[0]
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
