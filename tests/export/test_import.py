@@ -26,6 +26,7 @@ from trainer.export.export import export
 from trainer.export.factor import exact, fitted, truncated
 from trainer.export.import_ import import_file
 from trainer.export.layer_names import ldm
+from trainer.export.read_layers import read_layers
 from trainer.export.read_names import Names
 from trainer.methods.apply import apply_methods
 from trainer.runs.adapter import start_from
@@ -473,6 +474,50 @@ def test_names_of_a_text_encoders_layer(name: str, tiny: Any) -> None:
     own = "encoder.layers.1.mlp.fc1"
     found = Names(tiny).find(name.format(own, flat=own.replace(".", "_")))
     assert found == (f"text_encoder.{own}",)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "cond_stage_model.model.transformer.", "conditioner.embedders.0.model.transformer.",
+        "text_encoders.clip_h.transformer.", "lora_te_model_transformer_", "transformer.", "",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("other", "layers"),
+    [
+        ("attn.in_proj", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+        ("attn.out_proj", ["self_attn.out_proj"]),
+        ("mlp.c_fc", ["mlp.fc1"]),
+        ("mlp.c_proj", ["mlp.fc2"]),
+        ("ln_2", ["layer_norm2"]),
+    ],
+)
+def test_names_of_openclip(start: str, other: str, layers: list[str], tiny: Any) -> None:
+    """The text encoder has three blocks: OpenCLIP's fourth is the one that is not run, and there is
+    no fifth."""
+    flat, names = start.startswith("lora_"), Names(tiny)
+    for block, wanted in {
+        2: tuple(f"text_encoder.encoder.layers.2.{layer}" for layer in layers), 3: (), 4: None
+    }.items():  # fmt: skip
+        name = f"resblocks.{block}.{other}"
+        assert names.find(start + (name.replace(".", "_") if flat else name)) == wanted
+
+
+def test_a_block_of_openclip_that_is_not_run_is_said(tiny: Any) -> None:
+    width = tiny.text_encoder.config.hidden_size
+    ends = {"lora_down.weight": torch.ones(2, width), "lora_up.weight": torch.ones(3 * width, 2)}
+    start = "cond_stage_model.model.transformer.resblocks"
+    tensors = {
+        f"{start}.{block}.attn.in_proj_weight.{end}": value
+        for block in (2, 3)
+        for end, value in ends.items()
+    }
+    found = read_layers(tensors, tiny)
+    assert {path.rpartition(".")[2] for path in found.layers} == {"q_proj", "k_proj", "v_proj"}
+    assert found.notes[1].startswith("1 layers are of a block of the text encoder that this")
+    with pytest.raises(ValueError, match=r"down of .*in_proj_bias: a trained bias"):
+        read_layers({f"{start}.1.attn.in_proj_bias.lora_down.weight": torch.ones(2, 2)}, tiny)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from foreign.case import Case, Made, weights
+from foreign.case import Case, Made, fresh, weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -206,6 +206,40 @@ def _fused(writer: Writer, layers: Iterable[Any], key: str, *, full: bool) -> No
     writer.tensors |= {f"{key}.diff": whole} if full else writer.kinds(key, down, up, 2.0)
 
 
+def of_open_clip(
+    layer: Name, kinds: Kinds = kohya_kinds, *, attention: str = "attn.in_proj_weight"
+) -> Callable[[Any, Path], Made]:
+    """A text encoder by OpenCLIP's names, q, k and v in one matrix, and one block more than the
+    encoder has, as of Stable Diffusion 2.x, which does not run its last."""
+    single = {"attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    if attention == "attn":  # as peft has it
+        single["attn.base_layer.out_proj"] = single.pop("attn.out_proj")
+
+    @torch.no_grad()
+    def make(base: Any, folder: Path) -> Made:
+        writer, full = Writer(base, kinds), kinds is full_kinds
+        blocks = list(getattr(base.text_encoder, "text_model", base.text_encoder).encoder.layers)
+        for number, block in enumerate([*blocks, fresh(blocks[-1])]):
+            roles = [block.self_attn.get_submodule(f"{role}_proj") for role in "qkv"]
+            name = f"resblocks.{number}.{attention}"
+            _fused(writer, roles, layer(name), full=full)
+            if full:
+                bias = writer.random(3 * len(roles[0].bias))
+                for own, part in zip(roles, bias.chunk(3), strict=True):
+                    own.bias += part
+                writer.tensors[f"{layer(name).replace('weight', 'bias')}.diff"] = bias
+            for other, path in single.items():
+                key = layer(f"resblocks.{number}.{other}")
+                _fused(writer, [block.get_submodule(path)], key, full=full)
+        return writer.save(folder)
+
+    return make
+
+
+def full_kinds(key: str, down: Tensor, up: Tensor, alpha: float) -> dict[str, Tensor]:
+    return {f"{key}.diff": alpha / len(down) * up @ down}
+
+
 def plus(key: str, value: Tensor) -> Callable[[Any, Path], Made]:
     """A good file with one more tensor."""
 
@@ -361,6 +395,30 @@ CASES = [
         embedding(lambda rows: {"clip_l": rows, "clip_g": rows.repeat(1, 2)}),
         LAYOUT,
         "text encoder number 2",
+    ),
+    Case(
+        "Stable Diffusion 2.x, first code",
+        "LoRA of OpenCLIP's resblocks, fused in_proj_weight",
+        of_open_clip(dotted("cond_stage_model.model.transformer.")),
+        LAYOUT,
+    ),
+    Case(
+        "Stable Diffusion 2.x, first code",
+        "full matrices and biases of the same (.diff)",
+        of_open_clip(dotted("cond_stage_model.model.transformer."), full_kinds),
+        LAYOUT,
+    ),
+    Case(
+        "A1111",
+        "LoRA of OpenCLIP's resblocks, names with underscores",
+        of_open_clip(underscored("lora_te_model_transformer_"), attention="attn.in_proj"),
+        LAYOUT,
+    ),
+    Case(
+        "peft",
+        "LoRA of OpenCLIP's own attention (MultiheadAttention)",
+        of_open_clip(dotted("text_encoder.transformer."), folded_kinds, attention="attn"),
+        LAYOUT,
     ),
     Case("this project", "kohya file beside its embeddings/", beside, LAYOUT),
 ]

@@ -77,9 +77,23 @@ def read_layers(
                 part = without_start(own or {}, part, layer.module.weight)
             if _changes(part):
                 layers[layer.path] = part
-    note = f"{without_alpha} layers have no alpha: their rank is used, which is a factor of 1"
-    notes = (note,) if without_alpha else ()
+    notes = _notes(without_alpha, [name for name, own in where.items() if not own])
     return Bundle(layers, {}, forms=forms, bare=bare, notes=notes)
+
+
+def _notes(without_alpha: int, idle: list[str]) -> tuple[str, ...]:
+    """What a file leaves open, and the layers in it that this backbone does not run."""
+    found = []
+    if without_alpha:
+        found.append(
+            f"{without_alpha} layers have no alpha: their rank is used, which is a factor of 1"
+        )
+    if idle:
+        found.append(
+            f"{len(idle)} layers are of a block of the text encoder that this backbone does not "
+            f"run, as {idle[0]}: they change nothing and are left out"
+        )
+    return tuple(found)
 
 
 def _changes(part: Delta) -> bool:
@@ -99,7 +113,7 @@ def _places(by_layer: Mapping[str, object], base: Any) -> dict[str, list[Layer]]
             f"backbone {base.name} does not have: {NOWHERE}"
         )
     seen: dict[str, str] = {}
-    placed: dict[str, list[Layer]] = {}
+    placed: dict[str, list[Layer]] = {name: [] for name in by_layer}
     for name, paths in found.items():
         for path in paths or ():
             if path in seen:
@@ -111,7 +125,7 @@ def _places(by_layer: Mapping[str, object], base: Any) -> dict[str, list[Layer]]
                     f"the file adapts {path}, a convolution in groups, whose weight cannot hold "
                     f"the product of two matrices; {MERGE}"
                 )
-            placed.setdefault(name, []).append(layer)
+            placed[name].append(layer)
     return placed
 
 
@@ -171,8 +185,8 @@ def _pair(name: str, kinds: Mapping[str, Tensor], fields: Fields) -> LowRankDelt
 
 def _split(found: Delta | Form, layers: list[Layer]) -> list[tuple[Layer, Delta | Form]]:
     """What a name's tensors are for each of its layers: a fused one's rows are those of several."""
-    if len(layers) == 1:
-        return [(layers[0], found)]
+    if len(layers) < 2:
+        return [(layer, found) for layer in layers]
     sizes = [layer.shape[0] for layer in layers]
     if isinstance(found, Form):
         found = FullDelta(weight_of(found, (sum(sizes), layers[0].shape[1])))

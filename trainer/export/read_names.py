@@ -4,13 +4,14 @@ A name is what stands before a tensor's kind, as in `lora_unet_mid_block_attenti
 `text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1`. Tools put one or several
 prefixes before it, join it with dots or with underscores, and name blocks as diffusers, as latent
 diffusion, or as the model's first code did. A name may be of a fused layer, such as `qkv`, whose
-rows are those of several layers here.
+rows are those of several layers here. CLIP in OpenCLIP's code, as in checkpoints of Stable
+Diffusion 2.x, calls its layers `transformer.resblocks.0.attn.in_proj_weight`, and so on.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trainer.export.layer_names import ldm, original_names, underscored
@@ -24,6 +25,15 @@ ENCODER = re.compile(
 )
 FLAT = re.compile(r"(?:lora|lycoris)_(.+)")
 FLAT_PART = re.compile(r"(?:(unet|transformer|denoiser|dit)|(te\d?|text_encoder(?:_\d)?))_(.+)")
+# layers of CLIP in OpenCLIP, or in peft around it, and here; rows of the first are those of q, k, v
+OPEN_CLIP = {
+    "attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.in_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.out_proj": ("self_attn.out_proj",), "attn.base_layer.out_proj": ("self_attn.out_proj",),
+    "mlp.c_fc": ("mlp.fc1",), "mlp.c_proj": ("mlp.fc2",),
+    "ln_1": ("layer_norm1",), "ln_2": ("layer_norm2",),
+}  # fmt: skip
+BEFORE_BLOCKS = ("", "transformer.", "model.transformer.")
 FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}  # by diffusers' own names
 Paths = tuple[str, ...]
 
@@ -35,11 +45,12 @@ class Names:
         self.tables = {model.denoiser_name: _denoiser_names(model)}
         for part, encoder in model.text_encoders.items():
             named = ((name, module) for name, module in encoder.named_modules())
-            self.tables[part] = {
+            own = {
                 name.removeprefix("text_model."): (f"{part}.{name}",)
                 for name, module in named
                 if getattr(module, "weight", None) is not None
             }
+            self.tables[part] = _open_clip_names(own) | own
         self.flat = {
             part: {underscored(name): paths for name, paths in table.items()}
             for part, table in self.tables.items()
@@ -47,8 +58,8 @@ class Names:
         self.denoiser, *self.encoders = self.tables
 
     def find(self, name: str) -> Paths | None:
-        """The paths of the layer called so, in the order of its rows where it is a fused one; None
-        if the model has no such layer."""
+        """The paths of the layer called so, in the order of its rows where it is a fused one; none
+        of a layer that the model leaves out, and None if it has no such layer."""
         for part, rest, dotted in _spellings(name):
             tables = self.tables if dotted else self.flat
             for own in self._parts(part):
@@ -100,6 +111,24 @@ def _number(encoder: str) -> int:
 def _without_level(rest: str) -> str:
     """A text encoder's name without the level `text_model`, which transformers 5 dropped."""
     return re.sub(r"^text_model[._]", "", rest)
+
+
+def _open_clip_names(own: Mapping[str, Paths]) -> dict[str, Paths]:
+    """OpenCLIP's names of a CLIP text encoder's layers, from its own; those of the block behind the
+    last one stand for nothing: Stable Diffusion 2.x reads what the last block but one gives, so
+    that in diffusers' layout the last one is left out."""
+    found: dict[str, Paths] = {}
+    blocks = sum(name.endswith(".self_attn.q_proj") for name in own)
+    for block in range(blocks + 1 if blocks else 0):
+        for name, layers in OPEN_CLIP.items():
+            here = [f"encoder.layers.{block}.{layer}" for layer in layers]
+            paths = tuple(path for layer in here for path in own.get(layer, ()))
+            for start in BEFORE_BLOCKS:
+                found[f"{start}resblocks.{block}.{name}"] = paths
+    last = own.get("final_layer_norm")
+    if blocks and last is not None:
+        found |= {"ln_final": last, "model.ln_final": last}
+    return found
 
 
 def _denoiser_names(model: Any) -> dict[str, Paths]:

@@ -82,11 +82,23 @@ def _split(key: str) -> tuple[str, str]:
         kind = next(
             kind for kind, own in zip(KINDS.values(), match.groups()[1:], strict=True) if own
         )
-        return match[1], kind
+        return _of_fused_parameter(match[1], kind)
     for pattern, what in REFUSED.items():
         if re.fullmatch(rf".+?\.(?:{pattern})", key):
             raise ValueError(f"the file holds {key}: {what}")
     raise ValueError(f"the file holds {key}, which belongs to no kind of adapter that is read")
+
+
+def _of_fused_parameter(name: str, kind: str) -> tuple[str, str]:
+    """The layer of a parameter that a tool names in the place of its layer: the fused matrix and
+    bias of torch's own attention."""
+    if (layer := name.removesuffix("_weight")) != name and layer.endswith("in_proj"):
+        return layer, kind
+    if (layer := name.removesuffix("_bias")) != name and layer.endswith("in_proj"):
+        if kind == "diff":
+            return layer, "diff_b"
+        raise ValueError(f"the file holds {kind} of {name}: {BIAS}")
+    return name, kind
 
 
 def check_complete(layers: Mapping[str, Mapping[str, Tensor]]) -> None:
