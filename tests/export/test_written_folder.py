@@ -18,10 +18,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from trainer.backbones import load_backbone
 from trainer.config.header import read_header
+from trainer.config.lineage import backbone_spec
 from trainer.export.card import Card, card_of
 from trainer.export.export import export
 from trainer.export.printed_call import code_of, run_call
+from trainer.runs.adapter import load_adapted
 
 # a format, and an adapter of `conftest.TREES` that it carries
 CARRIES = {
@@ -187,6 +190,55 @@ def test_every_header_says_the_words_and_the_size(
     if name == "kohya":
         with safe_open(out / "my_cup.safetensors", "pt") as opened:
             assert opened.metadata()["ss_resolution"] == "(48, 48)"
+
+
+LONG = "a fox on a blue background " * 8  # more than the 30 tokens of one call
+
+
+@pytest.mark.parametrize(("name", "kind"), [("kohya", "tiny"), ("peft", "dit"), ("comfyui", "dit")])
+def test_long_prompts_are_said_and_read_by_the_printed_call(
+    name: str, kind: str, request: pytest.FixtureRequest, save_trained_on: Any, tmp_path: Path
+) -> None:
+    base: Path = request.getfixturevalue(f"{kind}_folder")
+    methods = {"lora": {"sites": "cross", "rank": 2}}
+    path = save_trained_on(base, methods, text={"max_tokens": 60})
+    out = export(path, tmp_path / "mine", name, say=quiet)
+    hint = (
+        "Trained with prompts of up to 60 tokens, in parts of 30 that have a begin and an end each"
+    )
+    for file in out.rglob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            header = opened.metadata()
+        assert header["ss_max_token_length"] == "60"
+        assert header["modelspec.usage_hint"] == hint
+    readme = " ".join((out / "README.md").read_text().split())
+    assert f"{hint}. A1111's web UI, Forge and ComfyUI read long prompts so" in readme
+    assert ("The call below reads them so." in readme) == (name != "comfyui")
+    if name == "comfyui":
+        return
+    names = run_as_printed(out, _plain(base, tmp_path))
+    adapted, _ = load_adapted(path)
+    for prompt in (LONG, "a fox", ""):
+        wanted = adapted.encode_prompts([prompt])
+        found = names["encode"](prompt)
+        tokens, mask = (found, None) if kind == "tiny" else found
+        torch.testing.assert_close(tokens, wanted.tokens, rtol=0, atol=1e-5)
+        assert tokens.shape[1] == 64
+        assert mask is None or torch.equal(mask, wanted.mask.to(mask.dtype))
+
+
+def _plain(base: Path, tmp_path: Path) -> Path:
+    """The backbone as a stock pipeline's folder."""
+    load_backbone(backbone_spec(str(base)), str(base)).pipeline().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_a_short_reader_is_called_as_ever(written: Any) -> None:
+    """Without text.max_tokens nothing is said of the length of prompts."""
+    readme = (written("kohya") / "README.md").read_text()
+    assert "encode" not in readme and "Trained with prompts" not in readme
+    with safe_open(written("kohya") / "my_dog.safetensors", "pt") as opened:
+        assert "ss_max_token_length" not in opened.metadata()
 
 
 def test_a_word_from_a_strangers_file_is_never_code(tiny_folder: Path, tiny: Any) -> None:

@@ -27,6 +27,7 @@ from trainer.export.find_format import find_format
 from trainer.export.job import Job
 from trainer.export.out_path import check_out, is_one_file, only_file
 from trainer.export.probe import LIMIT, PROOF_FRAMES, Probe, Say, difference
+from trainer.export.prompt_lines import prompt_entries
 from trainer.export.proof import Proof, measure_rounding, prove, prove_printed_call
 from trainer.export.refusal import proposal, refuse
 from trainer.export.settle_folder import settle
@@ -246,7 +247,7 @@ def _write(job: Job, proof: Proof, part: Path, *, dtype: str) -> Proof:
             raise ValueError("the adapter changes nothing; there is nothing to write")
         usage = chosen.usage(job, folder)
         write_readme(job, usage, format_name=proof.format_name, folder=folder)
-        settle(folder, job.card.entries)
+        settle(folder, {**job.card.entries, **prompt_entries(job.base)})
     if usage.warning:
         proof.say(usage.warning)
     whole = proof.whole and not usage.partial

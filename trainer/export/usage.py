@@ -13,6 +13,7 @@ from trainer.common.version import own_version
 from trainer.export import tokens
 from trainer.export.card import Card
 from trainer.export.job import Job
+from trainer.export.prompt_lines import encoding, prompt_arguments, prompt_text, prompts_before
 from trainer.export.read_tokens import EMBEDDINGS
 
 README = "README.md"
@@ -61,6 +62,8 @@ def _readme(card: Card, usage: Usage, base: Any, *, format_name: str) -> Iterato
         yield f"Words that call it: {', '.join(f'`{word}`' for word in card.trained)}.\n"
     if card.size:
         yield f"Trained at {card.size[0]}x{card.size[1]} pixels.\n"
+    if prompts := prompt_text(base, called=usage.call is not None):
+        yield f"{prompts}\n"
     warning = (f"{usage.warning[0].upper()}{usage.warning[1:]}.",) if usage.warning else ()
     for paragraph in (*warning, *usage.text):
         yield f"{paragraph}\n"
@@ -96,13 +99,16 @@ def _python(card: Card, usage: Usage, base: Any) -> Iterator[str]:
         yield from _scheduler(base)
     yield from usage.call or ()
     yield "pipe.to(device)"
+    yield from encoding(base)
+    yield from prompts_before(card.prompt, base)
+    given = prompt_arguments(card.prompt, base)
     size = f", width={card.size[0]}, height={card.size[1]}" if card.size else ""
     own = f"num_inference_steps=steps{size}{_options(base)}"
     if clip:
-        yield f"clip = pipe({card.prompt!r}, num_frames=frames, {own}).frames[0]"
+        yield f"clip = pipe({given}, num_frames=frames, {own}).frames[0]"
         yield 'export_to_gif(clip, "clip.gif")'
     else:
-        yield f"picture = pipe({card.prompt!r}, {own}).images[0]"
+        yield f"picture = pipe({given}, {own}).images[0]"
         yield 'picture.save("picture.png")'
 
 
