@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,7 +17,7 @@ from trainer.data.source import Generation, Needs
 from trainer.media.images import ImageError
 from trainer.media.photo_captions import CaptionRules, Captions
 from trainer.media.photo_folder import read_folder
-from trainer.media.photo_listing import Listing, list_photos
+from trainer.media.photo_listing import list_photos
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -57,7 +58,7 @@ class ClassFolder:
     def check(self) -> None:
         """Raises ValueError for an image that would have no caption; the message begins with the
         option."""
-        captions = self.captions()
+        captions = self.captions
         for path in captions.listing.photos if self.caption is None else ():
             with suppress(ImageError):  # reading reports what is wrong with it
                 found = captions.of(path)
@@ -72,8 +73,8 @@ class ClassFolder:
     def read(self, on_bad: Literal["raise", "skip"]) -> list[Pair]:
         """Its images; raises ImageError as `read_folder`, and ValueError as `check`."""
         self.check()
-        listing = self._listing()
-        photos, _ = read_folder(listing, on_bad, rules=self._rules())
+        listing = self.captions.listing
+        photos, _ = read_folder(self.captions, on_bad)
         return [
             Pair(
                 photo.image,
@@ -84,15 +85,11 @@ class ClassFolder:
             for photo in photos
         ]
 
+    @cached_property
     def captions(self) -> Captions:
-        """What lies in the folder; raises ValueError as `list_photos`."""
-        return Captions(self._listing(), self._rules())
-
-    def _listing(self) -> Listing:
-        return list_photos(self.path, self.recursive)
-
-    def _rules(self) -> CaptionRules:
-        return CaptionRules(subjects=self.caption is None)
+        """What lies in the folder, read once; raises ValueError as `list_photos`."""
+        rules = CaptionRules(subjects=self.caption is None)
+        return Captions(list_photos(self.path, self.recursive), rules)
 
 
 def class_images(prompts: Sequence[str], seed: int, how: Generation, *, needs: Needs) -> list[Pair]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 from trainer.common.articles import article_of
 from trainer.data.augment import CLOSE_PREFIXES, FAR_PREFIXES, prefixed
@@ -14,7 +16,7 @@ from trainer.data.templates import TEMPLATES, render
 from trainer.media.images import ImageError
 from trainer.media.photo_captions import CaptionRules, Captions
 from trainer.media.photo_folder import Photo, read_folder
-from trainer.media.photo_listing import Listing, list_photos
+from trainer.media.photo_listing import list_photos
 
 SPRITE = "sprite:"
 # as a user would take photos: the thing alone, then beside others. Each is a scene index in the
@@ -27,10 +29,12 @@ SCENES: tuple[tuple[int, str | None], ...] = (
     (21, "car"),
 )
 UNSEEN = range(505, 521)
+FILES = CaptionRules(subjects=False)  # the name of a folder is no caption here
 HELD_OUT_FROM = 5  # photos of a concept, of which one is then held out
 
 
-class OneConcept(NamedTuple):
+@dataclass(frozen=True)
+class OneConcept:
     """place: a folder of photos, or `sprite:<word>`; token: its new word; kind: its class word;
     recursive: whether subfolders are read; rules: which captions."""
 
@@ -38,10 +42,12 @@ class OneConcept(NamedTuple):
     token: str
     kind: str | None
     recursive: bool = False
-    rules: CaptionRules = CaptionRules(subjects=False)
+    rules: CaptionRules = FILES
 
-    def listing(self) -> Listing:
-        return list_photos(self.place, self.recursive)
+    @cached_property
+    def read(self) -> Captions:
+        """What lies in its folder, read once."""
+        return Captions(list_photos(self.place, self.recursive), self.rules)
 
     @property
     def sprite(self) -> str | None:
@@ -66,9 +72,9 @@ def photos_of(
     if concept.sprite is not None:
         unseen = [(index, None) for index in UNSEEN]
         return _scenes(concept, SCENES), [], _scenes(concept, unseen)
-    listing = concept.listing()
-    photos, skipped = read_folder(listing, on_bad, rules=concept.rules)
-    pairs = [_pair(photo, concept, listing) for photo in photos]
+    listing = concept.read.listing
+    photos, skipped = read_folder(concept.read, on_bad)
+    pairs = [_pair(photo, concept) for photo in photos]
     if validation is None:
         validation = int(len(pairs) >= HELD_OUT_FROM)
     check_split(validation, len(pairs), f"photos in {concept.place}")
@@ -77,13 +83,13 @@ def photos_of(
     return pairs[:cut], left_out, pairs[cut:]
 
 
-def _pair(photo: Photo, concept: OneConcept, listing: Listing) -> Pair:
+def _pair(photo: Photo, concept: OneConcept) -> Pair:
     captions = photo.captions or concept.templates
     if any(concept.token not in caption for caption in captions):
-        found = Captions(listing, concept.rules).of(photo.path)
+        found = concept.read.of(photo.path)
         where = found.where if found else photo.path
         raise ValueError(f"{where}: the caption must contain the token {concept.token}")
-    return Pair(photo.image, captions, listing.name(photo.path), mask=photo.mask)
+    return Pair(photo.image, captions, concept.read.listing.name(photo.path), mask=photo.mask)
 
 
 def captions_of(concept: OneConcept, augment: bool) -> Iterator[tuple[str, str]]:
@@ -92,7 +98,7 @@ def captions_of(concept: OneConcept, augment: bool) -> Iterator[tuple[str, str]]
         own = [(pair.key, pair.captions[0]) for pair in _scenes(concept, SCENES)]
     else:
         own = []
-        captions = Captions(concept.listing(), concept.rules)
+        captions = concept.read
         for path in captions.listing.photos:
             with suppress(ImageError):  # reading reports or skips it
                 found = captions.of(path)

@@ -47,10 +47,12 @@ class Captioned:
 
 
 class Captions:
-    """The captions of the photos of a listing; raises ImageError for a table that is damaged."""
+    """The captions of the photos of a listing, each read once; raises ImageError for a table that
+    is damaged."""
 
     def __init__(self, listing: Listing, rules: CaptionRules = ANY) -> None:
         self.listing, self.rules = listing, rules
+        self._known: dict[Path, Captioned | None] = {}
         self._rows: dict[Path, Captioned] = {}
         for table in listing.tables if rules.kind in (None, "metadata") else ():
             self._rows |= _read_table(table, listing)
@@ -61,6 +63,11 @@ class Captions:
         Raises:
             ImageError: a file is not UTF-8, or two places give it different captions.
         """
+        if photo not in self._known:
+            self._known[photo] = self._read(photo)
+        return self._known[photo]
+
+    def _read(self, photo: Path) -> Captioned | None:
         found = [*self._files(photo), *filter(None, [self._rows.get(photo)])]
         for other in found[1:]:
             if other.texts != found[0].texts:

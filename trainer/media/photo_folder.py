@@ -11,8 +11,8 @@ from PIL import Image
 
 from trainer.media.images import ImageError, read_image, resize_cover, upright_size
 from trainer.media.mask_files import read_mask
-from trainer.media.photo_captions import ANY, CaptionRules, Captions
-from trainer.media.photo_listing import Listing, list_photos
+from trainer.media.photo_captions import Captions
+from trainer.media.photo_listing import list_photos
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,18 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
 
 
 def read_folder(
-    folder: str | Path | Listing,
+    folder: str | Path | Captions,
     on_bad: Literal["raise", "skip"] = "raise",
     size: int | None = None,
     *,
-    rules: CaptionRules = ANY,
     opener: Callable[[Path], Image.Image] = read_image,
 ) -> tuple[list[Photo], list[tuple[Path, str]]]:
     """Reads all photos of a folder with their captions, in natural order.
 
-    on_bad: "raise" reports all bad images and captions in one error; "skip" skips them. size: cut
-    each image by `resize_cover` while reading, so that large photos fit in memory. opener: reads a
-    photo, as `read_image` or from a cache.
+    folder: its path, or the captions of its photos, which are then not read again. on_bad: "raise"
+    reports all bad images and captions in one error; "skip" skips them. size: cut each image by
+    `resize_cover` while reading, so that large photos fit in memory. opener: reads a photo, as
+    `read_image` or from a cache.
 
     Returns the photos, and `(path, reason)` for each file skipped.
 
@@ -53,8 +53,8 @@ def read_folder(
     """
     if on_bad not in ("raise", "skip"):
         raise ValueError(f"on_bad={on_bad!r}: choose 'raise' or 'skip'")
-    listing = folder if isinstance(folder, Listing) else list_photos(folder)
-    captions, masks = Captions(listing, rules), listing.masks
+    captions = folder if isinstance(folder, Captions) else Captions(list_photos(folder))
+    listing, masks = captions.listing, captions.listing.masks
     photos: list[Photo] = []
     skipped: list[tuple[Path, str]] = []
     for path in listing.photos:

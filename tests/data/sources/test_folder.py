@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trainer.config.load import load_recipe
 from trainer.config.schema import RecipeError
 from trainer.config.validate import build_section
 from trainer.data import folder_photos
@@ -291,3 +293,31 @@ def test_what_was_found_is_told(photos: Path) -> None:
         f"{photos}: 3 photos; captions: 2 from .txt, 1 from a template; masks: none"
     ]
     assert "not read: notes.md;" in source.remarks()[0]
+
+
+def test_captions_are_read_once(
+    photos: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a start from beginning to end: the recipe, what is said of it, and the data."""
+    read, reading = Counter[str](), Path.read_bytes
+
+    def counted(path: Path) -> bytes:
+        read[path.name] += 1
+        return reading(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    texts = {f"{number}.txt" for number in (1, 2, 10)}
+    for number in texts:
+        text = (photos / number).read_text()
+        (photos / number).write_text(f"a <v1> of {text}")
+    common = [f"backbone={tiny_folder}", "optim.warmup=0"]
+    folder = ["recipe=lora_folder", f"data.folder={photos}", "run.epochs=2", *common]
+    concept = ["recipe=lora", f"data.concept={photos}", "data.class_word=cup", *common]
+    for words in (folder, [*concept, "data.prior_weight=0"]):
+        recipe = load_recipe(words)
+        train, _ = recipe.data.open(needs(photos.parent))
+        assert len(train) == 3
+        assert {name: count for name, count in read.items() if name in texts} == dict.fromkeys(
+            texts, 1
+        )
+        read.clear()

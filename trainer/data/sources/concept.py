@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -126,7 +127,7 @@ class Concept(Source):
     def kinds(self) -> tuple[str, ...]:
         return _listed(self.class_word)
 
-    @property
+    @cached_property
     def concepts(self) -> list[OneConcept]:
         """The concepts in their order."""
         folders = _listed(self.concept)
@@ -137,7 +138,7 @@ class Concept(Source):
             for each in zip(folders, self.words, kinds, strict=True)
         ]
 
-    @property
+    @cached_property
     def class_folders(self) -> list[ClassFolder]:
         """The folders of class images, each with the caption of images that have none of their
         own."""
@@ -261,9 +262,8 @@ class Concept(Source):
 
     def _read(self) -> list[Captions]:
         """What lies in each of its folders."""
-        own = [each for each in self.concepts if each.sprite is None]
-        found = [Captions(each.listing(), each.rules) for each in own]
-        return [*found, *(each.captions() for each in self.class_folders)]
+        own = [each.read for each in self.concepts if each.sprite is None]
+        return [*own, *(each.captions for each in self.class_folders)]
 
     def found(self) -> list[str]:
         return [line for each in self._read() for line in found_in(each, template=True, times=None)]

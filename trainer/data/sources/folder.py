@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -86,7 +87,7 @@ class Folder(Source):
 
     @model_validator(mode="after")
     def _every_image_has_a_caption(self) -> Folder:
-        captions = self._captions()
+        captions = self.read
         photos = captions.listing.photos
         check_split(self.validation, len(photos), f"images in {self.folder}")
         for path in photos:
@@ -103,7 +104,7 @@ class Folder(Source):
         return idle_tags(self.shuffle_tags)
 
     def captions(self) -> Iterator[Caption]:
-        captions = self._captions()
+        captions = self.read
         for path in captions.listing.photos:
             with suppress(ImageError):  # `open` reports or skips it
                 if (found := captions.of(path)) is not None:
@@ -113,13 +114,13 @@ class Folder(Source):
                     yield "data.template", self.template, None
 
     def found(self) -> list[str]:
-        return found_in(self._captions(), self.template is not None, self.repeats)
+        return found_in(self.read, self.template is not None, self.repeats)
 
     def remarks(self) -> list[str]:
-        return unread(self._listing())
+        return unread(self.read.listing)
 
     def epoch(self) -> int:
-        listing = self._listing()
+        listing = self.read.listing
         train = listing.photos[: len(listing.photos) - self.validation]
         return self.repeats * sum(map(listing.repeats, train))
 
@@ -131,11 +132,9 @@ class Folder(Source):
             ValueError: no more than `validation` photos are usable.
         """
         check_step(self.buckets, needs.divisor)
-        listing = self._listing()
+        listing = self.read.listing
         decoded = Decoded(needs.cache, needs.resolution, self.buckets)
-        photos, bad = read_folder(
-            listing, self.on_bad, CHECKED_SIDE, rules=self._rules(), opener=decoded.check
-        )
+        photos, bad = read_folder(self.read, self.on_bad, CHECKED_SIDE, opener=decoded.check)
         rows = [self._row(photo, listing) for photo in photos]
         check_split(self.validation, len(rows), f"usable images in {self.folder}")
         skipped = [f"{listing.name(path)}: {text.removeprefix(f'{path}: ')}" for path, text in bad]
@@ -165,19 +164,16 @@ class Folder(Source):
         times = self.repeats * listing.repeats(photo.path)
         return Row(photo.path, captions, listing.name(photo.path), repeats=times)
 
-    def _listing(self) -> Listing:
-        return list_photos(self.folder, self.recursive)
-
-    def _rules(self) -> CaptionRules:
+    @cached_property
+    def read(self) -> Captions:
+        """What lies in the folder; listed and read once for all that asks."""
         # a template is for all photos without a caption file
-        return CaptionRules(
+        rules = CaptionRules(
             self.caption_lines,
             self.caption_from,
             subjects=self.template is None or self.caption_from == "folder",
         )
-
-    def _captions(self) -> Captions:
-        return Captions(self._listing(), self._rules())
+        return Captions(list_photos(self.folder, self.recursive), rules)
 
 
 def _no_caption(path: Path) -> ValueError:
