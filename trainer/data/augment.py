@@ -110,6 +110,11 @@ def draw_scale(size: int, mask_divisor: int, rng: Uniform) -> int:
     return _integer(int(low * size), int(high * size), rng)
 
 
+def largest_scale(size: int) -> int:
+    """The side to which a photo is scaled at most: what is kept of one needs no more pixels."""
+    return int(CLOSE_RANGE[1] * size)
+
+
 def _paste(image: Image.Image, place: tuple[int, int], scale: int, *, size: int) -> Tensor:
     """The photo on grey. place: top and left, in pixels."""
     import torch

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from trainer.data.identity import captioned, digest_of
+from trainer.data.buckets import cover
+from trainer.data.identity import captioned, digest_of, sha256_of_file
 from trainer.data.kept import kept_pictures
 from trainer.data.source import Generation, Needs
-from trainer.media.images import ImageError
+from trainer.media.images import ImageError, read_image, upright_size
 from trainer.media.photo_captions import CaptionRules, Captions
-from trainer.media.photo_folder import read_folder
-from trainer.media.photo_listing import list_photos
+from trainer.media.photo_folder import Photo, read_folder
+from trainer.media.photo_listing import Listing, list_photos
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,23 +28,36 @@ if TYPE_CHECKING:
 class Pair:
     """An RGB image of any size, the captions that are true of it, and its mask of the same size in
     8-bit grey, if it has one. made_of: what a generated one was made of; another machine may make
-    it with other last bits."""
+    it with other last bits. file: the SHA-256 of the photo's file, where the image is not the whole
+    photo."""
 
     image: Image.Image
     captions: tuple[str, ...]
     key: str
     mask: Image.Image | None = None
     made_of: str | None = None
+    file: str | None = None
 
     def identity(self) -> str:
         """Digests of its pixels, or of what it was made of, of its captions and its mask."""
-        own = pixels_digest(self.image) if self.made_of is None else digest_of(self.made_of)
+        own = self.file or (
+            pixels_digest(self.image) if self.made_of is None else digest_of(self.made_of)
+        )
         mask = None if self.mask is None else pixels_digest(self.mask)
         return captioned(own, self.captions, mask)
 
 
 def pixels_digest(image: Image.Image) -> str:
     return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+
+
+def pair_of(photo: Photo, captions: Sequence[str], listing: Listing) -> Pair:
+    """A photo that was read, with these captions; its mask is cut as the photo was."""
+    mask, key = photo.mask, listing.name(photo.path)
+    if photo.image.size == upright_size(photo.path):
+        return Pair(photo.image, tuple(captions), key, mask=mask)
+    cut = mask and cover(mask, photo.image.size)
+    return Pair(photo.image, tuple(captions), key, mask=cut, file=sha256_of_file(photo.path))
 
 
 @dataclass(frozen=True)
@@ -70,18 +84,17 @@ class ClassFolder:
                     "several concepts a prior_folder for each of them"
                 )
 
-    def read(self, on_bad: Literal["raise", "skip"]) -> list[Pair]:
+    def read(
+        self,
+        on_bad: Literal["raise", "skip"],
+        opener: Callable[[Path], Image.Image] = read_image,
+    ) -> list[Pair]:
         """Its images; raises ImageError as `read_folder`, and ValueError as `check`."""
         self.check()
-        listing = self.captions.listing
-        photos, _ = read_folder(self.captions, on_bad)
+        photos, _ = read_folder(self.captions, on_bad, opener=opener)
+        listing, own = self.captions.listing, self.caption or ""
         return [
-            Pair(
-                photo.image,
-                tuple(text or self.caption or "" for text in photo.captions or ("",)),
-                listing.name(photo.path),
-                mask=photo.mask,
-            )
+            pair_of(photo, [text or own for text in photo.captions or ("",)], listing)
             for photo in photos
         ]
 

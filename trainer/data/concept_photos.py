@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from trainer.common.articles import article_of
 from trainer.data.augment import CLOSE_PREFIXES, FAR_PREFIXES, prefixed
-from trainer.data.class_images import Pair
+from trainer.data.class_images import Pair, pair_of
 from trainer.data.held_out import check_split
 from trainer.data.templates import TEMPLATES, render
-from trainer.media.images import ImageError
+from trainer.media.images import ImageError, read_image
 from trainer.media.photo_captions import CaptionRules, Captions
 from trainer.media.photo_folder import Photo, read_folder
 from trainer.media.photo_listing import list_photos
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SPRITE = "sprite:"
 # as a user would take photos: the thing alone, then beside others. Each is a scene index in the
@@ -61,10 +65,14 @@ class OneConcept:
 
 
 def photos_of(
-    concept: OneConcept, on_bad: Literal["raise", "skip"], validation: int | None
+    concept: OneConcept,
+    on_bad: Literal["raise", "skip"],
+    validation: int | None,
+    *,
+    opener: Callable[[Path], Image.Image] = read_image,
 ) -> tuple[list[Pair], list[str], list[Pair]]:
     """Training photos, a sentence for each skipped one, and held-out photos, if any. validation:
-    how many to hold out, None for one of `HELD_OUT_FROM` or more.
+    how many to hold out, None for one of `HELD_OUT_FROM` or more; opener: as of `read_folder`.
 
     Raises:
         ValueError: a caption without the token, or no photo is left to train on.
@@ -73,7 +81,7 @@ def photos_of(
         unseen = [(index, None) for index in UNSEEN]
         return _scenes(concept, SCENES), [], _scenes(concept, unseen)
     listing = concept.read.listing
-    photos, skipped = read_folder(concept.read, on_bad)
+    photos, skipped = read_folder(concept.read, on_bad, opener=opener)
     pairs = [_pair(photo, concept) for photo in photos]
     if validation is None:
         validation = int(len(pairs) >= HELD_OUT_FROM)
@@ -89,7 +97,7 @@ def _pair(photo: Photo, concept: OneConcept) -> Pair:
         found = concept.read.of(photo.path)
         where = found.where if found else photo.path
         raise ValueError(f"{where}: the caption must contain the token {concept.token}")
-    return Pair(photo.image, captions, concept.read.listing.name(photo.path), mask=photo.mask)
+    return pair_of(photo, captions, concept.read.listing)
 
 
 def captions_of(concept: OneConcept, augment: bool) -> Iterator[tuple[str, str]]:

@@ -54,6 +54,15 @@ class Decoded:
             return read_image(path)
         return self.cut(path, cut_size(shape, self.side, self.step))
 
+    def shrunk(self, path: Path) -> Image:
+        """The photo, cut to the square if it is large and not smaller than that; raises ImageError
+        as `read_image`."""
+        try:
+            whole = min(upright_size(path)) < self.side
+        except DAMAGED_IMAGE:
+            whole = True
+        return read_image(path) if whole else self.check(path)
+
     def cut(self, path: Path, size: Size) -> Image:
         """The photo cut to `size`; raises ImageError as `read_image`."""
         if self.cache is None or not self._is_large(upright_size(path)):

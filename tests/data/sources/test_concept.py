@@ -7,15 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from trainer.config.load import load_recipe
 from trainer.config.schema import RecipeError
 from trainer.config.validate import build_section
+from trainer.data.identity import sha256_of_file
 from trainer.data.loader import collate
 from trainer.data.plan import Slot, StepPlan
 from trainer.data.source import Generation, Needs
 from trainer.data.sources.concept import Concept
+from trainer.media.images import resize_cover, to_tensor
 
 
 @pytest.fixture
@@ -342,3 +345,41 @@ def test_photos_in_subfolders_of_a_concept(folders: list[Path], tmp_path: Path) 
         opened(tmp_path, **options)
     train, _ = opened(tmp_path, **options, recursive=True)
     assert [train.key(i) for i in range(7)][::3] == ["blue/0.png", "blue/3.png", "red/2.png"]
+
+
+def test_large_photos_are_kept_in_the_size_that_is_trained(tmp_path: Path) -> None:
+    """As large as augmentation looks at them, with their masks; small ones as they are."""
+    folder = tmp_path / "cup"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    large = noise.resize((1800, 1350), Image.Resampling.BICUBIC)
+    large.save(folder / "large.png")
+    noise.save(folder / "small.png")
+    mask = Image.new("L", large.size)
+    mask.paste(255, (0, 0, 900, 1350))
+    mask.save(folder / "large_mask.png")
+    options = {"concept": str(folder), "class_word": "cup", "prior_weight": 0, "validation": 0}
+    sizes = {}
+    for augment in (False, True):
+        source = Concept(augment=augment, **options)
+        train, _ = source.open(Needs(32, 4, no_images, tmp_path / "cache", lambda: "tiny"))
+        sizes[augment] = [pair.image.size for pair in train.pairs]
+        assert train.pairs[0].mask.size == train.pairs[0].image.size
+        assert train.pairs[0].identity().startswith(sha256_of_file(folder / "large.png")[:8])
+        wanted = to_tensor(resize_cover(large, 32))
+        gap = (train.image(0) - wanted).abs().max()
+        assert gap == 0 if not augment else gap < 0.05
+        assert torch.equal(train.loss_mask(0)[0], torch.ones(8, 1) * (torch.arange(8) < 4))
+    assert sizes == {False: [(32, 32), (40, 30)], True: [(44, 44), (40, 30)]}
+    assert len(list((tmp_path / "cache").rglob("*.png"))) == 2
+
+
+def test_large_class_images_are_kept_small_too(folders: list[Path], tmp_path: Path) -> None:
+    prior = tmp_path / "prior"
+    prior.mkdir()
+    Image.new("RGB", (1600, 1500), (9, 99, 9)).save(prior / "a.png")
+    train, _ = opened(
+        tmp_path, concept=str(folders[0]), class_word="cup", prior_folder=prior, validation=0
+    )
+    assert [pair.image.size for pair in train.pairs] == [(40, 30)] * 3 + [(32, 32)]

@@ -18,9 +18,12 @@ from typing import Literal, TypeVar
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from trainer.common.suggest import nearest
+from trainer.data.augment import largest_scale
 from trainer.data.class_images import ClassFolder, Pair, class_images
 from trainer.data.concept_data import ConceptData, View
+from trainer.data.concept_idle import idle_of
 from trainer.data.concept_photos import SPRITE, OneConcept, captions_of, photos_of
+from trainer.data.decoded import Decoded
 from trainer.data.source import Caption, Dataset, Generation, Needs, Source
 from trainer.data.source_options import (
     CaptionFrom,
@@ -30,7 +33,6 @@ from trainer.data.source_options import (
     OnBad,
     Recursive,
     ShuffleTags,
-    idle_tags,
 )
 from trainer.data.tags import Tags
 from trainer.data.templates import fill
@@ -40,9 +42,6 @@ from trainer.media.photo_report import found_in
 
 CLASS, CLASS_PROMPT = "{class}", "a photo of a {class}"
 Item = TypeVar("Item")
-# options of photos' captions; and of class images that are generated
-PHOTOS = ("recursive", "caption_from", "caption_lines", "shuffle_tags", "keep_tags")
-GENERATED = ("prior_prompts", "prior_seed", "prior_steps", "prior_guidance", "prior_sampler")
 
 
 class Concept(Source):
@@ -241,24 +240,7 @@ class Concept(Source):
         return self
 
     def idle(self) -> dict[str, str]:
-        own = [each for each in self.concepts if each.sprite is None]
-        found = idle_tags(self.shuffle_tags)
-        if self.prior_weight == 0:
-            why = "prior_weight=0 uses no class images"
-            found |= dict.fromkeys((*GENERATED, "prior_images", "prior_folder"), why)
-        elif self.prior_folder is not None:
-            why = "the class images are those of data.prior_folder"
-            found |= dict.fromkeys((*GENERATED[1:], "prior_images"), why)
-            if len(self.prior_prompts) > 1:
-                found["prior_prompts"] = f"{why}; give one, the caption of those without a .txt"
-        elif self.prior_images == 0:
-            found |= dict.fromkeys(GENERATED, "prior_images=0 generates none")
-        if not own:
-            found["validation"] = "a sprite has scenes of its own for that; it is for photos"
-            found |= dict.fromkeys(PHOTOS, "a sprite has no files; it is for folders of photos")
-            if self.prior_folder is None:
-                found["on_bad"] = "no file is read; it is for folders of photos"
-        return found
+        return idle_of(self)
 
     def _read(self) -> list[Captions]:
         """What lies in each of its folders."""
@@ -278,8 +260,10 @@ class Concept(Source):
 
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
         photos, skipped, unseen = [], [], []
+        side = largest_scale(needs.resolution) if self.augment else needs.resolution
+        kept = Decoded(needs.cache, side)
         for each in self.concepts:
-            seen, bad, more = photos_of(each, self.on_bad, self.validation)
+            seen, bad, more = photos_of(each, self.on_bad, self.validation, opener=kept.shrunk)
             if len(self.concepts) > 1 and each.sprite is None:  # their photos may be called alike
                 seen, more = (_named(pairs, each.place) for pairs in (seen, more))
             photos.append(seen)
@@ -301,7 +285,8 @@ class Concept(Source):
         if self.prior_weight == 0:
             return []
         if self.prior_folder is not None:
-            return [pair for each in self.class_folders for pair in each.read(self.on_bad)]
+            shrunk = Decoded(needs.cache, needs.resolution).shrunk
+            return [pair for each in self.class_folders for pair in each.read(self.on_bad, shrunk)]
         if not self.prior_images:
             return []
         prompts = self.class_prompts
