@@ -46,11 +46,17 @@ def in_steps(tree: Mapping[str, Any], run: RunSpec, data: Source) -> tuple[dict[
 def steps_of(run: RunSpec, data: Source) -> int:
     """The optimiser steps of `run.epochs`; the last epoch is filled up to a whole step."""
     assert run.epochs is not None, "a run of steps"
-    samples = data.epoch()
+    try:
+        samples = data.epoch()
+    except (
+        ValueError
+    ) as error:  # of shards that cannot be counted, or a server that does not answer
+        raise RecipeError(f"run.epochs={run.epochs:g}: {error}") from error
     if samples is None:
+        source = type(data).__module__.rpartition(".")[2]
         raise RecipeError(
-            f"run.epochs={run.epochs:g}: this data source does not know how many samples it has "
-            "before it is opened; give run.steps"
+            f"run.epochs={run.epochs:g}: data.source={source} does not know how many samples it "
+            "has before it is opened; give run.steps"
         )
     return max(1, ceil(run.epochs * samples / (run.batch_size * run.accumulate) - 1e-9))
 

@@ -53,6 +53,13 @@ class OneConcept:
         """What lies in its folder, read once."""
         return Captions(list_photos(self.place, self.recursive), self.rules)
 
+    def trained(self, validation: int | None) -> int:
+        """How many photos it trains on, by what lies in its folder."""
+        if self.sprite is not None:
+            return len(SCENES)
+        count = len(self.read.listing.photos)
+        return max(0, count - held_out_of(count, validation))
+
     @property
     def sprite(self) -> str | None:
         return self.place.removeprefix(SPRITE) if self.place.startswith(SPRITE) else None
@@ -62,6 +69,11 @@ class OneConcept:
         """Captions of a photo that has none."""
         phrase = f"{self.token} {self.kind}" if self.kind else self.token
         return tuple(render(template, phrase) for template in TEMPLATES)
+
+
+def held_out_of(count: int, validation: int | None) -> int:
+    """How many of a concept's photos are held out, where `validation` was asked for."""
+    return int(count >= HELD_OUT_FROM) if validation is None else validation
 
 
 def photos_of(
@@ -83,8 +95,7 @@ def photos_of(
     listing = concept.read.listing
     photos, skipped = read_folder(concept.read, on_bad, opener=opener)
     pairs = [_pair(photo, concept) for photo in photos]
-    if validation is None:
-        validation = int(len(pairs) >= HELD_OUT_FROM)
+    validation = held_out_of(len(pairs), validation)
     check_split(validation, len(pairs), f"photos in {concept.place}")
     cut = len(pairs) - validation
     left_out = [f"{listing.name(path)}: {reason}" for path, reason in skipped]

@@ -253,6 +253,12 @@ class Concept(Source):
     def remarks(self) -> list[str]:
         return [line for each in self._read() for line in unread(each.listing)]
 
+    def epoch(self) -> int:
+        """The photos of all concepts once, and as many class images."""
+        photos = sum(each.trained(self.validation) for each in self.concepts)
+        prior = self.prior_weight > 0 and (self.prior_images > 0 or self.prior_folder is not None)
+        return photos * (2 if prior else 1)
+
     def captions(self) -> Iterator[Caption]:
         for concept in self.concepts:
             for name, text in captions_of(concept, self.augment):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 import urllib.request
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,7 @@ from pydantic import Field, field_validator
 
 from trainer.data.source import Dataset, Needs, Source
 from trainer.data.source_options import Buckets, OnBad
-from trainer.data.tars.manifest import MANIFEST
+from trainer.data.tars.manifest import MANIFEST, Shard
 from trainer.data.tars.reader import Opening, check_usable, split
 from trainer.data.tars.shard_checksums import parse_manifest
 from trainer.data.tars.shard_names import is_pattern, names_of
@@ -63,13 +63,10 @@ class Remote(Source):
         _folder_and_names(url)
         return url.rstrip("/")
 
-    def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
-        """Gets the manifest. Samples are read from the server when they are used.
-
-        Raises:
-            ValueError: there is no manifest, or no connection.
-            ImageError: samples that cannot be used, all in one message.
-        """
+    @cached_property
+    def listed(self) -> tuple[Shard, ...]:
+        """The shards by the manifest on the server, which is fetched once; raises ValueError as
+        `open`."""
         base, wanted = _folder_and_names(self.url)
         address = f"{base}/{MANIFEST}"
         found = parse_manifest(get(address, 0, MAX_MANIFEST), address).shards
@@ -83,6 +80,20 @@ class Remote(Source):
                     f"{address}: does not list {missing[0]}; write a pattern of those it does"
                 )
             found = tuple(listed[name] for name in wanted)
+        return found
+
+    def epoch(self) -> int:
+        samples = sum(len(shard.samples) for shard in self.listed)
+        return max(0, samples - self.validation)
+
+    def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
+        """Gets the manifest. Samples are read from the server when they are used.
+
+        Raises:
+            ValueError: there is no manifest, or no connection.
+            ImageError: samples that cannot be used, all in one message.
+        """
+        found, base = self.listed, _folder_and_names(self.url)[0]
         bad = check_usable(found, self.url, self.on_bad)
         opening = Opening(
             folder=base, skipped=bad, validation=self.validation, step=self.buckets,

@@ -12,6 +12,7 @@ shard is computed again if its size or time of change differs from the last use 
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pydantic import Field, field_validator
 
 from trainer.data.source import Dataset, Needs, Source
 from trainer.data.source_options import Buckets, OnBad
+from trainer.data.tars.count import count_samples
 from trainer.data.tars.reader import Opening, check_usable, split
 from trainer.data.tars.shard_checksums import load_manifest, tars_of
 
@@ -61,6 +63,14 @@ class Shards(Source):
     @classmethod
     def _without_dots(cls, ignore: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(extension.lower().lstrip(".") for extension in ignore)
+
+    @cached_property
+    def count(self) -> int:
+        """How many samples there are, by their manifest or the names of their members."""
+        return count_samples(self.shards, self.ignore)
+
+    def epoch(self) -> int:
+        return max(0, self.count - self.validation)
 
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
         """Finds or makes the manifest and checks every shard against it.

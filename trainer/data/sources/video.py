@@ -27,6 +27,7 @@ from trainer.data.mixed import Mixed, Stills
 from trainer.data.source import Caption, Dataset, Needs, Source
 from trainer.data.source_options import OnBad
 from trainer.data.sources.folder import Folder
+from trainer.data.tars.count import count_samples, holds_tars
 from trainer.data.tars.manifest import metadata_of
 from trainer.data.tars.reader import Tars
 from trainer.data.tars.shard_checksums import load_manifest, tars_of
@@ -132,7 +133,7 @@ class Video(Source):
 
     @model_validator(mode="after")
     def _every_video_has_a_caption(self) -> Video:
-        if _holds_tars(self.video):
+        if holds_tars(self.video):
             tars_of(self.video)
             return self
         paths = self._paths()
@@ -147,20 +148,28 @@ class Video(Source):
         if self.frames == 1:
             why = "data.frames=1 takes single frames; it is for clips"
             found |= dict.fromkeys(("stride", "fps"), why)
-        if not _holds_tars(self.video):
+        if not holds_tars(self.video):
             found["ignore"] = "it is for .tar files"
         if not list_frame_folders(self.video):
             found["frame_rate"] = f"{self.video} has no folder of frames; videos say their own"
         return found
 
+    def epoch(self) -> float:
+        """A clip of every video once, beside the share of images."""
+        in_tars = holds_tars(self.video)
+        count = count_samples(self.video, self.ignore) if in_tars else len(self._paths())
+        return max(0, count - self.validation) / (1 - self.images)
+
     def captions(self) -> Iterator[Caption]:
         if self.prompt is not None:
             yield "data.prompt", self.prompt, None
-        elif not _holds_tars(self.video):
+        elif not holds_tars(self.video):
             for path in self._paths():
                 with suppress(ImageError):  # `open` reports or skips it
                     if (text := _beside(path)) is not None:
                         yield f"the caption of {path}", text, None
+        if self.stills is not None:
+            yield from Folder(folder=self.stills).captions()
 
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
         """Decodes every video once, so that a bad one is found before training starts.
@@ -170,7 +179,7 @@ class Video(Source):
             ValueError: no more than `validation` videos are usable; tars are damaged, or contain
                 images.
         """
-        videos, bad = self._in_tars(needs) if _holds_tars(self.video) else self._in_files()
+        videos, bad = self._in_tars(needs) if holds_tars(self.video) else self._in_files()
         if bad and (self.on_bad == "raise" or not videos):
             more = f"\n... and {len(bad) - 20} more" if len(bad) > 20 else ""
             raise ImageError(
@@ -234,7 +243,7 @@ class Video(Source):
         return examine_frames(path, path.name, self.frame_rate)
 
     def found(self) -> list[str]:
-        if _holds_tars(self.video):
+        if holds_tars(self.video):
             return []
         paths = self._paths()
         folders = sum(path.is_dir() for path in paths)
@@ -286,13 +295,6 @@ class Video(Source):
         """`facts`; raises ImageError if the video is too short for a clip."""
         self._window(self.start).starts(facts, name)
         return facts
-
-
-def _holds_tars(place: Path) -> bool:
-    if place.is_dir():
-        names = (path.name for path in place.iterdir())
-        return any(name.endswith(".tar") and not name.startswith(".") for name in names)
-    return place.suffix == ".tar"
 
 
 def _beside(path: Path) -> str | None:

@@ -57,6 +57,10 @@ class WorldClips(Source):
     def idle(self) -> dict[str, str]:
         return {} if self.frames > 1 else {"fps": "data.frames=1 takes single frames"}
 
+    def epoch(self) -> float:
+        """Every clip once, beside the share of images."""
+        return self.count / (1 - self.images)
+
     def open(self, needs: Needs) -> tuple[Dataset, Dataset | None]:
         from trainer.data.mixed import Mixed
         from trainer.data.sources.world import Scenes

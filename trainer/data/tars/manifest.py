@@ -186,7 +186,7 @@ def _index_one(path: Path, seen: dict[str, str], ignore: Collection[str]) -> Sha
     bad: list[str] = []
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        members = _members(path, file, ignore)
+        members = members_of(path, file, ignore)
         for key, group in groupby(members, lambda member: member[0]):
             if key in seen:
                 raise ValueError(
@@ -204,7 +204,7 @@ def _index_one(path: Path, seen: dict[str, str], ignore: Collection[str]) -> Sha
     return Shard(name=path.name, size=size, sha256=digest, samples=tuple(samples), bad=tuple(bad))
 
 
-def _members(
+def members_of(
     path: Path, file: BinaryIO, ignore: Collection[str]
 ) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """Key, extension and header of each file; raises ValueError unless the tar has its end mark."""
