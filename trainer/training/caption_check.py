@@ -1,7 +1,10 @@
 """What the loaded backbone reads of captions, where a recipe alone could not tell: its tokenizer
-was not on this machine, or the captions are inside tars."""
+was not on this machine, or the captions are inside tars, here or on a server."""
 
 from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from itertools import islice
 
 import numpy as np
 
@@ -15,8 +18,14 @@ from trainer.config.captions import (
     trained_words,
 )
 from trainer.config.schema import Recipe
+from trainer.data.mixed import Mixed
 from trainer.data.source import Caption, Dataset
 from trainer.data.tars.reader import Tars, read_local
+from trainer.data.video_clips import VideoClips
+
+# captions of tars that are counted: on a server each is a request of its own; on this machine all
+# are where a new word is trained, which every one of them must keep
+FROM_SERVER, FROM_HERE = 64, 1000
 
 
 def check_captions(recipe: Recipe, backbone: Backbone, train: Dataset) -> list[str]:
@@ -25,24 +34,42 @@ def check_captions(recipe: Recipe, backbone: Backbone, train: Dataset) -> list[s
 
     Raises:
         RecipeError: a caption or a prompt whose new word is not read.
+        ValueError: a caption cannot be read.
     """
-    words = trained_words(recipe)
-    inside = _inside(train) if words else ()
-    known = prompt_reader(recipe.backbone) is not None
-    if known and not inside:
+    words, outside = trained_words(recipe), list(recipe.data.captions())
+    inside, total = _inside(train, every=bool(words), known={text for _, text, _ in outside})
+    if prompt_reader(recipe.backbone) is not None and not total:
         return []
     reader = backbone.prompts.reader
-    found = count_captions([*recipe.data.captions(), *inside], words, reader)
-    check_counted(found, recipe.data.words or words)
-    return [*said_of(found, reader), *check_prompts(recipe, reader, words)]
+    found = count_captions([*outside, *inside], words, reader)
+    whole = len(inside) == total
+    check_counted(found, (recipe.data.words or words) if whole else ())
+    said = said_of(found, reader)
+    if not whole:
+        lacking = [word for word in words if not found.holding.get(word)]
+        none = f"; {' and '.join(lacking)} in none of these" if lacking else ""
+        said.append(f"captions in shards: the first {len(inside)} of {total} were counted{none}")
+    return [*said, *check_prompts(recipe, reader, words)]
 
 
-def _inside(train: Dataset) -> list[Caption]:
-    """The captions of tars on this machine."""
-    if not isinstance(train, Tars) or train.read is not read_local:
-        return []
+def _inside(train: Dataset, *, every: bool, known: Collection[str]) -> tuple[list[Caption], int]:
+    """The captions inside tars that are counted, and how many there are. every: whether all on this
+    machine are to be; known: captions that opening the data did not need to tell."""
+    found: list[Caption] = []
+    total = 0
+    for part in train.parts if isinstance(train, Mixed) else (train,):
+        if isinstance(part, VideoClips):  # they are read already
+            inside = [video for video in part.videos if video.digest is not None]
+            own = [(each.key, each.caption, None) for each in inside if each.caption not in known]
+            found, total = [*found, *own], total + len(own)
+        elif isinstance(part, Tars):
+            here = len(part) if every else FROM_HERE
+            most = here if part.read is read_local else FROM_SERVER
+            found, total = [*found, *islice(_of_tars(part), most)], total + len(part)
+    return found, total
+
+
+def _of_tars(tars: Tars) -> Iterator[Caption]:
     rng = np.random.default_rng(0)  # they use no random numbers
-    return [
-        (f"{name}: {entry.key}", train.caption(i, rng), None)
-        for i, (name, entry) in enumerate(train.rows)
-    ]
+    for index, (name, entry) in enumerate(tars.rows):
+        yield f"{name}: {entry.key}", tars.caption(index, rng), None
