@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from trainer.__main__ import main
+from trainer.cli.repeat_picture import RepeatedPicture, _difference
 from trainer.common.exit_codes import BAD_RECIPE
 from trainer.media.made_by import facts_in, png_bytes, with_facts
-from trainer.media.write_video import write_clip
+from trainer.media.write_video import encode_video, write_clip
 
 Printed = pytest.CaptureFixture[str]
 LORA = {"lora": {"sites": "cross", "rank": 2}}
@@ -126,17 +127,44 @@ def test_a_backbone_that_has_changed_is_refused_by_its_part(
     assert "its backbone mine is not here" in refused(capsys, f"from={first}", "out=three")
 
 
-def test_a_clip_again_from_its_gif(tiny_folder: Path, tmp_path: Path, capsys: Printed) -> None:
+@pytest.mark.parametrize("kind", [".gif", ".mp4"])
+def test_a_clip_again_from_its_file(
+    kind: str, tiny_folder: Path, tmp_path: Path, capsys: Printed
+) -> None:
+    """Its frames are compared as they were before they were encoded."""
+    pytest.importorskip("av")
     words = (f"backbone={tiny_folder}", "prompt=a, fox: Attention trainer: 3", "steps=1", "fps=5")
-    *_, loop = made(capsys, *words, "frames=2", "out=one")
-    assert loop.suffix == ".gif"
-    assert facts_in(loop)["frames"] == 2
-    *_, again = made(capsys, f"from={loop}", f"backbone={tiny_folder}", "out=two")
-    assert again.suffix == ".gif"
-    with Image.open(loop) as one, Image.open(again) as two:
-        for number in range(2):
-            one.seek(number), two.seek(number)
-            assert np.array_equal(np.asarray(one.convert("RGB")), np.asarray(two.convert("RGB")))
+    first = {path.suffix: path for path in made(capsys, *words, "frames=2", "out=one")}
+    given = first[kind].rename(tmp_path / f"clip{kind}")  # no other file is beside it
+    facts = facts_in(given)
+    assert facts["frames"] == 2
+    assert main(["sample", f"from={given}", f"backbone={tiny_folder}", "out=two"]) == 0
+    out, err = capsys.readouterr()
+    assert f"{given}: repeated, bit for bit" in err
+    again = {path.suffix: path for path in map(Path, out.split())}
+    assert facts_in(again[kind]) == facts
+    assert again[kind].read_bytes() == given.read_bytes()
+    differs = _difference(RepeatedPicture(given, facts, frozenset()), given, again[kind])
+    assert differs is None
+    other = facts | {"frames_sha256": "0" * 64}
+    differs = _difference(RepeatedPicture(given, other, frozenset()), given, again[kind])
+    assert differs == "by less than its file shows"
+    *_, longer = made(capsys, *words, "frames=3", "out=three")
+    longer = longer.with_suffix(kind)
+    differs = _difference(RepeatedPicture(given, facts, frozenset()), given, longer)
+    assert differs == "in its size"
+    red = made(capsys, *words, "frames=2", "seed=4", "out=four")[0].with_suffix(kind)
+    differs = _difference(RepeatedPicture(given, facts, frozenset()), given, red)
+    assert differs is not None and differs.startswith("by up to ")
+
+
+def test_a_video_that_says_nothing(tmp_path: Path, capsys: Printed) -> None:
+    pytest.importorskip("av")
+    path = tmp_path / "a.mp4"
+    path.write_bytes(encode_video(np.zeros((2, 32, 32, 3), np.uint8), 8))
+    assert "nothing in it says what made it" in refused(capsys, f"from={path}")
+    path.write_bytes(path.read_bytes()[:300])
+    assert "truncated or damaged" in refused(capsys, f"from={path}")
 
 
 KINDS = ["nothing", "other words", "no file", "no picture", "a list", "no end"]
@@ -157,7 +185,7 @@ def test_a_picture_that_says_nothing(kind: str, tmp_path: Path, capsys: Printed)
     elif kind == "no picture":
         path.write_text("hello")
     says = refused(capsys, f"from={path}")
-    wanted = {"no file": "no such file", "no picture": "not a readable PNG or GIF"}
+    wanted = {"no file": "no such file", "no picture": "not a readable PNG, GIF or MP4"}
     assert wanted.get(kind, "nothing in it says what made it") in says
 
 

@@ -1,16 +1,19 @@
-"""`sample from=picture.png`: the settings in the file of a picture as options, and the files that
-it was made with, found again by their names and compared by their hashes."""
+"""`sample from=picture.png`, or a clip: the settings in the file of a picture as options, and the
+files that it was made with, found again by their names and compared by their hashes."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.cli.given_adapter import CHECKPOINTS, given_digest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # facts that are options as they are
 SAME = (
@@ -215,28 +218,60 @@ def as_then(picture: RepeatedPicture | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def compared(picture: RepeatedPicture, path: Path) -> str:
-    """What to say of a picture that was made again."""
-    import numpy as np
+def compared(picture: RepeatedPicture, found: Sequence[Path]) -> str:
+    """What to say of a picture or clip that was made again. found: the files of the new one."""
     import torch
-    from PIL import Image, ImageSequence
 
-    much = "in its size"
-    files = [picture.path.expanduser(), path]
-    with ExitStack() as opened:
-        images = [opened.enter_context(Image.open(own, formats=("PNG", "GIF"))) for own in files]
-        sizes = {(own.size, getattr(own, "n_frames", 1)) for own in images}
-        if len(sizes) == 1:  # else nothing of the older one is decoded
-            old, new = (
-                np.stack([np.asarray(one.convert("RGB")) for one in ImageSequence.Iterator(own)])
-                for own in images
-            )
-            most = int(np.abs(old.astype(int) - new.astype(int)).max())
-            much = f"by up to {most} of 255"
-            if most == 0:
-                return f"{picture.path}: repeated, bit for bit"
+    from trainer.media.made_by import is_mp4
+
+    old = picture.path.expanduser()
+    kind = ".mp4" if is_mp4(old) else found[-1].suffix
+    new = next((path for path in found if path.suffix == kind), found[-1])
+    much = _difference(picture, old, new)
+    if much is None:
+        return f"{picture.path}: repeated, bit for bit"
     then, facts = picture.facts.get("torch"), picture.facts
     return (
         f"{picture.path}: repeated, and differs {much}; it was made with torch {then} on "
         f"{facts.get('device')}, and this is torch {torch.__version__}"
     )
+
+
+def _difference(picture: RepeatedPicture, old: Path, new: Path) -> str | None:
+    """How much two files differ: clips by their frames before these were encoded, where both say
+    them. None where they do not."""
+    import numpy as np
+
+    from trainer.media.made_by import FRAMES, facts_in
+
+    before = picture.facts.get(FRAMES)
+    if before is not None and before == facts_in(new).get(FRAMES):
+        return None
+    now = _shown(new)
+    then = _shown(old, len(now))
+    if len(then) != len(now) or then[0].size != now[0].size:
+        return "in its size"
+    most = max(
+        int(np.abs(np.asarray(one).astype(int) - np.asarray(other)).max())
+        for one, other in zip(then, now, strict=True)
+    )
+    if most:
+        return f"by up to {most} of 255"
+    return None if before is None else "by less than its file shows"
+
+
+def _shown(path: Path, most: int | None = None) -> list[Image]:
+    """The frames in a file, RGB; of an older one no more than one above `most`, and none where
+    their number is another."""
+    from PIL import ImageSequence
+    from PIL.Image import open as open_image
+
+    from trainer.media.made_by import is_mp4
+    from trainer.media.read_video import frames_in
+
+    if is_mp4(path):
+        return frames_in(path, path, None if most is None else most + 1)
+    with open_image(path, formats=("PNG", "GIF")) as image:
+        if most not in (None, getattr(image, "n_frames", 1)):
+            return []
+        return [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]

@@ -136,8 +136,8 @@ class SampleOptions(Options):
     from_: Path | None = Field(
         None,
         alias="from",
-        description="a PNG or GIF of `sample`, which is made again, bit for bit, with the settings "
-        "in it; other options replace its own",
+        description="a PNG, GIF or MP4 of `sample`, which is made again, bit for bit, with the "
+        "settings in it; other options replace its own",
     )
     out: Path = Field(Path("samples"), description="folder to write into")
     sheet: bool = Field(True, description="of several pictures, write a contact sheet too")
@@ -229,7 +229,7 @@ def run(words: list[str]) -> int:
     if {path.suffix for path in found} == {".gif"}:
         print("no MP4 beside it: PyAV writes one, pip install 'av>=18'", file=sys.stderr)
     if picture is not None and picture.exactly:
-        print(compared(picture, found[-1]), file=sys.stderr)
+        print(compared(picture, found), file=sys.stderr)
     return 0
 
 

@@ -2,7 +2,8 @@
 
 PNG: a text entry `parameters` in the form of the A1111 web UI, which UIs and galleries read, and an
 entry `attention_trainer` with the same facts and more as JSON. GIF and MP4: a comment in the form
-of `parameters` that has the JSON in its last line. Facts name files without their path.
+of `parameters` that has the JSON in its last line; a clip's facts have the hash of its frames
+before they were encoded. Facts name files without their path.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from PIL.Image import open as open_image
 from PIL.PngImagePlugin import PngInfo
 
 from trainer.media.images import DAMAGED_IMAGE, ImageError
+from trainer.media.read_video import comment_in
 
 ENTRY = "attention_trainer"
 PARAMETERS = "parameters"
+FRAMES = "frames_sha256"  # the fact of a clip that its files alone do not show
 LAST = ", Attention trainer: "  # before the JSON in a comment
 # facts in the last line of the parameters, by the names that UIs know
 NAMES = {
@@ -83,20 +86,18 @@ def as_json(facts: Mapping[str, Any]) -> str:
 
 
 def facts_in(path: Path) -> dict[str, Any]:
-    """The facts in the file of a picture (PNG) or a clip (GIF).
+    """The facts in the file of a picture (PNG) or a clip (GIF or MP4).
 
     Raises:
         ImageError: there is no such file, it is damaged, or nothing in it says what made it.
+        ModuleNotFoundError: it is an MP4, and PyAV is not installed.
     """
     if not path.is_file():
         raise ImageError(f"{path}: no such file")
-    try:
-        with open_image(path, formats=("PNG", "GIF")) as image:
-            info = dict(image.info)
-    except DAMAGED_IMAGE:
-        raise ImageError(
-            f"{path}: not a readable PNG or GIF; of a clip give the GIF beside the MP4"
-        ) from None
+    if is_mp4(path):
+        info: dict[Any, Any] = {"comment": comment_in(path, path)}
+    else:
+        info = _info_of_image(path)
     text = info.get(ENTRY) or _json_of(info.get("comment", b""))
     try:
         facts = json.loads(text) if isinstance(text, str) else None
@@ -108,6 +109,20 @@ def facts_in(path: Path) -> dict[str, Any]:
             "them (programs that edit or send pictures often remove that)"
         )
     return facts
+
+
+def is_mp4(path: Path) -> bool:
+    """By its first bytes, as of any name."""
+    with path.open("rb") as file:
+        return file.read(8)[4:] == b"ftyp"
+
+
+def _info_of_image(path: Path) -> dict[Any, Any]:
+    try:
+        with open_image(path, formats=("PNG", "GIF")) as image:
+            return dict(image.info)
+    except DAMAGED_IMAGE:
+        raise ImageError(f"{path}: not a readable PNG, GIF or MP4") from None
 
 
 def _json_of(said: Any) -> str | None:

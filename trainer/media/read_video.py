@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -132,6 +133,19 @@ def read_clip(
             raise ImageError(f"{name}: ends before {times[0]:g} s; {COPY}")
         last = _checked(shown, stream, name)
         return images + [last] * (len(wanted) - len(images))
+
+
+def frames_in(source: Path, name: str | Path, most: int | None = None) -> list[Image.Image]:
+    """The frames of a video from its first on, at most so many; raises as `examine`."""
+    with _opened(source, name) as (container, stream):
+        decoded = islice(_decoded(container, stream, name), most)
+        return [_checked(frame, stream, name) for frame in decoded]
+
+
+def comment_in(source: Path, name: str | Path) -> str:
+    """The comment in a video's file, empty without one; raises as `examine`."""
+    with _opened(source, name) as (container, _):
+        return str(container.metadata.get("comment", ""))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from trainer.media.images import to_pil
-from trainer.media.made_by import comment, png_bytes, with_facts
+from trainer.media.made_by import FRAMES, comment, png_bytes, with_facts
 
 PLAYED = 8.0  # frames a second of a written clip, by default
 Facts = Mapping[str, Any]  # see `made_by`
@@ -60,9 +61,18 @@ def write_frames(
     return found
 
 
+def frames_digest(images: Sequence[Image]) -> str:
+    """SHA-256 of the pixels and the size of frames, RGB."""
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(repr(image.size).encode() + image.tobytes())
+    return digest.hexdigest()
+
+
 def _encoded(images: Sequence[Image], fps: float, facts: Facts | None) -> dict[str, bytes]:
-    """The files of a clip, by the ends of their names."""
-    text = comment(facts) if facts else ""
+    """The files of a clip, by the ends of their names. Facts get the hash of its frames, since an
+    MP4 and a GIF show them changed."""
+    text = comment({**facts, FRAMES: frames_digest(images)}) if facts else ""
     shown = round(1000 / fps)  # milliseconds
     loop = BytesIO()
     options = {"comment": text.encode()} if text else {}
