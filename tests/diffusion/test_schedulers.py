@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from trainer.attention.hooks import SamplingHook
+from trainer.backbones import solvers
 from trainer.backbones.schedulers import with_solver
 from trainer.backbones.solvers import SOLVERS, UNFIT, solver_names
-from trainer.diffusion.sampler import sample
+from trainer.diffusion.sampler import generators_of, sample
+from trainer.diffusion.sampler_loop import Denoising
 from trainer.diffusion.sampling_settings import Sampling
 
 PROMPTS, SEEDS = ["a fox on a red background", "an apple left of a cat", "a tree"], [3, 4, 5]
@@ -27,7 +30,7 @@ VP_CLASSES = {
     "dpm2_a": "KDPM2AncestralDiscrete", "dpmpp": "DPMSolverMultistep",
     "dpmpp_2m": "DPMSolverMultistep", "dpmpp_2m_sde": "DPMSolverMultistep",
     "dpmpp_2s": "DPMSolverSinglestep", "deis": "DEISMultistep", "unipc": "UniPCMultistep",
-    "sa_solver": "SASolver",
+    "sa_solver": "SASolver", "dpmpp_sde": "DPMSolverSDE",
 }  # fmt: skip
 FLOW_CLASSES = {
     "euler": "FlowMatchEulerDiscrete", "heun": "FlowMatchHeunDiscrete",
@@ -51,11 +54,13 @@ def in_order(kind: Any) -> Any:
     return InOrder
 
 
-def of_vp(name: str, config: Any) -> Any:
+def of_vp(name: str, config: Any, seeds: Sequence[int] = SEEDS) -> Any:
     plain = name.removesuffix("_karras")
     options: dict[str, Any] = {"use_karras_sigmas": True} if name != plain else {}
     if plain == "dpmpp_2m_sde":
         options["algorithm_type"] = "sde-dpmsolver++"
+    if plain == "dpmpp_sde":
+        options["noise_sampler_seed"] = seeds
     if plain == "pndm":
         options["skip_prk_steps"] = True
     kind = getattr(diffusers, f"{VP_CLASSES[plain]}Scheduler")
@@ -164,7 +169,9 @@ def test_solvers_differ_and_come_to_one_picture_with_many_steps(mild: Any) -> No
         assert float((few - exact).abs().mean()) > 1.2 * float((many - exact).abs().mean())
 
 
-@pytest.mark.parametrize("name", ["euler_a", "ddpm", "dpmpp_2m_sde", "sa_solver", "heun"])
+@pytest.mark.parametrize(
+    "name", ["euler_a", "ddpm", "dpmpp_2m_sde", "dpmpp_sde", "sa_solver", "heun"]
+)
 def test_a_seed_is_the_same_in_any_batch(name: str, mild: Any) -> None:
     how = Sampling(steps=STEPS, guidance=3, sampler=name)
     together = sample(mild, PROMPTS, SEEDS, settings=how)
@@ -173,12 +180,28 @@ def test_a_seed_is_the_same_in_any_batch(name: str, mild: Any) -> None:
         torch.testing.assert_close(together[number : number + 1], alone, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("frames", [1, 2])
-def test_a_clip_with_a_solver_that_draws(frames: int, mild: Any) -> None:
-    how = Sampling(steps=3, guidance=1, sampler="euler_a", frames=frames)
+@pytest.mark.parametrize(("frames", "name"), [(1, "euler_a"), (2, "euler_a"), (2, "dpmpp_sde")])
+def test_a_clip_with_a_solver_that_draws(frames: int, name: str, mild: Any) -> None:
+    how = Sampling(steps=3, guidance=1, sampler=name, frames=frames)
     both = sample(mild, PROMPTS[:2], SEEDS[:2], settings=how)
     alone = sample(mild, PROMPTS[1:2], SEEDS[1:2], settings=how)
     torch.testing.assert_close(both[frames:], alone, rtol=0, atol=1e-4)
+
+
+def test_frames_of_a_clip_follow_paths_of_their_own(mild: Any) -> None:
+    """The first that of its seed, as a picture."""
+    how = Sampling(steps=3, guidance=1, sampler="dpmpp_sde", frames=3)
+    text = mild.encode_prompts(PROMPTS[:2])
+    made = Denoising(mild, text, clips=2, settings=how, generators=generators_of([3, 4]))
+    seeds = made.scheduler(0, torch.device("cpu")).noise_sampler_seed
+    assert len(set(seeds)) == 6 and (seeds[0], seeds[3]) == (3, 4)
+
+
+def test_a_package_that_is_not_here_is_named(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solvers, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"scheduler=dpmpp_sde needs torchsde: pip install 'atten"):
+        with_solver(tiny.scheduler(), "dpmpp_sde", key="scheduler")
+    with_solver(tiny.scheduler(), "dpmpp_2m_sde", key="scheduler")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +210,6 @@ def test_a_clip_with_a_solver_that_draws(frames: int, mild: Any) -> None:
         ("dim", "scheduler=dim: no such solver; did you mean ddim?"),
         ("lcm", "scheduler=lcm is for networks distilled to a few steps"),
         ("ipndm", "scheduler=ipndm has a noise path of its own"),
-        ("dpmpp_sde", "scheduler=dpmpp_sde draws its noise for a whole batch"),
     ],
 )
 def test_what_is_no_solver_here(name: str, says: str, tiny: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from trainer.common.suggest import nearest
@@ -19,7 +20,8 @@ class Solver:
 
     title: as user interfaces call it; vp, flow: its class on a VP path and on the flow path, None
     where it has none; options: of the class, over those of the backbone's own scheduler; targets:
-    what the network of a VP path may predict.
+    what the network of a VP path may predict; needs: a package that the class needs, which is in an
+    extra.
     """
 
     title: str
@@ -27,6 +29,7 @@ class Solver:
     flow: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     targets: tuple[str, ...] = ("eps", "v", "x0")
+    needs: str | None = None
 
 
 MULTISTEP, SINGLESTEP = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
@@ -34,6 +37,7 @@ UNIPC, DEIS, SA = "UniPCMultistepScheduler", "DEISMultistepScheduler", "SASolver
 EULER, HEUN, LMS = "EulerDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"
 ANCESTRAL, FLOW_HEUN = "EulerAncestralDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"
 KDPM2, KDPM2_A = "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"
+DPM_SDE, BROWNIAN = "DPMSolverSDEScheduler", "torchsde"
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 PLMS = {"skip_prk_steps": True}  # as the scheduler files of Stable Diffusion have it
 
@@ -57,6 +61,10 @@ SOLVERS: dict[str, Solver] = {
     "dpmpp_2m_karras": Solver("DPM++ 2M Karras", MULTISTEP, options=KARRAS),
     "dpmpp_2m_sde": Solver("DPM++ 2M SDE", MULTISTEP, flow=MULTISTEP, options=SDE),
     "dpmpp_2m_sde_karras": Solver("DPM++ 2M SDE Karras", MULTISTEP, options=SDE | KARRAS),
+    "dpmpp_sde": Solver("DPM++ SDE", DPM_SDE, targets=NO_X0, needs=BROWNIAN),
+    "dpmpp_sde_karras": Solver(
+        "DPM++ SDE Karras", DPM_SDE, options=KARRAS, targets=NO_X0, needs=BROWNIAN
+    ),
     "dpmpp_2s": Solver("DPM++ 2S", SINGLESTEP, flow=SINGLESTEP),
     "dpmpp_2s_karras": Solver("DPM++ 2S Karras", SINGLESTEP, options=KARRAS),
     "deis": Solver("DEIS", DEIS, flow=DEIS),
@@ -71,7 +79,6 @@ UNFIT = {
     "lcm": DISTILLED, "tcd": DISTILLED, "flow_lcm": DISTILLED, "scm": DISTILLED,
     "consistency": DISTILLED, "edm": OTHER_PATH, "edm_euler": OTHER_PATH, "edm_dpmpp": OTHER_PATH,
     "ipndm": OTHER_PATH, "ve": OTHER_PATH, "unclip": OTHER_PATH, "vq": OTHER_PATH,
-    "dpmpp_sde": "draws its noise for a whole batch, not by the seed of each picture",
     "ddim_inverse": "goes from pictures to noise; source= inverts a clip",
     "repaint": "paints a masked part anew, which `sample` does not do",
 }  # fmt: skip
@@ -104,5 +111,10 @@ def check_solver(
         raise ValueError(
             f"{key}={name} is for networks that predict {' or '.join(found.targets)}, and this one "
             f"predicts {target}; give ddim, euler or dpmpp_2m, or null for its own"
+        )
+    if found.needs is not None and find_spec(found.needs) is None:
+        raise ValueError(
+            f"{key}={name} needs {found.needs}: pip install 'attention-trainer[sde]'; or give "
+            "dpmpp_2m_sde"
         )
     return found

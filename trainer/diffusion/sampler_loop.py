@@ -18,6 +18,7 @@ from trainer.attention.hooks import Prediction, SamplingHook
 from trainer.attention.rows import Rows
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.schedulers import with_solver
+from trainer.common.seeds import seed_of
 from trainer.diffusion.guidance import UNCOND, classifier_free, temporal
 from trainer.diffusion.objective import Objective, alpha_sigma, to_x0
 from trainer.diffusion.predict import predict_groups
@@ -82,7 +83,21 @@ class Denoising:
 
     def _solver(self) -> Any:
         own, name = self.backbone.scheduler(), self.settings.sampler
-        return own if name is None else with_solver(own, name)
+        if name is None:
+            return own
+        made = with_solver(own, name)
+        if self.generators and hasattr(made, "noise_sampler_seed"):
+            made.noise_sampler_seed = self._seeds()
+        return made
+
+    def _seeds(self) -> list[int]:
+        """What a solver that follows one Brownian path a row takes in the place of generators: the
+        seed of each picture, and seeds of their own for the further frames of a clip."""
+        firsts = [own.initial_seed() for own in self.generators]
+        frames = range(1, self.frames)
+        return [
+            s for first in firsts for s in (first, *(seed_of(first, "frame", n) for n in frames))
+        ]
 
     def level(self, step: int) -> tuple[float, float]:
         """alpha and sigma before a step."""
