@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -207,23 +208,26 @@ def _slice(tensors: Weights, place: Any) -> torch.Tensor:
     return tensors[place] if isinstance(place, str) else tensors[place[0]].narrow(*place[1])
 
 
+class TextModel(torch.nn.Module):
+    """A CLIP of transformers 5 with the level of names that tools for earlier ones know."""
+
+    def __init__(self, encoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.text_model = encoder
+
+
+def with_text_model(encoder: Any) -> Any:
+    return encoder if hasattr(encoder, "text_model") else TextModel(encoder)
+
+
 def sd_scripts_reader(checkout: Path) -> Callable[[Case], Result]:
     sys.path.insert(0, str(checkout))
     from diffusers import StableDiffusionPipeline
     from networks import lora
 
-    class WithTextModel(torch.nn.Module):
-        """A CLIP of transformers 5 with the level of names that sd-scripts knows."""
-
-        def __init__(self, encoder: torch.nn.Module) -> None:
-            super().__init__()
-            self.text_model = encoder
-
     def read(case: Case) -> Result:
         pipe = StableDiffusionPipeline.from_pretrained(case["base"])
-        encoder: Any = pipe.text_encoder
-        if not hasattr(encoder, "text_model"):
-            encoder = WithTextModel(encoder)
+        encoder = with_text_model(pipe.text_encoder)
         network, tensors = lora.create_network_from_weights(
             1.0, str(file_of(case)), None, encoder, pipe.unet, for_inference=True
         )
@@ -236,10 +240,11 @@ def sd_scripts_reader(checkout: Path) -> Callable[[Case], Result]:
 
 
 def forge_reader(checkout: Path) -> Callable[[Case], Result]:
+    if not torch.cuda.is_available():
+        sys.argv = [sys.argv[0], "--always-cpu"]  # it reads the command line when it is imported
     sys.path[:0] = [str(checkout), str(checkout / "packages_3rdparty")]
-    from backend import utils
     from backend.patcher import lora as patcher
-    from packages_3rdparty.comfyui_lora_collection import lora
+    from packages_3rdparty.comfyui_lora_collection import lora, utils
 
     lora.calculate_weight = lambda applied, weight, key: patcher.merge_lora_to_weight(
         applied, weight, key=key
@@ -281,29 +286,44 @@ def invokeai_reader(checkout: Path) -> Callable[[Case], Result]:
 
     def read(case: Case) -> Result:
         pipe = StableDiffusionPipeline.from_pretrained(case["base"])
-        tensors = load_file(file_of(case))
-        patch = lora_model_from_sd_state_dict(tensors)
-        for part, prefix in ((pipe.unet, "lora_unet_"), (pipe.text_encoder, "lora_te_")):
-            LayerPatcher.apply_model_patch(
-                model=part, patch=patch, patch_weight=1.0, prefix=prefix,
-                original_weights=Store(), original_modules={},
-                force_direct_patching=True, force_sidecar_patching=False, dtype=torch.float32,
-            )  # fmt: skip
-        return len(tensors), len(tensors), _named(pipe, case["kind"])
-
-    class Store:
-        """Where InvokeAI would keep what it overwrites."""
-
-        def save(self, key: str, weight: torch.Tensor) -> None:
-            pass
+        patch = lora_model_from_sd_state_dict(load_file(file_of(case)))
+        parts = {"lora_unet_": pipe.unet, "lora_te_": with_text_model(pipe.text_encoder)}
+        with ExitStack() as patched:
+            for prefix, part in parts.items():
+                smart = LayerPatcher.apply_smart_model_patches(
+                    part, [(patch, 1.0)], prefix, torch.float32, force_direct_patching=True
+                )
+                patched.enter_context(smart)
+            own = _named(pipe, case["kind"])
+            return None, None, {key: value.clone() for key, value in own.items()}
 
     return read
 
 
 def animatediff_evolved_reader(checkout: Path) -> Callable[[Case], Result]:
-    """Its image-model LoRA goes through ComfyUI, which it is installed in: DIR is the one in
-    ComfyUI/custom_nodes."""
-    return comfyui_reader(checkout.resolve().parents[1])
+    """Motion modules by its own loader, and a LoRA of the image model by ComfyUI's, which it is
+    installed in: DIR is the one in ComfyUI/custom_nodes. Its modules have Stable Diffusion's
+    widths; here each is made with the width of the narrow model."""
+    image = comfyui_reader(checkout.resolve().parents[1])
+    sys.path.insert(0, str(checkout))
+    from animatediff import model_injection, motion_module_ad
+
+    whole, widths = motion_module_ad.MotionModule, {320: 32, 640: 64, 1280: 64}
+    motion_module_ad.MotionModule = lambda channels, *args, **options: whole(
+        widths[channels], *args, **options
+    )
+
+    def read(case: Case) -> Result:
+        if case["format"] != "animatediff":
+            return image(case)
+        file = file_of(case)
+        model_injection.get_motion_model_path = lambda name: str(file)
+        found = model_injection.load_motion_module_gen2(file.name).model.state_dict()
+        names = load_file(file).keys()
+        taken = sum(name in found for name in names)
+        return taken, len(names), {f"motion.{name}": value for name, value in found.items()}
+
+    return read
 
 
 READERS: dict[str, Callable[[Path], Callable[[Case], Result]]] = {

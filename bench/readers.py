@@ -8,8 +8,10 @@ Each option names a checkout of a tool. Its own loader is called in a process of
 python that `--python` names for it and this one otherwise; it needs what that tool imports to read
 an adapter. A model with Stable Diffusion 1.5's layers, but narrow and random, and a PixArt are
 adapted by several methods; each export is read onto the plain weights, and the tool's result is
-compared with the adapted model's weights, tensor by tensor. Prints the table of docs/export.md,
-with the commit of each checkout, and a BAR line for each tool. Nothing of the tools is copied.
+compared with the adapted model's weights, tensor by tensor; AnimateDiff-Evolved reads motion
+modules too. Prints a table, with the commit of each checkout, and a BAR line for each tool, and
+keeps them in docs/adapters.md and bench/results; a tool that does not run here has rows that say
+why. Nothing of the tools is copied.
 """
 
 from __future__ import annotations
@@ -27,17 +29,21 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
-from _common import parser_of  # noqa: E402
+from _common import Bars, parser_of  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from trainer.backbones import load_backbone  # noqa: E402
 from trainer.config.lineage import backbone_spec  # noqa: E402
 from trainer.config.load import methods_of  # noqa: E402
+from trainer.export import motion  # noqa: E402
 from trainer.export.export import export  # noqa: E402
 from trainer.export.formats.merged import merge  # noqa: E402
 from trainer.methods.apply import apply_methods  # noqa: E402
+from trainer.ops.temporal.motion_names import theirs  # noqa: E402
 from trainer.runs.adapter import load_adapted, save_adapter  # noqa: E402
 
+PAGE = ROOT / "docs" / "adapters.md"
+START, END = "<!-- readers: begin -->\n", "<!-- readers: end -->\n"
 QUICK = 1  # methods of --quick
 LIMIT = 1e-5  # of any weight; those of these models are about 0.1
 TOOLS = ("comfyui", "sd-scripts", "forge", "invokeai", "animatediff-evolved")
@@ -51,6 +57,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "Custom Diffusion": {"selective": {"sites": "cross"}},
     "all weights": {"full": {}},
 }  # fmt: skip
+MOTION = "motion modules"  # of a U-Net, and in one format
 UNET = {
     "sample_size": 8, "in_channels": 8, "out_channels": 8, "cross_attention_dim": 128,
     "block_out_channels": (32, 64, 64, 64), "norm_num_groups": 8, "attention_head_dim": 4,
@@ -68,7 +75,7 @@ READS = {
     "sd-scripts": (("kohya",), ()),
     "forge": (("comfyui", "diff", "kohya", "diffusers"), ()),
     "invokeai": (("kohya",), ()),
-    "animatediff-evolved": (("comfyui",), ()),
+    "animatediff-evolved": (("animatediff", "comfyui"), ()),
 }
 
 
@@ -86,8 +93,15 @@ def main() -> None:
                 continue
             found = _read(tool, checkout, made, python=pythons.get(tool, sys.executable))
             rows += [(tool, _commit(tool, checkout), *row) for row in found]
-    _print_table(rows)
-    _print_bars(rows)
+    text, bars = _table(rows), Bars("readers", options.quick)
+    print(f"\n{text}")
+    _print_bars(rows, bars)
+    bars.found["rows"] = rows
+    bars.write()
+    if not options.quick:
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+        after = rest.partition(END)[2]
+        PAGE.write_text(before + START + text + END + after, encoding="utf-8")
 
 
 def _options() -> argparse.Namespace:
@@ -104,21 +118,17 @@ def _exports(work: Path, *, quick: bool) -> Iterator[dict[str, Any]]:
     """Every export that a tool is to read: its folder, the plain backbone's, the weights."""
     for kind, number in (("unet", 0), ("transformer", 1)):
         base = _backbone(work / kind, kind)
-        for what, tree in list(METHODS.items())[: QUICK if quick else None]:
+        formats = {name for asked in READS.values() for name in asked[number]}
+        methods = dict(list(METHODS.items())[: QUICK if quick else None])
+        if kind == "unet":
+            methods[MOTION] = {"animatediff": {}}
+        for what, tree in methods.items():
             own = dict(tree) if kind == "unet" else _of_transformer(tree)
             path = _adapter(work / f"{kind}-{what}.safetensors", base, own)
-            wanted = work / f"{kind}-{what}-wanted.safetensors"
-            adapted = merge(load_adapted(path)[0])
-            parts = {kind: adapted.denoiser, "text_encoder": adapted.text_encoder}
-            save_file(
-                {
-                    f"{part}.{name}": value.contiguous()
-                    for part, module in parts.items()
-                    for name, value in module.state_dict().items()
-                },
-                wanted,
-            )
-            for name in sorted({name for formats in READS.values() for name in formats[number]}):
+            wanted = _wanted(path, kind, what)
+            for name in sorted(formats):
+                if (name == "animatediff") != (what == MOTION):
+                    continue
                 out = work / f"{kind}-{what}-{name}" / "adapter"
                 out.parent.mkdir()
                 try:
@@ -130,6 +140,25 @@ def _exports(work: Path, *, quick: bool) -> Iterator[dict[str, Any]]:
                     "kind": kind, "what": what, "format": name, "folder": str(out),
                     "base": str(base), "wanted": str(wanted),
                 }  # fmt: skip
+
+
+def _wanted(path: Path, kind: str, what: str) -> Path:
+    """A file of the weights that an adapter makes, by the names that readers give them."""
+    adapted = load_adapted(path)[0]
+    if what == MOTION:
+        own = motion.tensors(adapted)
+        found = {f"motion.{other}": own[name].clone() for name in own for other in theirs(name)}
+    else:
+        adapted = merge(adapted)
+        parts = {kind: adapted.denoiser, "text_encoder": adapted.text_encoder}
+        found = {
+            f"{part}.{name}": value.contiguous()
+            for part, module in parts.items()
+            for name, value in module.state_dict().items()
+        }
+    place = path.with_name(f"{path.stem}-wanted.safetensors")
+    save_file(found, place)
+    return place
 
 
 def _of_transformer(tree: dict[str, Any]) -> dict[str, Any]:
@@ -177,10 +206,11 @@ def _read(
     asked = [each for each in made if each["format"] in READS[tool][numbers[each["kind"]]]]
     command = [python, str(Path(__file__).with_name("_tool_reader.py")), tool, str(checkout)]
     done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True)
+    answers = [json.loads(line[7:]) for line in done.stdout.splitlines() if line[:7] == "READER "]
     if done.returncode:
         print(done.stderr[-3000:], file=sys.stderr)
-        raise SystemExit(f"{tool}: its loader did not run; see above")
-    answers = [json.loads(line[7:]) for line in done.stdout.splitlines() if line[:7] == "READER "]
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1][:120]
+        answers += [{"error": f"not run: {reason}"}] * (len(asked) - len(answers))
     return [
         (each["kind"], each["what"], each["format"], answer)
         for each, answer in zip(asked, answers, strict=True)
@@ -197,28 +227,50 @@ def _commit(tool: str, checkout: Path | None) -> str:
     return done.stdout.strip() or "?"
 
 
-def _print_table(rows: list[Any]) -> None:
-    print("\n| tool | version | model | adapter | `format=` | keys taken | largest difference |")
-    print("|---|---|---|---|---|---|---|")
+def _table(rows: list[Any]) -> str:
+    """A line for each tool, model and format: of how many adapters all weights are right, and what
+    became of the others."""
+    groups: dict[tuple[str, ...], dict[str, Any]] = {}
     for tool, commit, kind, what, name, answer in rows:
-        result = answer.get("error") or f"{answer['difference']:.0e}"
-        taken = f"{answer['taken']} of {answer['total']}" if "taken" in answer else "-"
-        print(f"| {tool} | {commit} | {kind} | {what} | `{name}` | {taken} | {result} |")
+        groups.setdefault((tool, commit, kind, name), {})[what] = answer
+    lines = [
+        "| tool | version | model | `format=` | read right | keys taken | largest difference |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (tool, commit, kind, name), own in groups.items():
+        right = {what: each for what, each in own.items() if _is_right(each)}
+        most = max((each["difference"] for each in right.values()), default=None)
+        said = [] if most is None else [f"{most:.0e}"]
+        said += [
+            f"{what}: {each.get('error') or format(each['difference'], '.0e')}"
+            for what, each in own.items()
+            if what not in right
+        ]
+        counted = [each for each in own.values() if "taken" in each]
+        taken, total = (sum(each[key] for each in counted) for key in ("taken", "total"))
+        keys = f"{taken} of {total}" if counted else "-"
+        lines.append(
+            f"| {tool} | {commit} | {kind} | `{name}` | {len(right)} of {len(own)} | {keys} | "
+            f"{'; '.join(said)} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
-def _print_bars(rows: list[Any]) -> None:
-    """A line for each tool: the share of exports whose weights are all right. `diffusers` is not
-    made for UIs, so that they are not counted by it."""
-    print()
+def _is_right(answer: dict[str, Any]) -> bool:
+    return "error" not in answer and answer["difference"] <= LIMIT
+
+
+def _print_bars(rows: list[Any], bars: Bars) -> None:
+    """A line for each tool: how many exports it reads with all weights right, of how many.
+    `diffusers` is not made for UIs, so that they are not counted by it."""
     for tool in dict.fromkeys(row[0] for row in rows):
         own = [
             row[-1]
             for row in rows
             if row[0] == tool and (tool in ("diffusers", "peft") or row[4] != "diffusers")
         ]
-        right = sum("error" not in answer and answer["difference"] <= LIMIT for answer in own)
-        state = "ok" if right == len(own) else "short"
-        print(f"BAR read_right_by_{tool} {right} {len(own)} {state}")
+        right = sum(map(_is_right, own))
+        bars.exactly(f"read_right_by_{tool}", right, len(own))
 
 
 if __name__ == "__main__":
