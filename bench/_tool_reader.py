@@ -106,11 +106,14 @@ def _named(pipe: Any, kind: str) -> Weights:
 
 
 class Holder:
-    """What ComfyUI and Forge ask a model for: its state dict, and its configuration."""
+    """What ComfyUI and Forge ask a model for: its state dict, and its configuration, which each
+    looks for in a place of its own."""
 
     def __init__(self, tensors: Weights, config: dict[str, Any] | None = None) -> None:
         self.tensors = tensors
         self.model_config = type("Config", (), {"unet_config": config or {}})()
+        self.diffusion_model = type("Network", (), {"config": config or {}})()
+        self.config = type("Guess", (), {"huggingface_repo": "stable-diffusion-v1-5"})()
 
     def state_dict(self) -> Weights:
         return self.tensors
@@ -243,12 +246,8 @@ def forge_reader(checkout: Path) -> Callable[[Case], Result]:
     if not torch.cuda.is_available():
         sys.argv = [sys.argv[0], "--always-cpu"]  # it reads the command line when it is imported
     sys.path[:0] = [str(checkout), str(checkout / "packages_3rdparty")]
-    from backend.patcher import lora as patcher
-    from packages_3rdparty.comfyui_lora_collection import lora, utils
-
-    lora.calculate_weight = lambda applied, weight, key: patcher.merge_lora_to_weight(
-        applied, weight, key=key
-    )
+    from backend.patcher import lora
+    from packages_3rdparty.comfyui_lora_collection import utils
 
     def read(case: Case) -> Result:
         base = base_weights(case)
@@ -256,24 +255,27 @@ def forge_reader(checkout: Path) -> Callable[[Case], Result]:
         tensors = _fused(names, base)
         keys = lora.model_lora_keys_unet(Holder(tensors, SD15), {})
         keys = lora.model_lora_keys_clip(Holder(tensors), keys)
-        return _patched(
-            _Unpacked(lora), keys, load_file(file_of(case)), names=names, tensors=tensors
-        )
+        return _patched(_Forge(lora), keys, load_file(file_of(case)), names=names, tensors=tensors)
 
     return read
 
 
-class _Unpacked:
-    """Forge's loader returns the patches and the keys it left."""
+class _Forge:
+    """Forge's loader, which returns the patches and the keys it left, and calls the rest otherwise
+    than ComfyUI."""
 
     def __init__(self, lora: Any) -> None:
-        self.lora, self.calculate_weight = lora, lora.calculate_weight
+        self.lora = lora
 
     def load_lora(self, file: Weights, keys: Any) -> Any:
         patches, left = self.lora.load_lora(file, keys)
         for key in left:
             logging.getLogger().warning("lora key not loaded: %s", key)
         return patches
+
+    def calculate_weight(self, applied: Any, weight: torch.Tensor, key: str) -> torch.Tensor:
+        found: torch.Tensor = self.lora.merge_lora_to_weight(applied, weight, key=key)
+        return found
 
 
 def invokeai_reader(checkout: Path) -> Callable[[Case], Result]:
