@@ -69,8 +69,8 @@ def test_shards_of_this_machine(counted: Any, tmp_path: Path, monkeypatch: Any) 
     here = shards(tmp_path / "here", ["a zwx", "a fox", LONG, "a zwx here"])
     words = ("data.source=shards", f"data.shards={here}")
     first, long = counted("zwx", *words)
-    assert first.startswith("captions: 4, 2 with zwx; the longest has 45 tokens")
-    assert "longer than the 30 tokens that are read: a.tar: 2 (45 tokens)" in long
+    assert first.startswith("captions: 4, 2 with zwx; the longest has 54 tokens")
+    assert "longer than the 30 tokens that are read: a.tar: 2 (54 tokens)" in long
     first, said = counted(None, *words)
     assert first.startswith("captions: 2; the longest has ")
     assert said == "captions in shards: the first 2 of 4 were counted"
@@ -86,8 +86,8 @@ def test_shards_of_a_server(counted: Any, tmp_path: Path, monkeypatch: Any) -> N
     with serve(there) as url:
         words = ("data.source=remote", f"data.url={url}")
         first, long, said = counted("zwx", *words)
-        assert first.startswith("captions: 3; the longest has 45 tokens of 30")
-        assert "a.tar: 1 (45 tokens)" in long
+        assert first.startswith("captions: 3; the longest has 54 tokens of 30")
+        assert "a.tar: 1 (54 tokens)" in long
         assert said == ("captions in shards: the first 3 of 5 were counted; zwx in none of these")
         monkeypatch.setattr(caption_check, "FROM_SERVER", 64)
         with pytest.raises(RecipeError, match=r"a\.tar: 4: the caption has zwx only"):
@@ -99,8 +99,8 @@ def test_videos_in_tars(counted: Any, tmp_path: Path) -> None:
     tars = shards(tmp_path / "clips", ["a zwx", LONG, "a fox"], ("mp4", clip))
     words = ("data.source=video", f"data.video={tars}", "data.frames=2", "run.batch_size=1")
     first, long = counted("zwx", *words)
-    assert first.startswith("captions: 3, 1 with zwx; the longest has 45 tokens of 30")
-    assert "1 (45 tokens)" in long
+    assert first.startswith("captions: 3, 1 with zwx; the longest has 54 tokens of 30")
+    assert "1 (54 tokens)" in long
     with pytest.raises(RecipeError, match="zwy is in none of 3 captions"):
         counted("zwy", *words)
     # one caption for all is counted where the recipe is read
@@ -117,4 +117,4 @@ def test_captions_of_stills_are_counted_too(tiny_folder: Path, tmp_path: Path) -
              "data.prompt=a fox", "data.images=0.5",
              f"data.stills={tmp_path / 'stills'}"]  # fmt: skip
     said = load_recipe(words).said
-    assert any(line.startswith("captions: 2; the longest has 45 tokens") for line in said)
+    assert any(line.startswith("captions: 2; the longest has 54 tokens") for line in said)

@@ -315,7 +315,7 @@ def test_captions_are_read_once(
     concept = ["recipe=lora", f"data.concept={photos}", "data.class_word=cup", *common]
     for words in (folder, [*concept, "data.prior_weight=0"]):
         recipe = load_recipe(words)
-        train, _ = recipe.data.open(needs(photos.parent))
+        train, _ = recipe.data.open(needs(photos.parent, 64))
         assert len(train) == 3
         assert {name: count for name, count in read.items() if name in texts} == dict.fromkeys(
             texts, 1
