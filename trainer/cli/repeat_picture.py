@@ -267,10 +267,10 @@ def _shown(path: Path, most: int | None = None) -> list[Image]:
     from PIL.Image import open as open_image
 
     from trainer.media.made_by import is_mp4
-    from trainer.media.read_video import frames_in
+    from trainer.media.read_video import frames_of_video
 
     if is_mp4(path):
-        return frames_in(path, path, None if most is None else most + 1)
+        return frames_of_video(path, path, None if most is None else most + 1)
     with open_image(path, formats=("PNG", "GIF")) as image:
         if most not in (None, getattr(image, "n_frames", 1)):
             return []

@@ -135,7 +135,7 @@ def read_clip(
         return images + [last] * (len(wanted) - len(images))
 
 
-def frames_in(source: Path, name: str | Path, most: int | None = None) -> list[Image.Image]:
+def frames_of_video(source: Path, name: str | Path, most: int | None = None) -> list[Image.Image]:
     """The frames of a video from its first on, at most so many; raises as `examine`."""
     with _opened(source, name) as (container, stream):
         decoded = islice(_decoded(container, stream, name), most)

@@ -240,7 +240,8 @@ class Concept(Source):
         return self
 
     def idle(self) -> dict[str, str]:
-        return idle_of(self)
+        photos = any(each.sprite is None for each in self.concepts)
+        return idle_of(dict(self), photos)
 
     def _read(self) -> list[Captions]:
         """What lies in each of its folders."""
