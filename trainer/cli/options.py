@@ -101,6 +101,8 @@ def quiet_libraries() -> None:
     if not sys.warnoptions:
         for message in CHATTER:
             warnings.filterwarnings("ignore", message=message, module=r"lightning\.")
+        # of times beyond the last noise level by a rounding, which it cuts back itself
+        warnings.filterwarnings("ignore", message="Should have t[ab]", module=r"torchsde\.")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel
     for name in TALKERS:
         logging.getLogger(name).setLevel(logging.WARNING)  # "GPU: no, TPU: no", and advertisements
