@@ -169,9 +169,10 @@ def changed_keys(stored: Mapping[str, Any], recipe: Recipe) -> list[Change]:
     source = str((recipe.tree.get("data") or {}).get("source", ""))
     before, now = _flat(stored), _flat(recipe.tree)
     found = [key for key in {**now, **before} if before.get(key) != now.get(key)]
-    # of another data source, and of a method more or less, the options say nothing
+    # of another data source or optimiser, and of a method more or less, the options say nothing
     others = tuple(f"{key}." for key in found if key.startswith("methods."))
     others += ("data.",) if "data.source" in found else ()
+    others += ("optim.betas",) if "optim.name" in found else ()
     return [
         Change(key, before.get(key), now.get(key), rule=rule_of(key, source))
         for key in found
