@@ -42,6 +42,25 @@ def test_stopped_at_any_step_it_goes_on_bit_for_bit(
         assert compared(tmp_path / "whole", folder, look) == 5
 
 
+def test_adapters_along_the_way_are_completed_bit_for_bit(
+    tmp_path: Path, run: Any, fault: Any
+) -> None:
+    """Stopped before the first, after it, and right at the second, whose file is then missing."""
+    own = "run.keep_adapters=3"  # after steps 1 and 3 of 5
+    assert run(tmp_path / "whole", own) == 0
+    for step in (0, 2):
+        with fault(signals={"numbers": [signal.SIGTERM], "step": step}):
+            assert run(tmp_path / "broken", own) == 143
+    assert not (tmp_path / "broken" / "adapters" / "step_000003.safetensors").exists()
+    assert run(tmp_path / "broken", own) == 0
+    whole, broken = (
+        {path.name: path.read_bytes() for path in (tmp_path / name / "adapters").iterdir()}
+        for name in ("whole", "broken")
+    )
+    assert sorted(whole) == ["step_000001.safetensors", "step_000003.safetensors"]
+    assert whole == broken
+
+
 def test_stopped_at_every_step_of_one_run(tmp_path: Path, run: Any, fault: Any, look: Any) -> None:
     """The second, third and fourth resume, too."""
     assert run(tmp_path / "whole", *BUSY) == 0

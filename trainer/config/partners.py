@@ -71,6 +71,8 @@ def _of_run(recipe: Recipe) -> dict[str, str]:
     found = {}
     if not recipe.run.validate_every:
         found["run.timeouts.validate"] = "run.validate_every=0 never validates"
+    if recipe.run.keep_adapters == 1:
+        found["run.keep_adapters"] = "it is the run's own adapter, which is kept anyway; give 2"
     if not _previews(recipe):
         found["run.timeouts.preview"] = "there are no previews"
     if reason := _changing(recipe.data):

@@ -83,6 +83,7 @@ IN_SECTIONS: dict[str, dict[str, Rule]] = {
         "validate_every": FREE,
         "checkpoint_every": FREE,
         "checkpoint_keep": FREE,
+        "keep_adapters": FREE,
         "on_disk_full": FREE,
         "on_nonfinite": APPLIED,
         "nonfinite_in_a_row": APPLIED,

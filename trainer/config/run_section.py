@@ -83,6 +83,12 @@ class RunSpec(Section):
         500, ge=0, description="steps between checkpoints; 0 writes one only when a run ends early"
     )
     checkpoint_keep: int = Field(2, gt=0, description="checkpoints that stay, the newest")
+    keep_adapters: int = Field(
+        0,
+        ge=0,
+        description="adapters to keep, evenly over the steps, the last of them the run's own; "
+        "`evaluate run=... every=true` compares them. 0 keeps the run's own alone",
+    )
     on_disk_full: Literal["stop", "continue"] = Field(
         "stop", description="what a checkpoint that cannot be written does to the run"
     )
@@ -126,6 +132,12 @@ class RunSpec(Section):
     def size(self) -> tuple[int, int] | None:
         """Height and width of the pictures, None for those of the backbone."""
         return None if self.resolution is None else (self.resolution, self.resolution)
+
+    @property
+    def kept_steps(self) -> tuple[int, ...]:
+        """The steps after which an adapter is kept, without the last, whose is the run's own."""
+        parts = self.keep_adapters
+        return tuple(sorted({part * self.steps // parts for part in range(1, parts)} - {0}))
 
     @model_validator(mode="before")
     @classmethod

@@ -3,6 +3,7 @@
     recipe.yaml                the resolved recipe
     plan.json                  what its methods did to the model, and what trains
     adapter.safetensors        the result
+    adapters/                  step_000200.safetensors and others of `run.keep_adapters`
     checkpoints/step-000120/   see `training/checkpoint_files.py`
     events.jsonl               a line for each start and end, each checkpoint that was skipped or
                                could not be written, and each skipped step
@@ -12,7 +13,8 @@
     .lock                      locked by the program that is training here
     .holder                    which one that is
 
-The tracker's files and `evaluation.json` are in the same folder.
+The tracker's files and `evaluation.json`, or `evaluation_by_step.json` and its picture, are in the
+same folder.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -35,6 +38,7 @@ from trainer.config.resume_rules import FREE, changed_keys
 from trainer.config.run_section import RunSpec
 from trainer.config.schema import Recipe
 
+KEPT_NAME = re.compile(r"step_(\d{6,})\.safetensors")
 WHERE = ("id", "out", "start_from")
 UNLISTED = (*(f"run.{key}" for key in WHERE), "run.steps")  # an adapter does not have the first
 
@@ -43,6 +47,23 @@ def folder_for(recipe: Recipe) -> Path:
     """`runs/<recipe>/<id>`, the same for every rank of a run."""
     name = recipe.run.id or os.environ.setdefault("TRAINER_RUN_ID", time.strftime("%Y%m%d-%H%M%S"))
     return recipe.run.out / Path(recipe.name).stem / name
+
+
+def kept_adapter(folder: Path, step: int) -> Path:
+    """Where a run keeps its adapter of a step; see `run.keep_adapters`."""
+    return folder / "adapters" / f"step_{step:06d}.safetensors"
+
+
+def kept_adapters(folder: Path) -> dict[int, Path]:
+    """The adapters that a run has kept along the way, by their steps, the first one first."""
+    found = ((KEPT_NAME.fullmatch(path.name), path) for path in (folder / "adapters").glob("*"))
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def step_of_kept(path: Path) -> int | None:
+    """The step of a file of `kept_adapters`; None for any other file."""
+    found = KEPT_NAME.fullmatch(path.name)
+    return int(found[1]) if found and path.absolute().parent.name == "adapters" else None
 
 
 def recipe_header(recipe: Recipe) -> dict[str, Any]:

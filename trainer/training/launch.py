@@ -37,6 +37,7 @@ from trainer.training.callbacks.backend_report import BackendReport
 from trainer.training.callbacks.checkpoints import Checkpoints
 from trainer.training.callbacks.ema import EMA
 from trainer.training.callbacks.hang import HangGuard, vanish
+from trainer.training.callbacks.kept_adapters import KeptAdapters
 from trainer.training.callbacks.metrics import Measured, Metrics
 from trainer.training.callbacks.nonfinite_and_signals import StepChecks
 from trainer.training.callbacks.preview import Preview
@@ -143,9 +144,10 @@ def callbacks(
     bar = Bar(measured.samples, max(1, run.steps // 20), console, what=measured.what)
     metrics = Metrics(run.log_every, measured, hang=hang, watch=watch)
     first: list[lightning.Callback] = [average] if average else []
+    kept = keeper(recipe, folder, average=average, hang=hang)
     side = SideWork(saver, partial(say, style="red"))
     shown = previews(recipe, folder, average, hang=hang, train=train, side=side)
-    return [*first, bar, metrics, saver, watch, side, *shown, hang]
+    return [*first, bar, metrics, saver, watch, *kept, side, *shown, hang]
 
 
 def measured_of(recipe: Recipe, train: Dataset, plan: Plan | None) -> Measured:
@@ -159,6 +161,26 @@ def measured_of(recipe: Recipe, train: Dataset, plan: Plan | None) -> Measured:
         owners={method: edit.trains for method, edit in edits.items() if edit.trains},
         settings=flat_settings(recipe),
     )
+
+
+def keeper(
+    recipe: Recipe, folder: Path, *, average: Average | None, hang: HangGuard
+) -> list[lightning.Callback]:
+    """What writes the adapters along the way, if the recipe asks for some."""
+    run = recipe.run
+    if not run.kept_steps:
+        return []
+    return [
+        KeptAdapters(
+            folder,
+            run.kept_steps,
+            tree=recipe_header(recipe),
+            on_full=run.on_disk_full,
+            average=average,
+            hang=hang,
+            say=partial(say, style="red"),
+        )
+    ]
 
 
 def previews(
