@@ -36,6 +36,22 @@ def test_short_work_is_one_line(clock: list[float], capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "latents: 7 of 7 after 3 s\n"
 
 
+def test_what_is_found_leaves_the_count(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The time left is that of the pieces which are to be made: here one a second."""
+    with long_work("pictures", 100) as work:
+        work.found(60)
+        clock[0] += 10
+        work(10)
+        clock[0] += 30
+        work(30)
+    assert capsys.readouterr().err.splitlines() == [
+        "pictures: 10 of 40, about 30 s left",
+        "pictures: 40 of 40 after 40 s",
+    ]
+
+
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
 def test_other_processes_say_nothing(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

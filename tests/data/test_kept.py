@@ -16,6 +16,7 @@ from commands import start
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from trainer.common.long_work import LongWork
 from trainer.data.kept import KeptSteps, kept_pictures, read_kept
 
 COUNT, AT_ONCE = 12, 4
@@ -62,6 +63,23 @@ def test_an_interruption_keeps_what_is_finished(tmp_path: Path) -> None:
     assert kept(broken, rest) == wanted
     assert rest.made == [8, 9, 10, 11]
     assert files(broken) == files(whole)
+
+
+def test_a_display_of_more_is_told_of_each_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of those that are there already too, and shows them in place of a display of their own."""
+    told: dict[str, list[int]] = {"done": [], "found": []}
+    work = LongWork(told["done"].append, told["found"].append)
+    folder = tmp_path / "one"
+    with pytest.raises(RuntimeError, match="interrupted"):
+        kept(folder, Maker(breaks=9))
+    capsys.readouterr()
+    kept_pictures(folder, COUNT, Maker(), at_once=AT_ONCE, what="pictures", work=work)
+    assert told["found"] == [8] and sum(told["done"]) == 4
+    kept_pictures(folder, COUNT, Maker(), at_once=AT_ONCE, what="pictures", work=work)
+    assert told["found"] == [8, 12] and sum(told["done"]) == 4
+    assert capsys.readouterr().err == ""
 
 
 def test_a_finished_set_is_read_alone(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,11 +16,22 @@ from trainer.common.threads import first_process
 
 LINE_EVERY = 10.0  # seconds between lines where stderr is no terminal
 
-Advance = Callable[[int], None]
+
+@dataclass(frozen=True)
+class LongWork:
+    """How far some work is. Called with the number of pieces that were just finished; `found` takes
+    pieces out of the count that turn out to be there already, so that the time left is that of the
+    others."""
+
+    done: Callable[[int], None]
+    found: Callable[[int], None]
+
+    def __call__(self, count: int) -> None:
+        self.done(count)
 
 
 @contextmanager
-def long_work(what: str, total: int, done: int = 0) -> Iterator[Advance]:
+def long_work(what: str, total: int, done: int = 0) -> Iterator[LongWork]:
     """Shows on stderr how far some work is; the block calls what it is given with the number of
     pieces it has just finished.
 
@@ -31,14 +43,29 @@ def long_work(what: str, total: int, done: int = 0) -> Iterator[Advance]:
     """
     console = Console(stderr=True)
     if not first_process(os.environ):
-        yield lambda count: None
+        yield LongWork(lambda count: None, lambda count: None)
     elif console.is_terminal:
         with _bar(console) as bar:
             task = bar.add_task(what, total=total, completed=done)
-            yield lambda count: bar.advance(task, count)
+            left = _Total(total)
+            yield LongWork(
+                lambda count: bar.advance(task, count),
+                lambda count: bar.update(task, total=left.less(count)),
+            )
     else:
         lines = _Lines(console, what, total=total, done=done)
-        yield lines.advance
+        yield LongWork(lines.advance, lines.found)
+
+
+class _Total:
+    """How many pieces there are to do, which gets less."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+
+    def less(self, count: int) -> int:
+        self.total -= count
+        return self.total
 
 
 def _bar(console: Console) -> Progress:
@@ -60,6 +87,9 @@ class _Lines:
         self.started = self.printed = time.monotonic()
         if done:
             self._print(f"{done} of {total} are there already")
+
+    def found(self, count: int) -> None:
+        self.total -= count
 
     def advance(self, count: int) -> None:
         self.done += count

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 from zipfile import BadZipFile
@@ -13,7 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from trainer.common.atomic import written_atomically
-from trainer.common.long_work import long_work
+from trainer.common.long_work import LongWork, long_work
 from trainer.media.made_by import png_bytes
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def kept_pictures(
     *,
     at_once: int,
     what: str,
+    work: LongWork | None = None,
 ) -> list[Image.Image]:
     """Pictures 0 to count - 1, read from a folder of PNGs; those that are missing or damaged are
     made and stored there.
@@ -38,13 +40,17 @@ def kept_pictures(
     to what would have been made without one.
 
     make: the pictures with the numbers of a range, of at most `at_once` numbers. what: the pictures
-    for the display of the progress, as in "class images".
+    for the display of the progress, as in "class images". work: a display of more than these, which
+    is told of them in place of one of their own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = [read_kept(_path(folder, number)) for number in range(count)]
     missing = [number for number, picture in enumerate(found) if picture is None]
+    if work is not None:
+        work.found(count - len(missing))
     if missing:
-        with long_work(what, count, count - len(missing)) as advance:
+        own = long_work(what, count, count - len(missing)) if work is None else nullcontext(work)
+        with own as advance:
             for first in range(0, count, at_once):
                 batch = range(first, min(first + at_once, count))
                 absent = [number for number in batch if found[number] is None]
