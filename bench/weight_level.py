@@ -198,7 +198,7 @@ def judged(runs: Runs, run: Run) -> dict[str, Any]:
         "known_lost_points": 100 * (base["known sprites"] - adapted["known sprites"]),
         "validation_loss": adapted["validation loss"],
         "validation_loss_base": base["validation loss"],
-        "image_similarity": adapted["image similarity"],
+        "image_similarity": adapted["CLIP-I"],
     }
 
 

@@ -20,9 +20,9 @@ from rich.table import Table
 
 from trainer.config.load import task_recipe
 from trainer.config.schema import Recipe
-from trainer.evaluation.evaluate import percent
 from trainer.evaluation.examiner import Examiner, mean
 from trainer.evaluation.judge import Judge, judge_folder
+from trainer.evaluation.score_table import percent
 from trainer.runs.adapter import load_adapted, load_base
 from trainer.runs.run_folder import folder_for, is_finished, note_event, write_text
 from trainer.training.build import needs, placement_of

@@ -111,7 +111,7 @@ def test_evaluate(runs: dict[str, Path]) -> None:
         command("evaluate", f"run={runs['cpu']}", *words)
         tables[device] = json.loads((runs["cpu"] / "evaluation.json").read_text())
     for column, scores in tables["cpu"].items():
-        for name in ("image similarity", "validation loss"):
+        for name in ("CLIP-I", "validation loss"):
             assert tables["cuda"][column][name] == pytest.approx(scores[name], rel=0.05)
 
 

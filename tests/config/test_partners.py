@@ -29,6 +29,7 @@ optim.eps=1e-6 -> optim.name=lion -> optim.name is lion, which has none
 optim.warmup=9 -> run.steps=9 -> the run has 9 steps (run.steps)
 optim.warmup=10 -> run.steps=9 -> the run has 9 steps (run.steps)
 optim.lr=1e-4 -> optim.lrs={lora: 1e-3, new_token: 1e-3} -> has a learning rate of its own
+run.keep_adapters=1 -> -> it is the run's own adapter
 run.nonfinite_in_a_row=2 -> -> run.on_nonfinite=raise ends the run at once
 run.nonfinite_total=2 -> -> run.on_nonfinite=raise ends the run at once
 run.timeouts.validate=60 -> run.validate_every=0 -> run.validate_every=0 never validates

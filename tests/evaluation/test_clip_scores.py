@@ -85,7 +85,7 @@ def test_frames_of_unlike_clips_are_no_clip(scorer: ClipScores) -> None:
     scores, real = scorer.scores(apart), scorer.scores(scorer.real)
     assert scores["object right"] == scores["direction right"] == 0
     assert scores["frame consistency"] < 0.5 * real["frame consistency"]
-    assert scores["text alignment"] < 0.7 * real["text alignment"]
+    assert scores["CLIP-T"] < 0.7 * real["CLIP-T"]
 
 
 def test_six_frames_of_eight_make_the_object_right(scorer: ClipScores) -> None:
@@ -185,4 +185,4 @@ def test_nobody_is_asked_for_sprites_of_captions_without(judge: Judge) -> None:
     noise = torch.rand(2, 3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
     scores = ClipScores(judge, ["a man skiing", ""], noise).scores(noise)
     assert scores["direction right"] is None and scores["object right"] is None
-    assert scores["frame consistency"] is not None and scores["text alignment"] is not None
+    assert scores["frame consistency"] is not None and scores["CLIP-T"] is not None

@@ -25,7 +25,7 @@ from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling_settings import Sampling
 from trainer.evaluation.evaluate import validation_loss
 from trainer.evaluation.examiner import Examiner
-from trainer.evaluation.judge import Judge, clip_score
+from trainer.evaluation.judge import Judge
 from trainer.media.images import to_tensor
 from trainer.methods.apply import apply_methods
 from trainer.runs.adapter import load_adapted, load_base
@@ -107,7 +107,7 @@ def test_one_concept_lost(tmp_path: Path) -> None:
     assert scores["two concepts together"] == 0
     words = [*TWO, "evaluate.beside=[]", "evaluate.together=[]"]
     right, _ = examined(words, tmp_path, v1="penguin", v2="strawberry")
-    for line in ("image similarity", "text alignment"):
+    for line in ("CLIP-I", "CLIP-T"):
         assert right[line] > scores[line]
 
 
@@ -135,14 +135,25 @@ def test_photographs_are_distinguished_and_class_words_change_too(
         "evaluate.beside=[]",
     ]
     scores, seen = examined(words, tmp_path, v1="car", v2="rose")
-    assert set(seen) == {"a photo of a <v1> car", "a photo of a <v2> rose"}
+    assert set(seen) == {
+        "a photo of a <v1> car", "a photo of a <v2> rose",
+        "a car", "a photo of a car", "a rose", "a photo of a rose",
+    }  # fmt: skip
     assert scores["concept accuracy"] == 1
     assert "two concepts together" not in scores
     judge, shown = Judge(CLIP), Drawn.__new__(Drawn)
     shown.shows, shown.seen = {"<v1> ": "", "<v2> ": ""}, []
-    texts = {word: [f"a photo of a {word}"] * 8 for word in ("car", "rose")}
-    alignments = [clip_score(judge, shown._sample(None, own), own) for own in texts.values()]
-    assert scores["text alignment"] == pytest.approx(sum(alignments) / 2, abs=1e-3)
+    found: dict[str, list[float]] = {"CLIP-T": [], "PRES (CLIP)": []}
+    for word in ("car", "rose"):
+        text = [f"a photo of a {word}"]
+        pictures = judge.images(shown._sample(None, text * 8))
+        found["CLIP-T"].append(float((pictures @ judge.texts(text).T).mean()))
+        paths = sorted((tmp_path / word).iterdir())
+        photos = torch.stack([to_tensor(Image.open(path)) for path in paths])
+        plain = judge.images(shown._sample(None, [f"a {word}", text[0]] * 4))
+        found["PRES (CLIP)"].append(float((plain @ judge.images(photos).T).mean()))
+    for line, own in found.items():
+        assert scores[line] == pytest.approx(sum(own) / 2, abs=1e-5), line
 
 
 def test_a_prompt_for_two_must_name_two() -> None:
@@ -183,8 +194,8 @@ def test_a_joint_run_by_the_verbs(
             )
             for concept in range(2)
         ]
-        assert table[name]["image similarity"] == pytest.approx(sum(found) / 2, abs=1e-3), name
-    gap = table["base"]["image similarity"] - table["adapted"]["image similarity"]
+        assert table[name]["CLIP-I"] == pytest.approx(sum(found) / 2, abs=1e-3), name
+    gap = table["base"]["CLIP-I"] - table["adapted"]["CLIP-I"]
     assert abs(gap) > 1e-2
 
 
@@ -219,7 +230,7 @@ def test_pictures_are_those_of_the_recipes_sampler(
     prompts = ["a <v1> on a blue background", "a <v1>", "a <v1> on a blue background"]
     pictures = sampled(tiny, prompts, guidance=3.0, negative="a fox")
     wanted = similarity(judge, train, 0, pictures)
-    assert scores["image similarity"] == pytest.approx(wanted, abs=1e-3)
+    assert scores["CLIP-I"] == pytest.approx(wanted, abs=1e-3)
     clips = examiner.clips(tiny, prompts, frames=1, fps=None)
     torch.testing.assert_close(clips[:, 0], pictures, rtol=0, atol=0.01)
 
@@ -235,7 +246,7 @@ def test_the_base_models_pictures_are_cached_by_model(
     found = []
     for model in (tiny, tiny, open_folder(other_folder)):
         examiner = Examiner(recipe, judge, train, num_images=2, batch_size=2, base=model)
-        found.append(examiner.examine(model)["image similarity"])
+        found.append(examiner.examine(model)["CLIP-I"])
     assert found[0] == found[1] != found[2]
     assert len(list((tmp_path / "generated").iterdir())) == 2
 
@@ -261,3 +272,27 @@ def test_the_validation_loss_is_the_runs_last_one(tiny_folder: Path, tmp_path: P
     _, held_out = recipe.data.open(needs(recipe, base))
     assert validation_loss(recipe, adapted, held_out) == pytest.approx(logged, rel=1e-5)
     assert validation_loss(recipe, base, held_out) != pytest.approx(logged, rel=1e-4)
+
+
+def test_captioned_pictures_get_no_line_about_a_concept(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A style is judged by its held-out captions and by its pictures."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for index in range(12):
+        scene = draw_scene(5, index)
+        Image.fromarray(scene.image).save(pictures / f"{index:02d}.png")
+        (pictures / f"{index:02d}.txt").write_text(scene.caption)
+    words = ["recipe=lora_folder", f"backbone={tiny_folder}", f"data.folder={pictures}"]
+    words += ["data.buckets=0", "data.validation=2", "run.steps=1", "run.batch_size=1"]
+    words += ["run.validate_every=0", "optim.warmup=0", "evaluate.steps=1", "tracker=none"]
+    words += [f"run.out={tmp_path}", "run.id=style"]
+    assert main(["fit", *words]) == 0
+    run = tmp_path / "lora_folder" / "style"
+    assert main(["evaluate", f"run={run}", f"judge={CLIP}", "images=10"]) == 0
+    assert "concept" not in capsys.readouterr().out
+    table = json.loads((run / "evaluation.json").read_text())
+    lines = ["CLIP-I", "CLIP-T", "DIV (CLIP)", "KID (CLIP)", "validation loss"]
+    assert list(table["base"]) == list(table["adapted"]) == lines
+    assert all(value is not None for scores in table.values() for value in scores.values())

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from trainer.data.world.scenes import RELATIONS, Spot, article, background, compose, draw_scene
 from trainer.data.world.sprites import ALL, HELD_OUT
-from trainer.evaluation.judge import Judge, clip_score, relation_holds
-from trainer.media.images import to_tensor
+from trainer.evaluation.features import text_alignment
+from trainer.evaluation.judge import Judge, relation_holds
+from trainer.media.images import to_pil, to_tensor
 
 CLIP = Path(__file__).parents[2] / "data" / "tiny" / "clip"
 
@@ -63,13 +64,25 @@ def test_an_empty_picture_has_little_of_anything(judge: Judge) -> None:
     assert found.mass[0].sum() < 0.2 * found.mass[1].sum()
 
 
-def test_clip_score_is_a_hundred_times_the_mean_cosine(judge: Judge) -> None:
+def test_text_alignment_is_the_models_own_logit(judge: Judge) -> None:
+    """The whole CLIPModel, as transformers puts it together, gives the same cosines."""
     pictures = torch.stack([picture(Spot("fox", 32, 32, 40)), picture(Spot("cow", 20, 20, 30))])
     texts = [article("fox"), article("apple")]
-    cosines = (judge.images(pictures) * judge.texts(texts)).sum(1)
+    pixels = judge.processor([to_pil(each) for each in pictures], return_tensors="pt").pixel_values
+    with torch.no_grad():
+        found = judge.model(pixel_values=pixels, **judge.tokens(texts))
+    cosines = (found.logits_per_image / judge.model.logit_scale.exp()).diag()
     assert cosines[0] > cosines[1] + 0.2
-    found = clip_score(judge, pictures, texts)
-    assert found == pytest.approx(100 * float(cosines.mean()), abs=0.5)
+    own = text_alignment(judge.features(pictures), judge.texts(texts))
+    assert own == pytest.approx(float(cosines.mean()), abs=1e-5)
+
+
+def test_pictures_of_several_sizes_are_taken_as_a_list(judge: Judge) -> None:
+    large = picture(Spot("fox", 32, 32, 40)).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    small = picture(Spot("cow", 20, 20, 30))
+    both = judge.images([large, small])
+    assert both.shape == (2, 128)
+    torch.testing.assert_close(both[1:], judge.images(small[None]))
 
 
 def test_refusals(judge: Judge, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trainer.cli.options import Count, Options, quiet_libraries, read_options
 from trainer.config.run_section import Device, Precision
@@ -12,35 +12,62 @@ from trainer.config.run_section import Device, Precision
 
 class EvaluateOptions(Options):
     """Prints a table of scores of the base and of the adapted model, and keeps it as
-    evaluation.json in the run folder."""
+    evaluation.json in the run folder. With runs=[a,b] a column for each run and which is best by
+    which line; with every=true a column for each adapter that the run has kept along the way, which
+    of them to keep, and evaluation_by_step.json and .png."""
 
-    run: Path = Field(
-        description="the run folder to judge, or its adapter.safetensors",
+    run: Path | None = Field(
+        None,
+        description="the run folder to judge, or an adapter file of it",
         examples=["runs/custom_diffusion/<id>"],
     )
-    judge: str | None = Field(
+    runs: tuple[Path, ...] = Field(
+        (), description="several runs on one backbone to compare, in place of run"
+    )
+    every: bool = Field(
+        False, description="every adapter of the run that run.keep_adapters has kept, by its step"
+    )
+    judge: str | tuple[str, ...] | None = Field(
         None,
-        description="folder of a CLIP model that scores the pictures; null takes the one that the "
-        "backbone ships with",
+        description="folder of the model that scores the pictures, or several as in [a,b]: a CLIP "
+        "compares them with photos and texts, a DINO or DINOv2 with photos alone; null takes the "
+        "one that the backbone ships with",
     )
     images: Count = Field(32, description="pictures for each group of prompts")
     batch: Count = Field(32, description="pictures generated at once, at most")
     device: Device = "auto"
     precision: Precision = "auto"
 
+    @model_validator(mode="after")
+    def _something_to_judge(self) -> EvaluateOptions:
+        if self.runs and self.run is not None:
+            raise ValueError("give run or runs, not both")
+        if self.runs and self.every:
+            raise ValueError("every=true is for one run=; of several runs, name the adapter files")
+        if len(self.runs) == 1:
+            raise ValueError(f"runs compares several; give run={self.runs[0]} for one")
+        if not self.runs and self.run is None:
+            raise ValueError("run is missing, as in run=runs/custom_diffusion/<id>")
+        return self
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        return self.judge if isinstance(self.judge, tuple) else (self.judge,) if self.judge else ()
+
 
 def run(words: list[str]) -> int:
     options = read_options(words, EvaluateOptions)
     quiet_libraries()
     from trainer.backbones.device import choose_placement
-    from trainer.evaluation.evaluate import evaluate as judge_run
+    from trainer.evaluation.compare import evaluate_runs, evaluate_steps
+    from trainer.evaluation.evaluate import Judging, evaluate
 
     placement = choose_placement(options.device, options.precision)
-    judge_run(
-        options.run,
-        options.judge,
-        images=options.images,
-        batch=options.batch,
-        placement=placement,
-    )
+    how = Judging(options.judges, options.images, options.batch, placement=placement)
+    if options.run is None:
+        evaluate_runs(options.runs, how)
+    elif options.every:
+        evaluate_steps(options.run, how)
+    else:
+        evaluate(options.run, how)
     return 0

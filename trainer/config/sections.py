@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
 from trainer.common.section import Section
 from trainer.config.optimisers import OPTIMISERS, unsuited
+from trainer.data.templates import CONCEPT_PROMPTS
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -221,7 +222,12 @@ class EvaluateSpec(Section):
     )
     negative: str = Field("", description="a prompt to move away from, in place of the empty one")
 
-    alone: tuple[str, ...] = Field((), description="prompts of the concept alone")
+    alone: tuple[str, ...] = Field(
+        CONCEPT_PROMPTS,
+        description="prompts of the concept alone; of data without a concept, prompts in place of "
+        "the captions. By default the concept as it is, in other places and as other kinds of "
+        "picture",
+    )
     beside: tuple[str, ...] = Field((), description="prompts of the concept beside a known sprite")
     together: tuple[str, ...] = Field(
         (), description="prompts of two concepts, with {} twice in the place of their tokens"

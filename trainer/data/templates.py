@@ -1,5 +1,5 @@
-"""Texts that name a concept by {token}, its new word, and {class}, what kind of thing it is; and
-captions for a concept whose photos have none.
+"""Texts that name a concept by {token}, its new word, and {class}, what kind of thing it is:
+captions for a concept whose photos have none, and what an evaluation asks of a concept.
 
 Many wordings keep the concept from being tied to a single one, as in textual inversion (Gal et al.,
 arXiv:2208.01618) and DreamBooth (Ruiz et al., arXiv:2208.12242). Each wording is true of any photo
@@ -36,6 +36,21 @@ TEMPLATES: tuple[str, ...] = (
     "look at this {}",
     "a {}",
 )
+# what an evaluation asks for: the concept as it is, in other places, and as other kinds of picture,
+# the ideas of DreamBooth's and Custom Diffusion's (arXiv:2212.04488) lists; each is sensible for a
+# thing, an animal and a person
+CONCEPT_PROMPTS: tuple[str, ...] = (
+    "a photo of a {token} {class}",
+    "a {token} {class} by the sea",
+    "a {token} {class} in deep snow",
+    "a {token} {class} in front of a brick wall",
+    "a {token} {class} on a lawn at sunset",
+    "a {token} {class} in a busy street at night",
+    "an oil painting of a {token} {class}",
+    "a pencil drawing of a {token} {class}",
+)
+# other things of its kind, which the model should still tell from the concept
+CLASS_PROMPTS: tuple[str, ...] = ("a {class}", "a photo of a {class}")
 PLACES = ("token", "class")
 PLACE = re.compile(r"(?P<article>\b[Aa]n?(?P<gap>\s+))?\{(?P<place>\w+)\}")
 

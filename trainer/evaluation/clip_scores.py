@@ -15,7 +15,8 @@ from torch import Tensor
 from trainer.data.source import Dataset
 from trainer.data.world.clips import DIRECTIONS
 from trainer.data.world.sprites import ALL
-from trainer.evaluation.judge import Judge, clip_score
+from trainer.evaluation.features import text_alignment
+from trainer.evaluation.judge import Judge
 
 MOST = 0.75  # the share of frames that must show the object: 6 of 8
 SEEN = 1.0  # patches of the object from which on a frame shows it; real clips have 4 at least
@@ -109,9 +110,9 @@ def named_right(judge: Judge, clips: Tensor, words: Sequence[str]) -> Tensor:
     return torch.tensor(right).unflatten(0, (-1, frames))
 
 
-def steadiness(judge: Judge, clips: Tensor) -> Tensor:
-    """Frame consistency (n,): the mean cosine similarity of neighbouring frames' embeddings."""
-    frames = judge.images(clips.flatten(0, 1)).unflatten(0, (-1, clips.shape[1]))
+def steadiness(frames: Tensor) -> Tensor:
+    """Frame consistency (n,): the mean cosine of neighbouring frames' embeddings (n, f, d), which
+    are of unit length."""
     return torch.stack([(a * b).sum(-1) for a, b in pairwise(frames.unbind(1))]).mean(0)
 
 
@@ -149,7 +150,7 @@ class ClipScores:
         object right: among clips whose caption names one sprite, the share that show it in `MOST`
         of the frames. direction right: among those whose caption also gives one direction, the
         share that move in it. Both are None where no caption qualifies or the judge is not the
-        world's. frame consistency: see `steadiness`. text alignment: CLIPScore, 0 to 100.
+        world's. frame consistency: see `steadiness`. CLIP-T: see `text_alignment`, over all frames.
         """
         captions = self.captions[: len(clips)]
         scores: dict[str, float | None] = {"direction right": None, "object right": None}
@@ -167,7 +168,8 @@ class ClipScores:
                 if wanted[row][1] is not None
             ]
             scores["direction right"] = sum(right) / len(right) if right else None
-        scores["frame consistency"] = float(steadiness(self.judge, clips).mean())
-        each = [caption for caption in captions for _ in range(clips.shape[1])]
-        scores["text alignment"] = clip_score(self.judge, clips.flatten(0, 1), each)
+        seen, frames = self.judge.images(clips.flatten(0, 1)), clips.shape[1]
+        scores["frame consistency"] = float(steadiness(seen.unflatten(0, (-1, frames))).mean())
+        texts = self.judge.texts(captions).repeat_interleave(frames, 0)
+        scores["CLIP-T"] = text_alignment(seen, texts)
         return scores

@@ -8,110 +8,169 @@ caption says?
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table as Sheet
 
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import CPU, Placement
+from trainer.common.atomic import written_atomically
+from trainer.common.long_work import LongWork, long_work
+from trainer.config.header import file_of, read_header
 from trainer.config.load import resolve_recipe
 from trainer.config.schema import Recipe
 from trainer.data.loader import Fixed
 from trainer.data.source import Dataset, shape_of_clips
 from trainer.evaluation.clip_scores import ClipScores
-from trainer.evaluation.examiner import Examiner
-from trainer.evaluation.judge import Judge, judge_folder
+from trainer.evaluation.examiner import Examiner, Scores
+from trainer.evaluation.open_judges import Eye, open_judges, reader_of
+from trainer.evaluation.score_table import Table, show_evaluation, show_notes, with_drift
 from trainer.runs.adapter import load_adapted, load_base
+from trainer.runs.run_folder import step_of_kept
 from trainer.training.build import needs, task_of
 from trainer.training.module import QUANTILES
 
-Table = dict[str, dict[str, float | None]]  # by column, then by score
-SHARES = (  # the scores shown as percentages, beside every `concept accuracy`
-    "concept beside another", "the other beside it", "two concepts together", "known sprites",
-    "direction right", "object right",
-)  # fmt: skip
+
+@dataclass(frozen=True)
+class Judging:
+    """How models are judged. judges: folders, none for the backbone's own; images: pictures, and
+    clips, for each kind of prompt; batch: pictures generated at once, at most; placement: where
+    models and judges run."""
+
+    judges: tuple[str | Path, ...] = ()
+    images: int = 32
+    batch: int = 32
+    placement: Placement = CPU
 
 
-def evaluate(
-    run: Path,
-    judge_at: str | None = None,
-    *,
-    images: int = 32,
-    batch: int = 32,
-    placement: Placement = CPU,
-) -> Table:
+def evaluate(run: Path, how: Judging) -> Table:
     """Evaluates a run, prints the table of scores and writes it as `evaluation.json` beside the
-    adapter.
+    adapter; of an adapter with another name as `<name>_evaluation.json`.
 
     A run on clips also generates clips, for the captions of held-out ones, or of the training ones
     if none are held out; the scores of those real clips are the column `real`.
 
-    run: a run folder or an adapter file; judge_at: the judge's folder, by default the backbone's
-    own; images: pictures, and clips, for each kind of prompt; batch: pictures generated at once, at
-    most; placement: where both models and the judge run.
+    run: a run folder or an adapter file.
 
     Returns the columns `base`, `adapted` and, for clips, `real`.
 
     Raises:
         ValueError: there is no adapter, or no judge for this backbone.
     """
-    path = run / "adapter.safetensors" if run.is_dir() else run
-    adapted, tree = load_adapted(path, placement=placement)
-    recipe = resolve_recipe(tree.get("recipe", path.parent.parent.name), tree, {})
-    base = load_base(recipe.backbone, recipe.backbone_name, placement, hold=False)
-    judge = Judge(judge_folder(judge_at, base.folder, key="judge"), placement)
-    train, held_out = recipe.data.open(needs(recipe, base))
-    examiner = Examiner(
-        recipe, judge, train, num_images=images, batch_size=batch, base=base, resumes=True
-    )
-    models = {"base": base, "adapted": adapted}
-    table = _score(examiner, models, train=train, held_out=held_out)
-    what = "pictures or clips" if max(train.frames) > 1 else "pictures"
-    title = f"{run}, judged by {judge.folder.name}, {images} {what} a line"
-    show_evaluation(table, title, Console())
-    text = json.dumps(table, indent=1)
-    path.with_name("evaluation.json").write_text(text, encoding="utf-8")
-    examiner.finish()
+    path = file_of(run)
+    own = Evaluation(path, how)
+    with own.progress(models=2) as work:
+        own.report_to(work)
+        table = {"base": own.score(own.base), "adapted": own.score(own.adapted(path))}
+    table = own.completed(table)
+    console = Console()
+    show_evaluation(table, f"{run}, {own.described}", console)
+    show_notes(own.notes, console)
+    write_table(evaluation_file(path), table)
+    own.finish()
     return table
 
 
-def _score(
-    examiner: Examiner, models: Mapping[str, Backbone], *, train: Dataset, held_out: Dataset | None
-) -> Table:
-    table: Table = {name: examiner.examine(model) for name, model in models.items()}
-    shape = shape_of_clips(train)
-    moving = shape[0] > 1
-    clips = _score_clips(examiner, models, held_out or train, shape=shape) if moving else {}
-    for name, model in models.items():
-        table[name] |= clips.get(name, {})
-        table[name]["validation loss"] = validation_loss(examiner.recipe, model, held_out)
-    if moving:
-        table["real"] = dict.fromkeys(table["base"]) | clips["real"]
-    return table
+def evaluation_file(path: Path) -> Path:
+    """Where the scores of an adapter are kept."""
+    name = "" if path.stem == "adapter" else f"{path.stem}_"
+    return path.with_name(f"{name}evaluation.json")
 
 
-def _score_clips(
-    examiner: Examiner,
-    models: Mapping[str, Backbone],
-    data: Dataset,
-    *,
-    shape: tuple[int, float | None],
-) -> Table:
-    """The scores of clips that each model generates for the captions of `data`, and those of its
-    own clips as the column `real`.
+def write_table(path: Path, table: object) -> None:
+    """Writes scores as JSON, completely or not at all."""
+    with written_atomically(path) as part:
+        part.write_text(json.dumps(table, indent=1), encoding="utf-8")
 
-    shape: the frames of a clip, and how many are shown in a second.
+
+class Evaluation:
+    """One run's recipe and data, its base and its judges: all that a model's scores depend on.
+
+    path: an adapter; beside: the evaluation of another run on the same backbone, whose base and
+    judges are taken. notes: what is not scored, and why.
+
+    Raises:
+        ValueError: there is no adapter, or no judge for this backbone.
     """
-    frames, fps = shape
-    scorer = ClipScores.of(examiner.judge, data, examiner.num_images)
-    table = {"real": scorer.scores(scorer.real)}
-    for name, model in models.items():
-        generated = examiner.clips(model, scorer.captions, frames=frames, fps=fps)
-        table[name] = scorer.scores(generated)
-    return table
+
+    def __init__(self, path: Path, how: Judging, beside: Evaluation | None = None) -> None:
+        tree, _ = read_header(path)
+        folder = path.parent if step_of_kept(path) is None else path.parent.parent
+        self.path, self.how = path, how
+        self.recipe = resolve_recipe(tree.get("recipe", folder.parent.name), tree, {})
+        spec, name = self.recipe.backbone, self.recipe.backbone_name
+        self.base: Backbone = (
+            beside.base if beside else load_base(spec, name, how.placement, hold=False)
+        )
+        self.judges: list[Eye] = (
+            beside.judges if beside else open_judges(how.judges, self.base.folder, how.placement)
+        )
+        self.train, self.held_out = self.recipe.data.open(needs(self.recipe, self.base))
+        self.examiner = Examiner(
+            self.recipe,
+            self.judges,
+            self.train,
+            num_images=how.images,
+            batch_size=how.batch,
+            base=self.base,
+            resumes=True,
+            held_out=self.held_out,
+        )
+        self.frames, self.fps = shape_of_clips(self.train)
+        self.clips = self._clips() if self.frames > 1 else None
+        self.notes = list(self.examiner.notes)
+
+    @property
+    def described(self) -> str:
+        """What the scores depend on, for a title."""
+        names = " and ".join(judge.folder.name for judge in self.judges)
+        what = "pictures" if self.clips is None else "pictures or clips"
+        return f"judged by {names}, {self.how.images} {what} a line"
+
+    def progress(self, models: int) -> AbstractContextManager[LongWork]:
+        """A display of all pictures that so many models generate."""
+        frames = 0 if self.clips is None else len(self.clips.captions) * self.frames
+        return long_work("pictures to judge", models * (self.examiner.asked.pictures + frames))
+
+    def report_to(self, work: LongWork) -> None:
+        self.examiner.maker.work = work
+
+    def adapted(self, path: Path) -> Backbone:
+        return load_adapted(path, placement=self.how.placement)[0]
+
+    def score(self, model: Backbone) -> Scores:
+        """Every score of a model, in the order of the table's lines."""
+        scores = self.examiner.examine(model)
+        if self.clips is not None:
+            generated = self.examiner.clips(
+                model, self.clips.captions, frames=self.frames, fps=self.fps
+            )
+            scores |= self.clips.scores(generated)
+        return scores | {"validation loss": validation_loss(self.recipe, model, self.held_out)}
+
+    def completed(self, table: Table) -> Table:
+        """With what is known when all models are scored: prior drift, and the real clips."""
+        table = with_drift(table)
+        if self.clips is not None:
+            real = self.clips.scores(self.clips.real)
+            table["real"] = dict.fromkeys(table["base"]) | real
+        return table
+
+    def finish(self) -> None:
+        """Removes the pictures, as `PictureMaker.finish`."""
+        self.examiner.finish()
+
+    def _clips(self) -> ClipScores:
+        reader = reader_of(self.judges)
+        if reader is None:
+            raise ValueError(
+                "judge: clips are compared with their captions, and a DINO reads no texts; name a "
+                "CLIP folder, too"
+            )
+        return ClipScores.of(reader, self.held_out or self.train, self.how.images)
 
 
 @torch.no_grad()
@@ -124,25 +183,3 @@ def validation_loss(recipe: Recipe, model: Backbone, held_out: Dataset | None) -
     fixed = Fixed(held_out, batch_size=16, moments=None)
     losses = [task.score(fixed[i].to(model.device), QUANTILES) for i in range(len(fixed))]
     return float(torch.cat(losses, dim=1).mean())
-
-
-def show_evaluation(table: Table, title: str, console: Console) -> None:
-    """Prints the scores, a line for each and a column for each model."""
-    sheet = Sheet(title=title, title_justify="left")
-    sheet.add_column("")
-    for name in table:
-        sheet.add_column(name, justify="right")
-    for line in next(iter(table.values())):
-        sheet.add_row(line, *(_written(line, scores[line]) for scores in table.values()))
-    console.print(sheet)
-
-
-def percent(value: float | None) -> str:
-    """A share of 1 as text, `-` where it is unknown."""
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _written(line: str, value: float | None) -> str:
-    if line in SHARES or line.startswith("concept accuracy") or value is None:
-        return percent(value)
-    return f"{value:.4g}"

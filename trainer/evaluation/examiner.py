@@ -1,215 +1,202 @@
-"""Generates pictures or clips from an adapted model and lets a judge name what they show."""
+"""Generates pictures or clips from an adapted model and lets judges say what they show."""
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import combinations
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from PIL.Image import Image
+import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
-from torchmetrics.functional.pairwise import pairwise_cosine_similarity
 
 from trainer.backbones.backbone import Backbone
-from trainer.backbones.device import pictures_at_once
-from trainer.common.paths import cache_folder
 from trainer.config.schema import Recipe
-from trainer.data.concept_photos import OneConcept
-from trainer.data.kept import kept_pictures
 from trainer.data.source import Dataset
-from trainer.data.world.scenes import article
 from trainer.data.world.sprites import ALL, KNOWN
-from trainer.diffusion.made_of import made_of
-from trainer.diffusion.sampler import sample_many
-from trainer.diffusion.sampling_settings import Sampling
-from trainer.evaluation.judge import Judge, clip_score
-from trainer.media.images import to_pil, to_tensor
-from trainer.media.made_by import with_facts
+from trainer.evaluation.features import (
+    LEAST,
+    alike,
+    diversity,
+    kernel_distance,
+    text_alignment,
+)
+from trainer.evaluation.generated import PictureMaker
+from trainer.evaluation.judge import Judge
+from trainer.evaluation.open_judges import Eye, line_of, reader_of
+from trainer.evaluation.questions import PromptGroup, Subject, ask
 
-SEED = 10_000  # of the first picture; previews use small seeds, so these pictures are new
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One learned concept.
-
-    token: the trained token; word: a plain word for the concept; sprite: the sprite it shows, None
-    for photographs; photos: the judge's embeddings (n, d) of its training pictures.
-    """
-
-    token: str
-    word: str | None
-    sprite: str | None
-    photos: Tensor
+Scores = dict[str, float | None]
+Features = Sequence[Tensor]  # of the same pictures by each judge
 
 
 class Examiner:
-    """Generates pictures for a recipe's evaluation prompts and scores them with the judge.
+    """Generates pictures for a recipe's evaluation prompts and scores them with the judges.
 
     With several concepts, each is evaluated alone and beside a known sprite, by the recipe's
     prompts with its token (and class word) in place of the first concept's; every pair is also
-    evaluated together. A dataset of clips has no photos of a concept, so nothing is learned there.
+    evaluated together. Data without a concept are evaluated by their captions.
 
-    train: the training data, concepts' photos first and class images last; num_images: pictures
-    for each kind of prompt; batch_size: pictures generated at once; base: the plain backbone, whose
-    pictures are cached, since they are the same for every run on it; resumes: whether those of
-    other models are kept as well, for an evaluation that is interrupted, until `finish`.
+    judge: or several; the first that reads texts names what pictures show. train: the training
+    data, concepts' photos first and class images last; held_out: what its captions are taken from
+    where there is no concept; num_images: pictures for each kind of prompt; batch_size, base,
+    resumes: as of `PictureMaker`. notes: what is not scored, and why.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        judge: Judge,
+        judge: Eye | Sequence[Eye],
         train: Dataset,
         *,
         num_images: int,
         batch_size: int,
         base: Backbone | None = None,
         resumes: bool = False,
+        held_out: Dataset | None = None,
     ) -> None:
-        self.recipe, self.judge, self.base = recipe, judge, base
-        self.num_images, self.batch_size, self.resumes = num_images, batch_size, resumes
-        self.unfinished: set[Path] = set()
-        self.weights: dict[int, str] = {}  # fingerprints; reading all weights takes seconds
-        learned = getattr(recipe.data, "concepts", [OneConcept("", "", None)])
-        groups = [] if max(train.frames) > 1 else [list(group) for group in train.groups]
-        self.subjects = []
-        for concept, rows in zip(learned, groups, strict=False):
-            photos, sprite = judge.images(_pictures(train, rows)), concept.sprite
-            word = sprite or concept.kind
-            self.subjects.append(
-                Subject(token=concept.token, word=word, sprite=sprite, photos=photos)
-            )
-        prior = groups[len(learned) :]
-        self.others = judge.images(_pictures(train, prior[0][:32])) if prior else None
+        self.recipe, self.num_images = recipe, num_images
+        self.judges = list(judge) if isinstance(judge, Sequence) else [judge]
+        self.reader = reader_of(self.judges)
+        self.maker = PictureMaker(recipe, batch_size=batch_size, base=base, resumes=resumes)
+        self.asked = ask(recipe, self.judges, train, held_out=held_out, count=num_images)
+        self.notes = [*self.asked.notes, *self._too_few()]
 
-    def examine(self, model: Backbone) -> dict[str, float | None]:
-        """The scores of a model by name; a score that the recipe's prompts or the judge cannot
+    def examine(self, model: Backbone) -> Scores:
+        """The scores of a model by name; a score that the recipe's prompts or the judges cannot
         give is None or left out."""
-        asked, subjects = self.recipe.evaluate, self.subjects
-        named = self.judge.names_patches and all(subject.sprite for subject in subjects)
-        scores: dict[str, float | None] = {}
+        asked, scores = self.asked, Scores()
         if asked.alone:
             scores |= self._alone(model)
-        if asked.beside and named:
-            pairs = [self._beside(model, subject) for subject in subjects]
+        if asked.beside:
+            pairs = [self._beside(model, question) for question in asked.beside]
             one, other = (mean(shares) for shares in zip(*pairs, strict=True))
             scores["concept beside another"], scores["the other beside it"] = one, other
-        if asked.together and named and len(subjects) > 1:
-            scores["two concepts together"] = self._together(model)
-        if asked.known and self.judge.names_patches:
-            prompts = [
-                template.replace("{}", article(word)) for template in asked.known for word in KNOWN
-            ]
-            pictures = self._sample(model, prompts)
-            scores["known sprites"] = _accuracy(
-                self.judge.named(pictures, ALL), [_sprite_in(p) for p in prompts]
-            )
+        if asked.together:
+            shares = [self._together(model, question) for question in asked.together]
+            scores["two concepts together"] = mean(shares)
+        for question in asked.known:
+            named = self._reader.named(self._sample(model, question.prompts), ALL)
+            scores["known sprites"] = _accuracy(named, [_sprite_in(p) for p in question.prompts])
         return scores
 
     def accuracy(self, model: Backbone) -> float | None:
         """Accuracy of pictures of one concept each, as a mean over the concepts."""
         found = []
-        for subject in self.subjects:
-            pictures, _ = self._generate(model, self._asked(subject, self.recipe.evaluate.alone))
-            found.append(self._concept_accuracy(subject, pictures))
+        for question in self.asked.alone:
+            pictures = self._sample(model, question.prompts)
+            subject, seen = question.subjects[0], self._seen(pictures)
+            found.append(self._concept_accuracy(subject, pictures, seen))
         return mean(found)
 
-    def _alone(self, model: Backbone) -> dict[str, float | None]:
+    @property
+    def _reader(self) -> Judge:
+        assert self.reader is not None, "sprites are named by a judge that reads texts"
+        return self.reader
+
+    def _alone(self, model: Backbone) -> Scores:
         """Scores of pictures of one concept each, as means over the concepts. With several
-        concepts, the accuracy of each is listed too."""
-        accuracy, similarity, alignment = [], [], []
-        for subject in self.subjects:
-            pictures, prompts = self._generate(
-                model, self._asked(subject, self.recipe.evaluate.alone)
-            )
-            accuracy.append(self._concept_accuracy(subject, pictures))
-            alike = pairwise_cosine_similarity(self.judge.images(pictures), subject.photos)
-            similarity.append(float(alike.mean()))
-            alignment.append(self._alignment(subject, pictures, prompts))
-        scores: dict[str, float | None] = {"concept accuracy": mean(accuracy)}
-        if len(self.subjects) > 1:
-            for subject, share in zip(self.subjects, accuracy, strict=True):
+        concepts, the accuracy of each is listed too. Of data without a concept, those of pictures
+        for its captions."""
+        subjects, accuracy, lines = self.asked.subjects, [], []
+        plain = self.asked.plain or [PromptGroup([])] * len(self.asked.alone)
+        for question, other in zip(self.asked.alone, plain, strict=True):
+            pictures, subject = self._sample(model, question.prompts), question.subjects[0]
+            seen = self._seen(pictures)
+            if subjects:
+                accuracy.append(self._concept_accuracy(subject, pictures, seen))
+            kind = None
+            if other.prompts:
+                kind = self._seen(self._sample(model, other.prompts))
+            lines.append(self._alike(question, seen, kind))
+        scores = Scores()
+        if subjects:
+            scores["concept accuracy"] = mean(accuracy)
+        if len(subjects) > 1:
+            for subject, share in zip(subjects, accuracy, strict=True):
                 scores[f"concept accuracy of {subject.token}"] = share
-        scores["image similarity"] = mean(similarity)
-        scores["text alignment"] = mean(alignment)
+        return scores | {name: mean([own.get(name) for own in lines]) for name in lines[0]}
+
+    def _alike(self, question: PromptGroup, seen: Features, kind: Features | None) -> Scores:
+        """What the judges' features say of one concept's pictures. kind: the features of pictures
+        of other things of its kind."""
+        photos = question.subjects[0].photos
+        scores: Scores = self._by_judge("alike", lambda n: alike(seen[n], photos[n]))
+        if question.texts is not None:
+            texts = question.texts
+            for number, judge in enumerate(self.judges):
+                if isinstance(judge, Judge):
+                    aligned = text_alignment(seen[number], judge.texts(texts))
+                    scores[line_of("text", judge, self.judges)] = aligned
+        if len(set(question.prompts)) < len(question.prompts):
+            scores |= self._by_judge("DIV", lambda n: diversity(seen[n], question.prompts))
+        if kind is not None:
+            scores |= self._by_judge("PRES", lambda n: alike(kind[n], photos[n]))
+        if self._enough(question):
+            scores |= self._by_judge("KID", lambda n: kernel_distance(photos[n], seen[n]))
         return scores
 
-    def _beside(self, model: Backbone, subject: Subject) -> tuple[float, float]:
+    def _by_judge(self, score: str, of: Callable[[int], float | None]) -> Scores:
+        """A score by each judge; of: takes the judge's number."""
+        return {
+            line_of(score, judge, self.judges): of(number)
+            for number, judge in enumerate(self.judges)
+        }
+
+    def _enough(self, question: PromptGroup) -> bool:
+        """Whether there are pictures enough for a KID, of the data and of generated ones."""
+        return min(len(question.subjects[0].photos[0]), len(question.prompts)) >= LEAST
+
+    def _too_few(self) -> list[str]:
+        """What is said in place of a KID; of several concepts of the first that has too few."""
+        for question in self.asked.alone:
+            if not self._enough(question):
+                own = len(question.subjects[0].photos[0])
+                return [
+                    f"no KID: it is mostly chance with fewer than {LEAST} pictures on a side, and "
+                    f"there are {own} in the data and {len(question.prompts)} generated (images=)"
+                ]
+        return []
+
+    def _beside(self, model: Backbone, question: PromptGroup) -> tuple[float, float]:
         """The shares of pictures that show the concept, and that show the known sprite their
         prompt names beside it."""
-        pictures, prompts = self._generate(model, self._asked(subject, self.recipe.evaluate.beside))
-        seen = self.judge.found(pictures, ALL).top(2)
-        others = [_sprite_in(prompt) for prompt in prompts]
+        pictures = self._sample(model, question.prompts)
+        seen = self._reader.found(pictures, ALL).top(2)
+        others = [_sprite_in(prompt) for prompt in question.prompts]
         return (
-            _share(subject.sprite in pair for pair in seen),
+            _share(question.subjects[0].sprite in pair for pair in seen),
             _share(word in pair for word, pair in zip(others, seen, strict=True)),
         )
 
-    def _together(self, model: Backbone) -> float:
-        """The share of pictures that show both concepts of their prompt, as a mean over all
-        pairs of concepts."""
-        shares = []
-        for one, other in combinations(self.subjects, 2):
-            prompts = [
-                prompt.replace("{}", one.token, 1).replace("{}", other.token, 1)
-                for prompt in self.recipe.evaluate.together
-            ]
-            pictures, _ = self._generate(model, prompts)
-            seen = self.judge.found(pictures, ALL).top(2)
-            shares.append(_share({one.sprite, other.sprite} == set(pair) for pair in seen))
-        return sum(shares) / len(shares)
+    def _together(self, model: Backbone, question: PromptGroup) -> float:
+        """The share of pictures that show both concepts of their prompt."""
+        seen = self._reader.found(self._sample(model, question.prompts), ALL).top(2)
+        both = {subject.sprite for subject in question.subjects}
+        return _share(both == set(pair) for pair in seen)
 
-    def _asked(self, subject: Subject, prompts: Sequence[str]) -> list[str]:
-        """The recipe's prompts, which name the first concept, rewritten for `subject`."""
-        first = self.subjects[0]
-        if subject is first:
-            return list(prompts)
-        return [
-            prompt.replace(
-                f"{first.token} {first.word}", f"{subject.token} {subject.word}"
-            ).replace(first.token, subject.token)
-            for prompt in prompts
-        ]
-
-    def _concept_accuracy(self, subject: Subject, pictures: Tensor) -> float | None:
-        """The share of pictures that the judge recognises as the concept.
+    def _concept_accuracy(self, subject: Subject, pictures: Tensor, seen: Features) -> float | None:
+        """The share of pictures that a judge recognises as the concept.
 
         A sprite must be named among all sprites. A picture of a photographed concept must be nearer
         to the mean embedding of its photos than to those of the class images and of the other
-        concepts' photos; None where there is nothing to compare it with.
+        concepts' photos, by the first judge; None where there is nothing to compare it with.
         """
-        if subject.sprite is not None and self.judge.names_patches:
-            return _accuracy(self.judge.named(pictures, ALL), [subject.sprite] * len(pictures))
-        rest = [other.photos for other in self.subjects if other is not subject]
-        rest += [] if self.others is None else [self.others]
+        named = self.reader is not None and self.reader.names_patches
+        if subject.sprite is not None and named:
+            return _accuracy(self._reader.named(pictures, ALL), [subject.sprite] * len(pictures))
+        rest = [other.photos[0] for other in self.asked.subjects if other is not subject]
+        rest += [] if self.asked.others is None else [self.asked.others[0]]
         if not rest:
             return None
-        centres = torch.stack([photos.mean(0) for photos in (subject.photos, *rest)])
-        nearest = (self.judge.images(pictures) @ centres.T).argmax(1)
+        centres = torch.stack(
+            [F.normalize(photos, dim=-1).mean(0) for photos in (subject.photos[0], *rest)]
+        )
+        nearest = (F.normalize(seen[0], dim=-1) @ centres.T).argmax(1)
         return float((nearest == 0).float().mean())
 
-    def _alignment(
-        self, subject: Subject, pictures: Tensor, prompts: Sequence[str]
-    ) -> float | None:
-        """CLIPScore (0 to 100) of the prompts with the plain word in place of the token; None for
-        a concept without a word."""
-        word, token = subject.word, subject.token
-        if word is None:
-            return None
-        texts = [prompt.replace(f"{token} {word}", word).replace(token, word) for prompt in prompts]
-        return clip_score(self.judge, pictures, texts)
-
-    def _generate(self, model: Backbone, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
-        """`num_images` pictures for prompts that repeat in turn, and the prompt of each."""
-        every = [prompts[i % len(prompts)] for i in range(self.num_images)]
-        return self._sample(model, every), every
+    def _seen(self, pictures: Tensor) -> list[Tensor]:
+        return [judge.features(pictures) for judge in self.judges]
 
     def clips(
         self, model: Backbone, prompts: Sequence[str], *, frames: int, fps: float | None
@@ -219,64 +206,13 @@ class Examiner:
         return pictures.unflatten(0, (-1, frames))
 
     def finish(self) -> None:
-        """Removes the pictures of adapted models: the scores are stored, so nothing resumes."""
-        for folder in self.unfinished:
-            shutil.rmtree(folder, ignore_errors=True)
-        self.unfinished.clear()
+        """As `PictureMaker.finish`."""
+        self.maker.finish()
 
     def _sample(
         self, model: Backbone, prompts: Sequence[str], *, frames: int = 1, fps: float | None = None
     ) -> Tensor:
-        asked, size = self.recipe.evaluate, self.recipe.run.size
-        side = self.recipe.run.resolution or model.resolution
-        seeds = [SEED + i for i in range(len(prompts))]
-        most = max(1, self.batch_size // frames)
-        batch_size = pictures_at_once(most, frames * side**2)
-        settings = Sampling(
-            asked.steps, asked.guidance, asked.negative, size=size, frames=frames, fps=fps
-        )
-
-        def make(batch: range) -> list[Image]:
-            own = slice(batch.start // frames, batch.stop // frames)
-            pictures = sample_many(
-                model, prompts[own], seeds[own], settings=settings, batch_size=batch_size
-            )
-            facts = [
-                made_of(model, settings, prompt=prompts[i], seed=seeds[i], recipe=self.recipe.name)
-                for i in range(own.start, own.stop)
-            ]
-            return [
-                with_facts(to_pil(picture), facts[number // frames])
-                for number, picture in enumerate(pictures)
-            ]
-
-        how = (batch_size, settings.steps, settings.guidance, settings.negative)
-        clip = (frames, fps) if frames > 1 else ()
-        facts = (list(prompts), seeds, how, *clip, *(size or ()))
-        folder = self._folder(model, facts)
-        count, at_once = len(prompts) * frames, batch_size * frames
-        if folder is None:
-            batches = (range(i, min(i + at_once, count)) for i in range(0, count, at_once))
-            pictures = [picture for batch in batches for picture in make(batch)]
-        else:
-            what = "pictures of the base" if model is self.base else "pictures of the adapted model"
-            pictures = kept_pictures(folder, count, make, at_once=at_once, what=what)
-        return torch.stack([to_tensor(picture) for picture in pictures])
-
-    def _folder(self, model: Backbone, facts: tuple[Any, ...]) -> Path | None:
-        """Where the pictures of a model are kept, by all they depend on; None for nowhere."""
-        if model is not self.base and not self.resumes:
-            return None
-        if id(model) not in self.weights:
-            self.weights[id(model)] = model.fingerprint()
-        own = (self.weights[id(model)], model.device.type, str(model.computes_in), *facts)
-        if model is not self.base:
-            own = (*own, self.recipe.tree.get("methods"))
-        key = hashlib.sha256(repr(own).encode()).hexdigest()[:24]
-        folder = cache_folder() / "generated" / key
-        if model is not self.base:
-            self.unfinished.add(folder)
-        return folder
+        return self.maker.make(model, prompts, frames=frames, fps=fps)
 
 
 def _accuracy(named: Sequence[str], right: Sequence[str]) -> float:
@@ -305,7 +241,3 @@ def _sprite_in(prompt: str) -> str:
             f"{found or 'none'}"
         )
     return found[0]
-
-
-def _pictures(data: Dataset, rows: Sequence[int]) -> Tensor:
-    return torch.stack([data.image(row) for row in rows])

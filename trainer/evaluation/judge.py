@@ -1,4 +1,4 @@
-"""The judge: a CLIP model that names what pictures show.
+"""The judge: a CLIP model that compares pictures with texts and names what they show.
 
 Any CLIP folder can judge photos. The embedded world's own judge was also trained to name single
 patches, so that it says where a thing is.
@@ -7,7 +7,7 @@ patches, so that it says where a thing is.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.multimodal import CLIPScore
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from trainer.backbones.device import CPU, Placement, place_module
 from trainer.data.world.scenes import article
 from trainer.media.images import to_pil
+
+AT_ONCE = 64  # pictures that a judge embeds at once
+Pictures = Tensor | Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,19 @@ class Found:
 
 
 class Judge:
-    """Embeds pictures (n, 3, H, W) in [-1, 1] and texts in one space, as (n, d) of unit length.
+    """Embeds pictures (n, 3, H, W) in [-1, 1], or a list of such of several sizes, and texts in one
+    space, as (n, d).
 
     Raises:
         ValueError: the folder is not a CLIP model in transformers layout.
     """
 
+    kind = "CLIP"
+
     def __init__(self, folder: Path, placement: Placement = CPU) -> None:
-        if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        if (found := model_type(folder)) != "clip":
             raise ValueError(
-                f"judge={folder}: a CLIP folder has config.json and safetensors weights"
+                f"judge={folder}: a CLIP folder is needed here, and this model is {found}"
             )
         self.folder = folder
         self.model: Any = CLIPModel.from_pretrained(
@@ -84,11 +89,17 @@ class Judge:
         return self.empty is not None
 
     @torch.no_grad()
-    def images(self, pictures: Tensor) -> Tensor:
-        return torch.cat([self._encode(part)[0] for part in pictures.split(64)])
+    def features(self, pictures: Pictures) -> Tensor:
+        """The embeddings (n, d) of pictures, as the model gives them."""
+        return torch.cat([self._encode(part)[:, 0] for part in in_parts(pictures)])
+
+    def images(self, pictures: Pictures) -> Tensor:
+        """The embeddings (n, d) of pictures, of unit length."""
+        return F.normalize(self.features(pictures), dim=-1)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
+        """The embeddings (n, d) of texts, of unit length."""
         ids = self.tokens(texts)["input_ids"]
         pooled = self.model.text_model(input_ids=ids.to(self.device)).pooler_output
         return F.normalize(self.model.text_projection(pooled), dim=-1).cpu()
@@ -125,58 +136,45 @@ class Judge:
         names = self.texts([*(article(word) for word in words), self.empty])
         scale = self.model.logit_scale.exp().cpu()
         parts = [
-            (scale * self._encode(part)[1] @ names.T).softmax(-1)[..., :-1]
-            for part in pictures.split(64)
+            (scale * F.normalize(self._encode(part)[:, 1:], dim=-1) @ names.T).softmax(-1)[..., :-1]
+            for part in in_parts(pictures)
         ]
         shares = torch.cat(parts)  # n patches w
         return Found.of_shares(words, shares)
 
-    def _encode(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode(self, pictures: Pictures) -> Tensor:
+        """Of each whole picture, then of each of its patches: (n, 1 + patches, d)."""
         pixels = self.processor(
             [to_pil(picture) for picture in pictures], return_tensors="pt"
         ).pixel_values
         hidden = self.model.vision_model(pixel_values=pixels.to(self.device)).last_hidden_state
-        embeds = self.model.visual_projection(self.model.vision_model.post_layernorm(hidden))
-        embeds = F.normalize(embeds, dim=-1).cpu()
-        return embeds[:, 0], embeds[:, 1:]
+        embeds: Tensor = self.model.visual_projection(
+            self.model.vision_model.post_layernorm(hidden)
+        )
+        return embeds.cpu()
 
 
-class Metric:
-    """The judge with the interface that `torchmetrics.multimodal.CLIPScore` needs: model and
-    processor in one."""
+def model_type(folder: Path) -> str:
+    """What a model in transformers layout says it is, as in clip or dinov2.
 
-    def __init__(self, judge: Judge) -> None:
-        self.judge, self.config = judge, judge.model.config
-
-    def __call__(
-        self, text: Sequence[str] | None = None, images: Any = None, **_: Any
-    ) -> dict[str, Tensor]:
-        if images is not None:
-            return dict(self.judge.processor(list(images), return_tensors="pt"))
-        return self.judge.tokens(text or ())
-
-    def to(self, device: Any) -> Metric:
-        return self
-
-    @torch.no_grad()
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        pixels = pixel_values.to(self.judge.device)
-        hidden = self.judge.model.vision_model(pixel_values=pixels).pooler_output
-        return self.judge.model.visual_projection(hidden).cpu()
-
-    @torch.no_grad()
-    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        ids = input_ids.to(self.judge.device)
-        hidden = self.judge.model.text_model(input_ids=ids).pooler_output
-        return self.judge.model.text_projection(hidden).cpu()
+    Raises:
+        ValueError: the folder lacks a file that a judge needs.
+    """
+    for name in ("config.json", "preprocessor_config.json", "*.safetensors"):
+        if not any(folder.glob(name)):
+            what = "safetensors weights" if name.startswith("*") else name
+            raise ValueError(
+                f"judge={folder}: there is no {what}; the folder of a CLIP or a DINO in "
+                "transformers layout has config.json, preprocessor_config.json and safetensors "
+                "weights"
+            )
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(config.get("model_type") if isinstance(config, dict) else None)
 
 
-def clip_score(judge: Judge, pictures: Tensor, texts: Sequence[str]) -> float:
-    """CLIPScore (arXiv 2104.08718), 0 to 100: the mean over pictures (n, 3, H, W) in [-1, 1] and
-    the text of each."""
-    metric = Metric(judge)
-    score = CLIPScore(model_name_or_path=lambda: (metric, metric))  # type: ignore[arg-type, return-value]
-    return float(score([((picture + 1) * 127.5).round().byte() for picture in pictures], texts))
+def in_parts(pictures: Pictures) -> Iterator[Pictures]:
+    """Pictures in parts that a model takes at once."""
+    return (pictures[first : first + AT_ONCE] for first in range(0, len(pictures), AT_ONCE))
 
 
 def judge_folder(

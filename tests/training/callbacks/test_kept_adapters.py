@@ -17,7 +17,6 @@ from trainer.__main__ import main
 from trainer.common.exit_codes import DISK, LeaveError
 from trainer.config.load import load_recipe
 from trainer.config.run_section import RunSpec
-from trainer.config.schema import RecipeError
 from trainer.runs.adapter import adapter_facts
 from trainer.runs.run_folder import kept_adapters
 from trainer.training.checkpoint_files import every_checkpoint, read_checkpoint, verified
@@ -65,11 +64,6 @@ def largest_file(size: int) -> Iterator[None]:
 )
 def test_evenly_over_the_steps(steps: int, count: int, kept: tuple[int, ...]) -> None:
     assert RunSpec(steps=steps, keep_adapters=count).kept_steps == kept
-
-
-def test_one_is_the_runs_own() -> None:
-    with pytest.raises(RecipeError, match=r"run\.keep_adapters=1 has no effect: .*own adapter"):
-        load_recipe([*WORDS, "run.keep_adapters=1"])
 
 
 def test_each_is_the_moving_average_of_its_step(run: Path) -> None:
