@@ -13,6 +13,7 @@ WIDTH, HEIGHT = 380, 230  # of one chart, in pixels
 COLUMNS = 3
 FINE = 2  # drawn so many times as large and then made smaller, which smooths the lines
 LEFT, RIGHT, TOP, BOTTOM = 62, 18, 40, 44  # from a chart's edges to its axes
+INSET = 12  # from the vertical axis to the first place, and from the last to the right edge
 LEGEND = 34
 TICKS = 5  # on an axis, about
 INK, PALE, GRID = (30, 30, 30), (110, 110, 110), (226, 226, 226)
@@ -126,7 +127,8 @@ def _draw(
     first, last = places[0], places[-1]
 
     def x_of(place: float) -> float:
-        return left + (right - left) * (place - first) / (last - first) if last > first else left
+        share = (place - first) / (last - first) if last > first else 0.5
+        return left + INSET + (right - left - 2 * INSET) * share
 
     def y_of(value: float) -> float:
         return bottom - (bottom - top) * (value - low) / (high - low)
