@@ -83,6 +83,7 @@ def evaluate_steps(run: Path, how: Judging) -> Table:
     Raises:
         ValueError: the run has kept no adapters along the way.
     """
+    run = shipped(run)
     paths = _along_the_way(run)
     own = Evaluation(next(reversed(paths.values())), how)
     table: Table = {}
