@@ -46,6 +46,11 @@ def main() -> None:
         bars.at_most(
             "known_lost_points", 100 * (base["known sprites"] - adapted["known sprites"]), 3
         )
+        of_known = adapted["fidelity"] / adapted["fidelity of known sprites"]
+        bars.at_least("fidelity_over_known", of_known, 0.8)
+        bars.at_least("second_judge_concept", adapted["second judge: concept"], 0.8)
+        beside = adapted["second judge: concept beside another"]
+        bars.at_least("second_judge_beside", beside, 0.6)
         bars.note("evaluation", table)
         if not options.quick:
             second = command(

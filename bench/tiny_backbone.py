@@ -25,7 +25,9 @@ from trainer.data.world.scenes import RELATIONS, Scene, draw_scene
 from trainer.data.world.sprites import ALL, KNOWN
 from trainer.diffusion.sampler import sample_many
 from trainer.diffusion.sampling_settings import Sampling
+from trainer.evaluation.fidelity import fidelity
 from trainer.evaluation.judge import Judge, relation_holds
+from trainer.evaluation.second_judge import SecondJudge
 from trainer.media.grids import grid
 from trainer.media.images import to_tensor
 
@@ -52,14 +54,16 @@ def words(scene: Scene) -> list[str]:
     return sorted(names, key=lambda word: re.search(rf"\b{word}\b", scene.caption).start())  # type: ignore[union-attr]
 
 
-def one(judge: Judge, pictures: Tensor, scenes: Sequence[Scene]) -> float:
+def one(judge: Judge | SecondJudge, pictures: Tensor, scenes: Sequence[Scene]) -> float:
     named = judge.named(pictures, ALL)
     return float(
         np.mean([word == scene.objects[0].word for word, scene in zip(named, scenes, strict=True)])
     )
 
 
-def two(judge: Judge, pictures: Tensor, scenes: Sequence[Scene]) -> tuple[float, float]:
+def two(
+    judge: Judge | SecondJudge, pictures: Tensor, scenes: Sequence[Scene]
+) -> tuple[float, float]:
     """Shares of pictures with both sprites right, and, among those, with the stated relation
     right."""
     found = judge.found(pictures, ALL)
@@ -117,6 +121,17 @@ def main() -> None:
     generated |= {"generated_two_both": both, "generated_two_relation": placed}
     for key, limit in limits.items():
         bars.at_least(key, generated[key], limit)
+    second = SecondJudge(backbone.folder / "second_judge")
+    pair, stands = two(second, beside, pairs)
+    for name, share, bar in (
+        ("generated_one", one(second, alone, singles), 0.90),
+        ("generated_two_both", pair, 0.75),
+        ("generated_two_relation", stands, 0.95),
+    ):
+        bars.at_least(f"second_judge_{name}", share, bar)
+    shown = [scene.objects[0].word for scene in singles[:48]]
+    bars.note("fidelity_real", fidelity(real(singles[:48]), shown).score)
+    bars.note("fidelity_generated", fidelity(alone[:48], shown).score)
     bars.note("sampling", {"pictures": count, **look})
     if options.grid:
         options.grid.parent.mkdir(parents=True, exist_ok=True)

@@ -199,6 +199,10 @@ def judged(runs: Runs, run: Run) -> dict[str, Any]:
         "validation_loss": adapted["validation loss"],
         "validation_loss_base": base["validation loss"],
         "image_similarity": adapted["CLIP-I"],
+        "fidelity": adapted["fidelity"],
+        "fidelity_of_known": adapted["fidelity of known sprites"],
+        "second_concept": adapted["second judge: concept"],
+        "second_beside": adapted["second judge: concept beside another"],
     }
 
 
@@ -265,8 +269,8 @@ def table(figures: dict[str, Any]) -> str:
     costs, learned = figures.get("steps", {}), figures.get("fits", {})
     lines = [
         "| method | trains, % of the U-Net | adapter | optimiser state | step, times faster "
-        "| concept | known sprites lost | validation loss |",
-        "|---|---|---|---|---|---|---|---|",
+        "| concept | by the second judge | fidelity | known sprites lost | validation loss |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in WORDS:
         cost, fit = costs.get(name, {}), learned.get(name, {})
@@ -277,6 +281,8 @@ def table(figures: dict[str, Any]) -> str:
             _cell(cost, "optimiser_bytes", "{:,.0f} kB", scale=1e-3),
             _cell(cost, "faster", "{:.2f}"),
             _cell(fit, "concept", "{:.0f} %", scale=100),
+            _cell(fit, "second_concept", "{:.0f} %", scale=100),
+            _cell(fit, "fidelity", "{:.2f}") + _cell(fit, "fidelity_of_known", " of {:.2f}", ""),
             _cell(fit, "known_lost_points", "{:.1f} points"),
             _cell(fit, "validation_loss", "{:.4f}"),
         ]

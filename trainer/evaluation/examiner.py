@@ -25,6 +25,7 @@ from trainer.evaluation.generated import PictureMaker
 from trainer.evaluation.judge import Judge
 from trainer.evaluation.open_judges import Eye, line_of, reader_of
 from trainer.evaluation.questions import PromptGroup, Subject, ask
+from trainer.evaluation.sprite_scores import SpriteScores
 
 Scores = dict[str, float | None]
 Features = Sequence[Tensor]  # of the same pictures by each judge
@@ -58,6 +59,7 @@ class Examiner:
         self.recipe, self.num_images = recipe, num_images
         self.judges = list(judge) if isinstance(judge, Sequence) else [judge]
         self.reader = reader_of(self.judges)
+        self.truth = SpriteScores.beside(self.reader)
         self.maker = PictureMaker(recipe, batch_size=batch_size, base=base, resumes=resumes)
         self.asked = ask(recipe, self.judges, train, held_out=held_out, count=num_images)
         self.notes = [*self.asked.notes, *self._too_few()]
@@ -69,15 +71,15 @@ class Examiner:
         if asked.alone:
             scores |= self._alone(model)
         if asked.beside:
-            pairs = [self._beside(model, question) for question in asked.beside]
-            one, other = (mean(shares) for shares in zip(*pairs, strict=True))
-            scores["concept beside another"], scores["the other beside it"] = one, other
+            scores |= means([self._beside(model, question) for question in asked.beside])
         if asked.together:
             shares = [self._together(model, question) for question in asked.together]
             scores["two concepts together"] = mean(shares)
         for question in asked.known:
-            named = self._reader.named(self._sample(model, question.prompts), ALL)
-            scores["known sprites"] = _accuracy(named, [_sprite_in(p) for p in question.prompts])
+            pictures = self._sample(model, question.prompts)
+            words = [_sprite_in(prompt) for prompt in question.prompts]
+            scores["known sprites"] = _accuracy(self._reader.named(pictures, ALL), words)
+            scores |= self.truth.known(pictures, words) if self.truth else {}
         return scores
 
     def accuracy(self, model: Backbone) -> float | None:
@@ -108,14 +110,20 @@ class Examiner:
             kind = None
             if other.prompts:
                 kind = self._seen(self._sample(model, other.prompts))
-            lines.append(self._alike(question, seen, kind))
+            lines.append(self._true(subject, pictures) | self._alike(question, seen, kind))
         scores = Scores()
         if subjects:
             scores["concept accuracy"] = mean(accuracy)
         if len(subjects) > 1:
             for subject, share in zip(subjects, accuracy, strict=True):
                 scores[f"concept accuracy of {subject.token}"] = share
-        return scores | {name: mean([own.get(name) for own in lines]) for name in lines[0]}
+        return scores | means(lines)
+
+    def _true(self, subject: Subject, pictures: Tensor) -> Scores:
+        """What the truth says of one sprite's pictures; nothing of photographs."""
+        if self.truth is None or subject.sprite is None:
+            return {}
+        return {**self.truth.alone(pictures, subject.sprite)}
 
     def _alike(self, question: PromptGroup, seen: Features, kind: Features | None) -> Scores:
         """What the judges' features say of one concept's pictures. kind: the features of pictures
@@ -158,16 +166,21 @@ class Examiner:
                 ]
         return []
 
-    def _beside(self, model: Backbone, question: PromptGroup) -> tuple[float, float]:
+    def _beside(self, model: Backbone, question: PromptGroup) -> Scores:
         """The shares of pictures that show the concept, and that show the known sprite their
         prompt names beside it."""
-        pictures = self._sample(model, question.prompts)
+        pictures, sprite = self._sample(model, question.prompts), question.subjects[0].sprite
         seen = self._reader.found(pictures, ALL).top(2)
         others = [_sprite_in(prompt) for prompt in question.prompts]
-        return (
-            _share(question.subjects[0].sprite in pair for pair in seen),
-            _share(word in pair for word, pair in zip(others, seen, strict=True)),
-        )
+        scores: Scores = {
+            "concept beside another": _share(sprite in pair for pair in seen),
+            "the other beside it": _share(
+                word in pair for word, pair in zip(others, seen, strict=True)
+            ),
+        }
+        if self.truth is not None and sprite is not None:
+            scores |= self.truth.pair(pictures, sprite, others)
+        return scores
 
     def _together(self, model: Backbone, question: PromptGroup) -> float:
         """The share of pictures that show both concepts of their prompt."""
@@ -226,6 +239,11 @@ def mean(values: Sequence[float | None]) -> float | None:
     """The mean; None where a value is unknown (None) or there are no values."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def means(listed: Sequence[Scores]) -> Scores:
+    """The mean of each score of the first, over all."""
+    return {name: mean([own.get(name) for own in listed]) for name in listed[0]}
 
 
 def _share(hits: Any) -> float:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table as Sheet
 
 from trainer.evaluation.examiner import Scores
+from trainer.evaluation.sprite_scores import FIDELITY, SECOND
 
 Table = dict[str, Scores]  # by column, then by score
 SHARES = (  # the scores shown as percentages, beside every `concept accuracy`
@@ -16,7 +17,7 @@ SHARES = (  # the scores shown as percentages, beside every `concept accuracy`
     "direction right", "object right",
 )  # fmt: skip
 # how the names of scores begin of which more is better, and less
-MORE = ("concept accuracy", *SHARES, "CLIP-I", "DINO", "CLIP-T", "DIV")
+MORE = ("concept accuracy", *SHARES, FIDELITY, SECOND, "CLIP-I", "DINO", "CLIP-T", "DIV")
 WIDEST = 1000  # letters of a line
 LESS = ("PRES", "prior drift", "KID", "validation loss")
 
@@ -89,7 +90,7 @@ def percent(value: float | None) -> str:
 
 def is_share(line: str) -> bool:
     """Whether a score is shown as a percentage."""
-    return line in SHARES or line.startswith("concept accuracy")
+    return line in SHARES or line.startswith(("concept accuracy", SECOND))
 
 
 def score_text(line: str, value: float | None) -> str:

@@ -1,0 +1,72 @@
+"""What the embedded world's truth adds to the judge's scores of sprites: a second judge's opinion,
+and how close pictures come to the drawings themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from trainer.data.world.sprites import ALL
+from trainer.evaluation.fidelity import fidelity
+from trainer.evaluation.judge import Judge
+from trainer.evaluation.second_judge import SecondJudge
+
+FOLDER = "second_judge"  # beside the folder of the first
+FIDELITY, KNOWN_FIDELITY = "fidelity", "fidelity of known sprites"
+SECOND = "second judge: "
+CLOSE = 32  # known sprites whose fidelity is measured, evenly over them; each takes a while
+
+Shares = dict[str, float]
+
+
+class SpriteScores:
+    """Scores of pictures (n, 3, 64, 64) in [-1, 1] of known or learned sprites."""
+
+    def __init__(self, second: SecondJudge) -> None:
+        self.second = second
+
+    @classmethod
+    def beside(cls, judge: Judge | None) -> SpriteScores | None:
+        """With the second judge that lies beside the first; None for a judge of photos."""
+        if judge is None or not judge.names_patches:
+            return None
+        folder = judge.folder.parent / FOLDER
+        return cls(SecondJudge(folder)) if folder.is_dir() else None
+
+    def alone(self, pictures: Tensor, sprite: str) -> Shares:
+        """Of pictures of one sprite: how close they are to it, and how many the second judge
+        calls so."""
+        words = [sprite] * len(pictures)
+        named = self.second.named(pictures, ALL)
+        return {
+            FIDELITY: fidelity(pictures, words).score,
+            f"{SECOND}concept": share(named, words),
+        }
+
+    def pair(self, pictures: Tensor, sprite: str, others: Sequence[str]) -> Shares:
+        """Of pictures of a sprite beside another: how many show the one, and the other."""
+        seen = self.second.found(pictures, ALL).top(2)
+        return {
+            f"{SECOND}concept beside another": sum(sprite in two for two in seen) / len(seen),
+            f"{SECOND}the other beside it": sum(
+                word in two for word, two in zip(others, seen, strict=True)
+            )
+            / len(seen),
+        }
+
+    def known(self, pictures: Tensor, words: Sequence[str]) -> Shares:
+        """Of pictures of known sprites: the same as `alone`. Their fidelity is what a new sprite's
+        is compared with."""
+        named = self.second.named(pictures, ALL)
+        some = [number * len(words) // CLOSE for number in range(min(CLOSE, len(words)))]
+        chosen = [words[number] for number in some]
+        return {
+            KNOWN_FIDELITY: fidelity(pictures[some], chosen).score,
+            f"{SECOND}known sprites": share(named, words),
+        }
+
+
+def share(named: Sequence[str], right: Sequence[str]) -> float:
+    """The share of pictures whose name is the right one."""
+    return sum(one == other for one, other in zip(named, right, strict=True)) / len(right)
