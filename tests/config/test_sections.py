@@ -90,17 +90,6 @@ def test_the_bound_of_a_key(
     load_recipe([*recipe, f"{key}={allowed}", *more])
 
 
-def test_buckets_are_not_negative(tmp_path: Any) -> None:
-    from PIL import Image
-
-    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    words = ["recipe=linear_swap", "data.source=folder", f"data.folder={tmp_path}"]
-    words += ["data.count=null", "data.validation=0", "data.template=a cat"]
-    load_recipe([*words, "data.buckets=0"])
-    with pytest.raises(RecipeError, match=r"data\.buckets"):
-        load_recipe([*words, "data.buckets=-8"])
-
-
 def test_each_concept_of_a_series_has_its_own_words() -> None:
     concepts = ("sprite:penguin", "sprite:fox")
     for name in ("tokens", "class_words", "inits"):

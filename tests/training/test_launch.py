@@ -1,4 +1,4 @@
-"""How a model is set up for training, and how a loop that is left early ends on each rank."""
+"""Lightning's trainer, and how a loop that is left early ends on each rank."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 
-from trainer.backbones.device import CPU
 from trainer.common.exit_codes import TERMINATED, LeaveError
 from trainer.config.load import load_recipe
-from trainer.training.build import adapt
-from trainer.training.launch import ending, is_child
+from trainer.training.launch import ending, is_child, make_trainer
 
 
 def rank(number: int, environment: Any) -> Any:
@@ -50,11 +49,8 @@ def test_a_data_worker_that_died_is_told_with_what_helps(tmp_path: Path) -> None
         raise RuntimeError("shapes")
 
 
-def test_channels_last_is_how_the_denoiser_is_stored(tiny: Any) -> None:
-    words = ["recipe=lora", "methods.new_token=null", "data.token=sks", "run.channels_last=true"]
-    before = tiny.unet.conv_in.weight.clone()
-    assert not before.is_contiguous(memory_format=torch.channels_last)
-    adapt(load_recipe(words), tiny, CPU)
-    weight = tiny.unet.conv_in.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(weight, before)
+def test_lightning_adds_no_callback_of_its_own(tmp_path: Path) -> None:
+    recipe = load_recipe(["recipe=lora", "tracker=none"])
+    trainer = make_trainer(recipe, tmp_path, torch.device("cpu"), mixed=None, callbacks=[])
+    own = (Checkpoint, ModelSummary, ProgressBar)
+    assert not [each for each in trainer.callbacks if isinstance(each, own)]

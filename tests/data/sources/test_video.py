@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,7 +19,7 @@ from PIL import Image
 
 from trainer.config.schema import RecipeError
 from trainer.config.validate import build_section
-from trainer.data import cache
+from trainer.data import cache, video_clips
 from trainer.data.loader import Planned
 from trainer.data.plan import StepPlan
 from trainer.data.source import Needs
@@ -303,6 +304,17 @@ def test_bad_videos_are_skipped_and_counted(bad: Path) -> None:
     assert "validation=1 holds out all 1 usable videos" in message
 
 
+@pytest.mark.parametrize(("count", "more"), [(20, []), (21, ["... and 1 more"])])
+def test_a_message_names_twenty_bad_videos(tmp_path: Path, count: int, more: list[str]) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for number in range(count):
+        (folder / f"{number:02}.mp4").touch()
+    lines = refusal(folder).splitlines()[1:]
+    assert [line.partition(":")[0] for line in lines[:20]] == [f"{i:02}.mp4" for i in range(20)]
+    assert lines[20:] == more
+
+
 def _without_good(bad: Path) -> Path:
     folder = bad.with_name("only_bad")
     folder.mkdir()
@@ -420,6 +432,22 @@ def test_a_worker_gets_paths_and_a_cache_knows_what_changed(grey: Path, tmp_path
     variants += [source(grey, side=16)[0], source(other)[0]]
     assert variants[0].fingerprint() == train.fingerprint()
     assert len({each.fingerprint() for each in variants}) == 5
+
+
+@pytest.mark.parametrize("spare", [0, -1])
+def test_a_clip_is_decoded_once_if_all_clips_fit_in_memory(
+    grey: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spare: int
+) -> None:
+    monkeypatch.setattr(video_clips, "KEEP_BYTES", 4 * 32 * 32 * 3 + spare)
+    path = Path(shutil.copy(grey, tmp_path))
+    train, _ = source(path)
+    first = train.image(0)
+    path.unlink()
+    if spare < 0:
+        with pytest.raises(ImageError, match=r"grey\.mp4"):
+            train.image(0)
+    else:
+        assert train.image(0).equal(first)
 
 
 @pytest.fixture(scope="module")
