@@ -4,6 +4,7 @@ Runs on several ranks start themselves anew by their command line, so they need 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -64,6 +65,7 @@ def command(
 def _run(
     words: Sequence[str], cwd: str, environment: Mapping[str, str], printed: Sequence[Path]
 ) -> None:
+    gc.freeze()  # to look at what was imported copies every page of it
     from trainer.__main__ import main
 
     os.chdir(cwd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from trainer.data.world.scenes import (
     POSITIONS,
     RELATIONS,
     SCENE_SIDE,
+    Scene,
     Spot,
     article,
     background,
@@ -21,7 +23,10 @@ from trainer.data.world.scenes import (
 )
 from trainer.data.world.sprites import ALL, HELD_OUT, KNOWN, scaled, sprite, turned
 
-SCENES = [draw_scene(3, i) for i in range(150)]
+
+@cache
+def scenes() -> list[Scene]:
+    return [draw_scene(3, i) for i in range(150)]
 
 
 def test_there_are_64_known_sprites_and_16_more() -> None:
@@ -33,7 +38,7 @@ def test_there_are_64_known_sprites_and_16_more() -> None:
 
 def test_a_scene_is_a_function_of_its_number() -> None:
     again = [draw_scene(3, i) for i in range(20)]
-    for first, second in zip(SCENES, again, strict=False):
+    for first, second in zip(scenes(), again, strict=False):
         assert first.caption == second.caption
         assert np.array_equal(first.image, second.image)
     assert draw_scene(4, 0).caption != draw_scene(3, 0).caption or not np.array_equal(
@@ -42,7 +47,7 @@ def test_a_scene_is_a_function_of_its_number() -> None:
 
 
 def test_the_layout_is_the_scene_before_paint() -> None:
-    for number, scene in enumerate(SCENES[:30]):
+    for number, scene in enumerate(scenes()[:30]):
         plan = draw_layout(3, number)
         assert plan.caption == scene.caption
         assert [spot.word for spot in plan.spots] == [item.word for item in scene.objects]
@@ -63,17 +68,17 @@ def test_a_sprite_is_drawn_over_the_background_by_its_alpha() -> None:
 
 
 def test_captions_name_what_is_there_and_nothing_else() -> None:
-    for scene in SCENES:
+    for scene in scenes():
         words = re.findall(r"[a-z]+", scene.caption)
         assert {word for word in words if word in ALL} == {item.word for item in scene.objects}
 
 
 def test_held_out_sprites_are_never_drawn_for_training() -> None:
-    assert not {item.word for scene in SCENES for item in scene.objects} & set(HELD_OUT)
+    assert not {item.word for scene in scenes() for item in scene.objects} & set(HELD_OUT)
 
 
 def test_stated_relations_hold() -> None:
-    stated = [scene for scene in SCENES if scene.relation]
+    stated = [scene for scene in scenes() if scene.relation]
     assert len(stated) > 20
     for scene in stated:
         order = sorted(scene.objects, key=lambda item: _first(scene.caption, item.word))
@@ -96,7 +101,7 @@ def test_stated_places_hold() -> None:
 
 
 def test_masks_lie_in_their_boxes_and_do_not_overlap() -> None:
-    for scene in SCENES:
+    for scene in scenes():
         total = np.zeros((SCENE_SIDE, SCENE_SIDE), int)
         for item in scene.objects:
             ys, xs = np.nonzero(item.mask)
@@ -111,7 +116,7 @@ def test_masks_lie_in_their_boxes_and_do_not_overlap() -> None:
 
 
 def test_ground_outside_the_boxes_is_the_background() -> None:
-    for scene in SCENES[:40]:
+    for scene in scenes()[:40]:
         plain = (background(scene.background) * 255 + 0.5).astype(np.uint8)
         outside = np.ones((SCENE_SIDE, SCENE_SIDE), bool)
         for x0, y0, x1, y1 in (item.box for item in scene.objects):
