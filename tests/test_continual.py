@@ -42,6 +42,7 @@ def write(folder: Path, backbone: Path, methods: dict[str, Any], **more: Any) ->
             "concept": "sprite:penguin",
             "augment": False,
             "prior_images": 2,
+            "prior_steps": 2,
             "prior_prompts": ["a fox", "a cat left of a tree"],
         },
         "methods": {**methods, "new_token": {"init": "animal"}},

@@ -148,7 +148,7 @@ def test_what_another_process_has_made_meanwhile_is_taken(tmp_path: Path) -> Non
 
 
 WORDS = "fit recipe=lora run.steps=1 run.batch_size=2 tracker=none preview.prompts=[] run.id=one"
-PRIOR = "data.class_word=null data.prior_prompts=[a_fox,a_cat] data.prior_images=160"
+PRIOR = "data.class_word=null data.prior_prompts=[a_fox,a_cat] data.prior_images=96"
 SHORT = "data.prior_steps=1 run.validate_every=0 run.checkpoint_every=0 run.device=cpu"
 
 
@@ -164,29 +164,29 @@ def pngs(folder: Path) -> dict[str, Path]:
 
 
 def test_class_images_survive_a_kill(tiny_folder: Path, tmp_path: Path) -> None:
-    """160 are wanted; the process is killed when 40 are there, and the next one makes the rest."""
+    """96 are wanted; the process is killed when 24 are there, and the next one makes the rest."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = begun(tiny_folder, killed)
     end = time.monotonic() + 240
-    while len(pngs(killed)) < 40 and time.monotonic() < end and process.is_alive():
+    while len(pngs(killed)) < 24 and time.monotonic() < end and process.is_alive():
         time.sleep(0.005)
     process.kill()
     process.join()
     before = {name: path.stat().st_mtime_ns for name, path in pngs(killed).items()}
-    assert 40 <= len(before) < 160
+    assert 24 <= len(before) < 96
     for folder in (killed, whole):
         process = begun(tiny_folder, folder)
         process.join(300)
         said = (folder / "stderr").read_text()
         assert process.exitcode == 0, said[-2000:]
         if folder == killed:
-            assert f"class images: {len(before)} of 160 are there already" in said
-        assert "class images: 160 of 160 after" in said
+            assert f"class images: {len(before)} of 96 are there already" in said
+        assert "class images: 96 of 96 after" in said
     after = pngs(killed)
     assert {name: after[name].stat().st_mtime_ns for name in before} == before
     made = {name: path.read_bytes() for name, path in pngs(whole).items()}
     assert {name: path.read_bytes() for name, path in after.items()} == made
-    assert len(made) == 160
+    assert len(made) == 96
 
 
 def test_steps_are_kept_one_by_one(tmp_path: Path) -> None:

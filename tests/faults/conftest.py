@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -50,6 +51,7 @@ methods: {{selective: {{sites: cross, projections: [k, v]}}}}
 STATE = ("optimizer", "schedule", "parts", "rng")
 Words = Callable[..., list[str]]
 Run = Callable[..., int]
+Whole = Callable[..., Path]
 
 
 def words_of(backbone: Path, *own: str) -> list[str]:
@@ -97,6 +99,18 @@ def run(words: Words) -> Run:
     return run
 
 
+@pytest.fixture(scope="session")
+def whole(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """`whole(*words)`: the folder of a run that nothing disturbed, trained once; not to be
+    changed."""
+
+    @functools.cache
+    def trained(*own: str) -> Path:
+        return fit(load_recipe(words(*own)), tmp_path_factory.mktemp("whole") / "run")
+
+    return trained
+
+
 @pytest.fixture
 def fault(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`with fault(nan={"step": 1}):` in this process."""
@@ -112,12 +126,14 @@ def fault(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def forked(words: Words) -> Any:
-    """`forked(folder, faults, *words)`: a process of its own, forked where all is imported."""
+    """`forked(folder, faults, *words)`: a process of its own, forked where all is imported; its
+    stderr is `folder` with the suffix `.err`."""
     processes: list[Any] = []
 
     def start(folder: Path, faults: Any = None, *own: str) -> Any:
-        arguments = (faults or {}, [*words(*own), f"run={folder}"])
-        process = server().Process(target=driver.run, args=arguments)
+        said, environment = folder.with_suffix(".err"), dict(os.environ)
+        arguments = (faults or {}, [*words(*own), f"run={folder}"], said, environment)
+        process = server().Process(target=driver.forked, args=arguments)
         processes.append(process)
         process.start()
         return process

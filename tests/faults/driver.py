@@ -261,6 +261,20 @@ def _before(patch: Patch, function: str, call: int, number: int) -> None:
             patch(module, function, wrapped)
 
 
+def forked(
+    faults: Mapping[str, Mapping[str, Any]],
+    words: list[str],
+    said: Path,
+    environment: Mapping[str, str],
+) -> None:
+    """`run` in a process that was forked where all is imported; said: the file of its stderr."""
+    gc.freeze()  # see `commands.py`
+    os.environ.clear()
+    os.environ.update(environment)
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    run(faults, words)
+
+
 def run(faults: Mapping[str, Mapping[str, Any]], words: list[str]) -> None:
     install(faults)
     code = main(["fit", *words])

@@ -128,15 +128,13 @@ def test_a_new_decay_of_the_average_is_applied(
         torch.testing.assert_close(value, 0.1 * old + 0.9 * weights[name])
 
 
-@pytest.mark.parametrize("word", ["run.accumulate=1", "run.accumulate=2", "run.batch_size=1"])
-def test_batches_of_another_size_are_refused(
-    word: str, tmp_path: Path, run: Any, stopped: Any
-) -> None:
+def test_batches_of_another_size_are_refused(tmp_path: Path, run: Any, stopped: Any) -> None:
     own = ("run.accumulate=4", *PLAIN)
     folder = stopped(tmp_path / "run", *own)
-    key = word.partition("=")[0]
-    with pytest.raises(ValueError, match=rf"begun with {key}=. \(now .\); give what it was begun"):
-        run(folder, *own, word)
+    for word in ("run.accumulate=1", "run.accumulate=2", "run.batch_size=1"):
+        says = rf"begun with {word.partition('=')[0]}=. \(now .\); give what it was begun"
+        with pytest.raises(ValueError, match=says):
+            run(folder, *own, word)
     assert run(folder, *own) == 0
 
 
@@ -208,19 +206,18 @@ def renamed(folder: Path) -> None:
     (folder / "1.txt").rename(folder / "9.txt")
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (added, "3.png is new"),
-        (removed, "1.png is gone"),
-        (rewritten, "1.png was rewritten"),
-        (captioned, "the caption of 1.png has changed"),
-        (renamed, "9.png is new, 1.png is gone"),
-    ],
-)
+CHANGES = {
+    added: "3.png is new",
+    removed: "1.png is gone",
+    rewritten: "1.png was rewritten",
+    captioned: "the caption of 1.png has changed",
+    renamed: "9.png is new, 1.png is gone",
+}
+
+
 @pytest.mark.parametrize("source", ["concept", "folder"])
 def test_changed_data_are_refused_by_name(
-    source: str, change: Any, says: str, tmp_path: Path, photos: Path, run: Any, stopped: Any
+    source: str, tmp_path: Path, photos: Path, run: Any, stopped: Any
 ) -> None:
     own = [f"data.concept={photos}"]
     if source == "folder":
@@ -230,13 +227,14 @@ def test_changed_data_are_refused_by_name(
             "methods: {selective: {sites: cross, projections: [k, v]}}\n"
         )
         own = [f"recipe={recipe}"]
-    folder = stopped(tmp_path / "run", *own)
-    kept = tmp_path / "kept"
-    shutil.copytree(photos, kept)
-    change(photos)
-    with pytest.raises(ValueError, match=f"its data have changed since: .*{says}.*; put back"):
-        run(folder, *own)
-    shutil.rmtree(photos)
+    folder, kept = stopped(tmp_path / "run", *own), tmp_path / "kept"
+    photos.rename(kept)
+    for change, says in CHANGES.items():
+        shutil.copytree(kept, photos)
+        change(photos)
+        with pytest.raises(ValueError, match=f"its data have changed since: .*{says}.*; put back"):
+            run(folder, *own)
+        shutil.rmtree(photos)
     kept.rename(photos)
     assert run(folder, *own) == 0
 
@@ -267,10 +265,14 @@ def test_another_start_is_refused(tmp_path: Path, run: Any, stopped: Any, look: 
 
 
 def test_checkpoints_of_an_earlier_version_are_read(
-    tmp_path: Path, run: Any, stopped: Any, capfd: pytest.CaptureFixture[str], look: Any
+    tmp_path: Path,
+    run: Any,
+    whole: Any,
+    stopped: Any,
+    capfd: pytest.CaptureFixture[str],
+    look: Any,
 ) -> None:
     """They do not say what the data were, nor in which order the moments are."""
-    assert run(tmp_path / "whole") == 0
     folder = stopped(tmp_path / "run")
     for found in look.checkpoints(folder):
         weights, state = look.read_checkpoint(found)
@@ -283,7 +285,7 @@ def test_checkpoints_of_an_earlier_version_are_read(
         run(folder, "optim.lrs={selective: 1e-5}")
     assert run(folder) == 0
     assert "kept no record of the data; whether they have changed is not" in capfd.readouterr().err
-    pairs = zip(look.checkpoints(tmp_path / "whole"), look.checkpoints(folder), strict=True)
+    pairs = zip(look.checkpoints(whole()), look.checkpoints(folder), strict=True)
     assert not any(look.differing(one, other) for one, other in pairs)
     events = (folder / "events.jsonl").read_text().splitlines()
     assert [json.loads(line)["event"] for line in events][-1] == "finished"

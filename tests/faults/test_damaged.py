@@ -12,10 +12,8 @@ import pytest
 import torch
 
 from trainer.common.exit_codes import DAMAGED, LeaveError
-from trainer.config.load import load_recipe
 from trainer.training import checkpoint_files as checkpoint
 from trainer.training.checkpoint_files import read_checkpoint
-from trainer.training.fit import fit
 
 pytestmark = pytest.mark.faults
 
@@ -39,21 +37,17 @@ def promote(path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"micro_step": 4}))
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, words: Any) -> Path:
-    return fit(load_recipe(words()), tmp_path_factory.mktemp("whole") / "run")
-
-
 @pytest.fixture
-def folder(whole: Path, tmp_path: Path) -> Path:
+def folder(whole: Any, tmp_path: Path) -> Path:
     """The run after three of five steps."""
-    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(whole(), tmp_path / "run")
     for step in (4, 5):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-00000{step}")
     (tmp_path / "run" / "adapter.safetensors").unlink()
     return tmp_path / "run"
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("spoil", "name", "says"),
     [
@@ -74,7 +68,7 @@ def test_it_falls_back_by_one_and_says_so(
     name: str,
     says: str,
     folder: Path,
-    whole: Path,
+    whole: Any,
     run: Any,
     look: Any,
     capfd: pytest.CaptureFixture[str],
@@ -86,7 +80,7 @@ def test_it_falls_back_by_one_and_says_so(
     assert "resumes after step 2" in told
     (event,) = look.events(folder, "fallback")
     assert says in event["reason"]
-    pairs = zip(look.checkpoints(whole), look.checkpoints(folder), strict=True)
+    pairs = zip(look.checkpoints(whole()), look.checkpoints(folder), strict=True)
     assert [look.differing(one, other) for one, other in pairs] == [[]] * 5
     assert (folder / "checkpoints" / "step-000003.damaged").is_dir()
 
@@ -116,7 +110,7 @@ def test_a_checkpoint_of_an_earlier_version_is_not_overlooked(tmp_path: Path, ru
         run(tmp_path / "run")
 
 
-def test_no_code_in_a_checkpoint_is_run(folder: Path, whole: Path, tmp_path: Path) -> None:
+def test_no_code_in_a_checkpoint_is_run(folder: Path, tmp_path: Path) -> None:
     """Sealed by somebody who knows how: torch refuses the pickle."""
 
     class Opens:

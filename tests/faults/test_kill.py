@@ -24,17 +24,21 @@ pytestmark = pytest.mark.faults
     ids=["empty", "weights-only", "not-synced", "before-the-name", "before-the-retention"],
 )
 def test_inside_a_save(
-    function: str, call: int, left: list[int], tmp_path: Path, run: Any, forked: Any, look: Any
+    function: str,
+    call: int,
+    left: list[int],
+    tmp_path: Path,
+    run: Any,
+    whole: Any,
+    forked: Any,
+    look: Any,
 ) -> None:
     process = forked(tmp_path / "run", {"kill_in_save": {"function": function, "call": call}})
     process.join(240)
     assert process.exitcode == -signal.SIGKILL
     assert [each.step for each in look.checkpoints(tmp_path / "run")] == left
     assert run(tmp_path / "run") == 0
-    assert run(tmp_path / "whole") == 0
-    pairs = zip(
-        look.checkpoints(tmp_path / "whole"), look.checkpoints(tmp_path / "run"), strict=True
-    )
+    pairs = zip(look.checkpoints(whole()), look.checkpoints(tmp_path / "run"), strict=True)
     assert [look.differing(one, other) for one, other in pairs] == [[]] * 5
     assert not list((tmp_path / "run" / "checkpoints").glob(".step-*"))  # nothing half written
     assert not look.events(tmp_path / "run", "fallback")

@@ -13,27 +13,35 @@ import torch
 
 pytestmark = [pytest.mark.faults, pytest.mark.ddp]
 TWO = ("run.devices=2", "run.accelerator=cpu")
+SIDE = ("preview.every=2", "preview.steps=1", "preview.prompts=[a <v1>]", "run.validate_every=2")
 
 
 def test_one_rank_meets_nonsense_and_a_signal(
     tmp_path: Path, run: Any, started: Any, fault: Any, look: Any
 ) -> None:
-    """NaN in the second step of rank 1, SIGTERM to rank 1 in its third. What both saved is gone on
-    with by one rank: the same samples, noise and timesteps."""
+    """NaN in the second step of rank 1, SIGTERM to rank 1 in its third; between them a validation
+    fails, and a preview, which the first rank makes alone. What both saved is gone on with by one
+    rank: the same samples, noise and timesteps."""
     faults = {
         "nan": {"step": 1, "rank": 1},
+        "preview": {"error": "no room", "call": 2},
+        "validation": {"error": "no room", "call": 1},
         "signals": {"numbers": [signal.SIGTERM], "step": 2, "rank": 1},
     }
-    own = ("run.on_nonfinite=skip", "run.checkpoint_every=0")
+    own = ("run.on_nonfinite=skip", "run.checkpoint_every=0", *SIDE)
     process = started(tmp_path / "run", faults, *TWO, *own)
     _, said = process.communicate(timeout=240)
     assert process.returncode == 143, said[-3000:]
     assert said.count("SIGTERM: saved after step 3") == 1
-    (made,) = look.checkpoints(tmp_path / "run")
+    *_, made = look.checkpoints(tmp_path / "run")
     assert made.step == 3 and made.manifest["world_size"] == 2
+    for kind in ("preview_failed", "validation_failed"):
+        (failed,) = look.events(tmp_path / "run", kind)
+        assert failed["step"] == 2 and failed["saved"]
     (event,) = look.events(tmp_path / "run", "nonfinite")
     assert [batch["rank"] for batch in event["batches"] if batch["loss"] == "nan"] == [1]
     assert run(tmp_path / "run", "run.on_nonfinite=skip") == 0
+    assert (tmp_path / "run" / "adapter.safetensors").is_file()
 
     with fault(nan={"step": 1}):
         assert run(tmp_path / "whole", "run.on_nonfinite=skip") == 0

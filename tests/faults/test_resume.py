@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -24,22 +25,22 @@ def compared(whole: Path, broken: Path, look: Any) -> int:
     return len(unlike)
 
 
+@pytest.mark.sampled(5)
+@pytest.mark.parametrize("step", range(4))
 @pytest.mark.parametrize(
     "own",
     [(), ("run.accumulate=2", *BUSY), ("optim.schedule=cosine", "run.precision=bf16")],
     ids=["plain", "accumulated-validated-painted", "cosine-bf16"],
 )
 def test_stopped_at_any_step_it_goes_on_bit_for_bit(
-    own: tuple[str, ...], tmp_path: Path, run: Any, fault: Any, look: Any
+    own: tuple[str, ...], step: int, tmp_path: Path, run: Any, whole: Any, fault: Any, look: Any
 ) -> None:
-    assert run(tmp_path / "whole", *own) == 0
-    for step in range(4):
-        folder = tmp_path / f"after-{step}"
-        with fault(signals={"numbers": [signal.SIGTERM], "step": step}):
-            assert run(folder, *own) == 143
-        assert [each.step for each in look.checkpoints(folder)] == list(range(1, step + 2))
-        assert run(folder, *own) == 0
-        assert compared(tmp_path / "whole", folder, look) == 5
+    folder = tmp_path / "run"
+    with fault(signals={"numbers": [signal.SIGTERM], "step": step}):
+        assert run(folder, *own) == 143
+    assert [each.step for each in look.checkpoints(folder)] == list(range(1, step + 2))
+    assert run(folder, *own) == 0
+    assert compared(whole(*own), folder, look) == 5
 
 
 def test_adapters_along_the_way_are_completed_bit_for_bit(
@@ -61,29 +62,35 @@ def test_adapters_along_the_way_are_completed_bit_for_bit(
     assert whole == broken
 
 
-def test_stopped_at_every_step_of_one_run(tmp_path: Path, run: Any, fault: Any, look: Any) -> None:
+def test_stopped_at_every_step_of_one_run(
+    tmp_path: Path, run: Any, whole: Any, fault: Any, look: Any
+) -> None:
     """The second, third and fourth resume, too."""
-    assert run(tmp_path / "whole", *BUSY) == 0
     for step in range(4):
         with fault(signals={"numbers": [signal.SIGTERM], "step": step}):
             assert run(tmp_path / "broken", *BUSY) == 143
     assert run(tmp_path / "broken", *BUSY) == 0
-    assert compared(tmp_path / "whole", tmp_path / "broken", look) == 5
+    assert compared(whole(*BUSY), tmp_path / "broken", look) == 5
     assert len(look.events(tmp_path / "broken", "started")) == 5
 
 
 @pytest.mark.parametrize("source", ["pictures", "streamed"])
 def test_workers_change_nothing(
-    source: str, tmp_path: Path, run: Any, fault: Any, look: Any, request: pytest.FixtureRequest
+    source: str,
+    tmp_path: Path,
+    run: Any,
+    whole: Any,
+    fault: Any,
+    look: Any,
+    request: pytest.FixtureRequest,
 ) -> None:
     """1, then 2, then none; as pictures of a folder, and from tars of a server."""
     own = (request.getfixturevalue("streamed"),) if source == "streamed" else ()
-    assert run(tmp_path / "whole", *own) == 0
     for step, workers in enumerate((1, 2)):
         with fault(signals={"numbers": [signal.SIGTERM], "step": step}):
             assert run(tmp_path / "broken", f"run.workers={workers}", *own) == 143
     assert run(tmp_path / "broken", *own) == 0
-    assert compared(tmp_path / "whole", tmp_path / "broken", look) == 5
+    assert compared(whole(*own), tmp_path / "broken", look) == 5
 
 
 def test_the_number_of_threads_stays(
@@ -106,21 +113,21 @@ def test_the_number_of_threads_stays(
 
 
 def test_only_periodic_checkpoints_are_enough(
-    tmp_path: Path, run: Any, fault: Any, look: Any
+    tmp_path: Path, run: Any, whole: Any, fault: Any, look: Any
 ) -> None:
     """Killed by an exception two steps after the last save: those two are trained again."""
-    assert run(tmp_path / "whole", "run.checkpoint_every=3") == 0
     with fault(fail={"step": 4}), pytest.raises(RuntimeError, match="this rank alone"):
         run(tmp_path / "broken", "run.checkpoint_every=3")
     assert [each.step for each in look.checkpoints(tmp_path / "broken")] == [3]
     assert run(tmp_path / "broken", "run.checkpoint_every=3") == 0
-    assert compared(tmp_path / "whole", tmp_path / "broken", look) == 2  # of steps 3 and 5
+    unbroken = whole("run.checkpoint_every=3")
+    assert compared(unbroken, tmp_path / "broken", look) == 2  # of steps 3 and 5
 
 
 def test_a_finished_run_says_so_and_stays(
-    tmp_path: Path, run: Any, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, run: Any, whole: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(tmp_path / "run") == 0
+    shutil.copytree(whole(), tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     capfd.readouterr()
     assert run(tmp_path / "run") == 0
@@ -130,22 +137,21 @@ def test_a_finished_run_says_so_and_stays(
         run(tmp_path / "run", "optim.lr=0.5")
 
 
-def test_more_steps_go_on(tmp_path: Path, run: Any, look: Any) -> None:
-    assert run(tmp_path / "whole") == 0
+def test_more_steps_go_on(tmp_path: Path, run: Any, whole: Any, look: Any) -> None:
     assert run(tmp_path / "longer", "run.steps=3") == 0
     assert run(tmp_path / "longer") == 0
-    assert compared(tmp_path / "whole", tmp_path / "longer", look) == 5
+    assert compared(whole(), tmp_path / "longer", look) == 5
 
 
 def test_killed_before_the_adapter_only_that_is_written(
-    tmp_path: Path, run: Any, fault: Any
+    tmp_path: Path, run: Any, whole: Any, fault: Any
 ) -> None:
-    assert run(tmp_path / "run") == 0
-    whole = (tmp_path / "run" / "adapter.safetensors").read_bytes()
+    shutil.copytree(whole(), tmp_path / "run")
+    made = (tmp_path / "run" / "adapter.safetensors").read_bytes()
     (tmp_path / "run" / "adapter.safetensors").unlink()
     with fault(fail={"step": 0, "last": 99}):  # no step is trained
         assert run(tmp_path / "run") == 0
-    assert (tmp_path / "run" / "adapter.safetensors").read_bytes() == whole
+    assert (tmp_path / "run" / "adapter.safetensors").read_bytes() == made
 
 
 def test_another_recipe_is_refused_or_told(

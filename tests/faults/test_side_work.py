@@ -1,5 +1,5 @@
 """A preview or a validation that fails costs itself alone: the run is saved first, goes on without,
-and says so; its weights are those of a run that never had it."""
+and says so; its weights are those of a run that never had it. On two ranks: `test_ranks.py`."""
 
 from __future__ import annotations
 
@@ -26,14 +26,11 @@ def same_adapter(one: Path, other: Path) -> bool:
     )
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, words: Any) -> Path:
+@pytest.fixture
+def plain(whole: Any) -> Path:
     """A run without previews and validation."""
-    from trainer.config.load import load_recipe
-    from trainer.training.fit import fit
-
-    folder = tmp_path_factory.mktemp("side") / "plain"
-    return fit(load_recipe(words("run.checkpoint_every=1")), folder)
+    folder: Path = whole()
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -143,18 +140,3 @@ def test_a_held_out_picture_that_vanishes(
     (event,) = look.events(folder, "validation_failed")
     assert "3.png" in event["reason"]
     assert (folder / "adapter.safetensors").is_file()
-
-
-def test_on_one_of_two_ranks(tmp_path: Path, started: Any, look: Any) -> None:
-    """The validation of the second rank fails, and a preview, which the first makes alone."""
-    faults = {
-        "preview": {"error": "no room", "call": 2},
-        "validation": {"error": "no room", "call": 1},
-    }
-    own = [word for word in (*SHOWN, *CHECKED) if not word.startswith("run.checkpoint_every")]
-    process = started(tmp_path / "run", faults, "run.devices=2", *own)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said[-3000:]
-    assert len(look.events(tmp_path / "run", "preview_failed")) == 1
-    assert len(look.events(tmp_path / "run", "validation_failed")) == 1
-    assert (tmp_path / "run" / "adapter.safetensors").is_file()

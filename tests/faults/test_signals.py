@@ -55,7 +55,7 @@ def test_during_a_save_that_save_is_the_one(
 
 
 def test_killed_in_the_save_that_a_signal_asked_for(
-    tmp_path: Path, run: Any, forked: Any, look: Any
+    tmp_path: Path, run: Any, whole: Any, forked: Any, look: Any
 ) -> None:
     """As a cluster does it whose patience ends sooner: the last one stands."""
     own = ("run.checkpoint_every=2",)
@@ -66,25 +66,24 @@ def test_killed_in_the_save_that_a_signal_asked_for(
     assert process.exitcode == -signal.SIGKILL
     assert [each.step for each in look.checkpoints(tmp_path / "run")] == [2]
     assert run(tmp_path / "run", *own) == 0
-    assert run(tmp_path / "whole", *own) == 0
-    one, other = (look.checkpoints(tmp_path / name)[-1] for name in ("whole", "run"))
+    one, other = (look.checkpoints(each)[-1] for each in (whole(*own), tmp_path / "run"))
     assert look.differing(one, other) == []
 
 
 def test_during_validation_nothing_is_waited_for(
-    tmp_path: Path, run: Any, fault: Any, look: Any
+    tmp_path: Path, run: Any, whole: Any, fault: Any, look: Any
 ) -> None:
     """The model holds the average then; what is saved are its own weights."""
     own = ("run.validate_every=2", "run.checkpoint_every=0")
-    assert run(tmp_path / "whole", *own[:1]) == 0
+    unbroken = look.checkpoints(whole(*own[:1]))
     with fault(signal_in_validation={"number": signal.SIGTERM, "step": 2}):
         assert run(tmp_path / "run", *own) == 143
     (made,) = look.checkpoints(tmp_path / "run")
     assert made.step == 2
-    assert look.differing(look.checkpoints(tmp_path / "whole")[1], made) == []
+    assert look.differing(unbroken[1], made) == []
     assert run(tmp_path / "run", *own[:1]) == 0
     last = look.checkpoints(tmp_path / "run")[-1]
-    assert look.differing(look.checkpoints(tmp_path / "whole")[-1], last) == []
+    assert look.differing(unbroken[-1], last) == []
 
 
 def test_interrupted_twice_it_leaves_at_once(tmp_path: Path, forked: Any, look: Any) -> None:

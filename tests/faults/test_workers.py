@@ -18,16 +18,17 @@ pytestmark = pytest.mark.faults
     ids=["killed", "hung"],
 )
 def test_it_ends_clearly_and_goes_on(
-    number: int, code: int, says: str, tmp_path: Path, started: Any, run: Any, look: Any
+    number: int, code: int, says: str, tmp_path: Path, forked: Any, run: Any, look: Any
 ) -> None:
     faults = {"signal_worker": {"number": number, "step": 1}}
     own = ("run.steps=60", "run.checkpoint_keep=99")
-    process = started(tmp_path / "run", faults, *own, "run.workers=1", "run.timeouts.data=15")
+    process = forked(tmp_path / "run", faults, *own, "run.workers=1", "run.timeouts.data=15")
     look.wait_for(tmp_path / "run" / "checkpoints" / "step-000001", process)
     began = time.monotonic()
-    _, said = process.communicate(timeout=120)
+    process.join(120)
     assert time.monotonic() - began < 90
-    assert process.returncode == code and says in said
+    said = (tmp_path / "run.err").read_text(encoding="utf-8")
+    assert process.exitcode == code and says in said
     assert number != signal.SIGKILL or ("run.workers=0" in said and "Traceback" not in said)
     last = look.checkpoints(tmp_path / "run")[-1].step
     assert 1 <= last < 60

@@ -111,7 +111,7 @@ REPRESENTATIVES: dict[str, str | None] = {
     "tiled": "flash",
     "tune_a_video": "videop2p",
 }
-DRAWN = 12  # pairs besides those of representatives
+DRAWN = 6  # pairs besides those of representatives
 SEED = os.environ["CASE_SEED"]  # tests/conftest.py draws it
 SWAPS = [name for name in NAMES if issubclass(find_method(name), Swap)]
 # what a swap is to go with, by the options that differ from EXAMPLES
@@ -346,7 +346,7 @@ def test_the_drawn_pairs_follow_the_seed() -> None:
     assert not set(first) & set(representative_pairs())
 
 
-@pytest.mark.sampled(48)
+@pytest.mark.sampled(24)
 @each_pair(representative_pairs())
 def test_representatives_compose_or_are_refused_by_name(
     pair: Pair, tiny_folder: Path, open_folder: Callable[[Path], Any], train: Train

@@ -336,7 +336,8 @@ def test_a_resumed_qlora_run_is_the_same_run(tmp_path: Path, tiny_folder: Path) 
     words = [
         "recipe=qlora", f"backbone={tiny_folder}", "methods.new_token.init=animal",
         "methods.nf4.min_size=1024", "methods.lora.rank=2", "data.prior_images=4",
-        "data.prior_prompts=[a fox, a cat left of a tree]", "data.class_word=null",
+        "data.prior_prompts=[a fox, a cat left of a tree]", "data.prior_steps=2",
+        "data.class_word=null",
         "data.augment=false", "run.batch_size=2", "run.validate_every=0", "run.checkpoint_every=2",
         "preview.every=0", "tracker=none",
     ]  # fmt: skip
