@@ -22,8 +22,9 @@ CLIP = Path(__file__).parents[2] / "data" / "tiny" / "clip"
 RUN = [
     "run.steps=2", "run.batch_size=2", "run.validate_every=2", "run.checkpoint_every=2",
     "run.precision=fp32", "preview.every=2", "preview.steps=1", "preview.prompts=[a <v1> here]",
-    "data.prior_images=2", "data.prior_prompts=[a fox]", "data.class_word=null",
-    "data.augment=false", "methods.new_token.init=animal", "optim.ema=0.9", "tracker=none",
+    "data.prior_images=2", "data.prior_steps=1", "data.prior_prompts=[a fox]",
+    "data.class_word=null", "data.augment=false", "methods.new_token.init=animal", "optim.ema=0.9",
+    "tracker=none",
     "evaluate.alone=[a <v1> on a blue background]", "evaluate.beside=[]", "evaluate.steps=1",
     "evaluate.known=['{} on a white background']",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import command
 
 from trainer.cli.help_pages import command_records
 from trainer.cli.options import CHATTER
@@ -35,12 +36,15 @@ def test_no_library_chats(tiny_folder: Path, tmp_path: Path) -> None:
     """A run with validation, its export, whose README's call is a pipeline of diffusers', and a
     picture."""
     adapter = "runs/lora/one"
-    for command in (
+    for words in (
         ["fit", f"backbone={tiny_folder}", *WORDS],
         ["export", f"run={adapter}", "format=diffusers", "out=out"],
         ["sample", f"adapter={adapter}", "prompt=a <v1>", "steps=2"],
     ):
-        ended = run("-m", "trainer", *command, cwd=tmp_path)
+        if words[0] == "fit":  # libraries chat when they are imported, too
+            ended = run("-m", "trainer", *words, cwd=tmp_path)
+        else:
+            ended = command(*words, cwd=tmp_path, env=ENVIRONMENT)
         assert ended.returncode == 0, ended.stderr
         noise = [line for line in ended.stderr.splitlines() if NOISE.search(line)]
         assert noise == []
@@ -58,6 +62,8 @@ log = logging.getLogger("lightning.fabric.utilities.distributed")
 log.addHandler(logging.StreamHandler())
 log.info("distributed talks")
 log.warning("distributed warns")
+"""
+FAIL = """
 import diffusers, transformers
 diffusers.utils.logging.get_logger("diffusers.x").error("diffusers fails")
 transformers.utils.logging.get_logger("transformers.x").error("transformers fails")
@@ -67,7 +73,7 @@ HINT = "Found 526 module(s) in eval mode at the start of training."
 
 
 def test_real_warnings_and_errors_are_shown() -> None:
-    said = run("-c", WARN.format(texts=[REAL, HINT])).stderr
+    said = run("-c", WARN.format(texts=[REAL, HINT]) + FAIL).stderr
     assert said.count(REAL) == 2
     assert [line.partition(":")[0] for line in said.splitlines() if HINT in line] == ["mine.py"]
     assert "distributed talks" not in said
@@ -86,8 +92,8 @@ def test_each_is_one_message_and_not_any(message: str) -> None:
     assert len(message) > 12
 
 
-@pytest.mark.parametrize("command", command_records())
-def test_every_verb_that_computes_is_quiet(command: str) -> None:
-    verb = command.split()[0]
+@pytest.mark.parametrize("name", command_records())
+def test_every_verb_that_computes_is_quiet(name: str) -> None:
+    verb = name.split()[0]
     path = PACKAGE / "cli" / f"{'import_' if verb == 'import' else verb}.py"
     assert "    quiet_libraries()\n" in path.read_text(encoding="utf-8")

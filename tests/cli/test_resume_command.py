@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import command, start
 
 from trainer.__main__ import main
 from trainer.cli.resume_command import resume_command, says_how_to_resume
@@ -33,21 +34,28 @@ Printed = pytest.CaptureFixture[str]
 
 def interrupted(folder: Path, number: signal.Signals, *words: str) -> tuple[int, str, Path]:
     """The exit code, the last line and the run folder of a run that a signal ends after a step."""
-    line = [sys.executable, "-m", "trainer", "fit", *WORDS, *words]
-    with subprocess.Popen(
-        line, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        end = time.monotonic() + 240
-        while not list(folder.rglob("checkpoints/step-*/manifest.json")):
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        process.send_signal(number)
-        said = process.communicate(timeout=120)[1]
+    printed = folder.with_name("printed")
+    printed.mkdir()
+    process = start("fit", *WORDS, *words, printed=printed, cwd=folder, env=ENVIRONMENT)
+    end = time.monotonic() + 240
+    while not list(folder.rglob("checkpoints/step-*/manifest.json")):
+        assert process.is_alive(), (printed / "stderr").read_text(encoding="utf-8")
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    process.join(120)
+    said = (printed / "stderr").read_text(encoding="utf-8").splitlines()
     (run,) = (path.parent for path in folder.rglob("checkpoints"))
-    first = [each for each in said.splitlines() if each.startswith("run folder: ")]
+    first = [each for each in said if each.startswith("run folder: ")]
     assert first == [f"run folder: {run.relative_to(folder)}"]
-    return process.returncode, said.splitlines()[-1], run
+    return process.exitcode, said[-1], run
+
+
+def in_bash(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", line], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -62,22 +70,23 @@ def interrupted(folder: Path, number: signal.Signals, *words: str) -> tuple[int,
 def test_the_printed_command_resumes_the_run(
     number: signal.Signals, words: list[str], own: bool, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    code, line, run = interrupted(tmp_path, number, f"backbone={tiny_folder}", *words)
+    """The one with most to quote is pasted into a shell, the others are split as a shell would."""
+    place = tmp_path / "place"
+    place.mkdir()
+    code, line, run = interrupted(place, number, f"backbone={tiny_folder}", *words)
     assert code == {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}[number]
     assert line.startswith("  python -m trainer fit recipe=custom_diffusion ")
     assert shlex.split(line)[-1].startswith("run=runs/custom_diffusion/") == own
     assert not (run / "adapter.safetensors").exists()
-    shell = subprocess.run(
-        ["bash", "-c", line], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
-    assert shell.returncode == 0, shell.stderr
-    name = run.relative_to(tmp_path)
-    assert f"{name}: resumes after step " in shell.stderr
-    assert "run folder: " not in shell.stderr  # that line has it
-    assert shell.stdout == f"{name}\n"
+    pasted = number == signal.SIGTERM
+    done = in_bash(line, place) if pasted else command(*shlex.split(line)[3:], cwd=place)
+    assert done.returncode == 0, done.stderr
+    name = run.relative_to(place)
+    assert f"{name}: resumes after step " in done.stderr
+    assert "run folder: " not in done.stderr  # that line has it
+    assert done.stdout == f"{name}\n"
     assert (run / "adapter.safetensors").is_file()
-    assert len(list(tmp_path.rglob("checkpoints"))) == 1
+    assert len(list(place.rglob("checkpoints"))) == 1
 
 
 def test_the_command_has_what_was_typed() -> None:

@@ -3,9 +3,11 @@ own keys, and read back from both."""
 
 from __future__ import annotations
 
+import functools
+import json
 import shlex
-import subprocess
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,13 +52,14 @@ INSIDE: dict[str, Any] = MODULES | {
 SD15: dict[str, Any] = {"cross_attention_dim": 768, "sample_size": 64}
 FIRST = "down_blocks.0.motion_modules.0"
 Make = Callable[..., Path]
+Exported = Callable[[dict[str, Any], str], tuple[Path, tuple[str, ...]]]
 
 
 def quiet(line: str) -> None:
     pass
 
 
-def numbers(said: list[str]) -> list[float]:
+def numbers(said: Sequence[str]) -> list[float]:
     """The largest differences that were reported."""
     marked = [line.partition("largest difference ")[2] for line in said]
     return [float(rest.split()[0]) for rest in marked if rest]
@@ -87,6 +90,20 @@ def moving(
         return path
 
     return make
+
+
+@pytest.fixture(scope="module")
+def exported(moving: Make, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """`exported(tree, name)`: the files of such an adapter in a format, written once into a folder
+    `mine`, and the lines that said so."""
+
+    @functools.cache
+    def make(tree: str, name: str) -> tuple[Path, tuple[str, ...]]:
+        out, said = tmp_path_factory.mktemp("exported") / "mine", list[str]()
+        export(moving(json.loads(tree)), out, name, say=said.append)
+        return out, tuple(said)
+
+    return lambda tree, name: make(json.dumps(tree), name)
 
 
 @pytest.fixture
@@ -120,10 +137,9 @@ def pipeline(folder: Path, out: Path, **parts: Any) -> Any:
 
 @pytest.mark.parametrize("tree", [BOTH, ANEW, V1], ids=["lora-and-words", "words-anew", "v1"])
 def test_the_stock_pipeline_generates_the_same_clip(
-    tree: dict[str, Any], moving: Make, tiny_folder: Path, tmp_path: Path
+    tree: dict[str, Any], moving: Make, exported: Exported, tiny_folder: Path
 ) -> None:
-    said: list[str] = []
-    out = export(moving(tree), tmp_path / "out", "diffusers", say=said.append)
+    out, said = exported(tree, "diffusers")
     heads = [line.partition(":")[0] for line in said if not line.startswith("this format")]
     assert heads[0] == "diffusers, read back by AnimateDiffPipeline"
     assert heads[1].startswith("the call in README.md gives a picture; ")
@@ -154,9 +170,9 @@ def test_the_stock_pipeline_generates_the_same_clip(
 
 
 def test_trained_known_words_are_in_the_text_encoder(
-    moving: Make, tiny_folder: Path, tmp_path: Path
+    moving: Make, exported: Exported, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    out = export(moving(ANEW), tmp_path / "out", "diffusers", say=quiet)
+    out, _ = exported(ANEW, "diffusers")
     adapted, _ = load_adapted(moving(ANEW))
     learned = adapted.text_encoder.get_input_embeddings().weight.detach()[
         : adapted.tokenizer.vocab_size
@@ -179,12 +195,11 @@ def test_trained_known_words_are_in_the_text_encoder(
 
 @pytest.mark.parametrize("name", ["animatediff", "kohya", "comfyui", "diff"])
 def test_trained_known_words_are_embeddings_named_like_them(
-    name: str, moving: Make, tiny: Any, tmp_path: Path
+    name: str, moving: Make, exported: Exported, tiny: Any
 ) -> None:
     """UIs of the A1111 family use a file's row where a prompt has the token ids of its name."""
-    said: list[str] = []
-    path = moving(ANEW if name == "animatediff" else STILL)
-    out = export(path, tmp_path / "mine", name, say=said.append)
+    tree = ANEW if name == "animatediff" else STILL
+    path, (out, said) = moving(tree), exported(tree, name)
     assert max(numbers(said)) <= LIMIT
     assert "known words were trained: left, moving. Copy the files of" in "\n".join(said)
     assert "`embedding:left`" in "\n".join(said)
@@ -200,8 +215,10 @@ def test_trained_known_words_are_embeddings_named_like_them(
     assert torch.equal(table, learned[: len(table)])
 
 
-def test_known_words_come_back_in(moving: Make, tmp_path: Path, tiny_folder: Path) -> None:
-    out = export(moving(STILL), tmp_path / "mine", "kohya", say=quiet)
+def test_known_words_come_back_in(
+    moving: Make, exported: Exported, tmp_path: Path, tiny_folder: Path
+) -> None:
+    out, _ = exported(STILL, "kohya")
     said: list[str] = []
     back = import_file(out, str(tiny_folder), tmp_path / "back.safetensors", say=said.append)
     assert any("the known words left, moving" in line for line in said)
@@ -221,10 +238,12 @@ def test_a_word_that_cannot_name_a_file_is_refused(moving: Make, tmp_path: Path)
         export(path, tmp_path / "out", "kohya", say=quiet)
 
 
-def test_the_folder_says_all_that_the_modules_are(moving: Make, tmp_path: Path) -> None:
+def test_the_folder_says_all_that_the_modules_are(
+    moving: Make, exported: Exported, tmp_path: Path
+) -> None:
     from diffusers import MotionAdapter
 
-    out = export(moving(BOTH), tmp_path / "out", "diffusers", say=quiet)
+    out, _ = exported(BOTH, "diffusers")
     assert sorted(path.name for path in out.iterdir()) == [
         "README.md", "config.json", diffusers.MODULES, "embeddings", diffusers.FILE
     ]  # fmt: skip
@@ -293,9 +312,8 @@ def test_the_names_are_those_of_the_released_files() -> None:
         assert ours(own) == own
 
 
-def test_the_original_keys_and_the_image_layers_beside_them(moving: Make, tmp_path: Path) -> None:
-    said: list[str] = []
-    out = export(moving(BOTH), tmp_path / "mine", "animatediff", say=said.append)
+def test_the_original_keys_and_the_image_layers_beside_them(exported: Exported) -> None:
+    out, said = exported(BOTH, "animatediff")
     assert said[1].startswith("animatediff, read back by MotionAdapter.from_single_file: ")
     assert said[2].startswith("the call in README.md gives a picture; largest difference ")
     assert max(numbers(said)) <= LIMIT
@@ -311,11 +329,10 @@ def test_the_original_keys_and_the_image_layers_beside_them(moving: Make, tmp_pa
 
 
 def test_the_difference_of_readers_that_normalise_each_frame_is_reported(
-    moving: Make, tmp_path: Path, answer: Callable[[Any], Tensor]
+    moving: Make, exported: Exported, answer: Callable[[Any], Tensor]
 ) -> None:
     """The reference folds the frames into the batch before the norm and back after it."""
-    said: list[str] = []
-    export(moving(MODULES), tmp_path / "mine", "animatediff", say=said.append)
+    _, said = exported(MODULES, "animatediff")
     adapted, _ = load_adapted(moving(MODULES))
     wanted = answer(adapted)
     for module in motion.modules(adapted).values():
@@ -353,13 +370,9 @@ def test_lora_inside_modules_that_train_is_folded_in(
 
 @pytest.mark.parametrize("name", ["diffusers", "animatediff"])
 def test_the_method_reads_it_back(
-    name: str,
-    moving: Make,
-    tiny: Any,
-    tmp_path: Path,
-    answer: Callable[[Any], Tensor],
+    name: str, moving: Make, exported: Exported, tiny: Any, answer: Callable[[Any], Tensor]
 ) -> None:
-    out = export(moving(MODULES), tmp_path / "mine", name, say=quiet)
+    out, _ = exported(MODULES, name)
     where = out if name == "diffusers" else out / "mine.safetensors"
     apply_methods(tiny, methods_of({"animatediff": {"weights": str(where)}}))
     adapted, _ = load_adapted(moving(MODULES))
@@ -367,10 +380,15 @@ def test_the_method_reads_it_back(
 
 
 def test_a_checkpoint_of_animatediffs_own_trainer_is_read_once_it_is_converted(
-    moving: Make, tiny: Any, tmp_path: Path, answer: Callable[[Any], Tensor]
+    moving: Make,
+    exported: Exported,
+    tiny: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: Callable[[Any], Tensor],
 ) -> None:
     """It holds the complete network under `state_dict`, with `module.` before every name."""
-    out = export(moving(MODULES), tmp_path / "mine", "animatediff", say=quiet)
+    out, _ = exported(MODULES, "animatediff")
     state = {f"module.{k}": v for k, v in load_file(out / "mine.safetensors").items()}
     state |= {f"module.{k}": v for k, v in tiny.unet.state_dict().items()}
     saved = {"epoch": 1, "global_step": 9, "state_dict": state}
@@ -378,8 +396,10 @@ def test_a_checkpoint_of_animatediffs_own_trainer_is_read_once_it_is_converted(
     options = {"weights": str(tmp_path / "checkpoint.ckpt")}
     with pytest.raises(ValueError, match=r"weights=\S+: a pickle, which can run code") as caught:
         apply_methods(tiny, methods_of({"animatediff": options}))
-    command = shlex.split(str(caught.value).partition("convert it once: ")[2])
-    subprocess.run(command, cwd=tmp_path, check=True)
+    program, option, code = shlex.split(str(caught.value).partition("convert it once: ")[2])
+    assert (program, option) == ("python", "-c")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
     model = load_adapted(moving(MODULES))[0]
     wanted = answer(model)
     base = base_of(read_header(moving(MODULES))[0])
@@ -405,7 +425,7 @@ def motion_lora(moving: Make) -> Callable[..., Path]:
 
 def test_motion_lora_is_a_lora_for_the_pipeline_with_the_modules_it_was_trained_on(
     motion_lora: Callable[..., Path],
-    moving: Make,
+    exported: Exported,
     tiny_folder: Path,
     tmp_path: Path,
     answer: Callable[[Any], Tensor],
@@ -419,7 +439,7 @@ def test_motion_lora_is_a_lora_for_the_pipeline_with_the_modules_it_was_trained_
     assert max(numbers(said[1:])) <= LIMIT
     assert sorted(item.name for item in out.iterdir()) == ["README.md", diffusers.FILE]
     assert all(".motion_modules." in key for key in load_file(out / diffusers.FILE))
-    modules = export(moving(MODULES), tmp_path / "modules", "diffusers", say=quiet)
+    modules, _ = exported(MODULES, "diffusers")
     stock = pipeline(tiny_folder, modules)
     adapted, _ = load_adapted(path)
 
@@ -525,9 +545,9 @@ def test_original_keys_want_motion_modules(trained: Any, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["diffusers", "animatediff"])
 def test_modules_that_load_and_do_nothing_are_refused(
-    name: str, moving: Make, tmp_path: Path
+    name: str, moving: Make, exported: Exported, tmp_path: Path
 ) -> None:
-    out = export(moving(MODULES), tmp_path / "mine", name, say=quiet)
+    out = Path(shutil.copytree(exported(MODULES, name)[0], tmp_path / "mine"))
     (file,) = out.glob("*.safetensors")
     zero = {k: v * (0 if "proj_out" in k else 1) for k, v in load_file(file).items()}
     save_file(zero, file, {"format": "pt"})
@@ -544,31 +564,30 @@ def test_an_op_that_acts_on_clips_is_named(moving: Make, tmp_path: Path) -> None
         export(moving(tree), tmp_path / "out", "diffusers", say=quiet)
 
 
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("trained_here", [True, False], ids=["modules", "motion_lora"])
 @pytest.mark.parametrize("name", ["diffusers", "animatediff"])
-def test_a_base_in_four_bits(
-    name: str, motion_lora: Callable[..., Path], moving: Make, tmp_path: Path
-) -> None:
+def test_a_base_in_four_bits(name: str, trained_here: bool, moving: Make, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    packed = {"nf4": {"min_size": 256}}
-    frozen = {"train": False, "weights": str(moving(MODULES))}
-    lora = {"lora": {"sites": "temporal", "rank": 2}}
-    for number, tree in enumerate(
-        (MODULES | packed, {"animatediff": {"max_frames": 6} | frozen} | packed | lora)
-    ):
-        said: list[str] = []
-        export(moving(tree), tmp_path / str(number), name, say=said.append)
-        assert any(line.startswith("proven on the base as methods.nf4 stores it") for line in said)
+    tree = MODULES | {"nf4": {"min_size": 256}}
+    if not trained_here:
+        frozen = {"train": False, "weights": str(moving(MODULES))}
+        tree |= {"animatediff": MODULES["animatediff"] | frozen}
+        tree |= {"lora": {"sites": "temporal", "rank": 2}}
+    said: list[str] = []
+    export(moving(tree), tmp_path / "out", name, say=said.append)
+    assert any(line.startswith("proven on the base as methods.nf4 stores it") for line in said)
 
 
 def test_import_reads_the_lora_and_says_what_reads_the_modules(
-    moving: Make, tiny_folder: Path, tmp_path: Path
+    exported: Exported, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    out = export(moving(BOTH), tmp_path / "out", "diffusers", say=quiet)
+    out, _ = exported(BOTH, "diffusers")
     said: list[str] = []
     import_file(out, str(tiny_folder), tmp_path / "back.safetensors", say=said.append)
     assert said[0] == f"its motion modules are read by methods.animatediff.weights={out}"
-    alone = export(moving(V1), tmp_path / "alone", "diffusers", say=quiet)
-    original = export(moving(V1), tmp_path / "mine", "animatediff", say=quiet)
+    alone, _ = exported(V1, "diffusers")
+    original, _ = exported(V1, "animatediff")
     for where in (alone, original, original / "mine.safetensors"):
         assert detect(where) == "animatediff"
         with pytest.raises(
