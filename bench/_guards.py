@@ -20,11 +20,11 @@ from trainer.data.loader import Planned, loader
 from trainer.methods.apply import apply_methods
 from trainer.training.build import latents, module_of, needs, step_plan
 from trainer.training.callbacks.backend_report import BackendReport
-from trainer.training.callbacks.checkpoints import Checkpoints
 from trainer.training.callbacks.ema import EMA
 from trainer.training.callbacks.hang import HangGuard
 from trainer.training.callbacks.nonfinite_and_signals import StepChecks
 from trainer.training.callbacks.progress import Bar
+from trainer.training.callbacks.save_and_restore import Checkpoints
 from trainer.training.callbacks.signal_recorder import Signals
 from trainer.training.console import console
 from trainer.training.launch import callbacks, make_trainer

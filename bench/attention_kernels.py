@@ -28,10 +28,16 @@ import torch
 from _common import RESULTS, Bars, chosen_of, parser_of
 from torch import Tensor
 
-from trainer.kernels import flashmask, gated_linear, linear
-from trainer.kernels.agent import agent_attention
+from trainer.kernels import flashmask, gated_linear
+from trainer.kernels.agent_attention import agent_attention
 from trainer.kernels.column_masks import sliding_window
 from trainer.kernels.flash import observed
+from trainer.kernels.linear_attention import (
+    FEATURES,
+    linear_attention,
+    orthogonal_gaussian,
+    random_features,
+)
 from trainer.kernels.mask_spec import MaskSpec
 from trainer.kernels.softmax import eager, sdpa, softmax_attention
 from trainer.kernels.tiled import tiled
@@ -62,7 +68,7 @@ class Case:
 
 
 def kernels() -> list[str]:
-    maps = [f"linear_{name}" for name in (*linear.FEATURES, "random")]
+    maps = [f"linear_{name}" for name in (*FEATURES, "random")]
     return [
         "sdpa",
         "eager",
@@ -80,10 +86,10 @@ def kernel(name: str, case: Case) -> Callable[..., Tensor]:
     if name.startswith("linear_"):
         kind = name.removeprefix("linear_")
         if kind == "random":
-            features = linear.random_features(linear.orthogonal_gaussian(RANDOM, case.d, 0))
+            features = random_features(orthogonal_gaussian(RANDOM, case.d, 0))
         else:
-            features = linear.FEATURES[kind]
-        return lambda q, k, v, g: linear.linear_attention(q, k, v, features)
+            features = FEATURES[kind]
+        return lambda q, k, v, g: linear_attention(q, k, v, features)
     if name in MASKED:
         spec = window(case.n).to(torch.device(case.device))
         if name == "sdpa_masked":

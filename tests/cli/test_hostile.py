@@ -31,7 +31,7 @@ from trainer.common.paths import slug
 from trainer.config.header import HEADER, read_header
 from trainer.config.run_section import RunSpec
 from trainer.config.schema import RecipeError
-from trainer.config.validate import build_section
+from trainer.config.value_errors import build_section
 from trainer.data.source import Needs
 from trainer.data.sources.shards import Shards
 from trainer.data.tars.manifest import MAX_MEMBER

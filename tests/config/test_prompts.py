@@ -13,7 +13,7 @@ from PIL import Image
 from trainer.config.load import load_recipe, resolve_recipe, task_recipe
 from trainer.config.prompts import words_in
 from trainer.config.schema import RecipeError
-from trainer.data.templates import fill
+from trainer.data.caption_templates import fill
 from trainer.runs.run_folder import recipe_header
 
 CUSTOM = "recipe=custom_diffusion"

@@ -27,7 +27,7 @@ from trainer.config.resume_rules import (
 from trainer.config.schema import KEYS, SECTIONS, Recipe
 from trainer.data.source import Source
 from trainer.methods.apply import find_method, method_names
-from trainer.runs.resuming import check_data, check_model, check_recipe
+from trainer.runs.resume_check import check_data, check_model, check_recipe
 
 FOLDER = Path("runs/lora/one")
 

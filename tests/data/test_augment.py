@@ -12,7 +12,7 @@ from PIL import Image
 
 from trainer.data import augment
 from trainer.data.augment import CLOSE_PREFIXES, FAR_PREFIXES, draw_scale, resize_augment
-from trainer.data.templates import TEMPLATES, render
+from trainer.data.caption_templates import TEMPLATES, render
 from trainer.media.images import resize_cover, to_tensor
 
 SIZE, DIVISOR = 64, 4

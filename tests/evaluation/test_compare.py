@@ -18,7 +18,7 @@ from trainer.common.exit_codes import BAD_RECIPE
 from trainer.common.paths import DATA
 from trainer.config.header import read_header
 from trainer.config.load import load_recipe
-from trainer.data.templates import CONCEPT_PROMPTS, fill
+from trainer.data.caption_templates import CONCEPT_PROMPTS, fill
 from trainer.data.world.scenes import draw_scene
 from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling_settings import Sampling

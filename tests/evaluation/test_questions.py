@@ -11,8 +11,8 @@ import pytest
 
 from trainer.common.paths import DATA
 from trainer.config.load import load_recipe
+from trainer.data.caption_templates import CONCEPT_PROMPTS
 from trainer.data.source import Needs
-from trainer.data.templates import CONCEPT_PROMPTS
 from trainer.evaluation.judge import Judge
 from trainer.evaluation.questions import Questions, ask
 

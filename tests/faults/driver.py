@@ -26,8 +26,8 @@ import torch
 from trainer.__main__ import main
 from trainer.data.loader import Planned
 from trainer.training import checkpoint_files as checkpoint
-from trainer.training.callbacks import checkpoints, trackers
 from trainer.training.callbacks import preview as preview_file
+from trainer.training.callbacks import save_and_restore, trackers
 from trainer.training.module import DiffusionModule
 from trainer.training.tasks import denoise as denoise_file
 from trainer.training.tasks.denoise import Denoise
@@ -256,7 +256,7 @@ def _before(patch: Patch, function: str, call: int, number: int) -> None:
             os.kill(os.getpid(), number)
         return original(*arguments)
 
-    for module in (checkpoint, checkpoints):
+    for module in (checkpoint, save_and_restore):
         if hasattr(module, function):
             patch(module, function, wrapped)
 

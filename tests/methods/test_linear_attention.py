@@ -14,7 +14,7 @@ from trainer.attention.call import SiteCall
 from trainer.attention.context import StepContext
 from trainer.config.load import load_recipe, methods_of
 from trainer.config.schema import RecipeError
-from trainer.kernels.linear import FEATURES, linear_attention
+from trainer.kernels.linear_attention import FEATURES, linear_attention
 from trainer.methods.apply import Plan, apply_methods
 from trainer.ops.linear_attention import LinearAttentionOp
 

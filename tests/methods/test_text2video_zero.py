@@ -12,7 +12,7 @@ from torch import Tensor
 from trainer.attention.context import StepContext
 from trainer.config.load import methods_of
 from trainer.config.schema import RecipeError
-from trainer.config.validate import build_section
+from trainer.config.value_errors import build_section
 from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling_settings import Sampling
 from trainer.methods.apply import apply_methods

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from trainer.kernels.linear import relu_attention
+from trainer.kernels.linear_attention import relu_attention
 from trainer.kernels.softmax import softmax_attention
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ from trainer.attention.hooks import SamplingHook
 from trainer.attention.host import Host
 from trainer.attention.sites import Site, scan
 from trainer.backbones import vae
-from trainer.backbones.checkpointing import checkpoint_layers
 from trainer.backbones.family import Encoder, Family, Parts
 from trainer.backbones.folder_check import PREDICTION_TYPES
+from trainer.backbones.gradient_checkpointing import checkpoint_layers
 from trainer.backbones.layout import clips_to_rows, rows_to_clips
 from trainer.backbones.long_prompts import Prompts
 from trainer.backbones.pipeline_folder import limit_length

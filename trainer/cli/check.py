@@ -7,7 +7,7 @@ from pydantic import Field
 from trainer.cli.options import RecipeOptions, quiet_libraries, split_options
 from trainer.config.load import load_recipe, recipe_names
 from trainer.config.schema import Recipe, RecipeError
-from trainer.runs.resuming import check_folder
+from trainer.runs.resume_check import check_folder
 from trainer.runs.run_folder import folder_for
 
 # what decides whether methods fit a backbone

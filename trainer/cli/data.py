@@ -21,7 +21,7 @@ from trainer.cli.options import (
 from trainer.common.exit_codes import DAMAGED
 from trainer.config.load import load_recipe
 from trainer.config.schema import RecipeError
-from trainer.config.validate import build_section
+from trainer.config.value_errors import build_section
 
 if TYPE_CHECKING:
     from trainer.data.sources.shards import Shards

@@ -12,7 +12,7 @@ from pydantic import Field
 from trainer.common.section import Section, keys_of
 from trainer.config.overrides import parse_words
 from trainer.config.unknown_keys import refuse_unknown
-from trainer.config.validate import build_section
+from trainer.config.value_errors import build_section
 
 # the loggers by which Lightning says what it does
 TALKERS = (

@@ -17,7 +17,7 @@ from trainer.config.schema import (
 )
 from trainer.config.sections import TextSpec
 from trainer.config.tree import merge_trees, read_yaml
-from trainer.config.validate import build_section
+from trainer.config.value_errors import build_section
 
 
 def backbone_names() -> list[str]:

@@ -18,6 +18,7 @@ from trainer.common.section import Section
 from trainer.common.suggest import nearest
 from trainer.config.backbone_limits import check_limits
 from trainer.config.captions import check_words
+from trainer.config.continual_recipes import check_tasks, task_overlay
 from trainer.config.lineage import backbone_names, backbone_spec, lineage_of, read_by
 from trainer.config.optimiser_notes import check_optimiser
 from trainer.config.optimisers import with_own_lr
@@ -28,10 +29,9 @@ from trainer.config.run_length import in_steps, laid_over, told_length
 from trainer.config.run_section import RunSpec
 from trainer.config.schema import KEYS, SECTIONS, TRACKERS, Recipe, RecipeError
 from trainer.config.sections import OptimSpec
-from trainer.config.tasks import check_tasks, task_overlay
 from trainer.config.tree import merge_trees, read_yaml
 from trainer.config.unknown_keys import refuse_unknown
-from trainer.config.validate import build_section
+from trainer.config.value_errors import build_section
 from trainer.data.source import Source
 from trainer.methods.apply import find_method, method_names
 from trainer.methods.method import Method

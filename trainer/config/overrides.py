@@ -15,7 +15,7 @@ from trainer.config.schema import (
 )
 from trainer.config.tree import merge_trees, plain_value
 
-PLACE = re.compile(r"\{(token|class)\}")  # of prompts, see data/templates.py
+PLACE = re.compile(r"\{(token|class)\}")  # of prompts, see data/caption_templates.py
 MARKS = ("\ue000", "\ue001")  # for the braces of places, which YAML reads as a mapping
 KEY = re.compile(r"\w[\w-]*(\.\w[\w-]*)*")
 

@@ -16,8 +16,8 @@ from trainer.common.suggest import nearest
 from trainer.config.header import read_header
 from trainer.config.schema import RecipeError
 from trainer.config.sections import EvaluateSpec, PreviewSpec
+from trainer.data.caption_templates import fill
 from trainer.data.source import Source
-from trainer.data.templates import fill
 from trainer.methods.apply import find_method, method_names
 from trainer.methods.method import Method
 

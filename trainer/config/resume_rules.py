@@ -64,7 +64,7 @@ IN_SECTIONS: dict[str, dict[str, Rule]] = {
         "ema": SWITCH,
     },
     "run": {
-        "steps": APPLIED,  # never below the step of the checkpoint, see `runs/resuming.py`
+        "steps": APPLIED,  # never below the step of the checkpoint, see `runs/resume_check.py`
         "epochs": FREE,  # stored as the steps that they take
         "batch_size": REFUSED,
         "accumulate": REFUSED,
@@ -79,7 +79,7 @@ IN_SECTIONS: dict[str, dict[str, Rule]] = {
         "gradient_checkpointing": FREE,
         "channels_last": FREE,
         "compile": FREE,
-        "cache_latents": FREE,  # both round latents alike, see `data/cache.py`
+        "cache_latents": FREE,  # both round latents alike, see `data/latent_cache.py`
         "validate_every": FREE,
         "checkpoint_every": FREE,
         "checkpoint_keep": FREE,
@@ -92,7 +92,7 @@ IN_SECTIONS: dict[str, dict[str, Rule]] = {
         "log_every": FREE,
         "out": FREE,
         "id": FREE,
-        "start_from": PLACE,  # its bytes are compared, see `runs/resuming.py`
+        "start_from": PLACE,  # its bytes are compared, see `runs/resume_check.py`
     },
     "preview": {
         "prompts": FREE,

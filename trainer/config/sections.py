@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
 from trainer.common.section import Section
 from trainer.config.optimisers import OPTIMISERS, unsuited
-from trainer.data.templates import CONCEPT_PROMPTS
+from trainer.data.caption_templates import CONCEPT_PROMPTS
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 from trainer.common.articles import article_of
 from trainer.data.augment import CLOSE_PREFIXES, FAR_PREFIXES, prefixed
+from trainer.data.caption_templates import TEMPLATES, render
 from trainer.data.class_images import Pair, pair_of
-from trainer.data.held_out import check_split
-from trainer.data.templates import TEMPLATES, render
+from trainer.data.source_checks import check_split
 from trainer.media.images import ImageError, read_image
 from trainer.media.photo_captions import CaptionRules, Captions
 from trainer.media.photo_folder import Photo, read_folder

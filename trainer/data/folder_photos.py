@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.data.buckets import Size, arrange
 from trainer.data.decoded import Decoded
-from trainer.data.held_out import KEEP_BYTES
 from trainer.data.identity import by_name, captioned, sha256_of_file
 from trainer.data.loss_mask import checked_cells
 from trainer.data.source import Sample
+from trainer.data.source_checks import KEEP_BYTES
 from trainer.data.tags import FIXED, Tags, drawn
 from trainer.media.images import upright_size
 from trainer.media.mask_files import read_mask

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from trainer.common.exit_codes import CODES
 from trainer.common.seeds import seed_of
 from trainer.common.threads import return_to_all
-from trainer.data.cache import Latents, frames_of, rows
+from trainer.data.latent_cache import Latents, frames_of, rows
 from trainer.data.loss_mask import Masked
 from trainer.data.plan import Cursor, Slot, StepPlan
 from trainer.data.source import Dataset, Sample

@@ -10,9 +10,9 @@ from math import floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trainer.data.held_out import KEEP_BYTES
 from trainer.data.identity import by_name, captioned, digest_of, sha256_of_file
 from trainer.data.source import Sample
+from trainer.data.source_checks import KEEP_BYTES
 from trainer.media.frame_folders import digest_of_frames, read_frames
 from trainer.media.images import ImageError
 from trainer.media.read_video import SLACK, VideoFacts, read_clip

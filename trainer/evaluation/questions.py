@@ -13,9 +13,9 @@ from torch import Tensor
 
 from trainer.config.schema import Recipe
 from trainer.config.sections import EvaluateSpec
+from trainer.data.caption_templates import CLASS_PROMPTS, fill
 from trainer.data.concept_photos import OneConcept
 from trainer.data.source import Dataset
-from trainer.data.templates import CLASS_PROMPTS, fill
 from trainer.data.world.scenes import article
 from trainer.data.world.sprites import KNOWN
 from trainer.evaluation.open_judges import Eye, reader_of

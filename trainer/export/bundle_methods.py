@@ -14,7 +14,7 @@ from trainer.attention.sites import TEXT_ROLES
 from trainer.config import load
 from trainer.export.bundle import Bundle, Delta, DoRADelta, FullDelta, LowRankDelta
 from trainer.export.factor import compact, fitted, folded
-from trainer.export.form_options import options_of
+from trainer.export.lycoris_options import options_of
 from trainer.methods.apply import apply_methods
 from trainer.ops.adapters.inject import TEXT_LAYERS, site_targets, text_targets
 from trainer.ops.adapters.token_rows import ExtendedEmbedding, relearned

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trainer.attention.insertion import insertions
 from trainer.export.apply_bundle import layer_at, parts
 from trainer.export.bundle import Bundle, Delta, DoRADelta, Form, FullDelta, LowRankDelta
-from trainer.export.forms import of_layer
+from trainer.export.lycoris import of_layer
 from trainer.ops.adapters.inject import fold
 from trainer.ops.adapters.nf4 import unpacked
 from trainer.ops.adapters.token_rows import ExtendedEmbedding, relearned, relearned_words

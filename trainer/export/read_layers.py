@@ -13,8 +13,8 @@ from torch import Tensor
 
 from trainer.export.apply_bundle import layer_at
 from trainer.export.bundle import Bundle, Delta, DoRADelta, Form, FullDelta, LowRankDelta
-from trainer.export.forms import form_of, rank_of, weight_of
 from trainer.export.layer_names import comfy_parameters
+from trainer.export.lycoris import form_of, rank_of, weight_of
 from trainer.export.peft_fields import Fields, rank_in, strength, without_start
 from trainer.export.read_names import Names
 from trainer.export.tensor_kinds import MERGE, check_complete, kinds_by_layer

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from trainer.kernels.linear import at_least_float32
+from trainer.kernels.linear_attention import at_least_float32
 
 CHUNK, LEAST = 32, 8  # tokens between two states
 SAFE = 16.0  # sums of gates up to this keep six digits of their exp in float32

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trainer.attention.op import Traits, label
 from trainer.attention.op_conflicts import refuse_mask, refuse_other_keys
-from trainer.kernels.agent import agent_attention, merged, num_merged, pooled
+from trainer.kernels.agent_attention import agent_attention, merged, num_merged, pooled
 from trainer.kernels.softmax import softmax_attention
 from trainer.ops.grid_modules import AgentBias, Shortcut
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trainer.attention.op import Traits, label
 from trainer.attention.op_conflicts import refuse_mask, refuse_other_keys
 from trainer.kernels.gated_linear import ORDERS, gated_attention, ordered, restored
-from trainer.kernels.linear import at_least_float32
+from trainer.kernels.linear_attention import at_least_float32
 
 if TYPE_CHECKING:
     from trainer.attention.call import SiteCall

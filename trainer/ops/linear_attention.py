@@ -8,7 +8,12 @@ from torch import Tensor, nn
 
 from trainer.attention.op import Traits, label
 from trainer.attention.op_conflicts import refuse_mask, refuse_other_keys
-from trainer.kernels.linear import FEATURES, linear_attention, orthogonal_gaussian, random_features
+from trainer.kernels.linear_attention import (
+    FEATURES,
+    linear_attention,
+    orthogonal_gaussian,
+    random_features,
+)
 from trainer.ops.grid_modules import Shortcut
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from trainer.config.backbone_limits import check_weighting
 from trainer.config.header import file_of
 from trainer.config.run_section import RunSpec
 from trainer.config.schema import Recipe
-from trainer.data import cache
+from trainer.data import latent_cache
 from trainer.data.buckets import Bucketed
 from trainer.data.loader import Fixed, Planned, Tried
 from trainer.data.plan import StepPlan
@@ -244,7 +244,7 @@ def lrs(recipe: Recipe, plan: Plan) -> dict[str, float]:
     }
 
 
-def latents(recipe: Recipe, backbone: Backbone, data: Dataset) -> cache.Latents | None:
+def latents(recipe: Recipe, backbone: Backbone, data: Dataset) -> latent_cache.Latents | None:
     """Cached VAE posteriors where the images never change and the recipe wants them."""
     if not (recipe.run.cache_latents and data.fixed):
         return None
@@ -256,4 +256,4 @@ def latents(recipe: Recipe, backbone: Backbone, data: Dataset) -> cache.Latents 
         return backbone.moments(pixels.to(backbone.device))
 
     encoder = f"{backbone.vae_fingerprint()}-{side}"
-    return cache.moments(data, encode, encoder, folder=cache_folder())
+    return latent_cache.moments(data, encode, encoder, folder=cache_folder())

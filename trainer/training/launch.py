@@ -34,7 +34,6 @@ from trainer.methods.apply import Plan
 from trainer.runs.run_folder import recipe_header, write_text
 from trainer.training.callbacks.average import Average
 from trainer.training.callbacks.backend_report import BackendReport
-from trainer.training.callbacks.checkpoints import Checkpoints
 from trainer.training.callbacks.ema import EMA
 from trainer.training.callbacks.hang import HangGuard, vanish
 from trainer.training.callbacks.kept_adapters import KeptAdapters
@@ -42,6 +41,7 @@ from trainer.training.callbacks.metrics import Measured, Metrics
 from trainer.training.callbacks.nonfinite_and_signals import StepChecks
 from trainer.training.callbacks.preview import Preview
 from trainer.training.callbacks.progress import Bar
+from trainer.training.callbacks.save_and_restore import Checkpoints
 from trainer.training.callbacks.schedule_free import ScheduleFree
 from trainer.training.callbacks.side_work import SideWork
 from trainer.training.callbacks.signal_recorder import Signals, keep_lightning_out

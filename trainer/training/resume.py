@@ -11,7 +11,7 @@ from trainer.backbones.device import PRECISIONS
 from trainer.config.schema import Recipe
 from trainer.data.identity import identity_of
 from trainer.data.source import Dataset
-from trainer.runs.resuming import check_data, check_model, check_recipe, start_identity, told
+from trainer.runs.resume_check import check_data, check_model, check_recipe, start_identity, told
 from trainer.runs.run_folder import note_event, recipe_header
 from trainer.training.checkpoint_files import Checkpoint, newest_checkpoint
 from trainer.training.console import first_rank, say

@@ -12,7 +12,7 @@ from PIL import Image
 
 from trainer.config.load import load_recipe
 from trainer.config.schema import RecipeError
-from trainer.config.validate import build_section
+from trainer.config.value_errors import build_section
 from trainer.data.identity import sha256_of_file
 from trainer.data.loader import collate
 from trainer.data.plan import Slot, StepPlan

@@ -15,11 +15,11 @@ from PIL import Image
 
 from trainer.config.load import load_recipe
 from trainer.config.schema import RecipeError
-from trainer.config.validate import build_section
+from trainer.config.value_errors import build_section
 from trainer.data import folder_photos
-from trainer.data.held_out import KEEP_BYTES
 from trainer.data.identity import changed_samples
 from trainer.data.source import Needs, Source
+from trainer.data.source_checks import KEEP_BYTES
 from trainer.data.sources import folder
 from trainer.data.sources.folder import Folder
 from trainer.media.images import resize_cover, to_tensor

@@ -13,7 +13,7 @@ from PIL import Image
 
 from trainer.config.load import load_recipe
 from trainer.config.schema import RecipeError
-from trainer.config.validate import build_section
+from trainer.config.value_errors import build_section
 from trainer.data.source import Needs
 from trainer.data.sources.parquet import Parquet
 from trainer.media.images import ImageError, resize_cover, to_tensor

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from trainer.config.schema import RecipeError
-from trainer.config.validate import build_section
+from trainer.config.value_errors import build_section
 from trainer.data.loader import Planned, loader
 from trainer.data.plan import StepPlan
 from trainer.data.source import Needs, Source

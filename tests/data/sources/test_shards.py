@@ -20,7 +20,7 @@ from PIL import Image
 
 from trainer.config.load import load_recipe
 from trainer.config.schema import RecipeError
-from trainer.config.validate import build_section
+from trainer.config.value_errors import build_section
 from trainer.data.found import found_when_opened
 from trainer.data.source import Needs, Source
 from trainer.data.sources import shards

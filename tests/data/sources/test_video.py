@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from trainer.config.schema import RecipeError
-from trainer.config.validate import build_section
-from trainer.data import cache, video_clips
+from trainer.config.value_errors import build_section
+from trainer.data import latent_cache, video_clips
 from trainer.data.loader import Planned
 from trainer.data.plan import StepPlan
 from trainer.data.source import Needs
@@ -405,7 +405,7 @@ def test_still_images_are_frames_of_the_clips_or_photos(grey: Path, tmp_path: Pa
         (4, "grey", "grey"),
     }
     assert {len(batch.pixels) for batch in batches if batch.pixels is not None} == {2, 8}
-    moments = cache.moments(mixed, lambda pixels: pixels[:, :2, ::8, ::8], "vae", tmp_path)
+    moments = latent_cache.moments(mixed, lambda pixels: pixels[:, :2, ::8, ::8], "vae", tmp_path)
     assert moments.shape == (5, 2, 4, 4)
 
 

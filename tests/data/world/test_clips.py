@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.data import cache
+from trainer.data import latent_cache
 from trainer.data.loader import Fixed, Planned
 from trainer.data.plan import StepPlan
 from trainer.data.source import Needs
@@ -277,7 +277,7 @@ def test_cached_latents_are_those_of_every_frame(tiny: Any, tmp_path: Path) -> N
         encoded.append(len(pixels))
         return tiny.moments(pixels)
 
-    moments = cache.moments(train, encode, "vae", tmp_path, batch_size=8)
+    moments = latent_cache.moments(train, encode, "vae", tmp_path, batch_size=8)
     assert encoded == [6, 6, 8, 4]  # whole clips, then scenes
     assert moments.shape[0] == 6 * 3 + 6
     plan = steps(train)
@@ -288,13 +288,13 @@ def test_cached_latents_are_those_of_every_frame(tiny: Any, tmp_path: Path) -> N
         assert cached.captions == fresh.captions
         wanted = tiny.moments(fresh.pixels)
         assert torch.allclose(cached.moments, wanted, atol=2e-2, rtol=2e-3)
-    again = cache.moments(train, lambda pixels: pytest.fail("encoded anew"), "vae", tmp_path)
+    again = latent_cache.moments(train, lambda pixels: pytest.fail("encoded anew"), "vae", tmp_path)
     assert np.array_equal(again, moments)
 
 
 def test_cached_latents_of_images_lie_as_they_always_did(tiny: Any, tmp_path: Path) -> None:
     scenes = Scenes(0, count=7, sprites="known", side=16)
-    moments = cache.moments(scenes, tiny.moments, "vae", tmp_path, batch_size=4)
+    moments = latent_cache.moments(scenes, tiny.moments, "vae", tmp_path, batch_size=4)
     batches = [torch.stack([scenes.image(i) for i in rows]) for rows in (range(4), range(4, 7))]
     wanted = torch.cat([tiny.moments(each) for each in batches]).half().numpy()
     assert np.array_equal(moments, wanted)

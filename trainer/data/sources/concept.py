@@ -19,6 +19,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from trainer.common.suggest import nearest
 from trainer.data.augment import largest_scale
+from trainer.data.caption_templates import fill
 from trainer.data.class_images import ClassFolder, Pair, class_images
 from trainer.data.concept_data import ConceptData, View
 from trainer.data.concept_idle import idle_of
@@ -35,7 +36,6 @@ from trainer.data.source_options import (
     ShuffleTags,
 )
 from trainer.data.tags import Tags
-from trainer.data.templates import fill
 from trainer.media.photo_captions import CaptionRules, Captions
 from trainer.media.photo_listing import list_photos, unread
 from trainer.media.photo_report import found_in

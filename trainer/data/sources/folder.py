@@ -16,8 +16,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from trainer.data.buckets import check_step
 from trainer.data.decoded import Decoded
 from trainer.data.folder_photos import Masks, Photos, Row
-from trainer.data.held_out import check_split
 from trainer.data.source import Caption, Dataset, Needs, Source
+from trainer.data.source_checks import check_split
 from trainer.data.source_options import (
     Buckets,
     CaptionFrom,

@@ -22,9 +22,9 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from trainer.data.held_out import check_split, has_caption
 from trainer.data.mixed import Mixed, Stills
 from trainer.data.source import Caption, Dataset, Needs, Source
+from trainer.data.source_checks import check_split, has_caption
 from trainer.data.source_options import OnBad
 from trainer.data.sources.folder import Folder
 from trainer.data.tars.count import count_samples, holds_tars

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from trainer.data.buckets import arrange, check_step, cover
-from trainer.data.held_out import check_split
 from trainer.data.identity import digest_of
 from trainer.data.loss_mask import checked_cells
 from trainer.data.source import Needs, Sample
+from trainer.data.source_checks import check_split
 from trainer.data.tars.manifest import (
     CAPTION,
     IMAGES,

@@ -16,9 +16,9 @@ from trainer.export.cannot_carry import CannotCarryError
 from trainer.export.factor import folded
 from trainer.export.formats import Format
 from trainer.export.formats.kohya import by_rules, common_alpha, pair, read
-from trainer.export.forms import file_tensors
 from trainer.export.job import Job
 from trainer.export.layer_names import comfy, comfy_parameters, fused_layers
+from trainer.export.lycoris import file_tensors
 from trainer.export.tensor_files import save_tensors
 from trainer.export.tokens import refuse_unnamable, token_remark, write_tokens
 from trainer.export.usage import Usage, word_text

@@ -22,9 +22,9 @@ from trainer.export.cannot_carry import CannotCarryError
 from trainer.export.card import SPEC
 from trainer.export.factor import factored
 from trainer.export.formats import Format
-from trainer.export.forms import file_tensors
 from trainer.export.job import Job
 from trainer.export.layer_names import kohya as keys_of
+from trainer.export.lycoris import file_tensors
 from trainer.export.read_file import read_file
 from trainer.export.tensor_files import save_tensors
 from trainer.export.tokens import refuse_unnamable, token_remark, write_tokens

@@ -19,7 +19,7 @@ from torch import Tensor
 from trainer.common.exit_codes import DISK, INTERRUPTED, NONFINITE, REQUEUE, TERMINATED, LeaveError
 from trainer.data.loader import Batch
 from trainer.runs.run_folder import note_event
-from trainer.training.callbacks.checkpoints import Checkpoints
+from trainer.training.callbacks.save_and_restore import Checkpoints
 from trainer.training.callbacks.signal_recorder import Signals
 from trainer.training.distributed import gather_values, largest
 

@@ -9,7 +9,7 @@ import lightning
 import torch
 
 from trainer.runs.run_folder import note_event
-from trainer.training.callbacks.checkpoints import Checkpoints
+from trainer.training.callbacks.save_and_restore import Checkpoints
 from trainer.training.module import DiffusionModule
 
 

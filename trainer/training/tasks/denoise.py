@@ -19,7 +19,7 @@ from trainer.attention.rows import Rows
 from trainer.attention.step_result import StepResult
 from trainer.backbones.backbone import Backbone
 from trainer.common.seeds import seed_of
-from trainer.data.cache import as_stored
+from trainer.data.latent_cache import as_stored
 from trainer.data.loader import Batch
 from trainer.diffusion.guidance import COND
 from trainer.diffusion.objective import (

@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from trainer.config.schema import RecipeError
-from trainer.config.validate import build_section
+from trainer.config.value_errors import build_section
 
 
 class Shape(BaseModel):

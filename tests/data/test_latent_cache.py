@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.data import cache
+from trainer.data import latent_cache
 
 COUNT, AT_ONCE = 10, 4
 
@@ -50,9 +50,9 @@ class Encoder:
         return pixels[:, :2, ::4, ::4]
 
 
-def made(folder: Path, encode: Encoder) -> cache.Latents:
-    data: cache.Dataset = Pictures()  # type: ignore[assignment]
-    return cache.moments(data, encode, "vae", folder=folder, batch_size=AT_ONCE)
+def made(folder: Path, encode: Encoder) -> latent_cache.Latents:
+    data: latent_cache.Dataset = Pictures()  # type: ignore[assignment]
+    return latent_cache.moments(data, encode, "vae", folder=folder, batch_size=AT_ONCE)
 
 
 def stored(folder: Path) -> Path:
@@ -143,8 +143,8 @@ def of_another_data_set(path: Path) -> None:
         def image(self, index: int) -> Tensor:
             return super().image(COUNT - 1 - index)
 
-    others: cache.Dataset = Others()  # type: ignore[assignment]
-    cache.moments(others, Encoder(), "vae", folder=path.parent / "other")
+    others: latent_cache.Dataset = Others()  # type: ignore[assignment]
+    latent_cache.moments(others, Encoder(), "vae", folder=path.parent / "other")
     path.write_bytes(stored(path.parent / "other").read_bytes())
     shutil.rmtree(path.parent / "other")
 
@@ -206,6 +206,6 @@ def test_a_picture_whose_latents_are_not_finite_is_named(tmp_path: Path) -> None
         def key(self, index: int) -> str:
             return f"{index}.jpg"
 
-    bright: cache.Dataset = Bright()  # type: ignore[assignment]
+    bright: latent_cache.Dataset = Bright()  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"the VAE makes values of 6\.jpg that are not finite"):
-        cache.moments(bright, Encoder(), "vae", folder=tmp_path, batch_size=AT_ONCE)
+        latent_cache.moments(bright, Encoder(), "vae", folder=tmp_path, batch_size=AT_ONCE)

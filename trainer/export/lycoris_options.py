@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trainer.export.apply_bundle import layer_at
 from trainer.export.bundle import Form
-from trainer.export.forms import rank_of
+from trainer.export.lycoris import rank_of
 from trainer.ops.adapters.nf4 import unpacked
 
 SCALED = ("hada_w2_b", "lokr_w1", "lokr_w1_b")  # one of these takes the rest of a layer's strength

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.kernels.agent import (
+from trainer.kernels.agent_attention import (
     agent_attention,
     in_blocks,
     merged,
@@ -158,10 +158,10 @@ def test_the_tokens_most_alike_are_merged() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_blocks_of_queries_equal_the_whole(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer.kernels import agent
     from trainer.kernels.softmax import eager
 
-    monkeypatch.setattr(agent, "SCORES", 7 * 3)  # 3 queries at once, and one that is left
+    # 3 queries at once, and one that is left
+    monkeypatch.setattr("trainer.kernels.agent_attention.SCORES", 7 * 3)
     q, k, v, mask = tensors((2, 3, 7, 4), (2, 3, 7, 4), (2, 3, 7, 4), (3, 7, 7))
     added = mask if masked else None
     for scale in (None, 0.3):

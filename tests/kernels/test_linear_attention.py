@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.kernels import linear
-from trainer.kernels.linear import (
+from trainer.kernels.linear_attention import (
     EPS,
     FEATURES,
     Features,
@@ -119,7 +118,7 @@ def test_a_few_heads_at_a_time_are_all_of_them(
     q, k, v = qkv(dtype=dtype)
     whole = linear_attention(q, k, v, FEATURES[name])
     wanted = torch.autograd.grad(whole.sum(), [q, k, v])
-    monkeypatch.setattr(linear, "CPU_BLOCK", 1)
+    monkeypatch.setattr("trainer.kernels.linear_attention.CPU_BLOCK", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # 2 and 1 of 3 heads
     parts = linear_attention(q, k, v, FEATURES[name])
     torch.testing.assert_close(parts, whole)
