@@ -25,9 +25,9 @@ from trainer.data.world.scenes import RELATIONS, Scene, draw_scene
 from trainer.data.world.sprites import ALL, KNOWN
 from trainer.diffusion.sampler import sample_many
 from trainer.diffusion.sampling_settings import Sampling
-from trainer.evaluation.fidelity import fidelity
 from trainer.evaluation.judge import Judge, relation_holds
 from trainer.evaluation.second_judge import SecondJudge
+from trainer.evaluation.sprite_fidelity import fidelity
 from trainer.media.grids import grid
 from trainer.media.images import to_tensor
 

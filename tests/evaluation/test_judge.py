@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.data.world.scenes import RELATIONS, Spot, article, background, compose, draw_scene
 from trainer.data.world.sprites import ALL, HELD_OUT
-from trainer.evaluation.features import text_alignment
+from trainer.evaluation.feature_scores import text_alignment
 from trainer.evaluation.judge import Judge, relation_holds
 from trainer.media.images import to_pil, to_tensor
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.data.source import Dataset
 from trainer.data.world.clips import DIRECTIONS
 from trainer.data.world.sprites import ALL
-from trainer.evaluation.features import text_alignment
+from trainer.evaluation.feature_scores import text_alignment
 from trainer.evaluation.judge import Judge
 
 MOST = 0.75  # the share of frames that must show the object: 6 of 8

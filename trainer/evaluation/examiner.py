@@ -14,7 +14,7 @@ from trainer.backbones.backbone import Backbone
 from trainer.config.schema import Recipe
 from trainer.data.source import Dataset
 from trainer.data.world.sprites import ALL, KNOWN
-from trainer.evaluation.features import (
+from trainer.evaluation.feature_scores import (
     LEAST,
     alike,
     diversity,

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from trainer.data.world.sprites import ALL
-from trainer.evaluation.fidelity import fidelity
 from trainer.evaluation.judge import Judge
 from trainer.evaluation.second_judge import SecondJudge
+from trainer.evaluation.sprite_fidelity import fidelity
 
 FOLDER = "second_judge"  # beside the folder of the first
 FIDELITY, KNOWN_FIDELITY = "fidelity", "fidelity of known sprites"

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.data.world.scenes import Spot, background, compose
-from trainer.evaluation.fidelity import Fidelity, fidelity
+from trainer.evaluation.sprite_fidelity import Fidelity, fidelity
 from trainer.media.images import to_tensor
 
 

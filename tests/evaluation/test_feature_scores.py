@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.evaluation.features import alike, diversity, kernel_distance, text_alignment
+from trainer.evaluation.feature_scores import alike, diversity, kernel_distance, text_alignment
 
 
 def drawn(count: int, seed: int, move: float = 0.0) -> Tensor:
