@@ -198,7 +198,10 @@ def open_folder() -> Callable[[Path], Any]:
             return load(folder)
         if folder not in loaded:
             loaded[folder] = load(folder)
-        return copy.deepcopy(loaded[folder])
+        # a copied CLIPTokenizer decodes otherwise than one that is read
+        own = loaded[folder].tokenizers.values()
+        read = {id(each): type(each).from_pretrained(each.name_or_path) for each in own}
+        return copy.deepcopy(loaded[folder], read)
 
     return opened
 

@@ -52,6 +52,20 @@ def test_what_is_found_leaves_the_count(
     ]
 
 
+def test_nothing_done_yet_says_nothing(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first batch was there already, and half a minute has passed."""
+    with long_work("pictures", 40) as work:
+        work.found(16)
+        clock[0] += 30
+        work(0)
+        assert capsys.readouterr().err == ""
+        clock[0] += 12
+        work(12)
+    assert capsys.readouterr().err == "pictures: 12 of 24, about 42 s left\n"
+
+
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
 def test_other_processes_say_nothing(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -22,10 +22,12 @@ from trainer.data.caption_templates import CONCEPT_PROMPTS, fill
 from trainer.data.world.scenes import draw_scene
 from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling_settings import Sampling
-from trainer.evaluation.compare import _named
+from trainer.evaluation.compare import _named, _run_of, draw_steps
 from trainer.evaluation.dino import Dino
 from trainer.evaluation.evaluate import evaluation_file
 from trainer.evaluation.judge import Judge
+from trainer.evaluation.score_table import Table
+from trainer.evaluation.which_step import Choice
 from trainer.media.images import read_image, resize_cover, to_tensor
 from trainer.runs.adapter import load_adapted, save_adapter
 from trainer.runs.run_folder import kept_adapters
@@ -151,6 +153,18 @@ def test_several_runs_are_set_beside_each_other(
         assert table[column] == pytest.approx(stepped["table"][same], abs=1e-4), column
     # the base was asked for the first one's word
     assert not (runs["two"] / "evaluation.json").exists()
+
+
+def test_without_two_known_values_there_is_no_picture() -> None:
+    table: Table = {"base": {"CLIP-I": 0.4}, "step 2": {"CLIP-I": 0.5, "validation loss": None}}
+    assert draw_steps(table, [2], Choice(None, "no score tells", {})) is None
+
+
+def test_an_adapter_file_stands_for_its_run(runs: Runs) -> None:
+    own = runs["one"]
+    assert _run_of(own / "adapter.safetensors") == own
+    assert _run_of(kept_adapters(own)[2]) == own
+    assert _run_of(own) == own
 
 
 def test_each_adapter_has_a_file_for_its_scores(runs: Runs) -> None:

@@ -37,6 +37,14 @@ def test_two_of_a_kind_are_told_apart(dino_folder: Path, tmp_path: Path) -> None
     assert line_of("DIV", judges[1], judges) == f"DIV (DINO), {twin}"
 
 
+def test_a_judge_that_names_sprites_reads_before_others() -> None:
+    plain, own = Judge(CLIP), Judge(CLIP)
+    plain.empty = None
+    assert reader_of([plain, own]) is own
+    assert reader_of([plain]) is plain
+    assert reader_of([]) is None
+
+
 def test_without_a_word_the_backbones_own() -> None:
     (own,) = open_judges([], DATA / "tiny")
     assert own.folder == CLIP

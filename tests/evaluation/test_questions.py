@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from trainer.common.paths import DATA
 from trainer.config.load import load_recipe
 from trainer.data.caption_templates import CONCEPT_PROMPTS
 from trainer.data.source import Needs
 from trainer.evaluation.judge import Judge
-from trainer.evaluation.questions import Questions, ask
+from trainer.evaluation.questions import Questions, Subject, ask, rewritten
+from trainer.media.images import read_image, to_tensor
 
 Photographs = Callable[..., Path]
 CONCEPT = ("recipe=lora", "data.prior_weight=0", "data.augment=false")
@@ -99,6 +101,50 @@ def test_a_word_that_no_judge_knows_is_no_text(asked: Any, photographs: Photogra
     found = asked("recipe=lora_folder", data, *words)
     assert found.alone[0].prompts[0] == "a <v1> car" and found.alone[0].texts is None
     assert any("no CLIP-T: the prompts hold <v1>" in note for note in found.notes)
+
+
+def subject(token: str, kind: str | None, word: str | None) -> Subject:
+    return Subject(photos=(), token=token, kind=kind, word=word)
+
+
+def test_prompts_of_the_first_concept_are_put_for_the_others() -> None:
+    fox = subject("<v1>", "animal", "fox")
+    prompts = ["a photo of a <v1> animal", "An <v1> by the sea", "a <v1> fox and a <v11>"]
+    apple = subject("<apple>", "fruit", "apple")
+    assert rewritten(prompts[:2], [fox, apple], apple) == [
+        "a photo of an <apple> fruit",
+        "An <apple> by the sea",
+    ]
+    bare = subject("<v2>", None, None)
+    assert rewritten(prompts[:2], [fox, bare], bare) == ["a photo of a <v2>", "A <v2> by the sea"]
+    assert rewritten(prompts, [fox, apple], fox) == prompts
+
+
+def test_the_text_that_a_judge_reads_has_the_plain_word_and_its_article(asked: Any) -> None:
+    found = asked("recipe=lora", "data.concept=sprite:apple", "data.class_word=fruit",
+                  "data.prior_weight=0", "evaluate.beside=[]", "evaluate.known=[]",
+                  "evaluate.alone=[a <v1> fruit by the sea,a red <v1>,the <v1> fruit]")  # fmt: skip
+    assert found.alone[0].texts[:3] == ["an apple by the sea", "a red apple", "the apple"]
+
+
+def test_class_images_are_those_of_the_concepts_own_kind(
+    asked: Any, judge: Judge, photographs: Photographs
+) -> None:
+    car, bus = photographs("car", 3), photographs("bus", 3)
+    cars, buses = photographs("car", 5, seed=4), photographs("bus", 5, seed=4)
+    found = asked(
+        "recipe=lora", f"data.concept=[{car},{bus}]", "data.token=[<v1>,<v2>]",
+        "data.class_word=[car,bus]", f"data.prior_folder=[{cars},{buses}]",
+        "methods.new_token.tokens=[<v1>,<v2>]", "methods.new_token.init=[car,bus]",
+        "data.augment=false",
+    )  # fmt: skip
+    own = [each.others[0] for each in found.subjects]
+    assert [len(each) for each in own] == [5, 5]
+    for photos, folder in zip(own, (cars, buses), strict=True):
+        shown = [to_tensor(read_image(folder / f"{number}.png")) for number in range(5)]
+        mean = torch.stack([judge.features([each])[0] for each in shown]).mean(0)
+        assert torch.nn.functional.cosine_similarity(photos.mean(0), mean, dim=0) > 0.95
+    assert torch.nn.functional.cosine_similarity(own[0].mean(0), own[1].mean(0), dim=0) < 0.9
 
 
 def test_the_templates_name_the_concept_once_each() -> None:

@@ -58,6 +58,14 @@ def test_known_sprites_are_the_yardstick(truth: SpriteScores) -> None:
     assert exchanged["second judge: known sprites"] == 0
 
 
+def test_pictures_are_seen_in_the_size_of_scenes(truth: SpriteScores) -> None:
+    shown = pictures((Spot("penguin", 30, 34, 36),))
+    large = torch.nn.functional.interpolate(shown, scale_factor=2.0, mode="bicubic").clamp(-1, 1)
+    found = truth.alone(large, "penguin")
+    assert found["fidelity"] > 0.9
+    assert found["second judge: concept"] == 1
+
+
 def test_a_judge_of_photographs_has_none() -> None:
     judge = Judge(CLIP)
     judge.empty = None

@@ -60,6 +60,8 @@ def test_known_sprites_stand_in_for_drift() -> None:
     }
     choice = step_to_keep(base, steps)
     assert choice.points == pytest.approx({100: 1.0, 200: 0.0}) and choice.step == 100
+    with_kind = {step: {**own, "PRES (CLIP)": 0.4} for step, own in steps.items()}
+    assert step_to_keep({**base, "PRES (CLIP)": 0.4}, with_kind).points == choice.points
 
 
 def test_of_equals_the_earlier() -> None:

@@ -19,7 +19,7 @@ def bases(
     return {"tiny": open_folder(tiny_folder), "dit": open_folder(dit_folder)}
 
 
-@pytest.mark.sampled(30)
+@pytest.mark.sampled(14)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", cases(), ids=lambda case: f"{case.tool}: {case.kind}")
 def test_a_file_is_read_right_or_refused_by_name(

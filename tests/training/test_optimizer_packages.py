@@ -17,6 +17,7 @@ from trainer.training.optim import (
     COUNTED,
     Optim,
     effective_lr,
+    lr_of_step,
     make_optimizer,
     order_of,
     restore_moments,
@@ -265,6 +266,39 @@ def test_the_schedule_of_schedule_free_is_its_own() -> None:
     assert [optim.factor(step) for step in range(5)] == [1.0] * 5
     optimizer = make_optimizer(optim, parameters(), lrs={}, blocks=(), device="cpu")
     assert {group["warmup_steps"] for group in optimizer.param_groups} == {3}
+
+
+def test_a_step_without_gradients_is_no_step() -> None:
+    """A skipped step changes nothing of those that follow, in the average neither."""
+
+    def after(skipped: int) -> Wired:
+        wired = Wired("schedule_free_adamw", parameters(), lr=1e-2)
+        for _ in range(skipped):
+            wired.optimizer.step()
+        for step in range(3):
+            wired.step(step)
+        return wired
+
+    plain, skipping = after(0), after(3)
+    groups = [each.optimizer.param_groups[0] for each in (plain, skipping)]
+    assert groups[0]["k"] == groups[1]["k"] == 3
+    assert groups[0]["weight_sum"] == groups[1]["weight_sum"] > 0
+    for name, value in plain.named.items():
+        assert torch.equal(value, skipping.named[name]), name
+
+
+def test_the_lr_of_a_step_is_that_of_its_own_warm_up() -> None:
+    wired = Wired("schedule_free_adamw", parameters(), warmup=4)
+    (group,) = wired.optimizer.param_groups
+    told, used = [], []
+    for step in range(6):
+        told.append(lr_of_step(group))
+        wired.step(step)
+        used.append(group["scheduled_lr"])
+    assert told == pytest.approx(used)
+    assert told[0] == pytest.approx(3e-3 / 4) and told[5] == 3e-3
+    (plain,) = Wired("came", parameters()).optimizer.param_groups
+    assert lr_of_step(plain) == plain["lr"]
 
 
 LOSS: Callable[[], float] = lambda: 2.5  # noqa: E731

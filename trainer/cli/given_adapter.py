@@ -137,10 +137,11 @@ def _unfinished(run: Path, say: Say) -> GivenAdapter:
 
 
 def _checkpoint(folder: Path, say: Say) -> GivenAdapter:
-    """An adapter of a checkpoint's weights, or their moving average where the run keeps one, as the
-    run's own adapter would be."""
+    """An adapter of a checkpoint's weights, or their average where the run keeps one, as the run's
+    own adapter would be."""
     from trainer.runs.adapter import save_adapter
     from trainer.training.checkpoint_files import DamagedError, read_checkpoint, verified
+    from trainer.training.optimizer_packages import stored_average
 
     try:
         found = verified(folder)
@@ -153,6 +154,7 @@ def _checkpoint(folder: Path, say: Say) -> GivenAdapter:
     def make(file: Path) -> None:
         weights, state = read_checkpoint(found)
         weights |= (state["parts"].get("ema") or {}).get("averaged", {})
+        weights |= stored_average(weights, state["optimizer"], state.get("order") or ())
         save_adapter(file, weights, manifest["recipe"], identity=manifest["backbone"])
 
     kept_file(file, make, say)

@@ -127,6 +127,7 @@ def _adapters(picture: RepeatedPicture) -> Any:
 
 def _adapter(picture: RepeatedPicture, name: str, digest: Any, *, step: Any) -> Path:
     from trainer.common.paths import shipped
+    from trainer.runs.run_folder import kept_adapter
 
     finished = [name, f"{name}.safetensors"]
     if not isinstance(step, int):
@@ -134,11 +135,13 @@ def _adapter(picture: RepeatedPicture, name: str, digest: Any, *, step: Any) -> 
         return _same(picture, "adapter", name, digest=digest, places=places, hashed=given_digest)
     if digest is None:
         raise ValueError(f"from={picture.path}: {_not_kept(name, step)}")
-    for place in _near(picture, finished):  # the last preview of a run names its result
+    # the last preview of a run names its result, others the adapter that was kept at their step
+    kept = str(kept_adapter(Path(name), step))
+    for place in _near(picture, [*finished, kept]):
         if given_digest(place) == digest:
             return place
     digest = picture.facts.get("checkpoint_sha256") or digest
-    places = list(_near(picture, [f"{name}/{CHECKPOINTS}/step-{step:06d}"]))
+    places = list(_near(picture, [f"{name}/{CHECKPOINTS}/step-{step:06d}", kept]))
     return _same(picture, "adapter", name, digest=digest, places=places, hashed=given_digest)
 
 

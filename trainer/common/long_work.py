@@ -97,7 +97,7 @@ class _Lines:
         spent = now - self.started
         if self.done >= self.total:
             self._print(f"{self.done} of {self.total} after {duration(spent)}")
-        elif now - self.printed >= LINE_EVERY:
+        elif now - self.printed >= LINE_EVERY and self.done > self.first:
             left = spent / (self.done - self.first) * (self.total - self.done)
             self._print(f"{self.done} of {self.total}, about {duration(left)} left")
             self.printed = now

@@ -25,6 +25,7 @@ def check_optimiser(optim: OptimSpec) -> list[str]:
             f"optim.name={optim.name} moves every value by all of lr at each step: a third to a "
             "tenth of AdamW's learning rate is usual, with 3 to 10 times its weight decay; "
             f"optim.lr={optim.lr:g}, optim.weight_decay={optim.weight_decay:g}"
+            + "".join(f", optim.lrs.{name}={lr:g}" for name, lr in optim.lrs.items())
         ]
     if optim.name == "adafactor":
         momentum = "no momentum, optim.betas=[0.9] keeps one" if optim.betas is None else "momentum"

@@ -137,7 +137,8 @@ def _dropped(old: Optimiser, name: str) -> frozenset[str]:
         found |= {"muon_lr"}
     if new is not old and name == SCHEDULE_FREE:
         found |= {"schedule", "final_lr", "ema"}
-    return found | ({"betas"} if new.numbers != old.numbers else set())
+    found |= {"betas"} if new.numbers != old.numbers else set()
+    return found | (set() if new.eps else {"eps"})
 
 
 def with_own_lr(tree: dict[str, Any]) -> dict[str, Any]:

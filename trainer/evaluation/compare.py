@@ -29,7 +29,7 @@ from trainer.evaluation.score_table import (
 )
 from trainer.evaluation.which_step import Choice, step_to_keep
 from trainer.media.line_charts import Chart, line_charts
-from trainer.runs.run_folder import kept_adapters
+from trainer.runs.run_folder import kept_adapters, step_of_kept
 
 BY_STEP = "evaluation_by_step"
 
@@ -63,11 +63,18 @@ def evaluate_runs(runs: Sequence[Path], how: Judging) -> Table:
         notes.append("no validation loss: the runs hold out other samples or predict other targets")
         for scores in table.values():
             scores.pop("validation loss", None)
+    # the base was asked with the first one's words
+    alone = [name for name, each in own.items() if _prompts(each) != _prompts(first)]
+    if alone:
+        notes.append(
+            f"the base was asked with the words of {next(iter(own))}, so no evaluation.json is "
+            f"written for {', '.join(alone)}"
+        )
     console = Console()
     show_evaluation(table, f"{len(own)} runs, {first.described}", console)
     show_notes([*best_lines(table, list(own)), *notes], console)
     for name, each in own.items():
-        if _prompts(each) == _prompts(first):  # the base was asked with the first one's words
+        if name not in alone:
             write_table(evaluation_file(each.path), _of_one(table, name))
         each.finish()
     return table
@@ -83,7 +90,7 @@ def evaluate_steps(run: Path, how: Judging) -> Table:
     Raises:
         ValueError: the run has kept no adapters along the way.
     """
-    run = shipped(run)
+    run = _run_of(shipped(run))
     paths = _along_the_way(run)
     own = Evaluation(next(reversed(paths.values())), how)
     table: Table = {}
@@ -117,16 +124,17 @@ def _tell_steps(
         "notes": own.notes,
     }
     write_table(run / f"{BY_STEP}.json", facts)
-    drawn = run / f"{BY_STEP}.png"
-    draw_steps(table, list(paths), choice).save(drawn)
     if choice.step is not None:
         console.print(f"adapter: {paths[choice.step]}", highlight=False, soft_wrap=True)
-    console.print(f"curves: {drawn}", highlight=False, soft_wrap=True)
+    if (curves := draw_steps(table, list(paths), choice)) is not None:
+        drawn = run / f"{BY_STEP}.png"
+        curves.save(drawn)
+        console.print(f"curves: {drawn}", highlight=False, soft_wrap=True)
 
 
-def draw_steps(table: Table, steps: Sequence[int], choice: Choice) -> Image:
+def draw_steps(table: Table, steps: Sequence[int], choice: Choice) -> Image | None:
     """A small chart for each score that is known of two steps, with the base's as a dashed line and
-    the step to keep marked; and one for the points of the rule."""
+    the step to keep marked; and one for the points of the rule. None where there is none."""
     charts = []
     for line in lines_of(table):
         values = [table[_column(step)].get(line) for step in steps]
@@ -138,7 +146,16 @@ def draw_steps(table: Table, steps: Sequence[int], choice: Choice) -> Image:
     if choice.points:
         points = [choice.points[step] for step in steps]
         charts.append(Chart("points of the rule", "more is better", points, level=0.0))
+    if not charts:
+        return None
     return line_charts(charts, steps, x_label="step", level="base", mark=choice.step)
+
+
+def _run_of(place: Path) -> Path:
+    """The run folder that an adapter file is in; a folder is one itself."""
+    if not place.is_file():
+        return place
+    return place.parent if step_of_kept(place) is None else place.parent.parent
 
 
 def _column(step: int) -> str:
@@ -227,6 +244,7 @@ def _conditions(own: Evaluation) -> dict[str, object]:
     keys = ("steps", "guidance", "negative")
     return {f"evaluate.{key}": getattr(asked, key) for key in keys} | {
         "run.resolution": run.resolution or own.base.resolution,
+        "text.max_tokens": own.base_tokens,
         "frames of a clip": own.frames,
     }
 

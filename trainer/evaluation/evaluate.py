@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -105,6 +106,7 @@ class Evaluation:
         self.base: Backbone = (
             beside.base if beside else load_base(spec, name, how.placement, hold=False)
         )
+        self.base_tokens = spec.max_tokens
         self.judges: list[Eye] = (
             beside.judges if beside else open_judges(how.judges, self.base.folder, how.placement)
         )
@@ -149,7 +151,10 @@ class Evaluation:
                 model, self.clips.captions, frames=self.frames, fps=self.fps
             )
             scores |= self.clips.scores(generated)
-        return scores | {"validation loss": validation_loss(self.recipe, model, self.held_out)}
+        scores["validation loss"] = validation_loss(self.recipe, model, self.held_out)
+        # of a run that has diverged some are no numbers: they are not known
+        known = {name: value for name, value in scores.items() if value is not None}
+        return scores | {name: None for name, value in known.items() if not isfinite(value)}
 
     def completed(self, table: Table) -> Table:
         """With what is known when all models are scored: prior drift, and the real clips."""

@@ -199,7 +199,7 @@ class Examiner:
         if subject.sprite is not None and named:
             return _accuracy(self._reader.named(pictures, ALL), [subject.sprite] * len(pictures))
         rest = [other.photos[0] for other in self.asked.subjects if other is not subject]
-        rest += [] if self.asked.others is None else [self.asked.others[0]]
+        rest += [] if subject.others is None else [subject.others[0]]
         if not rest:
             return None
         centres = torch.stack(

@@ -108,7 +108,8 @@ class PictureMaker:
             return None
         if model not in self.weights:
             self.weights[model] = model.fingerprint()
-        own = (self.weights[model], model.device.type, str(model.computes_in), *facts)
+        how = (model.device.type, str(model.computes_in), model.max_tokens)
+        own = (self.weights[model], *how, *facts)
         if model is not self.base:
             own = (*own, self.recipe.tree.get("methods"))
         key = hashlib.sha256(repr(own).encode()).hexdigest()[:24]

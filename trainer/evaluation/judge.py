@@ -77,7 +77,7 @@ class Judge:
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
         place_module(self.model.eval().requires_grad_(False), placement)
-        self.device = placement.device
+        self.placement, self.device = placement, placement.device
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         self.processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
         marks = folder / "patches.json"

@@ -45,8 +45,9 @@ def open_judges(
 
 
 def reader_of(judges: Sequence[Eye]) -> Judge | None:
-    """The first judge that reads texts, None where none does."""
-    return next((each for each in judges if isinstance(each, Judge)), None)
+    """The first judge that names sprites, else the first that reads texts; None where none does."""
+    readers = [each for each in judges if isinstance(each, Judge)]
+    return next((each for each in readers if each.names_patches), next(iter(readers), None))
 
 
 def line_of(score: str, judge: Eye, judges: Sequence[Eye]) -> str:

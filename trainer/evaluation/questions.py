@@ -3,6 +3,7 @@ kind of picture. What a run has not learned is not asked for."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.common.articles import article_of
 from trainer.config.schema import Recipe
 from trainer.config.sections import EvaluateSpec
 from trainer.data.caption_templates import CLASS_PROMPTS, fill
@@ -31,7 +33,7 @@ class Subject:
 
     photos: each judge's features (n, d) of its training pictures; token: the trained token, empty
     without a concept; word: a plain word for the concept; kind: its class word; sprite: the sprite
-    it shows, None for photographs.
+    it shows, None for photographs; others: each judge's features of class images of its kind.
     """
 
     photos: tuple[Tensor, ...]
@@ -39,6 +41,7 @@ class Subject:
     word: str | None = None
     kind: str | None = None
     sprite: str | None = None
+    others: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,14 @@ class PromptGroup:
 class Questions:
     """All that one model is asked for. alone: each concept by itself, or data without a concept by
     their captions; plain: other things of each concept's kind, in the order of `alone`; beside: a
-    concept beside a known sprite; together: two concepts; known: known sprites. others: each
-    judge's features of class images; notes: what is not asked for, and why."""
+    concept beside a known sprite; together: two concepts; known: known sprites. notes: what is not
+    asked for, and why."""
 
     alone: list[PromptGroup] = field(default_factory=list)
     plain: list[PromptGroup] = field(default_factory=list)
     beside: list[PromptGroup] = field(default_factory=list)
     together: list[PromptGroup] = field(default_factory=list)
     known: list[PromptGroup] = field(default_factory=list)
-    others: tuple[Tensor, ...] | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -101,17 +103,16 @@ def ask(
         alone, notes = _of_captions(recipe, judges, train, held_out=held_out, count=count)
         return Questions(alone=alone, known=known, notes=notes)
     groups = [list(group) for group in train.groups]
+    prior = [row for group in groups[len(learned) :] for row in group]
     subjects = [
-        _subject(each, _features(judges, train, rows))
+        _subject(each, _features(judges, train, rows), others=_of_kind(each, judges, train, prior))
         for each, rows in zip(learned, groups, strict=False)
     ]
-    prior = groups[len(learned) :]
-    others = _features(judges, train, prior[0][:CLASS_IMAGES]) if prior else None
     asked = _of_concepts(recipe.evaluate, subjects, count)
     if not (sprites and all(subject.sprite for subject in subjects)):
         asked = replace(asked, beside=[], together=[])
-    notes = tuple(_notes(recipe.evaluate, subjects, others is not None))
-    return replace(asked, known=known, others=others, notes=notes)
+    notes = tuple(_notes(recipe.evaluate, subjects, bool(prior)))
+    return replace(asked, known=known, notes=notes)
 
 
 def _of_concepts(asked: EvaluateSpec, subjects: Sequence[Subject], count: int) -> Questions:
@@ -144,16 +145,44 @@ def rewritten(prompts: Sequence[str], subjects: Sequence[Subject], own: Subject)
     first = subjects[0]
     if own is first:
         return list(prompts)
-    return [
-        prompt.replace(f"{first.token} {first.word}", f"{own.token} {own.word}").replace(
-            first.token, own.token
-        )
-        for prompt in prompts
-    ]
+    whole = own.token if own.kind is None else f"{own.token} {own.kind}"
+    return [_renamed(prompt, first, whole=whole, bare=own.token) for prompt in prompts]
 
 
-def _subject(concept: OneConcept, photos: tuple[Tensor, ...]) -> Subject:
+def _renamed(prompt: str, subject: Subject, *, whole: str, bare: str) -> str:
+    """A prompt with another name for the subject: `whole` in place of its token and its kind or
+    word, `bare` in place of the token alone, with the article that belongs before it."""
+    tails = [re.escape(each) for each in (subject.kind, subject.word) if each]
+    tail = rf"(\s+(?:{'|'.join(tails)})\b)?" if tails else "()"
+
+    def put(found: re.Match[str]) -> str:
+        name = whole if found[2] else bare
+        if not found[1]:
+            return name
+        before = article_of(name)
+        return f"{before.capitalize() if found[1][0] == 'A' else before} {name}"
+
+    return re.sub(rf"(\b[Aa]n?\s+)?{re.escape(subject.token)}{tail}", put, prompt)
+
+
+def _of_kind(
+    concept: OneConcept, judges: Sequence[Eye], train: Dataset, prior: Sequence[int]
+) -> tuple[Tensor, ...] | None:
+    """The judges' features of class images whose captions name the concept's kind, of any where
+    none does; None without class images."""
+    if not prior:
+        return None
+    rng, kind = np.random.default_rng(0), concept.kind
+    own = [row for row in prior if kind is not None and kind in train.caption(row, rng)]
+    rows = own or list(prior)
+    return _features(judges, train, [rows[i] for i in _evenly(len(rows), CLASS_IMAGES)])
+
+
+def _subject(
+    concept: OneConcept, photos: tuple[Tensor, ...], others: tuple[Tensor, ...] | None
+) -> Subject:
     return Subject(
+        others=others,
         token=concept.token,
         word=concept.sprite or concept.kind,
         kind=concept.kind,
@@ -169,8 +198,7 @@ def _alone(
     prompts, word = in_turn(rewritten(asked.alone, subjects, own), count), own.word
     if word is None:
         return PromptGroup(prompts, (own,))
-    token = own.token
-    texts = [prompt.replace(f"{token} {word}", word).replace(token, word) for prompt in prompts]
+    texts = [_renamed(prompt, own, whole=word, bare=word) for prompt in prompts]
     return PromptGroup(prompts, (own,), texts)
 
 

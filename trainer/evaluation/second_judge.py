@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from trainer.backbones.device import CPU, Placement, place_module
 from trainer.evaluation.judge import Found
 
 GRID = 8  # cells along a side, each of which is named
@@ -57,7 +58,8 @@ class CellNamer(nn.Module):
 class SecondJudge:
     """Names pictures (n, 3, 64, 64) in [-1, 1], and says where the sprites are.
 
-    folder: `config.json` with the words and the width, and `model.safetensors`.
+    folder: `config.json` with the words and the width, and `model.safetensors`; placement: where
+    it runs.
 
     Raises:
         ValueError: the folder holds no such network.
@@ -65,7 +67,7 @@ class SecondJudge:
 
     names_patches = True
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, placement: Placement = CPU) -> None:
         config = folder / "config.json"
         if not config.is_file():
             raise ValueError(f"second judge {folder}: it has no config.json")
@@ -74,7 +76,8 @@ class SecondJudge:
         self.network = CellNamer(len(self.words), facts["width"])
         weights = load_file(folder / "model.safetensors")
         self.network.load_state_dict({key: value.float() for key, value in weights.items()})
-        self.network.eval().requires_grad_(False)
+        place_module(self.network.eval().requires_grad_(False), placement)
+        self.device = placement.device
 
     def named(self, pictures: Tensor, words: Sequence[str]) -> list[str]:
         """The word of `words` with the most cells, for each picture."""
@@ -91,6 +94,7 @@ class SecondJudge:
         if strange:
             raise ValueError(f"second judge {self.folder} does not know {', '.join(strange)}")
         columns = [*(self.words.index(word) for word in words), len(self.words)]
-        logits = [self.network(part.float().cpu()) for part in pictures.split(64)]
+        parts = pictures.float().split(64)
+        logits = [self.network(part.to(self.device)).float().cpu() for part in parts]
         shares = torch.cat(logits)[:, columns].softmax(1)[:, :-1].flatten(2)
         return Found.of_shares(words, shares.transpose(1, 2))

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.data.world.scenes import SCENE_SIDE
 from trainer.data.world.sprites import ALL
 from trainer.evaluation.judge import Judge
 from trainer.evaluation.second_judge import SecondJudge
@@ -21,7 +23,8 @@ Shares = dict[str, float]
 
 
 class SpriteScores:
-    """Scores of pictures (n, 3, 64, 64) in [-1, 1] of known or learned sprites."""
+    """Scores of pictures (n, 3, side, side) in [-1, 1] of known or learned sprites, which are seen
+    as wide as the world's scenes are."""
 
     def __init__(self, second: SecondJudge) -> None:
         self.second = second
@@ -32,12 +35,12 @@ class SpriteScores:
         if judge is None or not judge.names_patches:
             return None
         folder = judge.folder.parent / FOLDER
-        return cls(SecondJudge(folder)) if folder.is_dir() else None
+        return cls(SecondJudge(folder, judge.placement)) if folder.is_dir() else None
 
     def alone(self, pictures: Tensor, sprite: str) -> Shares:
         """Of pictures of one sprite: how close they are to it, and how many the second judge
         calls so."""
-        words = [sprite] * len(pictures)
+        pictures, words = in_scene_size(pictures), [sprite] * len(pictures)
         named = self.second.named(pictures, ALL)
         return {
             FIDELITY: fidelity(pictures, words).score,
@@ -46,7 +49,7 @@ class SpriteScores:
 
     def pair(self, pictures: Tensor, sprite: str, others: Sequence[str]) -> Shares:
         """Of pictures of a sprite beside another: how many show the one, and the other."""
-        seen = self.second.found(pictures, ALL).top(2)
+        seen = self.second.found(in_scene_size(pictures), ALL).top(2)
         return {
             f"{SECOND}concept beside another": sum(sprite in two for two in seen) / len(seen),
             f"{SECOND}the other beside it": sum(
@@ -58,6 +61,7 @@ class SpriteScores:
     def known(self, pictures: Tensor, words: Sequence[str]) -> Shares:
         """Of pictures of known sprites: the same as `alone`. Their fidelity is what a new sprite's
         is compared with."""
+        pictures = in_scene_size(pictures)
         named = self.second.named(pictures, ALL)
         some = [number * len(words) // CLOSE for number in range(min(CLOSE, len(words)))]
         chosen = [words[number] for number in some]
@@ -65,6 +69,14 @@ class SpriteScores:
             KNOWN_FIDELITY: fidelity(pictures[some], chosen).score,
             f"{SECOND}known sprites": share(named, words),
         }
+
+
+def in_scene_size(pictures: Tensor) -> Tensor:
+    """Pictures (n, 3, side, side) as (n, 3, 64, 64)."""
+    if pictures.shape[-1] == SCENE_SIDE:
+        return pictures
+    size = (SCENE_SIDE, SCENE_SIDE)
+    return F.interpolate(pictures, size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def share(named: Sequence[str], right: Sequence[str]) -> float:

@@ -78,10 +78,10 @@ def _terms(base: Scores, steps: list[Scores]) -> list[RuleTerm]:
         said = f"text alignment (+ {aligned} / {ALIGNED})"
         terms.append(RuleTerm(aligned, 1 / ALIGNED, said))
     own = "PRES (DINO)" if likeness.startswith("DINO") else "PRES (CLIP)"
-    if (drift := known(own)) is not None:
-        terms.append(RuleTerm(drift, -1 / DRIFT, f"prior drift (- {drift} / {DRIFT})"))
-    elif (shown := known("known sprites")) is not None:
+    if (shown := known("known sprites")) is not None:
         terms.append(RuleTerm(shown, 1 / DRIFT, f"known sprites kept (+ {shown} / {DRIFT})"))
+    elif (drift := known(own)) is not None:
+        terms.append(RuleTerm(drift, -1 / DRIFT, f"prior drift (- {drift} / {DRIFT})"))
     return terms
 
 

@@ -130,13 +130,17 @@ def locked(folder: Path) -> Iterator[None]:
         ) from None
     except OSError:
         pass
+    own = lock.is_locked
     with suppress(OSError):  # the disk may be full
-        holder.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        if own:
+            holder.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
     try:
         yield
     finally:
         with suppress(OSError):
-            holder.unlink(missing_ok=True)
+            if own:
+                holder.unlink(missing_ok=True)
+        with suppress(OSError):
             lock.release()
 
 

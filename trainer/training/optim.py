@@ -121,6 +121,13 @@ def effective_lr(optimizer: torch.optim.Optimizer) -> float | None:
     return group["lr"] * group["d"] if "d" in group else None
 
 
+def lr_of_step(group: Mapping[str, Any]) -> float:
+    """The lr of a group in the step that comes next; schedule-free AdamW warms up by itself."""
+    warmup = group.get("warmup_steps") or 0
+    share = min(1.0, (group["k"] + 1) / warmup) if warmup else 1.0
+    return float(group["lr"]) * share
+
+
 def order_of(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> list[str]:
     """The names of an optimiser's parameters, in the order in which its state counts them."""
     names = {id(value): name for name, value in named.items()}

@@ -6,11 +6,12 @@ passed over, because the recipe has refused them.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainer.config.optimisers import SCHEDULE_FREE
 
@@ -91,7 +92,49 @@ def schedule_free(
         warmup_steps=warmup,
     )
     made.train()
+    _count_real_steps(made)
     found: torch.optim.Optimizer = made
+    return found
+
+
+def _count_real_steps(optimizer: Any) -> None:
+    """A step without any gradient, one that was skipped, is not counted: its share of the average
+    and of the bias correction would be that of a step."""
+    counted: list[dict[str, Any]] = []
+
+    def before(*_: Any) -> None:
+        counted[:] = [
+            {key: group[key] for key in ("k", "weight_sum", "lr_max", "scheduled_lr")}
+            for group in optimizer.param_groups
+        ]
+
+    def after(*_: Any) -> None:
+        groups = optimizer.param_groups
+        if all(value.grad is None for group in groups for value in group["params"]):
+            for group, had in zip(groups, counted, strict=True):
+                group.update(had)
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+
+
+def stored_average(
+    weights: Mapping[str, Tensor], optimizer: Mapping[str, Any], order: Sequence[str]
+) -> dict[str, Tensor]:
+    """The average x of a checkpoint of schedule-free AdamW, whose weights are y = (1 - beta) z +
+    beta x; nothing for another optimiser.
+
+    optimizer: its stored state; order: the names of the parameters that the state counts.
+    """
+    found = {}
+    for group in optimizer.get("param_groups", ()):
+        if "train_mode" not in group:
+            continue
+        beta = group["betas"][0]
+        for number in group["params"]:
+            name, own = order[number], optimizer["state"].get(number, {})
+            if "z" in own and group["train_mode"]:
+                found[name] = weights[name].lerp(own["z"].to(weights[name]), 1 - 1 / beta)
     return found
 
 

@@ -14,11 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from trainer.__main__ import main
+from trainer.cli.given_adapter import given_digest
 from trainer.common.exit_codes import DISK, LeaveError
 from trainer.config.load import load_recipe
 from trainer.config.run_section import RunSpec
 from trainer.runs.adapter import adapter_facts
 from trainer.runs.run_folder import kept_adapters
+from trainer.training.callbacks.preview_files import adapter_after
 from trainer.training.checkpoint_files import every_checkpoint, read_checkpoint, verified
 from trainer.training.fit import fit
 
@@ -90,7 +92,7 @@ def test_keeping_changes_nothing_that_is_trained(
     assert all(torch.equal(value, other[name]) for name, value in own.items())
 
 
-def test_every_verb_takes_one(run: Path, tmp_path: Path) -> None:
+def test_every_verb_takes_one(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = kept_adapters(run)[3]
     facts = adapter_facts(path)
     assert facts["adapter"] == "lora/one" and facts["step"] == 3
@@ -98,8 +100,23 @@ def test_every_verb_takes_one(run: Path, tmp_path: Path) -> None:
     assert main(["sample", f"adapter={path}", *words]) == 0
     (picture,) = tmp_path.glob("*.png")
     assert json.loads(Image.open(picture).info["attention_trainer"])["step"] == 3
+    pixels = Image.open(picture).tobytes()
+    again = tmp_path / "again"
+    monkeypatch.chdir(run.parent.parent)  # there "lora/one" is the run
+    assert main(["sample", f"from={picture}", f"out={again}"]) == 0
+    (repeated,) = again.glob("*.png")
+    assert Image.open(repeated).tobytes() == pixels
     assert main(["export", f"run={path}", f"out={tmp_path / 'peft'}", "format=peft"]) == 0
     assert list((tmp_path / "peft").rglob("adapter_model.safetensors"))
+
+
+def test_a_preview_names_the_adapter_that_was_kept(run: Path) -> None:
+    facts = adapter_after(run, 3)
+    assert facts["adapter_sha256"] == adapter_facts(kept_adapters(run)[3])["adapter_sha256"]
+    assert facts["checkpoint_sha256"] == given_digest(run / "checkpoints" / "step-000003")
+    assert adapter_after(run, 2)["adapter_sha256"] == given_digest(
+        run / "checkpoints" / "step-000002"
+    )
 
 
 def test_a_full_disk_ends_the_run_or_not(tmp_path: Path, tiny_folder: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trainer.__main__ import main
+from trainer.cli.given_adapter import given_adapter
 from trainer.training.callbacks import preview
 from trainer.training.callbacks.schedule_free import ScheduleFree
 from trainer.training.checkpoint_files import newest_checkpoint, read_checkpoint
@@ -102,6 +103,16 @@ def test_training_has_y_and_all_that_looks_has_x(
     for name, value in wanted.items():
         assert torch.allclose(kept[name], value, atol=1e-6), name
     assert any((kept[name] - weights[name]).abs().max() > 1e-5 for name in wanted)
+
+
+def test_a_checkpoint_is_used_with_its_average(watched: Path) -> None:
+    """As `sample` and `export` take it, of a run that has not finished."""
+    newest = newest_checkpoint(watched / "checkpoints", print)
+    assert newest is not None
+    given = given_adapter(newest.folder, None, lambda line: None)
+    found, kept = load_file(given.file), load_file(watched / "adapter.safetensors")
+    assert found.keys() == kept.keys()
+    assert all(torch.equal(value, kept[name]) for name, value in found.items())
 
 
 def test_neither_looking_nor_stopping_changes_a_bit(

@@ -49,7 +49,8 @@ class KeptAdapters(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         """A run that was stopped between its checkpoint and this file writes it now."""
-        if kept_adapter(self.folder, trainer.global_step).is_file():
+        # the first rank looks: the others might see a file that it is only about to write
+        if value_of_first(kept_adapter(self.folder, trainer.global_step).is_file()):
             self.last = trainer.global_step
         self._keep(trainer, pl_module)
 

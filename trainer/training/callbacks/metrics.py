@@ -29,7 +29,7 @@ from trainer.training.callbacks.nonfinite_and_signals import StepChecks
 from trainer.training.callbacks.trackers import log_metrics, log_settings
 from trainer.training.distributed import largest
 from trainer.training.module import DiffusionModule
-from trainer.training.optim import effective_lr
+from trainer.training.optim import effective_lr, lr_of_step
 
 LOSSES = ("train/loss", "val/loss")
 
@@ -80,7 +80,7 @@ class Metrics(lightning.Callback):
         optimizer: torch.optim.Optimizer,
     ) -> None:
         """Right after the step the groups have the lr of the next one."""
-        self.lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self.lrs = [lr_of_step(group) for group in optimizer.param_groups]
         self.effective = effective_lr(optimizer)
 
     def on_train_batch_end(

@@ -78,10 +78,14 @@ class Preview(lightning.Callback):
         if trainer.global_step == 0:
             self._preview(trainer, pl_module, "base")
             return
-        self.last = trainer.global_step  # shown before, if it was due
+        step = self.last = trainer.global_step
         if trainer.is_global_zero:
             with suppress(OSError), Image.open(self.folder / GRID) as sheet:
                 self.earlier = [sheet.copy()]
+        # one that was due when a signal ended the run was not shown
+        shown = value_of_first((self.folder / step_name(step)).is_dir())
+        if step % self.every == 0 and step < trainer.max_steps and not shown:
+            self._preview(trainer, pl_module, f"step {step}")
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any, **__: Any

@@ -4,7 +4,7 @@
     previews/step-000000/                            before the first step
 
 Each says inside what made it, as those of `sample` do: `sample from=` makes it again where the
-adapter of that step was kept, as a checkpoint or as the result of the run.
+adapter of that step was kept, as a checkpoint, along the way or as the result of the run.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from trainer.media.images import to_pil
 from trainer.media.made_by import png_bytes, with_facts
 from trainer.media.write_video import PLAYED, write_frames
 from trainer.runs.adapter import adapter_facts
+from trainer.runs.run_folder import kept_adapter
 from trainer.training.checkpoint_files import MANIFEST
 
 
@@ -76,7 +77,7 @@ class PreviewFiles:
         with suppress(OSError):  # the disk may be full, and the files are there already
             named = adapter_facts(path)
             for place, images, facts in self.last:
-                if checkpoint := facts.get("adapter_sha256"):
+                if checkpoint := facts.get("checkpoint_sha256") or facts.get("adapter_sha256"):
                     facts["checkpoint_sha256"] = checkpoint
                 write_images(images, place, facts.get("fps"), facts=facts | named)
         self.last.clear()
@@ -97,14 +98,18 @@ def step_name(step: int) -> str:
 
 
 def adapter_after(run: Path, step: int) -> dict[str, Any]:
-    """The adapter of a run after a step, as pictures name it; with the hash of its checkpoint where
-    there is one."""
+    """The adapter of a run after a step, as pictures name it; with the hash of the adapter kept
+    then and of its checkpoint, where there are such."""
     own = run.absolute()
     facts: dict[str, Any] = {"adapter": f"{own.parent.name}/{own.name}", "step": step}
     manifest = own / "checkpoints" / step_name(step) / MANIFEST
+    kept = kept_adapter(own, step)
     if manifest.is_file():
         facts["adapter_sha256"] = sha256_of_file(manifest)[:LETTERS]
-    return facts
+    if kept.is_file():
+        facts["checkpoint_sha256"] = facts.get("adapter_sha256")
+        facts["adapter_sha256"] = sha256_of_file(kept)[:LETTERS]
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def write_images(
