@@ -250,6 +250,7 @@ def test_its_linear_attention_is_the_swap_by_relu(sana: Any) -> None:
     assert float(loss(None).detach()) < 1e-9
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", WEIGHT)
 def test_weight_methods_train_what_they_claim_and_load_the_same(
     name: str, sana: Any, sana_folder: Path, tmp_path: Path, train: Callable[..., list[float]]

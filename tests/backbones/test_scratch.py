@@ -102,6 +102,7 @@ def test_attention_stands_where_the_recipe_says(case: str) -> None:
     assert torch.isfinite(predicted(backbone)).all()
 
 
+@pytest.mark.sampled(5)
 @each_place
 def test_attention_starts_as_nothing(case: str) -> None:
     """To the last bit what the network is without it; and with zero_init=false it is not."""

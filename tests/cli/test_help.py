@@ -71,6 +71,7 @@ def test_every_topic_has_a_page_of_100_columns(topic: str, capsys: Printed) -> N
         assert set(keys_of(RECORDS[topic])) <= listed
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("name", RECORDS)
 def test_every_option_has_a_page(name: str, capsys: Printed) -> None:
     """By its key in a recipe, or, of a verb, behind the verb; and by its own name alone."""
@@ -190,6 +191,7 @@ def test_help_imports_no_torch() -> None:
     assert printed.stdout.splitlines()[-1] == "loaded: set()"
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", method_names())
 def test_the_example_of_a_method_can_be_run(name: str) -> None:
     python, _, trainer, verb, *words = shlex.split(example_of(name))

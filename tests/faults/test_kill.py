@@ -12,6 +12,7 @@ import pytest
 pytestmark = pytest.mark.faults
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("function", "call", "left"),
     [

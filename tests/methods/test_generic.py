@@ -219,7 +219,7 @@ def test_every_example_is_of_a_method() -> None:
     assert set(EXAMPLES) <= set(NAMES), "a row of EXAMPLES names no method; remove it"
 
 
-@pytest.mark.sampled(len(NAMES))
+@pytest.mark.sampled(len(NAMES) // 2)
 @each_method
 def test_what_trains_is_fp32_whatever_the_base_is(name: str, tiny: Any) -> None:
     """A base in bf16, as something else may have left it."""
@@ -230,7 +230,7 @@ def test_what_trains_is_fp32_whatever_the_base_is(name: str, tiny: Any) -> None:
     assert {parameters[each].dtype for each in plan.names} == {torch.float32}
 
 
-@pytest.mark.sampled(len(NAMES))
+@pytest.mark.sampled(len(NAMES) // 2)
 @each_method
 def test_only_what_it_claims_changes(
     name: str, tiny: Any, train: Callable[..., list[float]]
@@ -244,7 +244,7 @@ def test_only_what_it_claims_changes(
     assert changed(before, state(tiny)) == set(plan.names)
 
 
-@pytest.mark.sampled(len(NAMES))
+@pytest.mark.sampled(len(NAMES) // 2)
 @each_method
 def test_what_it_keeps_is_the_base(name: str, tiny: Any) -> None:
     base = state(tiny)
@@ -257,7 +257,7 @@ def test_what_it_keeps_is_the_base(name: str, tiny: Any) -> None:
         assert path in rounded or (value.shape, value.numpy().tobytes()) in found, path
 
 
-@pytest.mark.sampled(len(NAMES))
+@pytest.mark.sampled(len(NAMES) // 2)
 @each_method
 def test_exact_at_start(name: str, tiny: Any) -> None:
     if name in NOT_EXACT_AT_START:
@@ -272,7 +272,7 @@ def test_exact_at_start(name: str, tiny: Any) -> None:
         assert on_clips == (name not in ALIGNED)
 
 
-@pytest.mark.sampled(len(NAMES))
+@pytest.mark.sampled(len(NAMES) // 2)
 @each_method
 def test_saved_and_loaded_is_the_same(
     name: str, tiny: Any, tiny_folder: Path, tmp_path: Path, train: Callable[..., list[float]]
@@ -400,7 +400,7 @@ def compose_or_refuse(pair: Pair, backbone: Any, reversed_backbone: Any, train: 
     assert train(reversed_backbone, other, frames=frames(first, second)) == losses
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("stack", STACKS)
 @each_swap
 def test_a_swap_goes_with(

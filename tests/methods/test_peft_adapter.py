@@ -48,6 +48,7 @@ def test_every_type_has_options_here() -> None:
     assert not set(INSTEAD) & set(TYPES)
 
 
+@pytest.mark.sampled(5)
 @each_type
 def test_starts_at_the_base_model_and_trains(
     kind: str, tiny: Any, train: Callable[..., list[float]], predict: Callable[[Any], Tensor]
@@ -69,6 +70,7 @@ def test_starts_at_the_base_model_and_trains(
         assert plain not in weights or torch.equal(parameter, weights[plain]), name
 
 
+@pytest.mark.sampled(5)
 @each_type
 def test_what_is_stored_is_all_there_is(
     kind: str,
@@ -89,6 +91,7 @@ def test_what_is_stored_is_all_there_is(
     assert torch.equal(predict(loaded), live)
 
 
+@pytest.mark.sampled(5)
 @each_type
 def test_folded_into_weights_it_does_the_same(
     kind: str, tiny: Any, predict: Callable[[Any], Tensor], randomise: Callable[..., None]

@@ -47,7 +47,7 @@ def painted(backbone: Any) -> Tensor:
     )
 
 
-@pytest.mark.sampled(24)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.parametrize("form", OWN)
 def test_it_goes_with(
