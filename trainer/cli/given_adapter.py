@@ -154,7 +154,7 @@ def _checkpoint(folder: Path, say: Say) -> GivenAdapter:
     def make(file: Path) -> None:
         weights, state = read_checkpoint(found)
         weights |= (state["parts"].get("ema") or {}).get("averaged", {})
-        weights |= stored_average(weights, state["optimizer"], state.get("order") or ())
+        weights |= stored_average(weights, state.get("optimizer") or {}, state.get("order") or ())
         save_adapter(file, weights, manifest["recipe"], identity=manifest["backbone"])
 
     kept_file(file, make, say)

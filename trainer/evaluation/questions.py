@@ -105,7 +105,9 @@ def ask(
     groups = [list(group) for group in train.groups]
     prior = [row for group in groups[len(learned) :] for row in group]
     subjects = [
-        _subject(each, _features(judges, train, rows), others=_of_kind(each, judges, train, prior))
+        _subject(
+            each, _features(judges, train, rows), others=_of_kind(each, judges, train, prior=prior)
+        )
         for each, rows in zip(learned, groups, strict=False)
     ]
     asked = _of_concepts(recipe.evaluate, subjects, count)
@@ -166,7 +168,7 @@ def _renamed(prompt: str, subject: Subject, *, whole: str, bare: str) -> str:
 
 
 def _of_kind(
-    concept: OneConcept, judges: Sequence[Eye], train: Dataset, prior: Sequence[int]
+    concept: OneConcept, judges: Sequence[Eye], train: Dataset, *, prior: Sequence[int]
 ) -> tuple[Tensor, ...] | None:
     """The judges' features of class images whose captions name the concept's kind, of any where
     none does; None without class images."""
