@@ -9,9 +9,9 @@ python that `--python` names for it and this one otherwise; it needs what that t
 an adapter. A model with Stable Diffusion 1.5's layers, but narrow and random, and a PixArt are
 adapted by several methods; each export is read onto the plain weights, and the tool's result is
 compared with the adapted model's weights, tensor by tensor; AnimateDiff-Evolved reads motion
-modules too. Prints a table, with the commit of each checkout, and a BAR line for each tool, and
-keeps them in docs/adapters.md and bench/results; a tool that does not run here has rows that say
-why. Nothing of the tools is copied.
+modules too. Prints a table, with the commit of each checkout, and a BAR line for each tool; with
+all tools given it writes them to docs/adapters.md and bench/results too. A tool that does not run
+here has rows that say why. Nothing of the tools is copied.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def main() -> None:
     print(f"\n{text}")
     _print_bars(rows, bars)
     bars.found["rows"] = rows
-    bars.write()
-    if not options.quick:
+    if not options.quick and all(tools[name] for name in TOOLS):  # else rows of others were lost
+        bars.write()
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
         after = rest.partition(END)[2]
         PAGE.write_text(before + START + text + END + after, encoding="utf-8")

@@ -69,7 +69,9 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(THREADS)
     _poison_empty()
     config.addinivalue_line(
-        "markers", "sampled(n): n of its cases, others in every run; all with CASES=all"
+        "markers",
+        "sampled(n, each=()): n of its cases, others in every run, and n for each value of the "
+        "parameters in `each`; all with CASES=all",
     )
     # which cases this run tries; workers of pytest-xdist inherit the choice
     os.environ.setdefault("CASE_SEED", str(int.from_bytes(os.urandom(4), "big")))
@@ -87,8 +89,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     groups: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("sampled"):
-            groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        if (own := item.get_closest_marker("sampled")) is not None:
+            each = (str(item.callspec.params[key]) for key in own.kwargs.get("each", ()))  # type: ignore[attr-defined]
+            name = " ".join((item.nodeid.partition("[")[0], *each))
+            groups.setdefault(name, []).append(item)
     left: set[pytest.Item] = set()
     for name, cases in groups.items():
         mark = cases[0].get_closest_marker("sampled")

@@ -25,12 +25,12 @@ from trainer.data.world.scenes import draw_scene
 from trainer.data.world.sprites import KNOWN, WIDE_KNOWN
 
 SEED = 11
-NAMES = KNOWN  # what scenes show
+Names = tuple[str, ...]  # the sprites that scenes show
 
 
-def batch(start: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(start: int, size: int, names: Names = KNOWN) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (size, 3, 64, 64) in [-1, 1] and pixel weights (size, 1, 64, 64), 3 on sprites."""
-    scenes = [draw_scene(SEED, start + i, NAMES) for i in range(size)]
+    scenes = [draw_scene(SEED, start + i, names) for i in range(size)]
     images = (
         torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float()
         / 127.5
@@ -40,11 +40,13 @@ def batch(start: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images, 1 + 2 * torch.from_numpy(masks)[:, None].float()
 
 
-def crops(start: int, size: int, side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+def crops(
+    start: int, size: int, names: Names = KNOWN, *, side: int = 32
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The same, cut to (side, side) around one sprite: the network has no attention, and flat
     ground teaches little."""
     rng = np.random.default_rng((SEED, start))
-    images, weights = batch(start, size)
+    images, weights = batch(start, size, names)
     cut = []
     for row in range(size):
         ys, xs = np.nonzero(weights[row, 0].numpy() > 1)
@@ -59,6 +61,19 @@ def crops(start: int, size: int, side: int = 32) -> tuple[torch.Tensor, torch.Te
             )
         )
     return torch.stack([image for image, _ in cut]), torch.stack([weight for _, weight in cut])
+
+
+def rate(step: int, steps: int) -> float:
+    """The factor on the learning rate: a warm-up of 50 steps, then a cosine."""
+    return min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def distance(rebuilt: torch.Tensor, images: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The weighted error of the pixels, and that of the differences between neighbours."""
+    pairs = zip(edges(rebuilt), edges(images), strict=True)
+    return (weights * (rebuilt - images).abs()).mean() + sum(
+        0.5 * (one - other).abs().mean() for one, other in pairs
+    )
 
 
 def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,18 +99,13 @@ def train_decoder(vae: AutoencoderKL, steps: int, size: int, lr: float) -> None:
     against = torch.optim.AdamW(critic.parameters(), lr=lr / 2, betas=(0.5, 0.9))
     begin = time.time()
     for step in range(steps):
-        share = min(1, (step + 1) / 50) * (
-            0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))
-        )
         for group in optimizer.param_groups:
-            group["lr"] = lr * share
-        images, weights = crops(step * size * 4, size)
+            group["lr"] = lr * rate(step, steps)
+        images, weights = crops(step * size * 4, size, WIDE_KNOWN)
         with torch.no_grad():
             latents = vae.encode(images).latent_dist.mode()
         rebuilt = vae.decode(latents + 0.03 * torch.randn_like(latents)).sample
-        loss = (weights * (rebuilt - images).abs()).mean() + sum(
-            0.5 * (a - b).abs().mean() for a, b in zip(edges(rebuilt), edges(images), strict=True)
-        )
+        loss = distance(rebuilt, images, weights)
         fooled = torch.zeros(())
         if step > steps / 3:
             fooled = -critic(rebuilt).mean()
@@ -114,7 +124,6 @@ def train_decoder(vae: AutoencoderKL, steps: int, size: int, lr: float) -> None:
 
 
 def main() -> None:
-    global NAMES
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch", type=int, default=16)
@@ -124,10 +133,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(SEED)
     if options.decoder:
-        NAMES = WIDE_KNOWN
         vae = AutoencoderKL.from_pretrained(options.decoder, torch_dtype=torch.float32)
         train_decoder(vae, options.steps, 2 * options.batch, options.lr)
-        finish(vae.eval(), options.out, scale=vae.config.scaling_factor)
+        finish(vae.eval(), options.out, WIDE_KNOWN, scale=vae.config.scaling_factor)
         return
     vae = AutoencoderKL(
         block_out_channels=(16, 48, 96),
@@ -144,24 +152,16 @@ def main() -> None:
     )
     begin = time.time()
     for step in range(options.steps):
-        spent = step / options.steps
-        for group in optimizer.param_groups:  # warm-up of 50 steps, then a cosine
-            group["lr"] = (
-                options.lr
-                * min(1, (step + 1) / 50)
-                * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * spent)))
-            )
-        if spent < 0.75:
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * rate(step, options.steps)
+        if step < 0.75 * options.steps:
             images, weights = crops(step * options.batch * 4, options.batch * 3)
         else:
             images, weights = batch(step * options.batch * 4, options.batch)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(images).latent_dist
             rebuilt = vae.decode(posterior.sample()).sample.float()
-        loss = (weights * (rebuilt - images).abs()).mean()
-        loss = loss + sum(
-            0.5 * (a - b).abs().mean() for a, b in zip(edges(rebuilt), edges(images), strict=True)
-        )
+        loss = distance(rebuilt, images, weights)
         loss = loss + 1e-5 * posterior.kl().float().mean() / 10
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -173,10 +173,12 @@ def main() -> None:
 
 
 @torch.no_grad()
-def finish(vae: AutoencoderKL, out: Path, scale: float | None = None) -> None:
+def finish(
+    vae: AutoencoderKL, out: Path, names: Names = KNOWN, *, scale: float | None = None
+) -> None:
     """Sets the latent scale, to unit variance if none is given, measures on unseen scenes, and
     saves fp16 safetensors."""
-    images, _ = batch(10_000_000, 256)
+    images, _ = batch(10_000_000, 256, names)
     latents = vae.encode(images).latent_dist.sample()
     vae.register_to_config(scaling_factor=scale or round(1 / latents.std().item(), 5))
     rebuilt = vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)

@@ -3,7 +3,10 @@ one, and nothing from any process but the first."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+from rich.console import Console
 
 from trainer.common import long_work as module
 from trainer.common.long_work import duration, long_work
@@ -64,6 +67,16 @@ def test_nothing_done_yet_says_nothing(
         clock[0] += 12
         work(12)
     assert capsys.readouterr().err == "pictures: 12 of 24, about 42 s left\n"
+
+
+def test_a_terminal_has_a_bar_of_what_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "Console", partial(Console, force_terminal=True, width=100))
+    with long_work("pictures", 100) as work:
+        work.found(60)
+        work(40)
+    assert "40/40" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])

@@ -99,17 +99,28 @@ def test_a_file_with_another_optimiser_over_a_recipe(tmp_path: Path) -> None:
 
 def test_rates_that_stay_where_an_optimiser_changes() -> None:
     low = {
-        "optim": {"lr": 1e-3, "lrs": {"lora": 1e-3, "full": 0}, "betas": [0.9, 0.9]},
+        "optim": {
+            "lr": 1e-3,
+            "lrs": {"lora": 1e-3, "full": 0},
+            "betas": [0.9, 0.9],
+            "eps": 1e-6,
+        },
         "backbones": {"tiny": {"optim": {"lr": 5e-3, "warmup": 3}}, "sd15": {"run": {"steps": 2}}},
     }
     assert laid_over(low, {"optim": {"name": "prodigy"}}) == {
-        "optim": {"lrs": {"full": 0}, "betas": [0.9, 0.9], "name": "prodigy"},
+        "optim": {"lrs": {"full": 0}, "betas": [0.9, 0.9], "eps": 1e-6, "name": "prodigy"},
         "backbones": {"tiny": {"optim": {"warmup": 3}}, "sd15": {"run": {"steps": 2}}},
     }
     assert laid_over(low, {"optim": {"name": "came"}})["optim"] == {
         "lr": 1e-3, "lrs": {"lora": 1e-3, "full": 0}, "name": "came",
     }  # fmt: skip
+    assert laid_over(low, {"optim": {"name": "lion"}})["optim"] == {
+        "lr": 1e-3, "lrs": {"lora": 1e-3, "full": 0}, "betas": [0.9, 0.9], "name": "lion",
+    }  # fmt: skip
     assert low["optim"]["betas"] == [0.9, 0.9]  # as it was
+    assert {name for name, known in OPTIMISERS.items() if not known.eps} == {
+        "adafactor", "lion", "lion8bit", "came",
+    }  # fmt: skip
 
 
 def test_what_schedule_free_does_in_another_way_is_not_taken_along() -> None:
@@ -168,7 +179,10 @@ def test_what_prodigy_and_schedule_free_do_take() -> None:
     [
         ({"name": "prodigy", "lr": 1.0}, "finds the learning rate itself"),
         ({"name": "prodigy", "lr": 0.1}, "finds the learning rate itself"),
-        ({"name": "prodigy", "lr": 0.09}, "optim.lr=0.09 is for prodigy a factor .* 1 is usual"),
+        (
+            {"name": "prodigy", "lr": 0.09},
+            "optim.lr=0.09: prodigy finds .* multiplies it by this; 1 is usual",
+        ),
         ({"name": "lion"}, "a third to a tenth of AdamW's .* 3 to 10 times .*optim.lr=0.0001"),
         ({"name": "adafactor"}, r"neither .* relative .* no momentum, optim\.betas=\[0\.9\] keeps"),
         ({"name": "schedule_free_adamw"}, "the adapter have the average"),

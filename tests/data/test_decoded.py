@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from trainer.data import decoded as module
-from trainer.data.buckets import cover, cut_size
+from trainer.data.buckets import cut_size
 from trainer.data.decoded import VERSION, Decoded
 from trainer.data.source import Needs
 from trainer.data.sources.folder import Folder
-from trainer.media.images import ImageError, read_image
+from trainer.media.images import ImageError, cover, read_image
 
 
 def noise(path: Path, seed: int = 0, size: tuple[int, int] = (60, 40)) -> Path:

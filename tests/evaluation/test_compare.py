@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.nn.functional import normalize
 
 from trainer.__main__ import main
 from trainer.common.exit_codes import BAD_RECIPE
@@ -113,7 +114,9 @@ def test_every_adapter_of_a_run_has_its_own_figures(
     shown = torch.stack([to_tensor(each) for each in real])
     found, clip = table["step 2"], Judge(CLIP)
     for judge, line, kind in ((clip, "CLIP-I", "CLIP"), (Dino(dino_folder), "DINO", "DINO")):
-        own, other, photographed = (judge.images(each) for each in (alone, plain, shown))
+        own, other, photographed = (
+            normalize(judge.features(each), dim=-1) for each in (alone, plain, shown)
+        )
         assert found[line] == pytest.approx(float((own @ photographed.T).mean()), abs=1e-3)
         pres = float((other @ photographed.T).mean())
         assert found[f"PRES ({kind})"] == pytest.approx(pres, abs=1e-3)
@@ -146,7 +149,7 @@ def test_several_runs_are_set_beside_each_other(
     out, err = capsys.readouterr()
     header = next(line for line in out.splitlines() if "base" in line)
     assert header.index("base") < header.index("one") < header.index("two")
-    assert " is best by " in out
+    assert " is best in " in out
     assert f"pictures to judge: {3 * 2 * COUNT} of {3 * 2 * COUNT} after" in err
     table = json.loads((runs["one"] / "evaluation.json").read_text())
     for column, same in (("base", "base"), ("adapted", "step 4")):

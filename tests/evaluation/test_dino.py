@@ -36,7 +36,6 @@ def test_of_dinov2_the_token_of_the_picture(dino_folder: Path, pictures: Tensor)
     wanted = model.eval()(pixels(pictures, MEAN, STD)).pooler_output
     found = judge.features(pictures)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(judge.images(pictures), found / found.norm(dim=1, keepdim=True))
     assert judge.kind == "DINO" and not torch.allclose(found[0], found[1], atol=1e-3)
 
 

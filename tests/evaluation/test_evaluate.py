@@ -103,12 +103,15 @@ def test_one_concept_lost(tmp_path: Path) -> None:
     assert scores["concept accuracy of <v1>"] == 1
     assert scores["concept accuracy of <v2>"] == 0
     assert scores["concept accuracy"] == 0.5
+    assert scores["second judge: concept"] == pytest.approx(0.5, abs=0.15)
+    assert scores["second judge: concept beside another"] < 0.6
     assert scores["concept beside another"] < 0.6 <= scores["the other beside it"]
     assert scores["two concepts together"] == 0
     words = [*TWO, "evaluate.beside=[]", "evaluate.together=[]"]
     right, _ = examined(words, tmp_path, v1="penguin", v2="strawberry")
-    for line in ("CLIP-I", "CLIP-T"):
-        assert right[line] > scores[line]
+    for line in ("CLIP-I", "CLIP-T", "fidelity", "second judge: concept"):
+        assert right[line] > scores[line] + 0.01
+    assert right["fidelity"] > 0.9
 
 
 def test_one_concept_alone_is_asked_for_no_pairs(tmp_path: Path) -> None:

@@ -31,7 +31,9 @@ def test_drift_is_what_pres_has_risen_over_the_base() -> None:
 @pytest.mark.parametrize(
     ("line", "way"),
     [
-        ("CLIP-I, large", 1), ("DINO", 1), ("CLIP-T", 1), ("DIV (DINO)", 1), ("known sprites", 1),
+        ("CLIP-I, large", 1), ("DINO", 1), ("CLIP-T", 1), ("DIV (DINO)", 1),
+        ("known sprites", 1), ("fidelity", 1), ("fidelity of known sprites", 1),
+        ("second judge: concept", 1),
         ("concept accuracy of <v1>", 1), ("PRES (DINO)", -1), ("prior drift (CLIP)", -1),
         ("KID (CLIP)", -1), ("validation loss", -1), ("frame consistency", 0),
     ],
@@ -48,8 +50,8 @@ def test_best_by_which_line() -> None:
     }
     table["a"]["validation loss"], table["b"]["validation loss"] = 1.0, 0.9
     assert best_lines(table, ["a", "b"]) == [
-        "a is best by KID (DINO)",
-        "b is best by DINO, validation loss",
+        "a is best in KID (DINO)",
+        "b is best in DINO, validation loss",
     ]
 
 

@@ -39,11 +39,13 @@ def test_pictures_of_one_sprite(truth: SpriteScores) -> None:
 
 
 def test_a_sprite_beside_others(truth: SpriteScores) -> None:
-    penguin, fox = Spot("penguin", 16, 32, 28), Spot("fox", 48, 32, 28)
-    shown = pictures((penguin, fox), (penguin, Spot("cow", 48, 32, 28)), (fox,))
-    assert truth.pair(shown, "penguin", ["fox", "fox", "fox"]) == {
-        "second judge: concept beside another": pytest.approx(2 / 3),
-        "second judge: the other beside it": pytest.approx(2 / 3),
+    penguin, fox, cow = (
+        Spot(word, x, 32, 28) for word, x in (("penguin", 16), ("fox", 48), ("cow", 48))
+    )
+    shown = pictures((penguin, fox), (penguin, cow), (penguin, cow), (fox,))
+    assert truth.pair(shown, "penguin", ["fox"] * 4) == {
+        "second judge: concept beside another": 3 / 4,
+        "second judge: the other beside it": 2 / 4,
     }
 
 

@@ -19,9 +19,20 @@ def bases(
     return {"tiny": open_folder(tiny_folder), "dit": open_folder(dit_folder)}
 
 
+FUSED = [case for case in cases() if "OpenCLIP" in case.kind]  # rows of q, k and v in one matrix
+OTHERS = [case for case in cases() if case not in FUSED]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", FUSED, ids=lambda case: case.kind)
+def test_layers_by_the_names_of_openclip(case: Case, bases: dict[str, Any], tmp_path: Path) -> None:
+    found, said = outcome(case, bases[case.backbone], tmp_path)
+    assert found == (REFUSED if case.refused else READ), said
+
+
 @pytest.mark.sampled(14)
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", cases(), ids=lambda case: f"{case.tool}: {case.kind}")
+@pytest.mark.parametrize("case", OTHERS, ids=lambda case: f"{case.tool}: {case.kind}")
 def test_a_file_is_read_right_or_refused_by_name(
     case: Case, bases: dict[str, Any], tmp_path: Path
 ) -> None:

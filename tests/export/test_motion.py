@@ -564,7 +564,7 @@ def test_an_op_that_acts_on_clips_is_named(moving: Make, tmp_path: Path) -> None
         export(moving(tree), tmp_path / "out", "diffusers", say=quiet)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1, each=("trained_here",))
 @pytest.mark.parametrize("trained_here", [True, False], ids=["modules", "motion_lora"])
 @pytest.mark.parametrize("name", ["diffusers", "animatediff"])
 def test_a_base_in_four_bits(name: str, trained_here: bool, moving: Make, tmp_path: Path) -> None:

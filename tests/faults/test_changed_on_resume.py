@@ -66,7 +66,6 @@ def moved(before: Weights, after: Weights) -> float:
     return max(float((after[name] - value).abs().max()) for name, value in before.items())
 
 
-@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("word", "least", "most"),
     [

@@ -12,7 +12,6 @@ import pytest
 pytestmark = pytest.mark.faults
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("function", "call", "left"),
     [

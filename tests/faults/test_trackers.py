@@ -61,7 +61,9 @@ def test_a_server_that_goes_away(
         finally:
             server.kill()
     assert process.returncode == 0, said[-3000:]
-    assert "tracker=wandb: not all was uploaded after 3 seconds, `wandb sync" in said
+    assert (
+        "tracker=wandb: not all was uploaded after 3 seconds, `wandb sync --include-online" in said
+    )
     (event,) = look.events(tmp_path / "run", "tracker_failed")
     assert event["tracker"] == "WandbTracker"
     assert whole_record(tmp_path / "run")

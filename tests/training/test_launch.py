@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 
 from trainer.common.exit_codes import TERMINATED, LeaveError
 from trainer.config.load import load_recipe
-from trainer.training.launch import ending, is_child, make_trainer
+from trainer.training.launch import ending, is_child, make_trainer, measured_of
 
 
 def rank(number: int, environment: Any) -> Any:
@@ -54,3 +54,13 @@ def test_lightning_adds_no_callback_of_its_own(tmp_path: Path) -> None:
     trainer = make_trainer(recipe, tmp_path, torch.device("cpu"), mixed=None, callbacks=[])
     own = (Checkpoint, ModelSummary, ProgressBar)
     assert not [each for each in trainer.callbacks if isinstance(each, own)]
+
+
+@pytest.mark.parametrize(
+    ("frames", "what"), [((1,), "images"), ((4,), "clips"), ((4, 1), "samples")]
+)
+def test_what_is_measured_of_a_run(frames: tuple[int, ...], what: str) -> None:
+    recipe = load_recipe(["recipe=lora", "run.batch_size=4", "run.accumulate=2"])
+    data: Any = SimpleNamespace(frames=frames)
+    found = measured_of(recipe, data, None)
+    assert (found.samples, found.what) == (8, what)

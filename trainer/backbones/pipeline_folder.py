@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 SCHEDULER = "scheduler_config.json"
-# what a checkpoint of the hub has beside its weights, and what of that is not fetched: a tool for
-# other pipelines, and indices of shards, which are fetched with these
+# the files beside the weights; and those of them that are not fetched: the safety checker, which is
+# not used, and indices of shards, which come with the shards
 SMALL = ("model_index.json", "*/*.json", "*/merges.txt", "*/vocab.json", "*/spiece.model")
 OTHERS = ("safety_checker/*", "*.safetensors.index*")
 WITHOUT_VALUES: ContextVar[bool] = ContextVar("without_values", default=False)
@@ -177,7 +177,7 @@ def _download(spec: BackboneSpec, name: str, parts: Sequence[str]) -> Path:
 
 
 def _kept(small: Callable[..., Path], parts: Sequence[str]) -> Path | None:
-    """The folder in the cache; None where something lacks. A pinned commit never changes."""
+    """The folder in the cache; None if a file is missing. A pinned commit never changes."""
     try:
         folder = small(kept=True)
         for part in parts:

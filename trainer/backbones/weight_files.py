@@ -51,7 +51,7 @@ def weight_files(where: Path) -> WeightFiles:
 
 
 def names_to_fetch(names: Iterable[str]) -> list[str]:
-    """Of the names in a part's folder elsewhere, those of the weights that `weight_files` would
+    """Of the names of a part's files on the hub, those of the weights that `weight_files` would
     take, with the index of shards; none where there are no weights in safetensors."""
     whole: dict[str | None, list[str]] = {}
     parts: dict[str | None, list[str]] = {}

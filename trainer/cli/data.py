@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field, PositiveFloat, model_validator
 
@@ -22,6 +22,7 @@ from trainer.common.exit_codes import DAMAGED
 from trainer.config.load import load_recipe
 from trainer.config.schema import RecipeError
 from trainer.config.value_errors import build_section
+from trainer.data.source_options import Sprites
 
 if TYPE_CHECKING:
     from trainer.data.sources.shards import Shards
@@ -33,11 +34,7 @@ class WorldOptions(Options):
     out: Path = Field(description="the folder to write; it must not exist", examples=["./world"])
     count: Count = Field(1000, description="scenes, or clips, to write")
     seed: SeedNumber = Field(0, description="another seed gives other scenes")
-    sprites: Literal["known", "held_out", "all"] = Field(
-        "known",
-        description="which sprites: the 64 the tiny backbones were trained on, the 16 they were "
-        "not, or all",
-    )
+    sprites: Sprites = "known"
     per_shard: Count = Field(1000, description="samples in each .tar file")
 
 

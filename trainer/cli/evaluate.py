@@ -12,9 +12,9 @@ from trainer.config.run_section import Device, Precision
 
 class EvaluateOptions(Options):
     """Prints a table of scores of the base and of the adapted model, and keeps it as
-    evaluation.json in the run folder. With runs=[a,b] a column for each run and which is best by
-    which line; with every=true a column for each adapter that the run has kept along the way, which
-    of them to keep, and evaluation_by_step.json and .png."""
+    evaluation.json in the run folder. With runs=[a,b] a column for each run, and the best run
+    for each score; with every=true a column for each adapter that the run has kept along the way,
+    which of them to keep, and evaluation_by_step.json and .png."""
 
     run: Path | None = Field(
         None,

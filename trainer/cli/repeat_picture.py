@@ -108,7 +108,7 @@ def _near(picture: RepeatedPicture, names: list[str]) -> Iterator[Path]:
     for name in names:
         if not Path(name).name or Path(name).is_absolute() or ".." in Path(name).parts:
             continue
-        # the last one holds the folder of a recipe's runs, of a preview in one of them
+        # the last is `runs`, for a preview in runs/<recipe>/<id>/previews/step-000300
         for folder in (Path(), Path("runs"), beside, beside.parent, beside / "../../../.."):
             yield folder / name
 
@@ -127,7 +127,7 @@ def _adapters(picture: RepeatedPicture) -> Any:
 
 def _adapter(picture: RepeatedPicture, name: str, digest: Any, *, step: Any) -> Path:
     from trainer.common.paths import shipped
-    from trainer.runs.run_folder import kept_adapter
+    from trainer.runs.run_folder import kept_adapter, step_name
 
     finished = [name, f"{name}.safetensors"]
     if not isinstance(step, int):
@@ -141,7 +141,7 @@ def _adapter(picture: RepeatedPicture, name: str, digest: Any, *, step: Any) -> 
         if given_digest(place) == digest:
             return place
     digest = picture.facts.get("checkpoint_sha256") or digest
-    places = list(_near(picture, [f"{name}/{CHECKPOINTS}/step-{step:06d}", kept]))
+    places = list(_near(picture, [f"{name}/{CHECKPOINTS}/{step_name(step)}", kept]))
     return _same(picture, "adapter", name, digest=digest, places=places, hashed=given_digest)
 
 
@@ -260,7 +260,7 @@ def _difference(picture: RepeatedPicture, old: Path, new: Path) -> str | None:
     )
     if most:
         return f"by up to {most} of 255"
-    return None if before is None else "by less than its file shows"
+    return None if before is None else "in its frames before encoding, not in what the file shows"
 
 
 def _shown(path: Path, most: int | None = None) -> list[Image]:
@@ -273,7 +273,7 @@ def _shown(path: Path, most: int | None = None) -> list[Image]:
     from trainer.media.read_video import frames_of_video
 
     if is_mp4(path):
-        return frames_of_video(path, path, None if most is None else most + 1)
+        return frames_of_video(path, None if most is None else most + 1)
     with open_image(path, formats=("PNG", "GIF")) as image:
         if most not in (None, getattr(image, "n_frames", 1)):
             return []

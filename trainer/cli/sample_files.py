@@ -56,19 +56,14 @@ def check_fit(backbone: Backbone, sides: tuple[int, int] | None, scheduler: str 
 
 def written(backbone: Backbone, job: SampleJob) -> Iterator[Path]:
     """The files, each as soon as it is written, and the sheet as the last."""
-    import torch
-
-    from trainer.diffusion.made_of import made_of
+    from trainer.diffusion.made_of import last_bits, made_of
     from trainer.media.contact_sheet import thumbnail
     from trainer.media.images import to_pil
     from trainer.media.write_video import write_clip
 
     job.out.mkdir(parents=True, exist_ok=True)
     frames = job.settings.frames
-    # what the last bits depend on, too
-    known = {"torch": torch.__version__, "scheduler": job.settings.sampler, **job.facts}
-    if backbone.device.type == "cpu":
-        known["threads"] = torch.get_num_threads()
+    known = {**last_bits(backbone, job.settings), **job.facts}
     small: dict[Pair, Image] = {}
     for part in _parts(backbone, job):
         pictures = _generated(backbone, job, part)

@@ -47,25 +47,13 @@ def long_work(what: str, total: int, done: int = 0) -> Iterator[LongWork]:
     elif console.is_terminal:
         with _bar(console) as bar:
             task = bar.add_task(what, total=total, completed=done)
-            left = _Total(total)
             yield LongWork(
                 lambda count: bar.advance(task, count),
-                lambda count: bar.update(task, total=left.less(count)),
+                lambda count: bar.update(task, total=(bar.tasks[task].total or 0) - count),
             )
     else:
         lines = _Lines(console, what, total=total, done=done)
         yield LongWork(lines.advance, lines.found)
-
-
-class _Total:
-    """How many pieces there are to do, which gets less."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-
-    def less(self, count: int) -> int:
-        self.total -= count
-        return self.total
 
 
 def _bar(console: Console) -> Progress:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from trainer.config.partners import flat
 from trainer.config.schema import SECTIONS, Recipe
 
 Plain = str | int | float | bool
@@ -21,13 +22,8 @@ def flat_settings(recipe: Recipe) -> dict[str, Plain]:
         "methods": {name: own.model_dump(mode="json") for name, own in recipe.methods.items()},
         **{name: getattr(recipe, name).model_dump(mode="json") for name in SECTIONS},
     }
-    return dict(_leaves(tree, ""))
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Plain]]:
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{key}.")
-        else:
-            yield key, value if isinstance(value, Plain) else json.dumps(value, ensure_ascii=False)
+    return {
+        key: value if isinstance(value, Plain) else json.dumps(value, ensure_ascii=False)
+        for key, value in flat(tree)
+        if not (isinstance(value, Mapping) and value)  # its parts are listed
+    }

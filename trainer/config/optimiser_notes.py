@@ -44,8 +44,8 @@ def check_optimiser(optim: OptimSpec) -> list[str]:
 def _of_prodigy(lr: float) -> str:
     if lr < SMALL:
         return (
-            f"optim.lr={lr:g} is for prodigy a factor on the learning rate that it finds, which "
-            "becomes so much smaller; 1 is usual"
+            f"optim.lr={lr:g}: prodigy finds the learning rate and multiplies it by this; 1 is "
+            "usual"
         )
     return (
         f"optim.name=prodigy finds the learning rate itself, logged as train/effective_lr; "

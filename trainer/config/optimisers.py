@@ -1,8 +1,8 @@
 """What is known of each optimiser of `optim.name` without importing it, and which options it has.
 
 Options belong to the optimiser they were written for: a learning rate of 1e-4 is none for Prodigy,
-whose own is a factor near 1. Where a file or the command line names another optimiser than what it
-is laid over, that which the new one cannot have, or means otherwise, is not taken along.
+whose own is a factor near 1. Where a file or the command line names another optimiser, options of
+the recipe below that the new one does not have, or reads otherwise, are left out.
 """
 
 from __future__ import annotations
@@ -115,10 +115,10 @@ def _unlike_rates(values: Mapping[str, Any]) -> str | None:
 
 
 def for_another(low: Mapping[str, Any], high: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`low`, a recipe's tree that `high` is laid over, without what was written for another
-    optimiser than the one that `high` names, and which that one cannot have."""
+    """`low`, a recipe's tree that `high` is laid over, without the options that are not for the
+    optimiser that `high` names."""
     new, old = _name(high), _name(low) or "adamw"
-    if new is None or not (dropped := _dropped(OPTIMISERS[old], new)):
+    if new is None or not (dropped := _dropped(old, new)):
         return low
     kept = _without(low, dropped)
     if isinstance(each := low.get("backbones"), Mapping):
@@ -129,16 +129,16 @@ def for_another(low: Mapping[str, Any], high: Mapping[str, Any]) -> Mapping[str,
     return kept
 
 
-def _dropped(old: Optimiser, name: str) -> frozenset[str]:
-    """The options written for `old` that are none for the optimiser `name`."""
-    new = OPTIMISERS[name]
-    found = RATES if new.lr != old.lr else frozenset()
-    if new is not old and name != "muon":
+def _dropped(old: str, new: str) -> frozenset[str]:
+    """The options written for the optimiser `old` that `new` does not have, or reads otherwise."""
+    before, now = OPTIMISERS[old], OPTIMISERS[new]
+    found = RATES if now.lr != before.lr else frozenset()
+    if new not in (old, "muon"):
         found |= {"muon_lr"}
-    if new is not old and name == SCHEDULE_FREE:
+    if new != old and new == SCHEDULE_FREE:
         found |= {"schedule", "final_lr", "ema"}
-    found |= {"betas"} if new.numbers != old.numbers else set()
-    return found | (set() if new.eps else {"eps"})
+    found |= {"betas"} if now.numbers != before.numbers else set()
+    return found | (set() if now.eps else {"eps"})
 
 
 def with_own_lr(tree: dict[str, Any]) -> dict[str, Any]:

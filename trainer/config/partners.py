@@ -94,10 +94,10 @@ def _changing(data: Source) -> str | None:
 
 
 def _previews(recipe: Recipe) -> bool:
-    return bool(recipe.preview.every and (recipe.preview.prompts or _of_captions(recipe)))
+    return bool(recipe.preview.every and (recipe.preview.prompts or shows_captions(recipe)))
 
 
-def _of_captions(recipe: Recipe) -> bool:
+def shows_captions(recipe: Recipe) -> bool:
     """Whether captions of the data are what previews show, see `training/preview_prompts.py`."""
     given = "prompts" in (recipe.tree.get("preview") or {})
     return not given and getattr(recipe.data, "frames", 1) > 1
@@ -109,7 +109,7 @@ def _of_preview(recipe: Recipe) -> dict[str, str]:
     if not preview.every and tree.get("prompts"):
         found["preview.prompts"] = "preview.every=0 makes no previews; give the steps between two"
     # an empty list is there to have none
-    if preview.every and "prompts" not in tree and not _of_captions(recipe):
+    if preview.every and "prompts" not in tree and not shows_captions(recipe):
         found["preview.every"] = "there is nothing to show; give preview.prompts"
     if not _previews(recipe):
         why = "there are no previews; give preview.prompts and preview.every"

@@ -17,8 +17,8 @@ LENGTHS = ("steps", "epochs")
 
 
 def laid_over(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """`high` over `low`; a length of the run in `high` replaces both of `low`, and an optimiser in
-    `high` what `low` has for another one alone."""
+    """`high` over `low`. A length of the run in `high` replaces both lengths of `low`. Where `high`
+    names another optimiser, options of `low` that are not for it are left out."""
     low = for_another(low, high)
     above, below = high.get("run"), low.get("run")
     if isinstance(above, Mapping) and isinstance(below, Mapping) and _given(above):
@@ -48,9 +48,7 @@ def steps_of(run: RunSpec, data: Source) -> int:
     assert run.epochs is not None, "a run of steps"
     try:
         samples = data.epoch()
-    except (
-        ValueError
-    ) as error:  # of shards that cannot be counted, or a server that does not answer
+    except ValueError as error:  # shards that cannot be counted, or a server without an answer
         raise RecipeError(f"run.epochs={run.epochs:g}: {error}") from error
     if samples is None:
         source = type(data).__module__.rpartition(".")[2]

@@ -166,7 +166,7 @@ class RunSpec(Section):
         if (":" in self.device or self.device == "mps") and self.devices > 1:
             raise ValueError(
                 f"device={self.device} is one GPU, and run.devices={self.devices}; give "
-                "run.device=cuda for several"
+                "run.devices=1, or run.device=cuda where there are several"
             )
         return self
 

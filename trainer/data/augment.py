@@ -106,8 +106,8 @@ def draw_scale(size: int, mask_divisor: int, rng: Uniform) -> int:
     """
     if rng.random() < SMALL_PROBABILITY:
         return _integer(max(size // 3, 3 * mask_divisor), size + 1, rng)
-    low, high = CLOSE_RANGE
-    return _integer(int(low * size), int(high * size), rng)
+    low, _ = CLOSE_RANGE
+    return _integer(int(low * size), largest_scale(size), rng)
 
 
 def largest_scale(size: int) -> int:

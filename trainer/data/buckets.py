@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from math import log
 from typing import Protocol, runtime_checkable
 
-from PIL import Image, ImageOps
-
 MAX_ASPECT = 2.0  # pictures with a larger ratio are cut to this one
 Size = tuple[int, int]  # width, height in pixels
 
@@ -77,8 +75,3 @@ def check_step(step: int, divisor: int) -> None:
             f"buckets={step}: this backbone takes sides in multiples of {divisor} pixels; give "
             f"a multiple of it, as in buckets={8 * divisor}"
         )
-
-
-def cover(image: Image.Image, size: Size) -> Image.Image:
-    """Scales the picture until it covers `size` (Lanczos) and cuts out the centre."""
-    return ImageOps.fit(image, size, Image.Resampling.LANCZOS)

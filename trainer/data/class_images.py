@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from trainer.data.buckets import cover
 from trainer.data.identity import captioned, digest_of, sha256_of_file
 from trainer.data.kept import kept_pictures
 from trainer.data.source import Generation, Needs
@@ -52,12 +51,10 @@ def pixels_digest(image: Image.Image) -> str:
 
 
 def pair_of(photo: Photo, captions: Sequence[str], listing: Listing) -> Pair:
-    """A photo that was read, with these captions; its mask is cut as the photo was."""
-    mask, key = photo.mask, listing.name(photo.path)
-    if photo.image.size == upright_size(photo.path):
-        return Pair(photo.image, tuple(captions), key, mask=mask)
-    cut = mask and cover(mask, photo.image.size)
-    return Pair(photo.image, tuple(captions), key, mask=cut, file=sha256_of_file(photo.path))
+    """A photo that was read, with these captions."""
+    key, whole = listing.name(photo.path), photo.image.size == upright_size(photo.path)
+    file = None if whole else sha256_of_file(photo.path)
+    return Pair(photo.image, tuple(captions), key, mask=photo.mask, file=file)
 
 
 @dataclass(frozen=True)

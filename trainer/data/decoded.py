@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.common.atomic import written_atomically
-from trainer.data.buckets import Size, cover, cut_size
+from trainer.data.buckets import Size, cut_size
 from trainer.data.identity import sha256_of_file
 from trainer.data.kept import PLACE, place_of, read_kept
-from trainer.media.images import DAMAGED_IMAGE, read_image, upright_size
+from trainer.media.images import DAMAGED_IMAGE, cover, read_image, upright_size
 from trainer.media.made_by import png_bytes
 
 if TYPE_CHECKING:

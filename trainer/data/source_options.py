@@ -27,8 +27,8 @@ Sprites = Annotated[
     Literal["known", "held_out", "all", "wide", "wide_held_out"],
     Field(
         description="which sprites: the 64 the tiny backbones were trained on, the 16 they were "
-        "not, or all 80; wide are 384 that a backbone of more words can learn, wide_held_out the "
-        "32 it does not"
+        "not, or all 80; wide: 384 for a backbone that is trained on them, which does not ship; "
+        "wide_held_out: 32 others, kept out of its training"
     ),
 ]
 WorldSeed = Annotated[int, Field(ge=0, description="another seed gives other scenes and clips")]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.solvers import SOLVERS
 from trainer.common.paths import bare_name
@@ -40,3 +42,9 @@ def made_of(
         **more,
     }
     return {key: value for key, value in facts.items() if value is not None}
+
+
+def last_bits(backbone: Backbone, settings: Sampling) -> dict[str, Any]:
+    """What the last bits of a picture depend on beside its settings, as facts too."""
+    threads = {"threads": torch.get_num_threads()} if backbone.device.type == "cpu" else {}
+    return {"torch": torch.__version__, "scheduler": settings.sampler, **threads}

@@ -15,8 +15,7 @@ from trainer.backbones.part_digests import part_digests
 from trainer.common.paths import shipped
 from trainer.config.header import file_of, read_header
 from trainer.config.lineage import spec_of
-from trainer.config.run_section import RunSpec
-from trainer.evaluation.evaluate import Evaluation, Judging, evaluation_file, write_table
+from trainer.evaluation.evaluate import Evaluation, Judging, evaluation_file, write_scores
 from trainer.evaluation.generated import SEED
 from trainer.evaluation.score_table import (
     Table,
@@ -29,13 +28,13 @@ from trainer.evaluation.score_table import (
 )
 from trainer.evaluation.which_step import Choice, step_to_keep
 from trainer.media.line_charts import Chart, line_charts
-from trainer.runs.run_folder import kept_adapters, step_of_kept
+from trainer.runs.run_folder import kept_adapters, run_of_adapter, steps_asked_of
 
 BY_STEP = "evaluation_by_step"
 
 
 def evaluate_runs(runs: Sequence[Path], how: Judging) -> Table:
-    """Evaluates several runs on one backbone and prints a column for each, and which is best by
+    """Evaluates several runs on one backbone and prints a column for each, and which is best in
     which line. Each run's own columns are written beside its adapter, as `evaluate` does.
 
     Returns the columns `base`, one for each run by its name and, for clips, `real`.
@@ -58,7 +57,7 @@ def evaluate_runs(runs: Sequence[Path], how: Judging) -> Table:
         for name, each in own.items():
             table[name] = each.score(each.adapted(each.path))
     table = first.completed(table)
-    notes = list(dict.fromkeys([*(note for each in own.values() for note in each.notes)]))
+    notes = list(dict.fromkeys(note for each in own.values() for note in each.notes))
     if _unlike_losses(own):
         notes.append("no validation loss: the runs hold out other samples or predict other targets")
         for scores in table.values():
@@ -70,12 +69,11 @@ def evaluate_runs(runs: Sequence[Path], how: Judging) -> Table:
             f"the base was asked with the words of {next(iter(own))}, so no evaluation.json is "
             f"written for {', '.join(alone)}"
         )
-    console = Console()
-    show_evaluation(table, f"{len(own)} runs, {first.described}", console)
+    show_evaluation(table, f"{len(own)} runs, {first.described}", console := Console())
     show_notes([*best_lines(table, list(own)), *notes], console)
-    for name, each in own.items():
-        if name not in alone:
-            write_table(evaluation_file(each.path), _of_one(table, name))
+    for name in own.keys() - set(alone):
+        write_scores(evaluation_file(own[name].path), _of_one(table, name))
+    for each in own.values():
         each.finish()
     return table
 
@@ -123,7 +121,7 @@ def _tell_steps(
         "adapter": None if choice.step is None else str(paths[choice.step].relative_to(run)),
         "notes": own.notes,
     }
-    write_table(run / f"{BY_STEP}.json", facts)
+    write_scores(run / f"{BY_STEP}.json", facts)
     if choice.step is not None:
         console.print(f"adapter: {paths[choice.step]}", highlight=False, soft_wrap=True)
     if (curves := draw_steps(table, list(paths), choice)) is not None:
@@ -153,9 +151,7 @@ def draw_steps(table: Table, steps: Sequence[int], choice: Choice) -> Image | No
 
 def _run_of(place: Path) -> Path:
     """The run folder that an adapter file is in; a folder is one itself."""
-    if not place.is_file():
-        return place
-    return place.parent if step_of_kept(place) is None else place.parent.parent
+    return run_of_adapter(place) if place.is_file() else place
 
 
 def _column(step: int) -> str:
@@ -172,8 +168,7 @@ def _along_the_way(run: Path) -> dict[int, Path]:
         )
     own = run / "adapter.safetensors"
     if own.is_file():
-        done = (read_header(own)[0].get("run") or {}).get("steps")
-        paths[int(done or RunSpec.model_fields["steps"].default)] = own
+        paths[steps_asked_of(read_header(own)[0])] = own
     return dict(sorted(paths.items()))
 
 
@@ -244,7 +239,7 @@ def _conditions(own: Evaluation) -> dict[str, object]:
     keys = ("steps", "guidance", "negative")
     return {f"evaluate.{key}": getattr(asked, key) for key in keys} | {
         "run.resolution": run.resolution or own.base.resolution,
-        "text.max_tokens": own.base_tokens,
+        "text.max_tokens": own.recipe.backbone.max_tokens,
         "frames of a clip": own.frames,
     }
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     BitImageProcessorPil,
@@ -74,10 +73,6 @@ class Dino:
     def features(self, pictures: Pictures) -> Tensor:
         """The embeddings (n, d) of pictures, as the model gives them."""
         return torch.cat([self._encode(part) for part in in_parts(pictures)])
-
-    def images(self, pictures: Pictures) -> Tensor:
-        """The embeddings (n, d) of pictures, of unit length."""
-        return F.normalize(self.features(pictures), dim=-1)
 
     def _encode(self, pictures: Pictures) -> Tensor:
         pixels = self.processor(

@@ -18,7 +18,6 @@ from rich.console import Console
 
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import CPU, Placement
-from trainer.common.atomic import written_atomically
 from trainer.common.long_work import LongWork, long_work
 from trainer.config.header import file_of, read_header
 from trainer.config.load import resolve_recipe
@@ -27,10 +26,10 @@ from trainer.data.loader import Fixed
 from trainer.data.source import Dataset, shape_of_clips
 from trainer.evaluation.clip_scores import ClipScores
 from trainer.evaluation.examiner import Examiner, Scores
-from trainer.evaluation.open_judges import Eye, open_judges, reader_of
+from trainer.evaluation.open_judges import PictureJudge, open_judges, reader_of
 from trainer.evaluation.score_table import Table, show_evaluation, show_notes, with_drift
 from trainer.runs.adapter import load_adapted, load_base
-from trainer.runs.run_folder import step_of_kept
+from trainer.runs.run_folder import run_of_adapter, write_text
 from trainer.training.build import needs, task_of
 from trainer.training.module import QUANTILES
 
@@ -70,7 +69,7 @@ def evaluate(run: Path, how: Judging) -> Table:
     console = Console()
     show_evaluation(table, f"{run}, {own.described}", console)
     show_notes(own.notes, console)
-    write_table(evaluation_file(path), table)
+    write_scores(evaluation_file(path), table)
     own.finish()
     return table
 
@@ -81,10 +80,9 @@ def evaluation_file(path: Path) -> Path:
     return path.with_name(f"{name}evaluation.json")
 
 
-def write_table(path: Path, table: object) -> None:
+def write_scores(path: Path, scores: object) -> None:
     """Writes scores as JSON, completely or not at all."""
-    with written_atomically(path) as part:
-        part.write_text(json.dumps(table, indent=1), encoding="utf-8")
+    write_text(path, json.dumps(scores, indent=1))
 
 
 class Evaluation:
@@ -99,15 +97,14 @@ class Evaluation:
 
     def __init__(self, path: Path, how: Judging, beside: Evaluation | None = None) -> None:
         tree, _ = read_header(path)
-        folder = path.parent if step_of_kept(path) is None else path.parent.parent
+        folder = run_of_adapter(path)
         self.path, self.how = path, how
         self.recipe = resolve_recipe(tree.get("recipe", folder.parent.name), tree, {})
         spec, name = self.recipe.backbone, self.recipe.backbone_name
         self.base: Backbone = (
             beside.base if beside else load_base(spec, name, how.placement, hold=False)
         )
-        self.base_tokens = spec.max_tokens
-        self.judges: list[Eye] = (
+        self.judges: list[PictureJudge] = (
             beside.judges if beside else open_judges(how.judges, self.base.folder, how.placement)
         )
         self.train, self.held_out = self.recipe.data.open(needs(self.recipe, self.base))

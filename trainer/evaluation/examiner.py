@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy
 
 from trainer.backbones.backbone import Backbone
 from trainer.config.schema import Recipe
@@ -23,9 +22,9 @@ from trainer.evaluation.feature_scores import (
 )
 from trainer.evaluation.generated import PictureMaker
 from trainer.evaluation.judge import Judge
-from trainer.evaluation.open_judges import Eye, line_of, reader_of
+from trainer.evaluation.open_judges import PictureJudge, line_of, reader_of
 from trainer.evaluation.questions import PromptGroup, Subject, ask
-from trainer.evaluation.sprite_scores import SpriteScores
+from trainer.evaluation.sprite_scores import SpriteScores, share, share_named
 
 Scores = dict[str, float | None]
 Features = Sequence[Tensor]  # of the same pictures by each judge
@@ -47,7 +46,7 @@ class Examiner:
     def __init__(
         self,
         recipe: Recipe,
-        judge: Eye | Sequence[Eye],
+        judge: PictureJudge | Sequence[PictureJudge],
         train: Dataset,
         *,
         num_images: int,
@@ -56,10 +55,8 @@ class Examiner:
         resumes: bool = False,
         held_out: Dataset | None = None,
     ) -> None:
-        self.recipe, self.num_images = recipe, num_images
         self.judges = list(judge) if isinstance(judge, Sequence) else [judge]
         self.reader = reader_of(self.judges)
-        self.truth = SpriteScores.beside(self.reader)
         self.maker = PictureMaker(recipe, batch_size=batch_size, base=base, resumes=resumes)
         self.asked = ask(recipe, self.judges, train, held_out=held_out, count=num_images)
         self.notes = [*self.asked.notes, *self._too_few()]
@@ -78,7 +75,7 @@ class Examiner:
         for question in asked.known:
             pictures = self._sample(model, question.prompts)
             words = [_sprite_in(prompt) for prompt in question.prompts]
-            scores["known sprites"] = _accuracy(self._reader.named(pictures, ALL), words)
+            scores["known sprites"] = share_named(self._reader.named(pictures, ALL), words)
             scores |= self.truth.known(pictures, words) if self.truth else {}
         return scores
 
@@ -87,9 +84,13 @@ class Examiner:
         found = []
         for question in self.asked.alone:
             pictures = self._sample(model, question.prompts)
-            subject, seen = question.subjects[0], self._seen(pictures)
-            found.append(self._concept_accuracy(subject, pictures, seen))
+            found.append(self._concept_accuracy(question.subjects[0], pictures))
         return mean(found)
+
+    @cached_property
+    def truth(self) -> SpriteScores | None:
+        """What the embedded world's truth says; None where the judge names no sprites."""
+        return SpriteScores.beside(self.reader)
 
     @property
     def _reader(self) -> Judge:
@@ -173,8 +174,8 @@ class Examiner:
         seen = self._reader.found(pictures, ALL).top(2)
         others = [_sprite_in(prompt) for prompt in question.prompts]
         scores: Scores = {
-            "concept beside another": _share(sprite in pair for pair in seen),
-            "the other beside it": _share(
+            "concept beside another": share(sprite in pair for pair in seen),
+            "the other beside it": share(
                 word in pair for word, pair in zip(others, seen, strict=True)
             ),
         }
@@ -186,10 +187,13 @@ class Examiner:
         """The share of pictures that show both concepts of their prompt."""
         seen = self._reader.found(self._sample(model, question.prompts), ALL).top(2)
         both = {subject.sprite for subject in question.subjects}
-        return _share(both == set(pair) for pair in seen)
+        return share(both == set(pair) for pair in seen)
 
-    def _concept_accuracy(self, subject: Subject, pictures: Tensor, seen: Features) -> float | None:
-        """The share of pictures that a judge recognises as the concept.
+    def _concept_accuracy(
+        self, subject: Subject, pictures: Tensor, seen: Features | None = None
+    ) -> float | None:
+        """The share of pictures that a judge recognises as the concept. seen: their features, where
+        they are known.
 
         A sprite must be named among all sprites. A picture of a photographed concept must be nearer
         to the mean embedding of its photos than to those of the class images and of the other
@@ -197,7 +201,7 @@ class Examiner:
         """
         named = self.reader is not None and self.reader.names_patches
         if subject.sprite is not None and named:
-            return _accuracy(self._reader.named(pictures, ALL), [subject.sprite] * len(pictures))
+            return share_named(self._reader.named(pictures, ALL), [subject.sprite] * len(pictures))
         rest = [other.photos[0] for other in self.asked.subjects if other is not subject]
         rest += [] if subject.others is None else [subject.others[0]]
         if not rest:
@@ -205,7 +209,8 @@ class Examiner:
         centres = torch.stack(
             [F.normalize(photos, dim=-1).mean(0) for photos in (subject.photos[0], *rest)]
         )
-        nearest = (F.normalize(seen[0], dim=-1) @ centres.T).argmax(1)
+        own = self.judges[0].features(pictures) if seen is None else seen[0]
+        nearest = (F.normalize(own, dim=-1) @ centres.T).argmax(1)
         return float((nearest == 0).float().mean())
 
     def _seen(self, pictures: Tensor) -> list[Tensor]:
@@ -228,13 +233,6 @@ class Examiner:
         return self.maker.make(model, prompts, frames=frames, fps=fps)
 
 
-def _accuracy(named: Sequence[str], right: Sequence[str]) -> float:
-    metric = MulticlassAccuracy(num_classes=len(ALL), average="micro")
-    numbers = {word: number for number, word in enumerate(ALL)}
-    named_as, wanted = ([numbers[word] for word in words] for words in (named, right))
-    return float(metric(torch.tensor(named_as), torch.tensor(wanted)))
-
-
 def mean(values: Sequence[float | None]) -> float | None:
     """The mean; None where a value is unknown (None) or there are no values."""
     known = [value for value in values if value is not None]
@@ -244,11 +242,6 @@ def mean(values: Sequence[float | None]) -> float | None:
 def means(listed: Sequence[Scores]) -> Scores:
     """The mean of each score of the first, over all."""
     return {name: mean([own.get(name) for own in listed]) for name in listed[0]}
-
-
-def _share(hits: Any) -> float:
-    listed = list(hits)
-    return sum(listed) / len(listed)
 
 
 def _sprite_in(prompt: str) -> str:

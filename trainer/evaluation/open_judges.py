@@ -15,7 +15,7 @@ from trainer.evaluation.judge import Judge, Pictures, judge_folder, model_type
 ALIKE = {"CLIP": "CLIP-I", "DINO": "DINO"}  # what papers call the similarity to photos
 
 
-class Eye(Protocol):
+class PictureJudge(Protocol):
     """What compares pictures: `Judge`, which reads texts too, or `Dino`."""
 
     kind: str
@@ -23,12 +23,10 @@ class Eye(Protocol):
 
     def features(self, pictures: Pictures) -> Tensor: ...
 
-    def images(self, pictures: Pictures) -> Tensor: ...
-
 
 def open_judges(
     given: Sequence[str | Path], backbone: str | Path | None, placement: Placement = CPU
-) -> list[Eye]:
+) -> list[PictureJudge]:
     """The judges in the given folders, or by default the one in the backbone's folder.
 
     Raises:
@@ -44,13 +42,13 @@ def open_judges(
     ]
 
 
-def reader_of(judges: Sequence[Eye]) -> Judge | None:
+def reader_of(judges: Sequence[PictureJudge]) -> Judge | None:
     """The first judge that names sprites, else the first that reads texts; None where none does."""
     readers = [each for each in judges if isinstance(each, Judge)]
     return next((each for each in readers if each.names_patches), next(iter(readers), None))
 
 
-def line_of(score: str, judge: Eye, judges: Sequence[Eye]) -> str:
+def line_of(score: str, judge: PictureJudge, judges: Sequence[PictureJudge]) -> str:
     """The name of a judge's score among those of all judges: CLIP-I, DINO or CLIP-T, else as in
     `KID (DINO)`; of two judges of one kind with its folder behind it."""
     name = {"alike": ALIKE[judge.kind], "text": f"{judge.kind}-T"}.get(

@@ -20,7 +20,7 @@ from trainer.data.concept_photos import OneConcept
 from trainer.data.source import Dataset
 from trainer.data.world.scenes import article
 from trainer.data.world.sprites import KNOWN
-from trainer.evaluation.open_judges import Eye, reader_of
+from trainer.evaluation.open_judges import PictureJudge, reader_of
 
 REAL = 256  # pictures of data without a concept that generated ones are compared with, at most
 READ = 16  # pictures of the data in memory at once
@@ -82,7 +82,7 @@ class Questions:
 
 def ask(
     recipe: Recipe,
-    judges: Sequence[Eye],
+    judges: Sequence[PictureJudge],
     train: Dataset,
     *,
     held_out: Dataset | None,
@@ -168,7 +168,7 @@ def _renamed(prompt: str, subject: Subject, *, whole: str, bare: str) -> str:
 
 
 def _of_kind(
-    concept: OneConcept, judges: Sequence[Eye], train: Dataset, *, prior: Sequence[int]
+    concept: OneConcept, judges: Sequence[PictureJudge], train: Dataset, *, prior: Sequence[int]
 ) -> tuple[Tensor, ...] | None:
     """The judges' features of class images whose captions name the concept's kind, of any where
     none does; None without class images."""
@@ -177,7 +177,7 @@ def _of_kind(
     rng, kind = np.random.default_rng(0), concept.kind
     own = [row for row in prior if kind is not None and kind in train.caption(row, rng)]
     rows = own or list(prior)
-    return _features(judges, train, [rows[i] for i in _evenly(len(rows), CLASS_IMAGES)])
+    return _features(judges, train, [rows[i] for i in evenly(len(rows), CLASS_IMAGES)])
 
 
 def _subject(
@@ -221,7 +221,7 @@ def _known(asked: EvaluateSpec) -> list[PromptGroup]:
 
 def _of_captions(
     recipe: Recipe,
-    judges: Sequence[Eye],
+    judges: Sequence[PictureJudge],
     train: Dataset,
     *,
     held_out: Dataset | None,
@@ -234,7 +234,7 @@ def _of_captions(
     if not prompts and given != []:
         own = train if held_out is None else held_out
         rng = np.random.default_rng(0)
-        captions = [own.caption(row, rng) for row in _evenly(len(own), count)]
+        captions = [own.caption(row, rng) for row in evenly(len(own), count)]
         prompts = [caption for caption in captions if caption.strip()]
         if held_out is None:
             notes.append(
@@ -243,7 +243,7 @@ def _of_captions(
             )
     if not prompts:
         return [], ("nothing is asked for: there are no captions; give prompts as evaluate.alone",)
-    prompts, rows = in_turn(prompts, count), _evenly(len(train), REAL)
+    prompts, rows = in_turn(prompts, count), evenly(len(train), REAL)
     new = [word for method in recipe.methods.values() for word in method.words]
     strange = [word for word in new if any(word in prompt for prompt in prompts)]
     if strange:
@@ -252,13 +252,15 @@ def _of_captions(
     return [PromptGroup(prompts, (data,), None if strange else prompts)], tuple(notes)
 
 
-def _evenly(total: int, count: int) -> list[int]:
+def evenly(total: int, count: int) -> list[int]:
     """At most `count` of the numbers below `total`, evenly spaced."""
     least = min(total, count)
     return [number * total // least for number in range(least)]
 
 
-def _features(judges: Sequence[Eye], data: Dataset, rows: Sequence[int]) -> tuple[Tensor, ...]:
+def _features(
+    judges: Sequence[PictureJudge], data: Dataset, rows: Sequence[int]
+) -> tuple[Tensor, ...]:
     """Each judge's features of some pictures, which may be of several sizes."""
     parts = []
     for first in range(0, len(rows), READ):

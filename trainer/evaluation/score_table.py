@@ -43,7 +43,7 @@ def with_drift(table: Table) -> Table:
 
 
 def best_lines(table: Table, columns: Sequence[str]) -> list[str]:
-    """A sentence for each of `columns` that is best by some lines; where several are equal, none
+    """A sentence for each of `columns` that is best in some lines; where several are equal, none
     is. A line that one of them lacks says nothing."""
     won: dict[str, list[str]] = {}
     for line in table[columns[0]]:
@@ -55,7 +55,7 @@ def best_lines(table: Table, columns: Sequence[str]) -> list[str]:
         first = [name for name, value in known.items() if better(line) * value == top]
         if len(first) == 1:
             won.setdefault(first[0], []).append(line)
-    return [f"{name} is best by {', '.join(won[name])}" for name in columns if name in won]
+    return [f"{name} is best in {', '.join(won[name])}" for name in columns if name in won]
 
 
 def show_evaluation(table: Table, title: str, console: Console) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.backbones.device import CPU, Placement, place_module
-from trainer.evaluation.judge import Found
+from trainer.evaluation.judge import AT_ONCE, Found
 
 GRID = 8  # cells along a side, each of which is named
 
@@ -65,8 +65,6 @@ class SecondJudge:
         ValueError: the folder holds no such network.
     """
 
-    names_patches = True
-
     def __init__(self, folder: Path, placement: Placement = CPU) -> None:
         config = folder / "config.json"
         if not config.is_file():
@@ -94,7 +92,7 @@ class SecondJudge:
         if strange:
             raise ValueError(f"second judge {self.folder} does not know {', '.join(strange)}")
         columns = [*(self.words.index(word) for word in words), len(self.words)]
-        parts = pictures.float().split(64)
-        logits = [self.network(part.to(self.device)).float().cpu() for part in parts]
+        parts = pictures.float().split(AT_ONCE)
+        logits = [self.network(part.to(self.device)).cpu() for part in parts]
         shares = torch.cat(logits)[:, columns].softmax(1)[:, :-1].flatten(2)
         return Found.of_shares(words, shares.transpose(1, 2))

@@ -1,9 +1,9 @@
-"""What the embedded world's truth adds to the judge's scores of sprites: a second judge's opinion,
-and how close pictures come to the drawings themselves."""
+"""Two more scores of pictures of sprites: what a second judge sees, and how close they are to the
+true drawing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from trainer.data.world.scenes import SCENE_SIDE
 from trainer.data.world.sprites import ALL
 from trainer.evaluation.judge import Judge
+from trainer.evaluation.questions import evenly
 from trainer.evaluation.second_judge import SecondJudge
 from trainer.evaluation.sprite_fidelity import fidelity
 
@@ -23,8 +24,8 @@ Shares = dict[str, float]
 
 
 class SpriteScores:
-    """Scores of pictures (n, 3, side, side) in [-1, 1] of known or learned sprites, which are seen
-    as wide as the world's scenes are."""
+    """Scores of pictures (n, 3, side, side) in [-1, 1] of known or learned sprites, resized to
+    64x64, the size of the world's scenes."""
 
     def __init__(self, second: SecondJudge) -> None:
         self.second = second
@@ -44,18 +45,17 @@ class SpriteScores:
         named = self.second.named(pictures, ALL)
         return {
             FIDELITY: fidelity(pictures, words).score,
-            f"{SECOND}concept": share(named, words),
+            f"{SECOND}concept": share_named(named, words),
         }
 
     def pair(self, pictures: Tensor, sprite: str, others: Sequence[str]) -> Shares:
         """Of pictures of a sprite beside another: how many show the one, and the other."""
         seen = self.second.found(in_scene_size(pictures), ALL).top(2)
         return {
-            f"{SECOND}concept beside another": sum(sprite in two for two in seen) / len(seen),
-            f"{SECOND}the other beside it": sum(
+            f"{SECOND}concept beside another": share(sprite in two for two in seen),
+            f"{SECOND}the other beside it": share(
                 word in two for word, two in zip(others, seen, strict=True)
-            )
-            / len(seen),
+            ),
         }
 
     def known(self, pictures: Tensor, words: Sequence[str]) -> Shares:
@@ -63,11 +63,11 @@ class SpriteScores:
         is compared with."""
         pictures = in_scene_size(pictures)
         named = self.second.named(pictures, ALL)
-        some = [number * len(words) // CLOSE for number in range(min(CLOSE, len(words)))]
+        some = evenly(len(words), CLOSE)
         chosen = [words[number] for number in some]
         return {
             KNOWN_FIDELITY: fidelity(pictures[some], chosen).score,
-            f"{SECOND}known sprites": share(named, words),
+            f"{SECOND}known sprites": share_named(named, words),
         }
 
 
@@ -79,6 +79,12 @@ def in_scene_size(pictures: Tensor) -> Tensor:
     return F.interpolate(pictures, size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
-def share(named: Sequence[str], right: Sequence[str]) -> float:
+def share(hits: Iterable[bool]) -> float:
+    """The share of those that are true."""
+    listed = list(hits)
+    return sum(listed) / len(listed)
+
+
+def share_named(named: Sequence[str], right: Sequence[str]) -> float:
     """The share of pictures whose name is the right one."""
-    return sum(one == other for one, other in zip(named, right, strict=True)) / len(right)
+    return share(one == other for one, other in zip(named, right, strict=True))

@@ -12,25 +12,26 @@ MASK = "prompt_attention_mask"  # what pipelines call it whose networks do not a
 
 
 def prompt_text(base: Any, called: bool) -> str | None:
-    """For people: how long prompts were read in training; None where as by every reader. called:
-    whether a python call is printed below."""
+    """For people: how long prompts were read in training; None where text.max_tokens is not given.
+    called: whether a python call is printed below."""
     hint, parts = prompt_hint(base), base.prompts.parts
     if hint is None or parts == 1:
         return hint and f"{hint}."
     here = " The call below reads them so." if called else ""
     return (
         f"{hint}. A1111's web UI, Forge and ComfyUI read long prompts so; other readers cut them "
-        f"off behind the first part.{here} In training a short prompt had {parts} parts too, the "
-        "last of them empty, which UIs leave out."
+        f"off behind the first part.{here} In training every prompt had {parts} parts: a short one "
+        "was filled up with empty parts, which UIs leave out."
     )
 
 
 def prompt_hint(base: Any) -> str | None:
-    """How long prompts were read in training, in one sentence without its stop."""
+    """How long prompts were read in training, one sentence, without the full stop."""
     most, parts = base.max_tokens, base.prompts.parts
     if most is None:
         return None
-    read = f", in parts of {most // parts} that have a begin and an end each" if parts > 1 else ""
+    chunk = base.prompts.reader.chunk
+    read = f", in parts of {chunk} that have a begin and an end each" if parts > 1 else ""
     return f"Trained with prompts of up to {most} tokens{read}"
 
 
@@ -42,23 +43,33 @@ def prompt_entries(base: Any) -> dict[str, str]:
     return {"ss_max_token_length": str(base.max_tokens), "modelspec.usage_hint": hint}
 
 
-def encoding(base: Any) -> Iterator[str]:
-    """A function that reads a prompt in parts; no lines where a prompt has one."""
+def prompt_code(prompt: str, base: Any) -> tuple[list[str], str]:
+    """Lines before the call of the pipeline, and its arguments that stand for a prompt and the
+    empty one beside it."""
     if base.prompts.parts == 1:
-        return
-    masked = MASK in _options(base)
+        return [], repr(prompt)
+    masked = MASK in call_options(base)
+    lines = list(_encode(base, masked))
+    if not masked:
+        return lines, f'prompt_embeds=encode({prompt!r}), negative_prompt_embeds=encode("")'
+    lines.append("prompts = dict(negative_prompt=None)")
+    for name, text in (("", prompt), ("negative_", "")):
+        lines.append(f"prompts['{name}prompt_embeds'], prompts['{name}{MASK}'] = encode({text!r})")
+    return lines, "**prompts"
+
+
+def _encode(base: Any, masked: bool) -> Iterator[str]:
+    """A function that reads a prompt in parts. masked: it gives the mask of attention, too."""
+    chunk, parts = base.prompts.reader.chunk, base.prompts.parts
     yield f"""
-def encode(text):  # in {base.prompts.parts} parts, as in training
+def encode(text):  # in {parts} parts, as in training
     tokenizer = pipe.tokenizer"""
     if hasattr(base.pipeline(), "maybe_convert_prompt"):
         yield "    text = pipe.maybe_convert_prompt(text, tokenizer)  # a word of several vectors"
-    if base.declared.lower_case:
-        yield "    text = text.lower()"
-    chunk = base.max_tokens // base.prompts.parts
     given = "found.input_ids.to(device)"
     given += ", attention_mask=found.attention_mask.to(device)" if masked else ""
     yield f"""    ids = tokenizer(text, add_special_tokens=False).input_ids
-    parts = [ids[n * {chunk} : (n + 1) * {chunk}] for n in range({base.prompts.parts})]
+    parts = [ids[n * {chunk} : (n + 1) * {chunk}] for n in range({parts})]
     rows = [[tokenizer.bos_token_id, *part, tokenizer.eos_token_id] for part in parts]
     found = tokenizer.pad(
         {{"input_ids": rows}}, padding="max_length", max_length={chunk + 2}, return_tensors="pt"
@@ -69,22 +80,6 @@ def encode(text):  # in {base.prompts.parts} parts, as in training
 """
 
 
-def prompt_arguments(prompt: str, base: Any) -> str:
-    """The arguments of the pipeline that stand for a prompt, and the empty one beside it."""
-    if base.prompts.parts == 1:
-        return repr(prompt)
-    if MASK not in _options(base):
-        return f'prompt_embeds=encode({prompt!r}), negative_prompt_embeds=encode("")'
-    return "**prompts"
-
-
-def prompts_before(prompt: str, base: Any) -> Iterator[str]:
-    """Lines before the call, where its arguments are not written in place."""
-    if base.prompts.parts > 1 and MASK in _options(base):
-        yield "prompts = dict(negative_prompt=None)"
-        for name, text in (("", prompt), ("negative_", "")):
-            yield f"prompts['{name}prompt_embeds'], prompts['{name}{MASK}'] = encode({text!r})"
-
-
-def _options(base: Any) -> frozenset[str]:
+def call_options(base: Any) -> frozenset[str]:
+    """The arguments that the stock pipeline of a backbone takes."""
     return frozenset(inspect.signature(type(base.pipeline()).__call__).parameters)

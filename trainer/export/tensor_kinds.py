@@ -92,13 +92,14 @@ def _split(key: str) -> tuple[str, str]:
 def _of_fused_parameter(name: str, kind: str) -> tuple[str, str]:
     """The layer of a parameter that a tool names in the place of its layer: the fused matrix and
     bias of torch's own attention."""
-    if (layer := name.removesuffix("_weight")) != name and layer.endswith("in_proj"):
+    layer, _, own = name.rpartition("_")
+    if not layer.endswith("in_proj") or own not in ("weight", "bias"):
+        return name, kind
+    if own == "weight":
         return layer, kind
-    if (layer := name.removesuffix("_bias")) != name and layer.endswith("in_proj"):
-        if kind == "diff":
-            return layer, "diff_b"
+    if kind != "diff":
         raise ValueError(f"the file holds {kind} of {name}: {BIAS}")
-    return name, kind
+    return layer, "diff_b"
 
 
 def check_complete(layers: Mapping[str, Mapping[str, Tensor]]) -> None:

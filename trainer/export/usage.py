@@ -3,7 +3,6 @@ that very call, see `printed_call.py`."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from trainer.common.version import own_version
 from trainer.export import tokens
 from trainer.export.card import Card
 from trainer.export.job import Job
-from trainer.export.prompt_lines import encoding, prompt_arguments, prompt_text, prompts_before
+from trainer.export.prompt_lines import call_options, prompt_code, prompt_text
 from trainer.export.read_tokens import EMBEDDINGS
 
 README = "README.md"
@@ -99,9 +98,8 @@ def _python(card: Card, usage: Usage, base: Any) -> Iterator[str]:
         yield from _scheduler(base)
     yield from usage.call or ()
     yield "pipe.to(device)"
-    yield from encoding(base)
-    yield from prompts_before(card.prompt, base)
-    given = prompt_arguments(card.prompt, base)
+    lines, given = prompt_code(card.prompt, base)
+    yield from lines
     size = f", width={card.size[0]}, height={card.size[1]}" if card.size else ""
     own = f"num_inference_steps=steps{size}{_options(base)}"
     if clip:
@@ -120,7 +118,7 @@ def _options(base: Any) -> str:
         "max_sequence_length": base.text_length,
         "complex_human_instruction": None,
     }
-    known = inspect.signature(type(base.pipeline()).__call__).parameters
+    known = call_options(base)
     return "".join(f", {key}={value}" for key, value in wanted.items() if key in known)
 
 

@@ -138,12 +138,15 @@ def to_pil(tensor: Tensor) -> Image.Image:
     return Image.fromarray(pixels.cpu().contiguous().numpy())
 
 
-def resize_cover(image: Image.Image, size: int) -> Image.Image:
-    """Scales the shorter side to `size` pixels (Lanczos) and cuts out the centre, size x size.
+def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Scales the picture until it covers `size`, width and height (Lanczos), and cuts out the
+    centre. Only the part that is kept is computed, so a very long image needs no more memory."""
+    return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
-    Only the part that is kept is computed, so a very long image needs no more memory.
-    """
-    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+
+def resize_cover(image: Image.Image, size: int) -> Image.Image:
+    """`cover` of a square with sides of `size` pixels."""
+    return cover(image, (size, size))
 
 
 def _head(path: Path) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import floor, log10
+from math import ceil, floor, log10
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -180,10 +180,8 @@ def ticks(low: float, high: float) -> list[float]:
     power = 10.0 ** floor(log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     first = floor(low / step + 1e-9)
-    count = 1
-    while (first + count) * step < high - 1e-9 * step or count < 2:
-        count += 1
-    return [(first + number) * step for number in range(count + 1)]
+    last = max(first + 2, ceil(high / step - 1e-9))
+    return [number * step for number in range(first, last + 1)]
 
 
 def _number(value: float, marks: Sequence[float], percent: bool) -> str:

@@ -25,7 +25,7 @@ from trainer.media.read_video import comment_in
 
 ENTRY = "attention_trainer"
 PARAMETERS = "parameters"
-FRAMES = "frames_sha256"  # the fact of a clip that its files alone do not show
+FRAMES = "frames_sha256"  # the SHA-256 of a clip's frames before they were encoded
 LAST = ", Attention trainer: "  # before the JSON in a comment
 # facts in the last line of the parameters, by the names that UIs know
 NAMES = {
@@ -95,7 +95,7 @@ def facts_in(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ImageError(f"{path}: no such file")
     if is_mp4(path):
-        info: dict[Any, Any] = {"comment": comment_in(path, path)}
+        info: dict[Any, Any] = {"comment": comment_in(path)}
     else:
         info = _info_of_image(path)
     text = info.get(ENTRY) or _json_of(info.get("comment", b""))

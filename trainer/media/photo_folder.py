@@ -9,7 +9,7 @@ from typing import Literal
 
 from PIL import Image
 
-from trainer.media.images import ImageError, read_image, resize_cover, upright_size
+from trainer.media.images import ImageError, cover, read_image, resize_cover, upright_size
 from trainer.media.mask_files import read_mask
 from trainer.media.photo_captions import Captions
 from trainer.media.photo_listing import list_photos
@@ -54,13 +54,13 @@ def read_folder(
     if on_bad not in ("raise", "skip"):
         raise ValueError(f"on_bad={on_bad!r}: choose 'raise' or 'skip'")
     captions = folder if isinstance(folder, Captions) else Captions(list_photos(folder))
-    listing, masks = captions.listing, captions.listing.masks
+    listing = captions.listing
     photos: list[Photo] = []
     skipped: list[tuple[Path, str]] = []
     for path in listing.photos:
         try:
             image, found = opener(path), captions.of(path)
-            mask = read_mask(masks[path], upright_size(path)) if path in masks else None
+            mask = _mask(path, listing.masks.get(path), image.size)
         except ImageError as error:
             skipped.append((path, str(error)))
             continue
@@ -70,6 +70,12 @@ def read_folder(
     if skipped and (on_bad == "raise" or not photos):
         raise _unusable(listing.folder, skipped, len(photos) + len(skipped))
     return photos, skipped
+
+
+def _mask(photo: Path, path: Path | None, size: tuple[int, int]) -> Image.Image | None:
+    """The mask of a photo, in the size in which the photo was opened."""
+    mask = None if path is None else read_mask(path, upright_size(photo))
+    return cover(mask, size) if mask is not None and mask.size != size else mask
 
 
 def _unusable(folder: Path, skipped: list[tuple[Path, str]], total: int) -> ImageError:

@@ -135,16 +135,16 @@ def read_clip(
         return images + [last] * (len(wanted) - len(images))
 
 
-def frames_of_video(source: Path, name: str | Path, most: int | None = None) -> list[Image.Image]:
+def frames_of_video(path: Path, most: int | None = None) -> list[Image.Image]:
     """The frames of a video from its first on, at most so many; raises as `examine`."""
-    with _opened(source, name) as (container, stream):
-        decoded = islice(_decoded(container, stream, name), most)
-        return [_checked(frame, stream, name) for frame in decoded]
+    with _opened(path, path) as (container, stream):
+        decoded = islice(_decoded(container, stream, path), most)
+        return [_checked(frame, stream, path) for frame in decoded]
 
 
-def comment_in(source: Path, name: str | Path) -> str:
+def comment_in(path: Path) -> str:
     """The comment in a video's file, empty without one; raises as `examine`."""
-    with _opened(source, name) as (container, _):
+    with _opened(path, path) as (container, _):
         return str(container.metadata.get("comment", ""))
 
 

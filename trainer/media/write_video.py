@@ -25,14 +25,9 @@ Facts = Mapping[str, Any]  # see `made_by`
 def write_clip(
     pictures: Tensor, place: Path, fps: float, *, facts: Facts | None = None
 ) -> list[Path]:
-    """Writes one picture (1, 3, H, W) in [-1, 1] as `<place>.png`, or a clip (frames, 3, H, W) as
-    `write_frames` does, and never over another, see `write_once`. Returns the files."""
-    images = [to_pil(picture) for picture in pictures]
-    if len(images) > 1:
-        files = _encoded(images, fps, facts)
-    else:
-        files = {".png": png_bytes(with_facts(images[0], facts) if facts else images[0])}
-    return write_once(files, place)
+    """Writes a picture (1, 3, H, W) or a clip (frames, 3, H, W) in [-1, 1] as `write_frames` does,
+    and never over another, see `write_once`. Returns the files."""
+    return write_once(_encoded([to_pil(picture) for picture in pictures], fps, facts), place)
 
 
 def write_once(files: Mapping[str, bytes], place: Path) -> list[Path]:
@@ -52,8 +47,9 @@ def write_once(files: Mapping[str, bytes], place: Path) -> list[Path]:
 def write_frames(
     images: Sequence[Image], place: Path, fps: float, *, facts: Facts | None = None
 ) -> list[Path]:
-    """Writes pictures of one size as `<place>.mp4`, if PyAV is installed, and `<place>.gif`.
-    Returns the files. Odd sides are kept, with a pixel format that fewer players can show."""
+    """Writes one picture as `<place>.png`, or several of one size as `<place>.mp4`, if PyAV is
+    installed, and `<place>.gif`, over what is there. Returns the files. Odd sides are kept, with a
+    pixel format that fewer players can show."""
     found = []
     for kind, data in _encoded(images, fps, facts).items():
         found.append(path := place.with_name(f"{place.name}{kind}"))
@@ -70,8 +66,10 @@ def frames_digest(images: Sequence[Image]) -> str:
 
 
 def _encoded(images: Sequence[Image], fps: float, facts: Facts | None) -> dict[str, bytes]:
-    """The files of a clip, by the ends of their names. Facts get the hash of its frames, since an
-    MP4 and a GIF show them changed."""
+    """The file of a picture or the files of a clip, by the ends of their names. Facts of a clip get
+    the hash of its frames, since an MP4 and a GIF show them changed."""
+    if len(images) == 1:
+        return {".png": png_bytes(with_facts(images[0], facts) if facts else images[0])}
     text = comment({**facts, FRAMES: frames_digest(images)}) if facts else ""
     shown = round(1000 / fps)  # milliseconds
     loop = BytesIO()

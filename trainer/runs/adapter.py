@@ -24,7 +24,7 @@ from trainer.config.header import ADAPTER_FORMAT, HEADER, read_header
 from trainer.config.lineage import spec_of
 from trainer.data.identity import LETTERS, sha256_of_file
 from trainer.methods.apply import apply_methods
-from trainer.runs.run_folder import step_of_kept
+from trainer.runs.run_folder import run_of_adapter, step_of_kept
 from trainer.runs.scale_adapter import check_linear, copy_scaled
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ def save_adapter(
 def adapter_facts(path: Path) -> dict[str, Any]:
     """The name of an adapter, of a run that of its recipe and its own, the hash of the file, and
     its step where the run has kept it along the way."""
-    digest, run, step = sha256_of_file(path)[:LETTERS], path.absolute().parent, step_of_kept(path)
-    run = run if step is None else run.parent
+    digest, run, step = sha256_of_file(path)[:LETTERS], run_of_adapter(path), step_of_kept(path)
     name = f"{run.parent.name}/{run.name}" if (run / "recipe.yaml").is_file() else path.stem
     if name == "adapter":  # one that ships, in a folder of its name
         name = run.name

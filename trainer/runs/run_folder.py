@@ -49,6 +49,11 @@ def folder_for(recipe: Recipe) -> Path:
     return recipe.run.out / Path(recipe.name).stem / name
 
 
+def step_name(step: int) -> str:
+    """What the folders of a step's checkpoint and previews are called: step-000300."""
+    return f"step-{step:06d}"
+
+
 def kept_adapter(folder: Path, step: int) -> Path:
     """Where a run keeps its adapter of a step; see `run.keep_adapters`."""
     return folder / "adapters" / f"step_{step:06d}.safetensors"
@@ -66,11 +71,23 @@ def step_of_kept(path: Path) -> int | None:
     return int(found[1]) if found and path.absolute().parent.name == "adapters" else None
 
 
+def run_of_adapter(path: Path) -> Path:
+    """The run folder that an adapter file is in."""
+    folder = path.absolute().parent
+    return folder if step_of_kept(path) is None else folder.parent
+
+
 def recipe_header(recipe: Recipe) -> dict[str, Any]:
     """The recipe as adapters and checkpoints store it: without the keys that only say where the run
     was written or started from (`WHERE`)."""
     run = {k: v for k, v in (recipe.tree.get("run") or {}).items() if k not in WHERE}
     return {"recipe": recipe.name, **recipe.tree, "run": run}
+
+
+def steps_asked_of(tree: Mapping[str, Any]) -> int:
+    """How many steps a run of a stored recipe has."""
+    own = (tree.get("run") or {}).get("steps")
+    return int(RunSpec.model_fields["steps"].default if own is None else own)
 
 
 def is_finished(folder: Path, recipe: Recipe) -> bool:
@@ -85,7 +102,7 @@ def is_finished(folder: Path, recipe: Recipe) -> bool:
     if not path.is_file():
         return False
     tree, _ = read_header(path)
-    done = (tree.get("run") or {}).get("steps", RunSpec.model_fields["steps"].default)
+    done = steps_asked_of(tree)
     if done < recipe.run.steps:
         if any((folder / "checkpoints").glob("step-*")):
             return False  # its checkpoint says whether this recipe may go on with it

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.common.exit_codes import DAMAGED, LeaveError
+from trainer.runs.run_folder import step_name
 
 CHECKPOINT_FORMAT = "attention-trainer-checkpoint-2"
 EARLIER_FORMATS = ("attention-trainer-checkpoint-1",)
@@ -79,7 +80,7 @@ def write_checkpoint(
     """
     root.mkdir(parents=True, exist_ok=True)
     _check_room(root, size_of(weights) + size_of(state))
-    name = f"step-{facts['step']:06d}"
+    name = step_name(facts["step"])
     part = root / f".{name}.{os.getpid()}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
@@ -164,7 +165,7 @@ def verified(folder: Path) -> Checkpoint:
         raise DamagedError(f"{MANIFEST} has changed")
     if manifest.get("format") in EARLIER_FORMATS:
         raise _too_old(folder)
-    if manifest.get("format") != CHECKPOINT_FORMAT or f"step-{manifest['step']:06d}" != folder.name:
+    if manifest.get("format") != CHECKPOINT_FORMAT or step_name(manifest["step"]) != folder.name:
         raise DamagedError(
             f"{MANIFEST} has the format {manifest.get('format')} and step {manifest.get('step')}; "
             f"expected are {CHECKPOINT_FORMAT} and the step in the folder's name"

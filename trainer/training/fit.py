@@ -24,6 +24,7 @@ from trainer.training.build import (
     seed_everything,
     step_plan,
 )
+from trainer.training.callbacks.average import averaged
 from trainer.training.caption_check import check_captions
 from trainer.training.console import first_rank, say
 from trainer.training.launch import announce, ending, launch
@@ -94,7 +95,7 @@ def _fit(recipe: Recipe, folder: Path) -> None:
     if launched.trainer.is_global_zero:
         place(backbone, placement, plan.stored)  # Lightning leaves it on the CPU
         path = folder / "adapter.safetensors"
-        with launched.average.swapped(module) if launched.average else nullcontext():
+        with averaged(launched.average, module):
             finish_methods(plan, look)
             save_adapter(path, module.stored(), recipe_header(recipe), identity=backbone.identity())
         for preview in launched.previews:

@@ -243,7 +243,7 @@ def make_trainer(
         val_check_interval=run.validate_every * run.accumulate if run.validate_every else None,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        log_every_n_steps=1,  # nothing: `Metrics` logs
+        log_every_n_steps=0,  # `Metrics` logs
         callbacks=callbacks,
         logger=make_trackers(
             recipe.tracker, folder, flat_settings(recipe), say=partial(say, style="yellow")

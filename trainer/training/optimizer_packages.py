@@ -133,7 +133,7 @@ def stored_average(
         beta = group["betas"][0]
         for number in group["params"]:
             name, own = order[number], optimizer["state"].get(number, {})
-            if "z" in own and group["train_mode"]:
+            if "z" in own:
                 found[name] = weights[name].lerp(own["z"].to(weights[name]), 1 - 1 / beta)
     return found
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from trainer.config.partners import shows_captions
 from trainer.config.schema import Recipe
 from trainer.data.source import Dataset
 
@@ -20,7 +21,7 @@ def preview_prompts(recipe: Recipe, train: Dataset, say: Callable[[str], None]) 
     preview = recipe.preview
     if not preview.every:
         return ()
-    if preview.prompts or "prompts" in (recipe.tree.get("preview") or {}):
+    if not shows_captions(recipe):
         return preview.prompts
     found = captions_of_clips(train)
     if found:

@@ -39,10 +39,13 @@ def test_every_word_has_a_drawing_of_its_own() -> None:
     assert len({sprite(word).tobytes() for word in WIDE}) == len(WIDE) == 416
 
 
-def test_wide_scenes_show_known_words_alone() -> None:
-    words = {item.word for i in range(200) for item in draw_scene(1, i, SETS["wide"]).objects}
-    assert words <= set(WIDE_KNOWN)
-    assert len(words - set(ALL)) > 100
+@pytest.mark.parametrize(
+    ("sprites", "words", "new"), [("wide", WIDE_KNOWN, 100), ("wide_held_out", WIDE_HELD_OUT, 10)]
+)
+def test_a_set_shows_its_own_words_alone(sprites: str, words: tuple[str, ...], new: int) -> None:
+    drawn = {item.word for i in range(200) for item in draw_scene(1, i, SETS[sprites]).objects}
+    assert drawn <= set(words)
+    assert len(drawn - set(ALL)) > new
 
 
 @pytest.mark.parametrize("sprites", ["wide", "wide_held_out"])

@@ -23,7 +23,6 @@ def quiet(line: str) -> None:
     pass
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["lora", "pissa", "custom", "projections", "full"])
 def test_comfyui_carries_pairs_and_full_deltas(
     name: str, trained: Any, bundle_of: Any, tiny: Any, tmp_path: Path, same: Any

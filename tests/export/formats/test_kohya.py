@@ -29,7 +29,6 @@ def quiet(line: str) -> None:
     pass
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["lora", "text", "mlp", "pissa", "custom"])
 def test_read_by_diffusers_and_by_us(
     name: str, trained: Any, bundle_of: Any, tiny: Any, tmp_path: Path, same: Any

@@ -14,6 +14,7 @@ from trainer.data.plan import StepPlan
 from trainer.diffusion.objective import Objective
 from trainer.methods.apply import apply_methods
 from trainer.methods.weight.selective import Selective
+from trainer.training.callbacks.average import averaged
 from trainer.training.callbacks.ema import EMA
 from trainer.training.module import DiffusionModule
 from trainer.training.optim import Optim
@@ -82,7 +83,7 @@ def test_it_lends_the_average_and_takes_it_back(tiny: Any, photos: Any) -> None:
 
 
 def look_inside(ema: EMA, module: DiffusionModule) -> None:
-    with ema.swapped(module):
+    with averaged(ema, module):
         for name, value in module.trainable().items():
             assert torch.equal(value, ema.averaged[name])
         raise RuntimeError("inside")

@@ -119,7 +119,7 @@ def test_a_preview_names_the_adapter_that_was_kept(run: Path) -> None:
     )
 
 
-def test_a_full_disk_ends_the_run_or_not(tmp_path: Path, tiny_folder: Path) -> None:
+def test_a_full_disk_ends_the_run(tmp_path: Path, tiny_folder: Path) -> None:
     words = ("run.keep_adapters=2", "run.steps=2", "run.checkpoint_every=0")
     words += ("run.checkpoint_keep=2", "optim.ema=null")
     whole = finished(tmp_path / "whole", tiny_folder, *words)
@@ -128,3 +128,11 @@ def test_a_full_disk_ends_the_run_or_not(tmp_path: Path, tiny_folder: Path) -> N
         finished(tmp_path / "stops", tiny_folder, *words)
     assert left.value.code == DISK
     assert not list((tmp_path / "stops").glob("adapters/*"))
+
+
+def test_a_run_that_may_goes_on_without_the_file(tmp_path: Path, tiny_folder: Path) -> None:
+    (tmp_path / "adapters").write_text("a file where the folder would be")
+    words = ("run.keep_adapters=2", "run.steps=2", "run.on_disk_full=continue")
+    finished(tmp_path, tiny_folder, *words)
+    assert (tmp_path / "adapter.safetensors").is_file()
+    assert '"keep_failed", "step": 1' in (tmp_path / "events.jsonl").read_text()

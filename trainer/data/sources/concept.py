@@ -126,6 +126,11 @@ class Concept(Source):
     def kinds(self) -> tuple[str, ...]:
         return _listed(self.class_word)
 
+    @property
+    def has_prior(self) -> bool:
+        """Whether class images are trained on."""
+        return self.prior_weight > 0 and bool(self.prior_images or self.prior_folder)
+
     @cached_property
     def concepts(self) -> list[OneConcept]:
         """The concepts in their order."""
@@ -228,7 +233,7 @@ class Concept(Source):
 
     @model_validator(mode="after")
     def _has_class_images(self) -> Concept:
-        if not (self.prior_weight > 0 and (self.prior_images or self.prior_folder)):
+        if not self.has_prior:
             return self
         for folder in self.class_folders:
             folder.check()
@@ -257,8 +262,7 @@ class Concept(Source):
     def epoch(self) -> int:
         """The photos of all concepts once, and as many class images."""
         photos = sum(each.trained(self.validation) for each in self.concepts)
-        prior = self.prior_weight > 0 and (self.prior_images > 0 or self.prior_folder is not None)
-        return photos * (2 if prior else 1)
+        return photos * (2 if self.has_prior else 1)
 
     def captions(self) -> Iterator[Caption]:
         for concept in self.concepts:
@@ -289,13 +293,11 @@ class Concept(Source):
         return train, ConceptData([unseen], plain) if unseen else None
 
     def _prior(self, needs: Needs) -> list[Pair]:
-        if self.prior_weight == 0:
+        if not self.has_prior:
             return []
-        if self.prior_folder is not None:
+        if self.prior_folder:
             shrunk = Decoded(needs.cache, needs.resolution).shrunk
             return [pair for each in self.class_folders for pair in each.read(self.on_bad, shrunk)]
-        if not self.prior_images:
-            return []
         prompts = self.class_prompts
         every = [prompts[i % len(prompts)] for i in range(self.prior_images)]
         how = Generation(self.prior_steps, self.prior_guidance, self.prior_sampler)

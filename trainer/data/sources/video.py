@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,10 +27,10 @@ from trainer.data.source import Caption, Dataset, Needs, Source
 from trainer.data.source_checks import check_split, has_caption
 from trainer.data.source_options import OnBad
 from trainer.data.sources.folder import Folder
-from trainer.data.tars.count import count_samples, holds_tars
+from trainer.data.tars.count import count_samples
 from trainer.data.tars.manifest import metadata_of
 from trainer.data.tars.reader import Tars
-from trainer.data.tars.shard_checksums import load_manifest, tars_of
+from trainer.data.tars.shard_checksums import holds_tars, load_manifest, tars_of
 from trainer.data.video_clips import CaptionedVideo, VideoClips, Window
 from trainer.media.frame_folders import examine_frames, list_frame_folders
 from trainer.media.images import ImageError
@@ -154,11 +154,15 @@ class Video(Source):
             found["frame_rate"] = f"{self.video} has no folder of frames; videos say their own"
         return found
 
+    @cached_property
+    def count(self) -> int:
+        """How many videos there are."""
+        in_tars = holds_tars(self.video)
+        return count_samples(self.video, self.ignore) if in_tars else len(self._paths())
+
     def epoch(self) -> float:
         """A clip of every video once, beside the share of images."""
-        in_tars = holds_tars(self.video)
-        count = count_samples(self.video, self.ignore) if in_tars else len(self._paths())
-        return max(0, count - self.validation) / (1 - self.images)
+        return max(0, self.count - self.validation) / (1 - self.images)
 
     def captions(self) -> Iterator[Caption]:
         if self.prompt is not None:

@@ -21,14 +21,6 @@ def count_samples(shards: Path, ignore: Collection[str] = ()) -> int:
     return sum(_count(path, ignore) for path in paths)
 
 
-def holds_tars(place: Path) -> bool:
-    """Whether a path is a .tar, or a folder with some."""
-    if place.is_dir():
-        names = (path.name for path in place.iterdir())
-        return any(name.endswith(".tar") and not name.startswith(".") for name in names)
-    return place.suffix == ".tar"
-
-
 def _count(path: Path, ignore: Collection[str]) -> int:
     with path.open("rb") as file:
         groups = groupby(members_of(path, file, ignore), lambda member: member[0])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from trainer.data.buckets import arrange, check_step, cover
+from trainer.data.buckets import arrange, check_step
 from trainer.data.identity import digest_of
 from trainer.data.loss_mask import checked_cells
 from trainer.data.source import Needs, Sample
@@ -30,7 +30,7 @@ from trainer.data.tars.manifest import (
     mask_of,
     metadata_of,
 )
-from trainer.media.images import ImageError, decode_image
+from trainer.media.images import ImageError, cover, decode_image
 
 if TYPE_CHECKING:
     from torch import Tensor

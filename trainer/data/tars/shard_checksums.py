@@ -22,6 +22,13 @@ from trainer.data.tars.manifest import (
 from trainer.data.tars.shard_names import is_pattern, names_of
 
 
+def holds_tars(place: Path) -> bool:
+    """Whether a path is a .tar, or a folder with some."""
+    if place.is_dir():
+        return bool(_tars_in(place))
+    return place.suffix == ".tar"
+
+
 def tars_of(shards: Path) -> list[Path]:
     """The .tar files of a folder, sorted by name; the given .tar; or those of a pattern of names.
 
@@ -34,13 +41,17 @@ def tars_of(shards: Path) -> list[Path]:
     if not shards.exists():
         raise ValueError(f"{shards}: no such file or folder; {expected}")
     if shards.is_dir():
-        paths = sorted(path for path in shards.glob("*.tar") if not path.name.startswith("."))
+        paths = _tars_in(shards)
         if not paths:
             raise ValueError(f"{shards}: no .tar in this folder; {expected}, not compressed")
         return paths
     if shards.suffix != ".tar":
         raise ValueError(f"{shards}: not a .tar; {expected}, not compressed")
     return [shards]
+
+
+def _tars_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
 
 
 def _of_pattern(shards: Path) -> list[Path]:

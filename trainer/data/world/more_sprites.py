@@ -1,6 +1,8 @@
-"""336 more sprites, in the shape of `sprites.TABLE`: with them a backbone knows 384 and 32 are new.
+"""336 more sprites, in the shape of `sprites.TABLE`. Of all 416, 384 are for training
+(`sprites.WIDE_KNOWN`) and 32 are held out.
 
-The shipped backbones know `sprites.KNOWN` alone; the scripts in `data/tiny` train on all of them.
+The shipped backbones know `sprites.KNOWN` alone; `data/tiny/README.md` says how the next one is
+trained.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ consist mainly of its start.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning
@@ -18,8 +16,7 @@ from trainer.training.module import DiffusionModule
 
 
 class EMA(lightning.Callback):
-    """Keeps an average of each trained parameter. Validation, previews and the adapter use it: see
-    `swapped`."""
+    """Keeps an average of each trained parameter. Validation, previews and the adapter use it."""
 
     def __init__(self, decay: float) -> None:
         self.decay, self.steps = decay, 0
@@ -47,19 +44,10 @@ class EMA(lightning.Callback):
             1 - decay,
         )
 
-    @contextmanager
-    def swapped(self, module: DiffusionModule) -> Iterator[None]:
-        """The module has averaged weights inside the block, and its own again after it."""
-        self._swap(module)
-        try:
-            yield
-        finally:
-            self.take_back(module)
-
     def on_validation_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        self._swap(_module(pl_module))
+        self.give(_module(pl_module))
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -81,7 +69,7 @@ class EMA(lightning.Callback):
             value.copy_(stored[name])
 
     @torch.no_grad()
-    def _swap(self, module: DiffusionModule) -> None:
+    def give(self, module: DiffusionModule) -> None:
         if not self.averaged:
             return
         for name, parameter in module.trainable().items():

@@ -37,21 +37,20 @@ class HangGuard(lightning.Callback):
     def __init__(self, limits: Mapping[str, float], folder: Path) -> None:
         self.limits, self.folder = {**LIMITS, **limits}, folder
         self.now = ("data", time.monotonic())  # the section, and since when
-        self.spent: dict[str, float] = {}  # seconds in each section that was left
+        self._trained = 0.0  # seconds in sections of `TRAINING` that were left
         self._ended: threading.Event | None = None
 
     def enter(self, section: str) -> None:
-        """Starts the clock of a section, and adds the seconds of the one before to `spent`."""
-        before, since = self.now
+        """Starts the clock of a section."""
+        self._trained = self.trained()
         self.now = (section, time.monotonic())
-        self.spent[before] = self.spent.get(before, 0.0) + self.now[1] - since
 
     def trained(self) -> float:
         """The seconds that batches and steps have taken until now, without validation, saves and
         previews."""
         section, since = self.now
         present = time.monotonic() - since if section in TRAINING else 0.0
-        return present + sum(self.spent.get(name, 0.0) for name in TRAINING)
+        return self._trained + present
 
     @contextmanager
     def inside(self, section: str) -> Iterator[None]:

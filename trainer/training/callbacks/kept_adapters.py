@@ -4,7 +4,6 @@ full adapter files."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ import lightning
 from trainer.common.exit_codes import DISK, LeaveError
 from trainer.runs.adapter import save_adapter
 from trainer.runs.run_folder import kept_adapter, note_event
-from trainer.training.callbacks.average import Average
+from trainer.training.callbacks.average import Average, averaged
 from trainer.training.callbacks.hang import HangGuard
 from trainer.training.distributed import value_of_first
 from trainer.training.module import DiffusionModule
@@ -80,7 +79,7 @@ class KeptAdapters(lightning.Callback):
         path, identity = kept_adapter(self.folder, step), module.backbone.identity()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self.average.swapped(module) if self.average else nullcontext():
+            with averaged(self.average, module):
                 save_adapter(path, module.stored(), self.tree, identity=identity)
         except OSError as error:
             text = f"the adapter of step {step} was not kept: {error}"

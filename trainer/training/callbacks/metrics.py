@@ -36,9 +36,9 @@ LOSSES = ("train/loss", "val/loss")
 
 @dataclass(frozen=True)
 class Measured:
-    """What is measured of a run. samples: of one optimiser step, over all ranks; what: they are
-    called; owners: the parameters that each method trains, by their names; settings: of
-    `flat_settings`."""
+    """What is measured of a run. samples: how many one optimiser step has, over all ranks; what:
+    their name, as in images; owners: the parameters that each method trains, by their names;
+    settings: of `flat_settings`."""
 
     samples: int
     what: str = "images"

@@ -23,9 +23,10 @@ from trainer.media.grids import cell_side, grid, overlay_maps, stacked
 from trainer.media.made_by import png_bytes, with_facts
 from trainer.media.write_video import PLAYED, write_frames
 from trainer.ops.attention_maps import MapStore
-from trainer.training.callbacks.average import Average
+from trainer.runs.run_folder import step_name
+from trainer.training.callbacks.average import Average, averaged
 from trainer.training.callbacks.hang import HangGuard
-from trainer.training.callbacks.preview_files import PreviewFiles, Shown, step_name
+from trainer.training.callbacks.preview_files import PreviewFiles, Shown
 from trainer.training.callbacks.side_work import SideWork
 from trainer.training.callbacks.trackers import log_clip, log_pictures
 from trainer.training.console import problem_of
@@ -82,9 +83,9 @@ class Preview(lightning.Callback):
         if trainer.is_global_zero:
             with suppress(OSError), Image.open(self.folder / GRID) as sheet:
                 self.earlier = [sheet.copy()]
-        # one that was due when a signal ended the run was not shown
-        shown = value_of_first((self.folder / step_name(step)).is_dir())
-        if step % self.every == 0 and step < trainer.max_steps and not shown:
+        # a signal may have ended the run before the preview of its last step
+        due = step % self.every == 0 and step < trainer.max_steps
+        if due and not value_of_first((self.folder / step_name(step)).is_dir()):
             self._preview(trainer, pl_module, f"step {step}")
 
     def on_train_batch_end(
@@ -108,14 +109,16 @@ class Preview(lightning.Callback):
         if self.failed:
             return
         problem = None
-        if trainer.is_global_zero:
-            try:
-                self._show(trainer, pl_module, label)
-            except Exception as error:
-                if self.side is None:
-                    raise
-                problem = problem_of(error)
-        problem = value_of_first(problem)
+        # the other ranks wait inside, too
+        with self.hang.inside("preview") if self.hang else nullcontext():
+            if trainer.is_global_zero:
+                try:
+                    self._show(trainer, pl_module, label)
+                except Exception as error:
+                    if self.side is None:
+                        raise
+                    problem = problem_of(error)
+            problem = value_of_first(problem)
         if problem is not None and self.side is not None:
             self.failed = True
             self.side.left_out(trainer, pl_module, what="preview", problem=problem)
@@ -124,10 +127,7 @@ class Preview(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, label: str
     ) -> None:
         assert isinstance(pl_module, DiffusionModule)
-        with (
-            self.hang.inside("preview") if self.hang else nullcontext(),
-            self.average.swapped(pl_module) if self.average else nullcontext(),
-        ):
+        with averaged(self.average, pl_module):
             pictures, maps = self._sample(pl_module.backbone)
             self._write(pl_module.backbone, pictures, trainer=trainer)
         rows = [(label, pictures)]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trainer.common.exit_codes import DISK, NONFINITE, LeaveError
-from trainer.runs.run_folder import note_event
+from trainer.runs.run_folder import note_event, step_name
 from trainer.training.callbacks.average import Average
 from trainer.training.callbacks.ema import EMA
 from trainer.training.callbacks.hang import HangGuard
@@ -147,7 +147,7 @@ class Checkpoints(lightning.Callback):
                 problem = self._write(trainer, pl_module, end=self.end, rng=rng)
             problem = value_of_first(problem)
         if problem is None:
-            self.saved, self.parent = self.end.step, f"step-{self.end.step:06d}"
+            self.saved, self.parent = self.end.step, step_name(self.end.step)
             return None
         code, text = problem
         if code == NONFINITE:

@@ -8,8 +8,6 @@ and put back, so that a preview or a validation changes nothing in the run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning
@@ -20,7 +18,7 @@ from trainer.training.module import DiffusionModule
 
 
 class ScheduleFree(lightning.Callback):
-    """Gives the module x for validation, previews and the adapter: see `swapped`."""
+    """Gives the module x for validation, previews and the adapter."""
 
     def __init__(self) -> None:
         self.optimizer: Any = None
@@ -31,20 +29,11 @@ class ScheduleFree(lightning.Callback):
     ) -> None:
         self.optimizer = trainer.optimizers[0]
 
-    @contextmanager
-    def swapped(self, module: DiffusionModule) -> Iterator[None]:
-        """The module has x inside the block, and y again after it."""
-        self._swap(module)
-        try:
-            yield
-        finally:
-            self.take_back(module)
-
     def on_validation_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         assert isinstance(pl_module, DiffusionModule)
-        self._swap(pl_module)
+        self.give(pl_module)
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -52,7 +41,7 @@ class ScheduleFree(lightning.Callback):
         assert isinstance(pl_module, DiffusionModule)
         self.take_back(pl_module)
 
-    def _swap(self, module: DiffusionModule) -> None:
+    def give(self, module: DiffusionModule) -> None:
         if self.optimizer is None:
             return
         for name, parameter in module.trainable().items():
