@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,25 @@ def stored_in(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of a run's history and its config, from its folder `offline-run-...`."""
     rows: list[dict[str, Any]] = []
     config: dict[str, Any] = {}
-    (file,) = run.glob("*.wandb")
-    for record in _records(file.read_bytes()):
+    for record in _finished(run):
         kind = record.WhichOneof("record_type")
         if kind == "history":
             rows.append(_values(record.history.item))
         elif kind in ("run", "config"):
             config |= _values((record.run.config if kind == "run" else record.config).update)
     return rows, config
+
+
+def _finished(run: Path) -> list[Any]:
+    """The records once the last is there: `wandb.finish` may return before its service has written
+    the file."""
+    (file,) = run.glob("*.wandb")
+    for _ in range(100):
+        records = list(_records(file.read_bytes()))
+        if records and records[-1].WhichOneof("record_type") in ("exit", "footer"):
+            return records
+        time.sleep(0.1)
+    raise TimeoutError(f"{file} does not end with the end of a run")
 
 
 def _values(items: Any) -> dict[str, Any]:

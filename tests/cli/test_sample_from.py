@@ -148,7 +148,7 @@ def test_a_clip_again_from_its_file(
     assert differs is None
     other = facts | {"frames_sha256": "0" * 64}
     differs = _difference(RepeatedPicture(given, other, frozenset()), given, again[kind])
-    assert differs == "by less than its file shows"
+    assert differs == "in its frames before encoding, not in what the file shows"
     *_, longer = made(capsys, *words, "frames=3", "out=three")
     longer = longer.with_suffix(kind)
     differs = _difference(RepeatedPicture(given, facts, frozenset()), given, longer)

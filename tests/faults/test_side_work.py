@@ -84,7 +84,7 @@ def test_a_sheet_that_cannot_be_written(
     (folder / "previews").write_text("a file in its place")
     assert run(folder, *SHOWN) == 0
     (event,) = look.events(folder, "preview_failed")
-    assert "File exists" in event["reason"]
+    assert "Not a directory" in event["reason"]
     assert (folder / "adapter.safetensors").is_file()
 
 
