@@ -320,8 +320,8 @@ def test_data_and_method_must_name_the_same_words() -> None:
     assert load_recipe(["recipe=custom_diffusion", *both]).data.words == ("<v2>",)
     none = ["recipe=lora", "methods.new_token=null", "data.token=sks"]
     assert load_recipe(none).data.words == ("sks",)
-    more = load_recipe(["recipe=custom_diffusion", "methods.new_token.tokens=[<v1>, <style>]"])
-    assert more.methods["new_token"].words == ("<v1>", "<style>")
+    with pytest.raises(RecipeError, match="<style> is in none of 5 captions, so nothing would"):
+        load_recipe(["recipe=custom_diffusion", "methods.new_token.tokens=[<v1>, <style>]"])
 
 
 def test_an_lr_is_for_a_method_of_the_recipe() -> None:

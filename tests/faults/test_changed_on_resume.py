@@ -76,7 +76,7 @@ def moved(before: Weights, after: Weights) -> float:
         ("optim.schedule=cosine", 2e-4, 5e-4),  # of whose three steps two are done: 0.25
         ("optim.lrs={selective: 0.1}", 5e-2, 2e-1),
         ("optim.clip=1e-30", 0, 9e-4),
-        ("objective.caption_dropout=1", 1e-5, 5e-3),
+        ("objective.caption_dropout=0.99", 1e-5, 5e-3),
         ("objective.offset_noise=5", 1e-5, 5e-3),
         ("objective.weighting=min_snr", 1e-5, 5e-3),
     ],

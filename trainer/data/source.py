@@ -140,6 +140,16 @@ class Source(BaseModel):
         """What kind of thing each of `words` is; empty where it is not said."""
         return ()
 
+    @property
+    def groups(self) -> int:
+        """Groups of samples that are all in every batch, which has at least so many."""
+        return 1
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether it keeps samples back for the validation loss."""
+        return bool(getattr(self, "validation", 0))
+
     def captions(self) -> Iterable[Caption]:
         """Every caption that can be read without opening the data, or none."""
         return ()
