@@ -163,18 +163,20 @@ def test_class_images_are_painted_once_for_each_sampler(tmp_path: Path) -> None:
         asked.append(how.guidance)
         return [Image.new("RGB", (32, 32)) for _ in prompts]
 
-    def open_with(painter: str, guidance: float) -> None:
+    def open_with(painter: str, guidance: float, sampled: str = "") -> None:
         source = Concept(
             concept="sprite:penguin",
             prior_images=1,
             prior_prompts=("a fox",),
             prior_guidance=guidance,
         )
-        source.open(Needs(32, 4, paint, tmp_path, lambda: painter))
+        source.open(Needs(32, 4, paint, tmp_path, lambda: painter, sampled=sampled))
 
     for painter, guidance in (("a", 1.0), ("a", 1.0), ("a", 2.0), ("a", 2.0), ("b", 1.0)):
         open_with(painter, guidance)
     assert asked == [1.0, 2.0, 1.0]
+    open_with("a", 1.0, "another schedule of the noise")
+    assert asked == [1.0, 2.0, 1.0, 1.0]
 
 
 def words_of(folders: list[Path], **options: Any) -> list[str]:
