@@ -119,7 +119,7 @@ def check_model(
         )
 
 
-def check_parts(folder: Path, manifest: Mapping[str, Any], parts: Mapping[str, str]) -> None:
+def check_same_parts(folder: Path, manifest: Mapping[str, Any], parts: Mapping[str, str]) -> None:
     """parts: `digests_in_use` of the backbone now.
 
     Raises:

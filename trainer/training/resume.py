@@ -15,8 +15,8 @@ from trainer.data.source import Dataset
 from trainer.runs.resume_check import (
     check_data,
     check_model,
-    check_parts,
     check_recipe,
+    check_same_parts,
     start_identity,
     told,
 )
@@ -82,7 +82,7 @@ def run_facts(
         return facts
     had = found.manifest
     check_model(folder, had, facts["backbone"], precision=facts["precision"])
-    check_parts(folder, had, facts["parts"])
+    check_same_parts(folder, had, facts["parts"])
     if "data" in had:
         check_data(folder, had, recipe, data=facts["data"])
     else:
