@@ -93,6 +93,9 @@ def test_prompts_of_a_file(tiny_folder: Path, capsys: Printed) -> None:
     ]  # fmt: skip
     assert [facts_in(path)["prompt"] for path in found] == ["a fox"] * 2 + ["a tree, red"] * 2
     assert sheet.name == "a-fox-sheet.png"
+    facts = facts_in(sheet)
+    assert facts["rows"] == ["a fox", "a tree, red"] and facts["seeds"] == [5, 6]
+    assert "a sheet of several pictures" in refused(capsys, f"from={sheet}")
     (alone,) = made(capsys, f"backbone={tiny_folder}", "prompt=a tree, red", "seed=6", "out=alone")
     assert np.abs(pixels(alone) - pixels(found[3])).max() <= 1
 

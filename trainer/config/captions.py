@@ -55,8 +55,13 @@ def trained_of(recipe: Recipe) -> Trained:
         if name not in recipe.optim.frozen and recipe.run.start_from is None:
             learned += [*(method.trained_words or method.words), *method.known_words]
     tags = Tags(getattr(data, "shuffle_tags", False), getattr(data, "keep_tags", 0))
-    needed = [*data.words, *learned]
-    return Trained(*(tuple(dict.fromkeys(own)) for own in (new, known, learned, needed)), tags=tags)
+    return Trained(
+        list(dict.fromkeys(new)),
+        known=list(dict.fromkeys(known)),
+        learned=list(dict.fromkeys(learned)),
+        needed=list(dict.fromkeys([*data.words, *learned])),
+        tags=tags,
+    )
 
 
 def count_captions(captions: Iterable[Caption], words: Trained, reader: PromptReader) -> Counted:
