@@ -8,7 +8,7 @@ from trainer.common import pickles
 from trainer.config.header import HEADER
 from trainer.export import tokens
 from trainer.export.formats.diffusers import FILE
-from trainer.export.other_files import what_it_is
+from trainer.export.other_files import refuse_others
 from trainer.export.read_tokens import is_embedding
 from trainer.export.tensor_files import load_tensors
 
@@ -44,8 +44,7 @@ def detect(path: Path) -> str:
         return "animatediff"
     if is_embedding(loaded):
         return "embedding"
-    if what := what_it_is(keys):
-        raise ValueError(f"file={path} is {what}")
+    refuse_others(path, keys)
     if any("_custom_diffusion." in key for key in keys):
         return "custom_diffusion"
     if any(key.endswith((".diff", ".diff_b")) for key in keys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from pathlib import Path
 
 from trainer.backbones.pipeline_folder import TO_FOLDER
 
@@ -33,6 +34,12 @@ ADAPTER = re.compile(
     r"lora|hada_|lokr_|\.diff(?:_b)?$|oft_|\.magnitude$|\.[ab][12]\.|on_input|bundle_emb|set_weight"
     r"|(?:w|b)_norm$|_custom_diffusion\."
 )
+
+
+def refuse_others(path: Path, keys: Collection[str]) -> None:
+    """Raises ValueError for a file of these keys that no method can read."""
+    if what := what_it_is(keys):
+        raise ValueError(f"file={path} is {what}")
 
 
 def what_it_is(keys: Collection[str]) -> str | None:

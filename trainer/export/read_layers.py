@@ -232,7 +232,7 @@ def _fitting(delta: Delta, layer: Layer, backbone: str) -> Delta:
     if isinstance(delta, FullDelta):
         if delta.bias is not None and bias is None:
             raise ValueError(f"the file changes a bias of {layer.path} that {backbone} has not")
-        if delta.bias is not None and delta.bias.shape != bias.shape:
+        if delta.bias is not None and bias is not None and delta.bias.shape != bias.shape:
             raise ValueError(
                 f"the file changes the bias of {layer.path} by {tuple(delta.bias.shape)} values, "
                 f"and in backbone {backbone} it has {tuple(bias.shape)}; the file was made for "
