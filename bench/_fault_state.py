@@ -80,7 +80,7 @@ def resume(bars: Bars, place: Place, quick: bool) -> list[Row]:
 def ours_resumed(place: Place, steps: int, own: Sequence[str]) -> dict[str, list[bool]]:
     """Each point alone; and one run that is stopped after every step, with no, one and two workers
     by turns."""
-    words = (f"run.steps={steps}", "run.validate_every=5", *own)
+    words = (f"run.steps={steps}", *(own or ("run.validate_every=5",)))  # tars hold none out
     whole = place.new("whole")
     expect(place.ours(whole, {}, *words).wait(), 0)
 

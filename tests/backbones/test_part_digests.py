@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer.backbones import part_digests as module
-from trainer.backbones.part_digests import file_digest, part_digests
+from trainer.backbones.part_digests import digests_in_use, file_digest, part_digests
 from trainer.config.lineage import backbone_spec
 
 PARTS = ["scheduler", "text_encoder", "tokenizer", "unet", "vae"]
@@ -41,6 +41,18 @@ def test_one_byte_changes_its_part_alone(file: str, part: str, folder: Path) -> 
     (folder / file).write_bytes(data)
     after = part_digests(spec)
     assert [name for name in PARTS if before[name] != after[name]] == [part]
+
+
+def test_parts_that_training_reads(folder: Path) -> None:
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "config.json").write_text("{}")
+    spec = backbone_spec(str(folder))
+    assert sorted(part_digests(spec)) == sorted([*PARTS, "safety_checker"])
+    assert sorted(digests_in_use(spec)) == PARTS
+    over = digests_in_use(backbone_spec("tiny_dit"))  # over a folder that has a unet
+    assert sorted(over) == ["scheduler", "text_encoder", "tokenizer", "transformer", "vae"]
+    assert sorted(digests_in_use(backbone_spec("sd15"))) == ["hub"]
+    assert "made from nothing" in digests_in_use(backbone_spec("tiny_scratch"))
 
 
 def test_where_it_lies_and_what_is_not_read_do_not_matter(folder: Path, tmp_path: Path) -> None:

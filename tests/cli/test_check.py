@@ -32,8 +32,23 @@ def check(words: list[str], capsys: Any) -> tuple[int, str]:
         (["methods.selective={sites: cross}", "methods.lora={sites: cross}"], "both claim"),
         (["methods.new_token={tokens: ['fox']}", "data.token=fox"], "exists already"),
         (["objective.path=vp", "backbone=tiny_dit"], "objective.path=vp"),
+        (["optim.name=muon", "methods.lora=null"], "no such matrix is trained"),
+        (["optim.name=paged_adamw8bit", "run.device=cpu"], "and run.device is cpu"),
+        (["run.batch_size=1"], "too small for 2 groups of data"),
     ],
-    ids=["clash", "sites", "layers", "rank", "ranks", "select", "token", "path"],
+    ids=[
+        "clash",
+        "sites",
+        "layers",
+        "rank",
+        "ranks",
+        "select",
+        "token",
+        "path",
+        "muon",
+        "paged",
+        "batch",
+    ],
 )
 def test_what_fit_would_refuse_is_refused(words: list[str], message: str, capsys: Any) -> None:
     code, text = check(["recipe=lora", *words], capsys)

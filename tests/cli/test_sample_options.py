@@ -72,6 +72,9 @@ def test_size(word: str, size: tuple[int, int], tiny_folder: Path, capsys: Print
         (["scheduler=lcm"], "scheduler=lcm is for networks distilled"),
         (["scale=0.5"], "scale is the strength of an adapter; give adapter= too"),
         (["prompts=x.txt"], "give prompt or prompts, not both"),
+        (["strength=0.5"], "strength=0.5 has no effect: it is how much of a picture changes"),
+        (["start=noise"], "start=noise has no effect: it says how a clip of source= begins"),
+        (["negative=red", "guidance=1"], "negative=red has no effect: guidance=1 does not guide"),
         (["strength=2", "image=a.png"], "strength=2: a number is needed, above 0 and at most 1"),
         (["image=a.png", "frames=2"], "image= begins a picture, and source= a clip"),
         (["image=none.png"], "none.png: no such file"),
@@ -93,6 +96,9 @@ def test_prompts_of_a_file(tiny_folder: Path, capsys: Printed) -> None:
     ]  # fmt: skip
     assert [facts_in(path)["prompt"] for path in found] == ["a fox"] * 2 + ["a tree, red"] * 2
     assert sheet.name == "a-fox-sheet.png"
+    facts = facts_in(sheet)
+    assert facts["rows"] == ["a fox", "a tree, red"] and facts["seeds"] == [5, 6]
+    assert "a sheet of several pictures" in refused(capsys, f"from={sheet}")
     (alone,) = made(capsys, f"backbone={tiny_folder}", "prompt=a tree, red", "seed=6", "out=alone")
     assert np.abs(pixels(alone) - pixels(found[3])).max() <= 1
 

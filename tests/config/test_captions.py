@@ -107,3 +107,42 @@ def test_captions_of_a_folder_may_lack_a_word_but_not_lose_it(photos: Any, tmp_p
     for number in (1, 2):
         (tmp_path / "photos" / f"{number}.txt").write_text("a dog")
     assert "zwx is in none of 3 captions, so nothing would train it" in refusal(*words)
+
+
+def test_tags_that_may_push_a_word_out(photos: Any, tmp_path: Path) -> None:
+    """The caption as it stands begins with the word; shuffled, it may end with it."""
+    photos("<v1>, " + ", ".join(["a fox by a clock"] * 8), "a dog, <v1>")
+    words = ["recipe=lora_folder", f"data.folder={tmp_path / 'photos'}", "methods.new_token={}"]
+    assert load_recipe(words)
+    said = refusal(*words, "data.shuffle_tags=true")
+    assert "0.txt: the caption is " in said and "where data.shuffle_tags puts it last" in said
+    assert "1.txt" not in said
+    assert load_recipe([*words, "data.shuffle_tags=true", "data.keep_tags=1"])
+    assert load_recipe([*words, "data.shuffle_tags=true", "text.max_tokens=60"])
+
+
+def test_a_word_that_no_caption_holds(photos: Any, tmp_path: Path) -> None:
+    photos("a clock left of a fox", "a cleft rock", "a zwx")
+    folder = f"data.folder={tmp_path / 'photos'}"
+    words = ["recipe=lora_folder", folder, "methods.word_embedding.tokens=[left,rock]"]
+    assert "captions: 3, 1 with left, 1 with rock" in load_recipe(words).said[1]
+    said = refusal("recipe=lora_folder", folder, "methods.word_embedding.tokens=[left,dog]")
+    assert said.startswith("dog is in none of 3 captions, so nothing would train it")
+    concept = ["recipe=lora", f"data.concept={tmp_path / 'photos'}", "data.token=zwx"]
+    concept += ["data.class_word=null", "data.prior_weight=0", "data.augment=false"]
+    for number in range(3):
+        (tmp_path / "photos" / f"{number}.txt").write_text("a zwx")
+    assert load_recipe(concept)
+    said = refusal(*concept, "methods.new_token.tokens=[zwx,<v2>]")
+    assert said.startswith("<v2> is in none of 3 captions")
+    (tmp_path / "photos" / "0.txt").write_text("a zwx beside <v2>")
+    assert load_recipe([*concept, "methods.new_token.tokens=[zwx,<v2>]"])
+
+
+def test_a_word_needs_captions(photos: Any, tmp_path: Path) -> None:
+    photos("a <v1>")
+    words = ["recipe=lora_folder", f"data.folder={tmp_path / 'photos'}"]
+    never = "objective.caption_dropout=1"
+    assert load_recipe([*words, never])
+    for more in ("methods.new_token={}", "methods.word_embedding.tokens=[fox]"):
+        assert "caption_dropout=1 leaves no caption, so " in refusal(*words, never, more)

@@ -23,6 +23,7 @@ SMALL: dict[str, Any] = {"data": {"source": "world", "count": 8}, "methods": {"s
 # words (with ` & ` between them) -> a part of what they are answered with
 OVERRIDES = """
 backbone=tinny -> backbone=tinny: neither a backbone of ours nor a folder; did you mean tiny?
+backbone=README.md -> backbone=README.md: one file, and a folder is needed; make a folder of it
 backbone=../custom_diffusion -> backbone=../custom_diffusion: neither a backbone of ours
 backbone=3 -> backbone is 3; it is a name or a folder, as in backbone=tiny
 backbone= -> backbone is ''; it is a name or a folder, as in backbone=tiny
@@ -320,8 +321,8 @@ def test_data_and_method_must_name_the_same_words() -> None:
     assert load_recipe(["recipe=custom_diffusion", *both]).data.words == ("<v2>",)
     none = ["recipe=lora", "methods.new_token=null", "data.token=sks"]
     assert load_recipe(none).data.words == ("sks",)
-    more = load_recipe(["recipe=custom_diffusion", "methods.new_token.tokens=[<v1>, <style>]"])
-    assert more.methods["new_token"].words == ("<v1>", "<style>")
+    with pytest.raises(RecipeError, match="<style> is in none of 5 captions, so nothing would"):
+        load_recipe(["recipe=custom_diffusion", "methods.new_token.tokens=[<v1>, <style>]"])
 
 
 def test_an_lr_is_for_a_method_of_the_recipe() -> None:

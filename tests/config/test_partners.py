@@ -78,7 +78,7 @@ methods.imagen_video.kernel=5 -> methods.imagen_video.attention_from=1 -> attent
 ROWS = [[part.strip() for part in line.split("->")] for line in IDLE.strip().splitlines()]
 # options of other recipes and sources, in the tests below
 ELSEWHERE = {
-    "preview.every", "data.folder.keep_tags", "data.folder.repeats",
+    "preview.every", "run.validate_every", "data.folder.keep_tags", "data.folder.repeats",
     "data.concept.token", "data.concept.class_word", "data.concept.prior_folder",
     "data.video.stride", "data.video.fps", "data.video.ignore", "data.video.frame_rate",
     "data.parquet.split",
@@ -98,7 +98,7 @@ ALONE = """
 objective: target path timesteps offset_noise caption_dropout
 optim: name scale_lr betas weight_decay schedule clip ema
 run: steps epochs batch_size accumulate seed device accelerator devices nodes precision workers
- gradient_checkpointing channels_last compile validate_every checkpoint_every checkpoint_keep
+ gradient_checkpointing channels_last compile checkpoint_every checkpoint_keep
  on_disk_full
  on_nonfinite log_every out id start_from
 preview: steps guidance
@@ -218,6 +218,23 @@ def test_options_of_a_folder_of_photos(photos: Path) -> None:
     assert load_recipe([*words, "data.keep_tags=1", "data.shuffle_tags=true"])
     assert "run.steps says how long the run is" in refusal(*words, "data.repeats=2")
     assert load_recipe([*words, "data.repeats=2", "run.epochs=3"])
+
+
+def test_a_validation_loss_needs_samples_that_are_held_out(photos: Path) -> None:
+    words, every = ["recipe=lora_folder", f"data.folder={photos}"], "run.validate_every=5"
+    Image.new("RGB", (32, 32)).save(photos / "b.png")
+    (photos / "b.txt").write_text("a dog")
+    assert "no sample is held out for the validation loss; give data.validation" in refusal(
+        *words, every
+    )
+    assert "no sample is held out" in refusal(*words, "run.timeouts.validate=5")
+    assert load_recipe([*words, every, "data.validation=1"])
+    assert load_recipe([LORA, every])  # a sprite has scenes for it
+    one = [LORA, f"data.concept={photos}", "data.class_word=fox", "data.token=a", every]
+    one += ["methods.new_token=null", "preview.every=0", "data.prior_weight=0"]
+    assert "no sample is held out" in refusal(*one)  # of two photos
+    assert load_recipe([*one, "data.validation=1"])
+    assert "no sample is held out" in refusal(WORLD, every, "data.validation=0")
 
 
 def test_tasks_take_the_place_of_some_options() -> None:

@@ -66,13 +66,15 @@ def test_prompts_name_the_kind_with_its_article(dogs: str) -> None:
     assert alone.preview.prompts[3] == "a <v1> next to a red ball"
 
 
-def test_several_words_are_added_as_the_data_has_them() -> None:
+def test_several_words_are_added_as_the_data_has_them(dogs: str) -> None:
     made = load_recipe(
         [CUSTOM, "data.concept=[sprite:penguin, sprite:owl]", "data.token=[<a>, <b>]"]
     )
     assert made.methods["new_token"].words == ("<a>", "<b>")
     assert made.preview.prompts[0] == "an <a> on a blue background"
-    own = load_recipe([CUSTOM, "methods.new_token.tokens=[<v1>, <style>]",
+    Path(dogs.partition("=")[2], "0.txt").write_text("a <v1> in <style>")
+    own = load_recipe([CUSTOM, dogs, "data.class_word=dog", "data.prior_weight=0",
+                       "methods.new_token.tokens=[<v1>, <style>]",
                        "preview.prompts=['a <v1> in <style>']"])  # fmt: skip
     assert own.methods["new_token"].words == ("<v1>", "<style>")
 

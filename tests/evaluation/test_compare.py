@@ -30,6 +30,7 @@ from trainer.evaluation.judge import Judge
 from trainer.evaluation.score_table import Table
 from trainer.evaluation.which_step import Choice
 from trainer.media.images import read_image, resize_cover, to_tensor
+from trainer.media.made_by import ENTRY
 from trainer.runs.adapter import load_adapted, save_adapter
 from trainer.runs.run_folder import kept_adapters
 from trainer.training.fit import fit
@@ -138,6 +139,9 @@ def test_it_says_which_step_to_keep_and_draws(runs: Runs, stepped: dict[str, Any
     assert stepped["adapter"] == names[stepped["step"]]
     assert set(stepped["points"]) == {"2", "4"} and stepped["images"] == COUNT
     chart = Image.open(runs["one"] / "evaluation_by_step.png")
+    facts = json.loads(chart.info[ENTRY])
+    assert facts["run"] == runs["one"].name and facts["rows"] == [2, 4]
+    assert str(runs["one"].parent) not in str(facts)
     assert chart.size[0] == 3 * 380 and len(set(chart.convert("L").tobytes())) > 20
 
 

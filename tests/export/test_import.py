@@ -217,6 +217,11 @@ def rename(old: str, new: str) -> Edit:
             id="dora-scale",
         ),
         pytest.param(
+            put(f"{MIDDLE}.dora_scale", torch.ones(32)),
+            r"dora_scale of lora_unet\S+ as \(32,\), which does not say whether it has norms of",
+            id="dora-scale-flat",
+        ),
+        pytest.param(
             put(f"{MIDDLE}.hada_w1_a", torch.ones(4, 4)),
             "the hada_w1_a of lora_unet_mid_block.* without its hada_w1_b",
             id="loha",
@@ -234,6 +239,17 @@ def test_the_message_says_what_is_wrong_with_a_file(
         import_file(path, str(tiny_folder), tmp_path / "back", say=quiet)
     assert str(path) in str(caught.value)
     assert not (tmp_path / "back").exists()
+
+
+def test_a_bias_is_refused_by_what_is_wrong_with_it(tiny: Any) -> None:
+    norm = "unet.down_blocks.0.attentions.0.norm"
+    width = len(tiny.get_submodule(norm).bias)
+    says = rf"the bias of {norm} by \(3,\) values, and in backbone \S+ it has \({width},\)"
+    with pytest.raises(ValueError, match=says):
+        read_layers({f"{norm}.diff_b": torch.ones(3)}, tiny)
+    query = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    with pytest.raises(ValueError, match=rf"changes a bias of {query} that \S+ has not"):
+        read_layers({f"{query}.diff_b": torch.ones(64)}, tiny)
 
 
 def test_every_layer_of_a_text_encoder_has_an_option(tiny: Any) -> None:

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +20,13 @@ import torch
 from safetensors import safe_open
 
 from trainer.backbones import load_backbone
+from trainer.backbones.families import find_family
 from trainer.config.header import read_header
 from trainer.config.lineage import backbone_spec
 from trainer.export.card import Card, card_of
 from trainer.export.export import export
 from trainer.export.printed_call import code_of, run_call
+from trainer.export.usage import asked_size
 from trainer.runs.adapter import load_adapted
 
 # a format, and an adapter of `conftest.TREES` that it carries
@@ -194,6 +197,27 @@ def test_every_header_says_the_words_and_the_size(
     if name == "kohya":
         with safe_open(out / "my_cup.safetensors", "pt") as opened:
             assert opened.metadata()["ss_resolution"] == "(48, 48)"
+
+
+@pytest.mark.parametrize(("family", "sides"), [("sd", (104, 48)), ("sana", (96, 32))])
+def test_the_call_asks_for_sides_that_stock_pipelines_take(
+    family: str, sides: tuple[int, int]
+) -> None:
+    base = SimpleNamespace(declared=find_family(family))
+    assert asked_size((102, 44), base) == sides and asked_size((4, 64), base)[1] == 64
+    assert asked_size((4, 4), base)[0] == base.declared.stock_multiple
+
+
+def test_a_size_that_no_stock_pipeline_takes_can_be_exported(
+    tiny_folder: Path, tmp_path: Path, save_trained_on: Callable[..., Path]
+) -> None:
+    """The VAE of the embedded world has 4 pixels a latent, and diffusers takes multiples of 8."""
+    methods = {"lora": {"sites": "cross", "rank": 2}}
+    path = save_trained_on(tiny_folder, methods, run={"resolution": 44})
+    out = export(path, tmp_path / "mine", "diffusers", say=quiet)
+    readme = (out / "README.md").read_text()
+    assert "Trained at 44x44 pixels; the call below asks for the nearest" in readme
+    assert "width=48, height=48" in readme
 
 
 LONG = "a fox on a blue background " * 8  # more than the 30 tokens of one call

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from trainer.common.exit_codes import LeaveError
 from trainer.config.load import load_recipe
@@ -76,7 +77,7 @@ def moved(before: Weights, after: Weights) -> float:
         ("optim.schedule=cosine", 2e-4, 5e-4),  # of whose three steps two are done: 0.25
         ("optim.lrs={selective: 0.1}", 5e-2, 2e-1),
         ("optim.clip=1e-30", 0, 9e-4),
-        ("objective.caption_dropout=1", 1e-5, 5e-3),
+        ("objective.caption_dropout=0.99", 1e-5, 5e-3),
         ("objective.offset_noise=5", 1e-5, 5e-3),
         ("objective.weighting=min_snr", 1e-5, 5e-3),
     ],
@@ -247,6 +248,30 @@ def test_data_that_were_moved_are_the_same(
     assert run(folder, f"data.concept={tmp_path / 'moved'}") == 0
 
 
+def test_a_backbone_that_was_replaced_is_refused_by_its_part(
+    tmp_path: Path, tiny_folder: Path, run: Any, stopped: Any
+) -> None:
+    """By another of the same shapes, as a finer one of the same family."""
+    mine = tmp_path / "mine"
+    shutil.copytree(tiny_folder, mine)
+    folder, kept = stopped(tmp_path / "run", f"backbone={mine}"), tmp_path / "kept"
+    shutil.copytree(mine, kept)
+    weights = mine / "vae" / "diffusion_pytorch_model.safetensors"
+    config = mine / "scheduler" / "scheduler_config.json"
+    for file, part in ((weights, "vae"), (config, "scheduler")):
+        if part == "vae":
+            tensors = load_file(file)
+            save_file({name: value + 1e-3 for name, value in tensors.items()}, file)
+        else:
+            facts = json.loads(file.read_text())
+            file.write_text(json.dumps({**facts, "beta_end": 0.02}))
+        with pytest.raises(ValueError, match=f"its backbone has changed since: {part}; put back"):
+            run(folder, f"backbone={mine}")
+        shutil.copytree(kept, mine, dirs_exist_ok=True)
+    (mine / "unet" / "README.md").write_text("hello")
+    assert run(folder, f"backbone={mine}") == 0
+
+
 def test_another_start_is_refused(tmp_path: Path, run: Any, stopped: Any, look: Any) -> None:
     for name in ("one", "other"):
         assert run(tmp_path / name, "run.steps=1", f"run.seed={len(name)}") == 0
@@ -276,7 +301,16 @@ def test_checkpoints_of_an_earlier_version_are_read(
     folder = stopped(tmp_path / "run")
     for found in look.checkpoints(folder):
         weights, state = look.read_checkpoint(found)
-        new = ("data", "backbone", "precision", "start_from", "sha256", "files", "versions")
+        new = (
+            "data",
+            "backbone",
+            "parts",
+            "precision",
+            "start_from",
+            "sha256",
+            "files",
+            "versions",
+        )
         facts = {key: value for key, value in found.manifest.items() if key not in new}
         del state["order"], facts["format"]
         look.write_checkpoint(folder / "checkpoints", weights, state, facts)

@@ -73,3 +73,25 @@ def test_a_link_to_a_folder_above_is_not_followed(tmp_path: Path) -> None:
     made(tmp_path, ["in/a.png"])
     os.symlink(tmp_path, tmp_path / "in" / "up")
     assert names(tmp_path, True) == ["in/a.png"]
+
+
+MADE = """
+cat-condlabel cat_depth cat_normal_map cat_canny_edges cat_openpose_image cat_seg_2 cat-cutout
+cat_nobg cat.lineart mask_cat depth-cat cat_mask_01 masks/cat conditioning_images/cat depth_map/cat
+"""
+
+
+@pytest.mark.parametrize("name", MADE.split())
+def test_what_is_made_from_a_photo_is_said(name: str, tmp_path: Path) -> None:
+    """It is trained on all the same: its name may mean something else."""
+    made(tmp_path, ["img/cat.jpg", f"{name}.png" if "/" in name else f"img/{name}.png"])
+    listing = list_photos(tmp_path, True)
+    assert len(listing.photos) == 2
+    (said,) = unread(listing)
+    assert f"trained on as photos: {'' if '/' in name else 'img/'}{name}.png; move them" in said
+
+
+def test_names_that_say_nothing_are_not_said(tmp_path: Path) -> None:
+    made(tmp_path, ["cat.jpg", "cat_2.jpg", "cat (1).jpg", "cat_beach.jpg", "pose.png", "mask.png"])
+    made(tmp_path, ["depth/deep.png", "day/cat.jpg", "posed_cat.png", "cat_maskara_off.jpg"])
+    assert unread(list_photos(tmp_path, True)) == []

@@ -248,6 +248,14 @@ def test_what_cannot_be_merged_is_refused(
     ):
         with pytest.raises(ValueError, match=message):
             merge_concepts(paths, out)
+    tree, identity = read_header(first)
+    long = tmp_path / "long.safetensors"
+    tree = tree | {"text": {"max_tokens": 60}}
+    save_adapter(long, load_file(first), tree=tree, identity=identity)
+    with pytest.raises(
+        ValueError, match=r"long\.safetensors reads 60 tokens of a prompt, .* None;"
+    ):
+        merge_concepts([first, long], out)
     assert not out.exists()
     out.write_text("mine")
     with pytest.raises(ValueError, match="nothing is overwritten"):

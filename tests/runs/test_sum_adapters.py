@@ -115,6 +115,10 @@ def test_one_word_learned_twice_is_refused(tiny_folder: Path, save_trained_on: S
     with pytest.raises(ValueError, match="have both learned the word <v1>") as error:
         load_summed(paths, (1.0, 1.0))
     assert str(paths[0]) in str(error.value) and str(paths[1]) in str(error.value)
+    assert "join them with `merge`" in str(error.value)
+    lora = save_trained_on(tiny_folder, LORA | {"new_token": {"tokens": ["<v1>"]}}, "c")
+    with pytest.raises(ValueError, match=r"with another data\.token$"):  # which merge does not take
+        load_summed([paths[0], lora], (1.0, 1.0))
 
 
 def test_what_cannot_be_added_is_refused_by_name(tiny_folder: Path, save_trained_on: Save) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from trainer.__main__ import main
 from trainer.backbones import load_backbone
 from trainer.config.load import load_recipe
 from trainer.data.loader import Batch, Planned
+from trainer.media.made_by import ENTRY
 from trainer.methods.apply import apply_methods
 from trainer.training import inspect
 from trainer.training.build import needs, step_plan, task_of
@@ -63,6 +65,8 @@ def test_it_draws_the_batches_and_counts_them(
     assert out[2] == "buckets, width x height:" and out[3].split()[1] == "5"
     assert out[-1] == str(sheet)
     with Image.open(sheet) as image:
+        facts = json.loads(image.info[ENTRY])
+        assert facts["recipe"] == "custom_diffusion" and len(facts["rows"]) == 5
         assert image.format == "PNG" and image.width == inspect.PAD + 4 * (
             inspect.SIDE + inspect.PAD
         )

@@ -66,8 +66,9 @@ class Family:
 
     makes: what describes a denoiser of this family that is made from nothing, None where it makes
     none. prompt_lengths: by the class of the pipeline, tokens of a prompt with padding where its
-    tokenizer takes more. lower_case: whether prompts are read in lower case. traits: where things
-    are in the denoiser and how it takes clips. comfyui_layers: by the
+    tokenizer takes more. lower_case: whether prompts are read in lower case. stock_multiple:
+    pixels that divide the sides which its stock pipelines take. traits: where things are in the
+    denoiser and how it takes clips. comfyui_layers: by the
     class of a transformer, which of its layers ComfyUI reads under diffusers' names, a regular
     expression. original_layers: by the class of a transformer, the layers by the names that the
     model's first code has for them, several where that code keeps them in one; `{}` is the number
@@ -85,6 +86,7 @@ class Family:
     makes: type[DenoiserSpec] | None = None
     prompt_lengths: Mapping[str, int] = field(default_factory=dict)
     lower_case: bool = False
+    stock_multiple: int = 8
     traits: DenoiserTraits = UNDECLARED
     comfyui_layers: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[FolderContents], None] = _check_nothing

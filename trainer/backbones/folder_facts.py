@@ -21,10 +21,11 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 class FolderFacts:
     """flow: whether it was trained on the flow path, and not on a VP path. multiple: pixels that
     divide the sides of all pictures it takes: the VAE's per latent, times the latents of a token of
-    a transformer."""
+    a transformer. side: of the pictures it was trained on, in pixels; None where no file says."""
 
     flow: bool
     multiple: int
+    side: int | None = None
 
 
 def facts_of(spec: BackboneSpec) -> FolderFacts | None:
@@ -40,9 +41,14 @@ def facts_of(spec: BackboneSpec) -> FolderFacts | None:
     widths = vae.get("encoder_block_out_channels") or vae.get("block_out_channels")
     if not isinstance(widths, list):
         return None
-    patch = getattr(spec.denoiser, "patch", denoiser.get("patch_size") or 1)
+    made = {} if spec.denoiser is None else spec.denoiser.model_dump()
+    patch = made.get("patch") or denoiser.get("patch_size")
+    size = made.get("sample_size") or denoiser.get("sample_size")
+    divisor = 2 ** (len(widths) - 1)
     return FolderFacts(
-        is_flow(scheduler), 2 ** (len(widths) - 1) * (patch if isinstance(patch, int) else 1)
+        is_flow(scheduler),
+        divisor * (patch if isinstance(patch, int) else 1),
+        side=divisor * size if isinstance(size, int) else None,
     )
 
 

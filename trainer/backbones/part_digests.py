@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from trainer.backbones.families import find_family
 from trainer.backbones.spec import BackboneSpec
 from trainer.backbones.weight_files import weight_files
 from trainer.common.atomic import written_atomically
@@ -21,16 +22,27 @@ def part_digests(spec: BackboneSpec) -> dict[str, str]:
     found: dict[str, str] = {}
     if spec.hub is not None:
         found["hub"] = f"{spec.hub}@{spec.revision}"
-    for folder in (spec.folder, spec.overlay):  # a part of the second replaces that of the first
-        if folder is not None:
-            parts = sorted(path for path in Path(folder).iterdir() if path.is_dir())
-            found |= {part.name: digest for part in parts if (digest := _of_part(part))}
+    # a part of the overlay replaces that of the folder
+    found |= {part.name: digest for part in _folders(spec) if (digest := _of_part(part))}
     if spec.denoiser is not None or spec.scratch:
         made = spec.model_dump_json(include={"denoiser", "scratch", "family"})
         found["made from nothing"] = hashlib.sha256(made.encode()).hexdigest()[:LENGTH]
     for number, adapter in enumerate(spec.adapters, start=1):
         found[f"adapter {number}"] = file_digest(Path(adapter))
     return found
+
+
+def digests_in_use(spec: BackboneSpec) -> dict[str, str]:
+    """Those of `part_digests` on which training depends: a folder may hold a safety checker too."""
+    own = (find_family(spec.family).denoiser, "vae", "scheduler", "text_encoder", "tokenizer")
+    others = {part.name for part in _folders(spec) if not part.name.startswith(own)}
+    return {name: part for name, part in part_digests(spec).items() if name not in others}
+
+
+def _folders(spec: BackboneSpec) -> list[Path]:
+    """The folders of parts, those of the overlay last."""
+    roots = [Path(folder) for folder in (spec.folder, spec.overlay) if folder is not None]
+    return [part for root in roots for part in sorted(root.iterdir()) if part.is_dir()]
 
 
 def _of_part(where: Path) -> str | None:

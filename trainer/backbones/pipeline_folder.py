@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from trainer.backbones.spec import BackboneSpec
 
 
+# what to do with a checkpoint in one file
+TO_FOLDER = (
+    "make a folder of it with diffusers' StableDiffusionPipeline.from_single_file(file)"
+    ".save_pretrained(folder), and train on that with backbone=<folder>"
+)
 SCHEDULER = "scheduler_config.json"
 # the files beside the weights; and those of them that are not fetched: the safety checker, which is
 # not used, and indices of shards, which come with the shards

@@ -131,6 +131,7 @@ FAMILY = Family(
     pipelines=("SanaPipeline",),
     prompt_lengths={"SanaPipeline": PROMPT_LENGTH},
     lower_case=True,
+    stock_multiple=32,
     blocks=("transformer_blocks",),
     load=load,
     encoders={"text": encode_prompts},

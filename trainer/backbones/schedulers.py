@@ -84,3 +84,14 @@ def with_solver(own: Any, name: str, *, key: str = "sampler") -> Any:
 
 def _takes(scheduler: type, option: str) -> bool:
     return option in inspect.signature(scheduler.__init__).parameters  # type: ignore[misc]
+
+
+def sampled_as(backbone: Any) -> str:
+    """What pictures of a backbone depend on beside its weights, in words: the schedule of the
+    noise, what the network predicts, and how prompts are read. Keys pictures that are kept, with
+    its fingerprint."""
+    own = backbone.scheduler_config.items()
+    config = sorted((key, repr(value)) for key, value in own if not key.startswith("_"))
+    words = sorted(backbone.tokenizer.get_added_vocab())
+    kind = backbone.scheduler_class.__name__
+    return repr((kind, config, backbone.target, backbone.max_tokens, words))

@@ -59,7 +59,7 @@ def read_picture(path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
     facts, bare = found.facts, found.facts.get("step") == 0 and "backbone" in given
     if "rows" in facts:
         raise ValueError(
-            f"from={path}: a sheet of several previews; give one of the pictures beside it, as in "
+            f"from={path}: a sheet of several pictures; give one of those beside it, as in "
             "previews/step-000300/00-a-fox.png"
         )
     options = {key: facts[key] for key in SAME if key in facts}

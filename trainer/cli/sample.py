@@ -29,6 +29,7 @@ from trainer.cli.repeat_picture import (
     read_picture,
 )
 from trainer.cli.sample_files import SampleJob, check_fit, written
+from trainer.cli.sample_partners import refuse_idle_options
 from trainer.cli.sample_source import VideoSource, file_facts, image_of, source_of
 from trainer.common.field_words import Called
 from trainer.common.paths import bare_name
@@ -218,6 +219,8 @@ def run(words: list[str]) -> int:
     if given.get("from") is not None:
         given, picture = read_picture(Path(str(given.pop("from"))), given)
     options = build_options(given, SampleOptions)
+    if picture is None:
+        refuse_idle_options(given)
     chosen = recipes.methods_of(options.methods) if options.methods else {}
     quiet_libraries()
     found = []

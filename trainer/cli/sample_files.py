@@ -78,7 +78,10 @@ def written(backbone: Backbone, job: SampleJob) -> Iterator[Path]:
             if job.sheet and frames == 1:
                 small[pair] = thumbnail(to_pil(clip[0]))
     if len(small) > 1:
-        yield from _sheet(job, small)
+        own = {"seeds": list(job.seeds), "rows": list(job.prompts), **known}
+        prompt, seed = " | ".join(job.prompts), job.seeds[0]
+        facts = made_of(backbone, job.settings, prompt=prompt, seed=seed, **own)
+        yield from _sheet(job, small, facts)
 
 
 def _generated(backbone: Backbone, job: SampleJob, part: Sequence[Pair]) -> Tensor:
@@ -111,15 +114,16 @@ def _parts(backbone: Backbone, job: SampleJob) -> list[list[Pair]]:
     return [pairs[at : at + at_once] for at in range(0, len(pairs), at_once)]
 
 
-def _sheet(job: SampleJob, small: Mapping[Pair, Image]) -> list[Path]:
-    """Writes the contact sheet: a strip for each prompt, with the seeds below its pictures."""
+def _sheet(job: SampleJob, small: Mapping[Pair, Image], facts: Mapping[str, Any]) -> list[Path]:
+    """Writes the contact sheet: a strip for each prompt, with the seeds below its pictures. facts:
+    of all of them."""
     from trainer.media.contact_sheet import Strip, contact_sheet
-    from trainer.media.made_by import png_bytes
+    from trainer.media.made_by import png_bytes, with_facts
     from trainer.media.write_video import write_once
 
     strips = []
     for prompt in dict.fromkeys(job.prompts):
         own = [(seed, picture) for (text, seed), picture in small.items() if text == prompt]
         strips.append(Strip(prompt, [each for _, each in own], [str(seed) for seed, _ in own]))
-    sheet = {".png": png_bytes(contact_sheet(strips))}
+    sheet = {".png": png_bytes(with_facts(contact_sheet(strips), facts))}
     return write_once(sheet, job.out / f"{slug(job.prompts[0])}-sheet")

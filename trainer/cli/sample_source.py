@@ -74,11 +74,12 @@ def _inversion_folder(
     backbone: Backbone, video: VideoSource, source: Tensor, *, settings: Sampling
 ) -> Path:
     """Where the steps of an inversion are kept, by all they depend on."""
+    from trainer.backbones.schedulers import sampled_as
     from trainer.common.paths import cache_folder
 
     digest = hashlib.sha256(source.cpu().numpy().tobytes())
     facts = (backbone.fingerprint(), backbone.device.type, str(backbone.computes_in))
-    own = (settings.steps, settings.fps, settings.frames)
+    own = (settings.steps, settings.fps, settings.frames, sampled_as(backbone))
     digest.update(repr((*facts, *own, *video.model)).encode())
     return cache_folder() / "inversion" / digest.hexdigest()[:24]
 

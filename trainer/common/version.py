@@ -11,6 +11,11 @@ from trainer.common.program import NAME
 LIBRARIES = ("torch", "lightning", "diffusers", "transformers", "peft")  # that results depend on
 
 
+def name_and_version() -> str:
+    """What a file says that it was made by."""
+    return f"{NAME} {own_version()}"
+
+
 @cache
 def own_version() -> str:
     """The installed version, as in `0.1.0`; `source` for a checkout that is not installed."""
@@ -23,7 +28,7 @@ def own_version() -> str:
 def versions() -> list[str]:
     """The version of this toolkit, then those of Python and of the libraries; a line each. They are
     read from what was installed, and nothing is imported."""
-    lines = [f"{NAME} {own_version()}", f"python {platform.python_version()}"]
+    lines = [name_and_version(), f"python {platform.python_version()}"]
     for library in LIBRARIES:
         try:
             lines.append(f"{library} {version(library)}")

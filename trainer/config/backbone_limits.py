@@ -6,17 +6,20 @@ from trainer.backbones.folder_facts import check_side, facts_of
 from trainer.backbones.prompt_tokens import check_max_tokens
 from trainer.backbones.solvers import check_solver
 from trainer.config.schema import Recipe, RecipeError
+from trainer.data.buckets import check_divides
 
 FLOW_WEIGHTINGS = ("sigma_sqrt", "cosmap")
 
 
 def check_limits(recipe: Recipe) -> None:
-    """Checks sides of pictures, the sampler of class images, the weighting of timesteps and the
-    tokens of prompts. Of a backbone that is not on this machine, `fit` checks them.
+    """Checks sides of pictures, the sampler of class images, the weighting of timesteps, the tokens
+    of prompts, and that a batch holds all groups of the data. Of a backbone that is not on this
+    machine, `fit` checks them.
 
     Raises:
         RecipeError: the backbone cannot do one of them.
     """
+    check_batch(recipe)
     facts = facts_of(recipe.backbone)
     if facts is None:
         return
@@ -25,12 +28,25 @@ def check_limits(recipe: Recipe) -> None:
             check_side("run.resolution", recipe.run.resolution, facts.multiple)
         if buckets := getattr(recipe.data, "buckets", 0):
             check_side("data.buckets", buckets, facts.multiple)
+            if (side := recipe.run.resolution or facts.side) is not None:
+                check_divides(buckets, side)
         if sampler := getattr(recipe.data, "prior_sampler", None):
             check_solver(sampler, facts.flow)
         check_max_tokens(recipe.backbone)
     except ValueError as error:
         raise RecipeError(str(error)) from None
     check_weighting(recipe, facts.flow)
+
+
+def check_batch(recipe: Recipe) -> None:
+    """Raises RecipeError where a batch is too small for a sample of each group of the data."""
+    most, groups = recipe.run.batch_size, recipe.data.groups
+    if most < groups:
+        raise RecipeError(
+            f"run.batch_size={most} is too small for {groups} groups of data, as photos and class "
+            f"images, which are all in every batch; give at least {groups}"
+            + (", or data.prior_weight=0" if getattr(recipe.data, "has_prior", False) else "")
+        )
 
 
 def check_weighting(recipe: Recipe, flow: bool) -> None:

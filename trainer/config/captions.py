@@ -3,12 +3,13 @@ not read would not train, however long the run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from trainer.backbones.prompt_tokens import PromptReader, prompt_reader
 from trainer.config.schema import Recipe, RecipeError
 from trainer.data.source import Caption
+from trainer.data.tags import FIXED, Tags, farthest
 
 SHOWN = 3  # captions that a message names
 
@@ -26,26 +27,70 @@ class Counted:
     wrong: list[str] = field(default_factory=list)
 
 
-def count_captions(
-    captions: Iterable[Caption], words: Iterable[str], reader: PromptReader
-) -> Counted:
-    """Counts captions. words: those that train; a caption that is of no word of its own may hold
-    any or none of them, but not where it is not read."""
-    words, found = list(words), Counted()
+@dataclass(frozen=True)
+class Trained:
+    """The words that a recipe trains.
+
+    new: added to the vocabulary; a caption that is of no word of its own may hold any or none of
+    them, but not where it is not read. known: of the vocabulary. learned: of both, those whose
+    meaning is learned from nothing but captions. needed: those that some caption must hold. tags:
+    how captions vary.
+    """
+
+    new: Sequence[str]
+    known: Sequence[str] = ()
+    learned: Sequence[str] = ()
+    needed: Sequence[str] = ()
+    tags: Tags = FIXED
+
+
+def trained_of(recipe: Recipe) -> Trained:
+    """The words that a recipe trains with its captions. A run that goes on from another one may
+    have words of it that no caption holds."""
+    data, learned = recipe.data, list[str]()
+    new, known = list(data.words), list[str]()
+    for name, method in recipe.methods.items():
+        new += method.words
+        known += method.known_words
+        if name not in recipe.optim.frozen and recipe.run.start_from is None:
+            learned += [*(method.trained_words or method.words), *method.known_words]
+    tags = Tags(getattr(data, "shuffle_tags", False), getattr(data, "keep_tags", 0))
+    return Trained(
+        list(dict.fromkeys(new)),
+        known=list(dict.fromkeys(known)),
+        learned=list(dict.fromkeys(learned)),
+        needed=list(dict.fromkeys([*data.words, *learned])),
+        tags=tags,
+    )
+
+
+def count_captions(captions: Iterable[Caption], words: Trained, reader: PromptReader) -> Counted:
+    """Counts captions, and the words they hold."""
+    found = Counted()
     for name, text, token in captions:
         length = len(reader.ids(text))
         found.captions += 1
         found.longest = max(found.longest, length)
         if length > reader.read:
             found.long[name] = length
-        named = [word for word in words if word in text] if token is None else [token]
-        for word in named:
-            reason = reader.holds(text, word)
-            if reason is None:
+        for word in [word for word in words.new if word == token or word in text]:
+            if (reason := _lost(text, word, words.tags, reader=reader)) is None:
                 found.holding[word] = found.holding.get(word, 0) + 1
             else:
                 found.wrong.append(f"{name}: the caption {reason}")
+        for word in words.known:
+            found.holding[word] = found.holding.get(word, 0) + (reader.holds(text, word) is None)
     return found
+
+
+def _lost(text: str, word: str, tags: Tags, *, reader: PromptReader) -> str | None:
+    """Why a caption does not hold a word, in the order it has or may get; None where it does."""
+    if reason := reader.holds(text, word):
+        return reason
+    other = farthest(text, word, tags)
+    if other == text or (reason := reader.holds(other, word)) is None:
+        return None
+    return f"{reason}, where data.shuffle_tags puts it last; data.keep_tags keeps it in front"
 
 
 def check_counted(found: Counted, words: Iterable[str]) -> None:
@@ -86,13 +131,6 @@ def too_long(long: dict[str, int], reader: PromptReader) -> str:
     )
 
 
-def trained_words(recipe: Recipe) -> list[str]:
-    """The new words that a recipe trains with its captions: those of its data, and those that its
-    methods add."""
-    added = [word for method in recipe.methods.values() for word in method.words]
-    return list(dict.fromkeys([*recipe.data.words, *added]))
-
-
 def check_words(recipe: Recipe) -> list[str]:
     """Checks the captions and prompts of a recipe from the files of its backbone, and returns what
     is to be said of them; empty where those files are not on this machine, or not readable here.
@@ -100,14 +138,19 @@ def check_words(recipe: Recipe) -> list[str]:
     Raises:
         RecipeError: a caption or a prompt whose new word is not read.
     """
+    words = trained_of(recipe)
+    if recipe.objective.caption_dropout == 1 and words.learned:
+        raise RecipeError(
+            f"objective.caption_dropout=1 leaves no caption, so {words.learned[0]} would not "
+            "train; 0.1 is usual"
+        )
     added = [word for method in recipe.methods.values() for word in method.words]
     reader = prompt_reader(recipe.backbone, added)
     if reader is None:
         return []
-    words = trained_words(recipe)
     found = count_captions(recipe.data.captions(), words, reader)
-    check_counted(found, recipe.data.words or words)
-    return [*said_of(found, reader), *check_prompts(recipe, reader, words)]
+    check_counted(found, words.needed)
+    return [*said_of(found, reader), *check_prompts(recipe, reader, words.new)]
 
 
 def check_read(prompt: str, key: str, words: Iterable[str], *, reader: PromptReader) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.backbones import check_backbone_folder
 from trainer.backbones.families import family_of, find_family
+from trainer.backbones.pipeline_folder import TO_FOLDER
 from trainer.backbones.spec import BackboneSpec, DenoiserSpec
 from trainer.common.paths import BACKBONES, DATA
 from trainer.common.suggest import nearest
@@ -72,6 +73,8 @@ def backbone_spec(name: str, denoiser: Any = None) -> BackboneSpec:
             f"backbone={name}: the folder has no model_index.json and no adapter.safetensors; a "
             "diffusers pipeline folder or a finished run is needed"
         )
+    elif Path(name).expanduser().is_file():
+        raise RecipeError(f"backbone={name}: one file, and a folder is needed; {TO_FOLDER}")
     else:
         hint = nearest(name, backbone_names())
         raise RecipeError(f"backbone={name}: neither a backbone of ours nor a folder{hint}")
@@ -98,7 +101,7 @@ def _made_by(name: str) -> dict[str, Any] | None:
     try:
         return read_header(file)[0]
     except ValueError as error:
-        raise RecipeError(f"backbone={name}: {error}") from None
+        raise RecipeError(f"backbone={name}: {error}; if it is a checkpoint, {TO_FOLDER}") from None
 
 
 def lineage_of(name: str) -> tuple[str, Any, tuple[str, ...]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,12 @@ def _checked(recipe: Recipe) -> list[str]:
     """What a user is told of a recipe of one run; raises RecipeError for what its backbone cannot
     do, or does not read."""
     check_limits(recipe)
+    if recipe.tracker == "wandb" and find_spec("wandb") is None:
+        raise RecipeError("tracker=wandb needs the package: pip install 'attention-trainer[wandb]'")
     said = unspelled(recipe.data, recipe.methods, recipe.backbone)
     data = recipe.data
     said = [*data.found(), *told_length(recipe.run, data), *said, *data.remarks()]
-    return [*said, *check_words(recipe), *check_optimiser(recipe.optim)]
+    return [*said, *check_words(recipe), *check_optimiser(recipe.optim, recipe.run.device)]
 
 
 def resolve_recipe(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Recipe:

@@ -10,14 +10,20 @@ from trainer.config.sections import OptimSpec
 SMALL = 0.1  # a factor below it is most likely a learning rate meant for AdamW
 
 
-def check_optimiser(optim: OptimSpec) -> list[str]:
-    """Lines about the optimiser of a recipe.
+def check_optimiser(optim: OptimSpec, device: str = "auto") -> list[str]:
+    """Lines about the optimiser of a recipe. device: `run.device`.
 
     Raises:
-        RecipeError: its package is not installed; the message has the line that installs it.
+        RecipeError: its package is not installed, and the message has the line that installs it; or
+            the device has not what it needs.
     """
     if missing := missing_package(optim.name):
         raise RecipeError(missing)
+    if optim.name.startswith("paged") and device in ("cpu", "mps"):
+        raise RecipeError(
+            f"optim.name={optim.name} pages between a CUDA GPU and main memory, and run.device is "
+            f"{device}; set optim.name=adamw8bit"
+        )
     if optim.name == "prodigy":
         return [_of_prodigy(optim.lr)]
     if optim.name.startswith("lion"):

@@ -73,6 +73,10 @@ def _of_run(recipe: Recipe) -> dict[str, str]:
         found["run.timeouts.validate"] = "run.validate_every=0 never validates"
     if recipe.run.keep_adapters == 1:
         found["run.keep_adapters"] = "it is the run's own adapter, which is kept anyway; give 2"
+    if not recipe.data.holds_out:
+        why = "no sample is held out for the validation loss"
+        more = "; give data.validation" if "validation" in type(recipe.data).model_fields else ""
+        found |= dict.fromkeys(("run.validate_every", "run.timeouts.validate"), why + more)
     if not _previews(recipe):
         found["run.timeouts.preview"] = "there are no previews"
     if reason := _changing(recipe.data):

@@ -27,10 +27,7 @@ def bucket_sizes(side: int, step: int) -> list[Size]:
     Raises:
         ValueError: `step` does not divide `side`.
     """
-    if side % step:
-        raise ValueError(
-            f"buckets={step} does not divide the resolution of {side} pixels; give a divisor of it"
-        )
+    check_divides(step, side)
     found = []
     for width in range(step, 2 * side + 1, step):
         height = side * side // width // step * step
@@ -66,6 +63,15 @@ def arrange(
 def cut_size(shape: Size, side: int, step: int) -> Size:
     """The size to which a picture is cut, as `arrange` has it: of its bucket, or the square."""
     return nearest_bucket(shape, bucket_sizes(side, step)) if step else (side, side)
+
+
+def check_divides(step: int, side: int) -> None:
+    """Raises ValueError unless buckets of `step` pixels divide the side of a square."""
+    if side % step:
+        raise ValueError(
+            f"data.buckets={step} does not divide the resolution of {side} pixels; give a divisor "
+            "of it"
+        )
 
 
 def check_step(step: int, divisor: int) -> None:

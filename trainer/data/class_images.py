@@ -107,7 +107,8 @@ def class_images(prompts: Sequence[str], seed: int, how: Generation, *, needs: N
     PNG. Each has a seed of its own, and an interruption keeps those that are finished."""
     facts = [needs.generator(), needs.resolution, seed, *astuple(how), list(prompts)]
     identity = json.dumps(facts)
-    folder = needs.cache / "prior" / hashlib.sha256(identity.encode()).hexdigest()[:24]
+    key = hashlib.sha256(f"{identity} {needs.sampled}".encode()).hexdigest()[:24]
+    folder = needs.cache / "prior" / key
 
     def make(batch: range) -> Sequence[Image.Image]:
         return needs.generate(prompts[batch.start : batch.stop], seed + batch.start, how)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from trainer.common.articles import article_of
+from trainer.common.suggest import nearest
 from trainer.data.augment import CLOSE_PREFIXES, FAR_PREFIXES, prefixed
 from trainer.data.caption_templates import TEMPLATES, render
 from trainer.data.class_images import Pair, pair_of
@@ -57,8 +58,22 @@ class OneConcept:
         """How many photos it trains on, by what lies in its folder."""
         if self.sprite is not None:
             return len(SCENES)
-        count = len(self.read.listing.photos)
-        return max(0, count - held_out_of(count, validation))
+        return max(0, len(self.read.listing.photos) - self.unseen(validation))
+
+    def unseen(self, validation: int | None) -> int:
+        """How many photos or scenes it keeps back for the validation loss."""
+        if self.sprite is not None:
+            return len(UNSEEN)
+        return held_out_of(len(self.read.listing.photos), validation)
+
+    def check_held_out(self, validation: int | None) -> None:
+        """Raises ValueError where `validation` leaves none of its photos to train on."""
+        if self.sprite is None and validation:
+            check_split(validation, len(self.read.listing.photos), f"photos in {self.place}")
+
+    def named(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """Its photos, called by its folder too: those of other concepts may be called alike."""
+        return [replace(pair, key=f"{Path(self.place).name}/{pair.key}") for pair in pairs]
 
     @property
     def sprite(self) -> str | None:
@@ -69,6 +84,20 @@ class OneConcept:
         """Captions of a photo that has none."""
         phrase = f"{self.token} {self.kind}" if self.kind else self.token
         return tuple(render(template, phrase) for template in TEMPLATES)
+
+
+def checked_place(concept: str, recursive: bool) -> str:
+    """The place of a concept that a user has named; raises ValueError where there is none."""
+    if not concept.startswith(SPRITE):
+        folder = Path(concept).expanduser()
+        list_photos(folder, recursive)
+        return str(folder)
+    from trainer.data.world.sprites import ALL
+
+    word = concept.removeprefix(SPRITE)
+    if word not in ALL:
+        raise ValueError(f"no sprite is called {word}{nearest(word, ALL)}")
+    return concept
 
 
 def held_out_of(count: int, validation: int | None) -> int:

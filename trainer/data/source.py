@@ -110,7 +110,7 @@ class Needs:
     makes class images from prompts, the seed of the first (the next has the next seed) and how.
     cache: the folder for what is kept between runs. generator: names the weights of `generate`; it
     reads all of them, so only who needs class images asks. at_once: pictures that `generate` should
-    make in one call.
+    make in one call. sampled: what else they depend on.
     """
 
     resolution: int
@@ -119,6 +119,7 @@ class Needs:
     cache: Path
     generator: Callable[[], str]
     at_once: int = 32
+    sampled: str = ""
 
 
 class Source(BaseModel):
@@ -139,6 +140,16 @@ class Source(BaseModel):
     def kinds(self) -> tuple[str, ...]:
         """What kind of thing each of `words` is; empty where it is not said."""
         return ()
+
+    @property
+    def groups(self) -> int:
+        """Groups of samples that are all in every batch, which has at least so many."""
+        return 1
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether it keeps samples back for the validation loss."""
+        return bool(getattr(self, "validation", 0))
 
     def captions(self) -> Iterable[Caption]:
         """Every caption that can be read without opening the data, or none."""

@@ -29,6 +29,17 @@ def drawn(captions: Sequence[str], rng: np.random.Generator, tags: Tags = FIXED)
     return shuffled(caption, tags.keep, rng) if tags.shuffle else caption
 
 
+def farthest(caption: str, word: str, tags: Tags) -> str:
+    """A caption with its tags in an order that `drawn` may give, in which the last tag with `word`
+    is behind all others."""
+    parts = [part.strip() for part in caption.split(",") if part.strip()]
+    behind = parts[tags.keep :]
+    if not tags.shuffle or len(behind) < 2 or any(word in part for part in parts[: tags.keep]):
+        return caption
+    order = sorted(behind, key=lambda part: word in part)
+    return ", ".join([*parts[: tags.keep], *order])
+
+
 def shuffled(caption: str, keep: int, rng: np.random.Generator) -> str:
     """A caption with its tags, the parts between commas, in another order behind the first `keep`.
     Empty parts are left out."""

@@ -9,8 +9,7 @@ import torch
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.solvers import SOLVERS
 from trainer.common.paths import bare_name
-from trainer.common.program import NAME
-from trainer.common.version import own_version
+from trainer.common.version import name_and_version
 from trainer.diffusion.sampling_settings import Sampling
 
 # by the class of the backbone's own scheduler, as UIs call them
@@ -38,7 +37,7 @@ def made_of(
         "backbone": bare_name(backbone.name),
         "device": backbone.device.type,
         "computes_in": str(backbone.computes_in).removeprefix("torch."),
-        "version": f"{NAME} {own_version()}",
+        "version": name_and_version(),
         **more,
     }
     return {key: value for key, value in facts.items() if value is not None}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trainer.backbones.part_digests import part_digests
 from trainer.common.paths import shipped
+from trainer.common.version import name_and_version
 from trainer.config.header import file_of, read_header
 from trainer.config.lineage import spec_of
 from trainer.evaluation.evaluate import Evaluation, Judging, evaluation_file, write_scores
@@ -28,6 +29,7 @@ from trainer.evaluation.score_table import (
 )
 from trainer.evaluation.which_step import Choice, step_to_keep
 from trainer.media.line_charts import Chart, line_charts
+from trainer.media.made_by import png_bytes, with_facts
 from trainer.runs.run_folder import kept_adapters, run_of_adapter, steps_asked_of
 
 BY_STEP = "evaluation_by_step"
@@ -126,7 +128,9 @@ def _tell_steps(
         console.print(f"adapter: {paths[choice.step]}", highlight=False, soft_wrap=True)
     if (curves := draw_steps(table, list(paths), choice)) is not None:
         drawn = run / f"{BY_STEP}.png"
-        curves.save(drawn)
+        what = {"run": run.name, "recipe": own.recipe.name, "rows": list(paths)}
+        what["version"] = name_and_version()
+        drawn.write_bytes(png_bytes(with_facts(curves, what)))
         console.print(f"curves: {drawn}", highlight=False, soft_wrap=True)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import pictures_at_once
+from trainer.backbones.schedulers import sampled_as
 from trainer.common.long_work import LongWork
 from trainer.common.paths import cache_folder
 from trainer.config.schema import Recipe
@@ -108,7 +109,7 @@ class PictureMaker:
             return None
         if model not in self.weights:
             self.weights[model] = model.fingerprint()
-        how = (model.device.type, str(model.computes_in), model.max_tokens)
+        how = (model.device.type, str(model.computes_in), sampled_as(model))
         own = (self.weights[model], *how, *facts)
         if model is not self.base:
             own = (*own, self.recipe.tree.get("methods"))

@@ -8,6 +8,7 @@ from trainer.common import pickles
 from trainer.config.header import HEADER
 from trainer.export import tokens
 from trainer.export.formats.diffusers import FILE
+from trainer.export.other_files import refuse_others
 from trainer.export.read_tokens import is_embedding
 from trainer.export.tensor_files import load_tensors
 
@@ -43,6 +44,7 @@ def detect(path: Path) -> str:
         return "animatediff"
     if is_embedding(loaded):
         return "embedding"
+    refuse_others(path, keys)
     if any("_custom_diffusion." in key for key in keys):
         return "custom_diffusion"
     if any(key.endswith((".diff", ".diff_b")) for key in keys):

@@ -1,6 +1,6 @@
 """Compares what was read of a file with what the loaders of other tools make of it, weight by
-weight: peft and diffusers, which are installed. ComfyUI, sd-scripts and LyCORIS are not, and a file
-that only they read is said to rest on this project's own rules."""
+weight: peft and diffusers, which are installed, and LyCORIS where it is. ComfyUI and sd-scripts are
+no packages, and a file that only they read is said to rest on this project's own rules."""
 
 from __future__ import annotations
 

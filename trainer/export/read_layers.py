@@ -169,7 +169,13 @@ def _pair(name: str, kinds: Mapping[str, Tensor], fields: Fields) -> LowRankDelt
         )
     if (magnitude := kinds.get("magnitude")) is None and "dora" in kinds:
         magnitude = kinds["dora"]
-        if magnitude.shape != (len(up), *[1] * (magnitude.ndim - 1)) or magnitude.ndim < 2:
+        if magnitude.ndim < 2:
+            raise ValueError(
+                f"the file holds dora_scale of {name} as {tuple(magnitude.shape)}, which does not "
+                f"say whether it has norms of rows or of columns; no tool is known that writes it "
+                f"so, and {MERGE}"
+            )
+        if magnitude.shape != (len(up), *[1] * (magnitude.ndim - 1)):
             raise ValueError(
                 f"the file holds dora_scale of {name} as {tuple(magnitude.shape)}: DoRA over "
                 f"inputs, the norms of columns of W0; that which is trained here, as peft's, has "
@@ -224,8 +230,14 @@ def _fitting(delta: Delta, layer: Layer, backbone: str) -> Delta:
     as those of a 1x1 convolution and the other way round."""
     own, bias = layer.shape, getattr(layer.module, "bias", None)
     if isinstance(delta, FullDelta):
-        if delta.bias is not None and (bias is None or delta.bias.shape != bias.shape):
+        if delta.bias is not None and bias is None:
             raise ValueError(f"the file changes a bias of {layer.path} that {backbone} has not")
+        if delta.bias is not None and bias is not None and delta.bias.shape != bias.shape:
+            raise ValueError(
+                f"the file changes the bias of {layer.path} by {tuple(delta.bias.shape)} values, "
+                f"and in backbone {backbone} it has {tuple(bias.shape)}; the file was made for "
+                "another backbone"
+            )
         if delta.weight is None:
             return delta
         _check_shape(tuple(delta.weight.shape), layer, backbone)

@@ -17,6 +17,7 @@ from diffusers.utils.state_dict_utils import (
 from peft import LoraConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from torch import Tensor
 
+from trainer.export import lycoris_loader
 from trainer.export.bundle import Bundle
 from trainer.export.formats import custom_diffusion, diffusers, kohya, peft
 from trainer.export.read_tokens import read_tokens
@@ -53,6 +54,8 @@ def loaders(format_name: str, path: Path, *, bundle: Bundle, base: Any) -> Itera
         yield Loader("diffusers' load_attn_procs", lambda own: _attn_procs(file, own))
     elif format_name in ("diffusers", "kohya", "comfyui") and not bundle.forms:
         yield from _of_lora(format_name, path, pipeline)
+    if format_name in ("kohya", "diff"):
+        yield from _of_lycoris(path)
 
 
 def _of_lora(format_name: str, path: Path, pipeline: Any) -> Iterator[Loader]:
@@ -78,6 +81,12 @@ def _of_lora(format_name: str, path: Path, pipeline: Any) -> Iterator[Loader]:
         yield Loader(
             "peft, with the configuration in the header,", lambda own: _by_header(file, own)
         )
+
+
+def _of_lycoris(path: Path) -> Iterator[Loader]:
+    file = kohya.file_in(path) if path.is_dir() else path
+    if file is not None and lycoris_loader.reads(load_tensors(file)[0]):
+        yield Loader("LyCORIS' own loader", lambda own: lycoris_loader.load(file, own))
 
 
 def _lora_and_words(file: Path, path: Path, base: Any) -> None:

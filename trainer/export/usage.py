@@ -60,7 +60,9 @@ def _readme(card: Card, usage: Usage, base: Any, *, format_name: str) -> Iterato
     if card.trained:
         yield f"Words that call it: {', '.join(f'`{word}`' for word in card.trained)}.\n"
     if card.size:
-        yield f"Trained at {card.size[0]}x{card.size[1]} pixels.\n"
+        asked = asked_size(card.size, base)
+        other = "" if asked == card.size else "; the call below asks for the nearest that it takes"
+        yield f"Trained at {card.size[0]}x{card.size[1]} pixels{other}.\n"
     if prompts := prompt_text(base, called=usage.call is not None):
         yield f"{prompts}\n"
     warning = (f"{usage.warning[0].upper()}{usage.warning[1:]}.",) if usage.warning else ()
@@ -100,7 +102,8 @@ def _python(card: Card, usage: Usage, base: Any) -> Iterator[str]:
     yield "pipe.to(device)"
     lines, given = prompt_code(card.prompt, base)
     yield from lines
-    size = f", width={card.size[0]}, height={card.size[1]}" if card.size else ""
+    wide, high = asked_size(card.size, base) if card.size else (None, None)
+    size = f", width={wide}, height={high}" if card.size else ""
     own = f"num_inference_steps=steps{size}{_options(base)}"
     if clip:
         yield f"clip = pipe({given}, num_frames=frames, {own}).frames[0]"
@@ -108,6 +111,13 @@ def _python(card: Card, usage: Usage, base: Any) -> Iterator[str]:
     else:
         yield f"picture = pipe({given}, {own}).images[0]"
         yield 'picture.save("picture.png")'
+
+
+def asked_size(size: tuple[int, int], base: Any) -> tuple[int, int]:
+    """Width and height for a stock pipeline, which may not take all sides that are trained at."""
+    step = base.declared.stock_multiple
+    width, height = (max(step, round(side / step) * step) for side in size)
+    return width, height
 
 
 def _options(base: Any) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from trainer.media.images import ImageError, read_image
-from trainer.media.photo_listing import READABLE_IMAGES, natural_order
+from trainer.media.photo_listing import LEFT_BY_SYSTEMS, READABLE_IMAGES, natural_order
 from trainer.media.read_video import SLACK, VideoFacts
 
 
@@ -27,7 +27,8 @@ def list_frame_folders(place: Path) -> list[Path]:
         return []
     if frames_in(place):
         return [place]
-    below = [path for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    named = [path for path in place.iterdir() if not path.name.startswith(".")]
+    below = [path for path in named if path.is_dir() and path.name not in LEFT_BY_SYSTEMS]
     return sorted((path for path in below if frames_in(path)), key=natural_order)
 
 

@@ -11,7 +11,7 @@ that paints objects in colours, or numbers them from 1 on, every pixel of an obj
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,17 @@ from trainer.media.images import ImageError, ImageRules, read_image
 
 LAST_WORD = re.compile(r"(.+)[-_. ](?:masks?|mask[-_. ]?label)", re.IGNORECASE)
 LAST_WORDS = re.compile(r"(.+)[-_. ](?:loss|train(?:ing)?)[-_. ]masks?", re.IGNORECASE)
-# what other tools put beside a photo, which is no photo to learn
-BESIDE = re.compile(
-    r"(.+)[-_. ](?:cond(?:ition)?(?:label)?|control|depth|canny|edges?|normals?|pose|openpose|hed|"
-    r"lineart|scribble|softedge|seg(?:mentation)?|alpha|matte|trimap|label|\w*mask\w*)",
-    re.IGNORECASE,
+# what other tools make of a photo and put beside it or into a folder of its own, which is no photo
+# to learn
+MADE = (
+    r"(?:cond(?:ition(?:ing|ed)?)?(?:label)?|control(?:net)?|depth|disparity|canny|edges?|normals?|"
+    r"pose|openpose|dwpose|skeleton|keypoints|landmarks|hed|mlsd|line[-_ ]?art|sketch|scribble|"
+    r"soft[-_ ]?edge|seg(?:mentation)?s?|saliency|alpha|matte|trimap|cut[-_ ]?out|"
+    r"(?:no|rem)[-_ ]?bg|foreground|labels?|preview|thumb(?:nail)?|\w*masks?(?:label)?)"
 )
+MORE = r"(?:[-_. ]?(?:maps?|images?|imgs?|\d+))*"
+FOLDER = re.compile(rf"{MADE}{MORE}", re.IGNORECASE)
+BESIDE = re.compile(rf"(?:\w+[-_. ])?{MADE}(?:[-_. ][a-z]+)?{MORE}", re.IGNORECASE)
 COLOURED = 48  # a difference of channels that no compression of grey makes
 FEW = 15  # up to here the values of a PNG number objects; in a JPEG they are noise of black
 DARK = 24  # the brightest channel of what counts as black in a coloured mask
@@ -64,12 +69,29 @@ def masks_among(paths: Iterable[Path]) -> dict[Path, Path]:
 
 
 def images_beside(paths: Iterable[Path]) -> list[Path]:
-    """Images whose names say that they are neither photos nor masks, but made from a photo that is
-    there, as in cat-condlabel.png and cat_depth.png beside cat.jpg."""
-    images = list(paths)
-    stems = {path.stem.casefold() for path in images}
-    found = [(path, BESIDE.fullmatch(path.stem)) for path in images if not _owners(path)]
-    return [path for path, name in found if name and name[1].casefold() in stems]
+    """Images whose names, or those of their folders, say that they are neither photos nor masks,
+    but made from a photo that is there: cat-condlabel.png, cat_depth_map.png and mask_cat.png
+    beside cat.jpg, masks/cat.png and conditioning/cat.png with any cat.jpg."""
+    images = [path for path in paths if not _owners(path)]
+    places: dict[str, set[Path]] = {}
+    for path in images:
+        places.setdefault(path.stem.casefold(), set()).add(path.parent)
+    return [path for path in images if _is_made(path, places)]
+
+
+def _is_made(path: Path, places: Mapping[str, set[Path]]) -> bool:
+    """Whether a photo is there that an image is made from. places: the folders of each stem."""
+    stem = path.stem.casefold()
+    for gap in re.finditer(r"[-_. ]", stem):
+        before, behind = stem[: gap.start()], stem[gap.end() :]
+        if path.parent in places.get(before, ()) and BESIDE.fullmatch(behind):
+            return True
+        if path.parent in places.get(behind, ()) and FOLDER.fullmatch(before):
+            return True
+    elsewhere = places[stem] - {path.parent}
+    return bool(FOLDER.fullmatch(path.parent.name)) and any(
+        not FOLDER.fullmatch(folder.name) for folder in elsewhere
+    )
 
 
 def read_mask(path: Path, size: tuple[int, int]) -> Image.Image:

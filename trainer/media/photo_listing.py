@@ -23,7 +23,7 @@ READABLE_IMAGES = WEB_IMAGES | OTHER_IMAGES
 # These are listed too, so that reading reports an error: a photo must not go unnoticed.
 ANIMATED_OR_WEB = (".gif", ".apng", ".avif", ".jxl", ".svg", ".ico", ".jfif")
 EDITED_OR_RAW = (".jp2", ".mpo", ".psd", ".dng", ".cr2", ".nef", ".arw")
-LEFT_BY_SYSTEMS = frozenset(("Thumbs.db", "desktop.ini", "Icon\r", "__MACOSX"))
+LEFT_BY_SYSTEMS = frozenset(("Thumbs.db", "desktop.ini", "Icon\r", "__MACOSX", "@eaDir"))
 LISTED_IMAGES = READABLE_IMAGES.union(ANIMATED_OR_WEB, EDITED_OR_RAW)
 METADATA = "metadata.jsonl"
 REPEATED = re.compile(r"([1-9][0-9]{0,2})_(.+)")  # more digits are a year or a date
@@ -104,8 +104,7 @@ def unread(listing: Listing) -> list[str]:
             ".txt and .caption files of the photos' names and from metadata.jsonl, masks from "
             "files like x_mask.png, and subfolders with data.recursive=true"
         )
-    by_folder = _by_folder([*listing.photos, *listing.masks.values()])
-    if beside := [path for paths in by_folder for path in images_beside(paths)]:
+    if beside := images_beside(listing.photos):
         found.append(
             f"{listing.folder}: trained on as photos: {_few(listing, beside)}; move them away if "
             "they are something else (a mask is called x_mask.png)"

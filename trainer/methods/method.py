@@ -96,6 +96,16 @@ class Method(BaseModel):
         return ()
 
     @property
+    def trained_words(self) -> tuple[str, ...]:
+        """Those of `words` that this run trains; empty for all."""
+        return ()
+
+    @property
+    def known_words(self) -> tuple[str, ...]:
+        """The words of the vocabulary that it trains."""
+        return ()
+
+    @property
     def linear(self) -> bool:
         """Whether all it does is to add a dW to weights of the base, which `scale` can multiply, to
         add words, or to store the base in another way. One that changes how the network computes

@@ -33,6 +33,11 @@ def check_mergeable(paths: Sequence[Path], models: Sequence[Loaded]) -> None:
                 f"adapter={path} predicts {loaded[0].target}, {other} {first[0].target}; only "
                 "adapters of one objective can be merged"
             )
+        if loaded[0].max_tokens != first[0].max_tokens:
+            raise ValueError(
+                f"adapter={path} reads {loaded[0].max_tokens} tokens of a prompt, {other} "
+                f"{first[0].max_tokens}; only adapters of one text.max_tokens can be merged"
+            )
         _check_same_weights((paths[0], path), first, loaded)
 
 

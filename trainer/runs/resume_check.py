@@ -119,6 +119,23 @@ def check_model(
         )
 
 
+def check_same_parts(folder: Path, manifest: Mapping[str, Any], parts: Mapping[str, str]) -> None:
+    """parts: `digests_in_use` of the backbone now.
+
+    Raises:
+        ValueError: a file of the backbone is another one than the run was begun with, of the same
+            shapes.
+    """
+    before = manifest.get("parts", parts)
+    unlike = [name for name in before | parts if before.get(name) != parts.get(name)]
+    if unlike:
+        raise ValueError(
+            f"{folder} resumes after step {manifest['step']}, and its backbone has changed since: "
+            f"{', '.join(unlike)}; put back the files that the run was begun with, or choose "
+            "another run.id"
+        )
+
+
 def start_identity(recipe: Recipe) -> str | None:
     """SHA-256 of the adapter that `run.start_from` names; None without one."""
     if recipe.run.start_from is None:

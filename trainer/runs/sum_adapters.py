@@ -27,6 +27,7 @@ from trainer.ops.adapters.inject import base_layer
 from trainer.ops.adapters.nf4 import is_packed
 from trainer.ops.adapters.token_rows import ExtendedEmbedding, extend, relearned
 from trainer.runs.adapter import check_backbone, load_adapted, load_base
+from trainer.runs.merge_check import ALLOWED
 from trainer.runs.scale_adapter import check_linear, new_rows, owner_of, tuner_layers
 
 Words = dict[str, dict[str, Tensor]]  # by the word and the text encoder, its row (d,)
@@ -86,10 +87,11 @@ def _words_of(paths: Sequence[Path], trees: Sequence[dict[str, Any]]) -> list[li
         for word in found[-1]:
             other = owners.setdefault(word.lower(), path)  # CLIP reads lower case
             if other != path or found[-1].count(word) > 1:
+                both = all(set(load.methods_of(each["methods"])) == ALLOWED for each in trees)
+                join = ", or join them with `merge`, which renames the second" if both else ""
                 raise ValueError(
                     f"adapter={other} and adapter={path} have both learned the word {word}, and a "
-                    "prompt could mean either; train one of them with another data.token, or join "
-                    "them with `merge`, which renames the second"
+                    f"prompt could mean either; train one of them with another data.token{join}"
                 )
     return found
 

@@ -18,6 +18,7 @@ from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import Placement, choose_placement, pictures_at_once, place
 from trainer.backbones.folder_facts import check_side
 from trainer.backbones.retarget import retarget
+from trainer.backbones.schedulers import sampled_as
 from trainer.common.paths import cache_folder
 from trainer.config.backbone_limits import check_weighting
 from trainer.config.header import file_of
@@ -171,6 +172,7 @@ def needs(recipe: Recipe, backbone: Backbone) -> Needs:
         generate=generate,
         cache=cache_folder(),
         generator=backbone.fingerprint,
+        sampled=sampled_as(backbone),
         at_once=pictures_at_once(CLASS_IMAGES, side * side),
     )
 

@@ -15,7 +15,7 @@ from trainer.config.captions import (
     check_prompts,
     count_captions,
     said_of,
-    trained_words,
+    trained_of,
 )
 from trainer.config.schema import Recipe
 from trainer.data.mixed import Mixed
@@ -36,20 +36,21 @@ def check_captions(recipe: Recipe, backbone: Backbone, train: Dataset) -> list[s
         RecipeError: a caption or a prompt whose new word is not read.
         ValueError: a caption cannot be read.
     """
-    words, outside = trained_words(recipe), list(recipe.data.captions())
-    inside, total = _inside(train, every=bool(words), known={text for _, text, _ in outside})
+    words, outside = trained_of(recipe), list(recipe.data.captions())
+    every = bool(words.new or words.known)
+    inside, total = _inside(train, every=every, known={text for _, text, _ in outside})
     if prompt_reader(recipe.backbone) is not None and not total:
         return []
     reader = backbone.prompts.reader
     found = count_captions([*outside, *inside], words, reader)
     whole = len(inside) == total
-    check_counted(found, (recipe.data.words or words) if whole else ())
+    check_counted(found, words.needed if whole else ())
     said = said_of(found, reader)
     if not whole:
-        lacking = [word for word in words if not found.holding.get(word)]
+        lacking = [word for word in words.needed if not found.holding.get(word)]
         none = f"; {' and '.join(lacking)} in none of these" if lacking else ""
         said.append(f"captions in shards: the first {len(inside)} of {total} were counted{none}")
-    return [*said, *check_prompts(recipe, reader, words)]
+    return [*said, *check_prompts(recipe, reader, words.new)]
 
 
 def _inside(train: Dataset, *, every: bool, known: Collection[str]) -> tuple[list[Caption], int]:

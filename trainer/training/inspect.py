@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from trainer.common.version import name_and_version
 from trainer.config.schema import Recipe
 from trainer.data.buckets import Bucketed, Size
 from trainer.data.concept_data import ConceptData
@@ -22,6 +23,7 @@ from trainer.data.source import Dataset
 from trainer.data.tars.reader import Tars
 from trainer.media.grids import wrap
 from trainer.media.images import to_pil, upright_size
+from trainer.media.made_by import png_bytes, with_facts
 from trainer.runs.adapter import load_base
 from trainer.training.build import needs, placement_of, step_plan
 from trainer.training.tasks.denoise import kept_captions, seeds_of
@@ -40,13 +42,16 @@ def inspect(recipe: Recipe, count: int, step: int, out: Path) -> Iterator[str]:
     train, _ = recipe.data.open(needs(recipe, backbone))
     batches = Planned(train, step_plan(recipe, train), moments=None, rank=0, world_size=1)
     cells: list[Image.Image] = []
+    keys: list[str] = []
     while len(cells) < count:
         batch = batches[step]
         captions = seen_captions(recipe, batch)
         cells += [_cell(batch, i, captions[i]) for i in range(len(batch.keys))]
+        keys += batch.keys
         step += 1
     out.parent.mkdir(parents=True, exist_ok=True)
-    _sheet(cells[:count]).save(out, "PNG")
+    facts = {"recipe": recipe.name, "rows": keys[:count], "version": name_and_version()}
+    out.write_bytes(png_bytes(with_facts(_sheet(cells[:count]), facts)))
     shapes = originals(train)
     if shapes:
         yield from _histogram("pictures as stored, by aspect ratio", map(_aspect, shapes))

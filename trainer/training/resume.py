@@ -8,10 +8,18 @@ from typing import Any
 
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import PRECISIONS
+from trainer.backbones.part_digests import digests_in_use
 from trainer.config.schema import Recipe
 from trainer.data.identity import identity_of
 from trainer.data.source import Dataset
-from trainer.runs.resume_check import check_data, check_model, check_recipe, start_identity, told
+from trainer.runs.resume_check import (
+    check_data,
+    check_model,
+    check_recipe,
+    check_same_parts,
+    start_identity,
+    told,
+)
 from trainer.runs.run_folder import note_event, recipe_header
 from trainer.training.checkpoint_files import Checkpoint, newest_checkpoint
 from trainer.training.console import first_rank, say
@@ -66,6 +74,7 @@ def run_facts(
         "recipe": recipe_header(recipe),
         "data": identity_of(train, held_out),
         "backbone": backbone.identity(),
+        "parts": digests_in_use(recipe.backbone),
         "precision": names[backbone.computes_in],
         "start_from": start_identity(recipe),
     }
@@ -73,6 +82,7 @@ def run_facts(
         return facts
     had = found.manifest
     check_model(folder, had, facts["backbone"], precision=facts["precision"])
+    check_same_parts(folder, had, facts["parts"])
     if "data" in had:
         check_data(folder, had, recipe, data=facts["data"])
     else:

@@ -40,4 +40,8 @@ def _check(recipe: Recipe, backbone: Backbone) -> None:
     plan = apply_methods(backbone, recipe.methods, recipe.run.seed, frozen=recipe.optim.frozen)
     if earlier is not None:
         check_names(file_of(earlier), backbone, plan)
-    module_of(recipe, backbone, plan)
+    if recipe.run.gradient_checkpointing:
+        backbone.enable_gradient_checkpointing()
+    module = module_of(recipe, backbone, plan)
+    if recipe.optim.name == "muon":  # which needs matrices
+        module.configure_optimizers()

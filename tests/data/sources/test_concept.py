@@ -130,6 +130,32 @@ def test_lists_that_do_not_agree_are_refused(changes: dict[str, Any], message: s
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"class_word": ""},
+        {"class_word": " "},
+        {"class_word": ["mug", " "]},
+        {"prior_prompts": [""]},
+        {"prior_prompts": ["a fox", " "]},
+    ],
+)
+def test_blank_words_are_refused(options: dict[str, Any]) -> None:
+    several = isinstance(options.get("class_word"), list)
+    own = {"concept": ["sprite:penguin", "sprite:owl"], "token": ["<v1>", "<v2>"]}
+    tree = own if several else {"concept": "sprite:penguin"}
+    with pytest.raises(RecipeError, match=r"it is blank; write words"):
+        build_section(Concept, {**tree, "class_word": "bird", **options}, "data")
+
+
+def test_holding_all_photos_out_is_refused_before_any_is_opened(folders: list[Path]) -> None:
+    tree = {"concept": str(folders[0]), "class_word": "mug", "prior_weight": 0}
+    with pytest.raises(RecipeError, match=r"validation=3 holds out all 3 photos in .*; give at mo"):
+        build_section(Concept, {**tree, "validation": 3}, "data")
+    held = [build_section(Concept, {**tree, "validation": n}, "data").holds_out for n in (0, 2)]
+    assert held == [False, True]
+
+
 def test_class_images_are_painted_once_for_each_sampler(tmp_path: Path) -> None:
     asked: list[float] = []
 
@@ -137,18 +163,20 @@ def test_class_images_are_painted_once_for_each_sampler(tmp_path: Path) -> None:
         asked.append(how.guidance)
         return [Image.new("RGB", (32, 32)) for _ in prompts]
 
-    def open_with(painter: str, guidance: float) -> None:
+    def open_with(painter: str, guidance: float, sampled: str = "") -> None:
         source = Concept(
             concept="sprite:penguin",
             prior_images=1,
             prior_prompts=("a fox",),
             prior_guidance=guidance,
         )
-        source.open(Needs(32, 4, paint, tmp_path, lambda: painter))
+        source.open(Needs(32, 4, paint, tmp_path, lambda: painter, sampled=sampled))
 
     for painter, guidance in (("a", 1.0), ("a", 1.0), ("a", 2.0), ("a", 2.0), ("b", 1.0)):
         open_with(painter, guidance)
     assert asked == [1.0, 2.0, 1.0]
+    open_with("a", 1.0, "another schedule of the noise")
+    assert asked == [1.0, 2.0, 1.0, 1.0]
 
 
 def words_of(folders: list[Path], **options: Any) -> list[str]:

@@ -310,7 +310,7 @@ def test_captions_are_read_once(
     for number in texts:
         text = (photos / number).read_text()
         (photos / number).write_text(f"a <v1> of {text}")
-    common = [f"backbone={tiny_folder}", "optim.warmup=0"]
+    common = [f"backbone={tiny_folder}", "optim.warmup=0", "run.resolution=64"]
     folder = ["recipe=lora_folder", f"data.folder={photos}", "run.epochs=2", *common]
     concept = ["recipe=lora", f"data.concept={photos}", "data.class_word=cup", *common]
     for words in (folder, [*concept, "data.prior_weight=0"]):

@@ -177,3 +177,16 @@ def test_without_pyarrow_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ModuleNotFoundError, match=r"'attention-trainer\[parquet\]'"):
         Parquet(parquet=tmp_path / "a.parquet")
+
+
+def test_what_a_mac_leaves_beside_files_is_passed_over(tmp_path: Path) -> None:
+    write(tmp_path / "set" / "train.parquet", rows(0, 1))
+    (tmp_path / "set" / "._train.parquet").write_bytes(b"\0\5\26\7")
+    train, _ = open_parquet(tmp_path / "set")
+    assert len(train) == 2
+
+
+def test_all_rows_held_out_is_refused_before_they_are_read(tmp_path: Path) -> None:
+    place = write(tmp_path / "a.parquet", rows(0, 1))
+    with pytest.raises(RecipeError, match=r"validation=2 holds out all 2 rows in .*; give at most"):
+        build_section(Parquet, {"parquet": str(place), "validation": 2}, "data")

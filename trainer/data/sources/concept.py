@@ -9,7 +9,7 @@ generated once by the frozen backbone and cached, or read from a folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +17,12 @@ from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from trainer.common.suggest import nearest
 from trainer.data.augment import largest_scale
 from trainer.data.caption_templates import fill
 from trainer.data.class_images import ClassFolder, Pair, class_images
 from trainer.data.concept_data import ConceptData, View
 from trainer.data.concept_idle import idle_of
-from trainer.data.concept_photos import SPRITE, OneConcept, captions_of, photos_of
+from trainer.data.concept_photos import OneConcept, captions_of, checked_place, photos_of
 from trainer.data.decoded import Decoded
 from trainer.data.source import Caption, Dataset, Generation, Needs, Source
 from trainer.data.source_options import (
@@ -127,6 +126,14 @@ class Concept(Source):
         return _listed(self.class_word)
 
     @property
+    def groups(self) -> int:
+        return len(self.concepts) + self.has_prior
+
+    @property
+    def holds_out(self) -> bool:
+        return any(each.unseen(self.validation) for each in self.concepts)
+
+    @property
     def has_prior(self) -> bool:
         """Whether class images are trained on."""
         return self.prior_weight > 0 and bool(self.prior_images or self.prior_folder)
@@ -177,23 +184,19 @@ class Concept(Source):
     ) -> str | tuple[str, ...]:
         recursive = bool(info.data.get("recursive"))
         if isinstance(concept, str):
-            return cls._is_there(concept, recursive)
+            return checked_place(concept, recursive)
         if not concept:
             raise ValueError("the list is empty; name a folder of photos")
-        return tuple(cls._is_there(each, recursive) for each in concept)
+        return tuple(checked_place(each, recursive) for each in concept)
 
+    @field_validator("class_word", "prior_prompts")
     @classmethod
-    def _is_there(cls, concept: str, recursive: bool) -> str:
-        if not concept.startswith(SPRITE):
-            folder = Path(concept).expanduser()
-            list_photos(folder, recursive)
-            return str(folder)
-        from trainer.data.world.sprites import ALL
-
-        word = concept.removeprefix(SPRITE)
-        if word not in ALL:
-            raise ValueError(f"no sprite is called {word}{nearest(word, ALL)}")
-        return concept
+    def _says_something(
+        cls, texts: Item | tuple[Item, ...] | None
+    ) -> Item | tuple[Item, ...] | None:
+        if any(not str(text).strip() for text in _listed(texts)):
+            raise ValueError("it is blank; write words, as in dog, or leave it out")
+        return texts
 
     @field_validator("prior_folder")
     @classmethod
@@ -224,6 +227,8 @@ class Concept(Source):
     @model_validator(mode="after")
     def _says_what_photos_show(self) -> Concept:
         photos = [each.place for each in self.concepts if each.sprite is None]
+        for each in self.concepts:
+            each.check_held_out(self.validation)
         if photos and "class_word" not in self.model_fields_set:
             raise ValueError(
                 f"class_word is missing, the kind of thing that {photos[0]} shows, as in "
@@ -276,7 +281,7 @@ class Concept(Source):
         for each in self.concepts:
             seen, bad, more = photos_of(each, self.on_bad, self.validation, opener=kept.shrunk)
             if len(self.concepts) > 1 and each.sprite is None:  # their photos may be called alike
-                seen, more = (_named(pairs, each.place) for pairs in (seen, more))
+                seen, more = (each.named(pairs) for pairs in (seen, more))
             photos.append(seen)
             skipped += bad
             unseen += more
@@ -302,10 +307,6 @@ class Concept(Source):
         every = [prompts[i % len(prompts)] for i in range(self.prior_images)]
         how = Generation(self.prior_steps, self.prior_guidance, self.prior_sampler)
         return class_images(every, self.prior_seed, how, needs=needs)
-
-
-def _named(pairs: Sequence[Pair], folder: str) -> list[Pair]:
-    return [replace(pair, key=f"{Path(folder).name}/{pair.key}") for pair in pairs]
 
 
 def _listed(value: Item | tuple[Item, ...] | None) -> tuple[Item, ...]:

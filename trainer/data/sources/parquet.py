@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from trainer.data.source import Dataset, Needs, Source
+from trainer.data.source_checks import check_split
 from trainer.data.source_options import Buckets, OnBad
 from trainer.data.tars.from_parquet import as_shards, caption_column, opened, parquets_of
 from trainer.data.tars.reader import Opening, check_usable, split
@@ -44,6 +45,8 @@ class Parquet(Source):
         names = {path.name: self._captions(path) for path in self._paths()}
         if len(set(names.values())) > 1:
             raise ValueError(f"captions are in different columns, {names}; name one in all files")
+        if self.validation:
+            check_split(self.validation, self._count(), f"rows in {self.parquet}")
         return self
 
     def idle(self) -> dict[str, str]:

@@ -24,6 +24,11 @@ AT_ONCE, PER_SHARD = 16, 1000  # rows in memory; samples of a shard
 EXTENSIONS = ((b"\x89PNG", "png"), (b"RIFF", "webp"))  # any other picture is tried as a JPEG
 
 
+def _plain(folder: Path) -> list[Path]:
+    """The .parquet files of a folder, but hidden ones, as a Mac leaves beside files it copies."""
+    return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+
+
 def parquets_of(place: Path, split: str | None) -> list[Path]:
     """The files of a folder, or of `data/` in it, sorted; or the given file. split: as in
     train-00000-of-00002.parquet.
@@ -38,7 +43,7 @@ def parquets_of(place: Path, split: str | None) -> list[Path]:
         if place.suffix != ".parquet":
             raise ValueError(f"{place}: not a .parquet; {expected}")
         return [place]
-    found = sorted(place.glob("*.parquet")) or sorted((place / "data").glob("*.parquet"))
+    found = _plain(place) or _plain(place / "data")
     if not found:
         raise ValueError(f"{place}: no .parquet in this folder; {expected}")
     own = [(name[1] if (name := SPLIT.fullmatch(path.stem)) else path.stem) for path in found]

@@ -66,6 +66,10 @@ class NewToken(Method):
         return self.tokens if self.task is None else self.tokens[: self.task + 1]
 
     @property
+    def trained_words(self) -> tuple[str, ...]:
+        return () if self.task is None else self.tokens[self.task : self.task + 1]
+
+    @property
     def linear(self) -> bool:
         return True
 

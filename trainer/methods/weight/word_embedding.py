@@ -39,6 +39,10 @@ class WordEmbedding(Method):
         return tokens
 
     @property
+    def known_words(self) -> tuple[str, ...]:
+        return self.tokens
+
+    @property
     def linear(self) -> bool:
         return True
 
