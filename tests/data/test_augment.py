@@ -32,7 +32,7 @@ def at_scale(monkeypatch: pytest.MonkeyPatch, scale: int) -> None:
 def test_mask_covers_only_pixels_of_the_photo(size: int, divisor: int) -> None:
     rng, kinds = random.Random(0), set()
     for _ in range(150):
-        pixels, caption, mask = resize_augment(
+        pixels, caption, mask, _ = resize_augment(
             WHITE, "cat", size=size, mask_divisor=divisor, rng=rng
         )
         assert pixels.shape == (3, size, size)
@@ -53,7 +53,7 @@ def test_mask_covers_only_pixels_of_the_photo(size: int, divisor: int) -> None:
 
 def test_mask_of_the_official_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     at_scale(monkeypatch, 30)
-    pixels, _, mask = resize_augment(
+    pixels, _, mask, _ = resize_augment(
         WHITE, "cat", size=SIZE, mask_divisor=DIVISOR, rng=random.Random(3)
     )
     rows = torch.nonzero(pixels[0].amax(1)).flatten()
@@ -70,7 +70,7 @@ def test_mask_of_the_official_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pasted_and_cropped_pixels_are_those_of_the_photo(monkeypatch: pytest.MonkeyPatch) -> None:
     image = noise_image()
     at_scale(monkeypatch, 24)
-    pixels, _, _ = resize_augment(
+    pixels, _, _, _ = resize_augment(
         image, "cat", size=SIZE, mask_divisor=DIVISOR, rng=random.Random(0)
     )
     patches = pixels.unfold(1, 24, 1).unfold(2, 24, 1)  # 3 y x 24 24
@@ -78,14 +78,14 @@ def test_pasted_and_cropped_pixels_are_those_of_the_photo(monkeypatch: pytest.Mo
     assert int((patches == small).all(dim=(0, 3, 4)).sum()) == 1
 
     at_scale(monkeypatch, 80)
-    pixels, _, _ = resize_augment(
+    pixels, _, _, _ = resize_augment(
         image, "cat", size=SIZE, mask_divisor=DIVISOR, rng=random.Random(0)
     )
     windows = to_tensor(resize_cover(image, 80)).unfold(1, SIZE, 1).unfold(2, SIZE, 1)
     assert int((windows == pixels[:, None, None]).all(dim=(0, 3, 4)).sum()) == 1
 
     at_scale(monkeypatch, 50)
-    pixels, caption, _ = resize_augment(
+    pixels, caption, _, _ = resize_augment(
         image, "a cat", size=SIZE, mask_divisor=DIVISOR, rng=random.Random(0)
     )
     assert torch.equal(pixels, to_tensor(resize_cover(image, SIZE)))
@@ -150,7 +150,7 @@ def test_a_crop_lies_where_the_two_numbers_after_the_scale_say(
     at_scale(monkeypatch, 80)
     numbers = iter([0.9, 0.1, 0.0])  # top, left, prefix
     rng = SimpleNamespace(random=lambda: next(numbers))
-    found, _, _ = resize_augment(noise_image(), "", size=SIZE, mask_divisor=4, rng=rng)
+    found, _, _, _ = resize_augment(noise_image(), "", size=SIZE, mask_divisor=4, rng=rng)
     top, left = int(0.9 * 17), int(0.1 * 17)
     whole = to_tensor(resize_cover(noise_image(), 80))
     assert torch.equal(found, whole[:, top : top + SIZE, left : left + SIZE])
@@ -203,7 +203,7 @@ def test_a_cell_may_be_one_pixel_and_a_size_six_cells() -> None:
     """Latents of pixels have a factor of 1."""
     for size, divisor in ((6, 1), (24, 4)):
         rng = np.random.default_rng(0)
-        _, _, mask = resize_augment(WHITE, "cat", size=size, mask_divisor=divisor, rng=rng)
+        _, _, mask, _ = resize_augment(WHITE, "cat", size=size, mask_divisor=divisor, rng=rng)
         assert mask.shape == (1, 6, 6)
     for size, divisor in ((5, 1), (20, 4), (25, 4), (8, 0)):
         with pytest.raises(ValueError, match="does not fit mask_divisor"):

@@ -27,8 +27,9 @@ def check_contents(folder: PipelineFolder, name: str, family: Family, made: bool
     Raises:
         ValueError: says what is missing or what the family cannot load.
     """
-    index = folder.index(name, family.pipelines)
-    parts = ["text_encoder", "vae"] if made else [family.denoiser, "text_encoder", "vae"]
+    index = folder.index(name, family)
+    own = [] if made else [family.denoiser]
+    parts = [*own, *family.text_encoders, "vae"]
     configs = {}
     for part in parts:
         where = folder.of(part)

@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from trainer.backbones.family import tokenizer_name
 from trainer.backbones.weight_files import names_to_fetch, weight_files
 
 if TYPE_CHECKING:
     import torch
 
+    from trainer.backbones.family import Family
     from trainer.backbones.spec import BackboneSpec
 
 
 SCHEDULER = "scheduler_config.json"
+TOKENIZER = "tokenizer_config.json"
 # the files beside the weights; and those of them that are not fetched: the safety checker, which is
 # not used, and indices of shards, which come with the shards
 SMALL = ("model_index.json", "*/*.json", "*/merges.txt", "*/vocab.json", "*/spiece.model")
@@ -42,15 +45,24 @@ class PipelineFolder:
         over = self.overlay / part if self.overlay else None
         return over if over is not None and over.exists() else self.path / part
 
-    def index(self, name: str, pipelines: Sequence[str]) -> dict[str, Any]:
-        """model_index.json, if it is of one of these pipelines."""
+    def index(self, name: str, family: Family) -> dict[str, Any]:
+        """model_index.json, if it is of a pipeline of the family and names its text encoders."""
         index: dict[str, Any] = json.loads(self.of("model_index.json").read_text(encoding="utf-8"))
-        if index.get("_class_name") not in pipelines:
+        if index.get("_class_name") not in family.pipelines:
             raise ValueError(
                 f"backbone {name}: {self.of('model_index.json').parent} is a "
-                f"{index.get('_class_name')}; this family loads {' and '.join(pipelines)} folders"
+                f"{index.get('_class_name')}; this family loads {' and '.join(family.pipelines)} "
+                "folders"
             )
-        for part, file in (("tokenizer", "tokenizer_config.json"), ("scheduler", SCHEDULER)):
+        for part in family.text_encoders:
+            if len(family.text_encoders) > 1 and not any(index.get(part) or ()):
+                raise ValueError(
+                    f"backbone {name}: its model_index.json names no {part}; this family reads "
+                    f"prompts with {' and '.join(family.text_encoders)}, and models that have "
+                    "fewer of them, as refiners, are not trained here"
+                )
+        tokenizers = [(tokenizer_name(part), TOKENIZER) for part in family.text_encoders]
+        for part, file in (*tokenizers, ("scheduler", SCHEDULER)):
             if not (self.of(part) / file).is_file():
                 raise ValueError(missing(self.of(part), file))
         return index
@@ -86,6 +98,11 @@ class PipelineFolder:
                 "do not belong to this config.json"
             )
         return model
+
+    def tokenizer(self, kind: Any, text_encoder: str = "text_encoder", **options: Any) -> Any:
+        """The tokenizer of a text encoder, of a class of transformers."""
+        where = self.of(tokenizer_name(text_encoder))
+        return kind.from_pretrained(where, local_files_only=True, **options)
 
     def published(self, part: str) -> torch.dtype:
         """What the weights of a part are stored in; fp32 where it has none, as it starts from
