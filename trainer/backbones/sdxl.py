@@ -172,15 +172,26 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     folder = pipeline_folder(spec, name, ["unet", *TEXT_ENCODERS, "vae"])
     facts = check_contents(folder, name, FAMILY, made=False)
     kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+    encoders = {p: folder.load(p, k) for p, k in zip(TEXT_ENCODERS, kinds, strict=True)}
+    tokenizers = {part: folder.tokenizer(CLIPTokenizer, part) for part in TEXT_ENCODERS}
+    end_at(encoders[OPEN_CLIP], tokenizers[OPEN_CLIP].eos_token_id)
     return Parts(
         folder=folder.path,
         denoiser=folder.load("unet", UNet2DConditionModel),
-        text_encoders={p: folder.load(p, k) for p, k in zip(TEXT_ENCODERS, kinds, strict=True)},
-        tokenizers={part: folder.tokenizer(CLIPTokenizer, part) for part in TEXT_ENCODERS},
+        text_encoders=encoders,
+        tokenizers=tokenizers,
         vae=folder.load("vae", getattr(diffusers, facts.vae)),
         scheduler=vp_scheduler(folder.scheduler_config(), folder.of("scheduler")),
         options={ZEROS: facts.index.get(ZEROS, True)},
     )
+
+
+def end_at(encoder: Any, eos: int) -> None:
+    """Makes a CLIP pool at the end of text. Older files of it have a wrong id, 2, for which
+    transformers pools at the largest id: that of a new word, where a prompt has one. Of prompts
+    without one both are the same."""
+    if encoder.config.eos_token_id == 2:
+        encoder.config.eos_token_id = encoder.text_model.eos_token_id = eos
 
 
 FAMILY = Family(

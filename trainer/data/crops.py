@@ -1,5 +1,5 @@
-"""Which part of its picture a sample shows, as some models are told (SDXL, arXiv 2307.01952, section
-2.2): so that a model can learn from small and cut pictures without making such ones."""
+"""Which part of its picture a sample shows, as some models are told (SDXL, arXiv 2307.01952,
+section 2.2): so that a model can learn from small and cut pictures without making such ones."""
 
 from __future__ import annotations
 
