@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.pipeline_folder import SCHEDULER, PipelineFolder, missing
-from trainer.backbones.weight_files import weight_files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,8 +35,7 @@ def check_contents(folder: PipelineFolder, name: str, family: Family, made: bool
         if not (where / "config.json").is_file():
             raise ValueError(missing(where, "config.json"))
         configs[part] = json.loads((where / "config.json").read_text(encoding="utf-8"))
-        if part not in folder.scratch:
-            weight_files(where)
+        folder.check_weights(part)
     where = folder.of("scheduler") / SCHEDULER
     facts = FolderContents(
         name=name,
