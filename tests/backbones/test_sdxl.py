@@ -216,6 +216,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "selective": {"sites": "cross", "projections": ["k", "v"]},
         "new_token": {"tokens": ["<v1>"], "init": "fox"},
     },
+    "known": {"word_embedding": {"tokens": ["left", "fox"]}},
     "textual_inversion": {"new_token": {"tokens": ["<v1>", "<v1>_1"], "init": "fox"}},
 }
 
@@ -235,6 +236,11 @@ def test_what_trains_is_saved_and_read_again(
             assert float((rows[0] - rows[1]).abs().max()) > 1e-3, f"{part} has learned nothing"
 
 
+# what no python library reads
+WITHOUT_CALL = {("lora", "comfyui"), ("custom_diffusion", "comfyui"), ("known", "kohya")}
+
+
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("name", "written"),
     [
@@ -244,6 +250,9 @@ def test_what_trains_is_saved_and_read_again(
         ("lora", "comfyui"),
         ("lora", "merged"),
         ("textual_inversion", "kohya"),
+        ("known", "kohya"),
+        ("known", "diffusers"),
+        ("custom_diffusion", "custom_diffusion"),
         ("custom_diffusion", "merged"),
         ("custom_diffusion", "comfyui"),
     ],
@@ -255,6 +264,8 @@ def test_exports_are_proven(
     lines: list[str] = []
     out = export(path, tmp_path / "out", written, say=lines.append)
     assert any("largest difference" in line for line in lines)
+    called = any("the call in README.md gives a picture" in line for line in lines)
+    assert called == ((name, written) not in WITHOUT_CALL)
     if written == "merged":
         pictures = painted(_with(stock(out), sdxl))
         assert float((pictures - drawn(sdxl.eval())).abs().max()) <= CLOSE
@@ -321,6 +332,12 @@ def test_every_trained_tensor_of_the_encoders_has_a_gradient(sdxl: Any) -> None:
     ups = [n for n in plan.names if n.startswith("text_encoder.") and "lora_B" in n]
     dead = {name for name in ups if not named[name].grad.any()}
     assert dead == {name for name in ups if ".layers.2." in name}
+
+
+def test_an_error_names_the_text_encoder(sdxl: Any) -> None:
+    sdxl.tokenizer_2.add_tokens(["<v1>"])
+    with pytest.raises(ValueError, match="text_encoder_2: token '<v1>' exists already"):
+        apply_methods(sdxl, methods_of(METHODS["textual_inversion"]))
 
 
 def test_gradient_checkpointing_changes_nothing(sdxl_folder: Path, open_folder: Open) -> None:
