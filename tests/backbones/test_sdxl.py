@@ -278,9 +278,13 @@ def _with(pipe: Any, model: Any) -> Any:
 
 @pytest.mark.parametrize("written", ["diffusers", "kohya"])
 def test_a_stock_pipeline_paints_with_the_adapter(
-    written: str, sdxl: Any, sdxl_folder: Path, tmp_path: Path
+    written: str, copy: Path, open_folder: Open, tmp_path: Path
 ) -> None:
-    """LoRA of the network and of both text encoders, and a new word in both."""
+    """LoRA of the network and of both text encoders, and a new word in both; also where the file of
+    the second says, as that of 1.0, that the end of text is token 2."""
+    if written == "kohya":
+        edit(copy / "text_encoder_2" / "config.json", eos_token_id=2)
+    sdxl_folder, sdxl = copy, load_backbone(backbone_spec(str(copy)), str(copy)).eval()
     tree = METHODS["lora"] | METHODS["textual_inversion"]
     path = trained(sdxl, tree, tmp_path / "a.safetensors", sdxl_folder)
     out = export(path, tmp_path / "out", written, say=lambda line: None)

@@ -347,6 +347,9 @@ def test_a_run_on_a_file_is_found_again(written: Any, tmp_path: Path) -> None:
     model, tree = load_adapted(adapter)
     assert model.family == "sdxl" and tree["parts"]["config"] == str(config)
     assert main(["export", f"adapter={adapter}", "format=kohya", f"out={tmp_path / 'k'}"]) == 0
+    whole = tmp_path / "whole"
+    assert main(["export", f"adapter={adapter}", "format=merged", f"out={whole}"]) == 0
+    assert backbone_spec(str(whole)).family == "sdxl" and (whole / "tokenizer_2").is_dir()
     again = backbone_spec(str(adapter))
     assert again.file == str(file) and again.adapters == (str(adapter),)
     with pytest.raises(RecipeError, match="is the result of a run, and has the parts of that run"):
