@@ -31,6 +31,7 @@ from trainer.diffusion.sampling_settings import Sampling
 from trainer.export.export import export
 from trainer.methods.apply import apply_methods
 from trainer.runs.adapter import load_adapted, save_adapter
+from trainer.training.plan_report import saved_bytes
 from trainer.training.tasks.denoise import Denoise
 
 PROMPTS = ["a fox on a red background", "an apple left of a cat"]
@@ -336,6 +337,14 @@ def test_every_trained_tensor_of_the_encoders_has_a_gradient(sdxl: Any) -> None:
     ups = [n for n in plan.names if n.startswith("text_encoder.") and "lora_B" in n]
     dead = {name for name in ups if not named[name].grad.any()}
     assert dead == {name for name in ups if ".layers.2." in name}
+
+
+def test_the_memory_of_a_step_is_estimated(sdxl: Any) -> None:
+    """The network is called with all that it is told, without values."""
+    words = ["recipe=lora", "backbone=sdxl", "data.prior_weight=0", "run.resolution=32"]
+    apply_methods(sdxl, methods_of(METHODS["lora"]))
+    one, two = (saved_bytes(load_recipe(words), sdxl, rows) for rows in (1, 2))
+    assert 1.5 * one < two < 2.5 * one
 
 
 def test_an_error_names_the_text_encoder(sdxl: Any) -> None:
