@@ -24,6 +24,11 @@ def part_digests(spec: BackboneSpec) -> dict[str, str]:
         found["hub"] = f"{spec.hub}@{spec.revision}"
     # a part of the overlay replaces that of the folder
     found |= {part.name: digest for part in _folders(spec) if (digest := _of_part(part))}
+    for part, folder in spec.parts.items():
+        if digest := _of_part(Path(folder)):
+            found[part] = digest
+    if spec.file is not None:
+        found["file"] = file_digest(Path(spec.file))
     if spec.denoiser is not None or spec.scratch:
         made = spec.model_dump_json(include={"denoiser", "scratch", "family"})
         found["made from nothing"] = hashlib.sha256(made.encode()).hexdigest()[:LENGTH]
