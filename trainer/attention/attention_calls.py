@@ -2,7 +2,7 @@
 name and module it was imported.
 
     with AttentionCalls(take):
-        layer(...)          # each F.scaled_dot_product_attention(q, k, v, ...) is take(q, k, v, ...)
+        layer(...)      # F.scaled_dot_product_attention(q, k, v, ...) is take(q, k, v, ...)
 
 `dispatch_attention_fn` of diffusers ends in the same call. Nothing of torch or diffusers is
 replaced: another model, another thread, and what `take` itself calls, are untouched.

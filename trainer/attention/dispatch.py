@@ -1,6 +1,8 @@
 """Hosts a layer that keeps its own processor: ops act in the attention call which that makes.
 
-    tokens -> [ the layer: context -> project -> kv -> mask -> kernel -> branch -> output ] -> restore
+    tokens -> [ context -> project -> kv -> mask -> kernel -> branch -> output ] -> restore
+
+What is in brackets runs inside the layer, the rest around it.
 
 While an op is installed, the hosted layer stands in the place of the layer's forward and takes the
 softmax attention call inside it (`attention_calls.py`), after norms and rotary positions; ops see
@@ -22,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.attention.attention_calls import AttentionCalls
-from trainer.attention.call import SiteCall
 from trainer.attention.context import ContextHolder
 from trainer.attention.layer_run import LayerRun
 from trainer.attention.op import Op, by_stage, label
@@ -31,6 +32,7 @@ from trainer.attention.stages import AT_CALL, run_block, run_stages
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
+    from trainer.attention.call import SiteCall
     from trainer.attention.sites import Site
 
 HOSTED = "_hosted_layer"  # where a layer keeps the host of its own
@@ -88,7 +90,7 @@ class HostedLayer:
 
     def after_block(self, block: object, args: object, output: Any) -> Any:
         """A forward hook of the block around the site."""
-        return run_block(self.stages["block"], output, SiteCall(self.site, self.holder.ctx), block)
+        return run_block(self, output, block)
 
     def _take(
         self,
@@ -115,7 +117,7 @@ class HostedLayer:
             shape = (query.shape[-2], key.shape[-2])
             attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
 
-        def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        def plain(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None) -> Tensor:
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale
             )

@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from trainer.attention.projections import layer_name, layer_of_role
-from trainer.attention.softmax_calls import TAKEN, method_names, way_of
+from trainer.attention.softmax_calls import TAKEN, names_in, way_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,7 +68,7 @@ def _attends(module: nn.Module) -> bool:
 
 @cache
 def _calls_itself(kind: type) -> bool:
-    return bool(method_names(kind, "forward") & TAKEN)
+    return bool(names_in(kind, "forward") & TAKEN)
 
 
 def _has_projections(module: nn.Module) -> bool:
@@ -106,7 +106,7 @@ def is_classic(module: Any, traits: DenoiserTraits) -> bool:
     )
 
 
-def kind_of(name: str, module: nn.Module, traits: DenoiserTraits) -> Kind:
+def attention_kind(name: str, module: nn.Module, traits: DenoiserTraits) -> Kind:
     """Self, cross, joint or temporal; joint where image and text are keys of one softmax."""
     from diffusers.models.attention_processor import Attention
 

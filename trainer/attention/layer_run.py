@@ -100,7 +100,7 @@ class LayerRun:
             self._seen_context += 1
             return both[index]
 
-        for index, role in enumerate(context_roles(self.site)):
+        for index, role in enumerate(context_roles(self.site.kind)):
             layer = self.site.projection(role)
             handles.append(_before(layer, lambda x, index=index: change(index, x)))
         try:

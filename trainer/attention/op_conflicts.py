@@ -114,7 +114,7 @@ def _why_not(stage: str, site: Site) -> str:
     if stage == "block":
         return "the block around it returns image and text" if site.kind == "joint" else ""
     if stage == "context":
-        roles = context_roles(site)
+        roles = context_roles(site.kind)
         lost = [role for role in roles if not site.has(role)]
         if lost:
             return f"{type(module).__name__} {why_missing(module, lost[0])}"

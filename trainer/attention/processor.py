@@ -82,9 +82,9 @@ class HostedProcessor:
 
     def after_block(self, block: object, args: object, output: Any) -> Any:
         """A forward hook of the block around the site."""
-        return run_block(self.stages["block"], output, SiteCall(self.site, self.holder.ctx), block)
+        return run_block(self, output, block)
 
-    def _plain(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def _plain(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None) -> Tensor:
         return attend(self.site, q=q, k=k, v=v, mask=mask)
 
     def _project(

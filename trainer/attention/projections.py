@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 if TYPE_CHECKING:
     from torch import nn
 
-    from trainer.attention.sites import Site
-
 # of image tokens, or of all tokens where text and image share them: q, k, v, out; of text tokens
 # that have layers of their own: add_*; qkv: one layer that computes q, k and v, or more than these
 Role = Literal["q", "k", "v", "out", "add_q", "add_k", "add_v", "add_out", "qkv"]
@@ -78,6 +76,7 @@ def why_missing(module: nn.Module, role: Role) -> str:
     return "has no such layer"
 
 
-def context_roles(site: Site) -> tuple[Role, Role]:
-    """The layers that read the context: those of the text where it has its own."""
-    return ("add_k", "add_v") if site.kind == "joint" else ("k", "v")
+def context_roles(kind: str) -> tuple[Role, Role]:
+    """The layers that read the context at sites of a kind: those of the text where it has its
+    own."""
+    return ("add_k", "add_v") if kind == "joint" else ("k", "v")

@@ -7,10 +7,11 @@
     place       = "down" | "mid" | "up" | "block"
     grid        = "/" divisor          token grid relative to the latent: /1 is its full resolution
 
-`joint` is attention of image and text to each other in one sequence. In models where some blocks
-have one stream of both, `name:single*` chooses these. Temporal sites match only alternatives that contain `temporal` or `name:...`: a method written
-for images and pointed at `all` must not reach into the motion of a video model. `all` means all
-spatial sites. This file imports nothing heavy, so a recipe is checked before torch is loaded.
+`joint` is attention of image and text to each other in one sequence; where some blocks have one
+stream of both, `name:single*` chooses these. Temporal sites match only alternatives that contain
+`temporal` or `name:...`: a method written for images and pointed at `all` must not reach into the
+motion of a video model. `all` means all spatial sites. This file imports nothing heavy, so a recipe
+is checked before torch is loaded.
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ from trainer.attention.denoiser_traits import (
 )
 from trainer.attention.find_attention import (
     Kind,
+    attention_kind,
     attention_layers,
     heads_of,
     is_classic,
-    kind_of,
     own_processor,
     sees_text_alone,
 )
@@ -128,7 +128,7 @@ def scan(model: nn.Module, traits: DenoiserTraits = UNDECLARED) -> list[Site]:
         site = Site(
             name=name,
             module=module,
-            kind=kind_of(name, module, traits),
+            kind=attention_kind(name, module, traits),
             place=_place(name),
             depth=index / last,
             divisor=divisors.get(_unet_block(name), patch),

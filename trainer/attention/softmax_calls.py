@@ -34,13 +34,13 @@ def way_of(module: nn.Module) -> Way:
 
 @cache
 def _way(kind: type, method: str) -> Way:
-    names = method_names(kind, method)
+    names = names_in(kind, method)
     if names & TAKEN:
         return "call"
     return "hand" if names & BY_HAND else "other"
 
 
-def method_names(kind: type, method: str) -> set[str]:
+def names_in(kind: type, method: str) -> set[str]:
     """The names in the code of a class's method and of the functions it calls."""
     return set(_names(kind, getattr(kind, method, None), DEPTH))
 

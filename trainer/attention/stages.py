@@ -4,18 +4,20 @@ the same in a hosted processor and in a layer that keeps its own."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from trainer.attention.call import SiteCall
 from trainer.attention.op import GATE
 from trainer.kernels.softmax import attention_probs, attention_scores
 
 if TYPE_CHECKING:
-    from trainer.attention.call import SiteCall
+    from trainer.attention.context import ContextHolder
+    from trainer.attention.sites import Site
 
 Stages = Mapping[str, tuple[Any, ...]]
-Plain = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+Plain = Callable[..., Tensor]  # (q, k, v, *, mask) -> o
 AT_CALL = ("kv", "mask", "kernel", "scores", "probs", "branch", "output")
 
 
@@ -58,7 +60,7 @@ def _attention(
     on_scores = _open(stages, "scores", q, call=call)
     on_probs = _open(stages, "probs", q, call=call)
     if not on_scores and not on_probs:
-        return plain(q, k, v, mask)
+        return plain(q, k, v, mask=mask)
     scores = attention_scores(q, k, call.scale)
     for op in on_scores:
         scores = op.scores(scores, call)
@@ -74,8 +76,20 @@ def _open(stages: Stages, stage: str, q: Tensor, *, call: SiteCall) -> list[Any]
     return [op for op in stages[stage] if op not in gated or op.gate(q, call)]
 
 
-def run_block(ops: tuple[Any, ...], output: Any, call: SiteCall, block: object) -> Any:
+class StageHost(Protocol):
+    """What hosts a site, as far as the stage after its block goes."""
+
+    @property
+    def site(self) -> Site: ...
+    @property
+    def holder(self) -> ContextHolder: ...
+    @property
+    def stages(self) -> Stages: ...
+
+
+def run_block(hosted: StageHost, output: Any, block: object) -> Any:
     """The output of the block around a site after the ops that change it."""
+    ops, call = hosted.stages["block"], SiteCall(hosted.site, hosted.holder.ctx)
     if not isinstance(output, Tensor) or output.ndim != 3:
         raise ValueError(
             f"{type(block).__name__} around {call.site.name!r} does not return tokens alone; "
