@@ -1,0 +1,102 @@
+"""Every denoiser class of the pinned diffusers as a tiny case, whose stock forward runs on the CPU.
+
+`CASES` maps the name of a class to its `Case`; `make` builds one, `outputs` runs it. `expected` asks
+diffusers itself which classes there are, so that a new release of it shows what is missing here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from attention import denoiser_corpus_image, denoiser_corpus_other, denoiser_corpus_unet
+from attention import denoiser_corpus_video as video
+from attention.denoiser_case import Case
+from torch import Tensor, nn
+
+CASES: dict[str, Case] = {
+    each.name: each
+    for table in (denoiser_corpus_unet, denoiser_corpus_image, video, denoiser_corpus_other)
+    for each in table.CASES
+}
+
+# The last words of the names of modules that compute values; "in_proj" and the like compute
+# queries and keys too.
+VALUE_NAMES = frozenset(
+    "to_v add_v_proj to_qkv to_added_qkv v_proj value qkv v to_kv kv to_qkv_mlp_proj to_v_ip".split()
+)
+
+
+def make(case: Case) -> nn.Module:
+    """The tiny denoiser, in eval mode, every parameter drawn anew from a seeded normal
+    distribution, so that nothing initialised as zero hides what attention does."""
+    import diffusers
+
+    torch.manual_seed(0)
+    model: nn.Module = getattr(diffusers, case.name)(**case.config)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.float().named_parameters():
+            _draw(name.rsplit(".", 1)[-1], parameter, generator)
+    return model.eval()
+
+
+def _draw(kind: str, parameter: Tensor, generator: torch.Generator) -> None:
+    """Matrices and kernels keep the size of what they get; scales lie around 1, all else around 0."""
+    drawn = torch.randn(parameter.shape, generator=generator)
+    if not parameter.numel():
+        return
+    if parameter.ndim > 1 and kind == "weight":
+        drawn /= parameter[0].numel() ** 0.5
+    elif kind == "weight":
+        drawn = 1 + 0.2 * drawn
+    else:
+        drawn *= 0.3
+    parameter.copy_(drawn)
+
+
+def outputs(model: nn.Module, case: Case) -> list[Tensor]:
+    """All tensors of numbers that the stock forward returns, in order."""
+    takes = inspect.signature(model.forward).parameters
+    given = case.inputs() | ({"return_dict": False} if "return_dict" in takes else {})
+    with torch.no_grad():
+        return _tensors(model(**given))
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    if isinstance(found, Tensor):
+        return [found] if found.is_floating_point() else []
+    if isinstance(found, dict):
+        found = found.values()
+    if isinstance(found, (list, tuple)) or hasattr(found, "__iter__"):
+        return [each for part in found for each in _tensors(part)]
+    return []
+
+
+def values(model: nn.Module) -> list[str]:
+    """The names of the modules that compute the values of an attention layer."""
+    return [
+        name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in VALUE_NAMES
+    ]
+
+
+def influence(model: nn.Module, case: Case, name: str) -> float:
+    """How much halving every second channel of what the module computes changes what the denoiser
+    returns, as a part of its size: the largest of its tensors. (Halving all channels would be
+    undone where a norm follows.)"""
+    before = outputs(model, case)
+
+    def halve(_module: nn.Module, _given: Any, found: Tensor) -> Tensor:
+        halves = torch.ones(found.shape[-1])
+        halves[::2] = 0.5
+        return found * halves
+
+    hook = model.get_submodule(name).register_forward_hook(halve)
+    try:
+        after = outputs(model, case)
+    finally:
+        hook.remove()
+    return max(
+        float((one - other).norm() / one.norm()) for one, other in zip(before, after, strict=True)
+    )
