@@ -7,6 +7,7 @@ diffusers itself which classes there are, so that a new release of it shows what
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import torch
@@ -21,11 +22,9 @@ CASES: dict[str, Case] = {
     for each in table.CASES
 }
 
-# The last words of the names of modules that compute values; "in_proj" and the like compute
-# queries and keys too.
-VALUE_NAMES = frozenset(
-    "to_v add_v_proj to_qkv to_added_qkv v_proj value qkv v to_kv kv to_qkv_mlp_proj to_v_ip".split()
-)
+# What a module is called that computes values, perhaps with queries and keys: to_v, add_v_proj,
+# img_attn_qkv, to_kv, value.
+VALUE = re.compile(r"(^|_)(v|kv|qkv|value)(_|$)")
 
 
 def make(case: Case) -> nn.Module:
@@ -77,26 +76,27 @@ def _tensors(found: Any) -> list[Tensor]:
 def values(model: nn.Module) -> list[str]:
     """The names of the modules that compute the values of an attention layer."""
     return [
-        name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in VALUE_NAMES
+        name
+        for name, module in model.named_modules()
+        if VALUE.search(name.rsplit(".", 1)[-1])
+        and getattr(getattr(module, "weight", None), "ndim", 0) > 1
     ]
 
 
 def influence(model: nn.Module, case: Case, name: str) -> float:
-    """How much halving every second channel of what the module computes changes what the denoiser
+    """How much halving every second channel that the module computes changes what the denoiser
     returns, as a part of its size: the largest of its tensors. (Halving all channels would be
     undone where a norm follows.)"""
     before = outputs(model, case)
-
-    def halve(_module: nn.Module, _given: Any, found: Tensor) -> Tensor:
-        halves = torch.ones(found.shape[-1])
-        halves[::2] = 0.5
-        return found * halves
-
-    hook = model.get_submodule(name).register_forward_hook(halve)
+    weight = model.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    kept = weight.detach().clone()
     try:
+        with torch.no_grad():
+            weight[::2] *= 0.5
         after = outputs(model, case)
     finally:
-        hook.remove()
+        weight.data.copy_(kept)
     return max(
         float((one - other).norm() / one.norm()) for one, other in zip(before, after, strict=True)
     )

@@ -191,7 +191,7 @@ CASES = [
     case("LuminaNextDiT2DModel",
         lambda r: give(
             hidden_states=r(2, 4, 8, 12), timestep=times(), encoder_hidden_states=r(2, 7, 12),
-            encoder_mask=mask(7), image_rotary_emb=turns(r, 4, 6, 4),
+            encoder_mask=mask(7), image_rotary_emb=turns(r, 4, 6, 4), cross_attention_kwargs={},
         ), sample_size=8, hidden_size=32, num_layers=2, num_attention_heads=4, num_kv_heads=2,
         multiple_of=16, cross_attention_dim=12),
     case("ZImageTransformer2DModel",
