@@ -26,19 +26,23 @@ class Draw:
 
 @dataclass(frozen=True)
 class Case:
-    """The class `name` of diffusers, built with `config`; `draw` makes its inputs."""
+    """The class `name` of diffusers, built with `config`; `draw` makes its inputs. Layers whose
+    name contains `idle` are built, but its forward never runs them."""
 
     name: str
     config: dict[str, Any]
     draw: Callable[[Draw], dict[str, Any]]
+    idle: str | None = None
 
     def inputs(self) -> dict[str, Any]:
         """Fresh keyword arguments of forward, the same at each call."""
         return self.draw(Draw(1))
 
 
-def case(name: str, draw: Callable[[Draw], dict[str, Any]], **config: Any) -> Case:
-    return Case(name, config, draw)
+def case(
+    name: str, draw: Callable[[Draw], dict[str, Any]], *, idle: str | None = None, **config: Any
+) -> Case:
+    return Case(name, config, draw, idle)
 
 
 def give(**inputs: Any) -> dict[str, Any]:

@@ -146,8 +146,9 @@ CASES = [
             timestep_img=times(7, 3), timestep_text=times(2, 5),
         ),
         text_dim=12, clip_img_dim=10, num_text_tokens=7, num_attention_heads=2,
-        attention_head_dim=8, in_channels=4, out_channels=4, num_layers=3, sample_size=8, patch_size=2,
-        norm_num_groups=4, attention_bias=True, activation_fn="gelu", use_data_type_embedding=True,
+        attention_head_dim=8, in_channels=4, out_channels=4, num_layers=3, sample_size=8,
+        patch_size=2, norm_num_groups=4, attention_bias=True, activation_fn="gelu",
+        use_data_type_embedding=True,
     ),
     case(
         "Transformer2DModel",

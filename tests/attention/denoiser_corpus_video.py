@@ -71,8 +71,8 @@ def minimax(r: Draw) -> dict[str, Any]:
     tags = torch.tensor([0] * 7 + [1] * 30 + [2] * 4)
     return give(
         hidden_states=r(1, 30, 16), audio_hidden_states=r(1, 4, 6),
-        encoder_hidden_states=r(1, 7, 12), timestep=times(0, 700), timestep_indices=tags.clamp(max=1),
-        token_tags=tags, position_ids=r.below(9, 41, 3), video_indices=torch.arange(7, 37),
+        encoder_hidden_states=r(1, 7, 12), timestep=times(0, 700),
+        timestep_indices=tags.clamp(max=1), token_tags=tags, position_ids=r.below(9, 41, 3), video_indices=torch.arange(7, 37),
         audio_indices=torch.arange(37, 41), text_indices=torch.arange(7),
     )
 
@@ -197,7 +197,7 @@ CASES = [
         **LTX2),
     case("SanaWMLTX2RefinerTransformer3DModel",  # runs the video half of each block only
         lambda r: packed_clip(r, video_rotary_emb=(r(2, 30, 32).cos(), r(2, 30, 32).sin())),
-        **(LTX2 | {"cross_attn_mod": False, "audio_cross_attn_mod": False})),
+        idle="audio", **(LTX2 | {"cross_attn_mod": False, "audio_cross_attn_mod": False})),
     case("LatteTransformer3DModel", clip, sample_size=8, patch_size=2, video_length=3,
         cross_attention_dim=32, caption_channels=12, norm_type="ada_norm_single",
         num_embeds_ada_norm=10, norm_elementwise_affine=False, **HEADS, **IN_OUT),
@@ -227,8 +227,8 @@ CASES = [
         lambda r: of_image(r, control_hidden_states=r(2, 6, 3, 6, 10)),
         vace_layers=[0, 1], vace_in_channels=6, **WAN_IMAGE, **IN_OUT),
     case("WanAnimateTransformer3DModel",
-        lambda r: of_image(r, hidden_states=r(2, 12, 3, 6, 10), pose_hidden_states=r(2, 4, 2, 6, 10),
-            face_pixel_values=r(2, 3, 5, 16, 16)),
+        lambda r: of_image(r, hidden_states=r(2, 12, 3, 6, 10),
+            pose_hidden_states=r(2, 4, 2, 6, 10), face_pixel_values=r(2, 3, 5, 16, 16)),
         in_channels=12, latent_channels=4, out_channels=4,
         motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8}, motion_encoder_size=16,
         motion_style_dim=8, motion_dim=4, motion_encoder_dim=8, face_encoder_hidden_dim=8,
