@@ -38,6 +38,11 @@ def turns(r: Draw, *shape: int) -> Tensor:
     return torch.polar(torch.ones_like(angles), angles)
 
 
+def seen(text: int, image: int) -> Tensor:
+    """(2, text + image): which of all tokens others see."""
+    return torch.cat([mask(text), torch.ones(2, image)], 1).bool()
+
+
 def ideogram(r: Draw) -> dict[str, Any]:
     indicator = torch.tensor([[-1] * 2 + [3] * 5 + [2] * 15, [3] * 7 + [2] * 15])
     places = torch.cat([torch.arange(7)[:, None].expand(7, 3), 100 + grid(1, 3, 5).long()])
@@ -131,12 +136,15 @@ CASES = [
         lambda r: packed(r, pooled_projections=r(2, 10), guidance=times(1, 2)),
         pooled_projection_dim=10, guidance_embeds=True, axes_dims_rope=(4, 4, 8), **FLUX),
     case("ChromaTransformer2DModel",
-        lambda r: packed(r, attention_mask=torch.cat([mask(7), torch.ones(2, 15)], 1).bool()),
+        lambda r: packed(r, attention_mask=seen(7, 15)),
         axes_dims_rope=(4, 4, 8), approximator_num_channels=16, approximator_hidden_dim=16,
         approximator_layers=2, **FLUX),
     case("BriaTransformer2DModel", lambda r: packed(r), axes_dims_rope=[4, 4, 8], **FLUX),
     case("BriaFiboTransformer2DModel",
-        lambda r: packed(r, text_encoder_layers=[r(2, 7, 10) for _ in range(4)]),
+        lambda r: packed(
+            r, text_encoder_layers=[r(2, 7, 10) for _ in range(4)],
+            joint_attention_kwargs={"attention_mask": seen(7, 15)[:, None, None]},
+        ),
         axes_dims_rope=[4, 4, 8], text_encoder_dim=10, **FLUX),
     case("LongCatImageTransformer2DModel", lambda r: packed(r), axes_dims_rope=[4, 4, 8],
         pooled_projection_dim=12, **FLUX),

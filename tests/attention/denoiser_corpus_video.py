@@ -72,8 +72,9 @@ def minimax(r: Draw) -> dict[str, Any]:
     return give(
         hidden_states=r(1, 30, 16), audio_hidden_states=r(1, 4, 6),
         encoder_hidden_states=r(1, 7, 12), timestep=times(0, 700),
-        timestep_indices=tags.clamp(max=1), token_tags=tags, position_ids=r.below(9, 41, 3), video_indices=torch.arange(7, 37),
-        audio_indices=torch.arange(37, 41), text_indices=torch.arange(7),
+        timestep_indices=tags.clamp(max=1), token_tags=tags, position_ids=r.below(9, 41, 3),
+        video_indices=torch.arange(7, 37), audio_indices=torch.arange(37, 41),
+        text_indices=torch.arange(7),
     )
 
 
@@ -135,7 +136,8 @@ CASES = [
         LFE_vit_dim=16, LFE_depth=2, LFE_dim_head=8, LFE_num_heads=2, LFE_num_id_token=2,
         LFE_num_querie=3, LFE_output_dim=32, LFE_num_scale=2,
         **(HEADS | {"num_attention_heads": 3}), **IN_OUT),
-    case("CosmosTransformer3DModel",  # the mask of padding needs torchvision
+    # the mask of padding needs torchvision; with an image, a mask of the text is an error
+    case("CosmosTransformer3DModel",
         lambda r: clip(r, encoder_hidden_states=(r(2, 7, 12), r(2, 3, 10)), fps=16),
         text_embed_dim=12, adaln_lora_dim=8, max_size=(4, 16, 16), concat_padding_mask=False,
         img_context_dim_in=10, img_context_num_tokens=3, img_context_dim_out=32, **HEADS,
