@@ -232,7 +232,7 @@ JOINT_MODELS = {
             "rope_max_seq_len": 32,
         },
         _wan,
-        DenoiserTraits(layout="tokens"),
+        DenoiserTraits(layout="tokens", joint=()),
     ),
     "ltx": TinyJoint(
         "LTXVideoTransformer3DModel",
@@ -246,7 +246,7 @@ JOINT_MODELS = {
             "caption_channels": 16,
         },
         _ltx,
-        DenoiserTraits(layout="tokens"),
+        DenoiserTraits(layout="tokens", joint=()),
     ),
     "cogvideox": TinyJoint(
         "CogVideoXTransformer3DModel",

@@ -152,7 +152,7 @@ def test_a_layer_that_makes_no_attention_call_is_refused_by_class_and_path() -> 
             super().__init__()
             self.to_q, self.to_k, self.to_v = (nn.Linear(2, 2) for _ in range(3))
 
-    with pytest.raises(ValueError, match="Own at 'inner' is not hosted: it has no softmax") as bad:
+    with pytest.raises(ValueError, match="Own at 'inner' is not hosted: it has no soft") as bad:
         scan(nn.ModuleDict({"inner": Own()}))
     assert "choose a backbone whose layers call torch's scaled_dot_product" in str(bad.value)
 

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 Layout = Literal["rows", "tokens"]
+Kind = Literal["self", "cross", "joint", "temporal"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ class DenoiserTraits:
     width); time_width: the linear layer inside it whose `out_features` is that width. input: the
     convolution that reads the latent. layout: how the denoiser takes clips: as `rows`, every frame
     a row of the batch, or as `tokens` of space and time, the frames an axis (b, c, f, h, w).
-    joint: the layers in which image and text share a sequence, the first that matches counts.
+    joint: the layers in which image and text share a sequence, the first that matches counts; none
+    for a model that has no such layers, None where nothing is known of them. kinds: what layers
+    are, by globs over their names, where their class does not tell.
     patch: latents along an edge of a token, where the model's config has another number or none.
     """
 
@@ -72,12 +75,17 @@ class DenoiserTraits:
     time_width: str = ""
     input: str = ""
     layout: Layout = "rows"
-    joint: tuple[JointTraits, ...] = ()
+    joint: tuple[JointTraits, ...] | None = None
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
     patch: int | None = None
 
     def joint_at(self, site: str) -> JointTraits | None:
         """What is declared of the layer of this name as joint attention; None for nothing."""
-        return next((item for item in self.joint if fnmatchcase(site, item.sites)), None)
+        return next((item for item in self.joint or () if fnmatchcase(site, item.sites)), None)
+
+    def kind_at(self, site: str) -> Kind | None:
+        """The declared kind of the layer of this name; None for none."""
+        return next((kind for glob, kind in self.kinds.items() if fnmatchcase(site, glob)), None)
 
     def of_processor(self, processor: object) -> ProcessorTraits | None:
         """The traits of a layer's own processor; None for one that is not declared."""

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from trainer.attention.projections import layer_name, layer_of_role
-from trainer.attention.softmax_calls import TAKEN, names_in, way_of
+from trainer.attention.softmax_calls import TAKEN, Way, names_in, way_of
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from trainer.attention.denoiser_traits import DenoiserTraits
+    from trainer.attention.denoiser_traits import DenoiserTraits, Kind
 
-Kind = Literal["self", "cross", "joint", "temporal"]
-
-TEMPORAL_MARKS = ("motion_modules", "temp_attentions", "attn_temp", "transformer_in", "temporal")
+WHY: dict[Way, str] = {
+    "hand": "it has a softmax by hand",
+    "back end": "it attends by another back end than torch's own, such as flex attention",
+    "other": "it has no softmax attention call that a host can take",
+}
+TEMPORAL_MARKS = ("motion_modules", "temp_attentions", "attn_temp", ".transformer_in.", "temporal")
 # blocks in which text and image have been joined into one sequence
 JOINED_MARKS = ("single_transformer_blocks", "single_stream_blocks", "single_blocks")
+OF_TEXT = ("txt_attn_qkv", "txt_kv_proj")  # layers of text beside fused ones of the image
 # blocks that see nothing but the text
 TEXT_MARKS = ("context_refiner", "token_refiner", "text_refiner", "context_embedder", "caption")
 HEADS = ("heads", "num_heads", "num_attention_heads", "n_heads")
@@ -47,7 +51,7 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
         if type(module) is not Attention:
             way = way_of(module)
             if way != "call":
-                raise ValueError(_not_hosted(name, module, by_hand=way == "hand"))
+                raise ValueError(_not_hosted(name, module, way))
         found[name] = module
         inside = (*inside, f"{name}.")
     return found
@@ -75,14 +79,14 @@ def _has_projections(module: nn.Module) -> bool:
     return all(hasattr(module, f"to_{role}") for role in ("q", "k", "v"))
 
 
-def _not_hosted(name: str, module: nn.Module, by_hand: bool) -> str:
+def _not_hosted(name: str, module: nn.Module, way: Way) -> str:
     kind = type(module).__name__
     own = type(getattr(module, "processor", None)).__name__
     who = kind if own == "NoneType" else f"{kind} with {own}"
-    why = "a softmax by hand" if by_hand else "no softmax attention call that a host can take"
     return (
-        f"{who} at {name!r} is not hosted: it has {why}; choose a backbone whose layers call "
-        "torch's scaled_dot_product_attention or diffusers' dispatch_attention_fn"
+        f"{who} at {name!r} is not hosted: {WHY[way]}; choose a backbone whose layers call "
+        "torch's scaled_dot_product_attention, or diffusers' dispatch_attention_fn with its "
+        "native back end"
     )
 
 
@@ -110,9 +114,14 @@ def attention_kind(name: str, module: nn.Module, traits: DenoiserTraits) -> Kind
     """Self, cross, joint or temporal; joint where image and text are keys of one softmax."""
     from diffusers.models.attention_processor import Attention
 
-    if any(mark in name for mark in TEMPORAL_MARKS):
+    declared = traits.kind_at(name)
+    if declared is not None:
+        return declared
+    if any(mark in f".{name}." for mark in TEMPORAL_MARKS):
         return "temporal"
     if traits.joint_at(name) is not None or any(mark in name for mark in JOINED_MARKS):
+        return "joint"
+    if any(hasattr(module, own) for own in OF_TEXT):
         return "joint"
     cross = _is_cross(name, module)
     if layer_name(module, "add_k") is not None and (isinstance(module, Attention) or not cross):

@@ -93,6 +93,11 @@ def refuse_unavailable(op: Op, site: Site) -> None:
             f"{label(op)} works on tokens of the image alone, and {site.name!r} has text tokens "
             "among them; choose other sites, as in sites=self"
         )
+    if op.traits.grid and site.undeclared:
+        raise ValueError(
+            f"{label(op)} works on tokens of the image alone, and {site.name!r} may have others: "
+            "the model's family does not declare them; choose another backbone"
+        )
     if not site.keeps_processor:
         return
     if op.traits.classic:

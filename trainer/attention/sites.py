@@ -15,10 +15,10 @@ from trainer.attention.denoiser_traits import (
     UNDECLARED,
     DenoiserTraits,
     JointTraits,
+    Kind,
     ProcessorTraits,
 )
 from trainer.attention.find_attention import (
-    Kind,
     attention_kind,
     attention_layers,
     heads_of,
@@ -54,7 +54,8 @@ class Site:
     width), None where that is unknown. A temporal site has the divisor of the frames it
     attends over. native: how the layer's own processor computes. keeps_processor: whether ops act
     in the attention call of its own processor (`dispatch.py`), not in a hosted one. joint: what is
-    declared of image and text in one sequence. text_alone: whether its tokens are all text.
+    declared of image and text in one sequence. undeclared: whether its tokens may be others than
+    the kind says, because nothing is declared of them. text_alone: whether they are all text.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Site:
     native: ProcessorTraits = PLAIN
     keeps_processor: bool = False
     joint: JointTraits | None = None
+    undeclared: bool = False
     text_alone: bool = False
 
     @property
@@ -137,6 +139,7 @@ def scan(model: nn.Module, traits: DenoiserTraits = UNDECLARED) -> list[Site]:
             native=native or PLAIN,
             keeps_processor=keeps,
             joint=traits.joint_at(name),
+            undeclared=keeps and traits.joint is None,
             text_alone=sees_text_alone(name),
         )
         sites.append(site)

@@ -1,5 +1,5 @@
-"""How a layer computes its attention, read from the names in its compiled code: by one of the two
-calls that a host can take, or by hand."""
+"""How a layer computes its attention, read from the names in its compiled code: by a call that a
+host can take, by another library's, or by hand."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ if TYPE_CHECKING:
 # `dispatch_attention_fn` ends in the other one, unless another back end is set
 TAKEN = frozenset({"scaled_dot_product_attention", "dispatch_attention_fn"})
 BY_HAND = frozenset({"softmax", "baddbmm", "get_attention_scores"})
+ELSEWHERE = frozenset({"FLEX", "flex_attention"})
 DEPTH = 3  # functions called by functions, up to so many
 
-Way = Literal["call", "hand", "other"]
+Way = Literal["call", "back end", "hand", "other"]
 
 
 def way_of(module: nn.Module) -> Way:
-    """How a layer attends: `call` where it makes a call a host can take; `hand` where it has a
-    softmax and no such call; `other` where its code has neither, as linear attention."""
+    """How a layer attends: `call` where it makes a call a host can take; `back end` where the call
+    goes to another back end than torch's own; `hand` where it has a softmax and no such call;
+    `other` where its code has neither, as linear attention."""
     processor = getattr(module, "processor", None)
     way = _way(type(module), "forward")
     if way == "other" and processor is not None:
@@ -29,6 +31,9 @@ def way_of(module: nn.Module) -> Way:
         inner = getattr(type(processor), "forward", None)
         if way == "other" and inner is not None:
             way = _way(type(processor), "forward")
+    backend = getattr(processor, "_attention_backend", None)
+    if way == "call" and backend not in (None, "native"):
+        return "back end"
     return way
 
 
@@ -36,7 +41,7 @@ def way_of(module: nn.Module) -> Way:
 def _way(kind: type, method: str) -> Way:
     names = names_in(kind, method)
     if names & TAKEN:
-        return "call"
+        return "back end" if names & ELSEWHERE else "call"
     return "hand" if names & BY_HAND else "other"
 
 

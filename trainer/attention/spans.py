@@ -42,7 +42,7 @@ def spans_of(
     if site.text_alone or (site.kind == "cross" and keys):
         return Spans(image=nothing, text=everything)
     if site.kind != "joint":
-        _refuse_unforeseen(site, lengths)
+        _refuse_unforeseen(site)
         return Spans(image=everything, text=nothing)
     if lengths is None:
         raise ValueError(f"{site.name!r} has spans only while the layer runs")
@@ -95,9 +95,9 @@ def _image_tokens(site: Site, ctx: StepContext, multiple: int) -> int:
     return -(-height * width * ctx.frames // multiple) * multiple
 
 
-def _refuse_unforeseen(site: Site, lengths: Lengths | None) -> None:
-    if lengths is not None and lengths.text is not None and site.kind == "self":
+def _refuse_unforeseen(site: Site) -> None:
+    if site.undeclared:
         raise ValueError(
-            f"{site.name!r} was called with text besides the image, and the model's family does "
-            "not declare it as joint attention; choose other sites"
+            f"{site.name!r} may have text among its tokens: the model's family does not declare in "
+            "which layers image and text share a sequence; choose another backbone"
         )
