@@ -13,6 +13,12 @@ from trainer.methods.apply import apply_methods, find_method
 
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 2},
+    "dora": {"rank": 2},
+    "peft_adapter": {"type": "loha", "options": {"r": 2, "alpha": 2}},
+}
+
 
 def applied(name: str, **methods: dict[str, Any]) -> tuple[JointBackbone, Any]:
     backbone = JointBackbone(name)
@@ -22,14 +28,18 @@ def applied(name: str, **methods: dict[str, Any]) -> tuple[JointBackbone, Any]:
 
 def layers(plan: Any) -> set[str]:
     """Names of the adapted layers, in the first blocks."""
-    found = {name.partition(".lora_")[0].partition("transformer.")[2] for name in plan.trained}
+    found = {name.partition(".lora_")[0].partition("transformer.")[2] for name in plan.names}
     return {name for name in found if ".0." in name}
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "peft_adapter"])
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_adapters_train_and_leave_the_base_as_it_was(name: str, method: str) -> None:
-    options = {"lora": {"rank": 2}, "dora": {"rank": 2}, "peft_adapter": {"adapter": "lora"}}
+    options = {
+        "lora": {"rank": 2},
+        "dora": {"rank": 2},
+        "peft_adapter": {"type": "loha", "options": {"r": 2, "alpha": 2}},
+    }
     backbone, plan = applied(name, **{method: options[method]})
     before = {n: p.detach().clone() for n, p in backbone.named_parameters()}
     start = backbone.output().detach()
@@ -47,7 +57,7 @@ def test_adapters_train_and_leave_the_base_as_it_was(name: str, method: str) -> 
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     changed = {n for n, p in backbone.named_parameters() if not torch.equal(p, before[n])}
-    assert changed <= set(plan.trained)
+    assert changed <= set(plan.names)
     for layer in ADDED:
         assert any(f".attn.{layer}." in name for name in changed) or layer == "to_add_out"
     if name == "flux":
@@ -88,11 +98,11 @@ def test_a_role_that_is_not_there_is_refused_by_name(name: str, options: Any, wh
 
 def test_selective_trains_the_keys_and_values_of_the_text() -> None:
     backbone, plan = applied("sd3", selective={"sites": "joint", "projections": ["add_k", "add_v"]})
-    assert len(plan.trained) == 2 * 2 * 2
-    assert all(".add_k_proj." in name or ".add_v_proj." in name for name in plan.trained)
+    assert len(plan.names) == 2 * 2 * 2
+    assert all(".add_k_proj." in name or ".add_v_proj." in name for name in plan.names)
     backbone.output().sum().backward()
     assert all(
-        (p.grad is not None) == (name in plan.trained) for name, p in backbone.named_parameters()
+        (p.grad is not None) == (name in plan.names) for name, p in backbone.named_parameters()
     )
 
 
@@ -112,7 +122,7 @@ def test_selective_refuses_keys_that_are_not_the_texts(name: str, sites: str, wh
 
 def test_full_trains_all_of_it() -> None:
     backbone, plan = applied("flux2", full={})
-    assert set(plan.trained) == {name for name, _ in backbone.named_parameters()}
+    assert set(plan.names) == {name for name, _ in backbone.named_parameters()}
 
 
 @pytest.mark.parametrize("method", ["tiled", "flash"])
@@ -127,9 +137,7 @@ def test_exact_kernels_change_nothing(method: str) -> None:
 
 
 def test_linear_attention_runs_over_image_and_text() -> None:
-    """With the features of softmax, on the whole sequence, as the kernel written out."""
-    from trainer.kernels.linear_attention import FEATURES
-
+    """relu(q) relu(k)^T v over its row sums, of all tokens together."""
     backbone, _ = applied(
         "flux", linear_attention={"sites": "joint", "features": "relu"}, lora={"rank": 2}
     )
@@ -142,7 +150,7 @@ def test_linear_attention_runs_over_image_and_text() -> None:
 
         def kernel(self, q: Any, k: Any, v: Any, mask: Any, call: Any) -> Any:
             del mask, call
-            weights = FEATURES["relu"](q, None) @ FEATURES["relu"](k, None).mT
+            weights = q.relu() @ k.relu().mT
             return weights @ v / weights.sum(-1, keepdim=True)
 
     reference.host.install(ByLoop(), reference.sites)
@@ -167,7 +175,7 @@ def test_what_needs_image_tokens_alone_is_refused_by_name(name: str, method: str
     assert "transformer_blocks" in str(caught.value)
 
 
-@pytest.mark.parametrize("method", ["vdm", "animatediff", "make_a_video"])
+@pytest.mark.parametrize("method", ["vdm", "animatediff"])
 def test_layers_through_time_are_refused(method: str) -> None:
     with pytest.raises(ValueError, match="return image and text, and layers through time"):
         applied("sd3", **{method: {}})
