@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trainer.attention.call import SiteCall
 from trainer.attention.context import StepContext, use
-from trainer.attention.denoiser_traits import DenoiserTraits
+from trainer.attention.denoiser_traits import DenoiserTraits, JointTraits
 from trainer.attention.dispatch import HOSTED, HostedLayer
 from trainer.attention.host import Host
 from trainer.attention.op import Traits
@@ -676,3 +676,96 @@ def test_kinds_and_roles_of_the_layers() -> None:
     with pytest.raises(ValueError, match="has no layer of the role k: Flux2ParallelSelfAttention"):
         host.sites[-1].projection("k")
     assert select(host.sites, "joint & !name:single*") == host.sites[:1]
+
+
+def test_a_layer_whose_projections_were_fused_since_says_so() -> None:
+    model, host, case = hosted("flux")
+    model.fuse_qkv_projections()
+    first, single = host.sites
+    for site, role in ((first, "q"), (first, "add_v"), (single, "k")):
+        with pytest.raises(ValueError, match=f"has no layer of the role {role}: FluxAttention com"):
+            site.projection(role)
+    assert list(first.projections) == ["out", "add_out", "qkv"]
+    assert list(single.projections) == ["qkv"]
+    host.install(Op("kv", half), host.sites)
+
+    def fused_and_halved(model: Any) -> None:
+        halve_values(model)
+        model.fuse_qkv_projections()
+
+    assert torch.equal(output(model, case), native("flux", fused_and_halved))
+
+
+def test_a_processor_that_reads_a_picture_too_is_hosted_in_both_its_calls(
+    tiny_unet: nn.Module, run_unet: Callable[..., Tensor]
+) -> None:
+    """IP-Adapter: text and picture in two softmaxes of one layer."""
+    from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+
+    torch.manual_seed(0)
+    model: Any = tiny_unet
+    layer = model.mid_block.attentions[0].transformer_blocks[0].attn2
+    layer.set_processor(IPAdapterAttnProcessor2_0(32, 12, num_tokens=(2,)))
+    text, picture = torch.randn(2, 5, 12), [torch.randn(2, 1, 2, 12)]
+    given = {"hidden_states": torch.randn(2, 4, 32), "encoder_hidden_states": (text, picture)}
+    expected = layer(**given)
+    host = Host.attach(model)
+    (site,) = require(host.sites, "mid & cross", "test")
+    assert site.keeps_processor
+    assert torch.equal(layer(**given), expected)
+    seen: list[tuple[int, int]] = []
+
+    def look(q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append((call.part, k.shape[2]))
+        if call.part:
+            with pytest.raises(ValueError, match="attends several times in one run"):
+                call.spans(k.shape[2], keys=True)
+        return q, k, 2 * v
+
+    host.install(Op("kv", look), [site])
+    out = layer.to_out[0]
+    doubled = layer(**given)
+    torch.testing.assert_close(doubled - out.bias, 2 * (expected - out.bias))
+    assert seen == [(0, 5), (1, 2)]
+
+
+def test_keys_of_text_beside_those_of_the_image() -> None:
+    """The queries are the image's, the keys text before image: the attention of unCLIP's U-Nets."""
+    from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0
+
+    torch.manual_seed(0)
+    layer = Attention(
+        8, 8, heads=2, dim_head=4, added_kv_proj_dim=6, norm_num_groups=2,
+        processor=AttnAddedKVProcessor2_0(),
+    )  # fmt: skip
+    model = nn.ModuleDict({"layer": layer})
+    host = Host.attach(model, DenoiserTraits(joint=(JointTraits("layer", text_first=True),)))
+    (site,) = host.sites
+    assert site.kind == "joint"
+    found: list[Any] = []
+
+    def look(q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> tuple[Tensor, Tensor, Tensor]:
+        found.extend((call.spans(q.shape[2]), call.spans(k.shape[2], keys=True)))
+        return without_text(q, k, v, call)
+
+    x, text = torch.randn(2, 8, 3, 3), torch.randn(2, 5, 6)
+    host.install(Op("kv", look), [site])
+    hidden = layer(x, text)
+    assert [(s.image.start, s.image.stop, s.text.stop) for s in found] == [(0, 9, 0), (5, 14, 5)]
+    host.detach()
+    with torch.no_grad():
+        for parameter in layer.add_v_proj.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(hidden, layer(x, text))
+    host = Host.attach(model, DenoiserTraits(joint=()))
+    with pytest.raises(ValueError, match="its processor norms the tokens itself"):
+        host.install(Op("tokens", IDENTITY["tokens"]), host.sites)
+
+
+def test_what_a_family_declares_of_a_kind_counts() -> None:
+    model = JOINT_MODELS["z_image"].make()
+    own = DenoiserTraits(joint=(), kinds={"layers.1.*": "cross", "layers.*": "temporal"})
+    kinds = {site.name: site.kind for site in Host.attach(model, own).sites}
+    assert kinds["layers.0.attention"] == "temporal"
+    assert kinds["layers.1.attention"] == "cross"
+    assert kinds["noise_refiner.0.attention"] == "self"

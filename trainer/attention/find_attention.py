@@ -67,7 +67,8 @@ def _attends(module: nn.Module) -> bool:
         return False  # they pool a condition
     if "Attention" in type(module).__name__:
         return not any(_attends(inner) for inner in module.modules() if inner is not module)
-    return _calls_itself(type(module))
+    kind: Any = type(module)
+    return _calls_itself(kind)
 
 
 @cache

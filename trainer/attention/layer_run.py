@@ -39,7 +39,8 @@ class LayerRun:
         kwargs: Mapping[str, Any],
     ) -> None:
         self.site, self.stages = site, stages
-        self.names = _parameters(type(site.module))
+        kind: Any = type(site.module)
+        self.names = _parameters(kind)
         self.args, self.kwargs = args, dict(kwargs)
         self.call = SiteCall(site, ctx, self._lengths())
         self.call.part = -1  # the first attention call makes it 0
