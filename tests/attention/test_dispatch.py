@@ -362,6 +362,20 @@ def test_another_replacement_of_a_forward_is_called_and_put_back() -> None:
     assert layer.forward is own
 
 
+def test_a_forward_replaced_while_ops_are_there_keeps_them_and_never_calls_itself() -> None:
+    op, again = Op("kv", half), Op("kv", half)
+    model, host, case = hosted("flux", op)
+    layer = model.transformer_blocks[0].attn
+    inner = layer.forward
+    layer.forward = lambda *args, **kwargs: inner(*args, **kwargs)  # as offloading does
+    halved = output(model, case)
+    assert torch.equal(halved, native("flux", halve_values))
+    host.remove(op)
+    assert torch.equal(output(model, case), native("flux"))
+    host.install(again, host.sites)
+    assert torch.equal(output(model, case), halved)
+
+
 def test_another_model_in_the_same_process_is_untouched() -> None:
     other, case = JOINT_MODELS["flux"].make(), JOINT_MODELS["flux"]
     inside: list[Tensor] = []
@@ -762,6 +776,36 @@ def test_keys_of_text_beside_those_of_the_image() -> None:
         host.install(Op("tokens", IDENTITY["tokens"]), host.sites)
 
 
+def test_masks_of_few_axes_reach_ops_with_four() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = 2
+            self.to_q, self.to_k, self.to_v = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (
+                f(x).unflatten(-1, (2, 2)).transpose(1, 2)
+                for f in (self.to_q, self.to_k, self.to_v)
+            )
+            mask = torch.ones(3, 3, dtype=torch.bool).tril()
+            return F.scaled_dot_product_attention(q, k, v, mask)
+
+    seen: list[int] = []
+
+    def look(mask: Tensor | None, q: Tensor, k: Tensor, call: SiteCall) -> Tensor | None:
+        assert mask is not None
+        seen.append(mask.ndim)
+        return mask
+
+    model, x = nn.ModuleDict({"layer": Masked()}), torch.randn(1, 3, 4)
+    expected = model["layer"](x)
+    host = Host.attach(model)
+    host.install(Op("mask", look), host.sites)
+    assert torch.equal(model["layer"](x), expected)
+    assert seen == [4]
+
+
 def test_what_a_family_declares_of_a_kind_counts() -> None:
     model = JOINT_MODELS["z_image"].make()
     own = DenoiserTraits(joint=(), kinds={"layers.1.*": "cross", "layers.*": "temporal"})
@@ -769,3 +813,33 @@ def test_what_a_family_declares_of_a_kind_counts() -> None:
     assert kinds["layers.0.attention"] == "temporal"
     assert kinds["layers.1.attention"] == "cross"
     assert kinds["noise_refiner.0.attention"] == "self"
+
+
+def test_ops_on_words_refuse_keys_that_may_be_a_pictures() -> None:
+    """A video model that also reads a picture attends to its tokens before those of the text."""
+    from trainer.ops.detach_first_token import DetachFirstToken
+
+    case = JOINT_MODELS["wan"]
+    model = case.make(image_dim=16, added_kv_proj_dim=24)
+    host = Host.attach(model, case.traits)
+    sites = select(host.sites, "cross")
+    assert [role for role in sites[0].projections if role.startswith("add")] == ["add_k", "add_v"]
+    given = inputs(case) | {
+        "encoder_hidden_states": torch.randn(1, 512, 16),
+        "encoder_hidden_states_image": torch.randn(1, 3, 16),
+    }
+    seen: list[tuple[int, int]] = []
+
+    def look(q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append((call.part, k.shape[2]))
+        return q, k, v
+
+    op = Op("kv", look)
+    with torch.no_grad():
+        expected = model(**given, return_dict=False)[0]
+        host.install(op, sites[:1])
+        assert torch.equal(model(**given, return_dict=False)[0], expected)
+        assert seen == [(0, 3), (1, 512)]
+        host.install(DetachFirstToken(), sites[:1])
+        with pytest.raises(ValueError, match="attends several times in one run, and which of the"):
+            model(**given)
