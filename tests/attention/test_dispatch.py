@@ -115,12 +115,12 @@ def without_text(q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> tuple[Tenso
     return q, k, torch.cat([v[:, :, : text.start], v[:, :, text] * 0, v[:, :, text.stop :]], 2)
 
 
-def zero_rows(layer: Any, rows: slice) -> None:
-    """The output of a layer is zero at these tokens."""
+def zero_rows(layer: Any, rows: Any) -> None:
+    """The output of a layer is zero at these tokens, or at these tokens and channels."""
 
     def hook(_: Any, __: Any, out: Tensor) -> Tensor:
         kept = out.clone()
-        kept[:, rows] = 0
+        kept[(slice(None), *(rows if isinstance(rows, tuple) else (rows,)))] = 0
         return kept
 
     layer.register_forward_hook(hook)
@@ -136,6 +136,14 @@ def zero_text_of_flux(model: Any) -> None:
     zero_added(model)
     for block in model.single_transformer_blocks:
         zero_rows(block.attn.to_v, slice(0, 8))
+
+
+def zero_text_of_flux2(model: Any) -> None:
+    zero_added(model)
+    for block in model.single_transformer_blocks:
+        inner = block.attn.inner_dim
+        columns = slice(2 * inner, 3 * inner)
+        zero_rows(block.attn.to_qkv_mlp_proj, (slice(0, 8), columns))
 
 
 def zero_text_of_z_image(model: Any) -> None:
@@ -164,6 +172,7 @@ def zero_text_of_wan(model: Any) -> None:
 ZEROED = {
     "sd3": zero_added,
     "flux": zero_text_of_flux,
+    "flux2": zero_text_of_flux2,
     "chroma": zero_text_of_flux,
     "qwen_image": zero_added,
     "z_image": zero_text_of_z_image,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from joint_models import JointBackbone
 
-from trainer.methods.apply import apply_methods, find_method
+from trainer.methods.apply import apply_methods, find_method, method_names
 
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
@@ -179,3 +179,27 @@ def test_what_needs_image_tokens_alone_is_refused_by_name(name: str, method: str
 def test_layers_through_time_are_refused(method: str) -> None:
     with pytest.raises(ValueError, match="return image and text, and layers through time"):
         applied("sd3", **{method: {}})
+
+
+@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_every_method_runs_at_joint_sites_or_is_refused_by_name(name: str, method: str) -> None:
+    from methods.test_generic import COMPANIONS, EXAMPLES
+
+    kind = find_method(method)
+    options = {key: value for key, value in EXAMPLES[method].items() if key != "text_encoder"}
+    if "sites" in kind.model_fields:
+        options["sites"] = "joint"
+    beside = {COMPANIONS[method]: {"rank": 2}} if method in COMPANIONS else {}
+    try:
+        backbone, plan = applied(name, **{method: options}, **beside)
+    except ValueError as refusal:
+        assert f"methods.{method}" in str(refusal) or "nothing would train" in str(refusal)
+        return
+    output = backbone.output()
+    assert output.isfinite().all()
+    output.square().sum().backward()
+    grads = {name: parameter.grad for name, parameter in backbone.named_parameters()}
+    assert plan.names
+    # the last block of SD3 puts out no text, and this sees only what it puts out
+    assert not [n for n in plan.names if grads[n] is None and "blocks.1." not in n]
