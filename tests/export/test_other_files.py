@@ -7,8 +7,8 @@ import pytest
 from trainer.export.other_files import what_it_is
 
 KNOWN = {
-    "first_stage_model.decoder.conv_in.weight": "a complete checkpoint; make a folder",
-    "model.diffusion_model.input_blocks.0.0.weight": "a checkpoint's denoiser; make a folder",
+    "first_stage_model.decoder.conv_in.weight": "a complete checkpoint; give one of",
+    "model.diffusion_model.input_blocks.0.0.weight": "a checkpoint's denoiser; give one of",
     "control_model.input_blocks.0.0.weight": "a ControlNet",
     "controlnet_cond_embedding.conv_in.weight": "a ControlNet",
     "lllite_unet_input_blocks_1_1.down.0.weight": "a ControlNet",

@@ -74,11 +74,12 @@ class Family:
     that is made from nothing, None where it makes none. prompt_lengths: by the class of the
     pipeline, tokens of a prompt with padding where its tokenizer takes more. lower_case: whether
     prompts are read in lower case. stock_multiple: pixels that divide the sides which its stock
-    pipelines take. traits: where things are in the denoiser and how it takes clips. comfyui_layers: by the class of a transformer, which of its layers ComfyUI reads under
-    diffusers' names, a regular expression. original_layers: by the class of a transformer, the
-    layers by the names that the model's first code has for them, several where that code keeps them
-    in one; `{}` is the number of a block. check: (facts of a folder) -> ValueError where the family
-    cannot load it, without torch.
+    pipelines take. traits: where things are in the denoiser and how it takes clips. comfyui_layers:
+    by the class of a transformer, which of its layers ComfyUI reads under diffusers' names, a
+    regular expression. original_layers: by the class of a transformer, the layers by the names that
+    the model's first code has for them, several where that code keeps them in one; `{}` is the
+    number of a block. check: (facts of a folder) -> ValueError where the family cannot load it,
+    without torch.
     """
 
     denoiser: str
