@@ -67,6 +67,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "selective": {"sites": "cross", "projections": ["k", "v"], "detach_first_token": True},
     "text2video_zero": {"motion": [0.25, 0], "alone": 0.5, "until": 0.5},
     "tiled": {"rows": 16, "columns": 24},
+    "tlora": {"rank": 4, "layers": ["*ff.net.2"]},
     "tune_a_video": {},
     "vdm": {"heads": 2},
     "videop2p": {},
