@@ -28,8 +28,8 @@ def test_every_family_is_known_without_torch() -> None:
     )
     command = [sys.executable, "-c", code]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert printed.stdout.split("\n")[:2] == ["['pixart', 'sana', 'sd']", "set()"]
-    assert set(FAMILIES.values()) == set(family_names())
+    assert printed.stdout.split("\n")[:2] == ["['pixart', 'sana', 'sd', 'sdxl']", "set()"]
+    assert {*FAMILIES.values(), "sdxl"} == set(family_names())  # whose U-Net is of the class of sd
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,7 @@ def test_every_family_is_known_without_torch() -> None:
         ("PixArtAlphaPipeline", "pixart"),
         ("PixArtSigmaPipeline", "pixart"),
         ("SanaPipeline", "sana"),
+        ("StableDiffusionXLPipeline", "sdxl"),
         ("FluxPipeline", "sd"),
     ],
 )

@@ -53,8 +53,8 @@ def video(tiny: Any) -> Any:
     parts = Parts(
         folder=Path(),
         denoiser=unet,
-        text_encoder=tiny.text_encoder,
-        tokenizer=tiny.tokenizer,
+        text_encoders=tiny.text_encoders,
+        tokenizers=tiny.tokenizers,
         vae=tiny.vae,
         scheduler=tiny.scheduler(),
     )

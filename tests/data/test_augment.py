@@ -13,6 +13,7 @@ from PIL import Image
 from trainer.data import augment
 from trainer.data.augment import CLOSE_PREFIXES, FAR_PREFIXES, draw_scale, resize_augment
 from trainer.data.caption_templates import TEMPLATES, render
+from trainer.data.crops import Crop
 from trainer.media.images import resize_cover, to_tensor
 
 SIZE, DIVISOR = 64, 4
@@ -32,7 +33,7 @@ def at_scale(monkeypatch: pytest.MonkeyPatch, scale: int) -> None:
 def test_mask_covers_only_pixels_of_the_photo(size: int, divisor: int) -> None:
     rng, kinds = random.Random(0), set()
     for _ in range(150):
-        pixels, caption, mask = resize_augment(
+        pixels, caption, mask, _ = resize_augment(
             WHITE, "cat", size=size, mask_divisor=divisor, rng=rng
         )
         assert pixels.shape == (3, size, size)
@@ -53,7 +54,7 @@ def test_mask_covers_only_pixels_of_the_photo(size: int, divisor: int) -> None:
 
 def test_mask_of_the_official_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     at_scale(monkeypatch, 30)
-    pixels, _, mask = resize_augment(
+    pixels, _, mask, _ = resize_augment(
         WHITE, "cat", size=SIZE, mask_divisor=DIVISOR, rng=random.Random(3)
     )
     rows = torch.nonzero(pixels[0].amax(1)).flatten()
@@ -70,26 +71,30 @@ def test_mask_of_the_official_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pasted_and_cropped_pixels_are_those_of_the_photo(monkeypatch: pytest.MonkeyPatch) -> None:
     image = noise_image()
     at_scale(monkeypatch, 24)
-    pixels, _, _ = resize_augment(
+    pixels, _, _, part = resize_augment(
         image, "cat", size=SIZE, mask_divisor=DIVISOR, rng=random.Random(0)
     )
+    assert part == (SIZE, SIZE, 0, 0, SIZE, SIZE)
     patches = pixels.unfold(1, 24, 1).unfold(2, 24, 1)  # 3 y x 24 24
     small = to_tensor(resize_cover(image, 24))[:, None, None]
     assert int((patches == small).all(dim=(0, 3, 4)).sum()) == 1
 
     at_scale(monkeypatch, 80)
-    pixels, _, _ = resize_augment(
+    pixels, _, _, part = resize_augment(
         image, "cat", size=SIZE, mask_divisor=DIVISOR, rng=random.Random(0)
     )
     windows = to_tensor(resize_cover(image, 80)).unfold(1, SIZE, 1).unfold(2, SIZE, 1)
-    assert int((windows == pixels[:, None, None]).all(dim=(0, 3, 4)).sum()) == 1
+    ((top, left),) = torch.nonzero((windows == pixels[:, None, None]).all(dim=(0, 3, 4))).tolist()
+    # 80 by 60 pixels are scaled to 107 by 80, and 13 columns left out on both sides
+    assert part == (60, 80, top, 13 + left, SIZE, SIZE)
 
     at_scale(monkeypatch, 50)
-    pixels, caption, _ = resize_augment(
-        image, "a cat", size=SIZE, mask_divisor=DIVISOR, rng=random.Random(0)
+    pixels, caption, _, part = resize_augment(
+        image, "a cat", size=SIZE, mask_divisor=DIVISOR, rng=random.Random(0), shape=(160, 120)
     )
     assert torch.equal(pixels, to_tensor(resize_cover(image, SIZE)))
     assert caption == "a cat"
+    assert part == (120, 160, 0, 11, SIZE, SIZE)
 
 
 def test_scale_distribution() -> None:
@@ -122,7 +127,7 @@ def test_prefix_agrees_with_scale(
 
 @pytest.mark.parametrize("make", [random.Random, np.random.default_rng])
 def test_same_seed_same_result(make: type[random.Random]) -> None:
-    def draw(seed: int) -> list[tuple[torch.Tensor, str, torch.Tensor]]:
+    def draw(seed: int) -> list[tuple[torch.Tensor, str, torch.Tensor, Crop]]:
         rng = make(seed)
         return [
             resize_augment(noise_image(), "cat", size=SIZE, mask_divisor=4, rng=rng, hflip=True)
@@ -133,6 +138,7 @@ def test_same_seed_same_result(make: type[random.Random]) -> None:
         assert torch.equal(first[0], second[0])
         assert first[1] == second[1]
         assert torch.equal(first[2], second[2])
+        assert first[3] == second[3]
     others = zip(draw(5), draw(6), strict=True)
     assert not all(torch.equal(first[0], second[0]) for first, second in others)
 
@@ -150,7 +156,7 @@ def test_a_crop_lies_where_the_two_numbers_after_the_scale_say(
     at_scale(monkeypatch, 80)
     numbers = iter([0.9, 0.1, 0.0])  # top, left, prefix
     rng = SimpleNamespace(random=lambda: next(numbers))
-    found, _, _ = resize_augment(noise_image(), "", size=SIZE, mask_divisor=4, rng=rng)
+    found, _, _, _ = resize_augment(noise_image(), "", size=SIZE, mask_divisor=4, rng=rng)
     top, left = int(0.9 * 17), int(0.1 * 17)
     whole = to_tensor(resize_cover(noise_image(), 80))
     assert torch.equal(found, whole[:, top : top + SIZE, left : left + SIZE])
@@ -203,7 +209,7 @@ def test_a_cell_may_be_one_pixel_and_a_size_six_cells() -> None:
     """Latents of pixels have a factor of 1."""
     for size, divisor in ((6, 1), (24, 4)):
         rng = np.random.default_rng(0)
-        _, _, mask = resize_augment(WHITE, "cat", size=size, mask_divisor=divisor, rng=rng)
+        _, _, mask, _ = resize_augment(WHITE, "cat", size=size, mask_divisor=divisor, rng=rng)
         assert mask.shape == (1, 6, 6)
     for size, divisor in ((5, 1), (20, 4), (25, 4), (8, 0)):
         with pytest.raises(ValueError, match="does not fit mask_divisor"):

@@ -18,7 +18,9 @@ class Condition:
     tokens (b, n, d) is the text that cross-attention reads, mask (b, n) is 0 at its padding, pooled
     (b, d') the text as a whole. image_tokens (b, m, d'') are those of a reference picture, which
     ops read as `ctx.condition.image_tokens`. channels (b, c, h, w) are joined to the latents, after
-    their own channels.
+    their own channels. crop (b, 6) says which part of a picture is shown: height and width of the
+    whole one, top and left of the part, where the whole one is scaled to cover it, and its height
+    and width, in pixels.
     """
 
     tokens: Tensor | None = None
@@ -26,6 +28,7 @@ class Condition:
     pooled: Tensor | None = None
     image_tokens: Tensor | None = None
     channels: Tensor | None = None
+    crop: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that are there, by name, as a cache stores them; `Condition(**tensors)` is the

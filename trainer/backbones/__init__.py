@@ -26,8 +26,7 @@ def check_backbone_folder(spec: BackboneSpec, name: str) -> None:
         from trainer.backbones.folder_check import check_contents
         from trainer.backbones.pipeline_folder import PipelineFolder
 
-        overlay = Path(spec.overlay) if spec.overlay else None
-        folder = PipelineFolder(Path(spec.folder), overlay, spec.scratch)
+        folder = PipelineFolder.of_spec(spec, Path(spec.folder))
         made = spec.denoiser is not None
         check_contents(folder, name, find_family(spec.family), made=made)
 
@@ -56,7 +55,6 @@ def load_backbone(spec: BackboneSpec, name: str) -> Backbone:
     backbone.max_tokens = spec.max_tokens
     _ = backbone.text_length  # a number of tokens that does not divide is refused here
     if spec.denoiser is None:
-        overlay = Path(spec.overlay) if spec.overlay else None
-        folder = PipelineFolder(parts.folder, overlay, spec.scratch)
+        folder = PipelineFolder.of_spec(spec, parts.folder)
         backbone.published = folder.published(family.denoiser)
     return backbone

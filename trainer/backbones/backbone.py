@@ -1,5 +1,5 @@
-"""What every backbone is: one denoiser, one text encoder, a VAE and a scheduler, and what its
-family declares of them. A family is a file beside this one."""
+"""What every backbone is: one denoiser, text encoders, a VAE and a scheduler, and what its family
+declares of them. A family is a file beside this one."""
 
 from __future__ import annotations
 
@@ -23,21 +23,25 @@ from trainer.attention.hooks import SamplingHook
 from trainer.attention.host import Host
 from trainer.attention.sites import Site, scan
 from trainer.backbones import vae
-from trainer.backbones.family import Encoder, Family, Parts
+from trainer.backbones.family import Encoder, Family, Parts, tokenizer_name
 from trainer.backbones.folder_check import PREDICTION_TYPES
 from trainer.backbones.gradient_checkpointing import checkpoint_layers
 from trainer.backbones.layout import clips_to_rows, rows_to_clips
 from trainer.backbones.long_prompts import Prompts
+from trainer.backbones.module_digests import contents, shapes
 from trainer.backbones.pipeline_folder import limit_length
 
 
 class Backbone(nn.Module):
     """denoiser(x_t, t, text) with text (b, tokens, d), on latents (b, c, H/f, W/f) of a VAE.
 
-    Parameter names start with `denoiser_name`, `text_encoder.`, `vae.` or, of modules that methods
-    have registered, `extras.`, as adapters store them.
+    Parameter names start with `denoiser_name`, the name of a text encoder as in `text_encoder.`,
+    `vae.` or, of modules that methods have registered, `extras.`, as adapters store them. The parts
+    are attributes by their names in a pipeline folder: `text_encoder_2`, `tokenizer_2`.
     """
 
+    text_encoder: Any  # of several the first, as `tokenizer`
+    tokenizer: Any
     max_tokens: int | None = None  # of a prompt that are read; None for those of one call
     published = torch.float32  # what the denoiser's weights are stored in, where they come from
     computes_in = torch.float32  # see `device.place`
@@ -45,17 +49,20 @@ class Backbone(nn.Module):
     def __init__(self, name: str, family: str, declared: Family, parts: Parts) -> None:
         super().__init__()
         self.name, self.family, self.declared = name, family, declared
-        self.folder, self.prompt_length = parts.folder, parts.prompt_length
+        self.folder, self.options = parts.folder, dict(parts.options)
+        self.prompt_lengths = dict(parts.prompt_lengths)
         self.denoiser_name = declared.denoiser
         self.add_module(self.denoiser_name, parts.denoiser)
-        self.text_encoder: Any = parts.text_encoder
+        for part, encoder in parts.text_encoders.items():
+            setattr(self, part, encoder)
+            setattr(self, tokenizer_name(part), parts.tokenizers[part])
+            limit_length(parts.tokenizers[part], encoder)
         self.vae: Any = parts.vae
         # kept here, since previews, `sample`, `evaluate` and a later run get the backbone alone
         self.extras = Extras()
         self.sampling_hooks: dict[str, tuple[SamplingHook, ...]] = {}
         self.encoders: dict[str, Encoder] = dict(declared.encoders)
-        self.tokenizer, self.scheduler_config = parts.tokenizer, dict(parts.scheduler.config)
-        limit_length(self.tokenizer, self.text_encoder)
+        self.scheduler_config = dict(parts.scheduler.config)
         self.scheduler_class = type(parts.scheduler)
         flow = isinstance(parts.scheduler, FlowMatchEulerDiscreteScheduler)
         # None: trained on the flow path x_t = (1 - t) x0 + t noise
@@ -68,7 +75,7 @@ class Backbone(nn.Module):
             "family": family,
             "name": name,
             self.denoiser_name: shapes(parts.denoiser),
-            "text_encoder": shapes(parts.text_encoder),
+            **{part: shapes(encoder) for part, encoder in parts.text_encoders.items()},
             "target": self.target,
         }
 
@@ -77,12 +84,13 @@ class Backbone(nn.Module):
         return getattr(self, self.denoiser_name)
 
     @property
-    def text_encoders(self) -> dict[str, nn.Module]:
-        return {"text_encoder": self.text_encoder}
+    def text_encoders(self) -> dict[str, Any]:
+        return {part: getattr(self, part) for part in self.declared.text_encoders}
 
     @property
     def tokenizers(self) -> dict[str, Any]:
-        return {"text_encoder": self.tokenizer}
+        names = self.declared.text_encoders
+        return {part: getattr(self, tokenizer_name(part)) for part in names}
 
     @cached_property
     def host(self) -> Host:
@@ -122,18 +130,27 @@ class Backbone(nn.Module):
         return int(self.denoiser.config.in_channels)
 
     @property
+    def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of one row of each field of a prompt's condition."""
+        if self.declared.shapes is not None:
+            return self.declared.shapes(self)
+        width = self.text_encoders[self.prompts.part].config.hidden_size
+        return {"tokens": (self.prompts.length, int(width))}
+
+    @property
     def text_width(self) -> int:
-        return int(self.text_encoder.config.hidden_size)
+        """Of the tokens that the denoiser gets."""
+        return self.text_shapes["tokens"][1]
 
     @property
     def text_length(self) -> int:
         """Tokens that the denoiser gets of a prompt, with padding."""
-        return self.prompts.length
+        return self.text_shapes["tokens"][0]
 
     @property
     def prompts(self) -> Prompts:
-        """How its text encoder reads prompts."""
-        return Prompts(self)
+        """How its first text encoder reads prompts."""
+        return Prompts(self, self.declared.text_encoders[0])
 
     def scheduler(self) -> Any:
         return self.scheduler_class.from_config(self.scheduler_config)
@@ -169,9 +186,10 @@ class Backbone(nn.Module):
         pixels: Tensor = self.vae.decode(vae.unscale_latents(self.vae, latents)).sample
         return pixels.clamp(-1, 1)
 
-    def tokens(self, prompts: Sequence[str]) -> Any:
-        """Prompts to input_ids and attention_mask (b parts, n), the parts of a prompt adjacent."""
-        return self.prompts.tokens(prompts).to(self.text_encoder.device)
+    def tokens(self, prompts: Sequence[str], part: str = "text_encoder") -> Any:
+        """Prompts to input_ids and attention_mask (b parts, n), the parts of a prompt adjacent, for
+        the text encoder called `part`."""
+        return Prompts(self, part).tokens(prompts).to(self.text_encoders[part].device)
 
     def joined(self, parts: Tensor) -> Tensor:
         """What a text encoder makes of parts of prompts (b parts, n, ...), in a row (b, n, ...)."""
@@ -267,7 +285,9 @@ class Backbone(nn.Module):
     def fingerprint(self) -> str:
         """Changes with any weight; keys the pictures the backbone has generated."""
         return hashlib.sha256(
-            " ".join(map(contents, (self.denoiser, self.text_encoder, self.vae))).encode()
+            " ".join(
+                map(contents, (self.denoiser, *self.text_encoders.values(), self.vae))
+            ).encode()
         ).hexdigest()[:16]
 
     def enable_gradient_checkpointing(self) -> None:
@@ -311,17 +331,3 @@ def zero_outputs(denoiser: nn.Module) -> None:
     for site in scan(denoiser):
         for parameter in site.projection("out").parameters():
             nn.init.zeros_(parameter)
-
-
-def shapes(module: nn.Module) -> str:
-    """A short hash of all parameter shapes; names are left out, since transformers renames them
-    between versions."""
-    found = sorted(str(tuple(parameter.shape)) for parameter in module.parameters())
-    return hashlib.sha256(" ".join(found).encode()).hexdigest()[:16]
-
-
-def contents(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for tensor in module.state_dict().values():
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

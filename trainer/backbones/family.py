@@ -40,16 +40,20 @@ def _check_nothing(facts: FolderContents) -> None:
 class Parts:
     """The parts of a pipeline that a family has loaded from a folder.
 
-    prompt_length: tokens of a prompt with padding, None for as many as the tokenizer takes.
+    text_encoders: by the names in the folder, as in `text_encoder_2`, in the order of
+    `Family.text_encoders`; tokenizers: by the names of their text encoders. prompt_lengths: by
+    these names too, tokens of a prompt with padding where they are not as many as the tokenizer
+    takes. options: of the pipeline itself, as its model_index.json has them.
     """
 
     folder: Path
     denoiser: Any
-    text_encoder: Any
-    tokenizer: Any
+    text_encoders: Mapping[str, Any]
+    tokenizers: Mapping[str, Any]
     vae: Any
     scheduler: Any
-    prompt_length: int | None = None
+    prompt_lengths: Mapping[str, int] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,15 +68,17 @@ class Family:
     condition) -> the denoiser's own arguments. pipeline: (backbone) -> its parts as a stock
     pipeline, shared and not copied.
 
-    makes: what describes a denoiser of this family that is made from nothing, None where it makes
-    none. prompt_lengths: by the class of the pipeline, tokens of a prompt with padding where its
-    tokenizer takes more. lower_case: whether prompts are read in lower case. traits: where things
-    are in the denoiser and how it takes clips. comfyui_layers: by the
-    class of a transformer, which of its layers ComfyUI reads under diffusers' names, a regular
-    expression. original_layers: by the class of a transformer, the layers by the names that the
-    model's first code has for them, several where that code keeps them in one; `{}` is the number
-    of a block. check: (facts of a folder) -> ValueError where the family cannot load it, without
-    torch.
+    text_encoders: their names among the parts; each has a tokenizer, see `tokenizer_name`. shapes:
+    (backbone) -> the shape of one row of every field of the `Condition` that text gives, None for
+    `tokens` alone, as wide as the text encoder. makes: what describes a denoiser of this family
+    that is made from nothing, None where it makes none. prompt_lengths: by the class of the
+    pipeline, tokens of a prompt with padding where its tokenizer takes more. lower_case: whether
+    prompts are read in lower case. traits: where things are in the denoiser and how it takes clips.
+    comfyui_layers: by the class of a transformer, which of its layers ComfyUI reads under
+    diffusers' names, a regular expression. original_layers: by the class of a transformer, the
+    layers by the names that the model's first code has for them, several where that code keeps them
+    in one; `{}` is the number of a block. check: (facts of a folder) -> ValueError where the family
+    cannot load it, without torch.
     """
 
     denoiser: str
@@ -82,6 +88,8 @@ class Family:
     encoders: Mapping[str, Encoder]
     inputs: Inputs
     pipeline: Callable[[Any], Any]
+    text_encoders: tuple[str, ...] = ("text_encoder",)
+    shapes: Callable[[Any], Mapping[str, tuple[int, ...]]] | None = None
     makes: type[DenoiserSpec] | None = None
     prompt_lengths: Mapping[str, int] = field(default_factory=dict)
     lower_case: bool = False
@@ -89,6 +97,12 @@ class Family:
     comfyui_layers: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[FolderContents], None] = _check_nothing
     original_layers: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+
+
+def tokenizer_name(text_encoder: str) -> str:
+    """The part of a pipeline folder that is a text encoder's tokenizer: `tokenizer_2` of
+    `text_encoder_2`."""
+    return text_encoder.replace("text_encoder", "tokenizer")
 
 
 def text_arguments(condition: Condition) -> dict[str, Tensor | None]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.pipeline_folder import SCHEDULER, PipelineFolder, missing
-from trainer.backbones.weight_files import weight_files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,16 +26,16 @@ def check_contents(folder: PipelineFolder, name: str, family: Family, made: bool
     Raises:
         ValueError: says what is missing or what the family cannot load.
     """
-    index = folder.index(name, family.pipelines)
-    parts = ["text_encoder", "vae"] if made else [family.denoiser, "text_encoder", "vae"]
+    index = folder.index(name, family)
+    own = [] if made else [family.denoiser]
+    parts = [*own, *family.text_encoders, "vae"]
     configs = {}
     for part in parts:
         where = folder.of(part)
         if not (where / "config.json").is_file():
             raise ValueError(missing(where, "config.json"))
         configs[part] = json.loads((where / "config.json").read_text(encoding="utf-8"))
-        if part not in folder.scratch:
-            weight_files(where)
+        folder.check_weights(part)
     where = folder.of("scheduler") / SCHEDULER
     facts = FolderContents(
         name=name,

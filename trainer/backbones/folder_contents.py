@@ -13,7 +13,7 @@ class FolderContents:
     """What a folder says of itself.
 
     name: of the backbone; index: model_index.json; configs: of the denoiser, if it is not made from
-    nothing, the text encoder and the VAE; scheduler: its configuration, and where that is.
+    nothing, the text encoders and the VAE; scheduler: its configuration, and where that is.
     """
 
     name: str
@@ -38,7 +38,11 @@ class FolderContents:
 
     @property
     def text_width(self) -> int | None:
-        """The width of the text's features."""
-        config = self.configs["text_encoder"]
+        """The width of the text's features, of one text encoder."""
+        return self.width_of("text_encoder")
+
+    def width_of(self, part: str) -> int | None:
+        """The width of a text encoder's features; None where its config does not say."""
+        config = self.configs[part]
         width = config.get("hidden_size") or config.get("d_model")
         return None if width is None else int(width)

@@ -58,7 +58,9 @@ def read_part(spec: BackboneSpec, name: str) -> dict[str, Any] | None:
 
 def file_of_part(spec: BackboneSpec, name: str) -> Path | None:
     """The path of a file of the folder; a part that the overlay has is taken from there."""
-    part = Path(name).parts[0]
+    part, *rest = Path(name).parts
+    if part in spec.parts:
+        return Path(spec.parts[part], *rest)
     folders = [Path(folder) for folder in (spec.overlay, spec.folder) if folder]
     return next((folder / name for folder in folders if (folder / part).exists()), None)
 

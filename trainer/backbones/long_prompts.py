@@ -21,28 +21,34 @@ from trainer.backbones.word_vectors import with_all_vectors
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a backbone as its text encoder gets them, with the words it has now."""
+    """The prompts of a backbone as the text encoder called `part` gets them, with the words it has
+    now."""
 
     backbone: Any  # a `Backbone`
+    part: str = "text_encoder"
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.backbone.tokenizers[self.part]
 
     @cached_property
     def _marks(self) -> tuple[list[int], list[int]]:
         """The tokens before and after those of a text."""
-        whole, own = self.backbone.tokenizer("a").input_ids, self.ids("a")
+        whole, own = self.tokenizer("a").input_ids, self.ids("a")
         start = next(i for i in range(len(whole)) if whole[i : i + len(own)] == own)
         return whole[:start], whole[start + len(own) :]
 
     @cached_property
     def _one_call(self) -> int:
         """Tokens of one call without text.max_tokens, with those of begin and end."""
-        most = int(self.backbone.tokenizer.model_max_length)
-        length = self.backbone.prompt_length
+        most = int(self.tokenizer.model_max_length)
+        length = self.backbone.prompt_lengths.get(self.part)
         return most if length is None else min(length, most)
 
     @cached_property
     def reader(self) -> PromptReader:
         chunk = self._one_call - sum(map(len, self._marks))
-        added = self.backbone.tokenizer.get_added_vocab()
+        added = self.tokenizer.get_added_vocab()
         return PromptReader(self.ids, self.backbone.max_tokens or chunk, chunk=chunk, added=added)
 
     @cached_property
@@ -56,7 +62,8 @@ class Prompts:
 
     @property
     def _limited(self) -> bool:
-        kind = str(getattr(self.backbone.text_encoder.config, "model_type", ""))
+        config = self.backbone.text_encoders[self.part].config
+        kind = str(getattr(config, "model_type", ""))
         return kind.startswith("clip")
 
     @cached_property
@@ -69,13 +76,12 @@ class Prompts:
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a text, without begin and end."""
-        tokenizer = self.backbone.tokenizer
-        found: list[int] = tokenizer(self.as_read(text), add_special_tokens=False).input_ids
+        found: list[int] = self.tokenizer(self.as_read(text), add_special_tokens=False).input_ids
         return found
 
     def tokens(self, prompts: Sequence[str]) -> Any:
         """input_ids and attention_mask (b parts, n), the parts of a prompt adjacent."""
-        tokenizer, texts = self.backbone.tokenizer, [self.as_read(text) for text in prompts]
+        tokenizer, texts = self.tokenizer, [self.as_read(text) for text in prompts]
         if self.parts == 1:
             return tokenizer(
                 texts,
@@ -103,12 +109,12 @@ class Prompts:
     def places(self, prompt: str, word: str) -> list[int]:
         """Where the first token of a word is among those that the denoiser gets of a prompt."""
         row = self.tokens([prompt]).input_ids.flatten().tolist()
-        vocabulary = self.backbone.tokenizer.get_vocab()
+        vocabulary = self.tokenizer.get_vocab()
         own = [vocabulary[word]] if word in vocabulary else self.ids(word)
         return [i for i in range(len(row)) if row[i : i + len(own)] == own]
 
     def as_read(self, text: str) -> str:
         """As its tokenizer gets it: one word for several vectors followed by the others."""
-        added = self.backbone.tokenizer.get_added_vocab()
+        added = self.tokenizer.get_added_vocab()
         text = with_all_vectors(text, added)
         return lower_but(text, added) if self.backbone.declared.lower_case else text

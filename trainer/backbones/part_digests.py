@@ -25,6 +25,11 @@ def part_digests(spec: BackboneSpec) -> dict[str, str]:
         if folder is not None:
             parts = sorted(path for path in Path(folder).iterdir() if path.is_dir())
             found |= {part.name: digest for part in parts if (digest := _of_part(part))}
+    for part, folder in spec.parts.items():
+        if digest := _of_part(Path(folder)):
+            found[part] = digest
+    if spec.file is not None:
+        found["file"] = file_digest(Path(spec.file))
     if spec.denoiser is not None or spec.scratch:
         made = spec.model_dump_json(include={"denoiser", "scratch", "family"})
         found["made from nothing"] = hashlib.sha256(made.encode()).hexdigest()[:LENGTH]

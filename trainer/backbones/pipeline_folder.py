@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from trainer.backbones.family import tokenizer_name
+from trainer.backbones.single_file import part_of_file, read_checkpoint
 from trainer.backbones.weight_files import names_to_fetch, weight_files
 
 if TYPE_CHECKING:
     import torch
 
+    from trainer.backbones.family import Family
     from trainer.backbones.spec import BackboneSpec
 
 
 SCHEDULER = "scheduler_config.json"
+TOKENIZER = "tokenizer_config.json"
 # the files beside the weights; and those of them that are not fetched: the safety checker, which is
 # not used, and indices of shards, which come with the shards
 SMALL = ("model_index.json", "*/*.json", "*/merges.txt", "*/vocab.json", "*/spiece.model")
@@ -31,26 +35,50 @@ WITHOUT_VALUES: ContextVar[bool] = ContextVar("without_values", default=False)
 
 @dataclass(frozen=True)
 class PipelineFolder:
-    """A pipeline folder, and perhaps another one whose parts replace its own."""
+    """A pipeline folder, and perhaps another one whose parts replace its own.
+
+    parts: folders of single parts, which come before both; file: a checkpoint that has the weights
+    of all other parts, see `single_file.py`.
+    """
 
     path: Path
     overlay: Path | None
     scratch: tuple[str, ...]
+    parts: Mapping[str, str] = field(default_factory=dict)
+    file: Path | None = None
+
+    @classmethod
+    def of_spec(cls, spec: BackboneSpec, path: Path) -> PipelineFolder:
+        """That of a spec, whose folder is at `path`."""
+        overlay = Path(spec.overlay) if spec.overlay else None
+        file = Path(spec.file) if spec.file else None
+        return cls(path, overlay, spec.scratch, parts=spec.parts, file=file)
 
     def of(self, part: str) -> Path:
         """The path of a part, or of `model_index.json`."""
+        if part in self.parts:
+            return Path(self.parts[part])
         over = self.overlay / part if self.overlay else None
         return over if over is not None and over.exists() else self.path / part
 
-    def index(self, name: str, pipelines: Sequence[str]) -> dict[str, Any]:
-        """model_index.json, if it is of one of these pipelines."""
+    def index(self, name: str, family: Family) -> dict[str, Any]:
+        """model_index.json, if it is of a pipeline of the family and names its text encoders."""
         index: dict[str, Any] = json.loads(self.of("model_index.json").read_text(encoding="utf-8"))
-        if index.get("_class_name") not in pipelines:
+        if index.get("_class_name") not in family.pipelines:
             raise ValueError(
                 f"backbone {name}: {self.of('model_index.json').parent} is a "
-                f"{index.get('_class_name')}; this family loads {' and '.join(pipelines)} folders"
+                f"{index.get('_class_name')}; this family loads {' and '.join(family.pipelines)} "
+                "folders"
             )
-        for part, file in (("tokenizer", "tokenizer_config.json"), ("scheduler", SCHEDULER)):
+        for part in family.text_encoders:
+            if len(family.text_encoders) > 1 and not any(index.get(part) or ()):
+                raise ValueError(
+                    f"backbone {name}: its model_index.json names no {part}; this family reads "
+                    f"prompts with {' and '.join(family.text_encoders)}, and models that have "
+                    "fewer of them, as refiners, are not trained here"
+                )
+        tokenizers = [(tokenizer_name(part), TOKENIZER) for part in family.text_encoders]
+        for part, file in (*tokenizers, ("scheduler", SCHEDULER)):
             if not (self.of(part) / file).is_file():
                 raise ValueError(missing(self.of(part), file))
         return index
@@ -62,9 +90,14 @@ class PipelineFolder:
         where = self.of(part)
         if not (where / "config.json").is_file():
             raise ValueError(missing(where, "config.json"))
+        prefix = self.prefix(part)
         if part in self.scratch or WITHOUT_VALUES.get():
             config = json.loads((where / "config.json").read_text(encoding="utf-8"))
             return kind.from_config(config) if part in self.scratch else _ones(kind, config)
+        if prefix is not None and self.file is not None:
+            from trainer.backbones.single_file_weights import load_part
+
+            return load_part(self.file, prefix, kind=kind, where=where)
         variant = weight_files(where).variant
         ours = kind.__module__.startswith("diffusers.")
         dtype = {"torch_dtype" if ours else "dtype": torch.float32}
@@ -87,6 +120,11 @@ class PipelineFolder:
             )
         return model
 
+    def tokenizer(self, kind: Any, text_encoder: str = "text_encoder", **options: Any) -> Any:
+        """The tokenizer of a text encoder, of a class of transformers."""
+        where = self.of(tokenizer_name(text_encoder))
+        return kind.from_pretrained(where, local_files_only=True, **options)
+
     def published(self, part: str) -> torch.dtype:
         """What the weights of a part are stored in; fp32 where it has none, as it starts from
         scratch."""
@@ -94,15 +132,42 @@ class PipelineFolder:
 
         if part in self.scratch or not self.of(part).is_dir():
             return torch.float32
-        with safe_open(weight_files(self.of(part)).files[0], "pt") as file:
-            kinds = Counter(file.get_slice(key).get_dtype() for key in file.keys())  # noqa: SIM118
+        prefix = self.prefix(part) or ""
+        held = self.file if prefix and self.file else weight_files(self.of(part)).files[0]
+        with safe_open(held, "pt") as file:
+            names = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+            kinds = Counter(file.get_slice(key).get_dtype() for key in names)
         halves = {"F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
         return halves.get(kinds.most_common(1)[0][0], torch.float32) if kinds else torch.float32
 
     def scheduler_config(self) -> dict[str, Any]:
         path = self.of("scheduler") / SCHEDULER
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return config
+        if self.file is None:
+            return config
+        return config | dict(read_checkpoint(self.file, self.path.name).scheduler)
+
+    def prefix(self, part: str) -> str | None:
+        """Of the part's tensors in the checkpoint; None where its weights are a folder's.
+
+        Raises:
+            ValueError: there is a checkpoint that does not hold the part.
+        """
+        if self.file is None or part in self.parts:
+            return None
+        found = part_of_file(self.file, part, self.path.name)
+        if found is None and part not in self.scratch:
+            key = part if part == "vae" or part.startswith("text") else "denoiser"
+            raise ValueError(
+                f"{self.file}: it holds no {part}; give parts.{key}=<folder>, one in diffusers "
+                "layout"
+            )
+        return found
+
+    def check_weights(self, part: str) -> None:
+        """Raises ValueError where a part has no weights that can be loaded."""
+        if part not in self.scratch and self.prefix(part) is None:
+            weight_files(self.of(part))
 
 
 @contextmanager
@@ -140,8 +205,9 @@ def limit_length(tokenizer: Any, encoder: Any) -> None:
 
 def pipeline_folder(spec: BackboneSpec, name: str, parts: Sequence[str]) -> PipelineFolder:
     """The folder a spec names, fetched first if it is on the hub; parts: those with weights."""
-    path = Path(spec.folder) if spec.folder else _download(spec, name, parts)
-    return PipelineFolder(path, Path(spec.overlay) if spec.overlay else None, spec.scratch)
+    wanted = [part for part in parts if part not in spec.parts]
+    path = Path(spec.folder) if spec.folder else _download(spec, name, wanted)
+    return PipelineFolder.of_spec(spec, path)
 
 
 def _download(spec: BackboneSpec, name: str, parts: Sequence[str]) -> Path:

@@ -110,11 +110,11 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     return Parts(
         folder=folder.path,
         denoiser=transformer,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer.from_pretrained(folder.of("tokenizer"), local_files_only=True),
+        text_encoders={"text_encoder": text_encoder},
+        tokenizers={"text_encoder": folder.tokenizer(tokenizer)},
         vae=vae,
         scheduler=flow_or_vp(folder.scheduler_config(), folder.of("scheduler")),
-        prompt_length=LENGTHS[facts.index["_class_name"]],
+        prompt_lengths={"text_encoder": LENGTHS[facts.index["_class_name"]]},
     )
 
 

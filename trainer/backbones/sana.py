@@ -75,16 +75,15 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     transformer = folder.load("transformer", diffusers.SanaTransformer2DModel)
     if "transformer" in spec.scratch:
         initialise(transformer)
-    # a tokenizer of Gemma pads on the left, and its pipeline on the right
-    own = {"local_files_only": True, "padding_side": "right"}
     return Parts(
         folder=folder.path,
         denoiser=transformer,
-        text_encoder=folder.load("text_encoder", encoder),
-        tokenizer=tokenizer.from_pretrained(folder.of("tokenizer"), **own),
+        text_encoders={"text_encoder": folder.load("text_encoder", encoder)},
+        # a tokenizer of Gemma pads on the left, and its pipeline on the right
+        tokenizers={"text_encoder": folder.tokenizer(tokenizer, padding_side="right")},
         vae=folder.load("vae", getattr(diffusers, facts.vae)),
         scheduler=flow_or_vp(folder.scheduler_config(), folder.of("scheduler")),
-        prompt_length=PROMPT_LENGTH,
+        prompt_lengths={"text_encoder": PROMPT_LENGTH},
     )
 
 

@@ -102,8 +102,8 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     return Parts(
         folder=folder.path,
         denoiser=unet,
-        text_encoder=text_encoder,
-        tokenizer=CLIPTokenizer.from_pretrained(folder.of("tokenizer"), local_files_only=True),
+        text_encoders={"text_encoder": text_encoder},
+        tokenizers={"text_encoder": folder.tokenizer(CLIPTokenizer)},
         vae=vae,
         scheduler=vp_scheduler(folder.scheduler_config(), folder.of("scheduler")),
     )

@@ -119,6 +119,38 @@ class TransformerSpec(DenoiserSpec):
         return self
 
 
+class PartsSpec(Section):
+    """Parts of the backbone that come from elsewhere: folders with the part, or pipelines that have
+    it. For a checkpoint in one file also what the file does not hold."""
+
+    denoiser: str | None = Field(
+        None,
+        description="the U-Net or transformer",
+        examples=["./other_pipeline"],
+    )
+    text_encoder: str | None = Field(
+        None, description="the text encoder, of several the first", examples=["./my_text_encoder"]
+    )
+    text_encoder_2: str | None = Field(
+        None, description="the second text encoder", examples=["./my_text_encoder"]
+    )
+    vae: str | None = Field(None, description="the VAE", examples=["./sdxl-vae-fp16-fix"])
+    tokenizer: str | None = Field(
+        None,
+        description="the tokenizer; for a checkpoint in one file a folder with the vocabulary of "
+        "CLIP, vocab.json and merges.txt, which null looks for beside the file and in the hub's "
+        "cache",
+        examples=["./clip-vit-large-patch14"],
+    )
+    config: str | None = Field(
+        None,
+        description="of a checkpoint in one file: how its parts are built, as in sd15, sd21 (768 "
+        "pixels, v), sd21_base (512 pixels, eps) or sdxl, or a pipeline folder, whose weights are "
+        "then not read; null looks at the names and sizes of its tensors",
+        examples=["sd21_base"],
+    )
+
+
 class BackboneSpec(Section):
     """A pretrained model: a folder in diffusers layout, or a checkpoint of the hub pinned to a
     commit. What a file in recipes/backbone/ holds."""
@@ -131,6 +163,15 @@ class BackboneSpec(Section):
         default=None,
         description="a folder whose parts are taken before those of folder, for backbones that "
         "share a VAE and a text encoder",
+    )
+    parts: dict[str, str] = Field(
+        default={},
+        description="folders of single parts by their names, taken before all others",
+    )
+    file: str | None = Field(
+        default=None,
+        description="a checkpoint in one file, whose weights the parts of folder, which then only "
+        "says how they are built, have",
     )
     hub: str | None = Field(
         default=None, description="the repository on the hub, in place of folder"
@@ -158,4 +199,6 @@ class BackboneSpec(Section):
             raise ValueError("a hub checkpoint needs revision, the commit it is pinned to")
         if self.overlay is not None and self.folder is None:
             raise ValueError("overlay goes over a folder; give folder, not hub")
+        if self.file is not None and self.folder is None:
+            raise ValueError("file has the weights for a folder of configurations; give folder too")
         return self

@@ -152,7 +152,7 @@ def recipe_keys_page() -> Iterator[str]:
     yield "A recipe is a YAML file of these keys, which can also be given on the command line."
     yield ""
     yield entry("base", "another recipe, by name or file, that this one is laid over")
-    yield entry("backbone", "the model that is trained: a name, a folder, or a finished run")
+    yield entry("backbone", "the model that is trained: a name, a folder, a file, a finished run")
     yield entry("data", "the data source and its options")
     yield entry("methods", "what adapts the model, each with its options")
     for name, section in SECTIONS.items():
@@ -188,6 +188,7 @@ def backbones_page() -> Iterator[str]:
     for name, sentence in TABLES["backbones"]():
         yield entry(name, sentence)
     yield entry("<folder>", "a folder in diffusers layout, with model_index.json")
+    yield entry("<file>", "a checkpoint of Stable Diffusion 1, 2 or XL in one .safetensors")
     yield entry("<run>", "a finished run or its adapter: its result is trained further")
 
 

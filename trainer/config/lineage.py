@@ -8,7 +8,9 @@ from typing import Any
 
 from trainer.backbones import check_backbone_folder
 from trainer.backbones.families import family_of, find_family
-from trainer.backbones.spec import BackboneSpec, DenoiserSpec
+from trainer.backbones.single_file import is_checkpoint, layout_folder, with_vocabulary
+from trainer.backbones.spec import BackboneSpec, DenoiserSpec, PartsSpec
+from trainer.common import pickles
 from trainer.common.paths import BACKBONES, DATA
 from trainer.common.suggest import nearest
 from trainer.config.header import file_of, read_header
@@ -18,6 +20,8 @@ from trainer.config.schema import (
 from trainer.config.sections import TextSpec
 from trainer.config.tree import merge_trees, read_yaml
 from trainer.config.value_errors import build_section
+
+NO_PARTS = PartsSpec()
 
 
 def backbone_names() -> list[str]:
@@ -32,8 +36,9 @@ def read_backbone(name: str) -> dict[str, Any]:
 def spec_of(tree: Mapping[str, Any], instead: str | None = None) -> BackboneSpec:
     """The backbone of a resolved recipe; or another, which brings a denoiser of its own."""
     name = instead or tree["backbone"]
-    spec = backbone_spec(name, tree.get("denoiser") if name == tree["backbone"] else None)
-    return read_by(spec, tree)
+    own = tree if name == tree["backbone"] else {}
+    parts = build_section(PartsSpec, own.get("parts"), "parts")
+    return read_by(backbone_spec(name, own.get("denoiser"), parts), tree)
 
 
 def read_by(spec: BackboneSpec, tree: Mapping[str, Any]) -> BackboneSpec:
@@ -42,17 +47,23 @@ def read_by(spec: BackboneSpec, tree: Mapping[str, Any]) -> BackboneSpec:
     return spec if most is None else spec.model_copy(update={"max_tokens": most})
 
 
-def backbone_spec(name: str, denoiser: Any = None) -> BackboneSpec:
-    """A named backbone, a local folder in diffusers layout, or what an earlier run has made of one:
-    its folder or adapter. denoiser: a recipe's values over those of a backbone whose denoiser is
-    made from nothing."""
-    root, given, adapters = lineage_of(name)
+def backbone_spec(name: str, denoiser: Any = None, parts: PartsSpec = NO_PARTS) -> BackboneSpec:
+    """A named backbone, a local folder in diffusers layout, a checkpoint in one file, or what an
+    earlier run has made of one: its folder or adapter. denoiser: a recipe's values over those of a
+    backbone whose denoiser is made from nothing; parts: those that come from elsewhere."""
+    root, first, adapters = lineage_of(name)
     if adapters:
         if denoiser is not None:
             raise RecipeError(
                 f"denoiser: backbone {name} has a network of its own, which denoiser=null keeps"
             )
-        spec = read_by(backbone_spec(root, given), _made_by(name) or {})
+        if parts != NO_PARTS:
+            raise RecipeError(
+                f"parts: backbone {name} is the result of a run, and has the parts of that run"
+            )
+        own_parts = build_section(PartsSpec, first.get("parts"), "parts")
+        spec = backbone_spec(root, first.get("denoiser"), own_parts)
+        spec = read_by(spec, _made_by(name) or {})
         return spec.model_copy(update={"adapters": adapters})
     own = None
     if name in backbone_names():
@@ -67,10 +78,16 @@ def backbone_spec(name: str, denoiser: Any = None) -> BackboneSpec:
     elif (Path(name).expanduser() / "model_index.json").is_file():
         folder = Path(name).expanduser()
         spec = BackboneSpec(folder=str(folder), family=family_of(folder))
+    elif is_checkpoint(Path(name).expanduser()):
+        spec = _one_file(Path(name).expanduser(), parts)
     elif Path(name).expanduser().is_dir():
         raise RecipeError(
             f"backbone={name}: the folder has no model_index.json and no adapter.safetensors; a "
             "diffusers pipeline folder or a finished run is needed"
+        )
+    elif Path(name).suffix in pickles.SUFFIXES and Path(name).expanduser().is_file():
+        raise RecipeError(
+            f"backbone={name}: pickles are never loaded; take the checkpoint as .safetensors"
         )
     else:
         hint = nearest(name, backbone_names())
@@ -78,6 +95,7 @@ def backbone_spec(name: str, denoiser: Any = None) -> BackboneSpec:
     if spec.folder is not None and not (Path(spec.folder) / "model_index.json").is_file():
         raise RecipeError(f"backbone={name}: {spec.folder} is missing or has no model_index.json")
     made = _denoiser(spec.family, name, own=own, given=denoiser)
+    spec = _with_parts(spec, name, parts)
     return _checked(spec.model_copy(update={"denoiser": made}), name)
 
 
@@ -90,10 +108,55 @@ def _checked(spec: BackboneSpec, name: str) -> BackboneSpec:
     return spec
 
 
+def _one_file(file: Path, parts: PartsSpec) -> BackboneSpec:
+    """The spec of a checkpoint in one file; raises `RecipeError` where something is not found."""
+    try:
+        folder = layout_folder(file, parts.config)
+        overlay = with_vocabulary(folder, file, parts.tokenizer)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    over = None if overlay is None else str(overlay)
+    return BackboneSpec(family=family_of(folder), folder=str(folder), overlay=over, file=str(file))
+
+
+def _with_parts(spec: BackboneSpec, name: str, given: PartsSpec) -> BackboneSpec:
+    """The spec with the parts that a recipe takes from elsewhere."""
+    if given.config is not None and spec.file is None:
+        raise RecipeError(
+            f"parts.config={given.config} is for a checkpoint in one file, and backbone={name} is "
+            "none; leave it out"
+        )
+    family, found = find_family(spec.family), {}
+    own = {"denoiser": family.denoiser, "vae": "vae"}
+    own |= {part: part for part in family.text_encoders}
+    if spec.file is None:  # of one file it is in the overlay
+        own["tokenizer"] = "tokenizer"
+    for key, value in given.model_dump(exclude_none=True).items():
+        if key in own:
+            found[own[key]] = str(_folder_of(Path(value).expanduser(), own[key], key=key))
+        elif key not in ("config", "tokenizer"):
+            raise RecipeError(f"parts.{key}: backbone {name} has no such part; leave it out")
+    return spec.model_copy(update={"parts": found}) if found else spec
+
+
+def _folder_of(place: Path, part: str, *, key: str) -> Path:
+    """A part's own folder: the one that is named, or the part of a pipeline there."""
+    file = "tokenizer_config.json" if part == "tokenizer" else "config.json"
+    found = next((each for each in (place / part, place) if (each / file).is_file()), None)
+    if found is None:
+        raise RecipeError(
+            f"parts.{key}={place}: neither a folder of {part} nor of a pipeline with one: {file} "
+            "is missing"
+        )
+    return found
+
+
 def _made_by(name: str) -> dict[str, Any] | None:
     """The recipe of the run a backbone is the result of; None if it is no such."""
     file = file_of(name)
     if name in backbone_names() or file.suffix != ".safetensors" or not file.is_file():
+        return None
+    if is_checkpoint(file):
         return None
     try:
         return read_header(file)[0]
@@ -101,18 +164,18 @@ def _made_by(name: str) -> dict[str, Any] | None:
         raise RecipeError(f"backbone={name}: {error}") from None
 
 
-def lineage_of(name: str) -> tuple[str, Any, tuple[str, ...]]:
-    """The backbone that a chain of runs began with, the `denoiser` of the first run's recipe, and
-    the adapters of all of them, the first run's first."""
+def lineage_of(name: str) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    """The backbone that a chain of runs began with, the first run's recipe, empty without a run,
+    and the adapters of all of them, the first run's first."""
     adapters: list[str] = []
-    denoiser = None
+    first: dict[str, Any] = {}
     while (tree := _made_by(name)) is not None:
         file = str(file_of(name))
         if file in adapters:
             raise RecipeError(f"backbone={name}: {file} names itself as its own backbone")
         adapters.append(file)
-        name, denoiser = tree["backbone"], tree.get("denoiser")
-    return name, denoiser, tuple(reversed(adapters))
+        name, first = tree["backbone"], tree
+    return name, first, tuple(reversed(adapters))
 
 
 def _denoiser(family: str, name: str, own: Any, given: Any) -> DenoiserSpec | None:

@@ -19,7 +19,7 @@ from trainer.common.suggest import nearest
 from trainer.config.backbone_limits import check_limits
 from trainer.config.captions import check_words
 from trainer.config.continual_recipes import check_tasks, task_overlay
-from trainer.config.lineage import backbone_names, backbone_spec, lineage_of, read_by
+from trainer.config.lineage import backbone_names, lineage_of, spec_of
 from trainer.config.optimiser_notes import check_optimiser
 from trainer.config.optimisers import with_own_lr
 from trainer.config.overrides import parse_words
@@ -118,7 +118,8 @@ def resolve_recipe(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]
     tracker = tree.get("tracker", "tensorboard")
     if tracker not in TRACKERS:
         raise RecipeError(f"tracker={tracker}: no such tracker{nearest(str(tracker), TRACKERS)}")
-    spec = read_by(backbone_spec(tree["backbone"], tree.pop("denoiser", None)), tree)
+    spec = spec_of(tree)
+    tree.pop("denoiser", None)
     data = _data(tree.get("data"))
     run = sections["run"]
     assert isinstance(run, RunSpec)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
+from trainer.backbones.spec import PartsSpec
 from trainer.config.optimisers import own_betas
 from trainer.config.schema import SECTIONS
 from trainer.data.source import Source
@@ -113,6 +114,7 @@ IN_SECTIONS: dict[str, dict[str, Rule]] = {
         "known": FREE,
     },
     "text": {"max_tokens": REFUSED},
+    "parts": dict.fromkeys(PartsSpec.model_fields, REFUSED),
     # of the recipe that holds the concepts, compared in `continual.py`; a task's has none of them
     "continual": {
         "concepts": REFUSED,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.backbones.spec import BackboneSpec
+from trainer.backbones.spec import BackboneSpec, PartsSpec
 from trainer.common.section import Section
 from trainer.config.run_section import RunSpec
 from trainer.config.sections import (
@@ -33,6 +33,7 @@ SECTIONS: dict[str, type[Section]] = {
     "evaluate": EvaluateSpec,
     "continual": ContinualSpec,
     "text": TextSpec,
+    "parts": PartsSpec,
 }
 KEYS = ("recipe", "backbone", "data", "methods", *SECTIONS, "tracker", "denoiser")
 
@@ -54,6 +55,7 @@ class Recipe:
     evaluate: EvaluateSpec
     continual: ContinualSpec
     text: TextSpec
+    parts: PartsSpec
     tracker: str
     tree: dict[str, Any]
     said: tuple[str, ...] = ()

@@ -22,11 +22,15 @@ from typing import TYPE_CHECKING, Protocol
 
 from PIL import Image
 
+from trainer.data.crops import central, covered, whole
 from trainer.data.loss_mask import mask_cells
 from trainer.media.images import resize_cover, to_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from trainer.data.buckets import Size
+    from trainer.data.crops import Crop
 
 SMALL_PROBABILITY = 2 / 3
 FAR_BELOW = 0.6
@@ -50,8 +54,10 @@ def resize_augment(
     rng: Uniform,
     hflip: bool = False,
     painted: Image.Image | None = None,
-) -> tuple[Tensor, str, Tensor]:
-    """One random augmented view of a photo, its caption and the mask of its real pixels.
+    shape: Size | None = None,
+) -> tuple[Tensor, str, Tensor, Crop]:
+    """One random augmented view of a photo, its caption, the mask of its real pixels, and which
+    part of the photo it shows.
 
     The masked loss of a sample is `(loss * mask).sum() / mask.sum()`; the mask is never empty. A
     view in which nothing of a painted mask is left gives way to the complete photo.
@@ -64,21 +70,24 @@ def resize_augment(
         rng: the only source of randomness; the same state gives the same result.
         hflip: mirror with probability 1/2. Captions that say left or right become wrong.
         painted: the photo's own mask in its size, 8-bit grey, whose centre is not all black.
+        shape: width and height of the photo before its centre was cut out, None for those of image.
 
     Returns:
         Image float32 (3, size, size) in [-1, 1], 0 outside the photo; caption; mask float32
-        (1, size // mask_divisor, size // mask_divisor) of 0 and 1, of a painted mask also between.
+        (1, size // mask_divisor, size // mask_divisor) of 0 and 1, of a painted mask also between;
+        the part, where one with grey around it is the whole.
 
     Raises:
         ValueError: `size` does not fit `mask_divisor`, or `image` is not RGB.
     """
     _check_size(size, mask_divisor)
+    shape = shape or image.size
     if hflip and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         painted = painted and painted.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     scale = draw_scale(size, mask_divisor, rng)
     full = _full_mask(size, mask_divisor)
-    whole = full if painted is None else mask_cells(painted, (size, size), mask_divisor)
+    complete = full if painted is None else mask_cells(painted, (size, size), mask_divisor)
     if scale < FAR_BELOW * size:
         top, left = (_integer(0, size - scale + 1, rng) for _ in range(2))
         mask = _inner(full, (top, left), scale, mask_divisor=mask_divisor)
@@ -86,15 +95,17 @@ def resize_augment(
             mask = mask * _pasted_cells(painted, (top, left), scale, size=size, like=full)
         if mask.any():
             pixels = _paste(image, (top, left), scale, size=size)
-            return pixels, _prefixed(caption, FAR_PREFIXES, rng), mask
+            return pixels, _prefixed(caption, FAR_PREFIXES, rng), mask, whole(pixels)
     elif scale > size:
         top, left = (_integer(0, scale - size + 1, rng) for _ in range(2))
         box = (left, top, left + size, top + size)
         mask = full if painted is None else _cropped_cells(painted, box, scale, like=full)
         if mask.any():
             pixels = to_tensor(resize_cover(image, scale).crop(box))
-            return pixels, _prefixed(caption, CLOSE_PREFIXES, rng), mask
-    return to_tensor(resize_cover(image, size)), caption, whole
+            above, before = covered(shape, (scale, scale))
+            part = (shape[1], shape[0], above + top, before + left, size, size)
+            return pixels, _prefixed(caption, CLOSE_PREFIXES, rng), mask, part
+    return to_tensor(resize_cover(image, size)), caption, complete, central(shape, (size, size))
 
 
 def draw_scale(size: int, mask_divisor: int, rng: Uniform) -> int:

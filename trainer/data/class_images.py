@@ -28,7 +28,7 @@ class Pair:
     """An RGB image of any size, the captions that are true of it, and its mask of the same size in
     8-bit grey, if it has one. made_of: what a generated one was made of; another machine may make
     it with other last bits. file: the SHA-256 of the photo's file, where the image is not the whole
-    photo."""
+    photo; whole: the width and height of the whole one, then."""
 
     image: Image.Image
     captions: tuple[str, ...]
@@ -36,6 +36,12 @@ class Pair:
     mask: Image.Image | None = None
     made_of: str | None = None
     file: str | None = None
+    whole: tuple[int, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Width and height of the whole photo."""
+        return self.whole or self.image.size
 
     def identity(self) -> str:
         """Digests of its pixels, or of what it was made of, of its captions and its mask."""
@@ -52,9 +58,11 @@ def pixels_digest(image: Image.Image) -> str:
 
 def pair_of(photo: Photo, captions: Sequence[str], listing: Listing) -> Pair:
     """A photo that was read, with these captions."""
-    key, whole = listing.name(photo.path), photo.image.size == upright_size(photo.path)
-    file = None if whole else sha256_of_file(photo.path)
-    return Pair(photo.image, tuple(captions), key, mask=photo.mask, file=file)
+    key, shape = listing.name(photo.path), upright_size(photo.path)
+    if photo.image.size == shape:
+        return Pair(photo.image, tuple(captions), key, mask=photo.mask)
+    file = sha256_of_file(photo.path)
+    return Pair(photo.image, tuple(captions), key, mask=photo.mask, file=file, whole=shape)
 
 
 @dataclass(frozen=True)

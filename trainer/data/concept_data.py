@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from trainer.data.class_images import Pair
+from trainer.data.crops import Crop, central
 from trainer.data.identity import by_name
 from trainer.data.loss_mask import checked_cells
 from trainer.data.source import Sample
@@ -80,7 +81,7 @@ class ConceptData:
 
         pair, caption, view = self.pairs[index], self.caption(index, rng), self.view
         if view.augment and index < self.num_photos:
-            image, caption, mask = resize_augment(
+            image, caption, mask, part = resize_augment(
                 pair.image,
                 caption,
                 size=view.side,
@@ -88,12 +89,14 @@ class ConceptData:
                 rng=rng,
                 hflip=view.flip,
                 painted=pair.mask,
+                shape=pair.shape,
             )
-            return Sample(image=image, caption=caption, key=pair.key, mask=mask)
+            return Sample(image=image, caption=caption, key=pair.key, mask=mask, crop=part)
         photo, own = resize_cover(pair.image, view.side), self.loss_mask(index)
         if view.flip and rng.random() < 0.5:
             photo, own = ImageOps.mirror(photo), None if own is None else own.flip(-1)
-        return Sample(image=to_tensor(photo), caption=caption, key=pair.key, mask=own)
+        part = self.crop(index)
+        return Sample(image=to_tensor(photo), caption=caption, key=pair.key, mask=own, crop=part)
 
     def image(self, index: int) -> Tensor:
         from trainer.media.images import resize_cover, to_tensor
@@ -103,6 +106,10 @@ class ConceptData:
     def loss_mask(self, index: int) -> Tensor | None:
         """The mask of a photo that is not augmented, see `Masked`."""
         return self.masks.get(index)
+
+    def crop(self, index: int) -> Crop:
+        """Of a photo that is not augmented, see `Cropped`."""
+        return central(self.pairs[index].shape, (self.view.side, self.view.side))
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         tags = self.view.tags if index < self.num_photos else FIXED

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.data.buckets import Size, arrange
+from trainer.data.crops import Crop, central
 from trainer.data.decoded import Decoded
 from trainer.data.identity import by_name, captioned, sha256_of_file
 from trainer.data.loss_mask import checked_cells
@@ -87,6 +88,7 @@ class Photos:
         self.frames: Sequence[int] = (1,) * len(groups)
         self.fixed = not flip and len(sizes) == 1
         self._kept: dict[int, Image] = {}
+        self._shapes: dict[int, Size] = {}
         self.masks: dict[int, Tensor] = {}
         for index, row in enumerate(self.rows):
             cells = None if masks is None else masks.cells(row.path, self._size(index))
@@ -102,7 +104,8 @@ class Photos:
         image, mask = self.image(index), self.loss_mask(index)
         if self.flip and rng.random() < 0.5:
             image, mask = image.flip(-1), None if mask is None else mask.flip(-1)
-        return Sample(image=image, caption=caption, key=self.key(index), mask=mask)
+        key, crop = self.key(index), self.crop(index)
+        return Sample(image=image, caption=caption, key=key, mask=mask, crop=crop)
 
     def key(self, index: int) -> str:
         return self.rows[index].key
@@ -116,6 +119,10 @@ class Photos:
     def loss_mask(self, index: int) -> Tensor | None:
         """The mask without mirroring, see `Masked`."""
         return self.masks.get(index)
+
+    def crop(self, index: int) -> Crop:
+        """See `Cropped`."""
+        return central(self._shape(index), self._size(index))
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         return drawn(self.rows[index].captions, rng, self.tags)
@@ -147,6 +154,11 @@ class Photos:
         if len(self.rows) * self.side**2 * 3 <= KEEP_BYTES:
             self._kept[index] = image
         return image
+
+    def _shape(self, index: int) -> Size:
+        if index not in self._shapes:
+            self._shapes[index] = upright_size(self.rows[index].path)
+        return self._shapes[index]
 
     def _size(self, index: int) -> Size:
         return next(

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from trainer.common.exit_codes import CODES
 from trainer.common.seeds import seed_of
 from trainer.common.threads import return_to_all
+from trainer.data.crops import CROP, Cropped, whole
 from trainer.data.latent_cache import Latents, frames_of, rows
 from trainer.data.loss_mask import Masked
 from trainer.data.plan import Cursor, Slot, StepPlan
@@ -33,7 +34,8 @@ class Batch:
     frames of a clip adjacent; images are clips of one frame. masks (b, 1, h, w), of images only;
     weights (b,) of each sample in the loss; positions (b,) in the global micro-batch `step`, which
     seed the sample's noise; fps (b,) frames a second of each clip, None for images; u (b,) fixes
-    the timesteps, as shares of their range. inputs: further inputs by name, each (b, ...).
+    the timesteps, as shares of their range. inputs: further inputs by name, each (b, ...); `crop`
+    among them, see `crops.py`, where it is known.
     """
 
     step: int
@@ -152,6 +154,8 @@ def collate(
         batch.moments = torch.from_numpy(np.concatenate([moments[span] for span in spans])).float()
         batch.captions = [dataset.caption(slot.index, rng) for slot, rng in pairs]
         batch.keys = [dataset.key(slot.index) for slot in slots]
+        if isinstance(dataset, Cropped):
+            batch.inputs[CROP] = torch.tensor([dataset.crop(slot.index) for slot in slots]).float()
         if isinstance(dataset, Masked):
             batch.masks = _stacked([dataset.loss_mask(slot.index) for slot in slots])
     else:
@@ -175,6 +179,8 @@ def _fill(batch: Batch, samples: Sequence[Sample]) -> None:
     batch.inputs = {
         name: torch.stack([sample.inputs[name] for sample in samples]) for name in first.inputs
     }
+    crops = [sample.crop or whole(sample.image) for sample in samples]
+    batch.inputs[CROP] = torch.tensor(crops).float()
 
 
 def _stacked(masks: Sequence[Tensor | None]) -> Tensor | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from trainer.data.crops import Crop, Cropped, whole
 from trainer.data.identity import by_name
 from trainer.data.loss_mask import Masked
 from trainer.data.source import Dataset, Repeated, Sample
@@ -55,6 +56,11 @@ class Mixed:
         part, own = self._part(index)
         return part.loss_mask(own) if isinstance(part, Masked) else None
 
+    def crop(self, index: int) -> Crop:
+        """See `Cropped`."""
+        part, own = self._part(index)
+        return part.crop(own) if isinstance(part, Cropped) else whole(part.image(own))
+
     def key(self, index: int) -> str:
         part, own = self._part(index)
         return part.key(own)
@@ -87,10 +93,16 @@ class Stills:
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         found = self.clips.sample(index, rng)
-        return Sample(image=_middle(found.image), caption=found.caption, key=found.key)
+        image = _middle(found.image)
+        return Sample(image=image, caption=found.caption, key=found.key, crop=found.crop)
 
     def image(self, index: int) -> Tensor:
         return _middle(self.clips.image(index))
+
+    def crop(self, index: int) -> Crop:
+        """See `Cropped`."""
+        clips = self.clips
+        return clips.crop(index) if isinstance(clips, Cropped) else whole(self.image(index))
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         return self.clips.caption(index, rng)

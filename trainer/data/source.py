@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from trainer.data.crops import Crop
+
 
 # the name of a caption, as of its file; its text; the word it must hold, None where it may hold any
 Caption = tuple[str, str, str | None]
@@ -26,13 +28,15 @@ Caption = tuple[str, str, str | None]
 class Sample:
     """image (3, H, W) float32 in [-1, 1], of a clip (frames, 3, H, W); mask (1, H/f, W/f) of an
     image's latents that count, or None for all; key names it. inputs: further inputs by name, as
-    in a depth map or a reference picture, each of one shape in all samples of a data set."""
+    in a depth map or a reference picture, each of one shape in all samples of a data set. crop:
+    which part of its picture it shows, None for one that is not cut."""
 
     image: Tensor
     caption: str
     key: str
     mask: Tensor | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    crop: Crop | None = None
 
 
 class Dataset(Protocol):

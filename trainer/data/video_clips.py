@@ -10,6 +10,7 @@ from math import floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from trainer.data.crops import Crop, central
 from trainer.data.identity import by_name, captioned, digest_of, sha256_of_file
 from trainer.data.source import Sample
 from trainer.data.source_checks import KEEP_BYTES
@@ -139,7 +140,7 @@ class VideoClips:
         clip = self._tensor(index, starts[int(rng.integers(len(starts)))])
         if self.flip and rng.random() < 0.5 and not SIDED.search(video.caption):
             clip = clip.flip(-1)
-        return Sample(clip, video.caption, video.key)
+        return Sample(clip, video.caption, video.key, crop=self.crop(index))
 
     def key(self, index: int) -> str:
         return self.videos[index].key
@@ -147,6 +148,11 @@ class VideoClips:
     def image(self, index: int) -> Tensor:
         video = self.videos[index]
         return self._tensor(index, self.window.starts(video.facts, video.key)[0])
+
+    def crop(self, index: int) -> Crop:
+        """See `Cropped`."""
+        facts = self.videos[index].facts
+        return central((facts.width, facts.height), (self.side, self.side))
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         return self.videos[index].caption

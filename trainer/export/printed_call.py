@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from trainer.backbones import load_backbone
+from trainer.backbones.family import tokenizer_name
 from trainer.config.lineage import spec_of
 from trainer.export import motion
 from trainer.export.probe import PROOF_FRAMES
@@ -73,7 +74,7 @@ def _with(code: str, name: str, value: Any) -> str:
 
 def model_of(pipe: Any, base: Any) -> Any:
     """A stock pipeline's parts in place of the backbone's, to be asked as one."""
-    for name in (*base.text_encoders, "vae", *base.tokenizers, "tokenizer"):
+    for name in (*base.text_encoders, "vae", *map(tokenizer_name, base.tokenizers)):
         if (part := pipe.components.get(name)) is not None:
             setattr(base, name, part.eval() if isinstance(part, torch.nn.Module) else part)
     if "motion_adapter" in pipe.components:

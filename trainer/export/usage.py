@@ -14,6 +14,7 @@ from trainer.export.card import Card
 from trainer.export.job import Job
 from trainer.export.prompt_lines import call_options, prompt_code, prompt_text
 from trainer.export.read_tokens import EMBEDDINGS
+from trainer.export.tensor_files import load_tensors
 
 README = "README.md"
 STEPS = 25  # of the sampler, in the call
@@ -147,6 +148,8 @@ def _scheduler(base: Any) -> Iterator[str]:
 def word_lines(folder: Path, pipeline: Any) -> tuple[list[str], list[str]]:
     """Lines of python that load a folder's words into `pipe`, and the imports they need."""
     names = [path.name for path in tokens.files(folder)]
+    if hasattr(pipeline, "text_encoder_2") and hasattr(pipeline, "load_textual_inversion"):
+        return _lines_of_two(folder), ["from safetensors.torch import load_file"] if names else []
     if hasattr(pipeline, "load_textual_inversion"):
         load = 'pipe.load_textual_inversion(f"{folder}/embeddings", weight_name='
         return [f"{load}{name!r})" for name in names], []
@@ -159,6 +162,21 @@ for name in {names!r}:
     pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
     pipe.text_encoder.get_input_embeddings().weight.data[len(pipe.tokenizer) - 1] = row"""
     return lines.strip().splitlines(), ["from safetensors.torch import load_file"]
+
+
+def _lines_of_two(folder: Path) -> list[str]:
+    """For a pipeline of two CLIPs. The second pools at the largest id where its file says that the
+    end of text is token 2, as that of SDXL does; the words' ids are larger than that of the end."""
+    lines = []
+    for path in tokens.files(folder):
+        rows, header = load_tensors(path)
+        lines.append(f'rows = load_file(f"{{folder}}/embeddings/{path.name}")')
+        for key, number in zip(tokens.CLIPS, ("", "_2"), strict=True):
+            parts = f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number}"
+            word = f"rows[{key!r}], token={header[tokens.WORD]!r}"
+            lines += [f"pipe.load_textual_inversion({word}, {parts})"] if key in rows else []
+    end = "pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id"
+    return [*lines, end] if lines else []
 
 
 def word_text(card: Card, folder: Path) -> tuple[str, ...]:

@@ -151,9 +151,12 @@ def _empty_inputs(backbone: Backbone, rows: int, side: int) -> Any:
     """What the denoiser is called with, for `rows` latents of `side`; the values are arbitrary."""
     device = backbone.device
     x_t = torch.empty((rows, backbone.latent_channels, side, side), device=device)
-    text = torch.empty((rows, backbone.text_length, backbone.text_width), device=device)
     t = torch.zeros(rows, device=device)
-    return backbone.inputs(x_t, t, Condition(text))
+    text = {
+        name: torch.empty((rows, *shape), device=device)
+        for name, shape in backbone.text_shapes.items()
+    }
+    return backbone.inputs(x_t, t, Condition(**text))
 
 
 def size(count: int) -> str:

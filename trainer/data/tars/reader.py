@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from trainer.data.buckets import arrange, check_step
+from trainer.data.crops import Crop, central
 from trainer.data.identity import digest_of
 from trainer.data.loss_mask import checked_cells
 from trainer.data.source import Needs, Sample
@@ -142,8 +143,9 @@ class Tars:
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Image and caption; raises ValueError if their bytes changed since they were indexed."""
-        image, caption = self.image(index), self.caption(index, rng)
-        return Sample(image=image, caption=caption, key=self.key(index), mask=self.loss_mask(index))
+        image, caption, mask = self.image(index), self.caption(index, rng), self.loss_mask(index)
+        key, crop = self.key(index), self.crop(index)
+        return Sample(image=image, caption=caption, key=key, mask=mask, crop=crop)
 
     def key(self, index: int) -> str:
         return self.rows[index][1].key
@@ -156,6 +158,11 @@ class Tars:
         extension = next(iter(entry.members.keys() & IMAGES))
         image = decode_image(self._read(index, extension), f"{name}: {entry.key}.{extension}")
         return to_tensor(cover(image, self._size(index)))
+
+    def crop(self, index: int) -> Crop:
+        """See `Cropped`."""
+        entry = self.rows[index][1]
+        return central((entry.width, entry.height), self._size(index))
 
     def loss_mask(self, index: int) -> Tensor | None:
         """The weights of a grey mask, see `Masked`; ImageError where the cut leaves none of it."""

@@ -1,0 +1,22 @@
+"""Short hashes of a loaded part: of its shapes, by which an adapter knows what it was trained on,
+and of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+
+from torch import nn
+
+
+def shapes(module: nn.Module) -> str:
+    """A short hash of all parameter shapes; names are left out, since transformers renames them
+    between versions."""
+    found = sorted(str(tuple(parameter.shape)) for parameter in module.parameters())
+    return hashlib.sha256(" ".join(found).encode()).hexdigest()[:16]
+
+
+def contents(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
