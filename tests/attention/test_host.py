@@ -407,15 +407,17 @@ def test_submodule_named_like_a_stage_is_no_stage(tiny_unet: nn.Module, run_unet
 def test_site_with_a_processor_of_its_own_is_left_alone_and_refused(
     tiny_unet: nn.Module, run_unet: Run
 ) -> None:
-    class Linear(AttnProcessor2_0):
-        pass
+    class Linear:
+        def __call__(self, attn: Attention, hidden_states: Tensor, **_: Any) -> Tensor:
+            out: Tensor = attn.to_out[0](attn.to_v(hidden_states))
+            return out
 
     model: Any = tiny_unet
     model.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(Linear())
     host = Host.attach(tiny_unet)
     kept = require(host.sites, "self & mid", "test")
     assert isinstance(kept[0].module.processor, Linear)
-    with pytest.raises(ValueError, match="runs Linear, which is not hosted yet"):
+    with pytest.raises(ValueError, match="runs Linear, which is not hosted: it makes no"):
         host.install(Probs(), kept)
     host.install(Probs(), select(host.sites, "cross"))
     run_unet(tiny_unet)

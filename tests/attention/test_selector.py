@@ -79,7 +79,7 @@ def test_unknown_term_is_refused_by_name(text: str, word: str, nearest: str | No
         parse_selector(text)
     message = str(caught.value)
     assert repr(word) in message
-    assert "self, cross, temporal, all, down, mid, up, block" in message
+    assert "self, cross, joint, temporal, all, down, mid, up, block" in message
     if nearest is not None:
         assert f"did you mean {nearest}?" in message
 

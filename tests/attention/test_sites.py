@@ -146,51 +146,31 @@ def test_layers_inside_a_site_are_no_sites(tiny_unet: nn.Module) -> None:
     assert [site.name for site in scan(tiny_unet)] == before
 
 
-def test_joint_attention_is_refused() -> None:
-    from diffusers import SD3Transformer2DModel
-
-    model = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        caption_projection_dim=16,
-        pooled_projection_dim=16,
-    )
-    with pytest.raises(ValueError, match="joint attention") as caught:
-        scan(model)
-    assert "'transformer_blocks.0.attn'" in str(caught.value)
-    assert "choose a backbone whose layers are classic" in str(caught.value)
-
-
-def test_newer_attention_class_is_refused_by_class_and_path() -> None:
-    from diffusers import FluxTransformer2DModel
-
-    model = FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 4, 8),
-    )
-    with pytest.raises(ValueError, match=r"FluxAttention at 'transformer_blocks\.0\.attn'"):
-        scan(model)
-
-
-def test_foreign_layer_with_projections_is_refused() -> None:
+def test_a_layer_that_makes_no_attention_call_is_refused_by_class_and_path() -> None:
     class Own(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.to_q, self.to_k, self.to_v = (nn.Linear(2, 2) for _ in range(3))
 
-    with pytest.raises(ValueError, match="Own at 'inner' is not hosted yet"):
+    with pytest.raises(ValueError, match="Own at 'inner' is not hosted: it has no soft") as bad:
         scan(nn.ModuleDict({"inner": Own()}))
+    assert "choose a backbone whose layers call torch's scaled_dot_product" in str(bad.value)
+
+
+def test_a_softmax_by_hand_is_refused_by_class_and_path() -> None:
+    class ByHand(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.to_q, self.to_k, self.to_v = (nn.Linear(2, 2) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self._mix(self.to_q(x) @ self.to_k(x).mT) @ self.to_v(x)
+
+        def _mix(self, scores: Tensor) -> Tensor:
+            return scores.softmax(dim=-1)
+
+    with pytest.raises(ValueError, match="ByHand at 'inner' is not hosted: it has a softmax by"):
+        scan(nn.ModuleDict({"inner": ByHand()}))
 
 
 def test_require_says_who_asked_and_what_there_is(tiny_unet: nn.Module) -> None:

@@ -189,6 +189,11 @@ def _transformer_blocks(denoiser: nn.Module) -> list[InsertionPoint]:
         )
     widths: dict[str, int] = {}
     for site in scan(denoiser):
+        if site.kind == "joint":
+            raise ValueError(
+                f"the blocks of {type(denoiser).__name__} return image and text, and layers "
+                "through time take images alone; choose a backbone without joint attention"
+            )
         block = ".".join(site.name.split(".")[:2])
         widths.setdefault(block, site.projection("q").in_features)
     divisor = patch_size(denoiser)

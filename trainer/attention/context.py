@@ -40,7 +40,8 @@ class StepContext:
     frames a second, None where that is unknown. `source` (rows, c, h, w) are the clean latents
     whose structure the output is to have: in training those that noise was added to, in sampling
     another clip's, or None. `condition` is the condition of all rows, None where the caller gives
-    none.
+    none. `text_tokens` is how many tokens of text the denoiser was called with, filled in from the
+    call where it is None.
     """
 
     step: int
@@ -53,6 +54,7 @@ class StepContext:
     fps: Tensor | None = None
     source: Tensor | None = None
     condition: Condition | None = None
+    text_tokens: int | None = None
 
     def rows(self, role: str) -> slice:
         """The batch rows of a group, such as `target/cond`, or of a branch or text role that one
@@ -79,20 +81,39 @@ def current() -> StepContext | None:
 
 
 def completed(ctx: StepContext | None, call: Mapping[str, Any], training: bool) -> StepContext:
-    """`ctx` with its latent size filled in; without a `ctx`, a context made of the denoiser's own
-    arguments.
+    """`ctx` with its latent size and number of text tokens filled in; without a `ctx`, a context
+    made of the denoiser's own arguments.
 
     `call` maps argument names of the denoiser's forward to values.
     """
-    sample = call.get("sample", call.get("hidden_states"))  # b c h w, or b c f h w
-    size = (sample.shape[-2], sample.shape[-1]) if isinstance(sample, Tensor) else None
+    sample = _sample(call)  # b c h w, or b c f h w; b n c where the tokens come packed
+    grid = isinstance(sample, Tensor) and sample.ndim > 3
+    size = (sample.shape[-2], sample.shape[-1]) if isinstance(sample, Tensor) and grid else None
+    words = call.get("encoder_hidden_states")
+    tokens = words.shape[1] if isinstance(words, Tensor) and words.ndim == 3 else None
     if ctx is not None:
-        return ctx if ctx.latent_size is not None else replace(ctx, latent_size=size)
+        size = size if ctx.latent_size is None else ctx.latent_size
+        tokens = tokens if ctx.text_tokens is None else ctx.text_tokens
+        if (size, tokens) == (ctx.latent_size, ctx.text_tokens):
+            return ctx
+        return replace(ctx, latent_size=size, text_tokens=tokens)
     frames = sample.shape[2] if isinstance(sample, Tensor) and sample.ndim == 5 else 1
     timestep = torch.as_tensor(call.get("timestep", 0))
     return StepContext(
-        step=0, num_steps=1, timestep=timestep, frames=frames, training=training, latent_size=size
+        step=0,
+        num_steps=1,
+        timestep=timestep,
+        frames=frames,
+        training=training,
+        latent_size=size,
+        text_tokens=tokens,
     )
+
+
+def _sample(call: Mapping[str, Any]) -> Any:
+    """The latents a denoiser is called with; of a list of pictures, the first, (c, f, h, w)."""
+    found = next((call[name] for name in ("sample", "hidden_states", "x") if name in call), None)
+    return found[0] if isinstance(found, (list, tuple)) and found else found
 
 
 class ContextHolder:

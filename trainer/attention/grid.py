@@ -24,7 +24,8 @@ def token_grid(tokens: int, *, site: Site, ctx: StepContext, who: str) -> tuple[
         if height * width == tokens:
             return height, width
     side = round(tokens**0.5)
-    if side * side != tokens:
+    # the tokens of a newer layer may be others than one image's: no square is guessed there
+    if side * side != tokens or site.keeps_processor:
         raise ValueError(
             f"{who} cannot find the grid of {tokens} tokens at {site.name!r}; give the "
             "StepContext the latent_size the denoiser is called with"

@@ -1,4 +1,5 @@
-"""The host puts the hosted processor on every site of a denoiser and keeps track of the ops."""
+"""The host of a denoiser's attention: a hosted processor on every classic layer, a hosted call in
+every other (`dispatch.py`), and which ops are where."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from torch import nn
 
 from trainer.attention.context import BoundCheckpoint, ContextHolder, bound, completed, current
 from trainer.attention.denoiser_traits import UNDECLARED, DenoiserTraits
+from trainer.attention.dispatch import HOSTED, HostedLayer
+from trainer.attention.find_attention import is_classic
 from trainer.attention.insertion import insertions
 from trainer.attention.op import Op, has_stage, label
 from trainer.attention.op_conflicts import refuse_conflicts
@@ -20,8 +23,7 @@ __all__ = ["Host", "HostedProcessor", "Op"]
 
 _HOST = "_attention_host"
 _CHECKPOINT = "_gradient_checkpointing_func"  # where diffusers keeps it on every block
-# norms a layer may have around its projections, which a bare processor leaves out
-_AROUND = ("spatial_norm", "group_norm", "norm_cross")
+Hosted = HostedProcessor | HostedLayer
 
 
 class Host:
@@ -35,7 +37,7 @@ class Host:
         self.denoiser, self.traits = denoiser, traits
         self.holder = ContextHolder()
         self.sites: list[Site] = []
-        self.processors: dict[str, HostedProcessor] = {}
+        self.processors: dict[str, Hosted] = {}
         self.unproven = False
         self.parameters = list(inspect.signature(denoiser.forward).parameters)
         self.handles = [
@@ -53,6 +55,10 @@ class Host:
         host = denoiser.__dict__.get(_HOST)
         known = UNDECLARED if host is None else host.traits
         sites = scan(denoiser, traits or known)
+        if not sites:
+            raise ValueError(
+                f"{type(denoiser).__name__} has no attention layer to host; choose another backbone"
+            )
         if host is None:
             host = denoiser.__dict__[_HOST] = cls(denoiser, known)
         host.traits = traits or known
@@ -106,9 +112,7 @@ class Host:
         for op in {id(op): op for p in self.processors.values() for op in p.ops}.values():
             self.remove(op)
         for processor in self.processors.values():
-            module: Any = processor.site.module
-            if module.processor is processor:
-                module.set_processor(processor.previous)
+            processor.release()
         for module in self.denoiser.modules():
             function = module.__dict__.get(_CHECKPOINT)
             if isinstance(function, BoundCheckpoint):
@@ -123,19 +127,13 @@ class Host:
         self.sites = sites
         known, self.processors = self.processors, {}
         for site in sites:
-            module: Any = site.module
-            processor = known.get(site.name)
-            if isinstance(module.processor, HostedProcessor):
-                processor = module.processor
-            elif not self._hostable(module):
+            hosted = self._host_of(site, known.get(site.name))
+            if hosted is None:
                 continue
-            elif processor is None or processor.site.module is not module:
-                processor = HostedProcessor(site, self.holder, module.processor)
-            # a block copied from elsewhere in the model has that block's processor: use it here
-            processor.site, processor.holder = site, self.holder
-            module.set_processor(processor)
-            self._set_ops(processor, processor.ops)
-            self.processors[site.name] = processor
+            # a block copied from elsewhere in the model has that block's host: use it here
+            hosted.site, hosted.holder = site, self.holder
+            self._set_ops(hosted, hosted.ops)
+            self.processors[site.name] = hosted
         for inserted in insertions(self.denoiser):
             inserted.holder = self.holder
         # a site that lost its processor stays listed while it has ops, to be reported
@@ -145,18 +143,27 @@ class Host:
             m for m in self.denoiser.modules() if hasattr(m, "gradient_checkpointing")
         ]
 
-    def _hostable(self, module: Any) -> bool:
-        """Whether `HostedProcessor` does to the bit what the layer's own processor does."""
-        own = self.traits.of_processor(module.processor)
-        if own is None or not own.bare:
-            return own is not None
-        return (
-            all(getattr(module, name) is None for name in _AROUND)
-            and not module.residual_connection
-            and (own.rescales or module.rescale_output_factor == 1)
-        )
+    def _host_of(self, site: Site, known: Hosted | None) -> Hosted | None:
+        """The host of one layer: a processor, or the layer's own with its attention call taken;
+        None where neither does what the layer does."""
+        module: Any = site.module
+        own = module.__dict__.get(HOSTED)
+        processor = getattr(module, "processor", None)
+        if isinstance(processor, HostedProcessor):
+            return processor
+        if is_classic(module, self.traits):
+            if known is None or known.site.module is not module or isinstance(known, HostedLayer):
+                known = HostedProcessor(site, self.holder, processor)
+            module.set_processor(known)
+            return known
+        if own is not None:
+            return own
+        # ops of a hosted processor that another has replaced: what they did is to be reported
+        if site.keeps_processor and not (known is not None and known.ops):
+            return HostedLayer(site, self.holder)
+        return None
 
-    def _set_ops(self, processor: HostedProcessor, ops: tuple[Op, ...]) -> None:
+    def _set_ops(self, processor: Hosted, ops: tuple[Op, ...]) -> None:
         """Sets them, and hooks the block around the site while one of them needs it."""
         if processor.hook is not None:
             processor.hook.remove()
@@ -176,15 +183,16 @@ class Host:
             )
         return block
 
-    def _hosted(self, site: Site) -> HostedProcessor:
+    def _hosted(self, site: Site) -> Hosted:
         processor = self.processors.get(site.name)
         if processor is not None and processor.site.module is site.module:
             return processor
         if any(site.module is own.module for own in self.sites):
             raise ValueError(
                 f"{site.name!r} runs {type(site.module.processor).__name__}, which is not "
-                "hosted yet; choose other sites, or call set_attn_processor(AttnProcessor2_0()) "
-                "before Host.attach if that is what the model was trained with"
+                "hosted: it makes no attention call that ops could act in; choose other sites, or "
+                "call set_attn_processor(AttnProcessor2_0()) before Host.attach if that is what "
+                "the model was trained with"
             )
         raise ValueError(
             f"{site.name!r} is no site of this denoiser; choose from the `sites` of its host"
@@ -212,12 +220,13 @@ class Host:
                 "attention ops are installed on sites that the forward of "
                 f"{type(module).__name__} never reached: {', '.join(missed)}. Either the model "
                 "skips them, then choose other sites, or their processors were replaced after "
-                "Host.attach (set_attn_processor, xformers, fused projections), then attach last"
+                "Host.attach (set_attn_processor, xformers, fused projections), then attach last, "
+                "or another attention backend than torch's own is set, then unset it"
             )
         self.unproven = bool(unseen)
 
 
-def _refuse_name(op: Op, processor: HostedProcessor) -> None:
+def _refuse_name(op: Op, processor: Hosted) -> None:
     if any(other is op or other.name == op.name for other in processor.ops):
         raise ValueError(
             f"op {op.name!r} is already on {processor.site.name!r}; remove it first or rename it"

@@ -42,6 +42,11 @@ def insert(model: AttentionModel, items: Sequence[Item], owner: str, trains: boo
             "the denoiser has frames as tokens, so it is a model of clips; choose a backbone of "
             "images"
         )
+    if any(site.kind == "joint" for site in model.host.sites):
+        raise ValueError(
+            "the denoiser's blocks return image and text, and layers through time take images "
+            "alone; choose a backbone without joint attention"
+        )
     modules = dict(denoiser.named_modules())
     for item in items:
         for other in inserted_after(modules[item.after]):

@@ -17,6 +17,9 @@ a `SiteCall`, the last argument of each:
     restore(y, call) -> y               b n c    after to_out, before the residual
     block(x, call) -> x                 b n c    the output of the block around the site
 
+At a joint site, whose queries and keys are text and image, n and m count both from `kv` to `output`
+(`call.spans` tells them apart); `tokens` and `restore` get the image tokens, `context` the text.
+
 Ops of one site run in the order in which they were installed, except that `restore`, which undoes
 `tokens`, runs in the reverse order. What two stages of one op share is kept in
 `call.scratch(self)`, never on the op. An op with `scores` or `probs` costs its sites the fused
@@ -55,7 +58,9 @@ class Traits:
     got. swaps: its kernel may replace attention other than softmax attention, as it is trained to.
     scores: it needs scores or probabilities, which only unfused attention has. grad: it needs
     gradients where a sampler would run without. frames: it needs every frame of a clip to be a row
-    of the batch.
+    of the batch. grid: it takes all tokens of a site as the cells of one picture's grid, or as a
+    line of neighbours, which they are not where text is among them. classic: it computes what the
+    layer computes from its projections alone, which holds for classic attention only.
     """
 
     owner: str | None = None
@@ -66,6 +71,8 @@ class Traits:
     scores: bool = False
     grad: bool = False
     frames: bool = False
+    grid: bool = False
+    classic: bool = False
 
 
 class Op(Protocol):

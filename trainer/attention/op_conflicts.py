@@ -3,10 +3,11 @@ thing is checked in `methods/apply.py`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.attention.errors import TakenError
 from trainer.attention.op import STAGES, Op, by_stage, has_stage, label
+from trainer.attention.projections import context_roles, why_missing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +21,7 @@ def refuse_conflicts(ops: tuple[Op, ...], site: Site) -> None:
     where a method has replaced the kernel already."""
     for op in ops:
         _refuse_undeclared(op)
+        refuse_unavailable(op, site)
     kernels = by_stage(ops)["kernel"]
     if not kernels:
         if site.native.linear:
@@ -82,6 +84,54 @@ def _refuse_on_linear(ops: tuple[Op, ...], site: Site) -> None:
                     f"{label(op)} needs {what} at {site.name!r}, whose attention is linear, as its "
                     "model was trained, and has none; choose other sites, as in sites=cross"
                 )
+
+
+def refuse_unavailable(op: Op, site: Site) -> None:
+    """Refuses an op whose stages, or what it assumes of the tokens, a site cannot give."""
+    if op.traits.grid and (site.kind == "joint" or site.text_alone):
+        raise ValueError(
+            f"{label(op)} works on tokens of the image alone, and {site.name!r} has text tokens "
+            "among them; choose other sites, as in sites=self"
+        )
+    if op.traits.grid and site.undeclared:
+        raise ValueError(
+            f"{label(op)} works on tokens of the image alone, and {site.name!r} may have others: "
+            "the model's family does not declare them; choose another backbone"
+        )
+    if not site.keeps_processor:
+        return
+    if op.traits.classic:
+        raise ValueError(
+            f"{label(op)} computes again what classic attention computes, and {site.name!r} is "
+            f"{type(site.module).__name__}, which computes more; choose other sites"
+        )
+    for stage in ("tokens", "context", "restore", "block"):
+        if has_stage(op, stage) and (why := _why_not(stage, site)):
+            raise ValueError(
+                f"{label(op)} has the stage {stage}, which {site.name!r} cannot give: {why}; "
+                "choose other sites"
+            )
+
+
+def _why_not(stage: str, site: Site) -> str:
+    """Why a layer that keeps its processor has no such stage; empty where it has."""
+    module: Any = site.module
+    if stage == "block":
+        return "the block around it returns image and text" if site.kind == "joint" else ""
+    if stage == "context":
+        roles = context_roles(site.kind)
+        lost = [role for role in roles if not site.has(role)]
+        if lost:
+            return f"{type(module).__name__} {why_missing(module, lost[0])}"
+        normed = getattr(module, "norm_cross", None) is not None
+        return "its processor norms the text first" if normed else ""
+    if getattr(module, "group_norm", None) is not None:
+        return "its processor norms the tokens itself"
+    if getattr(module, "residual_connection", False):
+        return "its processor adds the residual itself"
+    if stage == "restore" and not site.has("out"):
+        return f"{type(module).__name__} {why_missing(module, 'out')}"
+    return ""
 
 
 def refuse_mask(mask: Tensor | None, op: Op, call: SiteCall) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor
 from trainer.attention.call import SiteCall
 from trainer.attention.context import ContextHolder
 from trainer.attention.native import attend, split_heads
-from trainer.attention.op import GATE, Op, by_stage
-from trainer.kernels.softmax import attention_probs, attention_scores
+from trainer.attention.op import Op, by_stage
+from trainer.attention.stages import run_block, run_stages
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -50,6 +50,12 @@ class HostedProcessor:
         self.stages = by_stage(ops)
         self.reached = False
 
+    def release(self) -> None:
+        """Puts back the processor that was there before, unless another has taken its place."""
+        module: Any = self.site.module
+        if module.processor is self:
+            module.set_processor(self.previous)
+
     def __call__(
         self,
         attn: Attention,
@@ -66,16 +72,8 @@ class HostedProcessor:
         for op in stages["tokens"]:
             x = op.tokens(x, call)
         q, k, v = self._project(attn, x, encoder=encoder_hidden_states, call=call)
-        for op in stages["kv"]:
-            q, k, v = op.kv(q, k, v, call=call)
-        for op in stages["mask"]:
-            mask = op.mask(mask, q, k, call=call)
-        o = self._attend(q, k, v, mask=mask, call=call)
-        for op in stages["branch"]:
-            o = op.branch(o, q, call)
-        for op in stages["output"]:
-            o = op.output(o, call)
-        y = attn.to_out[1](attn.to_out[0](o.transpose(1, 2).flatten(2).to(q.dtype)))
+        o = run_stages(stages, (q, k, v), mask=mask, call=call, plain=self._plain)
+        y = attn.to_out[1](attn.to_out[0](o.transpose(1, 2).flatten(2)))
         if self.site.native.linear and x.dtype == torch.float16:
             y = y.clip(-65504, 65504)
         for op in stages["restore"]:
@@ -84,15 +82,10 @@ class HostedProcessor:
 
     def after_block(self, block: object, args: object, output: Any) -> Any:
         """A forward hook of the block around the site."""
-        if not isinstance(output, Tensor) or output.ndim != 3:
-            raise ValueError(
-                f"{type(block).__name__} around {self.site.name!r} does not return tokens alone; "
-                f"op {self.stages['block'][0].name!r} needs sites inside transformer blocks"
-            )
-        call = SiteCall(self.site, self.holder.ctx)
-        for op in self.stages["block"]:
-            output = op.block(output, call)
-        return output
+        return run_block(self, output, block)
+
+    def _plain(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None) -> Tensor:
+        return attend(self.site, q=q, k=k, v=v, mask=mask)
 
     def _project(
         self, attn: Attention, x: Tensor, *, encoder: Tensor | None, call: SiteCall
@@ -106,29 +99,6 @@ class HostedProcessor:
             k_ctx = attn.norm_encoder_hidden_states(k_ctx)
             v_ctx = k_ctx if same else attn.norm_encoder_hidden_states(v_ctx)
         return split_heads(self.site, q=q, k=attn.to_k(k_ctx), v=attn.to_v(v_ctx))
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, call: SiteCall
-    ) -> Tensor:
-        if self.stages["kernel"]:
-            (op,) = self.stages["kernel"]
-            return op.kernel(q, k, v, mask=mask, call=call)
-        on_scores = self._open("scores", q, call)
-        on_probs = self._open("probs", q, call)
-        if not on_scores and not on_probs:
-            return attend(self.site, q=q, k=k, v=v, mask=mask)
-        scores = attention_scores(q, k, self.site.scale)
-        for op in on_scores:
-            scores = op.scores(scores, call)
-        probs = attention_probs(scores, mask).to(v.dtype)
-        for op in on_probs:
-            probs = op.probs(probs, call)
-        return probs @ v
-
-    def _open(self, stage: str, q: Tensor, call: SiteCall) -> list[Any]:
-        """The ops of a stage that want to run here, see `gate` in `op.py`."""
-        gated = self.stages[GATE]
-        return [op for op in self.stages[stage] if op not in gated or op.gate(q, call)]
 
 
 def _enter(

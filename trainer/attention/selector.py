@@ -3,13 +3,15 @@
     selector    = alternative { "|" alternative }
     alternative = term { "&" term }
     term        = [ "!" ] ( kind | place | grid | "name:" glob )
-    kind        = "self" | "cross" | "temporal" | "all"
+    kind        = "self" | "cross" | "joint" | "temporal" | "all"
     place       = "down" | "mid" | "up" | "block"
     grid        = "/" divisor          token grid relative to the latent: /1 is its full resolution
 
-Temporal sites match only alternatives that contain `temporal` or `name:...`: a method written
-for images and pointed at `all` must not reach into the motion of a video model. `all` means all
-spatial sites. This file imports nothing heavy, so a recipe is checked before torch is loaded.
+`joint` is attention of image and text to each other in one sequence; where some blocks have one
+stream of both, `name:single*` chooses these. Temporal sites match only alternatives that contain
+`temporal` or `name:...`: a method written for images and pointed at `all` must not reach into the
+motion of a video model. `all` means all spatial sites. This file imports nothing heavy, so a recipe
+is checked before torch is loaded.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, Protocol
 
-KINDS = ("self", "cross", "temporal", "all")
+KINDS = ("self", "cross", "joint", "temporal", "all")
 PLACES = ("down", "mid", "up", "block")
 FORMS = (*KINDS, *PLACES, "/1", "/2", "name:<glob>")
 

@@ -14,24 +14,32 @@ from trainer.attention.denoiser_traits import (
     PLAIN,
     UNDECLARED,
     DenoiserTraits,
+    JointTraits,
+    Kind,
     ProcessorTraits,
 )
+from trainer.attention.find_attention import (
+    attention_kind,
+    attention_layers,
+    heads_of,
+    is_classic,
+    own_processor,
+    sees_text_alone,
+)
+from trainer.attention.projections import ALL_ROLES, Role, layer_name, layer_of_role, why_missing
 from trainer.attention.selector import Selector, parse_selector
+from trainer.attention.softmax_calls import way_of
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["Site", "parse_selector", "require", "scan", "select"]
 
-Kind = Literal["self", "cross", "joint", "temporal"]
 Place = Literal["down", "mid", "up", "block"]
-Role = Literal["q", "k", "v", "out"]
 
-ROLES: tuple[Role, ...] = ("q", "k", "v", "out")
 # the layers of a text encoder: of its attention, and the first and last of its feed-forward blocks
 TextRole = Literal["q", "k", "v", "out", "fc1", "fc2"]
 TEXT_ROLES: tuple[TextRole, ...] = ("q", "k", "v", "out", "fc1", "fc2")
-TEMPORAL_MARKS = ("motion_modules", "temp_attentions", "attn_temp", "transformer_in", "temporal")
 UNET_PLACES: dict[str, Place] = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
 # `transformer_in` of the video U-Nets runs before the first down block, hence "block" first
 FORWARD_ORDER: tuple[Place, ...] = ("block", "down", "mid", "up")
@@ -44,7 +52,10 @@ class Site:
 
     `divisor` says how much coarser the token grid is than the latent (2: half the height and
     width), None where that is unknown. A temporal site has the divisor of the frames it
-    attends over. native: how the layer's own processor computes.
+    attends over. native: how the layer's own processor computes. keeps_processor: whether ops act
+    in the attention call of its own processor (`dispatch.py`), not in a hosted one. joint: what is
+    declared of image and text in one sequence. undeclared: whether its tokens may be others than
+    the kind says, because nothing is declared of them. text_alone: whether they are all text.
     """
 
     name: str
@@ -56,49 +67,80 @@ class Site:
     heads: int
     head_dim: int
     native: ProcessorTraits = PLAIN
+    keeps_processor: bool = False
+    joint: JointTraits | None = None
+    undeclared: bool = False
+    text_alone: bool = False
 
     @property
     def scale(self) -> float | None:
-        """What q k^T is multiplied with; None: head_dim ** -0.5, as kernels do by themselves."""
-        return None if self.module.scale_qk else cast(float, self.module.scale)
+        """What q k^T is multiplied with; None: head_dim ** -0.5, as kernels do by themselves. A
+        layer that keeps its processor says it at each call: see `SiteCall.scale`."""
+        if self.keeps_processor or self.module.scale_qk:
+            return None
+        return cast(float, self.module.scale)
+
+    def has(self, role: Role) -> bool:
+        return layer_name(self.module, role) is not None
+
+    def layer_path(self, role: Role) -> str:
+        """The name of the layer of a role inside the denoiser, as in `blocks.0.attn.to_out.0`.
+
+        Raises:
+            ValueError: there is none; the message says whether a fused layer does its work.
+        """
+        name = layer_name(self.module, role)
+        if name is None:
+            raise ValueError(
+                f"{self.name} has no layer of the role {role}: {type(self.module).__name__} "
+                f"{why_missing(self.module, role)}"
+            )
+        return f"{self.name}.{name}"
 
     def projection(self, role: Role) -> nn.Linear:
-        """The projection q, k, v or out as it is now: an adapter's wrapper where there is one."""
-        if role == "out":
-            return cast("nn.Linear", cast("nn.ModuleList", self.module.to_out)[0])
-        return cast("nn.Linear", getattr(self.module, f"to_{role}"))
+        """The projection of a role as it is now: an adapter's wrapper where there is one;
+        ValueError as `layer_path`."""
+        self.layer_path(role)
+        return cast("nn.Linear", layer_of_role(self.module, role))
 
     @property
     def projections(self) -> dict[Role, nn.Linear]:
-        return {role: self.projection(role) for role in ROLES}
+        """Those that there are."""
+        return {role: self.projection(role) for role in ALL_ROLES if self.has(role)}
 
 
 def scan(model: nn.Module, traits: DenoiserTraits = UNDECLARED) -> list[Site]:
     """All attention sites of a denoiser in forward order; traits: what its family declares of it.
 
-    Raises `ValueError` at a layer that is no classic self or cross attention (joint attention, the
-    newer classes with a forward of their own): to skip it would silently edit half of the model.
+    Raises `ValueError` at a layer that attends in a way no host can take: to skip it would silently
+    edit half of the model.
     """
-    found = _attentions(model)
+    found = attention_layers(model)
     rank = _registration_order(model)
     names = sorted(found, key=lambda name: _forward_key(name, rank))
     last = max(len(names) - 1, 1)
     divisors = unet_divisors(model)
-    patch = patch_size(model)
+    patch = traits.patch or patch_size(model)
     sites = []
     for index, name in enumerate(names):
         module = found[name]
-        heads = cast(int, module.heads)
+        heads, head_dim = heads_of(name, module)
+        native = traits.of_processor(own_processor(module))
+        keeps = not is_classic(module, traits) and way_of(module) == "call"
         site = Site(
             name=name,
             module=module,
-            kind=_kind(name, module),
+            kind=attention_kind(name, module, traits),
             place=_place(name),
             depth=index / last,
             divisor=divisors.get(_unet_block(name), patch),
             heads=heads,
-            head_dim=cast(int, module.inner_dim) // heads,
-            native=traits.of_processor(own_processor(module)) or PLAIN,
+            head_dim=head_dim,
+            native=native or PLAIN,
+            keeps_processor=keeps,
+            joint=traits.joint_at(name),
+            undeclared=keeps and traits.joint is None,
+            text_alone=sees_text_alone(name),
         )
         sites.append(site)
     return sites
@@ -125,58 +167,6 @@ def require(sites: Sequence[Site], selector: str | Selector, who: str) -> list[S
             f"{kinds}, the places {places} and the grids {grids}"
         )
     return chosen
-
-
-def own_processor(module: nn.Module) -> object:
-    """The processor a layer came with, hosted by now or not."""
-    processor = getattr(module, "processor", None)
-    return getattr(processor, "previous", processor)
-
-
-def _attentions(model: nn.Module) -> dict[str, nn.Module]:
-    from diffusers.models.attention import AttentionModuleMixin
-    from diffusers.models.attention_processor import Attention
-
-    found: dict[str, nn.Module] = {}
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        # an op registered under a site may hold projections of its own: they are no site
-        if name.startswith(inside):
-            continue
-        if type(module) is Attention:
-            _refuse_joint(name, module)
-            found[name] = module
-            inside = (*inside, f"{name}.")
-        elif isinstance(module, AttentionModuleMixin) or _has_projections(module):
-            raise ValueError(_not_hosted(name, type(module).__name__))
-    return found
-
-
-def _has_projections(module: nn.Module) -> bool:
-    return all(hasattr(module, f"to_{role}") for role in ("q", "k", "v"))
-
-
-def _refuse_joint(name: str, module: nn.Module) -> None:
-    if (
-        getattr(module, "add_k_proj", None) is not None
-        or getattr(module, "add_q_proj", None) is not None
-    ):
-        raise ValueError(
-            _not_hosted(name, f"{type(module).__name__} with added projections (joint attention)")
-        )
-
-
-def _not_hosted(name: str, what: str) -> str:
-    return (
-        f"{what} at {name!r} is not hosted yet; choose a backbone whose layers are classic "
-        "self- and cross-attention"
-    )
-
-
-def _kind(name: str, module: nn.Module) -> Kind:
-    if any(mark in name for mark in TEMPORAL_MARKS):
-        return "temporal"
-    return "cross" if module.is_cross_attention else "self"
 
 
 def _place(name: str) -> Place:
@@ -209,8 +199,11 @@ def unet_divisors(model: nn.Module) -> dict[str, int]:
 
 
 def patch_size(model: nn.Module) -> int | None:
-    """Latents along an edge of a transformer's token."""
+    """Latents along an edge of a transformer's token; of (frames, height, width), along the
+    height."""
     patch = getattr(getattr(model, "config", None), "patch_size", None)
+    if isinstance(patch, (list, tuple)) and patch and patch[-1] == patch[len(patch) - 2]:
+        patch = patch[-1]
     return patch if isinstance(patch, int) else None
 
 

@@ -23,7 +23,7 @@ class PooledAgents(nn.Module):
     depthwise shortcut train."""
 
     name = "agent_attention"
-    traits = Traits(owner="agent_attention", masks=False, more_keys=False, swaps=True)
+    traits = Traits(owner="agent_attention", masks=False, more_keys=False, swaps=True, grid=True)
 
     def __init__(self, site: Site, side: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class PooledAgents(nn.Module):
         refuse_other_keys(q, k, op=self, call=call)
         grid = call.grid(q.shape[2], label(self))
         bias = self.of_keys(grid), self.of_queries(grid).transpose(1, 2)
-        o = agent_attention(q, pooled(q, grid, self.side), k, v=v, scale=call.site.scale, bias=bias)
+        o = agent_attention(q, pooled(q, grid, self.side), k, v=v, scale=call.scale, bias=bias)
         return o + self.shortcut(v, grid)
 
 
@@ -54,7 +54,7 @@ class MergedAgents:
     """
 
     name = "agent_attention"
-    traits = Traits(owner="agent_attention", masks=False, more_keys=False)
+    traits = Traits(owner="agent_attention", masks=False, more_keys=False, grid=True)
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class MergedAgents:
     ) -> Tensor:
         refuse_mask(mask, self, call)
         x = call.scratch(self).get("x")
-        scale = call.site.scale
+        scale = call.scale
         if x is None:
             return softmax_attention(q, k, v, scale=scale)
         refuse_other_keys(q, k, op=self, call=call)

@@ -26,7 +26,7 @@ class BlockConvolution(nn.Module):
 
     def __init__(self, site: Site, size: int, owner: str) -> None:
         super().__init__()
-        self.traits = Traits(owner=owner)
+        self.traits = Traits(owner=owner, grid=True)
         self.depthwise = Shortcut(site.projection("q").in_features, size)
         nn.init.dirac_(self.depthwise.weight, groups=len(self.depthwise.weight))
 

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from trainer.attention.native import attend, split_heads
 from trainer.attention.op import Traits
-from trainer.attention.sites import ROLES
+from trainer.attention.projections import ROLES
 from trainer.ops.temporal.frame_keys import FrameKeys
 
 if TYPE_CHECKING:
     from trainer.attention.call import SiteCall
     from trainer.attention.context import StepContext
-    from trainer.attention.sites import Role, Site
+    from trainer.attention.projections import Role
+    from trainer.attention.sites import Site
 
 
 class Distillation:
@@ -66,7 +67,7 @@ class Original(nn.Module):
     """
 
     name = "original"
-    traits = Traits()
+    traits = Traits(classic=True)
 
     def __init__(self, site: Site, distillation: Distillation) -> None:
         super().__init__()

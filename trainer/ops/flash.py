@@ -36,7 +36,7 @@ class FlashOp:
     def kernel(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: SiteCall
     ) -> Tensor:
-        scale = call.site.scale
+        scale = call.scale
         known = self.ran.setdefault(call.site.name, {})
         kind = tuple(backend_of(x) for x in (q, k, v, mask))
         if kind in known:

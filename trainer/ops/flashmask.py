@@ -25,7 +25,7 @@ class FlashMask:
     """
 
     name = "flashmask"
-    traits = Traits(owner="flashmask", more_keys=False)
+    traits = Traits(owner="flashmask", more_keys=False, grid=True)
 
     def __init__(self, make: Callable[[int, int], MaskSpec], backend: str | None = None) -> None:
         self.make, self.backend = make, backend
@@ -35,7 +35,7 @@ class FlashMask:
     def kernel(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: SiteCall
     ) -> Tensor:
-        scale = call.site.scale
+        scale = call.scale
         refuse_other_keys(q, k, op=self, call=call)
         spec = self._spec(q, call.ctx.frames)
         if mask is not None:

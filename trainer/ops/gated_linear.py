@@ -30,7 +30,7 @@ class GatedLinearOp(nn.Module):
     """
 
     name = "gated_linear"
-    traits = Traits(owner="gated_linear", masks=False, more_keys=False, swaps=True)
+    traits = Traits(owner="gated_linear", masks=False, more_keys=False, swaps=True, grid=True)
 
     def __init__(self, site: Site, orders: Sequence[str], rank: int = 16, tau: float = 16) -> None:
         super().__init__()

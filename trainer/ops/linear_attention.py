@@ -41,7 +41,11 @@ class LinearAttentionOp(nn.Module):
         self.features = features
         self.shortcut = Shortcut(site.heads * site.head_dim, shortcut) if shortcut else None
         self.traits = Traits(
-            owner="linear_attention", masks=False, more_keys=not shortcut, swaps=True
+            owner="linear_attention",
+            masks=False,
+            more_keys=not shortcut,
+            swaps=True,
+            grid=bool(shortcut),
         )
 
     def kernel(
@@ -50,7 +54,7 @@ class LinearAttentionOp(nn.Module):
         refuse_mask(mask, self, call)
         random = self.features == "random"
         features = random_features(self.projection) if random else FEATURES[self.features]
-        o = linear_attention(q, k, v, features=features, scale=call.site.scale)
+        o = linear_attention(q, k, v, features=features, scale=call.scale)
         if self.shortcut is None:
             return o
         refuse_other_keys(q, k, op=self, call=call)

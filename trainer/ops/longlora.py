@@ -30,7 +30,7 @@ class ShiftedSparse(nn.Module):
     """
 
     name = "shifted_sparse"
-    traits = Traits(owner="longlora", more_keys=False)
+    traits = Traits(owner="longlora", more_keys=False, grid=True)
 
     def __init__(self, group: float) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class ShiftedSparse(nn.Module):
     def kernel(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: SiteCall
     ) -> Tensor:
-        scale = call.site.scale
+        scale = call.scale
         if self.training and torch.is_grad_enabled():
             if k.shape[2] != q.shape[2]:
                 raise ValueError(

@@ -25,6 +25,4 @@ class TiledOp:
     def kernel(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: SiteCall
     ) -> Tensor:
-        return tiled(
-            q, k, v, mask=mask, scale=call.site.scale, rows=self.rows, columns=self.columns
-        )
+        return tiled(q, k, v, mask=mask, scale=call.scale, rows=self.rows, columns=self.columns)

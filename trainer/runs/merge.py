@@ -211,6 +211,11 @@ def _read(model: Backbone, prompts: Sequence[str]) -> Tensor:
     """
     seen: list[Tensor] = []
     layers = [site.projection("k") for site in model.sites if site.kind == "cross"]
+    if not layers:
+        raise ValueError(
+            "this backbone has no cross-attention, so no K of it reads the text alone, which the "
+            "closed form needs; train the concepts in one run instead"
+        )
     hooks = [
         layer.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for layer in layers
     ]

@@ -75,9 +75,9 @@ class Flashmask(Method):
 
         chosen = require(model.sites, self.sites, "sites")
         for site in chosen:
-            if site.kind == "cross":
+            if site.kind in ("cross", "joint"):
                 raise ValueError(
-                    f"{site.name} is cross-attention, whose keys are text; choose sites=self"
+                    f"{site.name} is {site.kind} attention, whose keys have text; choose sites=self"
                 )
         return installed(
             model, Op(self.spec, None if self.backend == "auto" else self.backend), chosen

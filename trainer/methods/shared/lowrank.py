@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, field_validator
 
-from trainer.attention.sites import Role, TextRole
+from trainer.attention.projections import ALL_ROLES, Role
+from trainer.attention.sites import TextRole
 from trainer.methods.method import Edit, Method
 from trainer.methods.shared.options import SELECTOR, SiteSelector
 
@@ -24,7 +25,11 @@ Sites = Annotated[
     Field(description=f"attention sites whose layers get an adapter, null for none: {SELECTOR}"),
 ]
 Projections = Annotated[
-    tuple[Role, ...], Field(description="which layers of each site: query, key, value, output")
+    tuple[Role, ...],
+    Field(
+        description="which layers of each site, of those it has: query, key, value, output; add_* "
+        "are those of text tokens, where text has layers of its own; qkv is one fused layer"
+    ),
 ]
 Rank = Annotated[int, Field(gt=0, description="r, the rows of A and columns of B")]
 Alpha = Annotated[
@@ -37,7 +42,7 @@ class Targeted(Method):
     """Methods that put adapters on layers, of attention sites and besides."""
 
     sites: Sites = "all"
-    projections: Projections = ("q", "k", "v", "out")
+    projections: Projections = ALL_ROLES
     layers: tuple[str, ...] = Field(
         (),
         description="further linear and convolution layers of the denoiser, as globs over their "

@@ -18,8 +18,8 @@ def _parses(text: str) -> str:
 # names attention sites; the grammar is that of `trainer/attention/selector.py`
 SiteSelector = Annotated[str, AfterValidator(_parses), Called("site selector")]
 SELECTOR = (
-    "a selector is made of self, cross, temporal, all; down, mid, up, block; /2 for a grid; and "
-    "name:<glob>, joined by &, | and !, as in cross & up"
+    "a selector is made of self, cross, joint, temporal, all; down, mid, up, block; /2 for a "
+    "grid; and name:<glob>, joined by &, | and !, as in cross & up"
 )
 
 

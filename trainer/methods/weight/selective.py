@@ -7,16 +7,18 @@ same in every caption, is detached.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainer.attention.sites import Role
+from trainer.attention.projections import Role
 from trainer.methods.method import Edit, EditKind, Method
 from trainer.methods.shared.options import SELECTOR, SiteSelector
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
+    from trainer.attention.sites import Site
 
 
 class Selective(Method):
@@ -30,7 +32,8 @@ class Selective(Method):
     projections: tuple[Role, ...] = Field(
         ("k", "v"),
         min_length=1,
-        description="which of its layers: query, key, value, output (keys and values in the paper)",
+        description="which of its layers: query, key, value, output (keys and values in the "
+        "paper); add_k and add_v are those of text in joint attention",
     )
     detach_first_token: bool = Field(
         False,
@@ -55,6 +58,8 @@ class Selective(Method):
                     "false"
                 )
             model.host.install(DetachFirstToken(), cross)
+        for site in sites:
+            _refuse_shared(site, self.projections)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         trains = [
             names[id(parameter)]
@@ -67,3 +72,20 @@ class Selective(Method):
             claims=tuple((name, "weight") for name in trains),
             trains=tuple(trains),
         )
+
+
+def _refuse_shared(site: Site, roles: Sequence[Role]) -> None:
+    """Refuses keys and values that are not the text's at a site of joint attention."""
+    read = [role for role in roles if role in ("k", "v", "qkv")]
+    if site.kind != "joint" or not read:
+        return
+    if site.has("add_k"):
+        raise ValueError(
+            f"{', '.join(read)} of {site.name} read the image, and keys and values of the text "
+            "come from layers of their own; give projections=[add_k,add_v]"
+        )
+    raise ValueError(
+        f"{', '.join(read)} of {site.name} read image and text by the same weights, so training "
+        "them would change both; choose sites where text has layers of its own, or train the rest "
+        "by lora"
+    )

@@ -21,15 +21,16 @@ from torch import nn
 
 from trainer.attention.errors import TakenError
 from trainer.attention.insertion import move_insertions
+from trainer.attention.projections import ALL_ROLES
 from trainer.attention.sites import require
 from trainer.ops.adapters.fused_lora import quicken
 from trainer.ops.adapters.nf4 import is_packed, unpacked
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
-    from trainer.attention.sites import Role, TextRole
+    from trainer.attention.projections import Role
+    from trainer.attention.sites import TextRole
 
-SITE_LAYERS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 # how CLIP, T5 and Gemma encoders of transformers call the layers of attention, and the first and
 # last of the feed-forward block
 TEXT_LAYERS = {
@@ -56,12 +57,24 @@ class Target:
 
 
 def site_targets(model: AttentionModel, sites: str, roles: Sequence[Role]) -> list[Target]:
-    """The projections of the sites a selector picks."""
+    """The projections of the sites a selector picks; of all roles, those that each site has.
+
+    Raises:
+        ValueError: the selector picks no site, a site computes a role by a fused layer that `roles`
+            leaves out, or no site has a role, unless `roles` are all there are.
+    """
     chosen = require(model.sites, sites, "sites")
+    for role in roles:
+        having = [site for site in chosen if site.has(role)]
+        lacking = [site for site in chosen if not site.has(role)]
+        fused = [site for site in lacking if role in ("q", "k", "v") and "qkv" not in roles]
+        if fused or (lacking and not having and set(roles) != set(ALL_ROLES)):
+            (fused or lacking)[0].layer_path(role)
     return [
-        Target(model.denoiser_name, f"{site.name}.{SITE_LAYERS[role]}", site.name)
+        Target(model.denoiser_name, site.layer_path(role), site.name)
         for site in chosen
         for role in roles
+        if site.has(role)
     ]
 
 

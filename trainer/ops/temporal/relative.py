@@ -77,7 +77,7 @@ class RelativeVectors(nn.Module):
             for table in (self.keys, self.values)
         )
         site = call.site
-        q = q * (site.head_dim**-0.5 if site.scale is None else site.scale)
+        q = q * (site.head_dim**-0.5 if call.scale is None else call.scale)
         scores = attention_scores(q, k, 1.0) + torch.einsum("bhid,ijd->bhij", q, a)
         probs = attention_probs(scores, mask).to(v.dtype)
         return probs @ v + torch.einsum("bhij,ijd->bhid", probs, b)
