@@ -32,18 +32,18 @@ def facts_of(spec: BackboneSpec) -> FolderFacts | None:
     then says."""
     if spec.folder is None:
         return None
-    part = find_family(spec.family).denoiser
+    family = find_family(spec.family)
+    part = family.denoiser
     vae, scheduler = read_part(spec, "vae/config.json"), read_part(spec, SCHEDULER_FILE)
     denoiser = {} if spec.denoiser is not None else read_part(spec, f"{part}/config.json")
     if vae is None or scheduler is None or denoiser is None:
         return None
-    widths = vae.get("encoder_block_out_channels") or vae.get("block_out_channels")
-    if not isinstance(widths, list):
+    pixels = family.latents.pixels(vae)
+    if pixels is None:
         return None
-    patch = getattr(spec.denoiser, "patch", denoiser.get("patch_size") or 1)
-    return FolderFacts(
-        is_flow(scheduler), 2 ** (len(widths) - 1) * (patch if isinstance(patch, int) else 1)
-    )
+    own = family.traits.patch or denoiser.get("patch_size") or 1
+    patch = getattr(spec.denoiser, "patch", own)
+    return FolderFacts(is_flow(scheduler), pixels * (patch if isinstance(patch, int) else 1))
 
 
 def read_part(spec: BackboneSpec, name: str) -> dict[str, Any] | None:
