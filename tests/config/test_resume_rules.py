@@ -101,8 +101,8 @@ continual.inits continual.images continual.judge
 LATER = """
 objective.timesteps objective.logit_mean objective.logit_std objective.weighting
 objective.shift objective.min_snr_gamma objective.offset_noise objective.caption_dropout optim.lr
-optim.muon_lr optim.scale_lr optim.betas optim.eps optim.weight_decay optim.warmup optim.schedule optim.final_lr
-optim.clip run.steps run.on_nonfinite run.nonfinite_in_a_row run.nonfinite_total
+optim.muon_lr optim.scale_lr optim.betas optim.eps optim.weight_decay optim.warmup optim.schedule
+optim.final_lr optim.clip run.steps run.on_nonfinite run.nonfinite_in_a_row run.nonfinite_total
 """
 
 

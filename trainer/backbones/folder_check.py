@@ -115,6 +115,11 @@ def check_flow_or_vp(config: Mapping[str, Any], where: Path) -> None:
     """Checks a scheduler's file that may be of either path."""
     if not is_flow(config):
         check_prediction(config, where)
+    elif config.get("use_dynamic_shifting"):
+        raise ValueError(
+            f"{where}: the pipeline of this family does not know use_dynamic_shifting; set it to "
+            "false and give shift"
+        )
 
 
 def check_flow(facts: FolderContents) -> None:
