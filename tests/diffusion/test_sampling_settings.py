@@ -30,7 +30,5 @@ def test_guidance_is_an_input_where_the_network_has_one() -> None:
 def test_what_nothing_would_read_is_refused() -> None:
     with pytest.raises(ValueError, match="true_guidance=2 is for backbones that have guidance as"):
         Sampling(true_guidance=2.0).on(embeds=False)
-    with pytest.raises(
-        ValueError, match=r"negative='a cat' would not be read.*true_guidance"
-    ):
+    with pytest.raises(ValueError, match=r"negative='a cat' would not be read.*true_guidance"):
         Sampling(negative="a cat").on(embeds=True)

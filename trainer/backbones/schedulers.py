@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ def flow_or_vp(
     check_flow_or_vp(config, where / SCHEDULER)
     if not is_flow(config):
         return vp_scheduler(config, where)
+    return flow_scheduler(config)
+
+
+def flow_scheduler(config: Mapping[str, Any]) -> FlowMatchEulerDiscreteScheduler:
+    """Euler steps on a flow path, whatever solver the folder names."""
     euler = config.get("_class_name") == FlowMatchEulerDiscreteScheduler.__name__
     own = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
     if not euler:  # a solver of flows; its other options are its own
