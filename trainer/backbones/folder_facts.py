@@ -21,10 +21,11 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 class FolderFacts:
     """flow: whether it was trained on the flow path, and not on a VP path. multiple: pixels that
     divide the sides of all pictures it takes: the VAE's per latent, times the latents of a token of
-    a transformer."""
+    a transformer. distilled: why plain training would spoil it."""
 
     flow: bool
     multiple: int
+    distilled: str | None = None
 
 
 def facts_of(spec: BackboneSpec) -> FolderFacts | None:
@@ -43,7 +44,12 @@ def facts_of(spec: BackboneSpec) -> FolderFacts | None:
         return None
     own = family.traits.patch or denoiser.get("patch_size") or 1
     patch = getattr(spec.denoiser, "patch", own)
-    return FolderFacts(is_flow(scheduler), pixels * (patch if isinstance(patch, int) else 1))
+    index = read_part(spec, "model_index.json") or {}
+    return FolderFacts(
+        is_flow(scheduler),
+        pixels * (patch if isinstance(patch, int) else 1),
+        family.distilled(denoiser, scheduler, index),
+    )
 
 
 def read_part(spec: BackboneSpec, name: str) -> dict[str, Any] | None:
