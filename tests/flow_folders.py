@@ -146,6 +146,22 @@ def flux1_pipeline(schnell: bool = False, **transformer: Any) -> Any:
     )  # fmt: skip
 
 
+def chroma_pipeline(**transformer: Any) -> Any:
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    tokenizer, t5 = t5_parts()
+    config = FLUX | {
+        "approximator_hidden_dim": 32, "approximator_layers": 1, "approximator_num_channels": 16
+    }  # fmt: skip
+    return ChromaPipeline(
+        transformer=stirred(ChromaTransformer2DModel(**config | transformer)),
+        scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC),
+        vae=tiny_vae(),
+        text_encoder=t5,
+        tokenizer=tokenizer,
+    )
+
+
 def make_flow_folder(folder: Path, pipeline: Callable[..., Any], **changes: Any) -> Path:
     """A folder of one of the pipelines above, its weights seeded."""
     with torch.random.fork_rng(devices=[]):
