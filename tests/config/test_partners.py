@@ -97,14 +97,14 @@ OWN = {
 # act whatever the others are
 ALONE = """
 parts: denoiser text_encoder tokenizer vae
-objective: target path timesteps offset_noise caption_dropout
+objective: target path timesteps shift offset_noise caption_dropout
 optim: name scale_lr betas weight_decay schedule clip ema
 run: steps epochs batch_size accumulate seed device accelerator devices nodes precision workers
  gradient_checkpointing channels_last compile checkpoint_every checkpoint_keep
  on_disk_full
  on_nonfinite log_every out id start_from
-preview: steps guidance
-evaluate: steps guidance known
+preview: steps guidance true_guidance
+evaluate: steps guidance true_guidance known
 continual: concepts
 data.concept: concept augment flip prior_weight
 data.folder: folder template on_bad validation flip recursive caption_from caption_lines

@@ -21,11 +21,13 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 class FolderFacts:
     """flow: whether it was trained on the flow path, and not on a VP path. multiple: pixels that
     divide the sides of all pictures it takes: the VAE's per latent, times the latents of a token of
-    a transformer. side: of the pictures it was trained on, in pixels; None where no file says."""
+    a transformer. side: of the pictures it was trained on, in pixels; None where no file says.
+    distilled: why plain training would spoil it."""
 
     flow: bool
     multiple: int
     side: int | None = None
+    distilled: str | None = None
 
 
 def facts_of(spec: BackboneSpec) -> FolderFacts | None:
@@ -33,22 +35,24 @@ def facts_of(spec: BackboneSpec) -> FolderFacts | None:
     then says."""
     if spec.folder is None:
         return None
-    part = find_family(spec.family).denoiser
+    family = find_family(spec.family)
+    part = family.denoiser
     vae, scheduler = read_part(spec, "vae/config.json"), read_part(spec, SCHEDULER_FILE)
     denoiser = {} if spec.denoiser is not None else read_part(spec, f"{part}/config.json")
     if vae is None or scheduler is None or denoiser is None:
         return None
-    widths = vae.get("encoder_block_out_channels") or vae.get("block_out_channels")
-    if not isinstance(widths, list):
+    pixels = family.latents.pixels(vae)
+    if pixels is None:
         return None
     made = {} if spec.denoiser is None else spec.denoiser.model_dump()
-    patch = made.get("patch") or denoiser.get("patch_size")
-    size = made.get("sample_size") or denoiser.get("sample_size")
-    divisor = 2 ** (len(widths) - 1)
+    patch = made.get("patch") or family.traits.patch or denoiser.get("patch_size") or 1
+    size = made.get("sample_size") or denoiser.get("sample_size") or family.sample_size
+    index = read_part(spec, "model_index.json") or {}
     return FolderFacts(
         is_flow(scheduler),
-        divisor * (patch if isinstance(patch, int) else 1),
-        side=divisor * size if isinstance(size, int) else None,
+        pixels * (patch if isinstance(patch, int) else 1),
+        side=pixels * size if isinstance(size, int) else None,
+        distilled=family.distilled(denoiser, scheduler, index),
     )
 
 

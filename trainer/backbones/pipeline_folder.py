@@ -75,14 +75,15 @@ class PipelineFolder:
                 f"{index.get('_class_name')}; this family loads {' and '.join(family.pipelines)} "
                 "folders"
             )
+        present = encoders_in(index, family)
         for part in family.text_encoders:
-            if len(family.text_encoders) > 1 and not any(index.get(part) or ()):
+            if len(family.text_encoders) > 1 and part not in present + family.optional:
                 raise ValueError(
                     f"backbone {name}: its model_index.json names no {part}; this family reads "
                     f"prompts with {' and '.join(family.text_encoders)}, and models that have "
                     "fewer of them, as refiners, are not trained here"
                 )
-        tokenizers = [(tokenizer_name(part), TOKENIZER) for part in family.text_encoders]
+        tokenizers = [(tokenizer_name(part), TOKENIZER) for part in present]
         for part, file in (*tokenizers, ("scheduler", SCHEDULER)):
             if not (self.of(part) / file).is_file():
                 raise ValueError(missing(self.of(part), file))
@@ -193,6 +194,12 @@ def _ones(kind: Any, config: dict[str, Any]) -> Any:
         ours = kind.__module__.startswith("diffusers.")
         model = kind.from_config(config) if ours else kind(kind.config_class.from_dict(config))
     return model._apply(lambda value: torch.ones(1, dtype=value.dtype).expand(value.shape))
+
+
+def encoders_in(index: Mapping[str, Any], family: Family) -> tuple[str, ...]:
+    """The text encoders of a family that a pipeline has; one alone always counts."""
+    every = family.text_encoders
+    return every if len(every) == 1 else tuple(p for p in every if any(index.get(p) or ()))
 
 
 def missing(where: Path, file: str) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from trainer.backbones.latent_form import WIDTHS, LatentForm
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-WIDTHS = "encoder_block_out_channels"  # what AutoencoderDC calls block_out_channels
 EXACT = -30.0  # a log-variance: noise of 3e-7
 SLICE = 512 * 512  # pixels that a VAE takes at once, at least one picture
 TILED = 1024 * 1024  # pixels of a picture above which it is computed in overlapping tiles
+PLAIN = LatentForm()
 
 
 def in_slices(vae: Any, step: Callable[[Tensor], Tensor], rows: Tensor, *, pixels: int) -> Tensor:
@@ -29,22 +31,50 @@ def in_slices(vae: Any, step: Callable[[Tensor], Tensor], rows: Tensor, *, pixel
     return torch.cat([step(part) for part in rows.split(at_once)])
 
 
-def pixels_per_latent(vae: Any) -> int:
-    """Pixels along an edge per latent."""
-    widths = vae.config.get(WIDTHS) or vae.config.block_out_channels
-    return int(2 ** (len(widths) - 1))
-
-
-def scale_latents(vae: Any, latents: Tensor) -> Tensor:
-    """What a VAE encodes, as the denoiser takes it: (z - shift) * factor, by the VAE's config."""
+def scale_latents(vae: Any, latents: Tensor, form: LatentForm = PLAIN) -> Tensor:
+    """Folded latents of a VAE, (b, c, h, w), as the denoiser takes them, see `LatentForm`."""
+    if form.statistics is not None:
+        mean, std = statistics_of(vae, form, latents)
+        return (latents - mean) / std
     config = vae.config
     return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
 
-def unscale_latents(vae: Any, latents: Tensor) -> Tensor:
-    """What a denoiser gives, as the VAE decodes it: the inverse of `scale_latents`."""
+def unscale_latents(vae: Any, latents: Tensor, form: LatentForm = PLAIN) -> Tensor:
+    """What a denoiser gives, as folded latents of the VAE: the inverse of `scale_latents`."""
+    if form.statistics is not None:
+        mean, std = statistics_of(vae, form, latents)
+        return latents * std + mean
     config = vae.config
     return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+
+
+def statistics_of(vae: Any, form: LatentForm, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (1, c, 1, 1) of the channels of folded latents."""
+    assert form.statistics is not None
+    mean, std = (value.to(latents).view(1, -1, 1, 1) for value in form.statistics(vae))
+    return mean, std
+
+
+def decode_latents(vae: Any, latents: Tensor, form: LatentForm = PLAIN) -> Tensor:
+    """What a denoiser gives, (b, c, h, w), to pixels (b, 3, H, W)."""
+    from torch.nn.functional import pixel_shuffle
+
+    z = unscale_latents(vae, latents, form)
+    z = z if form.fold == 1 else pixel_shuffle(z, form.fold)
+    pixels: Tensor = vae.decode(z[:, :, None] if form.clips else z).sample
+    return pixels[:, :, 0] if form.clips else pixels
+
+
+def folded_moments(vae: Any, pixels: Tensor, form: LatentForm = PLAIN) -> Tensor:
+    """Pixels (b, 3, H, W) to the posterior's mean and log-variance (b, 2c, h, w), folded."""
+    from torch.nn.functional import pixel_unshuffle
+
+    if form.clips:
+        moments = posterior_moments(vae, pixels[:, :, None])[:, :, 0]
+    else:
+        moments = posterior_moments(vae, pixels)
+    return moments if form.fold == 1 else pixel_unshuffle(moments, form.fold)
 
 
 def with_widths(vae: Any) -> Any:
@@ -57,7 +87,8 @@ def with_widths(vae: Any) -> Any:
 
 
 def posterior_moments(vae: Any, pixels: Tensor) -> Tensor:
-    """Pixels (b, 3, H, W) in [-1, 1] to the posterior's mean and log-variance (b, 2c, h, w).
+    """Pixels (b, 3, H, W) in [-1, 1], or clips (b, 3, f, H, W), to the posterior's mean and
+    log-variance (b, 2c, h, w), or (b, 2c, f', h, w).
     `AutoencoderDC` and `AutoencoderTiny` have no posterior, only its mean."""
     import torch
 

@@ -13,8 +13,8 @@ FLOW_WEIGHTINGS = ("sigma_sqrt", "cosmap")
 
 def check_limits(recipe: Recipe) -> None:
     """Checks sides of pictures, the sampler of class images, the weighting of timesteps, the tokens
-    of prompts, and that a batch holds all groups of the data. Of a backbone that is not on this
-    machine, `fit` checks them.
+    of prompts, that a batch holds all groups of the data, and that the backbone is not a distilled
+    one. Of a backbone that is not on this machine, `fit` checks them.
 
     Raises:
         RecipeError: the backbone cannot do one of them.
@@ -36,6 +36,13 @@ def check_limits(recipe: Recipe) -> None:
     except ValueError as error:
         raise RecipeError(str(error)) from None
     check_weighting(recipe, facts.flow)
+    check_trainable(facts.distilled)
+
+
+def check_trainable(distilled: str | None) -> None:
+    """Raises RecipeError where plain training would spoil the backbone, for this reason."""
+    if distilled is not None:
+        raise RecipeError(f"backbone: {distilled}")
 
 
 def check_batch(recipe: Recipe) -> None:
@@ -50,12 +57,17 @@ def check_batch(recipe: Recipe) -> None:
 
 
 def check_weighting(recipe: Recipe, flow: bool) -> None:
-    """Raises RecipeError for a weighting of the flow path on another. flow: the path that the
-    backbone was trained on."""
+    """Raises RecipeError for a weighting or a shift of the flow path on another. flow: the path
+    that the backbone was trained on."""
     chosen = recipe.objective
     on_flow = flow if chosen.path is None else chosen.path == "flow"
     if chosen.weighting in FLOW_WEIGHTINGS and not on_flow:
         raise RecipeError(
             f"objective.weighting={chosen.weighting} is for objective.path=flow, and this run adds "
             "noise on a variance-preserving path; min_snr is a weighting for it"
+        )
+    if chosen.shift != 1 and not on_flow:
+        raise RecipeError(
+            f"objective.shift={chosen.shift} is for objective.path=flow, and this run adds noise "
+            "on a variance-preserving path; leave it out"
         )

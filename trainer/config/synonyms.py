@@ -68,6 +68,8 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "prediction_type": ("objective.target",), "weighting_scheme": ("objective.weighting",),
     "caption_dropout_rate": ("objective.caption_dropout",),
     # pictures
+    "true_cfg_scale": ("preview.true_guidance", "true_guidance"), "distilled_cfg": GUIDANCE,
+    "discrete_flow_shift": ("objective.shift",), "flow_shift": ("objective.shift",),
     "guidance_scale": GUIDANCE, "cfg": GUIDANCE, "cfg_scale": GUIDANCE,
     "num_inference_steps": SAMPLED, "sampling_steps": SAMPLED,
     "negative_prompt": ("preview.negative", "negative"), "num_images": COUNT,

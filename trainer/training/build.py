@@ -20,7 +20,7 @@ from trainer.backbones.folder_facts import check_side
 from trainer.backbones.retarget import retarget
 from trainer.backbones.schedulers import sampled_as
 from trainer.common.paths import cache_folder
-from trainer.config.backbone_limits import check_weighting
+from trainer.config.backbone_limits import check_trainable, check_weighting
 from trainer.config.header import file_of
 from trainer.config.run_section import RunSpec
 from trainer.config.schema import Recipe
@@ -127,6 +127,7 @@ def task_of(recipe: Recipe, backbone: Backbone) -> Denoise:
         objective(recipe, backbone),
         seed=recipe.run.seed,
         caption_dropout=recipe.objective.caption_dropout,
+        as_sampled=recipe.objective.shift == "sampling",
     )
 
 
@@ -150,6 +151,7 @@ def needs(recipe: Recipe, backbone: Backbone) -> Needs:
     Raises:
         ValueError: sides of pictures that the backbone does not take.
     """
+    check_trainable(backbone.distilled)
     side = recipe.run.resolution or backbone.resolution
     check_side("run.resolution", side, backbone.multiple)
     check_side("data.buckets", getattr(recipe.data, "buckets", 0), backbone.multiple)
@@ -216,6 +218,7 @@ def objective(recipe: Recipe, backbone: Backbone) -> Objective:
         weighting=chosen.weighting,
         min_snr_gamma=chosen.min_snr_gamma,
         offset_noise=chosen.offset_noise,
+        shift=chosen.shift if isinstance(chosen.shift, float) else 1.0,
     )
 
 
