@@ -43,6 +43,13 @@ class Output(Protocol):
         ...
 
 
+class Rescale(Protocol):
+    def __call__(self, output: Tensor, cond: Tensor) -> Tensor:
+        """What classifier-free guidance made, and the conditional output, both (b, c, h, w), to
+        what the scheduler gets."""
+        ...
+
+
 def _check_nothing(facts: FolderContents) -> None:
     pass
 
@@ -55,6 +62,21 @@ def _not_distilled(
     config: Mapping[str, Any], scheduler: Mapping[str, Any], options: Mapping[str, Any]
 ) -> str | None:
     return None
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """What a text encoder that is a language model reads around a prompt.
+
+    text: all it reads, `{}` where the prompt is. dropped: tokens at its start whose features the
+    denoiser does not get.
+    """
+
+    text: str
+    dropped: int = 0
+
+    def around(self, prompt: str) -> str:
+        return self.text.format(prompt)
 
 
 @dataclass(frozen=True)
@@ -113,6 +135,9 @@ class Family:
     `Condition`, as of models distilled from guided ones. reader: the text encoder whose tokens the
     denoiser gets, where it is not the first. distilled: (config of the denoiser, that of the
     scheduler, the pipeline's options) -> why plain training would spoil it, None where it does not.
+    template: what its text encoder reads around a prompt; prompts are then padded to the longest of
+    a call, and no further. rescale: what its pipeline does to the output of classifier-free
+    guidance; None for nothing.
     """
 
     denoiser: str
@@ -141,6 +166,8 @@ class Family:
     embeds_guidance: Callable[[Mapping[str, Any]], bool] = _no_guidance
     reader: str | None = None
     distilled: Distilled = _not_distilled
+    template: ChatTemplate | None = None
+    rescale: Rescale | None = None
 
 
 def tokenizer_name(text_encoder: str) -> str:

@@ -45,5 +45,6 @@ class FolderContents:
     def width_of(self, part: str) -> int | None:
         """The width of a text encoder's features; None where its config does not say."""
         config = self.configs[part]
-        width = config.get("hidden_size") or config.get("d_model")
+        inner = config.get("text_config") or {}  # of a model that also sees pictures
+        width = config.get("hidden_size") or config.get("d_model") or inner.get("hidden_size")
         return None if width is None else int(width)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from trainer.backbones.family import ChatTemplate
 from trainer.backbones.prompt_tokens import PromptReader, check_parts, lower_but
 from trainer.backbones.word_vectors import with_all_vectors
 
@@ -34,7 +35,7 @@ class Prompts:
     @cached_property
     def _marks(self) -> tuple[list[int], list[int]]:
         """The tokens before and after those of a text."""
-        whole, own = self.tokenizer("a").input_ids, self.ids("a")
+        whole, own = self.tokenizer(self.around("a")).input_ids, self.ids("a")
         start = next(i for i in range(len(whole)) if whole[i : i + len(own)] == own)
         return whole[:start], whole[start + len(own) :]
 
@@ -81,11 +82,11 @@ class Prompts:
 
     def tokens(self, prompts: Sequence[str]) -> Any:
         """input_ids and attention_mask (b parts, n), the parts of a prompt adjacent."""
-        tokenizer, texts = self.tokenizer, [self.as_read(text) for text in prompts]
+        tokenizer, texts = self.tokenizer, [self.around(self.as_read(text)) for text in prompts]
         if self.parts == 1:
             return tokenizer(
                 texts,
-                padding="max_length",
+                padding="max_length" if self.template is None else "longest",
                 max_length=self.length,
                 truncation=True,
                 return_tensors="pt",
@@ -108,10 +109,20 @@ class Prompts:
 
     def places(self, prompt: str, word: str) -> list[int]:
         """Where the first token of a word is among those that the denoiser gets of a prompt."""
-        row = self.tokens([prompt]).input_ids.flatten().tolist()
+        dropped = 0 if self.template is None else self.template.dropped
+        row = self.tokens([prompt]).input_ids.flatten().tolist()[dropped:]
         vocabulary = self.tokenizer.get_vocab()
         own = [vocabulary[word]] if word in vocabulary else self.ids(word)
         return [i for i in range(len(row)) if row[i : i + len(own)] == own]
+
+    @property
+    def template(self) -> ChatTemplate | None:
+        declared: ChatTemplate | None = self.backbone.declared.template
+        return declared
+
+    def around(self, text: str) -> str:
+        """A text with what its text encoder reads around it."""
+        return text if self.template is None else self.template.around(text)
 
     def as_read(self, text: str) -> str:
         """As its tokenizer gets it: one word for several vectors followed by the others."""

@@ -33,7 +33,9 @@ SCHEDULER = "scheduler_config.json"
 TOKENIZER = "tokenizer_config.json"
 # the files beside the weights; and those of them that are not fetched: the safety checker, which is
 # not used, and indices of shards, which come with the shards
-SMALL = ("model_index.json", "*/*.json", "*/merges.txt", "*/vocab.json", "*/spiece.model")
+SMALL = (
+    "model_index.json", "*/*.json", "*/*.jinja", "*/merges.txt", "*/vocab.json", "*/spiece.model"
+)  # fmt: skip
 OTHERS = ("safety_checker/*", "*.safetensors.index*")
 WITHOUT_VALUES: ContextVar[bool] = ContextVar("without_values", default=False)
 

@@ -84,8 +84,9 @@ def prompt_reader(spec: BackboneSpec, words: Sequence[str] = ()) -> PromptReader
     from tokenizers import AddedToken
 
     tokenizer.add_tokens([AddedToken(word, single_word=single_word(word)) for word in words])
-    marks = len(tokenizer.encode("").ids)
-    family, chunk = find_family(spec.family), length - marks
+    family = find_family(spec.family)
+    nothing = "" if family.template is None else family.template.around("")
+    chunk = length - len(tokenizer.encode(nothing).ids)
     added = {str(token.content) for token in tokenizer.get_added_tokens_decoder().values()}
 
     def ids(text: str) -> Sequence[int]:

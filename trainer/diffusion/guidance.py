@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 UNCOND, COND = "target/uncond", "target/cond"
 
 
-def classifier_free(outputs: Mapping[str, Tensor], scale: float) -> Tensor:
+def classifier_free(
+    outputs: Mapping[str, Tensor],
+    scale: float,
+    rescale: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
     """output = uncond + scale * (cond - uncond), arXiv 2207.12598, equation 6; each (b, c, h, w).
-    Without an unconditional output, cond itself."""
+    Without an unconditional output, cond itself. rescale: (output, cond) -> what takes the place of
+    the output, of models whose pipeline changes it."""
     if UNCOND not in outputs:
         return outputs[COND]
     uncond, cond = outputs[UNCOND], outputs[COND]
-    return uncond + scale * (cond - uncond)
+    output = uncond + scale * (cond - uncond)
+    return output if rescale is None else rescale(output, cond)
 
 
 def temporal(output: Tensor, uncond: Tensor, image: Tensor, scale: float) -> Tensor:

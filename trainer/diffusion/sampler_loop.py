@@ -206,7 +206,8 @@ class Predictor:
         settings = self.sampler.settings
         scaled = self._scaled(x_t)
         outputs = self._call({"target": scaled}, self.condition, self.ctx)
-        output = classifier_free(outputs, settings.cfg_scale)
+        rescale = self.sampler.backbone.declared.rescale
+        output = classifier_free(outputs, settings.cfg_scale, rescale)
         if settings.temporal_guidance != 1 and self.ctx.frames > 1:
             outputs[IMAGE] = self._as_images(scaled)
             output = temporal(

@@ -1,0 +1,176 @@
+"""Z-Image (Tongyi Lab, arXiv 2511.22699): a transformer that has image and text as one sequence,
+trained on a flow; Qwen3 reads the prompt, asked in a chat, and gives its last layer but one. Two by
+two latents are one token. Every row has as many text tokens as its prompt, so the network takes
+lists.
+
+    v(x_t, t) = -f(x_t, 1 - t / 1000, text)      f predicts x0 - noise, and its time runs backwards
+
+`guidance` s is that of arXiv 2207.12598, of which 1 is none; diffusers' pipeline calls s - 1 its
+`guidance_scale`. Turbo was distilled to eight steps: plain training undoes that, so it samples
+only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainer.attention.denoiser_traits import DenoiserTraits, JointTraits
+from trainer.backbones.family import ChatTemplate, Family, Parts
+from trainer.backbones.flux1 import levels
+from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_widths
+from trainer.backbones.folder_contents import FolderContents
+from trainer.backbones.spec import BackboneSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.attention.condition import Condition
+    from trainer.backbones.backbone import Backbone
+
+TEXT = {
+    "text_encoder": ("Qwen3Model", "Qwen3ForCausalLM"),
+    "tokenizer": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
+}
+PROMPT_LENGTH = 512  # with the template; the default of diffusers' pipeline
+TEMPLATE = ChatTemplate("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n")
+PATCH = 2  # latents along an edge of a token
+MULTIPLE = 32  # tokens that image and text are each filled up to
+TURBO_SHIFT = 3.0  # of Turbo's scheduler, by which alone it differs; that of the base model is 6
+
+
+def encode_prompts(backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Prompts to tokens (b, n, d), those of the template too, and a mask (b, n)."""
+    from trainer.backbones.chat_text import without_padding
+
+    found = backbone.tokens(prompts)
+    output = backbone.text_encoder(
+        input_ids=found.input_ids, attention_mask=found.attention_mask, output_hidden_states=True
+    )
+    return without_padding(output.hidden_states[-2], found.attention_mask)
+
+
+def condition_shapes(backbone: Backbone) -> Mapping[str, tuple[int, ...]]:
+    length = backbone.prompts.length
+    return {"tokens": (length, int(backbone.denoiser.config.cap_feat_dim)), "mask": (length,)}
+
+
+def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    return {
+        "x": list(x_t.unsqueeze(2).unbind(0)),
+        "t": (1000 - t) / 1000,
+        "cap_feats": captions(condition),
+    }
+
+
+def captions(condition: Condition) -> list[Tensor]:
+    """The text of each row without its padding, (n, d)."""
+    text, mask = condition.tokens, condition.mask
+    assert text is not None, "this family reads text"
+    if mask is None:
+        return list(text.unbind(0))
+    return [row[:own] for row, own in zip(text, mask.sum(1).tolist(), strict=True)]
+
+
+def velocity(backbone: Backbone, output: Any, x_t: Tensor) -> Tensor:
+    """Pictures of one frame, b of (c, 1, h, w) and of x0 - noise, to noise - x0 (b, c, h, w)."""
+    import torch
+
+    return -torch.stack(list(output)).squeeze(2)
+
+
+def distilled(_: object, scheduler: Mapping[str, Any], __: object) -> str | None:
+    """Why Turbo is not trained: its scheduler alone tells it from the base model."""
+    if scheduler.get("use_dynamic_shifting") or scheduler.get("shift", 1.0) != TURBO_SHIFT:
+        return None
+    return (
+        "Z-Image-Turbo was distilled to eight steps, which training on it plainly undoes (its "
+        f"scheduler has a shift of {TURBO_SHIFT:g}, that of the base model 6); train on z_image, "
+        "whose adapters Turbo takes in `sample`"
+    )
+
+
+def pipeline(backbone: Backbone) -> Any:
+    from diffusers import ZImagePipeline
+
+    from trainer.backbones.vae import with_widths
+
+    return ZImagePipeline(
+        scheduler=backbone.scheduler(), vae=with_widths(backbone.vae),
+        text_encoder=backbone.text_encoder, tokenizer=backbone.tokenizer,
+        transformer=backbone.denoiser,
+    )  # fmt: skip
+
+
+def check(facts: FolderContents) -> None:
+    check_classes(facts, TEXT)
+    check_flow(facts)
+    check_channels(facts, "transformer", default=16)
+    config = facts.configs["transformer"]
+    check_widths(facts, "transformer", {"text_encoder": config.get("cap_feat_dim")})
+    if config.get("siglip_feat_dim"):
+        raise facts.refuse(
+            "transformer",
+            "also reads pictures (siglip_feat_dim, Z-Image-Omni), which is not trained here; "
+            "choose the text-to-image version, Tongyi-MAI/Z-Image",
+        )
+    if PATCH not in config.get("all_patch_size", (PATCH,)):
+        raise facts.refuse(
+            "transformer",
+            f"has tokens of {config['all_patch_size']} latents; this family has {PATCH}",
+        )
+
+
+def load(spec: BackboneSpec, name: str) -> Parts:
+    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision.
+
+    Raises:
+        ValueError: the folder holds another pipeline, a part is missing, its weights are not
+        safetensors, or its tokenizer asks prompts in another way.
+    """
+    import diffusers
+    from transformers import Qwen2Tokenizer, Qwen3Model
+
+    from trainer.backbones.chat_text import check_template
+    from trainer.backbones.folder_check import check_contents
+    from trainer.backbones.pipeline_folder import pipeline_folder
+    from trainer.backbones.schedulers import flow_scheduler
+
+    folder = pipeline_folder(spec, name, ["transformer", "text_encoder", "vae"])
+    facts = check_contents(folder, name, FAMILY, made=False)
+    tokenizer = folder.tokenizer(Qwen2Tokenizer)
+    check_template(tokenizer, TEMPLATE, name)
+    return Parts(
+        folder=folder.path,
+        denoiser=folder.load("transformer", diffusers.ZImageTransformer2DModel),
+        text_encoders={"text_encoder": folder.load("text_encoder", Qwen3Model)},
+        tokenizers={"text_encoder": tokenizer},
+        vae=folder.load("vae", getattr(diffusers, facts.vae)),
+        scheduler=flow_scheduler(folder.scheduler_config()),
+        prompt_lengths={"text_encoder": PROMPT_LENGTH},
+    )
+
+
+FAMILY = Family(
+    denoiser="transformer",
+    pipelines=("ZImagePipeline", "ZImageImg2ImgPipeline"),
+    prompt_lengths={"ZImagePipeline": PROMPT_LENGTH, "ZImageImg2ImgPipeline": PROMPT_LENGTH},
+    blocks=("noise_refiner", "context_refiner", "layers"),
+    load=load,
+    encoders={"text": encode_prompts},
+    inputs=inputs,
+    pipeline=pipeline,
+    shapes=condition_shapes,
+    check=check,
+    output=velocity,
+    sample_size=128,  # 1024 pixels, the default of diffusers' pipeline
+    levels=levels,
+    distilled=distilled,
+    template=TEMPLATE,
+    traits=DenoiserTraits(
+        time_embedding="t_embedder",
+        time_width="t_embedder.mlp.2",
+        joint=(JointTraits("layers.*", text_first=False, counts="image", multiple=MULTIPLE),),
+        patch=PATCH,
+    ),
+)
