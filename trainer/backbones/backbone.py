@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from trainer.attention.denoiser_traits import Layout
 from trainer.attention.extras import Extras
 from trainer.attention.hooks import SamplingHook
 from trainer.attention.host import Host
-from trainer.attention.sites import Site, scan
+from trainer.attention.sites import Site, patch_size, scan
 from trainer.backbones import vae
+from trainer.backbones.compression import Compression
 from trainer.backbones.family import Encoder, Family, Parts, tokenizer_name
 from trainer.backbones.folder_check import PREDICTION_TYPES
 from trainer.backbones.gradient_checkpointing import checkpoint_layers
@@ -106,14 +107,19 @@ class Backbone(nn.Module):
         return tuple(hook for hooks in self.sampling_hooks.values() for hook in hooks)
 
     @property
+    def compression(self) -> Compression:
+        """How much smaller latents are than pixels, in space and time."""
+        return vae.compression(self.vae)
+
+    @property
     def divisor(self) -> int:
         """Pixels along an edge per latent."""
-        return vae.pixels_per_latent(self.vae)
+        return self.compression.pixels
 
     @property
     def multiple(self) -> int:
         """Pixels that divide the sides of all pictures it takes."""
-        return self.divisor * int(self.denoiser.config.get("patch_size") or 1)
+        return self.divisor * (self.declared.traits.patch or patch_size(self.denoiser) or 1)
 
     @property
     def layout(self) -> Layout:
@@ -123,7 +129,9 @@ class Backbone(nn.Module):
     @property
     def resolution(self) -> int:
         """The side in pixels the backbone was trained at."""
-        return int(self.denoiser.config.sample_size) * self.divisor
+        config = self.denoiser.config
+        side = config.get("sample_size") or config.get("sample_height")
+        return self.declared.resolution if side is None else int(side) * self.divisor
 
     @property
     def latent_channels(self) -> int:
@@ -156,13 +164,13 @@ class Backbone(nn.Module):
         return self.scheduler_class.from_config(self.scheduler_config)
 
     @torch.no_grad()
-    def moments(self, pixels: Tensor) -> Tensor:
-        """Pixels (b, 3, H, W) in [-1, 1] to the posterior's mean and log-variance (b, 2c, h, w), in
-        fp32 wherever they are asked for: a training step asks under autocast."""
-        size = pixels.shape[-2] * pixels.shape[-1]
+    def moments(self, pixels: Tensor, frames: int = 1) -> Tensor:
+        """Pixels (b f, 3, H, W) in [-1, 1] to the posterior's mean and log-variance (b f', 2c, h,
+        w), in fp32 wherever they are asked for: a training step asks under autocast. Clips have
+        `frames` adjacent rows, f, and f' latent frames, fewer where the VAE compresses time."""
+        self.compression.latent_frames(frames)
         with self._without_autocast():
-            step = partial(vae.posterior_moments, self.vae)
-            return vae.in_slices(self.vae, step, pixels, pixels=size)
+            return vae.encoded(self.vae, pixels, frames)
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """A sample (b, c, h, w) from the posterior, scaled to what the denoiser was trained on."""
@@ -171,20 +179,17 @@ class Backbone(nn.Module):
         return vae.scale_latents(self.vae, sampled)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (b, c, h, w) to pixels (b, 3, H, W) in [-1, 1], in fp32 as `moments`."""
-        pixels = latents.shape[-2] * latents.shape[-1] * self.divisor**2
+    def decode(self, latents: Tensor, frames: int = 1) -> Tensor:
+        """Latents (b f', c, h, w) to pixels (b f, 3, H, W) in [-1, 1], in fp32 as `moments`; the
+        clips of a VAE that compresses time have `frames` latent frames, f'."""
         with self._without_autocast():
-            return vae.in_slices(self.vae, self._decode, latents, pixels=pixels)
+            found = vae.decoded(self.vae, vae.unscale_latents(self.vae, latents), frames)
+        return found.clamp(-1, 1)
 
     def _without_autocast(self) -> AbstractContextManager[Any]:
         if self.computes_in == torch.float32:  # nobody has it on, and not every device knows it
             return nullcontext()
         return torch.autocast(self.device.type, enabled=False)
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        pixels: Tensor = self.vae.decode(vae.unscale_latents(self.vae, latents)).sample
-        return pixels.clamp(-1, 1)
 
     def tokens(self, prompts: Sequence[str], part: str = "text_encoder") -> Any:
         """Prompts to input_ids and attention_mask (b parts, n), the parts of a prompt adjacent, for

@@ -78,7 +78,8 @@ class Family:
     diffusers' names, a regular expression. original_layers: by the class of a transformer, the
     layers by the names that the model's first code has for them, several where that code keeps them
     in one; `{}` is the number of a block. check: (facts of a folder) -> ValueError where the family
-    cannot load it, without torch.
+    cannot load it, without torch. resolution: the side in pixels that its models were trained at,
+    where the denoiser's config does not say.
     """
 
     denoiser: str
@@ -97,6 +98,7 @@ class Family:
     comfyui_layers: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[FolderContents], None] = _check_nothing
     original_layers: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    resolution: int = 512
 
 
 def tokenizer_name(text_encoder: str) -> str:

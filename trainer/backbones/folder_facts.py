@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.backbones.compression import Compression, compression_of
 from trainer.backbones.families import find_family
 from trainer.backbones.folder_check import is_flow
 
@@ -21,10 +22,11 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 class FolderFacts:
     """flow: whether it was trained on the flow path, and not on a VP path. multiple: pixels that
     divide the sides of all pictures it takes: the VAE's per latent, times the latents of a token of
-    a transformer."""
+    a transformer. compression: of the VAE."""
 
     flow: bool
     multiple: int
+    compression: Compression
 
 
 def facts_of(spec: BackboneSpec) -> FolderFacts | None:
@@ -32,18 +34,21 @@ def facts_of(spec: BackboneSpec) -> FolderFacts | None:
     then says."""
     if spec.folder is None:
         return None
-    part = find_family(spec.family).denoiser
+    family = find_family(spec.family)
     vae, scheduler = read_part(spec, "vae/config.json"), read_part(spec, SCHEDULER_FILE)
-    denoiser = {} if spec.denoiser is not None else read_part(spec, f"{part}/config.json")
+    denoiser = {} if spec.denoiser is not None else read_part(
+        spec, f"{family.denoiser}/config.json"
+    )
     if vae is None or scheduler is None or denoiser is None:
         return None
-    widths = vae.get("encoder_block_out_channels") or vae.get("block_out_channels")
-    if not isinstance(widths, list):
+    found = compression_of(str(vae.get("_class_name")), vae)
+    if found is None:
         return None
-    patch = getattr(spec.denoiser, "patch", denoiser.get("patch_size") or 1)
-    return FolderFacts(
-        is_flow(scheduler), 2 ** (len(widths) - 1) * (patch if isinstance(patch, int) else 1)
-    )
+    patch = getattr(spec.denoiser, "patch", family.traits.patch or denoiser.get("patch_size") or 1)
+    if isinstance(patch, list) and patch:  # of (frames, height, width)
+        patch = patch[-1]
+    multiple = found.pixels * (patch if isinstance(patch, int) else 1)
+    return FolderFacts(is_flow(scheduler), multiple, compression=found)
 
 
 def read_part(spec: BackboneSpec, name: str) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trainer.backbones.compression import check_frames
 from trainer.backbones.folder_facts import check_side, facts_of
 from trainer.backbones.prompt_tokens import check_max_tokens
 from trainer.backbones.solvers import check_solver
@@ -11,8 +12,9 @@ FLOW_WEIGHTINGS = ("sigma_sqrt", "cosmap")
 
 
 def check_limits(recipe: Recipe) -> None:
-    """Checks sides of pictures, the sampler of class images, the weighting of timesteps and the
-    tokens of prompts. Of a backbone that is not on this machine, `fit` checks them.
+    """Checks sides of pictures, frames of clips, the sampler of class images, the weighting of
+    timesteps and the tokens of prompts. Of a backbone that is not on this machine, `fit` checks
+    them.
 
     Raises:
         RecipeError: the backbone cannot do one of them.
@@ -25,6 +27,7 @@ def check_limits(recipe: Recipe) -> None:
             check_side("run.resolution", recipe.run.resolution, facts.multiple)
         if buckets := getattr(recipe.data, "buckets", 0):
             check_side("data.buckets", buckets, facts.multiple)
+        check_frames("data.frames", getattr(recipe.data, "frames", 1), facts.compression)
         if sampler := getattr(recipe.data, "prior_sampler", None):
             check_solver(sampler, facts.flow)
         check_max_tokens(recipe.backbone)

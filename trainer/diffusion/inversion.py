@@ -52,8 +52,8 @@ def invert(
     iterations: int = 1,
     known: StepLatents | None = None,
 ) -> Tensor:
-    """Clean latents (b * frames, c, h, w), one prompt for each picture or clip, to what `sample`
-    takes as `start`: sampling from it with the same prompts, in as many steps and without guidance,
+    """Clean latents (b * frames, c, h, w), fewer where the VAE compresses time, and one prompt for
+    each picture or clip, to what `sample` takes as `start`: sampling from it with the same prompts, in as many steps and without guidance,
     gives the clean latents again.
 
     iterations: calls of the network for each step. known: latents before each step, by its number:
@@ -63,7 +63,7 @@ def invert(
         ValueError: fewer than one step or iteration, a number of latents that is not `frames` for
         each prompt, or a sampler that clips its latents.
     """
-    scheduler = backbone.scheduler()
+    scheduler, frames = backbone.scheduler(), backbone.compression.latent_frames(frames)
     _check_sampler(backbone, scheduler)
     _check_counts(latents, prompts, frames=frames, steps=steps, iterations=iterations)
     scheduler.set_timesteps(steps, device=backbone.device)

@@ -52,7 +52,8 @@ class Denoising:
 
     @property
     def frames(self) -> int:
-        return self.settings.frames
+        """Rows of latents of a clip: fewer than its frames where the VAE compresses time."""
+        return self.backbone.compression.latent_frames(self.settings.frames)
 
     @property
     def hooks(self) -> tuple[SamplingHook, ...]:

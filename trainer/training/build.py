@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trainer.backbones.backbone import Backbone
+from trainer.backbones.compression import check_frames
 from trainer.backbones.device import Placement, choose_placement, pictures_at_once, place
 from trainer.backbones.folder_facts import check_side
 from trainer.backbones.retarget import retarget
@@ -147,11 +148,12 @@ def needs(recipe: Recipe, backbone: Backbone) -> Needs:
     """What the data may ask of the run.
 
     Raises:
-        ValueError: sides of pictures that the backbone does not take.
+        ValueError: sides of pictures, or frames of clips, that the backbone does not take.
     """
     side = recipe.run.resolution or backbone.resolution
     check_side("run.resolution", side, backbone.multiple)
     check_side("data.buckets", getattr(recipe.data, "buckets", 0), backbone.multiple)
+    check_frames("data.frames", getattr(recipe.data, "frames", 1), backbone.compression)
 
     def generate(prompts: Sequence[str], seed: int, how: Generation) -> list[Image]:
         seeds = [seed + i for i in range(len(prompts))]
@@ -252,8 +254,15 @@ def latents(recipe: Recipe, backbone: Backbone, data: Dataset) -> latent_cache.L
         return None
     side = recipe.run.resolution or backbone.resolution
 
-    def encode(pixels: Tensor) -> Tensor:
-        return backbone.moments(pixels.to(backbone.device))
+    in_time = backbone.compression.in_time
 
-    encoder = f"{backbone.vae_fingerprint()}-{side}"
-    return latent_cache.moments(data, encode, encoder, folder=cache_folder())
+    def encode(pixels: Tensor) -> Tensor:  # one clip at a time where the VAE compresses time
+        return backbone.moments(pixels.to(backbone.device), len(pixels) if in_time else 1)
+
+    return latent_cache.moments(
+        data,
+        encode,
+        f"{backbone.vae_fingerprint()}-{side}",
+        folder=cache_folder(),
+        shrinks=backbone.compression.frames,
+    )
