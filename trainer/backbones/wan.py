@@ -115,5 +115,6 @@ FAMILY = Family(
         input="patch_embedding",
         layout="tokens",
         joint=(),
+        patch=2,
     ),
 )

@@ -46,13 +46,12 @@ class SampleJob:
 def check_fit(backbone: Backbone, settings: Sampling) -> None:
     """Raises ValueError for a side in pixels, a number of frames, or a solver, that the backbone
     does not have."""
-    from trainer.backbones.compression import check_frames
     from trainer.backbones.folder_facts import check_side
     from trainer.backbones.schedulers import with_solver
 
     for side in settings.size or ():
         check_side("size", side, backbone.multiple)
-    check_frames("frames", settings.frames, backbone.compression)
+    backbone.clip_frames.check(settings.frames)
     if settings.sampler is not None:
         with_solver(backbone.scheduler(), settings.sampler, key="scheduler")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from trainer.backbones.compression import check_frames
 from trainer.backbones.folder_facts import check_side, facts_of
 from trainer.backbones.prompt_tokens import check_max_tokens
 from trainer.backbones.solvers import check_solver
@@ -27,7 +26,7 @@ def check_limits(recipe: Recipe) -> None:
             check_side("run.resolution", recipe.run.resolution, facts.multiple)
         if buckets := getattr(recipe.data, "buckets", 0):
             check_side("data.buckets", buckets, facts.multiple)
-        check_frames("data.frames", getattr(recipe.data, "frames", 1), facts.compression)
+        facts.frames.check(getattr(recipe.data, "frames", 1), "data.frames")
         if sampler := getattr(recipe.data, "prior_sampler", None):
             check_solver(sampler, facts.flow)
         check_max_tokens(recipe.backbone)

@@ -63,7 +63,7 @@ def invert(
         ValueError: fewer than one step or iteration, a number of latents that is not `frames` for
         each prompt, or a sampler that clips its latents.
     """
-    scheduler, frames = backbone.scheduler(), backbone.compression.latent_frames(frames)
+    scheduler, frames = backbone.scheduler(), backbone.clip_frames.latent(frames)
     _check_sampler(backbone, scheduler)
     _check_counts(latents, prompts, frames=frames, steps=steps, iterations=iterations)
     scheduler.set_timesteps(steps, device=backbone.device)

@@ -80,7 +80,7 @@ def check_hooks(backbone: Backbone, settings: Sampling, image: InitialImage | No
     Raises:
         ValueError: names the method or the option.
     """
-    if settings.temporal_guidance != 1 and backbone.compression.in_time:
+    if settings.temporal_guidance != 1 and backbone.clip_frames.in_time:
         raise ValueError(
             f"temporal_guidance={settings.temporal_guidance:g} compares frames with pictures of "
             f"their own, and latents of {backbone.name} hold several frames; leave it out"
@@ -121,7 +121,7 @@ def noise_of(
             f"size {size[0]}x{size[1]} must be a multiple of {backbone.multiple}, and above 0"
         )
     height, width = (side // backbone.divisor for side in size)
-    frames = backbone.compression.latent_frames(settings.frames)
+    frames = backbone.clip_frames.latent(settings.frames)
     shape = (frames, backbone.latent_channels, height, width)
     return torch.cat([torch.randn(shape, generator=own) for own in generators])
 

@@ -53,7 +53,7 @@ class Denoising:
     @property
     def frames(self) -> int:
         """Rows of latents of a clip: fewer than its frames where the VAE compresses time."""
-        return self.backbone.compression.latent_frames(self.settings.frames)
+        return self.backbone.clip_frames.latent(self.settings.frames)
 
     @property
     def hooks(self) -> tuple[SamplingHook, ...]:

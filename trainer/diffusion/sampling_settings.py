@@ -15,7 +15,7 @@ class Sampling:
     guidance: the scale of classifier-free guidance; 1 or less runs without the unconditional rows.
     negative: the prompt of those rows. size: height and width in pixels, multiples of the
     backbone's divisor; None for the size it was trained at. frames: of a clip as a
-    player shows it, 1 for pictures; latents may have fewer, see `Compression`. fps: frames a second, for a model that has learned of them. temporal_guidance: of clips, see
+    player shows it, 1 for pictures; latents may have fewer, see `ClipFrames`. fps: frames a second, for a model that has learned of them. temporal_guidance: of clips, see
     `guidance.temporal`. sampler: one of `backbones.solvers.SOLVERS`, None for the backbone's own.
 
     Raises:

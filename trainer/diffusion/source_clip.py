@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trainer.backbones.compression import check_frames
 from trainer.data.video_clips import CaptionedVideo, VideoClips, Window
 from trainer.media.read_video import examine
 
@@ -37,7 +36,7 @@ def source_latents(
         ImageError: the video cannot be read, or is too short.
         ValueError: the backbone takes no clips of so many frames.
     """
-    check_frames("frames", frames, backbone.compression)
+    backbone.clip_frames.check(frames)
     own = dict(data) if data.get("source") == "video" and fps is None else {}
     start = own.get("start", 0)
     window = Window(

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trainer.backbones.backbone import Backbone
-from trainer.backbones.compression import check_frames
 from trainer.backbones.device import Placement, choose_placement, pictures_at_once, place
 from trainer.backbones.folder_facts import check_side
 from trainer.backbones.retarget import retarget
@@ -153,7 +152,7 @@ def needs(recipe: Recipe, backbone: Backbone) -> Needs:
     side = recipe.run.resolution or backbone.resolution
     check_side("run.resolution", side, backbone.multiple)
     check_side("data.buckets", getattr(recipe.data, "buckets", 0), backbone.multiple)
-    check_frames("data.frames", getattr(recipe.data, "frames", 1), backbone.compression)
+    backbone.clip_frames.check(getattr(recipe.data, "frames", 1), "data.frames")
 
     def generate(prompts: Sequence[str], seed: int, how: Generation) -> list[Image]:
         seeds = [seed + i for i in range(len(prompts))]
@@ -254,7 +253,7 @@ def latents(recipe: Recipe, backbone: Backbone, data: Dataset) -> latent_cache.L
         return None
     side = recipe.run.resolution or backbone.resolution
 
-    in_time = backbone.compression.in_time
+    in_time = backbone.clip_frames.in_time
 
     def encode(pixels: Tensor) -> Tensor:  # one clip at a time where the VAE compresses time
         return backbone.moments(pixels.to(backbone.device), len(pixels) if in_time else 1)
@@ -264,5 +263,5 @@ def latents(recipe: Recipe, backbone: Backbone, data: Dataset) -> latent_cache.L
         encode,
         f"{backbone.vae_fingerprint()}-{side}",
         folder=cache_folder(),
-        shrinks=backbone.compression.frames,
+        shrinks=backbone.clip_frames.per_latent,
     )

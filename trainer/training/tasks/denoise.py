@@ -76,7 +76,7 @@ class Denoise:
         if moments is None:
             assert batch.pixels is not None, "a batch has pixels or moments"
             moments = as_stored(self.backbone.moments(batch.pixels, batch.frames))
-        frames = self.backbone.compression.latent_frames(batch.frames)
+        frames = self.backbone.clip_frames.latent(batch.frames)
         shape = (frames, moments.shape[1] // 2, *moments.shape[2:])
         normals = torch.stack([three_normals(seed_of(*seed), shape) for seed in seeds], 1)
         posterior, noise, offset = normals.to(moments).flatten(1, 2)  # (b f) c h w
