@@ -78,7 +78,7 @@ def test_a_folder_says_its_family(dit: Any, dit_folder: Path) -> None:
         (
             "scheduler/scheduler_config.json",
             {"use_dynamic_shifting": True},
-            "use_dynamic_shifting is not known here",
+            "does not know use_dynamic_shifting",
         ),
     ],
 )

@@ -92,17 +92,19 @@ OWN = {
     "optim.muon_lr", "optim.lrs", "continual.tokens", "continual.class_words", "continual.inits",
     "data.video.images", "data.video.stills", "data.world_clips.images", "methods.flashmask.seen",
     "text.max_tokens", "run.resolution", "objective.weighting", "data.folder.buckets",
+    "parts.config", "parts.text_encoder_2",
 }  # fmt: skip
 # act whatever the others are
 ALONE = """
-objective: target path timesteps offset_noise caption_dropout
+parts: denoiser text_encoder tokenizer vae
+objective: target path timesteps shift offset_noise caption_dropout
 optim: name scale_lr betas weight_decay schedule clip ema
 run: steps epochs batch_size accumulate seed device accelerator devices nodes precision workers
  gradient_checkpointing channels_last compile validate_every checkpoint_every checkpoint_keep
  on_disk_full
  on_nonfinite log_every out id start_from
-preview: steps guidance
-evaluate: steps guidance known
+preview: steps guidance true_guidance
+evaluate: steps guidance true_guidance known
 continual: concepts
 data.concept: concept augment flip prior_weight
 data.folder: folder template on_bad validation flip recursive caption_from caption_lines

@@ -100,9 +100,9 @@ continual.inits continual.images continual.judge
 # what a step to come may do otherwise than those before it
 LATER = """
 objective.timesteps objective.logit_mean objective.logit_std objective.weighting
-objective.min_snr_gamma objective.offset_noise objective.caption_dropout optim.lr optim.muon_lr
-optim.scale_lr optim.betas optim.eps optim.weight_decay optim.warmup optim.schedule optim.final_lr
-optim.clip run.steps run.on_nonfinite run.nonfinite_in_a_row run.nonfinite_total
+objective.shift objective.min_snr_gamma objective.offset_noise objective.caption_dropout optim.lr
+optim.muon_lr optim.scale_lr optim.betas optim.eps optim.weight_decay optim.warmup optim.schedule
+optim.final_lr optim.clip run.steps run.on_nonfinite run.nonfinite_in_a_row run.nonfinite_total
 """
 
 

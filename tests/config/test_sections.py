@@ -45,6 +45,7 @@ BOUNDS: list[tuple[tuple[str, ...], str, str, str, tuple[str, ...]]] = [
     (CONCEPT, "preview.every", "-1", "0", ()),
     (CONCEPT, "preview.steps", "0", "1", ()),
     (CONCEPT, "preview.guidance", "-0.001", "0", ()),
+    (CONCEPT, "preview.true_guidance", "-0.001", "0", ()),
     (CONCEPT, "preview.seed", "-1", "0", ()),
     (CONCEPT, "preview.seed", "9223372036854775808", "9223372036854775807", ()),
     (CONCEPT, "run.steps", "0", "1", ()),
@@ -120,7 +121,7 @@ def test_a_method_with_an_lr_of_0_is_frozen() -> None:
             {
                 "target": None, "path": None, "timesteps": "uniform", "logit_mean": 0.0,
                 "logit_std": 1.0, "weighting": "none", "min_snr_gamma": 5.0, "offset_noise": 0.0,
-                "caption_dropout": 0.0,
+                "caption_dropout": 0.0, "shift": 1.0,
             },
         ),
         (
@@ -135,6 +136,7 @@ def test_a_method_with_an_lr_of_0_is_frozen() -> None:
             PreviewSpec,
             {
                 "prompts": (), "every": 100, "steps": 25, "guidance": 5.0, "seed": 0,
+                "true_guidance": 1.0,
                 "negative": "", "maps": None,
             },
         ),

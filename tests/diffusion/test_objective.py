@@ -225,3 +225,13 @@ def test_an_objective_is_plain_unless_it_is_told() -> None:
         min_snr_gamma=5.0,
         offset_noise=0.0,
     )
+
+
+@pytest.mark.parametrize("timesteps", ["uniform", "logit_normal"])
+def test_a_shift_moves_timesteps_towards_the_noise(timesteps: str) -> None:
+    """SD3, equation 23, after the draw."""
+    u = torch.tensor([0.1, 0.25, 0.5, 0.9])
+    plain = draw_timesteps(Objective("flow", timesteps=timesteps), u) / 1000
+    moved = draw_timesteps(Objective("flow", timesteps=timesteps, shift=3.0), u) / 1000
+    torch.testing.assert_close(moved, 3 * plain / (1 + 2 * plain))
+    assert float(draw_timesteps(Objective("flow", shift=3.0), torch.tensor([0.5]))) == 750

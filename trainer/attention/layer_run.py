@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trainer.attention.call import SiteCall
-from trainer.attention.find_attention import TEXT
+from trainer.attention.find_attention import text_argument
 from trainer.attention.op import label
 from trainer.attention.projections import context_roles
 from trainer.attention.spans import Lengths, image_and_text
@@ -39,10 +39,12 @@ class LayerRun:
         kwargs: Mapping[str, Any],
     ) -> None:
         self.site, self.stages = site, stages
-        self.names = _parameters(type(site.module))
+        kind: Any = type(site.module)
+        self.names = _parameters(kind)
         self.args, self.kwargs = args, dict(kwargs)
         self.call = SiteCall(site, ctx, self._lengths())
         self.call.part = -1  # the first attention call makes it 0
+        self._seen_context = 0  # how many layers of keys and values got what `context` made
 
     def enter(self) -> None:
         """The stage `tokens`, on the image tokens the layer is called with."""
@@ -81,7 +83,6 @@ class LayerRun:
         """The stage `context`: the layers of keys and values get what the ops make of their input,
         for this run. They are looked up now, since an adapter may have wrapped them."""
         handles = []
-        self._seen_context = 0
         made: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
 
         def change(index: int, x: Tensor) -> Tensor:
@@ -109,13 +110,12 @@ class LayerRun:
             for handle in handles:
                 handle.remove()
 
-    _seen_context = 0
-
     def _lengths(self) -> Lengths | None:
         x = self._argument(self.names[0])
         if not isinstance(x, Tensor) or x.ndim not in (3, 4):
             return None
-        text = next((self._argument(name) for name in TEXT if name in self.names), None)
+        name = text_argument(self.names)
+        text = None if name is None else self._argument(name)
         own = isinstance(text, Tensor) and text.ndim == 3 and text is not x
         stream = x.shape[1] if x.ndim == 3 else x.shape[-2] * x.shape[-1]
         words = text.shape[1] if isinstance(text, Tensor) and own else None

@@ -16,20 +16,21 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from trainer.attention.condition import Condition
-from trainer.attention.context import current, use
+from trainer.attention.context import StepContext, current, use
 from trainer.attention.denoiser_traits import Layout
 from trainer.attention.extras import Extras
 from trainer.attention.hooks import SamplingHook
 from trainer.attention.host import Host
-from trainer.attention.sites import Site, patch_size, scan
+from trainer.attention.sites import Site, scan
 from trainer.backbones import vae
-from trainer.backbones.compression import Compression
+from trainer.backbones.clip_frames import ClipFrames
 from trainer.backbones.family import Encoder, Family, Parts, tokenizer_name
 from trainer.backbones.folder_check import PREDICTION_TYPES
 from trainer.backbones.gradient_checkpointing import checkpoint_layers
 from trainer.backbones.layout import clips_to_rows, rows_to_clips
 from trainer.backbones.long_prompts import Prompts
 from trainer.backbones.module_digests import contents, shapes
+from trainer.backbones.noise_levels import Extent, NoiseLevels, shift_by_tokens, shift_of
 from trainer.backbones.pipeline_folder import limit_length
 
 
@@ -54,6 +55,7 @@ class Backbone(nn.Module):
         self.prompt_lengths = dict(parts.prompt_lengths)
         self.denoiser_name = declared.denoiser
         self.add_module(self.denoiser_name, parts.denoiser)
+        self._encoder_names = tuple(parts.text_encoders)
         for part, encoder in parts.text_encoders.items():
             setattr(self, part, encoder)
             setattr(self, tokenizer_name(part), parts.tokenizers[part])
@@ -86,12 +88,11 @@ class Backbone(nn.Module):
 
     @property
     def text_encoders(self) -> dict[str, Any]:
-        return {part: getattr(self, part) for part in self.declared.text_encoders}
+        return {part: getattr(self, part) for part in self._encoder_names}
 
     @property
     def tokenizers(self) -> dict[str, Any]:
-        names = self.declared.text_encoders
-        return {part: getattr(self, tokenizer_name(part)) for part in names}
+        return {part: getattr(self, tokenizer_name(part)) for part in self._encoder_names}
 
     @cached_property
     def host(self) -> Host:
@@ -107,19 +108,26 @@ class Backbone(nn.Module):
         return tuple(hook for hooks in self.sampling_hooks.values() for hook in hooks)
 
     @property
-    def compression(self) -> Compression:
-        """How much smaller latents are than pixels, in space and time."""
-        return vae.compression(self.vae)
+    def clip_frames(self) -> ClipFrames:
+        """How many latent frames a clip has."""
+        return self.declared.latents.frames(self.vae.config)
 
     @property
     def divisor(self) -> int:
         """Pixels along an edge per latent."""
-        return self.compression.pixels
+        pixels = self.declared.latents.pixels(self.vae.config)
+        assert pixels is not None, "the config of a VAE that was loaded names its levels"
+        return pixels
 
     @property
     def multiple(self) -> int:
         """Pixels that divide the sides of all pictures it takes."""
-        return self.divisor * (self.declared.traits.patch or patch_size(self.denoiser) or 1)
+        return self.divisor * self.patch
+
+    @property
+    def patch(self) -> int:
+        """Latents along an edge of an image token; 1 for a U-Net."""
+        return int(self.declared.traits.patch or self.denoiser.config.get("patch_size") or 1)
 
     @property
     def layout(self) -> Layout:
@@ -131,11 +139,17 @@ class Backbone(nn.Module):
         """The side in pixels the backbone was trained at."""
         config = self.denoiser.config
         side = config.get("sample_size") or config.get("sample_height")
-        return self.declared.resolution if side is None else int(side) * self.divisor
+        return int(side or self.declared.sample_size) * self.divisor
 
     @property
     def latent_channels(self) -> int:
-        return int(self.denoiser.config.in_channels)
+        config, own = self.denoiser.config, self.declared.channels
+        return int(config.in_channels if own is None else own(config))
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the scale of guidance is an input of the denoiser."""
+        return self.declared.embeds_guidance(self.denoiser.config)
 
     @property
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -158,32 +172,47 @@ class Backbone(nn.Module):
     @property
     def prompts(self) -> Prompts:
         """How its first text encoder reads prompts."""
-        return Prompts(self, self.declared.text_encoders[0])
+        return Prompts(self, self._encoder_names[0])
 
     def scheduler(self) -> Any:
         return self.scheduler_class.from_config(self.scheduler_config)
+
+    def noise_levels(self, steps: int, extent: Extent) -> NoiseLevels:
+        """What its pipeline asks of the scheduler for so many steps and latents of this extent."""
+        if self.declared.levels is not None and self.alphas_cumprod is None:
+            return self.declared.levels(self, steps, extent)
+        return NoiseLevels(mu=shift_by_tokens(self.scheduler_config, self.image_tokens(extent)))
+
+    def image_tokens(self, extent: Extent) -> int:
+        """Tokens of latents of this extent."""
+        frames, height, width = extent
+        return frames * (height // self.patch) * (width // self.patch)
+
+    def shift(self, steps: int, extent: Extent) -> float:
+        """How far sampling shifts the levels of a flow towards the noise, see `noise_levels`."""
+        return shift_of(self.scheduler_config, self.noise_levels(steps, extent).mu)
 
     @torch.no_grad()
     def moments(self, pixels: Tensor, frames: int = 1) -> Tensor:
         """Pixels (b f, 3, H, W) in [-1, 1] to the posterior's mean and log-variance (b f', 2c, h,
         w), in fp32 wherever they are asked for: a training step asks under autocast. Clips have
         `frames` adjacent rows, f, and f' latent frames, fewer where the VAE compresses time."""
-        self.compression.latent_frames(frames)
+        self.clip_frames.check(frames)
         with self._without_autocast():
-            return vae.encoded(self.vae, pixels, frames)
+            return vae.encoded(self.vae, pixels, self.declared.latents, frames=frames)
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """A sample (b, c, h, w) from the posterior, scaled to what the denoiser was trained on."""
         mean, log_variance = moments.chunk(2, dim=1)
         sampled = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
-        return vae.scale_latents(self.vae, sampled)
+        return vae.scale_latents(self.vae, sampled, self.declared.latents)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, frames: int = 1) -> Tensor:
         """Latents (b f', c, h, w) to pixels (b f, 3, H, W) in [-1, 1], in fp32 as `moments`; the
         clips of a VAE that compresses time have `frames` latent frames, f'."""
         with self._without_autocast():
-            found = vae.decoded(self.vae, vae.unscale_latents(self.vae, latents), frames)
+            found = vae.decoded(self.vae, latents, self.declared.latents, frames=frames)
         return found.clamp(-1, 1)
 
     def _without_autocast(self) -> AbstractContextManager[Any]:
@@ -242,21 +271,34 @@ class Backbone(nn.Module):
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's output (b, c, h, w) at x_t (b, c, h, w) and timesteps t (b,). A learned
         variance in further channels is left out."""
-        with self.computing(), self._by_clips():
+        own, ctx = self.declared.output, current()
+        with self.computing(), self.calling(x_t, t):
             output: Tensor = self.denoiser(**self.inputs(x_t, t, condition)).sample
+        if own is not None:
+            frames = 1 if ctx is None else ctx.frames
+            as_called = rows_to_clips(x_t, frames) if self.layout == "tokens" else x_t
+            output = own(self, output, as_called)
         if self.layout == "tokens":
             output = clips_to_rows(output)
         if self.computes_in != torch.float32:
             output = output.to(x_t.dtype)
         return output if output.shape[1] <= x_t.shape[1] else output[:, : x_t.shape[1]]
 
-    def _by_clips(self) -> AbstractContextManager[Any]:
-        """Groups of rows are groups of clips inside, where the denoiser has clips for rows."""
-        ctx = current()
-        if ctx is None or self.layout == "rows":
+    def calling(self, x_t: Tensor, t: Tensor) -> AbstractContextManager[Any]:
+        """The context that a call of the denoiser with x_t (b, c, h, w) needs. Inside, groups of
+        rows are groups of clips, where the denoiser has clips for rows; and the size of the latents
+        is known, where the denoiser gets tokens, which have none."""
+        ctx, packed = current(), self.declared.output is not None
+        if ctx is None:
+            if not packed:
+                return nullcontext()
+            ctx = StepContext(0, 1, t, training=self.denoiser.training)
+        elif not packed and self.layout == "rows":
             return nullcontext()
-        given = None if ctx.condition is None else ctx.condition.per_clip(ctx.frames)
-        return use(replace(ctx, groups=ctx.groups.of_clips(ctx.frames), condition=given))
+        if self.layout == "tokens":
+            given = None if ctx.condition is None else ctx.condition.per_clip(ctx.frames)
+            ctx = replace(ctx, groups=ctx.groups.of_clips(ctx.frames), condition=given)
+        return use(replace(ctx, latent_size=(x_t.shape[-2], x_t.shape[-1])) if packed else ctx)
 
     @property
     def device(self) -> torch.device:

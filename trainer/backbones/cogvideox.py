@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from trainer.attention.denoiser_traits import DenoiserTraits, JointTraits
+from trainer.backbones.clip_frames import ClipFrames
 from trainer.backbones.family import Family, Parts
 from trainer.backbones.folder_check import (
     check_channels,
@@ -21,6 +22,7 @@ from trainer.backbones.folder_check import (
     check_width,
 )
 from trainer.backbones.folder_contents import FolderContents
+from trainer.backbones.latent_form import LatentForm
 from trainer.backbones.spec import BackboneSpec
 
 if TYPE_CHECKING:
@@ -53,6 +55,17 @@ def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> 
         "encoder_hidden_states": condition.tokens,
         "image_rotary_emb": _positions(backbone, x_t),
     }
+
+
+def output(backbone: Backbone, output: Tensor, x_t: Tensor) -> Tensor:
+    """From (b, f, c, h, w) to (b, c, f, h, w)."""
+    return output.transpose(1, 2)
+
+
+def frames(config: Mapping[str, Any]) -> ClipFrames:
+    """Its decoder makes one frame of the first latent frame only where their number is odd."""
+    per_latent = int(config.get("temporal_compression_ratio") or 4)
+    return ClipFrames(per_latent, step=2 * per_latent)
 
 
 def _positions(backbone: Backbone, x_t: Tensor) -> Any:
@@ -147,6 +160,8 @@ FAMILY = Family(
     pipeline=pipeline,
     prompt_lengths={"CogVideoXPipeline": PROMPT_LENGTH},
     check=check,
+    output=output,
+    latents=LatentForm(vaes=("AutoencoderKLCogVideoX",), clips=True, frames=frames),
     traits=DenoiserTraits(
         time_embedding="time_embedding",
         time_width="time_embedding.linear_2",

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainer.attention.denoiser_traits import UNDECLARED, DenoiserTraits
+from trainer.backbones.latent_form import LatentForm
+from trainer.backbones.noise_levels import Extent, NoiseLevels
 from trainer.backbones.spec import BackboneSpec, DenoiserSpec
 
 if TYPE_CHECKING:
@@ -32,8 +34,19 @@ class Inputs(Protocol):
         ...
 
 
+class Output(Protocol):
+    def __call__(self, backbone: Any, output: Any, x_t: Tensor) -> Tensor:
+        """What the denoiser gave for x_t (b, c, h, w), or clips (b, c, f, h, w), in that form and
+        with the sign of the target."""
+        ...
+
+
 def _check_nothing(facts: FolderContents) -> None:
     pass
+
+
+def _no_guidance(config: Mapping[str, Any]) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -78,8 +91,17 @@ class Family:
     diffusers' names, a regular expression. original_layers: by the class of a transformer, the
     layers by the names that the model's first code has for them, several where that code keeps them
     in one; `{}` is the number of a block. check: (facts of a folder) -> ValueError where the family
-    cannot load it, without torch. resolution: the side in pixels that its models were trained at,
-    where the denoiser's config does not say.
+    cannot load it, without torch.
+
+    optional: text encoders that a folder may lack. output: (backbone, output, x_t) -> what the
+    denoiser gave in the form of x_t, for one that gives tokens, a list or another sign; None for
+    one whose `sample` is that already. latents: how its latents come from the VAE's. channels:
+    (config of the denoiser) -> channels of its latents, None for its `in_channels`. sample_size:
+    latents along an edge that it was trained at, where its config does not say. levels: (backbone,
+    steps, extent of the latents) -> what its pipeline asks of the scheduler; None for the
+    scheduler's own levels, shifted by the number of image tokens where it says so. embeds_guidance:
+    (config of the denoiser) -> whether the scale of guidance is an input of it, `guidance` of the
+    `Condition`, as of models distilled from guided ones.
     """
 
     denoiser: str
@@ -98,7 +120,13 @@ class Family:
     comfyui_layers: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[FolderContents], None] = _check_nothing
     original_layers: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
-    resolution: int = 512
+    optional: tuple[str, ...] = ()
+    output: Output | None = None
+    latents: LatentForm = field(default_factory=LatentForm)
+    channels: Callable[[Mapping[str, Any]], int] | None = None
+    sample_size: int | None = None
+    levels: Callable[[Any, int, Extent], NoiseLevels] | None = None
+    embeds_guidance: Callable[[Mapping[str, Any]], bool] = _no_guidance
 
 
 def tokenizer_name(text_encoder: str) -> str:

@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from trainer.backbones.folder_contents import FolderContents
-from trainer.backbones.pipeline_folder import SCHEDULER, PipelineFolder, missing
+from trainer.backbones.pipeline_folder import SCHEDULER, PipelineFolder, encoders_in, missing
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from trainer.backbones.family import Family
 
-VAES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AsymmetricAutoencoderKL", "AutoencoderKLWan", "AutoencoderKLCogVideoX", "AutoencoderKLLTXVideo")
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 FLOW = "flow_prediction"
 
@@ -28,7 +27,7 @@ def check_contents(folder: PipelineFolder, name: str, family: Family, made: bool
     """
     index = folder.index(name, family)
     own = [] if made else [family.denoiser]
-    parts = [*own, *family.text_encoders, "vae"]
+    parts = [*own, *encoders_in(index, family), "vae"]
     configs = {}
     for part in parts:
         where = folder.of(part)
@@ -44,19 +43,20 @@ def check_contents(folder: PipelineFolder, name: str, family: Family, made: bool
         scheduler=folder.scheduler_config(),
         where=where,
     )
-    if facts.vae not in VAES:
-        raise facts.refuse("vae", f"is a {facts.vae}; these are known: {', '.join(VAES)}")
+    if facts.vae not in (known := family.latents.vaes):
+        raise facts.refuse("vae", f"is a {facts.vae}; these are known: {', '.join(known)}")
     family.check(facts)
     return facts
 
 
-def check_channels(facts: FolderContents, part: str, default: int) -> None:
-    """Checks that a denoiser takes the VAE's latents and nothing beside them.
+def check_channels(facts: FolderContents, part: str, default: int, fold: int = 1) -> None:
+    """Checks that a denoiser takes the VAE's latents and nothing beside them. fold: latents along
+    an edge that it takes as channels of one.
 
     Raises:
         ValueError: it takes more or fewer channels; the message says what kind that is.
     """
-    latents, config = facts.latent_channels, facts.configs[part]
+    latents, config = facts.latent_channels * fold**2, facts.configs[part]
     taken = int(config.get("in_channels", default))
     if taken == latents:
         return
@@ -117,5 +117,18 @@ def check_flow_or_vp(config: Mapping[str, Any], where: Path) -> None:
         check_prediction(config, where)
     elif config.get("use_dynamic_shifting"):
         raise ValueError(
-            f"{where}: use_dynamic_shifting is not known here; set it to false and give shift"
+            f"{where}: the pipeline of this family does not know use_dynamic_shifting; set it to "
+            "false and give shift"
+        )
+
+
+def check_flow(facts: FolderContents) -> None:
+    """Checks that the scheduler is a flow's."""
+    if not is_flow(facts.scheduler):
+        raise facts.refuse(
+            "scheduler",
+            f"is a {facts.scheduler.get('_class_name')} of prediction_type="
+            f"{facts.scheduler.get('prediction_type', 'epsilon')}; this family was trained on a "
+            "flow and has FlowMatchEulerDiscreteScheduler, or a solver with "
+            "prediction_type=flow_prediction",
         )

@@ -34,7 +34,8 @@ class FolderContents:
 
     @property
     def latent_channels(self) -> int:
-        return int(self.configs["vae"].get("latent_channels", 4))
+        config = self.configs["vae"]
+        return int(config.get("latent_channels") or config.get("z_dim") or 4)
 
     @property
     def text_width(self) -> int | None:

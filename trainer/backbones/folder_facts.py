@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.backbones.compression import Compression, compression_of
+from trainer.backbones.clip_frames import ClipFrames
 from trainer.backbones.families import find_family
 from trainer.backbones.folder_check import is_flow
 
@@ -22,11 +22,11 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 class FolderFacts:
     """flow: whether it was trained on the flow path, and not on a VP path. multiple: pixels that
     divide the sides of all pictures it takes: the VAE's per latent, times the latents of a token of
-    a transformer. compression: of the VAE."""
+    a transformer. frames: of clips and of their latents."""
 
     flow: bool
     multiple: int
-    compression: Compression
+    frames: ClipFrames
 
 
 def facts_of(spec: BackboneSpec) -> FolderFacts | None:
@@ -41,14 +41,13 @@ def facts_of(spec: BackboneSpec) -> FolderFacts | None:
     )
     if vae is None or scheduler is None or denoiser is None:
         return None
-    found = compression_of(str(vae.get("_class_name")), vae)
-    if found is None:
+    pixels = family.latents.pixels(vae)
+    if pixels is None:
         return None
-    patch = getattr(spec.denoiser, "patch", family.traits.patch or denoiser.get("patch_size") or 1)
-    if isinstance(patch, list) and patch:  # of (frames, height, width)
-        patch = patch[-1]
-    multiple = found.pixels * (patch if isinstance(patch, int) else 1)
-    return FolderFacts(is_flow(scheduler), multiple, compression=found)
+    own = family.traits.patch or denoiser.get("patch_size") or 1
+    patch = getattr(spec.denoiser, "patch", own)
+    multiple = pixels * (patch if isinstance(patch, int) else 1)
+    return FolderFacts(is_flow(scheduler), multiple, frames=family.latents.frames(vae))
 
 
 def read_part(spec: BackboneSpec, name: str) -> dict[str, Any] | None:

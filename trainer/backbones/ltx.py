@@ -10,13 +10,16 @@ It is told the time and place of every token, in seconds and pixels: `frames a s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.attention.denoiser_traits import DenoiserTraits
+from trainer.backbones.clip_frames import ClipFrames
 from trainer.backbones.family import Family, Parts, text_arguments
-from trainer.backbones.folder_check import check_channels, check_classes, check_width
+from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_width
 from trainer.backbones.folder_contents import FolderContents
+from trainer.backbones.latent_form import LatentForm
+from trainer.backbones.noise_levels import Extent, NoiseLevels, even_levels, shift_by_tokens
 from trainer.backbones.spec import BackboneSpec
 
 if TYPE_CHECKING:
@@ -77,6 +80,32 @@ def output(backbone: Backbone, output: Tensor, x_t: Tensor) -> Tensor:
     return found
 
 
+def statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (c,) of the VAE's latents."""
+    return vae.latents_mean, vae.latents_std / vae.config.scaling_factor
+
+
+def halvings(config: Mapping[str, Any]) -> int:
+    pixels = config.get("spatial_compression_ratio")
+    return int(pixels or config.get("patch_size", 4) * _scaled(config)).bit_length() - 1
+
+
+def frames(config: Mapping[str, Any]) -> ClipFrames:
+    frames = config.get("temporal_compression_ratio")
+    return ClipFrames(int(frames or config.get("patch_size_t", 1) * _scaled(config)))
+
+
+def _scaled(config: Mapping[str, Any]) -> int:
+    """How much smaller its blocks make a clip, in space and in time."""
+    return int(2 ** sum(config.get("spatio_temporal_scaling") or (True, True, True, False)))
+
+
+def levels(backbone: Backbone, steps: int, extent: Extent) -> NoiseLevels:
+    """As the stock pipeline asks for them."""
+    mu = shift_by_tokens(backbone.scheduler_config, backbone.image_tokens(extent))
+    return NoiseLevels(mu, even_levels(steps))
+
+
 def pipeline(backbone: Backbone) -> Any:
     from diffusers import LTXPipeline
 
@@ -88,6 +117,7 @@ def pipeline(backbone: Backbone) -> Any:
 
 def check(facts: FolderContents) -> None:
     check_classes(facts, TEXT)
+    check_flow(facts)
     config, vae = facts.configs["transformer"], facts.configs["vae"]
     if any(config.get(key, 1) != 1 for key in ("patch_size", "patch_size_t")):
         raise facts.refuse(
@@ -115,7 +145,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
 
     from trainer.backbones.folder_check import check_contents
     from trainer.backbones.pipeline_folder import pipeline_folder
-    from trainer.backbones.schedulers import flow_or_vp
+    from trainer.backbones.schedulers import flow_scheduler
 
     folder = pipeline_folder(spec, name, ["transformer", "text_encoder", "vae"])
     check_contents(folder, name, FAMILY, made=False)
@@ -125,7 +155,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         text_encoders={"text_encoder": folder.load("text_encoder", T5EncoderModel)},
         tokenizers={"text_encoder": folder.tokenizer(T5Tokenizer)},
         vae=folder.load("vae", diffusers.AutoencoderKLLTXVideo),
-        scheduler=flow_or_vp(folder.scheduler_config(), folder.of("scheduler")),
+        scheduler=flow_scheduler(folder.scheduler_config()),
         prompt_lengths={"text_encoder": PROMPT_LENGTH},
     )
 
@@ -140,6 +170,16 @@ FAMILY = Family(
     pipeline=pipeline,
     prompt_lengths={"LTXPipeline": PROMPT_LENGTH},
     check=check,
+    output=output,
+    latents=LatentForm(
+        vaes=("AutoencoderKLLTXVideo",),
+        statistics=statistics,
+        halvings=halvings,
+        clips=True,
+        frames=frames,
+    ),
+    sample_size=16,
+    levels=levels,
     traits=DenoiserTraits(
         time_embedding="time_embed.emb",
         time_width="time_embed.emb.timestep_embedder.linear_2",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from trainer.backbones.family import tokenizer_name
-from trainer.backbones.single_file import part_of_file, read_checkpoint
+from trainer.backbones.single_file import part_of_file, read_single_file
 from trainer.backbones.weight_files import names_to_fetch, weight_files
 
 if TYPE_CHECKING:
@@ -70,14 +70,15 @@ class PipelineFolder:
                 f"{index.get('_class_name')}; this family loads {' and '.join(family.pipelines)} "
                 "folders"
             )
+        present = encoders_in(index, family)
         for part in family.text_encoders:
-            if len(family.text_encoders) > 1 and not any(index.get(part) or ()):
+            if len(family.text_encoders) > 1 and part not in present + family.optional:
                 raise ValueError(
                     f"backbone {name}: its model_index.json names no {part}; this family reads "
                     f"prompts with {' and '.join(family.text_encoders)}, and models that have "
                     "fewer of them, as refiners, are not trained here"
                 )
-        tokenizers = [(tokenizer_name(part), TOKENIZER) for part in family.text_encoders]
+        tokenizers = [(tokenizer_name(part), TOKENIZER) for part in present]
         for part, file in (*tokenizers, ("scheduler", SCHEDULER)):
             if not (self.of(part) / file).is_file():
                 raise ValueError(missing(self.of(part), file))
@@ -145,7 +146,7 @@ class PipelineFolder:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if self.file is None:
             return config
-        return config | dict(read_checkpoint(self.file, self.path.name).scheduler)
+        return config | dict(read_single_file(self.file, self.path.name).scheduler)
 
     def prefix(self, part: str) -> str | None:
         """Of the part's tensors in the checkpoint; None where its weights are a folder's.
@@ -188,6 +189,12 @@ def _ones(kind: Any, config: dict[str, Any]) -> Any:
         ours = kind.__module__.startswith("diffusers.")
         model = kind.from_config(config) if ours else kind(kind.config_class.from_dict(config))
     return model._apply(lambda value: torch.ones(1, dtype=value.dtype).expand(value.shape))
+
+
+def encoders_in(index: Mapping[str, Any], family: Family) -> tuple[str, ...]:
+    """The text encoders of a family that a pipeline has; one alone always counts."""
+    every = family.text_encoders
+    return every if len(every) == 1 else tuple(p for p in every if any(index.get(p) or ()))
 
 
 def missing(where: Path, file: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trainer.backbones.folder_check import (
     check_prediction,
     is_flow,
 )
+from trainer.backbones.noise_levels import NoiseLevels, shift_of
 from trainer.backbones.pipeline_folder import SCHEDULER
 from trainer.backbones.solvers import check_solver
 
@@ -42,6 +44,11 @@ def flow_or_vp(
     check_flow_or_vp(config, where / SCHEDULER)
     if not is_flow(config):
         return vp_scheduler(config, where)
+    return flow_scheduler(config)
+
+
+def flow_scheduler(config: Mapping[str, Any]) -> FlowMatchEulerDiscreteScheduler:
+    """Euler steps on a flow path, whatever solver the folder names."""
     euler = config.get("_class_name") == FlowMatchEulerDiscreteScheduler.__name__
     own = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
     if not euler:  # a solver of flows; its other options are its own
@@ -52,9 +59,22 @@ def flow_or_vp(
     )
 
 
-def with_solver(own: Any, name: str, *, key: str = "sampler") -> Any:
+def set_levels(scheduler: Any, steps: int, *, levels: NoiseLevels, device: Any) -> None:
+    """Sets a scheduler's timesteps for so many steps. Solvers other than Euler have levels of their
+    own, and their shift from `with_solver`."""
+    given: dict[str, Any] = {}
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        if levels.sigmas is not None:
+            given["sigmas"] = list(levels.sigmas)
+        if scheduler.config.use_dynamic_shifting:
+            given["mu"] = levels.mu
+    scheduler.set_timesteps(steps, device=device, **given)
+
+
+def with_solver(own: Any, name: str, *, key: str = "sampler", mu: float | None = None) -> Any:
     """Another solver, one of `SOLVERS`, of the path and noise levels that a scheduler describes: as
-    `from_config` of its class makes it of the scheduler's config. key: names it in errors.
+    `from_config` of its class makes it of the scheduler's config. key: names it in errors; mu: of a
+    flow whose shift depends on the size, see `NoiseLevels`.
 
     Raises:
         ValueError: this path or target has no such solver, or the solver does not know the path.
@@ -79,7 +99,7 @@ def with_solver(own: Any, name: str, *, key: str = "sampler") -> Any:
         return made.from_config(own.config, **solver.options)
     if isinstance(own, made):
         return own
-    steps, shift = own.config.num_train_timesteps, own.config.shift
+    steps, shift = own.config.num_train_timesteps, shift_of(own.config, mu)
     if not _takes(made, "use_flow_sigmas"):
         return made(num_train_timesteps=steps, shift=shift)
     return made(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trainer.backbones.compression import Compression, compression_of
+from trainer.backbones.latent_form import WIDTHS, LatentForm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-WIDTHS = "encoder_block_out_channels"  # what AutoencoderDC calls block_out_channels
 EXACT = -30.0  # a log-variance: noise of 3e-7
 SLICE = 512 * 512  # pixels that a VAE takes at once, at least one picture
 TILED = 1024 * 1024  # pixels of a picture above which it is computed in overlapping tiles
+PLAIN = LatentForm()
 TOGETHER = 8  # frames that a VAE of video holds at once, about
 TILED_CLIP = 2 * TILED  # pixels of so many frames above which all are computed in tiles
 
@@ -37,23 +37,50 @@ def in_slices(
     return torch.cat([step(part) for part in rows.split(at_once)])
 
 
-def compression(vae: Any) -> Compression:
-    """How much smaller its latents are than pixels."""
-    found = compression_of(type(vae).__name__, vae.config)
-    assert found is not None, "a VAE of a known class"
-    return found
-
-
-def scale_latents(vae: Any, latents: Tensor) -> Tensor:
-    """What a VAE encodes, as the denoiser takes it: (z - shift) * factor, by the VAE's config."""
+def scale_latents(vae: Any, latents: Tensor, form: LatentForm = PLAIN) -> Tensor:
+    """Folded latents of a VAE, (b, c, h, w), as the denoiser takes them, see `LatentForm`."""
+    if form.statistics is not None:
+        mean, std = statistics_of(vae, form, latents)
+        return (latents - mean) / std
     config = vae.config
     return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
 
-def unscale_latents(vae: Any, latents: Tensor) -> Tensor:
-    """What a denoiser gives, as the VAE decodes it: the inverse of `scale_latents`."""
+def unscale_latents(vae: Any, latents: Tensor, form: LatentForm = PLAIN) -> Tensor:
+    """What a denoiser gives, as folded latents of the VAE: the inverse of `scale_latents`."""
+    if form.statistics is not None:
+        mean, std = statistics_of(vae, form, latents)
+        return latents * std + mean
     config = vae.config
     return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+
+
+def statistics_of(vae: Any, form: LatentForm, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (1, c, 1, 1) of the channels of folded latents."""
+    assert form.statistics is not None
+    mean, std = (value.to(latents).view(1, -1, 1, 1) for value in form.statistics(vae))
+    return mean, std
+
+
+def decode_latents(vae: Any, latents: Tensor, form: LatentForm = PLAIN) -> Tensor:
+    """What a denoiser gives, (b, c, h, w), to pixels (b, 3, H, W)."""
+    from torch.nn.functional import pixel_shuffle
+
+    z = unscale_latents(vae, latents, form)
+    z = z if form.fold == 1 else pixel_shuffle(z, form.fold)
+    pixels: Tensor = vae.decode(z[:, :, None] if form.clips else z).sample
+    return pixels[:, :, 0] if form.clips else pixels
+
+
+def folded_moments(vae: Any, pixels: Tensor, form: LatentForm = PLAIN) -> Tensor:
+    """Pixels (b, 3, H, W) to the posterior's mean and log-variance (b, 2c, h, w), folded."""
+    from torch.nn.functional import pixel_unshuffle
+
+    if form.clips:
+        moments = posterior_moments(vae, pixels[:, :, None])[:, :, 0]
+    else:
+        moments = posterior_moments(vae, pixels)
+    return moments if form.fold == 1 else pixel_unshuffle(moments, form.fold)
 
 
 def with_widths(vae: Any) -> Any:
@@ -66,7 +93,8 @@ def with_widths(vae: Any) -> Any:
 
 
 def posterior_moments(vae: Any, pixels: Tensor) -> Tensor:
-    """Pixels (b, 3, H, W) in [-1, 1] to the posterior's mean and log-variance (b, 2c, h, w).
+    """Pixels (b, 3, H, W) in [-1, 1], or clips (b, 3, f, H, W), to the posterior's mean and
+    log-variance (b, 2c, h, w), or (b, 2c, f', h, w).
     `AutoencoderDC` and `AutoencoderTiny` have no posterior, only its mean."""
     import torch
 
@@ -78,36 +106,39 @@ def posterior_moments(vae: Any, pixels: Tensor) -> Tensor:
     return parameters
 
 
-def encoded(vae: Any, pixels: Tensor, frames: int = 1) -> Tensor:
+def encoded(vae: Any, pixels: Tensor, form: LatentForm = PLAIN, *, frames: int = 1) -> Tensor:
     """Rows of pixels (b f, 3, H, W), the frames of a clip adjacent, to the moments of their
-    latents (b f', 2c, h, w): f' is f for a VAE of images, see `Compression`."""
+    latents (b f', 2c, h, w), folded: f' is f for a VAE of pictures, see `ClipFrames`."""
     from functools import partial
 
     from trainer.backbones.layout import clips_to_rows, rows_to_clips
 
-    step, size = partial(posterior_moments, vae), pixels.shape[-2] * pixels.shape[-1]
-    if not compression(vae).in_time:
-        return in_slices(vae, step, pixels, pixels=size)
-    clips = rows_to_clips(pixels, frames)
+    size = pixels.shape[-2] * pixels.shape[-1]
+    if not form.frames(vae.config).in_time:
+        return in_slices(vae, partial(folded_moments, vae, form=form), pixels, pixels=size)
+    clips, step = rows_to_clips(pixels, frames), partial(posterior_moments, vae)
     return clips_to_rows(in_slices(vae, step, clips, pixels=size, frames=frames))
 
 
-def decoded(vae: Any, latents: Tensor, frames: int = 1) -> Tensor:
-    """Rows of latents as the VAE decodes them (b f', c, h, w), with `frames` latent frames in a
-    clip, to pixels (b f, 3, H, W)."""
+def decoded(vae: Any, latents: Tensor, form: LatentForm = PLAIN, *, frames: int = 1) -> Tensor:
+    """What a denoiser gives, (b f', c, h, w) with `frames` latent frames in a clip, to pixels
+    (b f, 3, H, W)."""
+    from functools import partial
+
     from trainer.backbones.layout import clips_to_rows, rows_to_clips
 
-    known = compression(vae)
-    size = latents.shape[-2] * latents.shape[-1] * known.pixels**2
+    pixels, known = form.pixels(vae.config), form.frames(vae.config)
+    assert pixels is not None, "the config of a VAE that was loaded names its levels"
+    size = latents.shape[-2] * latents.shape[-1] * pixels**2
+    if not known.in_time:
+        return in_slices(vae, partial(decode_latents, vae, form=form), latents, pixels=size)
 
     def step(part: Tensor) -> Tensor:
         sample: Tensor = vae.decode(part, **_timed(vae, part)).sample
         return sample
 
-    if not known.in_time:
-        return in_slices(vae, step, latents, pixels=size)
-    clips, shown = rows_to_clips(latents, frames), known.frames_of(frames)
-    return clips_to_rows(in_slices(vae, step, clips, pixels=size, frames=shown))
+    clips = rows_to_clips(unscale_latents(vae, latents, form), frames)
+    return clips_to_rows(in_slices(vae, step, clips, pixels=size, frames=known.shown(frames)))
 
 
 def _timed(vae: Any, latents: Tensor) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.attention.denoiser_traits import DenoiserTraits
+from trainer.backbones.clip_frames import ClipFrames
 from trainer.backbones.family import Family, Parts
-from trainer.backbones.folder_check import check_channels, check_classes, check_width
+from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_width
 from trainer.backbones.folder_contents import FolderContents
+from trainer.backbones.latent_form import LatentForm
 from trainer.backbones.spec import BackboneSpec
 
 if TYPE_CHECKING:
@@ -43,6 +45,22 @@ def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> 
     return {"hidden_states": x_t, "timestep": t, "encoder_hidden_states": condition.tokens}
 
 
+def statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (c,) of the VAE's latents."""
+    import torch
+
+    config = vae.config
+    return torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
+
+
+def halvings(config: Mapping[str, Any]) -> int:
+    return int(config.get("scale_factor_spatial") or 8).bit_length() - 1
+
+
+def frames(config: Mapping[str, Any]) -> ClipFrames:
+    return ClipFrames(int(config.get("scale_factor_temporal") or 4))
+
+
 def pipeline(backbone: Backbone) -> Any:
     from diffusers import WanPipeline
 
@@ -54,6 +72,7 @@ def pipeline(backbone: Backbone) -> Any:
 
 def check(facts: FolderContents) -> None:
     check_classes(facts, TEXT)
+    check_flow(facts)
     config = facts.configs["transformer"]
     if facts.index.get("boundary_ratio") or any(facts.index.get("transformer_2") or ()):
         raise facts.refuse(
@@ -83,7 +102,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
 
     from trainer.backbones.folder_check import check_contents
     from trainer.backbones.pipeline_folder import pipeline_folder
-    from trainer.backbones.schedulers import flow_or_vp
+    from trainer.backbones.schedulers import flow_scheduler
 
     folder = pipeline_folder(spec, name, ["transformer", "text_encoder", "vae"])
     check_contents(folder, name, FAMILY, made=False)
@@ -93,7 +112,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         text_encoders={"text_encoder": folder.load("text_encoder", UMT5EncoderModel)},
         tokenizers={"text_encoder": folder.tokenizer(T5TokenizerFast)},
         vae=folder.load("vae", diffusers.AutoencoderKLWan),
-        scheduler=flow_or_vp(folder.scheduler_config(), folder.of("scheduler")),
+        scheduler=flow_scheduler(folder.scheduler_config()),
         prompt_lengths={"text_encoder": PROMPT_LENGTH},
     )
 
@@ -108,7 +127,14 @@ FAMILY = Family(
     pipeline=pipeline,
     prompt_lengths={"WanPipeline": PROMPT_LENGTH},
     check=check,
-    resolution=480,
+    latents=LatentForm(
+        vaes=("AutoencoderKLWan",),
+        statistics=statistics,
+        halvings=halvings,
+        clips=True,
+        frames=frames,
+    ),
+    sample_size=60,
     traits=DenoiserTraits(
         time_embedding="condition_embedder.time_embedder",
         time_width="condition_embedder.time_embedder.linear_2",

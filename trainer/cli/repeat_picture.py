@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 # facts that are options as they are
 SAME = (
-    "prompt", "negative", "seed", "steps", "guidance", "size", "fps", "scheduler", "scale",
-    "strength", "start", "methods", "batch",
+    "prompt", "negative", "seed", "steps", "guidance", "true_guidance", "size", "fps", "scheduler",
+    "scale", "strength", "start", "methods", "batch",
 )  # fmt: skip
 PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 

@@ -98,6 +98,12 @@ class SampleOptions(Options):
         description="strength of classifier-free guidance, 1 for none (arXiv 2207.12598); null "
         "takes the preview.guidance of the adapter's recipe, or 5",
     )
+    true_guidance: float | None = Field(
+        None,
+        description="of backbones as FLUX.1-dev, whose guidance is an input of the network: "
+        "classifier-free guidance beside it, in twice the time; null takes the adapter's recipe's, "
+        "or 1 for none",
+    )
     negative: str = Field("", description="a prompt to move away from, in place of the empty one")
     size: Size | None = Field(
         None,
@@ -284,6 +290,7 @@ def _settings(options: SampleOptions, tree: Mapping[str, Any], negative: str) ->
 
     previews, data, run = (tree.get(key) or {} for key in ("preview", "data", "run"))
     guidance, side = options.guidance, run.get("resolution")
+    true = options.true_guidance
     return Sampling(
         options.steps or int(previews.get("steps", 25)),
         float(previews.get("guidance", 5.0)) if guidance is None else guidance,
@@ -292,6 +299,7 @@ def _settings(options: SampleOptions, tree: Mapping[str, Any], negative: str) ->
         frames=options.frames or int(data.get("frames", 1)),
         fps=options.fps,
         sampler=options.scheduler,
+        true_guidance=float(previews.get("true_guidance", 1.0)) if true is None else true,
     )
 
 

@@ -36,12 +36,17 @@ def check_limits(recipe: Recipe) -> None:
 
 
 def check_weighting(recipe: Recipe, flow: bool) -> None:
-    """Raises RecipeError for a weighting of the flow path on another. flow: the path that the
-    backbone was trained on."""
+    """Raises RecipeError for a weighting or a shift of the flow path on another. flow: the path
+    that the backbone was trained on."""
     chosen = recipe.objective
     on_flow = flow if chosen.path is None else chosen.path == "flow"
     if chosen.weighting in FLOW_WEIGHTINGS and not on_flow:
         raise RecipeError(
             f"objective.weighting={chosen.weighting} is for objective.path=flow, and this run adds "
             "noise on a variance-preserving path; min_snr is a weighting for it"
+        )
+    if chosen.shift != 1 and not on_flow:
+        raise RecipeError(
+            f"objective.shift={chosen.shift} is for objective.path=flow, and this run adds noise "
+            "on a variance-preserving path; leave it out"
         )

@@ -44,6 +44,7 @@ IN_SECTIONS: dict[str, dict[str, Rule]] = {
         "timesteps": APPLIED,
         "logit_mean": APPLIED,
         "logit_std": APPLIED,
+        "shift": APPLIED,
         "weighting": APPLIED,
         "min_snr_gamma": APPLIED,
         "offset_noise": APPLIED,
@@ -100,6 +101,7 @@ IN_SECTIONS: dict[str, dict[str, Rule]] = {
         "every": FREE,
         "steps": FREE,
         "guidance": FREE,
+        "true_guidance": FREE,
         "seed": FREE,
         "negative": FREE,
         "maps": FREE,
@@ -107,6 +109,7 @@ IN_SECTIONS: dict[str, dict[str, Rule]] = {
     "evaluate": {
         "steps": FREE,
         "guidance": FREE,
+        "true_guidance": FREE,
         "negative": FREE,
         "alone": FREE,
         "beside": FREE,

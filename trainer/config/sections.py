@@ -12,6 +12,10 @@ from trainer.common.section import Section
 from trainer.config.optimisers import OPTIMISERS, unsuited
 from trainer.data.caption_templates import CONCEPT_PROMPTS
 
+TRUE_GUIDANCE = (
+    "of backbones as FLUX.1-dev, whose guidance is an input of the network: strength of "
+    "classifier-free guidance beside it, in twice the time; 1 or less for none"
+)
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -38,6 +42,12 @@ class ObjectiveSpec(Section):
         0.0, description="mean of logit_normal; above 0 draws noisier timesteps"
     )
     logit_std: float = Field(1.0, gt=0, description="standard deviation of logit_normal")
+    shift: Literal["sampling"] | Annotated[float, Field(gt=0)] = Field(
+        1.0,
+        description="with path=flow, moves timesteps towards the noise, t' = s t / (1 + (s - 1) t) "
+        "(SD3, equation 23); 1 for none, 3 is what SD3 is sampled with, and sampling takes what "
+        "the backbone is sampled with, which of FLUX depends on the size of the pictures",
+    )
     weighting: Literal["none", "min_snr", "sigma_sqrt", "cosmap"] = Field(
         "none",
         description="weight of each timestep in the loss: none counts all alike, min_snr is arXiv "
@@ -199,6 +209,7 @@ class PreviewSpec(Section):
     guidance: float = Field(
         5.0, ge=0, description="strength of classifier-free guidance, 1 or less for none"
     )
+    true_guidance: float = Field(1.0, ge=0, description=TRUE_GUIDANCE)
     seed: int = Field(
         0, ge=0, lt=2**63, description="of the first preview's noise; the next take the next seeds"
     )
@@ -208,7 +219,7 @@ class PreviewSpec(Section):
     )
 
     def idle(self) -> dict[str, str]:
-        return _unguided(self.guidance, "preview")
+        return _unguided(self, "preview")
 
 
 class EvaluateSpec(Section):
@@ -220,6 +231,7 @@ class EvaluateSpec(Section):
     guidance: float = Field(
         5.0, ge=0, description="strength of classifier-free guidance, 1 or less for none"
     )
+    true_guidance: float = Field(1.0, ge=0, description=TRUE_GUIDANCE)
     negative: str = Field("", description="a prompt to move away from, in place of the empty one")
 
     alone: tuple[str, ...] = Field(
@@ -237,7 +249,7 @@ class EvaluateSpec(Section):
     )
 
     def idle(self) -> dict[str, str]:
-        return _unguided(self.guidance, "evaluate")
+        return _unguided(self, "evaluate")
 
     @field_validator("together")
     @classmethod
@@ -294,7 +306,8 @@ class ContinualSpec(Section):
         return self.tokens or tuple(f"<v{number + 1}>" for number in range(len(self.concepts)))
 
 
-def _unguided(guidance: float, name: str) -> dict[str, str]:
-    if guidance > 1:
+def _unguided(section: PreviewSpec | EvaluateSpec, name: str) -> dict[str, str]:
+    if max(section.guidance, section.true_guidance) > 1:
         return {}
-    return {"negative": f"{name}.guidance={guidance:g} does not guide; it is for more than 1"}
+    why = f"{name}.guidance={section.guidance:g} does not guide; it is for more than 1"
+    return {"negative": why}

@@ -50,6 +50,8 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "num_gpus": ("run.devices",), "num_nodes": ("run.nodes",),
     "report_to": ("tracker",), "log_with": ("tracker",), "logger": ("tracker",),
     "pretrained_model_name_or_path": MODEL, "model": MODEL, "base_model": MODEL, "model_id": MODEL,
+    "pretrained_vae_model_name_or_path": ("parts.vae",), "vae_path": ("parts.vae",),
+    "ckpt": MODEL,
     # what is learned from which pictures
     "rank": RANK, "lora_rank": RANK, "network_dim": RANK, "lora_r": RANK, "r": RANK,
     "scale": ALPHA, "network_alpha": ALPHA, "lora_alpha": ALPHA,
@@ -66,6 +68,8 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "prediction_type": ("objective.target",), "weighting_scheme": ("objective.weighting",),
     "caption_dropout_rate": ("objective.caption_dropout",),
     # pictures
+    "true_cfg_scale": ("preview.true_guidance", "true_guidance"), "distilled_cfg": GUIDANCE,
+    "discrete_flow_shift": ("objective.shift",), "flow_shift": ("objective.shift",),
     "guidance_scale": GUIDANCE, "cfg": GUIDANCE, "cfg_scale": GUIDANCE,
     "num_inference_steps": SAMPLED, "sampling_steps": SAMPLED,
     "negative_prompt": ("preview.negative", "negative"), "num_images": COUNT,

@@ -25,6 +25,7 @@ from trainer.attention.condition import Condition
 from trainer.attention.context import StepContext
 from trainer.attention.rows import Rows
 from trainer.backbones.backbone import Backbone
+from trainer.backbones.schedulers import set_levels
 from trainer.diffusion.objective import Objective, to_noise, to_x0
 from trainer.diffusion.predict import predict_groups
 from trainer.diffusion.sampler import evaluating
@@ -66,7 +67,9 @@ def invert(
     scheduler, frames = backbone.scheduler(), backbone.clip_frames.latent(frames)
     _check_sampler(backbone, scheduler)
     _check_counts(latents, prompts, frames=frames, steps=steps, iterations=iterations)
-    scheduler.set_timesteps(steps, device=backbone.device)
+    extent = (frames, latents.shape[-2], latents.shape[-1])
+    levels = backbone.noise_levels(steps, extent)
+    set_levels(scheduler, steps, levels=levels, device=backbone.device)
     x = latents = latents.to(backbone.device)
     ctx = _context(latents, frames=frames, steps=steps, fps=fps)
     with evaluating(backbone):

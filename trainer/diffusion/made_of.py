@@ -26,6 +26,7 @@ def made_of(
 ) -> dict[str, Any]:
     """The facts of one picture or clip; more: further ones, as of the adapter. What is None is left
     out."""
+    settings = settings.on(embeds=backbone.embeds_guidance)
     height, width = settings.size or (backbone.resolution, backbone.resolution)
     own, solver = backbone.scheduler_class.__name__, settings.sampler
     facts = {
@@ -34,6 +35,7 @@ def made_of(
         "seed": seed,
         "steps": settings.steps,
         "guidance": settings.guidance,
+        "true_guidance": settings.true_guidance if settings.true_guidance != 1 else None,
         "temporal_guidance": settings.temporal_guidance if settings.frames > 1 else None,
         "sampler": OWN.get(own, own) if solver is None else SOLVERS[solver].title,
         "size": f"{width}x{height}",

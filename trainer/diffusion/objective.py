@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trainer.backbones.noise_levels import shifted
+
 TARGETS = ("eps", "v", "x0", "flow")
 ALMOST_ONE = 1 - 2**-24  # the float32 below 1, to which a draw just under 1 may have been rounded
 
@@ -24,7 +26,14 @@ ALMOST_ONE = 1 - 2**-24  # the float32 below 1, to which a draw just under 1 may
 @dataclass(frozen=True)
 class Objective:
     """alphas_cumprod (T,) fixes the discrete VP path; None is the flow path alpha = 1 - t, sigma =
-    t."""
+    t.
+
+    shift: s of t' = s t / (1 + (s - 1) t) on the flow path, which moves the timesteps that are
+    trained towards the noise (arXiv 2403.03206, equation 23). It is the recipe's alone: what
+    sampling shifts by, see `noise_levels`, is not taken over. Trainers differ here: the scripts of
+    diffusers train on the timesteps of the folder's scheduler, shifted where its shift is fixed and
+    not where it depends on the size.
+    """
 
     target: str
     alphas_cumprod: Tensor | None = None
@@ -34,6 +43,7 @@ class Objective:
     weighting: str = "none"
     min_snr_gamma: float = 5.0
     offset_noise: float = 0.0
+    shift: float = 1.0
 
     @property
     def num_timesteps(self) -> int:
@@ -44,11 +54,14 @@ def draw_timesteps(objective: Objective, u: Tensor) -> Tensor:
     """u (b,) uniform in [0, 1) to timesteps (b,): integers 0..T-1 on a VP path, floats in [0, T) on
     the flow path.
 
-    logit_normal: t = sigmoid(mean + std * z), z = Phi^-1(u) (SD3, arXiv 2403.03206, equation 19).
+    logit_normal: t = sigmoid(mean + std * z), z = Phi^-1(u) (SD3, arXiv 2403.03206, equation 19),
+    before the shift.
     """
     if objective.timesteps == "logit_normal":
         z = math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-1 + 1e-6, 1 - 1e-6))
         u = torch.sigmoid(objective.logit_mean + objective.logit_std * z)
+    if objective.shift != 1:
+        u = shifted(u, objective.shift)
     t = u.clamp(max=ALMOST_ONE) * objective.num_timesteps
     return t if objective.alphas_cumprod is None else t.long()
 

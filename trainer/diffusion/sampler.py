@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.solvers import check_solver
 from trainer.diffusion.from_image import InitialImage, noised
-from trainer.diffusion.sampler_loop import Denoising
+from trainer.diffusion.sampler_loop import Denoising, latent_extent
 from trainer.diffusion.sampling_settings import Sampling
 
 DEFAULT = Sampling()
@@ -33,17 +33,17 @@ def sample(
     rounding; of more `settings.frames` than 1 clips (b * frames, 3, H, W), their frames adjacent.
 
     source: clean latents (b * frames, c, h, w), whose structure is kept; start: latents of that
-    shape instead of the seeds' noise, of `inversion.invert`; image: a picture to begin from;
-    on_step: called after each step with its number and the latents. Raises ValueError for prompts
-    and seeds of different lengths, a size that cannot be made, or what methods do not go with.
+    shape in place of noise, of `inversion.invert`; image: a picture to begin from; on_step: gets
+    each step's number and latents. Raises ValueError for what does not fit the backbone or methods.
     """
+    settings = settings.on(embeds=backbone.embeds_guidance)
     check_hooks(backbone, settings, image)
     generators = generators_of(seeds)
     texts = [text for group in prompts_of(prompts, seeds, settings) for text in group]
     with evaluating(backbone):
         denoising = Denoising(
             backbone,
-            backbone.encode_prompts(texts),
+            settings.told(backbone.encode_prompts(texts)),
             clips=len(prompts),
             settings=settings,
             given=not (start is None and image is None),
@@ -115,13 +115,7 @@ def noise_of(
     Raises:
         ValueError: a size, or a number of frames, that the model cannot make.
     """
-    size = settings.size or (backbone.resolution, backbone.resolution)
-    if any(side < 1 or side % backbone.multiple for side in size):
-        raise ValueError(
-            f"size {size[0]}x{size[1]} must be a multiple of {backbone.multiple}, and above 0"
-        )
-    height, width = (side // backbone.divisor for side in size)
-    frames = backbone.clip_frames.latent(settings.frames)
+    frames, height, width = latent_extent(backbone, settings)
     shape = (frames, backbone.latent_channels, height, width)
     return torch.cat([torch.randn(shape, generator=own) for own in generators])
 

@@ -17,7 +17,8 @@ from trainer.attention.context import StepContext
 from trainer.attention.hooks import Prediction, SamplingHook
 from trainer.attention.rows import Rows
 from trainer.backbones.backbone import Backbone
-from trainer.backbones.schedulers import with_solver
+from trainer.backbones.noise_levels import Extent
+from trainer.backbones.schedulers import set_levels, with_solver
 from trainer.common.seeds import seed_of
 from trainer.diffusion.guidance import UNCOND, classifier_free, temporal
 from trainer.diffusion.objective import Objective, alpha_sigma, to_x0
@@ -26,6 +27,21 @@ from trainer.diffusion.sampling_settings import Sampling
 
 CPU = torch.device("cpu")
 IMAGE = "image"  # the unconditional output for frames that do not see each other
+
+
+def latent_extent(backbone: Backbone, settings: Sampling) -> Extent:
+    """Frames, height and width of the latents of one picture or clip.
+
+    Raises:
+        ValueError: a size, or a number of frames, that the model cannot make.
+    """
+    size = settings.size or (backbone.resolution, backbone.resolution)
+    if any(side < 1 or side % backbone.multiple for side in size):
+        raise ValueError(
+            f"size {size[0]}x{size[1]} must be a multiple of {backbone.multiple}, and above 0"
+        )
+    height, width = (side // backbone.divisor for side in size)
+    return backbone.clip_frames.latent(settings.frames), height, width
 
 
 @dataclass(frozen=True)
@@ -76,17 +92,23 @@ class Denoising:
     def scheduler(self, first: int, device: torch.device) -> Any:
         """One that is at timestep number `first`. Those that count their steps are told, since two
         steps may have one timestep."""
-        scheduler = self._solver()
-        scheduler.set_timesteps(self.steps, device=device)
+        levels = self.backbone.noise_levels(self.steps, self.extent)
+        scheduler = self._solver(levels.mu)
+        set_levels(scheduler, self.steps, levels=levels, device=device)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first)
         return scheduler
 
-    def _solver(self) -> Any:
+    @property
+    def extent(self) -> Extent:
+        """Of the latents of one picture or clip."""
+        return latent_extent(self.backbone, self.settings)
+
+    def _solver(self, mu: float | None) -> Any:
         own, name = self.backbone.scheduler(), self.settings.sampler
         if name is None:
             return own
-        made = with_solver(own, name)
+        made = with_solver(own, name, mu=mu)
         if self.generators and hasattr(made, "noise_sampler_seed"):
             made.noise_sampler_seed = self._seeds()
         return made
@@ -185,7 +207,7 @@ class Predictor:
         settings = self.sampler.settings
         scaled = self._scaled(x_t)
         outputs = self._call({"target": scaled}, self.condition, self.ctx)
-        output = classifier_free(outputs, settings.guidance)
+        output = classifier_free(outputs, settings.cfg_scale)
         if settings.temporal_guidance != 1 and self.ctx.frames > 1:
             outputs[IMAGE] = self._as_images(scaled)
             output = temporal(

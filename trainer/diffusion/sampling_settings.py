@@ -3,9 +3,13 @@ class images."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from trainer.diffusion.guidance import COND, UNCOND
+
+if TYPE_CHECKING:
+    from trainer.attention.condition import Condition
 
 
 @dataclass(frozen=True)
@@ -13,10 +17,14 @@ class Sampling:
     """How pictures or clips are sampled.
 
     guidance: the scale of classifier-free guidance; 1 or less runs without the unconditional rows.
-    negative: the prompt of those rows. size: height and width in pixels, multiples of the
-    backbone's divisor; None for the size it was trained at. frames: of a clip as a
-    player shows it, 1 for pictures; latents may have fewer, see `ClipFrames`. fps: frames a second, for a model that has learned of them. temporal_guidance: of clips, see
-    `guidance.temporal`. sampler: one of `backbones.solvers.SOLVERS`, None for the backbone's own.
+    Of a backbone that has the scale as an input of its network (`embeds`, see `on`), that input,
+    and no rows are unconditional; there, true_guidance is the scale of classifier-free guidance
+    beside it, as `true_cfg_scale` of diffusers. negative: the prompt of the unconditional rows.
+    size: height and width in pixels, multiples of the backbone's divisor; None for the size it was
+    trained at. frames: of a clip as a player shows it, 1 for pictures; latents may have fewer, see
+    `ClipFrames`. fps: frames a second, for a model that has learned of them. temporal_guidance: of
+    clips, see `guidance.temporal`. sampler: one of `backbones.solvers.SOLVERS`, None for the
+    backbone's own.
 
     Raises:
         ValueError: no step, no frame, or temporal guidance without guidance or without frames.
@@ -30,6 +38,8 @@ class Sampling:
     fps: float | None = None
     temporal_guidance: float = 1.0
     sampler: str | None = None
+    true_guidance: float = 1.0
+    embeds: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -42,9 +52,42 @@ class Sampling:
                 "frames and a guidance above 1"
             )
 
+    def on(self, *, embeds: bool) -> Sampling:
+        """The settings for a backbone. embeds: whether the scale of guidance is an input of its
+        network.
+
+        Raises:
+            ValueError: a true_guidance for a backbone that has no other guidance, or a negative
+            prompt that nothing would read.
+        """
+        if not embeds and self.true_guidance != 1:
+            raise ValueError(
+                f"true_guidance={self.true_guidance:g} is for backbones that have guidance as an "
+                "input of their network; this one has none, so give guidance"
+            )
+        if embeds and self.negative and self.true_guidance <= 1:
+            raise ValueError(
+                f"negative={self.negative!r} would not be read: this backbone has guidance as an "
+                "input of its network; give true_guidance above 1, which takes twice the time, or "
+                "leave negative out"
+            )
+        return replace(self, embeds=embeds)
+
+    def told(self, condition: Condition) -> Condition:
+        """A condition with the scale of guidance, where the network has that as an input."""
+        tokens = condition.tokens
+        if not self.embeds or tokens is None:
+            return condition
+        return replace(condition, guidance=tokens.new_full((len(tokens),), self.guidance))
+
+    @property
+    def cfg_scale(self) -> float:
+        """The scale of classifier-free guidance."""
+        return self.true_guidance if self.embeds else self.guidance
+
     @property
     def guided(self) -> bool:
-        return self.guidance > 1
+        return self.cfg_scale > 1
 
     @property
     def groups(self) -> tuple[str, ...]:

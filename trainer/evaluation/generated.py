@@ -71,7 +71,10 @@ class PictureMaker:
 
         how = (batch_size, settings.steps, settings.guidance, settings.negative)
         clip = (frames, fps) if frames > 1 else ()
-        folder = self._folder(model, (list(prompts), seeds, how, *clip, *(settings.size or ())))
+        beside = (settings.true_guidance,) if settings.true_guidance != 1 else ()
+        folder = self._folder(
+            model, (list(prompts), seeds, how, *clip, *(settings.size or ()), *beside)
+        )
         count, at_once = len(prompts) * frames, batch_size * frames
         if folder is None:
             batches = (range(i, min(i + at_once, count)) for i in range(0, count, at_once))
@@ -86,8 +89,9 @@ class PictureMaker:
     def _settings(self, frames: int, fps: float | None) -> Sampling:
         asked, size = self.recipe.evaluate, self.recipe.run.size
         return Sampling(
-            asked.steps, asked.guidance, asked.negative, size=size, frames=frames, fps=fps
-        )
+            asked.steps, asked.guidance, asked.negative, size=size, frames=frames, fps=fps,
+            true_guidance=asked.true_guidance,
+        )  # fmt: skip
 
     def _signed(
         self, model: Backbone, settings: Sampling, picture: Tensor, *, prompt: str, seed: int

@@ -17,7 +17,7 @@ def prompt_text(base: Any, called: bool) -> str | None:
     hint, parts = prompt_hint(base), base.prompts.parts
     if hint is None or parts == 1:
         return hint and f"{hint}."
-    here = " The call below reads them so." if called else ""
+    here = " The call below reads them so." if called and not _several(base) else ""
     return (
         f"{hint}. A1111's web UI, Forge and ComfyUI read long prompts so; other readers cut them "
         f"off behind the first part.{here} In training every prompt had {parts} parts: a short one "
@@ -46,7 +46,7 @@ def prompt_entries(base: Any) -> dict[str, str]:
 def prompt_code(prompt: str, base: Any) -> tuple[list[str], str]:
     """Lines before the call of the pipeline, and its arguments that stand for a prompt and the
     empty one beside it."""
-    if base.prompts.parts == 1:
+    if base.prompts.parts == 1 or _several(base):
         return [], repr(prompt)
     masked = MASK in call_options(base)
     lines = list(_encode(base, masked))
@@ -78,6 +78,11 @@ def encode(text):  # in {parts} parts, as in training
     return hidden{", found.attention_mask.flatten()[None].to(device)" if masked else ""}
 
 """
+
+
+def _several(base: Any) -> bool:
+    """Whether prompts are read by several text encoders: their call has no lines here."""
+    return len(base.text_encoders) > 1
 
 
 def call_options(base: Any) -> frozenset[str]:

@@ -126,6 +126,7 @@ def task_of(recipe: Recipe, backbone: Backbone) -> Denoise:
         objective(recipe, backbone),
         seed=recipe.run.seed,
         caption_dropout=recipe.objective.caption_dropout,
+        as_sampled=recipe.objective.shift == "sampling",
     )
 
 
@@ -215,6 +216,7 @@ def objective(recipe: Recipe, backbone: Backbone) -> Objective:
         weighting=chosen.weighting,
         min_snr_gamma=chosen.min_snr_gamma,
         offset_noise=chosen.offset_noise,
+        shift=chosen.shift if isinstance(chosen.shift, float) else 1.0,
     )
 
 

@@ -37,6 +37,7 @@ from trainer.diffusion.sampling_settings import Sampling
 from trainer.training.tasks.task import Purpose
 
 Seed = tuple[int, str, int, int]
+SAMPLED_STEPS = 50  # where the shift of a pipeline depends on the number of steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,12 +62,14 @@ class Encoded:
 @dataclass(frozen=True)
 class Denoise:
     """The default task. seed: of the run; caption_dropout: the share of captions that are left
-    empty in training."""
+    empty in training; as_sampled: timesteps are shifted as those of a sampler in `SAMPLED_STEPS`
+    steps at the size of each batch, in place of the objective's shift."""
 
     backbone: Backbone
     objective: Objective
     seed: int = 0
     caption_dropout: float = 0.0
+    as_sampled: bool = False
 
     def encode(self, batch: Batch, purpose: Purpose = "train") -> Encoded:
         """Latents, noise, timesteps and text; random numbers depend on the seed, the purpose and
@@ -82,7 +85,7 @@ class Denoise:
         posterior, noise, offset = normals.to(moments).flatten(1, 2)  # (b f) c h w
         x0 = self.backbone.latents(moments, posterior)
         noise = noise + self.objective.offset_noise * offset[..., :1, :1]
-        t = self._timesteps(batch, seeds).to(moments.device)
+        t = self._timesteps(batch, seeds, x0).to(moments.device)
         x_t = add_noise(self.objective, x0, noise, t=t.repeat_interleave(frames))
         dropout = self.caption_dropout if purpose == "train" else 0.0
         condition = self._condition(batch, kept_captions(batch.captions, seeds, dropout))
@@ -147,14 +150,19 @@ class Denoise:
         error = target_of(usual, x0 - state.x0, noise - state.noise, t=t).float().square()
         return mean_per_sample(error, batch.masks, state.frames)
 
-    def _timesteps(self, batch: Batch, seeds: Sequence[Seed]) -> Tensor:
+    def _timesteps(self, batch: Batch, seeds: Sequence[Seed], x0: Tensor) -> Tensor:
         """Random ones, distributed as the objective asks. A validation batch brings quantiles of
         its own, taken as they are, so that losses of different objectives can be compared."""
         if batch.u is not None:
-            uniform = replace(self.objective, timesteps="uniform")
+            uniform = replace(self.objective, timesteps="uniform", shift=1.0)
             return draw_timesteps(uniform, torch.tensor(batch.u))
         u = torch.tensor([uniform_of(seed_of(*seed, "u")) for seed in seeds])
-        return draw_timesteps(self.objective, u)
+        if not self.as_sampled:
+            return draw_timesteps(self.objective, u)
+        frames = self.backbone.clip_frames.latent(batch.frames)
+        extent = (frames, x0.shape[-2], x0.shape[-1])
+        shift = self.backbone.shift(SAMPLED_STEPS, extent)
+        return draw_timesteps(replace(self.objective, shift=shift), u)
 
     def _condition(self, batch: Batch, captions: Sequence[str]) -> Condition:
         """Of each sample: the captions, and the extra inputs that the backbone has an encoder
