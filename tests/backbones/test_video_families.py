@@ -30,7 +30,7 @@ from trainer.diffusion.objective import Objective
 from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling_settings import Sampling
 from trainer.export.export import export
-from trainer.methods.apply import apply_methods
+from trainer.methods.apply import apply_methods, find_method, method_names
 from trainer.runs.adapter import load_adapted, save_adapter
 from trainer.training.fit import fit
 from trainer.training.tasks.denoise import Denoise
@@ -260,7 +260,7 @@ def test_frames_that_do_not_fit_are_refused(
 def test_cogvideox_takes_every_eighth_frame(folders: Any, open_folder: Open) -> None:
     """Its decoder makes 8 frames of 2 latent frames, so that 5 would come back as 8."""
     model = open_folder(folders("cogvideox"))
-    with pytest.raises(ValueError, match="frames=5: .* a multiple of 8 .* give 1 or 9"):
+    with pytest.raises(ValueError, match=r"frames=5: .* a multiple of 8 .* give 1 or 9"):
         drawn(model, "cogvideox", frames=5)
     assert stock(folders("cogvideox")).vae.decode(torch.zeros(1, 4, 2, 2, 2)).sample.shape[2] == 8
 
@@ -333,7 +333,7 @@ def test_what_trains_is_saved_and_read_again(
     name: str, family: str, model: Any, folder: Path, tmp_path: Path
 ) -> None:
     if (name, family) == ("selective", "cogvideox"):
-        with pytest.raises(ValueError, match="matches no attention site; .* the kinds joint"):
+        with pytest.raises(ValueError, match=r"matches no attention site; .* the kinds joint"):
             apply_methods(model, methods_of(METHODS[name]))
         return
     base = drawn(model, family, PROMPTS[:1])
@@ -375,8 +375,8 @@ def test_a_run_on_clips_of_the_world(
         "recipe=lora", f"backbone={folder}", "methods.new_token=null", "data.source=world_clips",
         "data.count=3", f"data.frames={frames}", "data.images=0.4", "data.validation=1",
         f"run.resolution={side}", "run.steps=3", "run.batch_size=2", "run.validate_every=3",
-        "preview.every=3", "preview.steps=2", "preview.prompts=[a fox]", "preview.maps=null", "tracker=none",
-        "optim.lr=1e-2", "optim.warmup=0", "run.checkpoint_every=0",
+        "preview.every=3", "preview.steps=2", "preview.prompts=[a fox]", "preview.maps=null",
+        "tracker=none", "optim.lr=1e-2", "optim.warmup=0", "run.checkpoint_every=0",
     ]  # fmt: skip
     made = fit(load_recipe(words), tmp_path / "run")
     with safe_open(made / "adapter.safetensors", "pt") as file:
@@ -391,19 +391,26 @@ def test_a_run_on_clips_of_the_world(
     assert other == pytest.approx(moved, rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["animatediff", "tune_a_video", "text2video_zero", "pix2video"])
-def test_what_makes_clips_of_images_is_refused(
+INFLATING = [name for name in method_names() if find_method(name).inflates]
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("method", INFLATING)
+def test_what_makes_clips_of_pictures_is_refused(
     method: str, folders: Any, open_folder: Open
 ) -> None:
-    for family in ("wan", "cogvideox"):
+    """By its name and that of the network."""
+    assert {"animatediff", "tune_a_video", "text2video_zero", "pix2video", "vdm"} <= set(INFLATING)
+    for family, network in (("wan", "Wan"), ("cogvideox", "CogVideoX"), ("ltx", "LTXVideo")):
         model = open_folder(folders(family))
-        with pytest.raises(ValueError, match=f"(?s){method}.*(model of clips|frames as tokens)"):
-            apply_methods(model, methods_of({method: {}}))
+        text = f"methods.{method}: it makes clips with a .*{network}Transformer3DModel is a model "
+        with pytest.raises(ValueError, match=f"{text}of clips: .* a backbone of pictures"):
+            apply_methods(model, {method: find_method(method)()})
 
 
 def test_guidance_between_frames_is_refused(folders: Any, open_folder: Open) -> None:
     model = open_folder(folders("wan"))
-    with pytest.raises(ValueError, match="temporal_guidance=2 .* hold several frames"):
+    with pytest.raises(ValueError, match=r"temporal_guidance=2 .* hold several frames"):
         drawn(model, "wan", temporal_guidance=2.0)
 
 
@@ -456,7 +463,7 @@ def test_a_missing_part_is_named(part: str, folders: Any, tmp_path: Path) -> Non
 
 def test_other_solvers_do_not_know_the_levels_of_cogvideox(folders: Any, open_folder: Open) -> None:
     model = open_folder(folders("cogvideox"))
-    with pytest.raises(ValueError, match="euler: .* noise levels of its own"):
+    with pytest.raises(ValueError, match=r"euler: .* noise levels of its own"):
         drawn(model, "cogvideox", sampler="euler")
     plain, named = (drawn(model, "cogvideox", sampler=name) for name in (None, "ddim"))
     assert torch.equal(plain, named)

@@ -57,12 +57,12 @@ def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> 
     }
 
 
-def output(backbone: Backbone, output: Tensor, x_t: Tensor) -> Tensor:
+def _output(backbone: Backbone, output: Tensor, x_t: Tensor) -> Tensor:
     """From (b, f, c, h, w) to (b, c, f, h, w)."""
     return output.transpose(1, 2)
 
 
-def frames(config: Mapping[str, Any]) -> ClipFrames:
+def _frames(config: Mapping[str, Any]) -> ClipFrames:
     """Its decoder makes one frame of the first latent frame only where their number is odd."""
     per_latent = int(config.get("temporal_compression_ratio") or 4)
     return ClipFrames(per_latent, step=2 * per_latent)
@@ -81,7 +81,7 @@ def _positions(backbone: Backbone, x_t: Tensor) -> Any:
     frames, *sides = x_t.shape[2:]
     height, width = (side * backbone.divisor for side in sides)
     make = CogVideoXPipeline._prepare_rotary_positional_embeddings
-    return make(pipe, height, width, frames, x_t.device)
+    return make(pipe, height, width, num_frames=frames, device=x_t.device)
 
 
 def pipeline(backbone: Backbone) -> Any:
@@ -98,9 +98,7 @@ def check(facts: FolderContents) -> None:
     check_prediction(facts.scheduler, facts.where)
     kind = facts.scheduler.get("_class_name")
     if kind not in SCHEDULERS:
-        raise facts.refuse(
-            "scheduler", f"is a {kind}; this family has {' and '.join(SCHEDULERS)}"
-        )
+        raise facts.refuse("scheduler", f"is a {kind}; this family has {' and '.join(SCHEDULERS)}")
     config = facts.configs["transformer"]
     if config.get("patch_size_t") is not None or config.get("ofs_embed_dim") is not None:
         raise facts.refuse(
@@ -160,8 +158,8 @@ FAMILY = Family(
     pipeline=pipeline,
     prompt_lengths={"CogVideoXPipeline": PROMPT_LENGTH},
     check=check,
-    output=output,
-    latents=LatentForm(vaes=("AutoencoderKLCogVideoX",), clips=True, frames=frames),
+    output=_output,
+    latents=LatentForm(vaes=("AutoencoderKLCogVideoX",), clips=True, frames=_frames),
     traits=DenoiserTraits(
         time_embedding="time_embedding",
         time_width="time_embedding.linear_2",

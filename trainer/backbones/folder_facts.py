@@ -36,8 +36,8 @@ def facts_of(spec: BackboneSpec) -> FolderFacts | None:
         return None
     family = find_family(spec.family)
     vae, scheduler = read_part(spec, "vae/config.json"), read_part(spec, SCHEDULER_FILE)
-    denoiser = {} if spec.denoiser is not None else read_part(
-        spec, f"{family.denoiser}/config.json"
+    denoiser = (
+        {} if spec.denoiser is not None else read_part(spec, f"{family.denoiser}/config.json")
     )
     if vae is None or scheduler is None or denoiser is None:
         return None

@@ -1,11 +1,11 @@
-"""LTX-Video (arXiv 2501.00103): a transformer of clips whose tokens are single latents of a VAE that
-makes one of 8 x 32 x 32 pixels, T5's text encoder, trained on a flow whose noise levels depend on
-the number of tokens.
+"""LTX-Video (arXiv 2501.00103): a transformer of clips, each token one latent of a VAE that makes
+one of 8 x 32 x 32 pixels; T5's text encoder; trained on a flow whose noise levels depend on the
+number of tokens.
 
     frames (1 + 8 k, 3, H, W)  ->  latents (1 + k, 128, H / 32, W / 32)  ->  tokens of one latent
     x0 = (z - latents_mean) / latents_std * scaling_factor      of each channel
 
-It is told the time and place of every token, in seconds and pixels: `frames a second` is an input.
+It is told the time and place of every token, in seconds and pixels.
 """
 
 from __future__ import annotations
@@ -71,26 +71,27 @@ def _lengths(backbone: Backbone, x_t: Tensor) -> tuple[Any, int, int]:
     return seconds, backbone.divisor, backbone.divisor
 
 
-def output(backbone: Backbone, output: Tensor, x_t: Tensor) -> Tensor:
+def _output(backbone: Backbone, output: Tensor, x_t: Tensor) -> Tensor:
     """Tokens (b, f h w, c) as clips again."""
     from diffusers import LTXPipeline
 
     frames, height, width = x_t.shape[2:]
-    found: Tensor = LTXPipeline._unpack_latents(output, frames, height, width)
+    size = {"num_frames": frames, "height": height, "width": width}
+    found: Tensor = LTXPipeline._unpack_latents(output, **size)
     return found
 
 
-def statistics(vae: Any) -> tuple[Tensor, Tensor]:
+def _statistics(vae: Any) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (c,) of the VAE's latents."""
     return vae.latents_mean, vae.latents_std / vae.config.scaling_factor
 
 
-def halvings(config: Mapping[str, Any]) -> int:
+def _halvings(config: Mapping[str, Any]) -> int:
     pixels = config.get("spatial_compression_ratio")
     return int(pixels or config.get("patch_size", 4) * _scaled(config)).bit_length() - 1
 
 
-def frames(config: Mapping[str, Any]) -> ClipFrames:
+def _frames(config: Mapping[str, Any]) -> ClipFrames:
     frames = config.get("temporal_compression_ratio")
     return ClipFrames(int(frames or config.get("patch_size_t", 1) * _scaled(config)))
 
@@ -100,7 +101,7 @@ def _scaled(config: Mapping[str, Any]) -> int:
     return int(2 ** sum(config.get("spatio_temporal_scaling") or (True, True, True, False)))
 
 
-def levels(backbone: Backbone, steps: int, extent: Extent) -> NoiseLevels:
+def _levels(backbone: Backbone, steps: int, extent: Extent) -> NoiseLevels:
     """As the stock pipeline asks for them."""
     mu = shift_by_tokens(backbone.scheduler_config, backbone.image_tokens(extent))
     return NoiseLevels(mu, even_levels(steps))
@@ -170,16 +171,16 @@ FAMILY = Family(
     pipeline=pipeline,
     prompt_lengths={"LTXPipeline": PROMPT_LENGTH},
     check=check,
-    output=output,
+    output=_output,
     latents=LatentForm(
         vaes=("AutoencoderKLLTXVideo",),
-        statistics=statistics,
-        halvings=halvings,
+        statistics=_statistics,
+        halvings=_halvings,
         clips=True,
-        frames=frames,
+        frames=_frames,
     ),
     sample_size=16,
-    levels=levels,
+    levels=_levels,
     traits=DenoiserTraits(
         time_embedding="time_embed.emb",
         time_width="time_embed.emb.timestep_embedder.linear_2",

@@ -1,7 +1,7 @@
 """Wan 2.1 (arXiv 2503.20314): a transformer of clips whose tokens are of space and time, with self-
 and cross-attention, UMT5's text encoder, a causal VAE of video, trained on a flow.
 
-    frames (1 + 4 k, 3, H, W)  ->  latents (1 + k, 16, H / 8, W / 8)  ->  tokens of 1 x 2 x 2 latents
+    frames (1 + 4 k, 3, H, W)  ->  latents (1 + k, 16, H / 8, W / 8)  ->  tokens of 2 x 2 latents
     x0 = (z - latents_mean) / latents_std      of each channel
 """
 
@@ -45,7 +45,7 @@ def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> 
     return {"hidden_states": x_t, "timestep": t, "encoder_hidden_states": condition.tokens}
 
 
-def statistics(vae: Any) -> tuple[Tensor, Tensor]:
+def _statistics(vae: Any) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (c,) of the VAE's latents."""
     import torch
 
@@ -53,11 +53,11 @@ def statistics(vae: Any) -> tuple[Tensor, Tensor]:
     return torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
 
 
-def halvings(config: Mapping[str, Any]) -> int:
+def _halvings(config: Mapping[str, Any]) -> int:
     return int(config.get("scale_factor_spatial") or 8).bit_length() - 1
 
 
-def frames(config: Mapping[str, Any]) -> ClipFrames:
+def _frames(config: Mapping[str, Any]) -> ClipFrames:
     return ClipFrames(int(config.get("scale_factor_temporal") or 4))
 
 
@@ -129,10 +129,10 @@ FAMILY = Family(
     check=check,
     latents=LatentForm(
         vaes=("AutoencoderKLWan",),
-        statistics=statistics,
-        halvings=halvings,
+        statistics=_statistics,
+        halvings=_halvings,
         clips=True,
-        frames=frames,
+        frames=_frames,
     ),
     sample_size=60,
     traits=DenoiserTraits(

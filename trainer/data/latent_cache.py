@@ -114,21 +114,23 @@ def moments(
     key = hashlib.sha256(f"{dataset.fingerprint()}|{encoder}|fp16".encode()).hexdigest()[:24]
     path = folder / "latents" / f"{key}.npy"
     count = rows(dataset, len(dataset) - 1, shrinks).stop
-    found = read_latents(path, key, count, shrinks)
+    found = read_latents(path, key, count, shrinks=shrinks)
     if found is not None:
         return found
     try:
-        parts = [_part(path, dataset, batch, shrinks) for batch in _batches(dataset, batch_size)]
+        parts = [
+            _part(path, dataset, batch, shrinks=shrinks) for batch in _batches(dataset, batch_size)
+        ]
         _make(path, parts, encode, dataset=dataset)
     except FileNotFoundError:  # another process was faster, and has removed the parts
         if not path.is_file():
             raise
-    found = read_latents(path, key, count, shrinks)
+    found = read_latents(path, key, count, shrinks=shrinks)
     assert found is not None, f"{path} does not hold what was just written"
     return found
 
 
-def read_latents(path: Path, key: str, count: int, shrinks: int = 1) -> Latents | None:
+def read_latents(path: Path, key: str, count: int, *, shrinks: int = 1) -> Latents | None:
     """A verified file of `count` rows; None where it is missing, damaged, of an earlier version, or
     another data set's. shrinks: as of `moments`."""
     try:
@@ -261,7 +263,7 @@ def _check_finite(made: np.ndarray, part: Part, dataset: Dataset) -> None:
             )
 
 
-def _part(path: Path, dataset: Dataset, batch: range, shrinks: int) -> Part:
+def _part(path: Path, dataset: Dataset, batch: range, *, shrinks: int) -> Part:
     first, last = (rows(dataset, index, shrinks) for index in (batch[0], batch[-1]))
     return Part(
         path.with_suffix(".parts") / f"{first.start:08d}.npz",

@@ -54,8 +54,8 @@ def invert(
     known: StepLatents | None = None,
 ) -> Tensor:
     """Clean latents (b * frames, c, h, w), fewer where the VAE compresses time, and one prompt for
-    each picture or clip, to what `sample` takes as `start`: sampling from it with the same prompts, in as many steps and without guidance,
-    gives the clean latents again.
+    each picture or clip, to what `sample` takes as `start`: sampling from it with the same prompts,
+    in as many steps and without guidance, gives the clean latents again.
 
     iterations: calls of the network for each step. known: latents before each step, by its number:
     what an interrupted call has found is read from it, and every finished step is put there.

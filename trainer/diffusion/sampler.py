@@ -56,9 +56,7 @@ def sample(
         else:
             x_t = noise_of(backbone, generators, settings) if start is None else start
             x_0 = denoising.run(x_t.to(backbone.device))
-        if settings.frames == 1:
-            return backbone.decode(x_0)
-        clips = x_0.split(denoising.frames)
+        clips = x_0.split(denoising.frames if settings.frames > 1 else len(x_0))
         return torch.cat([backbone.decode(clip, denoising.frames) for clip in clips])
 
 

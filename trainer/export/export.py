@@ -191,7 +191,7 @@ def _words(model: Any) -> list[str]:
 
 
 def _frames(adapted: Any) -> int:
-    """The frames of latents of the proof's clips; 1, for images, if the model has no temporal layers
+    """The latent frames of the proof's clips; 1, for images, if the model has no temporal layers
     and is none of clips."""
     if adapted.layout == "tokens":
         return PROOF_FRAMES

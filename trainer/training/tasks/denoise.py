@@ -42,8 +42,8 @@ SAMPLED_STEPS = 50  # where the shift of a pipeline depends on the number of ste
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A batch in latents: x0, noise and x_t (b f, c, h, w) in fp32, the `frames` of a clip adjacent;
-    t (b,) of each sample; condition of each row."""
+    """A batch in latents: x0, noise and x_t (b f, c, h, w) in fp32, the `frames` latent frames of a
+    clip adjacent; t (b,) of each sample; condition of each row."""
 
     batch: Batch
     x0: Tensor
