@@ -138,8 +138,9 @@ class Backbone(nn.Module):
     def resolution(self) -> int:
         """The side in pixels the backbone was trained at."""
         config = self.denoiser.config
-        side = config.get("sample_size") or config.get("sample_height")
-        return int(side or self.declared.sample_size) * self.divisor
+        side: Any = config.get("sample_size") or config.get("sample_height")
+        side = side or self.declared.sample_size
+        return int(side) * self.divisor
 
     @property
     def latent_channels(self) -> int:

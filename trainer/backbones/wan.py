@@ -98,7 +98,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         or its weights are not safetensors.
     """
     import diffusers
-    from transformers import T5TokenizerFast, UMT5EncoderModel
+    from transformers import T5Tokenizer, UMT5EncoderModel
 
     from trainer.backbones.folder_check import check_contents
     from trainer.backbones.pipeline_folder import pipeline_folder
@@ -110,7 +110,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         folder=folder.path,
         denoiser=folder.load("transformer", diffusers.WanTransformer3DModel),
         text_encoders={"text_encoder": folder.load("text_encoder", UMT5EncoderModel)},
-        tokenizers={"text_encoder": folder.tokenizer(T5TokenizerFast)},
+        tokenizers={"text_encoder": folder.tokenizer(T5Tokenizer)},
         vae=folder.load("vae", diffusers.AutoencoderKLWan),
         scheduler=flow_scheduler(folder.scheduler_config()),
         prompt_lengths={"text_encoder": PROMPT_LENGTH},
