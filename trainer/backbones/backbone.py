@@ -153,6 +153,12 @@ class Backbone(nn.Module):
         return self.declared.embeds_guidance(self.denoiser.config)
 
     @property
+    def distilled(self) -> str | None:
+        """Why plain training would spoil it; None where it does not."""
+        config = self.denoiser.config
+        return self.declared.distilled(config, self.scheduler_config, self.options)
+
+    @property
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of one row of each field of a prompt's condition."""
         if self.declared.shapes is not None:
@@ -172,8 +178,8 @@ class Backbone(nn.Module):
 
     @property
     def prompts(self) -> Prompts:
-        """How its first text encoder reads prompts."""
-        return Prompts(self, self._encoder_names[0])
+        """How the text encoder whose tokens the denoiser gets reads prompts."""
+        return Prompts(self, self.declared.reader or self._encoder_names[0])
 
     def scheduler(self) -> Any:
         return self.scheduler_class.from_config(self.scheduler_config)

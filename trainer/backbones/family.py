@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from trainer.attention.condition import Condition
     from trainer.backbones.folder_contents import FolderContents
 
+# what the files of a denoiser, a scheduler and a pipeline say, to why training would spoil it
+Distilled = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], str | None]
 # a backbone and the values of one input, one for each row, to fields of the `Condition`
 Encoder = Callable[[Any, Any], "Mapping[str, Tensor]"]
 
@@ -47,6 +49,12 @@ def _check_nothing(facts: FolderContents) -> None:
 
 def _no_guidance(config: Mapping[str, Any]) -> bool:
     return False
+
+
+def _not_distilled(
+    config: Mapping[str, Any], scheduler: Mapping[str, Any], options: Mapping[str, Any]
+) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,9 @@ class Family:
     steps, extent of the latents) -> what its pipeline asks of the scheduler; None for the
     scheduler's own levels, shifted by the number of image tokens where it says so. embeds_guidance:
     (config of the denoiser) -> whether the scale of guidance is an input of it, `guidance` of the
-    `Condition`, as of models distilled from guided ones.
+    `Condition`, as of models distilled from guided ones. reader: the text encoder whose tokens the
+    denoiser gets, where it is not the first. distilled: (config of the denoiser, that of the
+    scheduler, the pipeline's options) -> why plain training would spoil it, None where it does not.
     """
 
     denoiser: str
@@ -127,6 +137,8 @@ class Family:
     sample_size: int | None = None
     levels: Callable[[Any, int, Extent], NoiseLevels] | None = None
     embeds_guidance: Callable[[Mapping[str, Any]], bool] = _no_guidance
+    reader: str | None = None
+    distilled: Distilled = _not_distilled
 
 
 def tokenizer_name(text_encoder: str) -> str:

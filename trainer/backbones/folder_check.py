@@ -85,6 +85,18 @@ def check_width(facts: FolderContents, part: str, wanted: Any) -> None:
         )
 
 
+def check_widths(facts: FolderContents, part: str, wanted: Mapping[str, Any]) -> None:
+    """Checks that a denoiser reads text as wide as each text encoder gives it; `wanted` by their
+    names, None where its config does not say."""
+    for encoder, width in wanted.items():
+        if isinstance(width, int) and facts.width_of(encoder) not in (None, width):
+            raise facts.refuse(
+                part,
+                f"reads text of width {width} from {encoder}, which gives "
+                f"{facts.width_of(encoder)}; the parts are of different models",
+            )
+
+
 def check_classes(facts: FolderContents, known: Mapping[str, tuple[str, ...]]) -> None:
     """Checks the classes of transformers that the index names for parts."""
     for part, kinds in known.items():

@@ -22,11 +22,13 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 class FolderFacts:
     """flow: whether it was trained on the flow path, and not on a VP path. multiple: pixels that
     divide the sides of all pictures it takes: the VAE's per latent, times the latents of a token of
-    a transformer. frames: of clips and of their latents."""
+    a transformer. frames: of clips and of their latents. distilled: why plain training would spoil
+    it."""
 
     flow: bool
     multiple: int
     frames: ClipFrames
+    distilled: str | None = None
 
 
 def facts_of(spec: BackboneSpec) -> FolderFacts | None:
@@ -46,8 +48,13 @@ def facts_of(spec: BackboneSpec) -> FolderFacts | None:
         return None
     own = family.traits.patch or denoiser.get("patch_size") or 1
     patch = getattr(spec.denoiser, "patch", own)
-    multiple = pixels * (patch if isinstance(patch, int) else 1)
-    return FolderFacts(is_flow(scheduler), multiple, frames=family.latents.frames(vae))
+    index = read_part(spec, "model_index.json") or {}
+    return FolderFacts(
+        is_flow(scheduler),
+        pixels * (patch if isinstance(patch, int) else 1),
+        frames=family.latents.frames(vae),
+        distilled=family.distilled(denoiser, scheduler, index),
+    )
 
 
 def read_part(spec: BackboneSpec, name: str) -> dict[str, Any] | None:

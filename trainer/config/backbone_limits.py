@@ -12,8 +12,8 @@ FLOW_WEIGHTINGS = ("sigma_sqrt", "cosmap")
 
 def check_limits(recipe: Recipe) -> None:
     """Checks sides of pictures, frames of clips, the sampler of class images, the weighting of
-    timesteps and the tokens of prompts. Of a backbone that is not on this machine, `fit` checks
-    them.
+    timesteps, the tokens of prompts, and that the backbone is not a distilled one. Of a backbone
+    that is not on this machine, `fit` checks them.
 
     Raises:
         RecipeError: the backbone cannot do one of them.
@@ -33,6 +33,13 @@ def check_limits(recipe: Recipe) -> None:
     except ValueError as error:
         raise RecipeError(str(error)) from None
     check_weighting(recipe, facts.flow)
+    check_trainable(facts.distilled)
+
+
+def check_trainable(distilled: str | None) -> None:
+    """Raises RecipeError where plain training would spoil the backbone, for this reason."""
+    if distilled is not None:
+        raise RecipeError(f"backbone: {distilled}")
 
 
 def check_weighting(recipe: Recipe, flow: bool) -> None:

@@ -19,7 +19,7 @@ from trainer.backbones.device import Placement, choose_placement, pictures_at_on
 from trainer.backbones.folder_facts import check_side
 from trainer.backbones.retarget import retarget
 from trainer.common.paths import cache_folder
-from trainer.config.backbone_limits import check_weighting
+from trainer.config.backbone_limits import check_trainable, check_weighting
 from trainer.config.header import file_of
 from trainer.config.run_section import RunSpec
 from trainer.config.schema import Recipe
@@ -150,6 +150,7 @@ def needs(recipe: Recipe, backbone: Backbone) -> Needs:
     Raises:
         ValueError: sides of pictures, or frames of clips, that the backbone does not take.
     """
+    check_trainable(backbone.distilled)
     side = recipe.run.resolution or backbone.resolution
     check_side("run.resolution", side, backbone.multiple)
     check_side("data.buckets", getattr(recipe.data, "buckets", 0), backbone.multiple)

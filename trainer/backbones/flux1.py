@@ -1,0 +1,194 @@
+"""FLUX.1 (Black Forest Labs, 2024): a transformer of joint blocks, then of single blocks that have
+image and text as one sequence, trained on a flow; CLIP, of which only the pooled text is read, and
+T5. Two by two latents are one token, whose place rotary embeddings say.
+
+    x_t (b, 16, h, w) -> tokens (b, h/2 w/2, 64) -> the network -> (b, 16, h, w)
+
+`dev` was distilled from a guided model and has the scale of guidance as an input. It is trained at
+1, as in the scripts of diffusers, and sampled at `guidance`. `schnell` was distilled to four steps:
+plain training undoes that, so it samples only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainer.attention.denoiser_traits import DenoiserTraits, JointTraits
+from trainer.backbones.family import Family, Parts
+from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_widths
+from trainer.backbones.folder_contents import FolderContents
+from trainer.backbones.noise_levels import Extent, NoiseLevels, even_levels, shift_by_tokens
+from trainer.backbones.spec import BackboneSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.attention.condition import Condition
+    from trainer.backbones.backbone import Backbone
+
+CLIP, T5 = TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TEXT = {
+    CLIP: ("CLIPTextModel",),
+    T5: ("T5EncoderModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("T5TokenizerFast", "T5Tokenizer"),
+}
+T5_LENGTH = 512  # the default of diffusers' pipeline
+FOLD = 2  # latents along an edge of a token
+
+
+def encode_prompts(backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Prompts to T5's tokens (b, n, d), padding too, and CLIP's pooled text (b, p): of a prompt in
+    parts that of the first one."""
+    ids = backbone.tokens(prompts, CLIP).input_ids
+    pooled = backbone.text_encoders[CLIP](ids).pooler_output[:: len(ids) // len(prompts)]
+    tokens = backbone.text_encoders[T5](backbone.tokens(prompts, T5).input_ids)[0]
+    return {"tokens": tokens, "pooled": pooled}
+
+
+def condition_shapes(backbone: Backbone) -> Mapping[str, tuple[int, ...]]:
+    widths = {part: int(e.config.hidden_size) for part, e in backbone.text_encoders.items()}
+    return {"tokens": (backbone.prompts.length, widths[T5]), "pooled": (widths[CLIP],)}
+
+
+def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    guidance = condition.guidance
+    if guidance is None and backbone.embeds_guidance:
+        guidance = x_t.new_ones(len(x_t))
+    return {
+        **packed_inputs(x_t, t, condition),
+        "guidance": guidance,
+        "pooled_projections": condition.pooled,
+    }
+
+
+def packed_inputs(x_t: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    """Tokens, their places, time in [0, 1] and text, as FLUX.1 and its kin take them."""
+    from diffusers import FluxPipeline
+
+    rows, channels, height, width = x_t.shape
+    text = condition.tokens
+    assert text is not None, "this family reads text"
+    return {
+        "hidden_states": FluxPipeline._pack_latents(x_t, rows, channels, height, width),
+        "timestep": t / 1000,
+        "encoder_hidden_states": text,
+        "txt_ids": text.new_zeros(text.shape[1], 3),
+        "img_ids": FluxPipeline._prepare_latent_image_ids(
+            rows, height // FOLD, width // FOLD, x_t.device, x_t.dtype
+        ),
+    }
+
+
+def unpacked(backbone: Backbone, output: Any, x_t: Tensor) -> Tensor:
+    """Tokens (b, n, 4c) to latents (b, c, h, w)."""
+    from diffusers import FluxPipeline
+
+    latents: Tensor = FluxPipeline._unpack_latents(output, *x_t.shape[-2:], vae_scale_factor=1)
+    return latents
+
+
+def levels(backbone: Backbone, steps: int, extent: Extent) -> NoiseLevels:
+    tokens = backbone.image_tokens(extent)
+    return NoiseLevels(shift_by_tokens(backbone.scheduler_config, tokens), even_levels(steps))
+
+
+def packed_channels(config: Mapping[str, Any]) -> int:
+    return int(config["in_channels"]) // FOLD**2
+
+
+def embeds_guidance(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("guidance_embeds"))
+
+
+def distilled(config: Mapping[str, Any], scheduler: Mapping[str, Any], _: object) -> str | None:
+    """Why `schnell` is not trained: its guidance is no input, and its levels are not shifted."""
+    if embeds_guidance(config) or scheduler.get("use_dynamic_shifting"):
+        return None
+    return (
+        "FLUX.1-schnell was distilled to four steps, which training on it plainly undoes; train on "
+        "flux1_dev, whose adapters schnell takes in `sample`"
+    )
+
+
+def pipeline(backbone: Backbone) -> Any:
+    from diffusers import FluxPipeline
+
+    from trainer.backbones.vae import with_widths
+
+    return FluxPipeline(
+        scheduler=backbone.scheduler(), vae=with_widths(backbone.vae),
+        text_encoder=backbone.text_encoder, tokenizer=backbone.tokenizer,
+        text_encoder_2=backbone.text_encoders[T5], tokenizer_2=backbone.tokenizers[T5],
+        transformer=backbone.denoiser,
+    )  # fmt: skip
+
+
+def check(facts: FolderContents) -> None:
+    check_classes(facts, TEXT)
+    check_flow(facts)
+    check_channels(facts, "transformer", default=64, fold=FOLD)
+    config = facts.configs["transformer"]
+    check_widths(
+        facts,
+        "transformer",
+        {T5: config.get("joint_attention_dim"), CLIP: config.get("pooled_projection_dim")},
+    )
+
+
+def load(spec: BackboneSpec, name: str) -> Parts:
+    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision.
+
+    Raises:
+        ValueError: the folder holds another pipeline, a part is missing, or its weights are not
+        safetensors.
+    """
+    import diffusers
+    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+    from trainer.backbones.folder_check import check_contents
+    from trainer.backbones.pipeline_folder import pipeline_folder
+    from trainer.backbones.schedulers import flow_scheduler
+    from trainer.backbones.sdxl import end_at
+
+    folder = pipeline_folder(spec, name, ["transformer", *TEXT_ENCODERS, "vae"])
+    facts = check_contents(folder, name, FAMILY, made=False)
+    clip, tokenizer = folder.load(CLIP, CLIPTextModel), folder.tokenizer(CLIPTokenizer, CLIP)
+    end_at(clip, tokenizer.eos_token_id)
+    return Parts(
+        folder=folder.path,
+        denoiser=folder.load("transformer", diffusers.FluxTransformer2DModel),
+        text_encoders={CLIP: clip, T5: folder.load(T5, T5EncoderModel)},
+        tokenizers={CLIP: tokenizer, T5: folder.tokenizer(T5TokenizerFast, T5)},
+        vae=folder.load("vae", getattr(diffusers, facts.vae)),
+        scheduler=flow_scheduler(folder.scheduler_config()),
+        prompt_lengths={T5: T5_LENGTH},
+    )
+
+
+FAMILY = Family(
+    denoiser="transformer",
+    pipelines=("FluxPipeline", "FluxImg2ImgPipeline"),
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    load=load,
+    encoders={"text": encode_prompts},
+    inputs=inputs,
+    pipeline=pipeline,
+    text_encoders=TEXT_ENCODERS,
+    reader=T5,
+    shapes=condition_shapes,
+    check=check,
+    output=unpacked,
+    channels=packed_channels,
+    sample_size=128,  # of diffusers' pipeline
+    levels=levels,
+    embeds_guidance=embeds_guidance,
+    distilled=distilled,
+    traits=DenoiserTraits(
+        time_embedding="time_text_embed",
+        time_width="time_text_embed.timestep_embedder.linear_2",
+        joint=(JointTraits("*", text_first=True),),
+        patch=FOLD,
+    ),
+)
