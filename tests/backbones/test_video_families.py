@@ -19,7 +19,8 @@ from torch import Tensor
 from video_folders import make_video_folder
 
 from trainer.attention.context import StepContext, use
-from trainer.backbones import load_backbone
+from trainer.backbones import load_backbone, vae
+from trainer.backbones.device import Placement, place
 from trainer.backbones.families import family_of
 from trainer.config.lineage import backbone_spec
 from trainer.config.load import load_recipe, methods_of
@@ -392,6 +393,55 @@ def test_a_run_on_clips_of_the_world(
     with safe_open(again / "adapter.safetensors", "pt") as file:
         other = {key: float(file.get_tensor(key).abs().max()) for key in file.keys()}  # noqa: SIM118
     assert other == pytest.approx(moved, rel=1e-3)
+
+
+def test_attention_maps_of_clips_are_refused(folders: Any) -> None:
+    words = ["recipe=lora", f"backbone={folders('wan')}", "methods.new_token=null"]
+    words += ["data.source=world_clips", "preview.prompts=[a fox]", "preview.maps=fox"]
+    words += ["run.resolution=32"]
+    with pytest.raises(RecipeError, match=r"preview.maps=fox: .* give preview.maps=null"):
+        load_recipe([*words, "data.frames=5"])
+    assert load_recipe([*words, "data.frames=1"]).preview.maps == "fox"
+
+
+@torch.no_grad()
+def test_half_precision_is_close(family: str, model: Any) -> None:
+    """The VAE stays in fp32."""
+    x_t, frames = noise(family), LATENTS[family]
+    ctx = StepContext(0, 1, torch.tensor(300.0), frames=frames)
+    text = model.encode_prompts(PROMPTS).per_frame(frames)
+    with use(ctx):
+        wanted = model.predict(x_t, ctx.timestep.expand(len(x_t)), text)
+    place(model.requires_grad_(False), Placement(torch.device("cpu"), "bf16"))
+    with use(ctx):
+        found = model.predict(x_t, ctx.timestep.expand(len(x_t)), text)
+    assert found.dtype == torch.float32
+    assert float((found - wanted).norm() / wanted.norm()) < 0.05
+    assert {value.dtype for value in model.vae.parameters()} == {torch.float32}
+
+
+@torch.no_grad()
+def test_large_clips_are_computed_in_tiles(folders: Any, open_folder: Open) -> None:
+    """Those of which a few frames have more pixels than `TILED_CLIP`; others whole, as many at a
+    time as fit."""
+    model, seen = open_folder(folders("wan")), []
+    encode, limits = model.vae.encode, pytest.MonkeyPatch()
+
+    def encoded(clips: Tensor) -> Any:
+        seen.append((len(clips), model.vae.use_tiling))
+        return encode(clips)
+
+    model.vae.encode = encoded
+    pixels = pixels_of("wan")
+    with limits.context() as patch:
+        patch.setattr(vae, "TILED_CLIP", 5 * 32 * 32)
+        whole = model.moments(pixels, 5)
+        patch.setattr(vae, "TILED_CLIP", 5 * 32 * 32 - 1)
+        patch.setattr(vae, "SLICE", 32 * 32)
+        model.moments(pixels, 5)
+    assert seen == [(2, False), (1, True), (1, True)]
+    alone = torch.cat([model.moments(clip, 5) for clip in pixels.split(5)])
+    torch.testing.assert_close(whole, alone, rtol=0, atol=1e-5)
 
 
 INFLATING = [name for name in method_names() if find_method(name).inflates]

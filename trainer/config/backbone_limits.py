@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trainer.backbones.families import find_family
 from trainer.backbones.folder_facts import check_side, facts_of
 from trainer.backbones.prompt_tokens import check_max_tokens
 from trainer.backbones.solvers import check_solver
@@ -18,6 +19,7 @@ def check_limits(recipe: Recipe) -> None:
     Raises:
         RecipeError: the backbone cannot do one of them.
     """
+    check_maps(recipe)
     facts = facts_of(recipe.backbone)
     if facts is None:
         return
@@ -34,6 +36,20 @@ def check_limits(recipe: Recipe) -> None:
         raise RecipeError(str(error)) from None
     check_weighting(recipe, facts.flow)
     check_trainable(facts.distilled)
+
+
+def check_maps(recipe: Recipe) -> None:
+    """Raises RecipeError for attention maps beside previews of clips whose frames are tokens."""
+    clips = getattr(recipe.data, "frames", 1) > 1 and bool(recipe.preview.every)
+    if (
+        recipe.preview.maps
+        and clips
+        and find_family(recipe.backbone.family).traits.layout == "tokens"
+    ):
+        raise RecipeError(
+            f"preview.maps={recipe.preview.maps}: attention maps are of pictures, and this "
+            "backbone has the frames of a clip in one sequence; give preview.maps=null"
+        )
 
 
 def check_trainable(distilled: str | None) -> None:
