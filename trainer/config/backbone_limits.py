@@ -39,13 +39,10 @@ def check_limits(recipe: Recipe) -> None:
 
 
 def check_maps(recipe: Recipe) -> None:
-    """Raises RecipeError for attention maps beside previews of clips whose frames are tokens."""
+    """Raises RecipeError for maps of attention beside clips whose frames are tokens."""
     clips = getattr(recipe.data, "frames", 1) > 1 and bool(recipe.preview.every)
-    if (
-        recipe.preview.maps
-        and clips
-        and find_family(recipe.backbone.family).traits.layout == "tokens"
-    ):
+    layout = find_family(recipe.backbone.family).traits.layout
+    if recipe.preview.maps and clips and layout == "tokens":
         raise RecipeError(
             f"preview.maps={recipe.preview.maps}: attention maps are of pictures, and this "
             "backbone has the frames of a clip in one sequence; give preview.maps=null"
