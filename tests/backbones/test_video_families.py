@@ -154,6 +154,26 @@ def test_a_folder_says_its_family(family: str, model: Any, folder: Path) -> None
 
 
 @torch.no_grad()
+def test_what_the_families_declare_is_there(family: str, model: Any) -> None:
+    traits, seen = model.declared.traits, []
+    network = model.denoiser
+    network.get_submodule(traits.time_embedding).register_forward_hook(
+        lambda module, args, output: seen.append(output.shape)
+    )
+    ctx = StepContext(0, 1, torch.tensor(300.0), frames=LATENTS[family])
+    text = model.encode_prompts(PROMPTS).per_frame(LATENTS[family])
+    with use(ctx):
+        model.predict(noise(family), torch.full((2 * LATENTS[family],), 300.0), text)
+    width = network.get_submodule(traits.time_width).out_features
+    assert [tuple(shape) for shape in seen] == [(2, width)]
+    assert [type(block).__name__ for block in model.blocks()] == [
+        type(model.blocks()[0]).__name__
+    ] * 2
+    if traits.input:
+        assert network.get_submodule(traits.input).in_channels == CHANNELS[family]
+
+
+@torch.no_grad()
 def test_prompts_are_those_of_the_stock_pipeline(family: str, model: Any, folder: Path) -> None:
     own = model.encode_prompts([*PROMPTS, "", ""])
     length = {"max_sequence_length": model.text_length}
