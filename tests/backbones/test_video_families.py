@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from video_folders import make_video_folder
 
@@ -31,6 +32,8 @@ from trainer.diffusion.objective import Objective
 from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling_settings import Sampling
 from trainer.export.export import export
+from trainer.export.import_ import import_file
+from trainer.export.layer_names import original_names
 from trainer.methods.apply import apply_methods, find_method, method_names
 from trainer.runs.adapter import load_adapted, save_adapter
 from trainer.training.fit import fit
@@ -549,3 +552,33 @@ def test_backbones_of_the_hub_are_pinned(name: str) -> None:
     words = ["recipe=lora", f"backbone={name}", "methods.new_token=null", "preview.prompts=[a fox]"]
     words += ["preview.maps=null", "data.source=world_clips", "data.frames=9"]
     assert load_recipe(words).backbone == spec
+
+
+def test_a_lora_under_the_names_of_wan_itself_is_read(
+    folders: Any, open_folder: Open, tmp_path: Path
+) -> None:
+    """As ComfyUI and other trainers write it: our model and the stock pipeline become the same."""
+    names = [
+        "blocks.0.self_attn.q", "blocks.0.self_attn.o", "blocks.1.self_attn.v",
+        "blocks.1.cross_attn.k", "blocks.1.cross_attn.o", "blocks.0.ffn.0", "blocks.1.ffn.2",
+        "time_projection.1", "head.head",
+    ]  # fmt: skip
+    model, folder = open_folder(folders("wan")), folders("wan")
+    table = original_names(model.denoiser)
+    generator, tensors = torch.Generator().manual_seed(1), {}
+    for name in names:
+        (layer,) = table[name]
+        rows, columns = model.denoiser.get_submodule(layer).weight.shape
+        for kind, shape in (("A", (2, columns)), ("B", (rows, 2))):
+            value = 0.3 * torch.randn(shape, generator=generator)
+            tensors[f"diffusion_model.{name}.lora_{kind}.weight"] = value
+    save_file(tensors, tmp_path / "a.safetensors")
+    pipe = stock(folder)
+    pipe.scheduler = model.scheduler()
+    pipe.load_lora_weights(tmp_path / "a.safetensors")
+    out = tmp_path / "read.safetensors"
+    import_file(tmp_path / "a.safetensors", str(folder), out, say=lambda line: None)
+    loaded, _ = load_adapted(out)
+    own = drawn(loaded.eval(), "wan")
+    assert float((own - filmed(pipe, "wan")).abs().max()) <= CLOSE
+    assert float((own - drawn(model, "wan")).abs().max()) > 1e-2

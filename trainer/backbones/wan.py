@@ -117,6 +117,23 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     )
 
 
+# as Wan's first code names its layers, which ComfyUI keeps
+ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+ORIGINAL = {
+    f"blocks.{{}}.{kind}.{name}": (f"blocks.{{}}.{own}.{layer}",)
+    for kind, own in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+    for name, layer in ATTENTION.items()
+} | {
+    "blocks.{}.ffn.0": ("blocks.{}.ffn.net.0.proj",),
+    "blocks.{}.ffn.2": ("blocks.{}.ffn.net.2",),
+    "text_embedding.0": ("condition_embedder.text_embedder.linear_1",),
+    "text_embedding.2": ("condition_embedder.text_embedder.linear_2",),
+    "time_embedding.0": ("condition_embedder.time_embedder.linear_1",),
+    "time_embedding.2": ("condition_embedder.time_embedder.linear_2",),
+    "time_projection.1": ("condition_embedder.time_proj",),
+    "head.head": ("proj_out",),
+}
+
 FAMILY = Family(
     denoiser="transformer",
     pipelines=("WanPipeline",),
@@ -135,6 +152,7 @@ FAMILY = Family(
         frames=_frames,
     ),
     sample_size=60,
+    original_layers={"WanTransformer3DModel": ORIGINAL},
     traits=DenoiserTraits(
         time_embedding="condition_embedder.time_embedder",
         time_width="condition_embedder.time_embedder.linear_2",
