@@ -149,8 +149,10 @@ class Backbone(nn.Module):
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether the scale of guidance is an input of the denoiser."""
-        return self.declared.embeds_guidance(self.denoiser.config)
+        """Whether guidance is part of the denoiser, distilled into it, as an input or at one scale:
+        no rows are unconditional then, unless asked for by `Sampling.true_guidance`."""
+        own = self.declared.embeds_guidance(self.denoiser.config)
+        return own or self.distilled is not None
 
     @property
     def distilled(self) -> str | None:

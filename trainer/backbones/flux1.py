@@ -53,12 +53,10 @@ def condition_shapes(backbone: Backbone) -> Mapping[str, tuple[int, ...]]:
 
 
 def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
-    guidance = condition.guidance
-    if guidance is None and backbone.embeds_guidance:
-        guidance = x_t.new_ones(len(x_t))
+    guidance = condition.guidance if condition.guidance is not None else x_t.new_ones(len(x_t))
     return {
         **packed_inputs(x_t, t, condition),
-        "guidance": guidance,
+        "guidance": guidance if embeds_guidance(backbone.denoiser.config) else None,
         "pooled_projections": condition.pooled,
     }
 
