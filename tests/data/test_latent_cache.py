@@ -209,3 +209,44 @@ def test_a_picture_whose_latents_are_not_finite_is_named(tmp_path: Path) -> None
     bright: latent_cache.Dataset = Bright()  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"the VAE makes values of 6\.jpg that are not finite"):
         latent_cache.moments(bright, Encoder(), "vae", folder=tmp_path, batch_size=AT_ONCE)
+
+
+class Clips(Pictures):
+    """Three clips of 5 frames, then two pictures."""
+
+    frames = (5, 1)
+    groups = (range(3), range(3, 5))
+
+    def __len__(self) -> int:
+        return 5
+
+    def image(self, index: int) -> Tensor:
+        shape = (5, 3, 8, 8) if index < 3 else (3, 8, 8)
+        return torch.arange(torch.Size(shape).numel()).view(shape) / 1000 + index
+
+    def fingerprint(self) -> str:
+        return "clips and pictures"
+
+
+def test_an_encoder_that_shrinks_clips_gets_one_in_each_call(tmp_path: Path) -> None:
+    """Latent frames: the first one, and the mean of four more."""
+    sizes = []
+
+    def encode(pixels: Tensor) -> Tensor:
+        sizes.append(len(pixels))
+        small = pixels[:, :2, ::4, ::4]
+        later = small[1:].split(4) if len(small) > 1 else ()
+        return torch.stack([small[0], *(part.mean(0) for part in later)])
+
+    data: latent_cache.Dataset = Clips()  # type: ignore[assignment]
+    found = latent_cache.moments(data, encode, "vae", tmp_path, batch_size=10, shrinks=4)
+    assert sizes == [5, 5, 5, 1, 1] and len(found) == 3 * 2 + 2
+    for index in range(5):
+        own = latent_cache.rows(data, index, 4)
+        image = latent_cache.frames_of(data.image(index))
+        assert own.stop - own.start == (2 if index < 3 else 1)
+        assert np.array_equal(found[own], encode(image).half().numpy())
+    again = latent_cache.moments(data, pytest.fail, "vae", tmp_path, shrinks=4)  # type: ignore[arg-type]
+    assert np.array_equal(again, found) and again.shrinks == 4
+    copied = pickle.loads(pickle.dumps(found))
+    assert copied.shrinks == 4 and np.array_equal(copied, found)

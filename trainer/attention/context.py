@@ -36,10 +36,11 @@ class StepContext:
 
     `timestep` is what the denoiser was called with, `groups` names the groups of batch rows,
     `latent_size` is the (height, width) of the denoiser's input; left None it is filled in from the
-    call. The rows are clips times `frames`, the frames of a clip adjacent; `fps` (clips,) are its
-    frames a second, None where that is unknown. `source` (rows, c, h, w) are the clean latents
-    whose structure the output is to have: in training those that noise was added to, in sampling
-    another clip's, or None. `condition` is the condition of all rows, None where the caller gives
+    call. The rows are clips times `frames`, the frames of a clip adjacent: those of its latents,
+    where the VAE compresses time; `fps` (clips,) are its frames a second as a player shows them,
+    None where that is unknown. `source` (rows, c, h, w) are the clean latents whose structure the
+    output is to have: in training those that noise was added to, in sampling another clip's, or
+    None. `condition` is the condition of all rows, None where the caller gives
     none. `text_tokens` is how many tokens of text the denoiser was called with, filled in from the
     call where it is None.
     """

@@ -43,7 +43,7 @@ class Sampler(Protocol):
 
     @property
     def frames(self) -> int:
-        """Of each clip, 1 for pictures."""
+        """Of latents of each clip, 1 for pictures."""
         ...
 
     @property

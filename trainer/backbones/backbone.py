@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from trainer.attention.hooks import SamplingHook
 from trainer.attention.host import Host
 from trainer.attention.sites import Site, scan
 from trainer.backbones import vae
+from trainer.backbones.clip_frames import ClipFrames
 from trainer.backbones.family import Encoder, Family, Parts, tokenizer_name
 from trainer.backbones.folder_check import PREDICTION_TYPES
 from trainer.backbones.gradient_checkpointing import checkpoint_layers
@@ -107,6 +108,11 @@ class Backbone(nn.Module):
         return tuple(hook for hooks in self.sampling_hooks.values() for hook in hooks)
 
     @property
+    def clip_frames(self) -> ClipFrames:
+        """How many latent frames a clip has."""
+        return self.declared.latents.frames(self.vae.config)
+
+    @property
     def divisor(self) -> int:
         """Pixels along an edge per latent."""
         pixels = self.declared.latents.pixels(self.vae.config)
@@ -131,7 +137,9 @@ class Backbone(nn.Module):
     @property
     def resolution(self) -> int:
         """The side in pixels the backbone was trained at."""
-        side = self.denoiser.config.get("sample_size") or self.declared.sample_size
+        config = self.denoiser.config
+        side: Any = config.get("sample_size") or config.get("sample_height")
+        side = side or self.declared.sample_size
         return int(side) * self.divisor
 
     @property
@@ -194,13 +202,13 @@ class Backbone(nn.Module):
         return shift_of(self.scheduler_config, self.noise_levels(steps, extent).mu)
 
     @torch.no_grad()
-    def moments(self, pixels: Tensor) -> Tensor:
-        """Pixels (b, 3, H, W) in [-1, 1] to the posterior's mean and log-variance (b, 2c, h, w), in
-        fp32 wherever they are asked for: a training step asks under autocast."""
-        size = pixels.shape[-2] * pixels.shape[-1]
+    def moments(self, pixels: Tensor, frames: int = 1) -> Tensor:
+        """Pixels (b f, 3, H, W) in [-1, 1] to the posterior's mean and log-variance (b f', 2c, h,
+        w), in fp32 wherever they are asked for: a training step asks under autocast. Clips have
+        `frames` adjacent rows, f, and f' latent frames, fewer where the VAE compresses time."""
+        self.clip_frames.check(frames)
         with self._without_autocast():
-            step = partial(vae.folded_moments, self.vae, form=self.declared.latents)
-            return vae.in_slices(self.vae, step, pixels, pixels=size)
+            return vae.encoded(self.vae, pixels, self.declared.latents, frames=frames)
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """A sample (b, c, h, w) from the posterior, scaled to what the denoiser was trained on."""
@@ -209,19 +217,17 @@ class Backbone(nn.Module):
         return vae.scale_latents(self.vae, sampled, self.declared.latents)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (b, c, h, w) to pixels (b, 3, H, W) in [-1, 1], in fp32 as `moments`."""
-        pixels = latents.shape[-2] * latents.shape[-1] * self.divisor**2
+    def decode(self, latents: Tensor, frames: int = 1) -> Tensor:
+        """Latents (b f', c, h, w) to pixels (b f, 3, H, W) in [-1, 1], in fp32 as `moments`; the
+        clips of a VAE that compresses time have `frames` latent frames, f'."""
         with self._without_autocast():
-            return vae.in_slices(self.vae, self._decode, latents, pixels=pixels)
+            found = vae.decoded(self.vae, latents, self.declared.latents, frames=frames)
+        return found.clamp(-1, 1)
 
     def _without_autocast(self) -> AbstractContextManager[Any]:
         if self.computes_in == torch.float32:  # nobody has it on, and not every device knows it
             return nullcontext()
         return torch.autocast(self.device.type, enabled=False)
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        return vae.decode_latents(self.vae, latents, self.declared.latents).clamp(-1, 1)
 
     def tokens(self, prompts: Sequence[str], part: str = "text_encoder") -> Any:
         """Prompts to input_ids and attention_mask (b parts, n), the parts of a prompt adjacent, for

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.backbones.clip_frames import ClipFrames
 from trainer.backbones.families import find_family
 from trainer.backbones.folder_check import is_flow
 
@@ -21,11 +22,12 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 class FolderFacts:
     """flow: whether it was trained on the flow path, and not on a VP path. multiple: pixels that
     divide the sides of all pictures it takes: the VAE's per latent, times the latents of a token of
-    a transformer. side: of the pictures it was trained on, in pixels; None where no file says.
-    distilled: why plain training would spoil it."""
+    a transformer. frames: of clips and of their latents. side: of the pictures it was trained on,
+    in pixels; None where no file says. distilled: why plain training would spoil it."""
 
     flow: bool
     multiple: int
+    frames: ClipFrames
     side: int | None = None
     distilled: str | None = None
 
@@ -36,9 +38,10 @@ def facts_of(spec: BackboneSpec) -> FolderFacts | None:
     if spec.folder is None:
         return None
     family = find_family(spec.family)
-    part = family.denoiser
     vae, scheduler = read_part(spec, "vae/config.json"), read_part(spec, SCHEDULER_FILE)
-    denoiser = {} if spec.denoiser is not None else read_part(spec, f"{part}/config.json")
+    denoiser = (
+        {} if spec.denoiser is not None else read_part(spec, f"{family.denoiser}/config.json")
+    )
     if vae is None or scheduler is None or denoiser is None:
         return None
     pixels = family.latents.pixels(vae)
@@ -51,6 +54,7 @@ def facts_of(spec: BackboneSpec) -> FolderFacts | None:
     return FolderFacts(
         is_flow(scheduler),
         pixels * (patch if isinstance(patch, int) else 1),
+        frames=family.latents.frames(vae),
         side=pixels * size if isinstance(size, int) else None,
         distilled=family.distilled(denoiser, scheduler, index),
     )

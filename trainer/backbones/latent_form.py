@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trainer.backbones.clip_frames import ClipFrames
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -21,6 +23,11 @@ def halvings(config: Mapping[str, Any]) -> int | None:
     return len(widths) - 1 if isinstance(widths, (list, tuple)) else None
 
 
+def of_pictures(config: Mapping[str, Any]) -> ClipFrames:
+    """Of a VAE that knows no time."""
+    return ClipFrames()
+
+
 @dataclass(frozen=True)
 class LatentForm:
     """From the latents z of a VAE to those of the denoiser, x0:
@@ -32,7 +39,8 @@ class LatentForm:
     one of the denoiser's, their values in its channels, in the order of `pixel_unshuffle`.
     statistics: (vae) -> mean and std (c,) of the channels after folding; None for the two numbers
     of the VAE's config. halvings: (config of the VAE) -> how often it halves a picture. clips:
-    whether the VAE takes clips (b, 3, f, H, W), so that a picture is a clip of one frame.
+    whether the VAE takes clips (b, 3, f, H, W), so that a picture is a clip of one frame. frames:
+    (config of the VAE) -> how many latent frames a clip has, where latents hold several frames.
     """
 
     vaes: tuple[str, ...] = VAES
@@ -40,6 +48,7 @@ class LatentForm:
     statistics: Callable[[Any], tuple[Tensor, Tensor]] | None = None
     halvings: Callable[[Mapping[str, Any]], int | None] = halvings
     clips: bool = False
+    frames: Callable[[Mapping[str, Any]], ClipFrames] = of_pictures
 
     def pixels(self, config: Mapping[str, Any]) -> int | None:
         """Pixels along an edge of one of the denoiser's latents; None where the VAE's config does

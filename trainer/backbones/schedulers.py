@@ -21,6 +21,8 @@ from trainer.backbones.noise_levels import NoiseLevels, shift_of
 from trainer.backbones.pipeline_folder import SCHEDULER
 from trainer.backbones.solvers import check_solver
 
+SHIFTED = "snr_shift_scale"  # an option of the schedulers of CogVideoX
+
 
 def vp_scheduler(config: dict[str, Any], where: Path) -> DDIMScheduler:
     """The DDIM scheduler of the training path that any of diffusers' VP schedulers describes.
@@ -81,6 +83,13 @@ def with_solver(own: Any, name: str, *, key: str = "sampler", mu: float | None =
     target = None if flow else PREDICTION_TYPES[own.config.prediction_type]
     solver = check_solver(name, flow, target, key=key)
     made = getattr(diffusers, str(solver.flow if flow else solver.vp))
+    if SHIFTED in own.config:
+        if made is DDIMScheduler:
+            return own
+        raise ValueError(
+            f"{key}={name}: this backbone has noise levels of its own ({SHIFTED}), which only ddim "
+            "knows here; leave it out"
+        )
     if not flow:
         if own.config.get("rescale_betas_zero_snr") and not _takes(made, "rescale_betas_zero_snr"):
             raise ValueError(

@@ -15,17 +15,23 @@ EXACT = -30.0  # a log-variance: noise of 3e-7
 SLICE = 512 * 512  # pixels that a VAE takes at once, at least one picture
 TILED = 1024 * 1024  # pixels of a picture above which it is computed in overlapping tiles
 PLAIN = LatentForm()
+TOGETHER = 8  # frames that a VAE of video holds at once, about
+TILED_CLIP = 2 * TILED  # pixels of so many frames above which all are computed in tiles
 
 
-def in_slices(vae: Any, step: Callable[[Tensor], Tensor], rows: Tensor, *, pixels: int) -> Tensor:
-    """`step` over rows (b, ...), which are pictures of so many pixels or their latents: as many at
-    once as `SLICE` holds. What a VAE needs in memory grows with the pixels it takes at once, to 21
-    GB for 32 pictures of 512x512. Larger pictures than `TILED` are computed in tiles."""
+def in_slices(
+    vae: Any, step: Callable[[Tensor], Tensor], rows: Tensor, *, pixels: int, frames: int = 1
+) -> Tensor:
+    """`step` over rows (b, ...), which are pictures of so many pixels or their latents, or clips of
+    `frames` frames: as many at once as `SLICE` holds. What a VAE needs in memory grows with the
+    pixels it takes at once, to 21 GB for 32 pictures of 512x512. Larger pictures than `TILED` are
+    computed in tiles, and clips of which a few frames are more than `TILED_CLIP`."""
     import torch
 
     if hasattr(vae, "enable_tiling"):
-        vae.enable_tiling() if pixels > TILED else vae.disable_tiling()
-    at_once = max(1, SLICE // pixels)
+        large = pixels > TILED or pixels * min(frames, TOGETHER) > TILED_CLIP
+        vae.enable_tiling() if large else vae.disable_tiling()
+    at_once = max(1, SLICE // (pixels * frames))
     if len(rows) <= at_once:
         return step(rows)
     return torch.cat([step(part) for part in rows.split(at_once)])
@@ -98,3 +104,46 @@ def posterior_moments(vae: Any, pixels: Tensor) -> Tensor:
             return torch.cat([mean, torch.full_like(mean, EXACT)], dim=1)
     parameters: Tensor = encoded.latent_dist.parameters
     return parameters
+
+
+def encoded(vae: Any, pixels: Tensor, form: LatentForm = PLAIN, *, frames: int = 1) -> Tensor:
+    """Rows of pixels (b f, 3, H, W), the frames of a clip adjacent, to the moments of their
+    latents (b f', 2c, h, w), folded: f' is f for a VAE of pictures, see `ClipFrames`."""
+    from functools import partial
+
+    from trainer.backbones.layout import clips_to_rows, rows_to_clips
+
+    size = pixels.shape[-2] * pixels.shape[-1]
+    if not form.frames(vae.config).in_time:
+        return in_slices(vae, partial(folded_moments, vae, form=form), pixels, pixels=size)
+    clips, step = rows_to_clips(pixels, frames), partial(posterior_moments, vae)
+    return clips_to_rows(in_slices(vae, step, clips, pixels=size, frames=frames))
+
+
+def decoded(vae: Any, latents: Tensor, form: LatentForm = PLAIN, *, frames: int = 1) -> Tensor:
+    """What a denoiser gives, (b f', c, h, w) with `frames` latent frames in a clip, to pixels
+    (b f, 3, H, W)."""
+    from functools import partial
+
+    from trainer.backbones.layout import clips_to_rows, rows_to_clips
+
+    pixels, known = form.pixels(vae.config), form.frames(vae.config)
+    assert pixels is not None, "the config of a VAE that was loaded names its levels"
+    size = latents.shape[-2] * latents.shape[-1] * pixels**2
+    if not known.in_time:
+        return in_slices(vae, partial(decode_latents, vae, form=form), latents, pixels=size)
+
+    def step(part: Tensor) -> Tensor:
+        sample: Tensor = vae.decode(part, **_timed(vae, part)).sample
+        return sample
+
+    clips = rows_to_clips(unscale_latents(vae, latents, form), frames)
+    return clips_to_rows(in_slices(vae, step, clips, pixels=size, frames=known.shown(frames)))
+
+
+def _timed(vae: Any, latents: Tensor) -> dict[str, Any]:
+    """The timestep of a VAE whose decoder removes noise too: that of none, as in the stock pipeline
+    of LTX-Video."""
+    if not vae.config.get("timestep_conditioning"):
+        return {}
+    return {"temb": latents.new_zeros(len(latents))}

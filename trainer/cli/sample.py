@@ -270,7 +270,7 @@ def _job(
     texts = [*given_texts, ("negative", options.negative)]
     *prompts, negative = filled(texts, backbone, tree)
     settings = _settings(options, tree, negative)
-    check_fit(backbone, options.height_and_width, options.scheduler)
+    check_fit(backbone, settings)
     check_hooks(backbone, settings)
     job = SampleJob(
         prompts=prompts,

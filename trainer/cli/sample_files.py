@@ -43,15 +43,17 @@ class SampleJob:
     image: InitialImage | None = None
 
 
-def check_fit(backbone: Backbone, sides: tuple[int, int] | None, scheduler: str | None) -> None:
-    """Raises ValueError for a side in pixels, or a solver, that the backbone does not have."""
+def check_fit(backbone: Backbone, settings: Sampling) -> None:
+    """Raises ValueError for a side in pixels, a number of frames, or a solver, that the backbone
+    does not have."""
     from trainer.backbones.folder_facts import check_side
     from trainer.backbones.schedulers import with_solver
 
-    for side in sides or ():
+    for side in settings.size or ():
         check_side("size", side, backbone.multiple)
-    if scheduler is not None:
-        with_solver(backbone.scheduler(), scheduler, key="scheduler")
+    backbone.clip_frames.check(settings.frames)
+    if settings.sampler is not None:
+        with_solver(backbone.scheduler(), settings.sampler, key="scheduler")
 
 
 def written(backbone: Backbone, job: SampleJob) -> Iterator[Path]:

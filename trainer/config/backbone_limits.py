@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trainer.backbones.families import find_family
 from trainer.backbones.folder_facts import check_side, facts_of
 from trainer.backbones.prompt_tokens import check_max_tokens
 from trainer.backbones.solvers import check_solver
@@ -12,14 +13,15 @@ FLOW_WEIGHTINGS = ("sigma_sqrt", "cosmap")
 
 
 def check_limits(recipe: Recipe) -> None:
-    """Checks sides of pictures, the sampler of class images, the weighting of timesteps, the tokens
-    of prompts, that a batch holds all groups of the data, and that the backbone is not a distilled
-    one. Of a backbone that is not on this machine, `fit` checks them.
+    """Checks sides of pictures, frames of clips, the sampler of class images, the weighting of
+    timesteps, the tokens of prompts, that a batch holds all groups of the data, and that the
+    backbone is not a distilled one. Of a backbone that is not on this machine, `fit` checks them.
 
     Raises:
         RecipeError: the backbone cannot do one of them.
     """
     check_batch(recipe)
+    check_maps(recipe)
     facts = facts_of(recipe.backbone)
     if facts is None:
         return
@@ -30,6 +32,7 @@ def check_limits(recipe: Recipe) -> None:
             check_side("data.buckets", buckets, facts.multiple)
             if (side := recipe.run.resolution or facts.side) is not None:
                 check_divides(buckets, side)
+        facts.frames.check(getattr(recipe.data, "frames", 1), "data.frames")
         if sampler := getattr(recipe.data, "prior_sampler", None):
             check_solver(sampler, facts.flow)
         check_max_tokens(recipe.backbone)
@@ -37,6 +40,17 @@ def check_limits(recipe: Recipe) -> None:
         raise RecipeError(str(error)) from None
     check_weighting(recipe, facts.flow)
     check_trainable(facts.distilled)
+
+
+def check_maps(recipe: Recipe) -> None:
+    """Raises RecipeError for maps of attention beside clips whose frames are tokens."""
+    clips = getattr(recipe.data, "frames", 1) > 1 and bool(recipe.preview.every)
+    layout = find_family(recipe.backbone.family).traits.layout
+    if recipe.preview.maps and clips and layout == "tokens":
+        raise RecipeError(
+            f"preview.maps={recipe.preview.maps}: attention maps are of pictures, and this "
+            "backbone has the frames of a clip in one sequence; give preview.maps=null"
+        )
 
 
 def check_trainable(distilled: str | None) -> None:

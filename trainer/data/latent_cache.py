@@ -35,11 +35,12 @@ Encode = Callable[[Tensor], Tensor]
 class Latents:
     """Posterior moments (n, 2c, h, w) float16 of a data set in a verified file; `latents[rows]` are
     some of them, compared with their checksums at every read. A data worker maps the file itself.
+    shrinks: as of `moments`.
     """
 
-    def __init__(self, path: Path, key: str) -> None:
+    def __init__(self, path: Path, key: str, shrinks: int = 1) -> None:
         """Raises ValueError or OSError where the file is not what was written under `key`."""
-        self.path, self.key = path, key
+        self.path, self.key, self.shrinks = path, key, shrinks
         self._open()
 
     def _open(self) -> None:
@@ -82,7 +83,7 @@ class Latents:
         return np.array(self[:], dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "key": self.key}
+        return {"path": self.path, "key": self.key, "shrinks": self.shrinks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -94,6 +95,7 @@ def moments(
     encoder: str,
     folder: Path,
     batch_size: int = 32,
+    shrinks: int = 1,
 ) -> Latents:
     """The moments of a dataset whose images never change, read from the cache or made; `rows` tells
     which are those of a sample. A file that is not sound is made anew.
@@ -102,6 +104,8 @@ def moments(
         encode: pixels (b, 3, H, W) to moments (b, 2c, h, w).
         encoder: identity of the encoder's weights; with the dataset's fingerprint it keys the file.
         folder: the cache. batch_size: images that are read and encoded at once.
+        shrinks: frames that the encoder makes one of, after a clip's first; if above 1, it gets
+            one clip or image in each call.
 
     Raises:
         ValueError: the moments of a sample are not finite in fp16; the message names it.
@@ -109,25 +113,28 @@ def moments(
     assert dataset.fixed, "only images that never change can be cached"
     key = hashlib.sha256(f"{dataset.fingerprint()}|{encoder}|fp16".encode()).hexdigest()[:24]
     path = folder / "latents" / f"{key}.npy"
-    count = rows(dataset, len(dataset) - 1).stop
-    found = read_latents(path, key, count)
+    count = rows(dataset, len(dataset) - 1, shrinks).stop
+    found = read_latents(path, key, count, shrinks=shrinks)
     if found is not None:
         return found
     try:
-        _make(path, list(_batches(dataset, batch_size)), encode, dataset=dataset)
+        parts = [
+            _part(path, dataset, batch, shrinks=shrinks) for batch in _batches(dataset, batch_size)
+        ]
+        _make(path, parts, encode, dataset=dataset)
     except FileNotFoundError:  # another process was faster, and has removed the parts
         if not path.is_file():
             raise
-    found = read_latents(path, key, count)
+    found = read_latents(path, key, count, shrinks=shrinks)
     assert found is not None, f"{path} does not hold what was just written"
     return found
 
 
-def read_latents(path: Path, key: str, count: int) -> Latents | None:
+def read_latents(path: Path, key: str, count: int, *, shrinks: int = 1) -> Latents | None:
     """A verified file of `count` rows; None where it is missing, damaged, of an earlier version, or
-    another data set's."""
+    another data set's. shrinks: as of `moments`."""
     try:
-        found = Latents(path, key)
+        found = Latents(path, key, shrinks)
     except (OSError, ValueError, EOFError):  # what numpy raises for a file that is cut off
         return None
     sound = found.array.dtype == np.float16 and found.array.ndim == 4 and len(found) == count
@@ -156,14 +163,16 @@ def _behind(before: bytes, array: np.ndarray, *, key: str, checks: np.ndarray) -
     return own + MARK + whole.to_bytes(4, "big")
 
 
-def rows(dataset: Dataset, index: int) -> slice:
-    """Where the moments of sample `index` lie: one row a frame, sample after sample."""
+def rows(dataset: Dataset, index: int, shrinks: int = 1) -> slice:
+    """Where the moments of sample `index` lie, sample after sample: one row a frame, or fewer where
+    the VAE `shrinks` clips."""
     start = 0
     for group, frames in zip(dataset.groups, dataset.frames, strict=True):
+        own = (frames - 1) // shrinks + 1
         if index in group:
-            start += (index - group.start) * frames
-            return slice(start, start + frames)
-        start += len(group) * frames
+            start += (index - group.start) * own
+            return slice(start, start + own)
+        start += len(group) * own
     raise IndexError(f"sample {index} is in no group")
 
 
@@ -188,13 +197,22 @@ def _batches(dataset: Dataset, batch_size: int) -> Iterator[range]:
 @dataclass(frozen=True)
 class Part:
     """The file of one batch. first, last: the rows of the whole array it holds, last excluded; key:
-    of the array."""
+    of the array; shrinks: as of `moments`."""
 
     file: Path
     samples: range
     first: int
     last: int
     key: str
+    shrinks: int = 1
+
+    def pixels(self, dataset: Dataset) -> Iterator[Tensor]:
+        """What the encoder gets, one after another."""
+        each = (frames_of(dataset.image(index)) for index in self.samples)
+        if self.shrinks > 1:
+            yield from each
+        else:
+            yield torch.cat(list(each))
 
     def write(self, moments: np.ndarray) -> None:
         with written_atomically(self.file) as beside:
@@ -216,18 +234,17 @@ class Part:
         return f"{self.key} {self.first} {self.last}"
 
 
-def _make(path: Path, batches: Sequence[range], encode: Encode, *, dataset: Dataset) -> None:
+def _make(path: Path, parts: Sequence[Part], encode: Encode, *, dataset: Dataset) -> None:
     """Encodes the batches that are not there yet, and puts all of them together."""
     folder = path.with_suffix(".parts")
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [_part(folder, dataset, batch) for batch in batches]
     missing = [part for part in parts if part.read() is None]
     total = parts[-1].last
     absent = sum(part.last - part.first for part in missing)
     with long_work("latents", total, total - absent) as advance:
         for part in missing:
-            pixels = torch.cat([frames_of(dataset.image(index)) for index in part.samples])
-            made = encode(pixels).half().cpu().numpy()
+            moments = torch.cat([encode(pixels) for pixels in part.pixels(dataset)])
+            made = moments.half().cpu().numpy()
             _check_finite(made, part, dataset)
             part.write(made)
             advance(part.last - part.first)
@@ -238,7 +255,7 @@ def _make(path: Path, batches: Sequence[range], encode: Encode, *, dataset: Data
 
 def _check_finite(made: np.ndarray, part: Part, dataset: Dataset) -> None:
     for index in part.samples:
-        own = rows(dataset, index)
+        own = rows(dataset, index, part.shrinks)
         if not np.isfinite(made[own.start - part.first : own.stop - part.first]).all():
             raise ValueError(
                 f"the VAE makes values of {dataset.key(index)} that are not finite in fp16; take "
@@ -246,10 +263,16 @@ def _check_finite(made: np.ndarray, part: Part, dataset: Dataset) -> None:
             )
 
 
-def _part(folder: Path, dataset: Dataset, batch: range) -> Part:
-    first, last = rows(dataset, batch[0]).start, rows(dataset, batch[-1]).stop
-    key = folder.stem
-    return Part(folder / f"{first:08d}.npz", samples=batch, first=first, last=last, key=key)
+def _part(path: Path, dataset: Dataset, batch: range, *, shrinks: int) -> Part:
+    first, last = (rows(dataset, index, shrinks) for index in (batch[0], batch[-1]))
+    return Part(
+        path.with_suffix(".parts") / f"{first.start:08d}.npz",
+        samples=batch,
+        first=first.start,
+        last=last.stop,
+        key=path.stem,
+        shrinks=shrinks,
+    )
 
 
 def _join(path: Path, parts: Sequence[Part]) -> None:

@@ -30,8 +30,9 @@ SPARED = 30  # seconds for which a data worker continues after a SIGTERM
 class Batch:
     """One rank's part of a global micro-batch.
 
-    pixels (b * frames, 3, H, W) in [-1, 1] or moments (b * frames, 2c, h, w), never both, the
-    frames of a clip adjacent; images are clips of one frame. masks (b, 1, h, w), of images only;
+    pixels (b * frames, 3, H, W) in [-1, 1] or moments (b * latent frames, 2c, h, w), never both,
+    the frames of a clip adjacent; images are clips of one frame, and only some VAEs make fewer
+    latent frames. masks (b, 1, h, w), of images only;
     weights (b,) of each sample in the loss; positions (b,) in the global micro-batch `step`, which
     seed the sample's noise; fps (b,) frames a second of each clip, None for images; u (b,) fixes
     the timesteps, as shares of their range. inputs: further inputs by name, each (b, ...); `crop`
@@ -146,11 +147,13 @@ def collate(
         weights=torch.tensor([slot.weight for slot in slots], dtype=torch.float32),
     )
     pairs = list(zip(slots, generators, strict=True))
-    spans = [rows(dataset, slot.index) for slot in slots]
-    batch.frames = spans[0].stop - spans[0].start
+    first = rows(dataset, slots[0].index)
+    batch.frames = first.stop - first.start
     if batch.frames > 1:
         batch.fps = [dataset.rates[slot.index] for slot in slots]
     if moments is not None:
+        shrinks = moments.shrinks if isinstance(moments, Latents) else 1
+        spans = [rows(dataset, slot.index, shrinks) for slot in slots]
         batch.moments = torch.from_numpy(np.concatenate([moments[span] for span in spans])).float()
         batch.captions = [dataset.caption(slot.index, rng) for slot, rng in pairs]
         batch.keys = [dataset.key(slot.index) for slot in slots]

@@ -53,9 +53,9 @@ def invert(
     iterations: int = 1,
     known: StepLatents | None = None,
 ) -> Tensor:
-    """Clean latents (b * frames, c, h, w), one prompt for each picture or clip, to what `sample`
-    takes as `start`: sampling from it with the same prompts, in as many steps and without guidance,
-    gives the clean latents again.
+    """Clean latents (b * frames, c, h, w), fewer where the VAE compresses time, and one prompt for
+    each picture or clip, to what `sample` takes as `start`: sampling from it with the same prompts,
+    in as many steps and without guidance, gives the clean latents again.
 
     iterations: calls of the network for each step. known: latents before each step, by its number:
     what an interrupted call has found is read from it, and every finished step is put there.
@@ -64,7 +64,7 @@ def invert(
         ValueError: fewer than one step or iteration, a number of latents that is not `frames` for
         each prompt, or a sampler that clips its latents.
     """
-    scheduler = backbone.scheduler()
+    scheduler, frames = backbone.scheduler(), backbone.clip_frames.latent(frames)
     _check_sampler(backbone, scheduler)
     _check_counts(latents, prompts, frames=frames, steps=steps, iterations=iterations)
     extent = (frames, latents.shape[-2], latents.shape[-1])

@@ -13,7 +13,11 @@ from trainer.common.version import name_and_version
 from trainer.diffusion.sampling_settings import Sampling
 
 # by the class of the backbone's own scheduler, as UIs call them
-OWN = {"DDIMScheduler": "DDIM", "FlowMatchEulerDiscreteScheduler": "Euler"}
+OWN = {
+    "DDIMScheduler": "DDIM",
+    "CogVideoXDDIMScheduler": "DDIM",
+    "FlowMatchEulerDiscreteScheduler": "Euler",
+}
 
 
 def made_of(

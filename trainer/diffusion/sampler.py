@@ -56,8 +56,8 @@ def sample(
         else:
             x_t = noise_of(backbone, generators, settings) if start is None else start
             x_0 = denoising.run(x_t.to(backbone.device))
-        at_once = len(x_0) if settings.frames == 1 else settings.frames
-        return torch.cat([backbone.decode(clip) for clip in x_0.split(at_once)])
+        clips = x_0.split(denoising.frames if settings.frames > 1 else len(x_0))
+        return torch.cat([backbone.decode(clip, denoising.frames) for clip in clips])
 
 
 def prompts_of(
@@ -72,11 +72,17 @@ def prompts_of(
 
 
 def check_hooks(backbone: Backbone, settings: Sampling, image: InitialImage | None = None) -> None:
-    """Checks that what methods do between the steps goes with a solver and an image.
+    """Checks that what methods do between the steps goes with a solver and an image, and guidance
+    with the backbone.
 
     Raises:
-        ValueError: names the method.
+        ValueError: names the method or the option.
     """
+    if settings.temporal_guidance != 1 and backbone.clip_frames.in_time:
+        raise ValueError(
+            f"temporal_guidance={settings.temporal_guidance:g} compares frames with pictures of "
+            f"their own, and latents of {backbone.name} hold several frames; leave it out"
+        )
     if not backbone.sampling_hooks:
         return
     name, solver = next(iter(backbone.sampling_hooks)), settings.sampler
@@ -105,7 +111,7 @@ def noise_of(
     """A latent (b f, c, h, w) of unit noise, each clip by its generator.
 
     Raises:
-        ValueError: a size the model cannot make.
+        ValueError: a size, or a number of frames, that the model cannot make.
     """
     frames, height, width = latent_extent(backbone, settings)
     shape = (frames, backbone.latent_channels, height, width)

@@ -33,7 +33,7 @@ def latent_extent(backbone: Backbone, settings: Sampling) -> Extent:
     """Frames, height and width of the latents of one picture or clip.
 
     Raises:
-        ValueError: a size the model cannot make.
+        ValueError: a size, or a number of frames, that the model cannot make.
     """
     size = settings.size or (backbone.resolution, backbone.resolution)
     if any(side < 1 or side % backbone.multiple for side in size):
@@ -41,7 +41,7 @@ def latent_extent(backbone: Backbone, settings: Sampling) -> Extent:
             f"size {size[0]}x{size[1]} must be a multiple of {backbone.multiple}, and above 0"
         )
     height, width = (side // backbone.divisor for side in size)
-    return settings.frames, height, width
+    return backbone.clip_frames.latent(settings.frames), height, width
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Denoising:
 
     @property
     def frames(self) -> int:
-        return self.settings.frames
+        """Rows of latents of a clip: fewer than its frames where the VAE compresses time."""
+        return self.backbone.clip_frames.latent(self.settings.frames)
 
     @property
     def hooks(self) -> tuple[SamplingHook, ...]:

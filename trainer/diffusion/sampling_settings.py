@@ -21,9 +21,10 @@ class Sampling:
     and no rows are unconditional; there, true_guidance is the scale of classifier-free guidance
     beside it, as `true_cfg_scale` of diffusers. negative: the prompt of the unconditional rows.
     size: height and width in pixels, multiples of the backbone's divisor; None for the size it was
-    trained at. frames: of a clip, 1 for pictures. fps: frames a second, for a model that has
-    learned of them. temporal_guidance: of clips, see `guidance.temporal`. sampler: one of
-    `backbones.solvers.SOLVERS`, None for the backbone's own.
+    trained at. frames: of a clip as a player shows it, 1 for pictures; latents may have fewer, see
+    `ClipFrames`. fps: frames a second, for a model that has learned of them. temporal_guidance: of
+    clips, see `guidance.temporal`. sampler: one of `backbones.solvers.SOLVERS`, None for the
+    backbone's own.
 
     Raises:
         ValueError: no step, no frame, or temporal guidance without guidance or without frames.

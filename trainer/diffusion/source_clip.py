@@ -25,15 +25,18 @@ def source_latents(
     data: Mapping[str, Any],
     side: int | None = None,
 ) -> Tensor:
-    """The latents (frames, c, h, w) of a clip cut from a video as the data source `video` cuts it:
-    the mean of the VAE's posterior.
+    """The latents (f, c, h, w) of a clip of `frames` frames, cut from a video as the data source
+    `video` cuts it: the mean of the VAE's posterior. f is `frames`, or less where the VAE
+    compresses time.
 
     data: the section `data` of the recipe that trained the model; its stride, fps and start hold
     where `fps` is None. side: of the frames in pixels, None for the backbone's.
 
     Raises:
         ImageError: the video cannot be read, or is too short.
+        ValueError: the backbone takes no clips of so many frames.
     """
+    backbone.clip_frames.check(frames)
     own = dict(data) if data.get("source") == "video" and fps is None else {}
     start = own.get("start", 0)
     window = Window(
@@ -46,5 +49,5 @@ def source_latents(
     video = CaptionedVideo(path.name, "", facts=examine(path, path.name), source=path)
     pixels = VideoClips([video], window, side=side or backbone.resolution, flip=False).image(0)
     device = next(backbone.vae.parameters()).device
-    moments = backbone.moments(pixels.to(device))
+    moments = backbone.moments(pixels.to(device), frames)
     return backbone.latents(moments, torch.zeros_like(moments.chunk(2, 1)[0]))

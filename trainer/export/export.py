@@ -191,7 +191,10 @@ def _words(model: Any) -> list[str]:
 
 
 def _frames(adapted: Any) -> int:
-    """The frames of the proof's clips; 1, for images, if the model has no temporal layers."""
+    """The latent frames of the proof's clips; 1, for images, if the model has no temporal layers
+    and is none of clips."""
+    if adapted.layout == "tokens":
+        return PROOF_FRAMES
     longest: list[Any] = [found.block.max_frames for found in insertions(adapted.denoiser)]
     return min(PROOF_FRAMES, *longest) if longest else 1
 

@@ -22,6 +22,7 @@ from trainer.export.usage import README
 
 CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 STEPS = 2  # that the proof takes
+PROOF_LATENTS = 3  # frames of latents of a clip, where the VAE compresses time
 
 
 def code_of(folder: Path) -> str | None:
@@ -98,5 +99,11 @@ def places(tree: Mapping[str, Any], base: Any, device: torch.device) -> Iterator
             "modules": f"{folder}/modules",
             "device": str(device),
             "steps": STEPS,
-            "frames": PROOF_FRAMES,
+            "frames": proof_frames(base),
         }
+
+
+def proof_frames(base: Any) -> int:
+    """The frames of the clip that a call makes."""
+    known = base.clip_frames
+    return int(known.shown(PROOF_LATENTS)) if known.in_time else PROOF_FRAMES

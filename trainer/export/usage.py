@@ -77,7 +77,7 @@ def _readme(card: Card, usage: Usage, base: Any, *, format_name: str) -> Iterato
 
 
 def _python(card: Card, usage: Usage, base: Any) -> Iterator[str]:
-    clip = usage.pipeline == "AnimateDiffPipeline"
+    clip = usage.pipeline == "AnimateDiffPipeline" or base.layout == "tokens"
     yield from ("import torch", *sorted(_imports(usage, base, clip)), "")
     yield 'folder = "."  # where this file is'
     if not usage.complete:
@@ -86,7 +86,7 @@ def _python(card: Card, usage: Usage, base: Any) -> Iterator[str]:
     yield 'device = "cuda" if torch.cuda.is_available() else "cpu"'
     yield f"steps = {STEPS}"
     if clip:
-        yield f"frames = {card.frames if card.frames > 1 else 16}"
+        yield f"frames = {card.frames if card.frames > 1 else usual_frames(base)}"
     yield "dtype = torch.float32  # or torch.float16 on a GPU, which is faster"
     yield ""
     yield from usage.before
@@ -107,7 +107,8 @@ def _python(card: Card, usage: Usage, base: Any) -> Iterator[str]:
     size = f", width={wide}, height={high}" if card.size else ""
     own = f"num_inference_steps=steps{size}{_options(base)}"
     if clip:
-        yield f"clip = pipe({given}, num_frames=frames, {own}).frames[0]"
+        kind = ', output_type="pil"' if base.layout == "tokens" else ""
+        yield f"clip = pipe({given}, num_frames=frames, {own}{kind}).frames[0]"
         yield 'export_to_gif(clip, "clip.gif")'
     else:
         yield f"picture = pipe({given}, {own}).images[0]"
@@ -119,6 +120,11 @@ def asked_size(size: tuple[int, int], base: Any) -> tuple[int, int]:
     step = base.declared.stock_multiple
     width, height = (max(step, round(side / step) * step) for side in size)
     return width, height
+
+
+def usual_frames(base: Any) -> int:
+    """Frames of a clip where the adapter was not trained on clips."""
+    return int(base.clip_frames.shown(5)) if base.clip_frames.in_time else 16
 
 
 def _options(base: Any) -> str:

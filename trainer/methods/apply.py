@@ -95,6 +95,8 @@ def _apply(
 ) -> Edit:
     """What one method does, its errors beginning with its name. earlier: the methods before it."""
     try:
+        if method.inflates:
+            _check_of_pictures(model)
         with _seeded(seed, name):
             return _with_start(method.apply(model), model)
     except TakenError as taken:
@@ -107,6 +109,14 @@ def _apply(
         ) from taken
     except ValueError as error:
         raise ValueError(f"methods.{name}: {error}") from error
+
+
+def _check_of_pictures(model: AttentionModel) -> None:
+    if model.host.traits.layout != "rows":
+        raise ValueError(
+            f"it makes clips with a model of pictures, and {type(model.denoiser).__name__} is a "
+            "model of clips: it has frames as tokens; choose a backbone of pictures"
+        )
 
 
 def _check_claims(earlier: Mapping[str, Edit], name: str, edit: Edit) -> None:

@@ -80,6 +80,7 @@ class Method(BaseModel):
     systems: ClassVar[str]
     paper: ClassVar[str]
     adds_words: ClassVar[bool] = False  # to the vocabulary, as its option `tokens` names them
+    inflates: ClassVar[bool] = False  # makes clips with a model of pictures, frames as its rows
 
     @property
     def name(self) -> str:

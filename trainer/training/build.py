@@ -149,12 +149,13 @@ def needs(recipe: Recipe, backbone: Backbone) -> Needs:
     """What the data may ask of the run.
 
     Raises:
-        ValueError: sides of pictures that the backbone does not take.
+        ValueError: sides of pictures, or frames of clips, that the backbone does not take.
     """
     check_trainable(backbone.distilled)
     side = recipe.run.resolution or backbone.resolution
     check_side("run.resolution", side, backbone.multiple)
     check_side("data.buckets", getattr(recipe.data, "buckets", 0), backbone.multiple)
+    backbone.clip_frames.check(getattr(recipe.data, "frames", 1), "data.frames")
 
     def generate(prompts: Sequence[str], seed: int, how: Generation) -> list[Image]:
         seeds = [seed + i for i in range(len(prompts))]
@@ -257,8 +258,15 @@ def latents(recipe: Recipe, backbone: Backbone, data: Dataset) -> latent_cache.L
         return None
     side = recipe.run.resolution or backbone.resolution
 
-    def encode(pixels: Tensor) -> Tensor:
-        return backbone.moments(pixels.to(backbone.device))
+    in_time = backbone.clip_frames.in_time
 
-    encoder = f"{backbone.vae_fingerprint()}-{side}"
-    return latent_cache.moments(data, encode, encoder, folder=cache_folder())
+    def encode(pixels: Tensor) -> Tensor:  # one clip at a time where the VAE compresses time
+        return backbone.moments(pixels.to(backbone.device), len(pixels) if in_time else 1)
+
+    return latent_cache.moments(
+        data,
+        encode,
+        f"{backbone.vae_fingerprint()}-{side}",
+        folder=cache_folder(),
+        shrinks=backbone.clip_frames.per_latent,
+    )

@@ -228,7 +228,7 @@ def test_another_target_is_scored_in_the_backbones_units(target: str, tiny: Any)
 def test_pixels_are_encoded_once_for_all_levels(tiny: Any) -> None:
     calls = []
     moments = tiny.moments
-    tiny.moments = lambda pixels: calls.append(len(pixels)) or moments(pixels)
+    tiny.moments = lambda pixels, frames=1: calls.append(len(pixels)) or moments(pixels, frames)
     batch = batch_of(2, 1, tiny.latent_channels)
     pixels = torch.rand(2, 3, 32, 32, generator=torch.manual_seed(1)) * 2 - 1
     batch = replace(batch, moments=None, pixels=pixels)

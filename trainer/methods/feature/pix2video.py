@@ -34,6 +34,7 @@ class Pix2Video(Method):
     kind: ClassVar[EditKind] = "attention"
     systems: ClassVar[str] = "Pix2Video"
     paper: ClassVar[str] = "arXiv 2303.12688"
+    inflates: ClassVar[bool] = True
 
     sites: SiteSelector = Field(
         "self & up | self & block",

@@ -32,6 +32,7 @@ class Text2VideoZero(Method):
     kind: ClassVar[EditKind] = "attention"
     systems: ClassVar[str] = "Text2Video-Zero"
     paper: ClassVar[str] = "arXiv 2303.13439"
+    inflates: ClassVar[bool] = True
 
     sites: SiteSelector = Field(
         "self", description=f"the self-attention that reads the first frame: {SELECTOR}"

@@ -4,7 +4,7 @@ trains them, and where trained ones come from."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -33,6 +33,8 @@ class Temporal(Method):
     train=false stay as in `weights`, which an adapter then names and does not hold: another method
     trains beside or inside them, as LoRA on `sites=temporal` does, and `nf4` stores them in 4
     bits."""
+
+    inflates: ClassVar[bool] = True
 
     train: bool = Field(True, description="whether the inserted layers train")
     weights: str | None = Field(

@@ -42,8 +42,8 @@ SAMPLED_STEPS = 50  # where the shift of a pipeline depends on the number of ste
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A batch in latents: x0, noise and x_t (b f, c, h, w) in fp32, the frames of a clip adjacent;
-    t (b,) of each sample; condition of each row."""
+    """A batch in latents: x0, noise and x_t (b f, c, h, w) in fp32, the `frames` latent frames of a
+    clip adjacent; t (b,) of each sample; condition of each row."""
 
     batch: Batch
     x0: Tensor
@@ -51,11 +51,12 @@ class Encoded:
     x_t: Tensor
     t: Tensor
     condition: Condition
+    frames: int = 1
 
     @property
     def row_t(self) -> Tensor:
         """The timestep of each row (b f,)."""
-        return self.t.repeat_interleave(self.batch.frames)
+        return self.t.repeat_interleave(self.frames)
 
 
 @dataclass(frozen=True)
@@ -77,17 +78,19 @@ class Denoise:
         moments = batch.moments
         if moments is None:
             assert batch.pixels is not None, "a batch has pixels or moments"
-            moments = as_stored(self.backbone.moments(batch.pixels))
-        shape = (batch.frames, moments.shape[1] // 2, *moments.shape[2:])
+            moments = as_stored(self.backbone.moments(batch.pixels, batch.frames))
+        frames = self.backbone.clip_frames.latent(batch.frames)
+        shape = (frames, moments.shape[1] // 2, *moments.shape[2:])
         normals = torch.stack([three_normals(seed_of(*seed), shape) for seed in seeds], 1)
         posterior, noise, offset = normals.to(moments).flatten(1, 2)  # (b f) c h w
         x0 = self.backbone.latents(moments, posterior)
         noise = noise + self.objective.offset_noise * offset[..., :1, :1]
         t = self._timesteps(batch, seeds, x0).to(moments.device)
-        x_t = add_noise(self.objective, x0, noise, t=t.repeat_interleave(batch.frames))
+        x_t = add_noise(self.objective, x0, noise, t=t.repeat_interleave(frames))
         dropout = self.caption_dropout if purpose == "train" else 0.0
         condition = self._condition(batch, kept_captions(batch.captions, seeds, dropout))
-        return Encoded(batch, x0, noise=noise, x_t=x_t, t=t, condition=condition)
+        condition = condition.per_frame(frames)
+        return Encoded(batch, x0, noise=noise, x_t=x_t, t=t, condition=condition, frames=frames)
 
     def loss(self, state: Encoded) -> StepResult:
         """The losses of one forward; a clip's is the mean over its frames."""
@@ -97,7 +100,7 @@ class Denoise:
             step=0,
             num_steps=1,
             timestep=t,
-            frames=batch.frames,
+            frames=state.frames,
             groups=Rows.of((COND,), len(x_t)),
             training=self.backbone.denoiser.training,
             fps=fps,
@@ -108,7 +111,7 @@ class Denoise:
         target = target_of(self.objective, state.x0, state.noise, t=t)
         error = (output.float() - target.float()).square()
         weights = loss_weight(self.objective, state.t)
-        losses = mean_per_sample(error, batch.masks, batch.frames) * weights
+        losses = mean_per_sample(error, batch.masks, state.frames) * weights
         return StepResult(losses, x_t=x_t, output=output, t=t, batch=batch, convert=self._to_x0)
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], settings: Sampling) -> Tensor:
@@ -126,7 +129,7 @@ class Denoise:
         """
         if batch.moments is None:
             assert batch.pixels is not None, "a batch has pixels or moments"
-            moments = as_stored(self.backbone.moments(batch.pixels))
+            moments = as_stored(self.backbone.moments(batch.pixels, batch.frames))
             batch = replace(batch, moments=moments, pixels=None)
         count = len(batch.positions)
         found = [self._plain(replace(batch, u=[level] * count)) for level in levels]
@@ -145,7 +148,7 @@ class Denoise:
         x0, t = result.x0_hat, state.row_t
         noise = to_noise(chosen, result.output.float(), state.x_t, t=t)
         error = target_of(usual, x0 - state.x0, noise - state.noise, t=t).float().square()
-        return mean_per_sample(error, batch.masks, batch.frames)
+        return mean_per_sample(error, batch.masks, state.frames)
 
     def _timesteps(self, batch: Batch, seeds: Sequence[Seed], x0: Tensor) -> Tensor:
         """Random ones, distributed as the objective asks. A validation batch brings quantiles of
@@ -156,15 +159,17 @@ class Denoise:
         u = torch.tensor([uniform_of(seed_of(*seed, "u")) for seed in seeds])
         if not self.as_sampled:
             return draw_timesteps(self.objective, u)
-        extent = (batch.frames, x0.shape[-2], x0.shape[-1])
+        frames = self.backbone.clip_frames.latent(batch.frames)
+        extent = (frames, x0.shape[-2], x0.shape[-1])
         shift = self.backbone.shift(SAMPLED_STEPS, extent)
         return draw_timesteps(replace(self.objective, shift=shift), u)
 
     def _condition(self, batch: Batch, captions: Sequence[str]) -> Condition:
-        """Of each row: the captions, and the extra inputs that the backbone has an encoder for."""
+        """Of each sample: the captions, and the extra inputs that the backbone has an encoder
+        for."""
         encoders = self.backbone.encoders
         given = {name: value for name, value in batch.inputs.items() if name in encoders}
-        return self.backbone.encode({"text": captions, **given}).per_frame(batch.frames)
+        return self.backbone.encode({"text": captions, **given})
 
     def _to_x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         return to_x0(self.objective, output, x_t, t=t)

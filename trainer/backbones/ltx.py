@@ -1,0 +1,190 @@
+"""LTX-Video (arXiv 2501.00103): a transformer of clips, each token one latent of a VAE that makes
+one of 8 x 32 x 32 pixels; T5's text encoder; trained on a flow whose noise levels depend on the
+number of tokens.
+
+    frames (1 + 8 k, 3, H, W)  ->  latents (1 + k, 128, H / 32, W / 32)  ->  tokens of one latent
+    x0 = (z - latents_mean) / latents_std * scaling_factor      of each channel
+
+It is told the time and place of every token, in seconds and pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainer.attention.denoiser_traits import DenoiserTraits
+from trainer.backbones.clip_frames import ClipFrames
+from trainer.backbones.family import Family, Parts, text_arguments
+from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_width
+from trainer.backbones.folder_contents import FolderContents
+from trainer.backbones.latent_form import LatentForm
+from trainer.backbones.noise_levels import Extent, NoiseLevels, even_levels, shift_by_tokens
+from trainer.backbones.spec import BackboneSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.attention.condition import Condition
+    from trainer.backbones.backbone import Backbone
+
+TEXT = {
+    "text_encoder": ("T5EncoderModel",),
+    "tokenizer": ("T5Tokenizer", "T5TokenizerFast"),
+}
+PROMPT_LENGTH = 128  # the default of diffusers' pipeline
+RATE = 25.0  # frames a second of clips whose rate is not given, as the pipeline has it
+
+
+def encode_prompts(backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Prompts to tokens (b, n, d), which are encoded with their padding, and their mask (b, n)."""
+    tokens = backbone.tokens(prompts)
+    states: Tensor = backbone.text_encoder(tokens.input_ids)[0]
+    return {"tokens": backbone.joined(states), "mask": backbone.joined(tokens.attention_mask)}
+
+
+def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    """For clips x_t (b, c, f, h, w), which the transformer takes as tokens (b, f h w, c)."""
+    from diffusers import LTXPipeline
+
+    frames, height, width = x_t.shape[2:]
+    return {
+        "hidden_states": LTXPipeline._pack_latents(x_t),
+        "timestep": t,
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "rope_interpolation_scale": _lengths(backbone, x_t),
+        **text_arguments(condition),
+    }
+
+
+def _lengths(backbone: Backbone, x_t: Tensor) -> tuple[Any, int, int]:
+    """How long a latent is in seconds, of each clip, and how high and wide in pixels."""
+    from trainer.attention.context import current
+
+    ctx, later = current(), backbone.clip_frames.per_latent
+    rates = None if ctx is None else ctx.fps
+    seconds: Any = later / RATE
+    if rates is not None:
+        seconds = (later / rates.to(x_t)).view(-1, 1, 1, 1, 1)
+    return seconds, backbone.divisor, backbone.divisor
+
+
+def _output(backbone: Backbone, output: Tensor, x_t: Tensor) -> Tensor:
+    """Tokens (b, f h w, c) as clips again."""
+    from diffusers import LTXPipeline
+
+    frames, height, width = x_t.shape[2:]
+    size = {"num_frames": frames, "height": height, "width": width}
+    found: Tensor = LTXPipeline._unpack_latents(output, **size)
+    return found
+
+
+def _statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (c,) of the VAE's latents."""
+    return vae.latents_mean, vae.latents_std / vae.config.scaling_factor
+
+
+def _halvings(config: Mapping[str, Any]) -> int:
+    pixels = config.get("spatial_compression_ratio")
+    return int(pixels or config.get("patch_size", 4) * _scaled(config)).bit_length() - 1
+
+
+def _frames(config: Mapping[str, Any]) -> ClipFrames:
+    frames = config.get("temporal_compression_ratio")
+    return ClipFrames(int(frames or config.get("patch_size_t", 1) * _scaled(config)))
+
+
+def _scaled(config: Mapping[str, Any]) -> int:
+    """How much smaller its blocks make a clip, in space and in time."""
+    return int(2 ** sum(config.get("spatio_temporal_scaling") or (True, True, True, False)))
+
+
+def _levels(backbone: Backbone, steps: int, extent: Extent) -> NoiseLevels:
+    """As the stock pipeline asks for them."""
+    mu = shift_by_tokens(backbone.scheduler_config, backbone.image_tokens(extent))
+    return NoiseLevels(mu, even_levels(steps))
+
+
+def pipeline(backbone: Backbone) -> Any:
+    from diffusers import LTXPipeline
+
+    return LTXPipeline(
+        tokenizer=backbone.tokenizer, text_encoder=backbone.text_encoder, vae=backbone.vae,
+        transformer=backbone.denoiser, scheduler=backbone.scheduler(),
+    )  # fmt: skip
+
+
+def check(facts: FolderContents) -> None:
+    check_classes(facts, TEXT)
+    check_flow(facts)
+    config, vae = facts.configs["transformer"], facts.configs["vae"]
+    if any(config.get(key, 1) != 1 for key in ("patch_size", "patch_size_t")):
+        raise facts.refuse(
+            "transformer", "has tokens of several latents, which no published LTX-Video has"
+        )
+    if any(vae.get("decoder_inject_noise") or ()):
+        raise facts.refuse(
+            "vae",
+            "draws noise while it decodes, so that no clip could be made again (LTX-Video 0.9.1); "
+            "choose version 0.9.0, or 0.9.5 and later",
+        )
+    check_channels(facts, "transformer", default=128)
+    check_width(facts, "transformer", config.get("caption_channels", 4096))
+
+
+def load(spec: BackboneSpec, name: str) -> Parts:
+    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision.
+
+    Raises:
+        ValueError: the folder holds another pipeline or a model of other inputs, a part is missing,
+        or its weights are not safetensors.
+    """
+    import diffusers
+    from transformers import T5EncoderModel, T5Tokenizer
+
+    from trainer.backbones.folder_check import check_contents
+    from trainer.backbones.pipeline_folder import pipeline_folder
+    from trainer.backbones.schedulers import flow_scheduler
+
+    folder = pipeline_folder(spec, name, ["transformer", "text_encoder", "vae"])
+    check_contents(folder, name, FAMILY, made=False)
+    return Parts(
+        folder=folder.path,
+        denoiser=folder.load("transformer", diffusers.LTXVideoTransformer3DModel),
+        text_encoders={"text_encoder": folder.load("text_encoder", T5EncoderModel)},
+        tokenizers={"text_encoder": folder.tokenizer(T5Tokenizer)},
+        vae=folder.load("vae", diffusers.AutoencoderKLLTXVideo),
+        scheduler=flow_scheduler(folder.scheduler_config()),
+        prompt_lengths={"text_encoder": PROMPT_LENGTH},
+    )
+
+
+FAMILY = Family(
+    denoiser="transformer",
+    pipelines=("LTXPipeline",),
+    blocks=("transformer_blocks",),
+    load=load,
+    encoders={"text": encode_prompts},
+    inputs=inputs,
+    pipeline=pipeline,
+    prompt_lengths={"LTXPipeline": PROMPT_LENGTH},
+    check=check,
+    output=_output,
+    latents=LatentForm(
+        vaes=("AutoencoderKLLTXVideo",),
+        statistics=_statistics,
+        halvings=_halvings,
+        clips=True,
+        frames=_frames,
+    ),
+    sample_size=16,
+    levels=_levels,
+    traits=DenoiserTraits(
+        time_embedding="time_embed.emb",
+        time_width="time_embed.emb.timestep_embedder.linear_2",
+        layout="tokens",
+        joint=(),
+    ),
+)
