@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from trainer.backbones.family import tokenizer_name
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.pipeline_folder import SCHEDULER, PipelineFolder, missing
 
@@ -29,6 +31,8 @@ def check_contents(folder: PipelineFolder, name: str, family: Family, made: bool
     index = folder.index(name, family)
     own = [] if made else [family.denoiser]
     parts = [*own, *family.text_encoders, "vae"]
+    for part in family.text_encoders:
+        check_tokenizer(folder.of(tokenizer_name(part)))
     configs = {}
     for part in parts:
         where = folder.of(part)
@@ -48,6 +52,17 @@ def check_contents(folder: PipelineFolder, name: str, family: Family, made: bool
         raise facts.refuse("vae", f"is a {facts.vae}; these are known: {', '.join(VAES)}")
     family.check(facts)
     return facts
+
+
+def check_tokenizer(where: Path) -> None:
+    """Raises ValueError where a tokenizer is in SentencePiece's own file alone, as T5's are
+    published, and the package that reads it is not installed."""
+    if (where / "spiece.model").is_file() and not (where / "tokenizer.json").is_file():
+        if find_spec("sentencepiece") is None:
+            raise ValueError(
+                f"{where}: spiece.model is read by sentencepiece, which is not installed: pip "
+                "install 'attention-trainer[t5]'"
+            )
 
 
 def check_channels(facts: FolderContents, part: str, default: int) -> None:
