@@ -57,12 +57,12 @@ def check_contents(folder: PipelineFolder, name: str, family: Family, made: bool
 def check_tokenizer(where: Path) -> None:
     """Raises ValueError where a tokenizer is in SentencePiece's own file alone, as T5's are
     published, and the package that reads it is not installed."""
-    if (where / "spiece.model").is_file() and not (where / "tokenizer.json").is_file():
-        if find_spec("sentencepiece") is None:
-            raise ValueError(
-                f"{where}: spiece.model is read by sentencepiece, which is not installed: pip "
-                "install 'attention-trainer[t5]'"
-            )
+    alone = (where / "spiece.model").is_file() and not (where / "tokenizer.json").is_file()
+    if alone and find_spec("sentencepiece") is None:
+        raise ValueError(
+            f"{where}: spiece.model is read by sentencepiece, which is not installed: pip install "
+            "'attention-trainer[t5]'"
+        )
 
 
 def check_channels(facts: FolderContents, part: str, default: int) -> None:

@@ -101,7 +101,8 @@ def _python(card: Card, usage: Usage, base: Any) -> Iterator[str]:
     yield "pipe.to(device)"
     lines, given = prompt_code(card.prompt, base)
     yield from lines
-    size = f", width={card.size[0]}, height={card.size[1]}" if card.size else ""
+    sized = card.size and "width" in call_options(base)
+    size = f", width={card.size[0]}, height={card.size[1]}" if card.size and sized else ""
     own = f"num_inference_steps=steps{size}{_options(base)}"
     if clip:
         yield f"clip = pipe({given}, num_frames=frames, {own}).frames[0]"

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from trainer.attention.condition import Condition
+from trainer.attention.condition import INTEGERS, Condition
 from trainer.backbones.backbone import Backbone
 from trainer.config.optimisers import OPTIMISERS
 from trainer.config.schema import Recipe
@@ -153,7 +153,9 @@ def _empty_inputs(backbone: Backbone, rows: int, side: int) -> Any:
     x_t = torch.empty((rows, backbone.latent_channels, side, side), device=device)
     t = torch.zeros(rows, device=device)
     text = {
-        name: torch.empty((rows, *shape), device=device)
+        name: torch.zeros(
+            (rows, *shape), device=device, dtype=torch.long if name in INTEGERS else None
+        )
         for name, shape in backbone.text_shapes.items()
     }
     return backbone.inputs(x_t, t, Condition(**text))

@@ -43,8 +43,10 @@ class WordEmbedding(Method):
         return True
 
     def apply(self, model: AttentionModel) -> Edit:
+        from trainer.attention.model import check_reads_text
         from trainer.ops.adapters.token_rows import relearn
 
+        check_reads_text(model)
         trains = [
             f"{part}.{row}"
             for part, encoder in model.text_encoders.items()
