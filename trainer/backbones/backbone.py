@@ -23,7 +23,7 @@ from trainer.attention.hooks import SamplingHook
 from trainer.attention.host import Host
 from trainer.attention.sites import Site, scan
 from trainer.backbones import vae
-from trainer.backbones.class_names import ClassPrompts, names_of
+from trainer.backbones.class_names import ClassPrompts, classes_of
 from trainer.backbones.family import Encoder, Family, Parts, tokenizer_name
 from trainer.backbones.folder_check import PREDICTION_TYPES
 from trainer.backbones.gradient_checkpointing import checkpoint_layers
@@ -153,7 +153,7 @@ class Backbone(nn.Module):
         """How its first text encoder reads prompts, or which classes they are where it has none."""
         if self.text_encoders:
             return Prompts(self, self.declared.text_encoders[0])
-        return ClassPrompts(names_of(self.denoiser.config, self.options))
+        return ClassPrompts(classes_of(self.denoiser.config, self.options))
 
     def scheduler(self) -> Any:
         return self.scheduler_class.from_config(self.scheduler_config)

@@ -105,10 +105,10 @@ def class_names(spec: BackboneSpec, denoiser: str) -> ClassNames | None:
 
     config = read_part(spec, f"{denoiser}/config.json")
     index = read_part(spec, "model_index.json")
-    return None if config is None or index is None else names_of(config, index)
+    return None if config is None or index is None else classes_of(config, index)
 
 
-def names_of(config: Mapping[str, Any], index: Mapping[str, Any]) -> ClassNames:
+def classes_of(config: Mapping[str, Any], index: Mapping[str, Any]) -> ClassNames:
     """From the denoiser's config and the index, or the options, of a pipeline."""
     count = config.get("num_embeds_ada_norm", 1000)
     return ClassNames(int(count), index.get(LABELS) or {})

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.attention.denoiser_traits import DenoiserTraits
-from trainer.backbones.class_names import LABELS, names_of
+from trainer.backbones.class_names import LABELS, classes_of
 from trainer.backbones.family import Family, Parts
 from trainer.backbones.folder_check import check_channels, check_prediction
 from trainer.backbones.folder_contents import FolderContents
@@ -33,7 +33,7 @@ def encode_classes(backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tens
     """
     import torch
 
-    names = names_of(backbone.denoiser.config, backbone.options)
+    names = classes_of(backbone.denoiser.config, backbone.options)
     return {"labels": torch.tensor([names.number(text) for text in prompts]).to(backbone.device)}
 
 
