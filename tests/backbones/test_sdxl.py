@@ -31,6 +31,7 @@ from trainer.diffusion.sampling_settings import Sampling
 from trainer.export.export import export
 from trainer.methods.apply import apply_methods
 from trainer.runs.adapter import load_adapted, save_adapter
+from trainer.training.plan_report import saved_bytes
 from trainer.training.tasks.denoise import Denoise
 
 PROMPTS = ["a fox on a red background", "an apple left of a cat"]
@@ -216,6 +217,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "selective": {"sites": "cross", "projections": ["k", "v"]},
         "new_token": {"tokens": ["<v1>"], "init": "fox"},
     },
+    "known": {"word_embedding": {"tokens": ["left", "fox"]}},
     "textual_inversion": {"new_token": {"tokens": ["<v1>", "<v1>_1"], "init": "fox"}},
 }
 
@@ -235,6 +237,11 @@ def test_what_trains_is_saved_and_read_again(
             assert float((rows[0] - rows[1]).abs().max()) > 1e-3, f"{part} has learned nothing"
 
 
+# what no python library reads
+WITHOUT_CALL = {("lora", "comfyui"), ("custom_diffusion", "comfyui"), ("known", "kohya")}
+
+
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("name", "written"),
     [
@@ -244,6 +251,9 @@ def test_what_trains_is_saved_and_read_again(
         ("lora", "comfyui"),
         ("lora", "merged"),
         ("textual_inversion", "kohya"),
+        ("known", "kohya"),
+        ("known", "diffusers"),
+        ("custom_diffusion", "custom_diffusion"),
         ("custom_diffusion", "merged"),
         ("custom_diffusion", "comfyui"),
     ],
@@ -255,6 +265,8 @@ def test_exports_are_proven(
     lines: list[str] = []
     out = export(path, tmp_path / "out", written, say=lines.append)
     assert any("largest difference" in line for line in lines)
+    called = any("the call in README.md gives a picture" in line for line in lines)
+    assert called == ((name, written) not in WITHOUT_CALL)
     if written == "merged":
         pictures = painted(_with(stock(out), sdxl))
         assert float((pictures - drawn(sdxl.eval())).abs().max()) <= CLOSE
@@ -267,9 +279,13 @@ def _with(pipe: Any, model: Any) -> Any:
 
 @pytest.mark.parametrize("written", ["diffusers", "kohya"])
 def test_a_stock_pipeline_paints_with_the_adapter(
-    written: str, sdxl: Any, sdxl_folder: Path, tmp_path: Path
+    written: str, copy: Path, open_folder: Open, tmp_path: Path
 ) -> None:
-    """LoRA of the network and of both text encoders, and a new word in both."""
+    """LoRA of the network and of both text encoders, and a new word in both; also where the file of
+    the second says, as that of 1.0, that the end of text is token 2."""
+    if written == "kohya":
+        edit(copy / "text_encoder_2" / "config.json", eos_token_id=2)
+    sdxl_folder, sdxl = copy, load_backbone(backbone_spec(str(copy)), str(copy)).eval()
     tree = METHODS["lora"] | METHODS["textual_inversion"]
     path = trained(sdxl, tree, tmp_path / "a.safetensors", sdxl_folder)
     out = export(path, tmp_path / "out", written, say=lambda line: None)
@@ -321,6 +337,20 @@ def test_every_trained_tensor_of_the_encoders_has_a_gradient(sdxl: Any) -> None:
     ups = [n for n in plan.names if n.startswith("text_encoder.") and "lora_B" in n]
     dead = {name for name in ups if not named[name].grad.any()}
     assert dead == {name for name in ups if ".layers.2." in name}
+
+
+def test_the_memory_of_a_step_is_estimated(sdxl: Any) -> None:
+    """The network is called with all that it is told, without values."""
+    words = ["recipe=lora", "backbone=sdxl", "data.prior_weight=0", "run.resolution=32"]
+    apply_methods(sdxl, methods_of(METHODS["lora"]))
+    one, two = (saved_bytes(load_recipe(words), sdxl, rows) for rows in (1, 2))
+    assert 1.5 * one < two < 2.5 * one
+
+
+def test_an_error_names_the_text_encoder(sdxl: Any) -> None:
+    sdxl.tokenizer_2.add_tokens(["<v1>"])
+    with pytest.raises(ValueError, match="text_encoder_2: token '<v1>' exists already"):
+        apply_methods(sdxl, methods_of(METHODS["textual_inversion"]))
 
 
 def test_gradient_checkpointing_changes_nothing(sdxl_folder: Path, open_folder: Open) -> None:

@@ -29,7 +29,7 @@ from trainer.__main__ import main
 from trainer.backbones import load_backbone
 from trainer.backbones.part_digests import part_digests
 from trainer.backbones.prompt_tokens import prompt_length, prompt_reader
-from trainer.backbones.single_file import FIRST, LAYOUTS, is_checkpoint, read_checkpoint
+from trainer.backbones.single_file import FIRST, LAYOUTS, is_checkpoint, read_single_file
 from trainer.backbones.spec import PartsSpec
 from trainer.config.lineage import backbone_spec
 from trainer.config.schema import RecipeError
@@ -204,12 +204,12 @@ def test_the_kind_is_known_by_the_names(tmp_path: Path) -> None:
     ]  # fmt: skip
     for names, metadata, layout, scheduler in cases:
         file.unlink(missing_ok=True)
-        found = read_checkpoint(stub(file, *names, metadata=metadata))
+        found = read_single_file(stub(file, *names, metadata=metadata))
         assert (found.layout, dict(found.scheduler)) == (layout, scheduler)
         assert is_checkpoint(file)
     wide = {"model.diffusion_model.x.attn2.to_k.weight": torch.zeros(1, 2048)}
     save_file(wide | {FIRST: torch.zeros(1, 4, 1, 1)}, file)
-    assert read_checkpoint(file).layout == "sdxl"
+    assert read_single_file(file).layout == "sdxl"
 
 
 @pytest.mark.parametrize(
@@ -347,6 +347,9 @@ def test_a_run_on_a_file_is_found_again(written: Any, tmp_path: Path) -> None:
     model, tree = load_adapted(adapter)
     assert model.family == "sdxl" and tree["parts"]["config"] == str(config)
     assert main(["export", f"adapter={adapter}", "format=kohya", f"out={tmp_path / 'k'}"]) == 0
+    whole = tmp_path / "whole"
+    assert main(["export", f"adapter={adapter}", "format=merged", f"out={whole}"]) == 0
+    assert backbone_spec(str(whole)).family == "sdxl" and (whole / "tokenizer_2").is_dir()
     again = backbone_spec(str(adapter))
     assert again.file == str(file) and again.adapters == (str(adapter),)
     with pytest.raises(RecipeError, match="is the result of a run, and has the parts of that run"):

@@ -92,9 +92,11 @@ OWN = {
     "optim.muon_lr", "optim.lrs", "continual.tokens", "continual.class_words", "continual.inits",
     "data.video.images", "data.video.stills", "data.world_clips.images", "methods.flashmask.seen",
     "text.max_tokens", "run.resolution", "objective.weighting", "data.folder.buckets",
+    "parts.config", "parts.text_encoder_2",
 }  # fmt: skip
 # act whatever the others are
 ALONE = """
+parts: denoiser text_encoder tokenizer vae
 objective: target path timesteps offset_noise caption_dropout
 optim: name scale_lr betas weight_decay schedule clip ema
 run: steps epochs batch_size accumulate seed device accelerator devices nodes precision workers

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from trainer.backbones.family import tokenizer_name
-from trainer.backbones.single_file import part_of_file, read_checkpoint
+from trainer.backbones.single_file import part_of_file, read_single_file
 from trainer.backbones.weight_files import names_to_fetch, weight_files
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class PipelineFolder:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if self.file is None:
             return config
-        return config | dict(read_checkpoint(self.file, self.path.name).scheduler)
+        return config | dict(read_single_file(self.file, self.path.name).scheduler)
 
     def prefix(self, part: str) -> str | None:
         """Of the part's tensors in the checkpoint; None where its weights are a folder's.

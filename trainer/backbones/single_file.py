@@ -40,7 +40,7 @@ PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_pre
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class SingleFile:
     """What the header of a file says.
 
     layout: a folder of `LAYOUTS`; prefixes: of the names of each part's tensors; scheduler: options
@@ -70,7 +70,7 @@ def _header(path: Path, changed: int) -> tuple[dict[str, tuple[int, ...]], dict[
         return shapes, file.metadata() or {}
 
 
-def read_checkpoint(path: Path, layout: str | None = None) -> Checkpoint:
+def read_single_file(path: Path, layout: str | None = None) -> SingleFile:
     """What kind of checkpoint a file is. layout: what the user says.
 
     Raises:
@@ -107,7 +107,7 @@ def read_checkpoint(path: Path, layout: str | None = None) -> Checkpoint:
                 "and noise"
             )
         kind = "sd21" if scheduler["prediction_type"] == "v_prediction" else "sd21_base"
-    return Checkpoint(
+    return SingleFile(
         layout or kind, {"unet": UNET, "vae": VAE, **texts[kind.removesuffix("_base")]}, scheduler
     )
 
@@ -134,7 +134,7 @@ def _stated(shapes: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str,
 def part_of_file(path: Path, part: str, layout: str) -> str | None:
     """The prefix of a part's tensors; None where the file has none of them."""
     shapes, _ = _header(path, path.stat().st_mtime_ns)
-    prefix = read_checkpoint(path, layout).prefixes.get(part)
+    prefix = read_single_file(path, layout).prefixes.get(part)
     held = prefix is not None and any(name.startswith(prefix) for name in shapes)
     return prefix if held else None
 
@@ -144,9 +144,9 @@ def layout_folder(path: Path, given: str | None) -> Path:
     pipeline folder, in the user's words.
 
     Raises:
-        ValueError: there is no such layout or folder, or see `read_checkpoint`.
+        ValueError: there is no such layout or folder, or see `read_single_file`.
     """
-    folder = LAYOUTS / (read_checkpoint(path).layout if given is None else given)
+    folder = LAYOUTS / (read_single_file(path).layout if given is None else given)
     if given is not None and not (folder / "model_index.json").is_file():
         folder = Path(given).expanduser()
         if not (folder / "model_index.json").is_file():

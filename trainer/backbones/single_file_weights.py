@@ -43,7 +43,7 @@ def _of_diffusers(file: Path, stored: dict[str, Tensor], *, kind: Any, where: Pa
     tensors = {
         name: _as(value, own.get(name)) for name, value in convert(stored, config=config).items()
     }
-    _check(file, where, tensors, own)
+    _check(file, where, found=tensors, wanted=own)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
@@ -65,7 +65,7 @@ def _of_transformers(
         short = name if wrapped else name.removeprefix("text_model.")
         if short in own or not short.endswith(LEFT_OUT):
             tensors[short] = _as(value, own.get(short))
-    _check(file, where, tensors, own)
+    _check(file, where, found=tensors, wanted=own)
     made = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
     return made.eval()
 
@@ -78,18 +78,18 @@ def _as(value: Tensor, wanted: Tensor | None) -> Tensor:
     return value.view(wanted.shape) if squeezed and wanted is not None else value
 
 
-def _check(file: Path, where: Path, tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    absent = sorted(own.keys() - tensors.keys())
-    unknown = sorted(tensors.keys() - own.keys())
+def _check(file: Path, where: Path, *, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    absent = sorted(wanted.keys() - found.keys())
+    unknown = sorted(found.keys() - wanted.keys())
     if absent or unknown:
         what = f"lacks {absent[0]}" if absent else f"has {unknown[0]} too"
         raise ValueError(
             f"{file}: its {where.name} {what}, {len(absent) + len(unknown)} tensors in all are "
             "others than the configuration says; name it by parts.config"
         )
-    for name, value in tensors.items():
-        if value.shape != own[name].shape:
+    for name, value in found.items():
+        if value.shape != wanted[name].shape:
             raise ValueError(
                 f"{file}: {name} of its {where.name} is {list(value.shape)}, and the configuration "
-                f"says {list(own[name].shape)}; name another by parts.config"
+                f"says {list(wanted[name].shape)}; name another by parts.config"
             )

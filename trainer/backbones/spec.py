@@ -124,26 +124,28 @@ class PartsSpec(Section):
     it. For a checkpoint in one file also what the file does not hold."""
 
     denoiser: str | None = Field(
-        None,
+        default=None,
         description="the U-Net or transformer",
         examples=["./other_pipeline"],
     )
     text_encoder: str | None = Field(
-        None, description="the text encoder, of several the first", examples=["./my_text_encoder"]
+        default=None,
+        description="the text encoder, of several the first",
+        examples=["./my_text_encoder"],
     )
     text_encoder_2: str | None = Field(
-        None, description="the second text encoder", examples=["./my_text_encoder"]
+        default=None, description="the second text encoder", examples=["./my_text_encoder"]
     )
-    vae: str | None = Field(None, description="the VAE", examples=["./sdxl-vae-fp16-fix"])
+    vae: str | None = Field(default=None, description="the VAE", examples=["./sdxl-vae-fp16-fix"])
     tokenizer: str | None = Field(
-        None,
+        default=None,
         description="the tokenizer; for a checkpoint in one file a folder with the vocabulary of "
         "CLIP, vocab.json and merges.txt, which null looks for beside the file and in the hub's "
         "cache",
         examples=["./clip-vit-large-patch14"],
     )
     config: str | None = Field(
-        None,
+        default=None,
         description="of a checkpoint in one file: how its parts are built, as in sd15, sd21 (768 "
         "pixels, v), sd21_base (512 pixels, eps) or sdxl, or a pipeline folder, whose weights are "
         "then not read; null looks at the names and sizes of its tensors",

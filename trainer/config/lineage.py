@@ -8,11 +8,12 @@ from typing import Any
 
 from trainer.backbones import check_backbone_folder
 from trainer.backbones.families import family_of, find_family
-from trainer.backbones.single_file import is_checkpoint, layout_folder, with_vocabulary
+from trainer.backbones.single_file import is_checkpoint
 from trainer.backbones.spec import BackboneSpec, DenoiserSpec, PartsSpec
 from trainer.common import pickles
 from trainer.common.paths import BACKBONES, DATA
 from trainer.common.suggest import nearest
+from trainer.config.backbone_parts import one_file, with_parts
 from trainer.config.header import file_of, read_header
 from trainer.config.schema import (
     RecipeError,
@@ -65,6 +66,15 @@ def backbone_spec(name: str, denoiser: Any = None, parts: PartsSpec = NO_PARTS) 
         spec = backbone_spec(root, first.get("denoiser"), own_parts)
         spec = read_by(spec, _made_by(name) or {})
         return spec.model_copy(update={"adapters": adapters})
+    spec, own = _named(name, parts)
+    made = _denoiser(spec.family, name, own=own, given=denoiser)
+    spec = with_parts(spec, name, parts)
+    return _checked(spec.model_copy(update={"denoiser": made}), name)
+
+
+def _named(name: str, parts: PartsSpec) -> tuple[BackboneSpec, Any]:
+    """The spec of a backbone of ours, a folder or a file, and what ours says of a denoiser that is
+    made from nothing."""
     own = None
     if name in backbone_names():
         tree = read_backbone(name)
@@ -79,7 +89,7 @@ def backbone_spec(name: str, denoiser: Any = None, parts: PartsSpec = NO_PARTS) 
         folder = Path(name).expanduser()
         spec = BackboneSpec(folder=str(folder), family=family_of(folder))
     elif is_checkpoint(Path(name).expanduser()):
-        spec = _one_file(Path(name).expanduser(), parts)
+        spec = one_file(Path(name).expanduser(), parts)
     elif Path(name).expanduser().is_dir():
         raise RecipeError(
             f"backbone={name}: the folder has no model_index.json and no adapter.safetensors; a "
@@ -94,9 +104,7 @@ def backbone_spec(name: str, denoiser: Any = None, parts: PartsSpec = NO_PARTS) 
         raise RecipeError(f"backbone={name}: neither a backbone of ours nor a folder{hint}")
     if spec.folder is not None and not (Path(spec.folder) / "model_index.json").is_file():
         raise RecipeError(f"backbone={name}: {spec.folder} is missing or has no model_index.json")
-    made = _denoiser(spec.family, name, own=own, given=denoiser)
-    spec = _with_parts(spec, name, parts)
-    return _checked(spec.model_copy(update={"denoiser": made}), name)
+    return spec, own
 
 
 def _checked(spec: BackboneSpec, name: str) -> BackboneSpec:
@@ -106,49 +114,6 @@ def _checked(spec: BackboneSpec, name: str) -> BackboneSpec:
     except ValueError as error:
         raise RecipeError(str(error)) from None
     return spec
-
-
-def _one_file(file: Path, parts: PartsSpec) -> BackboneSpec:
-    """The spec of a checkpoint in one file; raises `RecipeError` where something is not found."""
-    try:
-        folder = layout_folder(file, parts.config)
-        overlay = with_vocabulary(folder, file, parts.tokenizer)
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
-    over = None if overlay is None else str(overlay)
-    return BackboneSpec(family=family_of(folder), folder=str(folder), overlay=over, file=str(file))
-
-
-def _with_parts(spec: BackboneSpec, name: str, given: PartsSpec) -> BackboneSpec:
-    """The spec with the parts that a recipe takes from elsewhere."""
-    if given.config is not None and spec.file is None:
-        raise RecipeError(
-            f"parts.config={given.config} is for a checkpoint in one file, and backbone={name} is "
-            "none; leave it out"
-        )
-    family, found = find_family(spec.family), {}
-    own = {"denoiser": family.denoiser, "vae": "vae"}
-    own |= {part: part for part in family.text_encoders}
-    if spec.file is None and family.text_encoders:  # of one file it is in the overlay
-        own["tokenizer"] = "tokenizer"
-    for key, value in given.model_dump(exclude_none=True).items():
-        if key in own:
-            found[own[key]] = str(_folder_of(Path(value).expanduser(), own[key], key=key))
-        elif key not in ("config", "tokenizer"):
-            raise RecipeError(f"parts.{key}: backbone {name} has no such part; leave it out")
-    return spec.model_copy(update={"parts": found}) if found else spec
-
-
-def _folder_of(place: Path, part: str, *, key: str) -> Path:
-    """A part's own folder: the one that is named, or the part of a pipeline there."""
-    file = "tokenizer_config.json" if part == "tokenizer" else "config.json"
-    found = next((each for each in (place / part, place) if (each / file).is_file()), None)
-    if found is None:
-        raise RecipeError(
-            f"parts.{key}={place}: neither a folder of {part} nor of a pipeline with one: {file} "
-            "is missing"
-        )
-    return found
 
 
 def _made_by(name: str) -> dict[str, Any] | None:

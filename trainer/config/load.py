@@ -110,8 +110,7 @@ def _checked(recipe: Recipe) -> list[str]:
 
 
 def resolve_recipe(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Recipe:
-    """Lays the backbone's own values and the overrides over a recipe's tree, and checks the
-    result."""
+    """Lays the backbone's own values and the overrides over a recipe's tree; checks the result."""
     tree = _overlaid(tree, overrides)
     _check_keys(tree)
     sections = {key: build_section(cls, tree.get(key), key) for key, cls in SECTIONS.items()}

@@ -50,6 +50,8 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "num_gpus": ("run.devices",), "num_nodes": ("run.nodes",),
     "report_to": ("tracker",), "log_with": ("tracker",), "logger": ("tracker",),
     "pretrained_model_name_or_path": MODEL, "model": MODEL, "base_model": MODEL, "model_id": MODEL,
+    "pretrained_vae_model_name_or_path": ("parts.vae",), "vae_path": ("parts.vae",),
+    "ckpt": MODEL, "checkpoint": MODEL,
     # what is learned from which pictures
     "rank": RANK, "lora_rank": RANK, "network_dim": RANK, "lora_r": RANK, "r": RANK,
     "scale": ALPHA, "network_alpha": ALPHA, "lora_alpha": ALPHA,

@@ -25,7 +25,9 @@ NAMED = ("proj_in", "proj_out")
 
 def carries_motion(model: Any) -> bool:
     """Whether all inserted layers are motion modules of a U-Net, which is what a `MotionAdapter`
-    can hold."""
+    can hold, and an `AnimateDiffPipeline` has its text encoder, one."""
+    if len(model.text_encoders) > 1:
+        return False
     blocks = [found.block for found in insertions(model.denoiser)]
     return is_unet(model.denoiser) and all(isinstance(block, MotionModule) for block in blocks)
 

@@ -17,7 +17,7 @@ def prompt_text(base: Any, called: bool) -> str | None:
     hint, parts = prompt_hint(base), base.prompts.parts
     if hint is None or parts == 1:
         return hint and f"{hint}."
-    here = " The call below reads them so." if called else ""
+    here = " The call below reads them so." if called and not _several(base) else ""
     return (
         f"{hint}. A1111's web UI, Forge and ComfyUI read long prompts so; other readers cut them "
         f"off behind the first part.{here} In training every prompt had {parts} parts: a short one "
@@ -48,7 +48,7 @@ def prompt_code(prompt: str, base: Any) -> tuple[list[str], str]:
     empty one beside it. A backbone that reads no text is called with one of its classes."""
     if not base.text_encoders:
         return ["# the number of a class; pipe.labels has their names"], "class_labels=[0]"
-    if base.prompts.parts == 1:
+    if base.prompts.parts == 1 or _several(base):
         return [], repr(prompt)
     masked = MASK in call_options(base)
     lines = list(_encode(base, masked))
@@ -80,6 +80,11 @@ def encode(text):  # in {parts} parts, as in training
     return hidden{", found.attention_mask.flatten()[None].to(device)" if masked else ""}
 
 """
+
+
+def _several(base: Any) -> bool:
+    """Whether prompts are read by several text encoders: their call has no lines here."""
+    return len(base.text_encoders) > 1
 
 
 def call_options(base: Any) -> frozenset[str]:

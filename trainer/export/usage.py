@@ -13,7 +13,7 @@ from trainer.export import tokens
 from trainer.export.card import Card
 from trainer.export.job import Job
 from trainer.export.prompt_lines import call_options, prompt_code, prompt_text
-from trainer.export.read_tokens import EMBEDDINGS
+from trainer.export.read_tokens import CLIPS, EMBEDDINGS, WORD
 from trainer.export.tensor_files import load_tensors
 
 README = "README.md"
@@ -172,9 +172,9 @@ def _lines_of_two(folder: Path) -> list[str]:
     for path in tokens.files(folder):
         rows, header = load_tensors(path)
         lines.append(f'rows = load_file(f"{{folder}}/embeddings/{path.name}")')
-        for key, number in zip(tokens.CLIPS, ("", "_2"), strict=True):
+        for key, number in zip(CLIPS, ("", "_2"), strict=True):
             parts = f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number}"
-            word = f"rows[{key!r}], token={header[tokens.WORD]!r}"
+            word = f"rows[{key!r}], token={header[WORD]!r}"
             lines += [f"pipe.load_textual_inversion({word}, {parts})"] if key in rows else []
     end = "pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id"
     return [*lines, end] if lines else []

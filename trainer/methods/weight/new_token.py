@@ -71,7 +71,7 @@ class NewToken(Method):
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.model import check_reads_text
-        from trainer.ops.adapters.token_rows import extend
+        from trainer.ops.adapters.token_rows import errors_of, extend
 
         check_reads_text(model)
         count = len(self.tokens) if self.task is None else self.task + 1
@@ -80,9 +80,10 @@ class NewToken(Method):
         keeps: list[str] = []
         for part, encoder in model.text_encoders.items():
             module: Any = encoder
-            rows = extend(
-                module, model.tokenizers[part], tokens=self.tokens[:count], words=words[:count]
-            )
+            with errors_of(part, model.text_encoders.keys()):
+                rows = extend(
+                    module, model.tokenizers[part], tokens=self.tokens[:count], words=words[:count]
+                )
             names = [f"{part}.{row}" for row in rows]
             first = 0 if self.task is None else self.task
             keeps += names[:first]

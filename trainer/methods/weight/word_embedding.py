@@ -44,12 +44,12 @@ class WordEmbedding(Method):
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.model import check_reads_text
-        from trainer.ops.adapters.token_rows import relearn
+        from trainer.ops.adapters.token_rows import errors_of, relearn
 
         check_reads_text(model)
-        trains = [
-            f"{part}.{row}"
-            for part, encoder in model.text_encoders.items()
-            for row in relearn(encoder, model.tokenizers[part], self.tokens)
-        ]
+        trains: list[str] = []
+        for part, encoder in model.text_encoders.items():
+            with errors_of(part, model.text_encoders.keys()):
+                rows = relearn(encoder, model.tokenizers[part], self.tokens)
+            trains += [f"{part}.{row}" for row in rows]
         return Edit(claims=tuple((name, "weight") for name in trains), trains=tuple(trains))

@@ -6,7 +6,8 @@ So the optimiser, the adapter and weight decay see exactly the rows that train.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -158,6 +159,15 @@ def relearn(encoder: Any, tokenizer: Any, words: Sequence[str]) -> list[str]:
     else:
         outer.table = relearned
     return _names(encoder, relearned)
+
+
+@contextmanager
+def errors_of(part: str, encoders: Collection[str]) -> Iterator[None]:
+    """Errors inside the block name the text encoder, where there are several."""
+    try:
+        yield
+    except ValueError as error:
+        raise (error if len(encoders) == 1 else ValueError(f"{part}: {error}")) from None
 
 
 def relearned(encoder: Any) -> RelearnedEmbedding | None:
