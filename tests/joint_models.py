@@ -3,7 +3,7 @@ theirs would declare; seeded random weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer.attention.denoiser_traits import DenoiserTraits, JointTraits
+from trainer.attention.extras import Extras
+from trainer.attention.host import Host
+from trainer.attention.sites import Site
 
 TEXT_FIRST = DenoiserTraits(joint=(JointTraits("*", text_first=True),))
 UNDECLARED = DenoiserTraits()
@@ -295,3 +298,35 @@ JOINT_MODELS = {
         ),
     ),
 }
+
+
+class JointBackbone:
+    """A tiny denoiser as methods see a backbone; it has no text encoder."""
+
+    denoiser_name = "transformer"
+
+    def __init__(self, name: str) -> None:
+        self.case = JOINT_MODELS[name]
+        self.denoiser = self.case.make()
+        self.extras = Extras()
+        self.sampling_hooks: dict[str, Any] = {}
+        self.text_encoders: dict[str, Any] = {}
+        self.tokenizers: dict[str, Any] = {}
+
+    @property
+    def host(self) -> Host:
+        return Host.attach(self.denoiser, self.case.traits)
+
+    @property
+    def sites(self) -> list[Site]:
+        return self.host.sites
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.denoiser.named_parameters():
+            yield f"{self.denoiser_name}.{name}", parameter
+
+    def requires_grad_(self, requires_grad: bool = True) -> None:
+        self.denoiser.requires_grad_(requires_grad)
+
+    def output(self) -> Tensor:
+        return self.case.call(self.denoiser)

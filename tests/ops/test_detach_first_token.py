@@ -8,6 +8,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from trainer.attention.call import SiteCall
+from trainer.attention.context import StepContext
 from trainer.attention.host import Host
 from trainer.ops.detach_first_token import DetachFirstToken
 
@@ -63,6 +65,8 @@ def test_first_context_token_gets_no_gradient_and_values_stay() -> None:
 def test_kv_values_keep_every_bit() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 5, 4, generator=generator) for _ in range(3))
-    call: Any = None
+    attn = Attention(12, cross_attention_dim=12, heads=3, dim_head=4)
+    (site,) = Host.attach(nn.ModuleDict({"attn": attn})).sites
+    call = SiteCall(site, StepContext(0, 1, torch.tensor(0)))
     out = DetachFirstToken().kv(q, k, v, call=call)
     assert all(torch.equal(a, b) for a, b in zip(out, (q, k, v), strict=True))

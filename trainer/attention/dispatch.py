@@ -50,6 +50,7 @@ class HostedLayer:
         self.holder = holder
         self.reached = False
         self.hook: RemovableHandle | None = None  # of `after_block`, where an op has that stage
+        self.placed = False  # as the layer's forward, or inside what has replaced that since
         self.inner: Any = None  # another's replacement of the layer's forward, called by this one
         site.module.__dict__[HOSTED] = self
         self.set_ops(())
@@ -59,10 +60,12 @@ class HostedLayer:
         self.stages = by_stage(ops)
         self.reached = False
         own = self.site.module.__dict__
-        if ops and own.get("forward") is not self:
+        if ops and not self.placed:
             self.inner, own["forward"] = own.get("forward"), self
+            self.placed = True
         elif not ops and own.get("forward") is self:
             del own["forward"]
+            self.placed = False
             if self.inner is not None:
                 own["forward"], self.inner = self.inner, None
 
@@ -123,6 +126,8 @@ class HostedLayer:
             )
 
         groups = query.shape[1] // key.shape[1] if enable_gqa else 1
+        if attn_mask is not None and attn_mask.ndim < 4:
+            attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
         k, v = (x if groups == 1 else x.repeat_interleave(groups, dim=1) for x in (key, value))
         return run_stages(self.stages, (query, k, v), mask=attn_mask, call=call, plain=plain)
 

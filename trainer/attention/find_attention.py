@@ -29,7 +29,7 @@ HEADS = ("heads", "num_heads", "num_attention_heads", "n_heads")
 WIDTHS = ("head_dim", "dim_head", "dim_heads", "attention_head_dim")
 # norms a layer may have around its projections, which a bare processor leaves out
 AROUND = ("spatial_norm", "group_norm", "norm_cross")
-TEXT = ("encoder_hidden_states", "context")  # arguments of layers that hold the text
+TEXT = ("encoder_hidden_states", "context")  # how arguments that hold the text end
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -67,7 +67,8 @@ def _attends(module: nn.Module) -> bool:
         return False  # they pool a condition
     if "Attention" in type(module).__name__:
         return not any(_attends(inner) for inner in module.modules() if inner is not module)
-    return _calls_itself(type(module))
+    kind: Any = type(module)
+    return _calls_itself(kind)
 
 
 @cache
@@ -151,8 +152,13 @@ def _needs_text(module: nn.Module) -> bool:
     if processor is None:
         return False
     declared = inspect.signature(type(processor).__call__).parameters
-    found = [declared[name] for name in TEXT if name in declared]
-    return bool(found) and found[0].default is inspect.Parameter.empty
+    name = text_argument(tuple(declared))
+    return name is not None and declared[name].default is inspect.Parameter.empty
+
+
+def text_argument(names: tuple[str, ...]) -> str | None:
+    """Which of a layer's arguments holds the text; None for none."""
+    return next((name for name in names if name.endswith(TEXT)), None)
 
 
 def sees_text_alone(name: str) -> bool:

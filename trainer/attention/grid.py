@@ -23,9 +23,14 @@ def token_grid(tokens: int, *, site: Site, ctx: StepContext, who: str) -> tuple[
         height, width = (-(-length // site.divisor) for length in ctx.latent_size)
         if height * width == tokens:
             return height, width
+    if site.keeps_processor:  # its tokens may be others than one picture's: no square is guessed
+        raise ValueError(
+            f"{who} cannot find the grid of {tokens} tokens at {site.name!r}, which are not those "
+            f"of one picture of the latent's size; choose other sites, or give the StepContext the "
+            "latent_size that the denoiser is called with"
+        )
     side = round(tokens**0.5)
-    # the tokens of a newer layer may be others than one image's: no square is guessed there
-    if side * side != tokens or site.keeps_processor:
+    if side * side != tokens:
         raise ValueError(
             f"{who} cannot find the grid of {tokens} tokens at {site.name!r}; give the "
             "StepContext the latent_size the denoiser is called with"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trainer.attention.call import SiteCall
-from trainer.attention.find_attention import TEXT
+from trainer.attention.find_attention import text_argument
 from trainer.attention.op import label
 from trainer.attention.projections import context_roles
 from trainer.attention.spans import Lengths, image_and_text
@@ -39,7 +39,8 @@ class LayerRun:
         kwargs: Mapping[str, Any],
     ) -> None:
         self.site, self.stages = site, stages
-        self.names = _parameters(type(site.module))
+        kind: Any = type(site.module)
+        self.names = _parameters(kind)
         self.args, self.kwargs = args, dict(kwargs)
         self.call = SiteCall(site, ctx, self._lengths())
         self.call.part = -1  # the first attention call makes it 0
@@ -115,7 +116,8 @@ class LayerRun:
         x = self._argument(self.names[0])
         if not isinstance(x, Tensor) or x.ndim not in (3, 4):
             return None
-        text = next((self._argument(name) for name in TEXT if name in self.names), None)
+        name = text_argument(self.names)
+        text = None if name is None else self._argument(name)
         own = isinstance(text, Tensor) and text.ndim == 3 and text is not x
         stream = x.shape[1] if x.ndim == 3 else x.shape[-2] * x.shape[-1]
         words = text.shape[1] if isinstance(text, Tensor) and own else None

@@ -4,7 +4,7 @@ which classes compute several roles by one layer."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,11 +29,20 @@ NAMES: Mapping[Role, tuple[str, ...]] = {
 }
 # layers that compute several roles and have no role of their own
 FUSED_KEYS = ("to_kv", "kv_linear", "txt_kv_proj", "txt_attn_qkv", "to_added_qkv", "to_added_kv")
+# what diffusers' `fuse_qkv_projections` makes, and of which layers
+FUSED: Mapping[str, tuple[Role, ...]] = {
+    "to_qkv": ("q", "k", "v"),
+    "to_kv": ("k", "v"),
+    "to_added_qkv": ("add_q", "add_k", "add_v"),
+    "to_added_kv": ("add_k", "add_v"),
+}
 
 
 def layer_name(module: nn.Module, role: Role) -> str | None:
     """The name, inside an attention layer, of the layer that has this role; None where there is
     none, as in `to_out.0`."""
+    if _fused_away(module, role):
+        return None
     for name in NAMES[role]:
         if name == "to_out" and role == "out" and _mixes(module):
             return None
@@ -45,18 +54,26 @@ def layer_name(module: nn.Module, role: Role) -> str | None:
     return None
 
 
+def _fused_away(module: nn.Module, role: Role) -> bool:
+    """Whether diffusers' `fuse_qkv_projections` has put another layer in the place of this one,
+    which stays and no longer runs."""
+    if not getattr(module, "fused_projections", False):
+        return False
+    names = [name for name, roles in FUSED.items() if role in roles]
+    return any(getattr(module, name, None) is not None for name in names)
+
+
 def _mixes(module: nn.Module) -> bool:
     """Whether the output projection also takes what a feed-forward part put out."""
     layer: Any = getattr(module, "to_out", None)
-    own: Any = layer_of_role(module, "qkv")
-    sizes = [getattr(layer, "in_features", None), getattr(own, "out_features", None)]
-    return None not in sizes and 3 * sizes[0] != sizes[1] and hasattr(module, "mlp_hidden_dim")
+    mixed = getattr(module, "mlp_hidden_dim", None)
+    return mixed is not None and getattr(layer, "in_features", None) != module.inner_dim
 
 
 def layer_of_role(module: nn.Module, role: Role) -> nn.Module | None:
     """The layer that has this role as it is now: an adapter's wrapper where there is one."""
     name = layer_name(module, role)
-    return None if name is None else cast("nn.Module", module.get_submodule(name))
+    return None if name is None else module.get_submodule(name)
 
 
 def why_missing(module: nn.Module, role: Role) -> str:
@@ -65,7 +82,7 @@ def why_missing(module: nn.Module, role: Role) -> str:
     others = [name for name in FUSED_KEYS if getattr(module, name, None) is not None]
     if role in ("q", "k", "v") and fused is not None:
         return f"computes q, k and v by one fused layer, {fused}; its role is qkv"
-    if role != "qkv" and others:
+    if role not in ("out", "add_out", "qkv") and others:
         return f"computes some roles by a fused layer; name it in layers, as in *{others[0]}"
     if role == "out" and layer_name(module, "q") is None:
         return "has an output projection fused with the feed-forward part; name it in layers"

@@ -24,13 +24,14 @@ def way_of(module: nn.Module) -> Way:
     """How a layer attends: `call` where it makes a call a host can take; `back end` where the call
     goes to another back end than torch's own; `hand` where it has a softmax and no such call;
     `other` where its code has neither, as linear attention."""
+    kind: Any = type(module)
     processor = getattr(module, "processor", None)
-    way = _way(type(module), "forward")
+    own: Any = type(processor)
+    way: Way = _way(kind, "forward")
     if way == "other" and processor is not None:
-        way = _way(type(processor), "__call__")
-        inner = getattr(type(processor), "forward", None)
-        if way == "other" and inner is not None:
-            way = _way(type(processor), "forward")
+        way = _way(own, "__call__")
+        if way == "other" and hasattr(own, "forward"):
+            way = _way(own, "forward")
     backend = getattr(processor, "_attention_backend", None)
     if way == "call" and backend not in (None, "native"):
         return "back end"

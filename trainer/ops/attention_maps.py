@@ -56,6 +56,7 @@ class MapStore:
         if self.group is not None and self.group not in ctx.groups.slices:
             return probs
         if probs.shape[2] <= self.max_queries:
+            call.spans(probs.shape[-1], keys=True)  # refuses keys of which it is not known
             own = probs if self.group is None else probs[ctx.rows(self.group)]
             columns = self._columns(own.detach().mean(dim=1))  # b t n
             size = call.grid(columns.shape[-1], "MapStore")

@@ -55,6 +55,7 @@ class PromptPool(nn.Module):
         return k_ctx, v_ctx
 
     def kv(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> tuple[Tensor, Tensor, Tensor]:
+        call.spans(k.shape[2], keys=True)  # refuses keys that are not the text's
         query = call.scratch(self)["query"]  # `context` ran just before
         keys, values = (
             half.unflatten(2, (k.shape[1], -1)).transpose(1, 2).to(k)  # b h l d

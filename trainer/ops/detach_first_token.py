@@ -27,6 +27,7 @@ class DetachFirstToken:
     traits = Traits()
 
     def kv(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> tuple[Tensor, Tensor, Tensor]:
+        call.spans(k.shape[2], keys=True)  # refuses keys that are not the text's
         return q, _detach_first(k), _detach_first(v)
 
 

@@ -45,7 +45,7 @@ class LinearAttentionOp(nn.Module):
             masks=False,
             more_keys=not shortcut,
             swaps=True,
-            grid=bool(shortcut),
+            grid=bool(shortcut) or features == "cos",  # weighs tokens by their distance
         )
 
     def kernel(

@@ -77,7 +77,7 @@ class Flashmask(Method):
         for site in chosen:
             if site.kind in ("cross", "joint"):
                 raise ValueError(
-                    f"{site.name} is {site.kind} attention, whose keys have text; choose sites=self"
+                    f"{site.name} is {site.kind}-attention, whose keys have text; choose sites=self"
                 )
         return installed(
             model, Op(self.spec, None if self.backend == "auto" else self.backend), chosen

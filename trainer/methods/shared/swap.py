@@ -50,6 +50,12 @@ class Swap(Method):
         from trainer.ops.distillation import Distillation, Original
 
         sites = require(model.sites, self.sites, "sites")
+        for site in sites:
+            if self.distill and site.keeps_processor:
+                raise ValueError(
+                    f"distill compares with what classic attention puts out, and {site.name} is "
+                    f"{type(site.module).__name__} with more than its projections; give distill=0"
+                )
         distillation = Distillation(self.distill, self.distill_until) if self.distill else None
         trains: list[str] = []
         for index, site in enumerate(sites):
