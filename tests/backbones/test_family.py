@@ -17,7 +17,7 @@ from trainer.attention.host import Host
 from trainer.attention.sites import scan
 from trainer.backbones.families import family_names, family_of, find_family
 
-DECLARED = [name for name in BACKBONES if name != "dit"]
+DECLARED = [name for name in BACKBONES if name != "dit"]  # it has a timestep embedding a block
 
 
 def test_every_family_is_known_without_torch() -> None:
@@ -28,7 +28,7 @@ def test_every_family_is_known_without_torch() -> None:
     )
     command = [sys.executable, "-c", code]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert printed.stdout.split("\n")[:2] == ["['pixart', 'sana', 'sd', 'sdxl']", "set()"]
+    assert printed.stdout.split("\n")[:2] == ["['dit', 'pixart', 'sana', 'sd', 'sdxl']", "set()"]
     assert {*FAMILIES.values(), "sdxl"} == set(family_names())  # whose U-Net is of the class of sd
 
 
@@ -39,6 +39,7 @@ def test_every_family_is_known_without_torch() -> None:
         ("PixArtAlphaPipeline", "pixart"),
         ("PixArtSigmaPipeline", "pixart"),
         ("SanaPipeline", "sana"),
+        ("DiTPipeline", "dit"),
         ("StableDiffusionXLPipeline", "sdxl"),
         ("FluxPipeline", "sd"),
     ],
@@ -86,5 +87,5 @@ def test_only_what_a_family_declares_is_hosted() -> None:
 def test_a_denoiser_that_declares_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="Linear declares no convolution that reads its input"):
         input_convolution(nn.Linear(2, 2), UNDECLARED)
-    with pytest.raises(ValueError, match="no family is called 'nothing'; choose from pixart, sana"):
+    with pytest.raises(ValueError, match="no family is called 'nothing'; choose from dit, pixart, sana"):
         find_family("nothing")
