@@ -87,5 +87,7 @@ def test_only_what_a_family_declares_is_hosted() -> None:
 def test_a_denoiser_that_declares_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="Linear declares no convolution that reads its input"):
         input_convolution(nn.Linear(2, 2), UNDECLARED)
-    with pytest.raises(ValueError, match="no family is called 'nothing'; choose from dit, pixart, sana"):
+    with pytest.raises(
+        ValueError, match="no family is called 'nothing'; choose from dit, pixart, sana"
+    ):
         find_family("nothing")

@@ -18,7 +18,6 @@ from torch.func import functional_call
 
 from trainer.attention.condition import INTEGERS, Condition
 from trainer.backbones.backbone import Backbone
-from trainer.config.optimisers import OPTIMISERS
 from trainer.config.schema import Recipe
 from trainer.methods.apply import Plan
 from trainer.methods.method import Method
@@ -97,20 +96,6 @@ def report_backends(plan: Plan, folder: Path, console: Console) -> None:
             line = f"methods.{name}: {what} ran at {where}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     save_plan(kept, folder)
-
-
-def peak_memory(recipe: Recipe, backbone: Backbone, plan: Plan) -> int:
-    """Bytes at the peak of a training step on one device, estimated.
-
-    This is the sum of all weights; gradients, moments and EMA of trained parameters; and
-    the tensors that one forward saves for the backward, counted with fake tensors.
-    """
-    stored = [part for value in backbone.parameters() for part in (value, *scales(value))]
-    weights = sum(part.numel() * part.element_size() for part in stored)
-    kept = OPTIMISERS[recipe.optim.name].moments + (recipe.optim.ema is not None)
-    state = round(plan.trained_bytes * (1 + kept))
-    rows = recipe.run.batch_size // (recipe.run.devices * recipe.run.nodes)
-    return weights + state + saved_bytes(recipe, backbone, rows)
 
 
 def saved_bytes(recipe: Recipe, backbone: Backbone, rows: int) -> int:
