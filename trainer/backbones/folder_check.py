@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.backbones.family import tokenizer_name
 from trainer.backbones.folder_contents import FolderContents
-from trainer.backbones.pipeline_folder import SCHEDULER, PipelineFolder, missing
+from trainer.backbones.pipeline_folder import (
+    SCHEDULER,
+    WITHOUT_VALUES,
+    PipelineFolder,
+    missing,
+)
+from trainer.backbones.unread_tokenizer import VOCABULARIES, has_vocabulary
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,8 +61,20 @@ def check_contents(folder: PipelineFolder, name: str, family: Family, made: bool
 
 
 def check_tokenizer(where: Path) -> None:
-    """Raises ValueError where a tokenizer is in SentencePiece's own file alone, as T5's are
-    published, and the package that reads it is not installed."""
+    """Checks that a tokenizer can be read.
+
+    Raises:
+        ValueError: it has no vocabulary, without which transformers would make an empty one; or it
+        is in SentencePiece's own file alone, as T5's are published, and the package that reads it
+        is not installed.
+    """
+    if WITHOUT_VALUES.get():
+        return
+    if not has_vocabulary(where):
+        raise ValueError(
+            f"{where}: it has no vocabulary, one of {', '.join(VOCABULARIES)}; the folder is not a "
+            "complete pipeline"
+        )
     alone = (where / "spiece.model").is_file() and not (where / "tokenizer.json").is_file()
     if alone and find_spec("sentencepiece") is None:
         raise ValueError(

@@ -201,7 +201,7 @@ def _ones(kind: Any, config: dict[str, Any]) -> Any:
     with torch.device("meta"):
         ours = kind.__module__.startswith("diffusers.")
         model = kind.from_config(config) if ours else kind(kind.config_class.from_dict(config))
-    model._apply(lambda value: torch.ones(1, dtype=value.dtype).expand(value.shape))
+    model._apply(lambda value: torch.ones((), dtype=value.dtype).expand(value.shape))
     if not ours:
         model.tie_weights()  # tables that are one have been replaced one by one
     return model

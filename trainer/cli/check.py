@@ -20,7 +20,7 @@ class CheckOptions(RecipeOptions):
 
     plan: bool = Field(
         False,
-        description="apply the methods to the backbone, without reading its weights, and print what "
+        description="apply the methods to the backbone without reading its weights, and print what "
         "would train and about how much memory it takes; one on the hub need not be downloaded",
     )
 
@@ -50,12 +50,12 @@ def _show_plan(recipe: Recipe) -> None:
     quiet_libraries()
     from rich.console import Console
 
-    from trainer.training.build import placement_of
+    from trainer.backbones.device import choose_placement
     from trainer.training.memory_estimate import memory_lines, memory_of
     from trainer.training.plan_report import describe_plan, show_plan
     from trainer.training.without_weights import planned
 
-    placement = placement_of(recipe.run)
+    placement = choose_placement(recipe.run.device, recipe.run.precision)
     backbone, plan = planned(recipe, placement)
     memory = memory_of(recipe, backbone, plan)
     facts = describe_plan(recipe, backbone, plan, memory=memory.peak)

@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from trainer.attention.condition import INTEGERS, Condition
 from trainer.backbones.backbone import Backbone
+from trainer.backbones.device import is_one_number
 from trainer.config.schema import Recipe
 from trainer.methods.apply import Plan
 from trainer.methods.method import Method
@@ -119,7 +120,7 @@ def saved_bytes(recipe: Recipe, backbone: Backbone, rows: int) -> int:
     real |= {name: (value, False) for name, value in denoiser.named_buffers()}
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = {
-            name: mode.from_tensor(value).requires_grad_(trains)
+            name: _fake(mode, value).requires_grad_(trains)
             for name, (value, trains) in real.items()
         }
         own = {id(value.untyped_storage()) for value in fakes.values()}
@@ -130,6 +131,13 @@ def saved_bytes(recipe: Recipe, backbone: Backbone, rows: int) -> int:
         ):
             functional_call(denoiser, fakes, args=(), kwargs=inputs)
     return sum(size for storage, size in seen.items() if storage not in own)
+
+
+def _fake(mode: FakeTensorMode, value: Tensor) -> Tensor:
+    """A fake of a parameter, laid out as one that was read. To be called inside the mode."""
+    if is_one_number(value):
+        return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+    return mode.from_tensor(value)
 
 
 def _empty_inputs(backbone: Backbone, rows: int, side: int) -> Any:

@@ -16,7 +16,7 @@ from trainer.config.header import file_of
 from trainer.config.schema import Recipe
 from trainer.methods.apply import Plan, apply_methods
 from trainer.runs.adapter import check_names, check_start, load_base
-from trainer.training.build import adapt, module_of
+from trainer.training.adapt_backbone import adapt
 
 
 def refuse_unfit(recipe: Recipe) -> str | None:
@@ -39,6 +39,8 @@ def refuse_unfit(recipe: Recipe) -> str | None:
 
 def _check(recipe: Recipe, backbone: Backbone) -> None:
     """What `fit` does with a backbone before it trains."""
+    from trainer.training.build import module_of  # which imports Lightning
+
     chosen, earlier = recipe.objective.model_dump(), recipe.run.start_from
     if earlier is not None:
         check_start(file_of(earlier), backbone, chosen)
