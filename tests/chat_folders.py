@@ -67,7 +67,7 @@ def chat_tokenizer() -> Any:
     from transformers import Qwen2Tokenizer
 
     merges: dict[tuple[str, str], int] = {}
-    for word in (own for word in WORDS for own in (word, f"Ġ{word}")):
+    for word in (own for plain in WORDS for own in (plain, f"Ġ{plain}")):
         while len(parts := _pieces(word, merges)) > 1:
             merges[parts[0], parts[1]] = len(merges)
     tokens = [*sorted(ByteLevel.alphabet()), *dict.fromkeys("".join(pair) for pair in merges)]

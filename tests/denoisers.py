@@ -101,11 +101,12 @@ FAMILIES = {
     "UNet2DConditionModel": "sd",
     "PixArtTransformer2DModel": "pixart",
     "SanaTransformer2DModel": "sana",
+    "DiTTransformer2DModel": "dit",
 }
 
 
 def traits_of(model: nn.Module) -> DenoiserTraits:
-    """What the family of a tiny denoiser declares of it; no family loads a DiT."""
+    """What the family of a tiny denoiser declares of it."""
     family = FAMILIES.get(type(model).__name__)
     return find_family(family).traits if family else UNDECLARED
 

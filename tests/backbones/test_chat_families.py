@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,6 @@ from flow_folders import make_flow_folder
 from torch import Tensor
 
 from trainer.backbones.families import family_of
-from trainer.config.lineage import backbone_spec
 from trainer.config.load import load_recipe, methods_of
 from trainer.config.schema import RecipeError
 from trainer.data.loader import Batch
@@ -28,9 +25,8 @@ from trainer.diffusion.guidance import COND, UNCOND, classifier_free
 from trainer.diffusion.objective import Objective
 from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling_settings import Sampling
-from trainer.export.export import export
 from trainer.methods.apply import apply_methods
-from trainer.runs.adapter import load_adapted, save_adapter
+from trainer.runs.adapter import save_adapter
 from trainer.training.tasks.denoise import Denoise
 
 Open = Callable[[Path], Any]
@@ -221,7 +217,9 @@ def test_a_picture_becomes_latents_and_a_picture_again(
     if name == "z_image":
         wanted = (mean - config.shift_factor) * config.scaling_factor
     else:
-        own, std = (torch.tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std))
+        own, std = (
+            torch.tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std)
+        )
         wanted = (mean - own) / std
         torch.testing.assert_close(
             mean, model.vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0]
@@ -230,9 +228,7 @@ def test_a_picture_becomes_latents_and_a_picture_again(
 
 
 @FAMILIES
-def test_the_loss_is_that_of_a_flow(
-    name: str, folders: dict[str, Path], open_folder: Open
-) -> None:
+def test_the_loss_is_that_of_a_flow(name: str, folders: dict[str, Path], open_folder: Open) -> None:
     """x_t = (1 - t) x0 + t noise, target noise - x0: written out."""
     model = open_folder(folders[name])
     task = task_of(model)

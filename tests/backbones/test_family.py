@@ -40,6 +40,7 @@ def test_every_family_is_known_without_torch() -> None:
         ("PixArtAlphaPipeline", "pixart"),
         ("PixArtSigmaPipeline", "pixart"),
         ("SanaPipeline", "sana"),
+        ("DiTPipeline", "dit"),
         ("StableDiffusionXLPipeline", "sdxl"),
         ("FluxPipeline", "flux1"),
         ("WanPipeline", "wan"),
@@ -91,5 +92,7 @@ def test_only_what_a_family_declares_is_hosted() -> None:
 def test_a_denoiser_that_declares_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="Linear declares no convolution that reads its input"):
         input_convolution(nn.Linear(2, 2), UNDECLARED)
-    with pytest.raises(ValueError, match="no family is called 'nothing'; choose from .*ltx, .*sana"):
+    with pytest.raises(
+        ValueError, match=r"no family is called 'nothing'; choose from .*dit, .*ltx, .*sana"
+    ):
         find_family("nothing")

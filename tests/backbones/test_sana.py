@@ -394,6 +394,24 @@ def test_a_public_folder_is_read_and_painted_as_its_pipeline_does(
     torch.testing.assert_close(stock(model.pipeline(), 32, 300), own, rtol=0, atol=1e-4)
 
 
+def test_a_public_folder_is_painted_by_its_own_solver(
+    public_folder: Path, tmp_path: Path, open_folder: Any
+) -> None:
+    """A multistep solver of flows, and the index names the classes that older libraries had. The
+    sentences that its pipeline puts before a prompt, `complex_human_instruction`, are left out."""
+    copy = Path(shutil.copytree(public_folder, tmp_path / "copy"))
+    index = json.loads((copy / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "GemmaTokenizerFast"]
+    (copy / "model_index.json").write_text(json.dumps(index))
+    model, pipe = open_folder(copy), SanaPipeline.from_pretrained(copy)
+    assert type(pipe.scheduler) is DPMSolverMultistepScheduler
+    settings = Sampling(steps=3, guidance=3.0, sampler="dpmpp_2m")
+    own = sample(model, PROMPTS, SEEDS, settings=settings) / 2 + 0.5
+    wanted = stock(pipe, 32, 300)
+    assert float((own - wanted).abs().max()) <= 2 / 255
+    assert float(wanted.std()) > 0.05
+
+
 def test_latents_of_a_vae_without_a_posterior(public_folder: Path, open_folder: Any) -> None:
     model = open_folder(public_folder)
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1

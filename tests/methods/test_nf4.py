@@ -24,6 +24,7 @@ from trainer.methods.weight.nf4 import Nf4
 from trainer.ops.adapters import nf4
 from trainer.ops.adapters.inject import fold
 from trainer.training import plan_report
+from trainer.training.memory_estimate import memory_of
 from trainer.training.optim import Optim, optimizer_class
 from trainer.training.plan_report import describe_plan
 
@@ -249,7 +250,7 @@ def test_the_report_counts_values_not_bytes(tiny: Any, tiny_folder: Path) -> Non
     recipe = load_recipe([*words, "methods.lora.rank=2", "data.prior_weight=0"])
     full = plan_report.saved_bytes(recipe, tiny, 2)
     plan = apply_methods(tiny, recipe.methods)
-    facts = describe_plan(recipe, tiny, plan, plan_report.peak_memory(recipe, tiny, plan))
+    facts = describe_plan(recipe, tiny, plan, memory_of(recipe, tiny, plan).peak)
     assert facts["total"] == total + plan.trained
     assert facts["peak_memory_bytes"] < 4 * total + full
 

@@ -13,7 +13,7 @@ from trainer.backbones import load_backbone
 from trainer.config.load import load_recipe
 from trainer.methods.apply import apply_methods
 from trainer.runs.adapter import load_adapted, save_adapter
-from trainer.training import plan_report
+from trainer.training.memory_estimate import memory_of
 
 
 def predict(model: Any) -> Tensor:
@@ -33,7 +33,7 @@ def test_an_adapter_rebuilds_the_network(name: str, kernels: int, tmp_path: Path
     plan = apply_methods(model, recipe.methods)
     processors = model.host.processors.values()
     assert sum(bool(processor.stages["kernel"]) for processor in processors) == kernels
-    assert plan_report.peak_memory(recipe, model, plan) > 4 * 4 * plan.trained
+    assert memory_of(recipe, model, plan).peak > 4 * 4 * plan.trained
     own = dict(model.named_parameters())
     assert set(plan.names) == {key for key in own if key.startswith("transformer.")}
     model.requires_grad_(False)

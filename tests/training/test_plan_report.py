@@ -14,6 +14,7 @@ from trainer.config.load import load_recipe
 from trainer.config.schema import Recipe
 from trainer.methods.apply import apply_methods
 from trainer.training import plan_report
+from trainer.training.memory_estimate import memory_of
 from trainer.training.plan_report import describe_plan, show_plan
 
 
@@ -52,7 +53,7 @@ def test_it_counts_what_the_denoiser_keeps_for_its_backward(recipe: Recipe, tiny
 
 def test_the_table_names_methods_sites_and_counts(recipe: Recipe, tiny: Any) -> None:
     plan = apply_methods(tiny, recipe.methods)
-    facts = describe_plan(recipe, tiny, plan, plan_report.peak_memory(recipe, tiny, plan))
+    facts = describe_plan(recipe, tiny, plan, memory_of(recipe, tiny, plan).peak)
     text = StringIO()
     show_plan(facts, recipe.methods, Console(file=text, width=120))
     shown = text.getvalue()

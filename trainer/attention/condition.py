@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+INTEGERS = ("labels",)  # the fields that are whole numbers
+
+
 @dataclass(frozen=True, eq=False)
 class Condition:
     """The encoded inputs of b rows; None for what a model or a method does not use.
@@ -21,6 +24,7 @@ class Condition:
     their own channels. crop (b, 6) says which part of a picture is shown: height and width of the
     whole one, top and left of the part, where the whole one is scaled to cover it, and its height
     and width, in pixels. guidance (b,) is the scale of guidance of models that have it as an input.
+    labels (b,) are the numbers of classes, integers.
     """
 
     tokens: Tensor | None = None
@@ -30,6 +34,7 @@ class Condition:
     channels: Tensor | None = None
     crop: Tensor | None = None
     guidance: Tensor | None = None
+    labels: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that are there, by name, as a cache stores them; `Condition(**tensors)` is the

@@ -52,3 +52,12 @@ class AttentionModel(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
     def requires_grad_(self, requires_grad: bool = True) -> Any: ...
+
+
+def check_reads_text(model: AttentionModel) -> None:
+    """Raises ValueError where a model has no text encoder."""
+    if not model.text_encoders:
+        raise ValueError(
+            "this backbone has no text encoder: it is told a class, and reads no words; leave this "
+            "out, or choose a backbone that reads text"
+        )

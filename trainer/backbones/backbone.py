@@ -23,6 +23,7 @@ from trainer.attention.hooks import SamplingHook
 from trainer.attention.host import Host
 from trainer.attention.sites import Site, scan
 from trainer.backbones import vae
+from trainer.backbones.class_names import ClassPrompts, classes_of
 from trainer.backbones.clip_frames import ClipFrames
 from trainer.backbones.family import Encoder, Family, Parts, tokenizer_name
 from trainer.backbones.folder_check import PREDICTION_TYPES
@@ -42,7 +43,7 @@ class Backbone(nn.Module):
     are attributes by their names in a pipeline folder: `text_encoder_2`, `tokenizer_2`.
     """
 
-    text_encoder: Any  # of several the first, as `tokenizer`
+    text_encoder: Any  # of several the first, as `tokenizer`; not there where it has none
     tokenizer: Any
     max_tokens: int | None = None  # of a prompt that are read; None for those of one call
     published = torch.float32  # what the denoiser's weights are stored in, where they come from
@@ -165,7 +166,7 @@ class Backbone(nn.Module):
         """The shape of one row of each field of a prompt's condition."""
         if self.declared.shapes is not None:
             return self.declared.shapes(self)
-        width = self.text_encoders[self.prompts.part].config.hidden_size
+        width = next(iter(self.text_encoders.values())).config.hidden_size
         return {"tokens": (self.prompts.length, int(width))}
 
     @property
@@ -175,13 +176,16 @@ class Backbone(nn.Module):
 
     @property
     def text_length(self) -> int:
-        """Tokens that the denoiser gets of a prompt, with padding."""
-        return self.text_shapes["tokens"][0]
+        """Tokens that the denoiser gets of a prompt, with padding; 0 where it is told a class."""
+        return self.text_shapes["tokens"][0] if self.text_encoders else 0
 
     @property
-    def prompts(self) -> Prompts:
-        """How the text encoder whose tokens the denoiser gets reads prompts."""
-        return Prompts(self, self.declared.reader or self._encoder_names[0])
+    def prompts(self) -> Prompts | ClassPrompts:
+        """How the text encoder whose tokens the denoiser gets reads prompts, or which classes they
+        are where it has none."""
+        if self.text_encoders:
+            return Prompts(self, self.declared.reader or self._encoder_names[0])
+        return ClassPrompts(classes_of(self.denoiser.config, self.options))
 
     def scheduler(self) -> Any:
         return self.scheduler_class.from_config(self.scheduler_config)

@@ -94,7 +94,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         safetensors.
     """
     import diffusers
-    from transformers import T5EncoderModel, T5TokenizerFast
+    from transformers import T5EncoderModel, T5TokenizerFast  # type: ignore[attr-defined]
 
     from trainer.backbones.folder_check import check_contents
     from trainer.backbones.pipeline_folder import pipeline_folder

@@ -172,4 +172,16 @@ def _hold(part: nn.Module, dtype: torch.dtype, stored: Collection[int]) -> None:
         for value in layer.parameters(recurse=False):
             frozen = not value.requires_grad and id(value) not in stored
             if frozen and value.element_size() > dtype.itemsize:
-                value.data = value.data.to(dtype)
+                value.data = _rounded(value.data, dtype)
+
+
+def _rounded(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In a lower precision; ones that were not read stay one number in memory."""
+    if is_one_number(value):
+        return value[(0,) * value.ndim].to(dtype).expand(value.shape)
+    return value.to(dtype)
+
+
+def is_one_number(value: torch.Tensor) -> bool:
+    """Whether a tensor is one number many times, as ones that stand for weights are."""
+    return value.numel() > 1 and value.untyped_storage().nbytes() == value.element_size()

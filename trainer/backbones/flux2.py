@@ -135,7 +135,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         safetensors.
     """
     import diffusers
-    from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
+    from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM  # type: ignore[attr-defined]
 
     from trainer.backbones.folder_check import check_contents
     from trainer.backbones.pipeline_folder import pipeline_folder

@@ -5,10 +5,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from trainer.backbones.family import tokenizer_name
 from trainer.backbones.folder_contents import FolderContents
-from trainer.backbones.pipeline_folder import SCHEDULER, PipelineFolder, encoders_in, missing
+from trainer.backbones.pipeline_folder import (
+    SCHEDULER,
+    WITHOUT_VALUES,
+    PipelineFolder,
+    encoders_in,
+    missing,
+)
+from trainer.backbones.unread_tokenizer import VOCABULARIES, has_vocabulary
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +36,10 @@ def check_contents(folder: PipelineFolder, name: str, family: Family, made: bool
     """
     index = folder.index(name, family)
     own = [] if made else [family.denoiser]
-    parts = [*own, *encoders_in(index, family), "vae"]
+    encoders = encoders_in(index, family)
+    parts = [*own, *encoders, "vae"]
+    for part in encoders:
+        check_tokenizer(folder.of(tokenizer_name(part)))
     configs = {}
     for part in parts:
         where = folder.of(part)
@@ -47,6 +59,29 @@ def check_contents(folder: PipelineFolder, name: str, family: Family, made: bool
         raise facts.refuse("vae", f"is a {facts.vae}; these are known: {', '.join(known)}")
     family.check(facts)
     return facts
+
+
+def check_tokenizer(where: Path) -> None:
+    """Checks that a tokenizer can be read.
+
+    Raises:
+        ValueError: it has no vocabulary, without which transformers would make an empty one; or it
+        is in SentencePiece's own file alone, as T5's are published, and the package that reads it
+        is not installed.
+    """
+    if WITHOUT_VALUES.get():
+        return
+    if not has_vocabulary(where):
+        raise ValueError(
+            f"{where}: it has no vocabulary, one of {', '.join(VOCABULARIES)}; the folder is not a "
+            "complete pipeline"
+        )
+    alone = (where / "spiece.model").is_file() and not (where / "tokenizer.json").is_file()
+    if alone and find_spec("sentencepiece") is None:
+        raise ValueError(
+            f"{where}: spiece.model is read by sentencepiece, which is not installed: pip install "
+            "'attention-trainer[t5]'"
+        )
 
 
 def check_channels(facts: FolderContents, part: str, default: int, fold: int = 1) -> None:

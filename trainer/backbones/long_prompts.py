@@ -10,13 +10,14 @@ ends). A text encoder without a limit of positions, as T5, takes a longer prompt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from trainer.backbones.family import ChatTemplate
-from trainer.backbones.prompt_tokens import PromptReader, check_parts, lower_but
+from trainer.backbones.prompt_reader import PromptReader
+from trainer.backbones.prompt_tokens import check_parts, lower_but
 from trainer.backbones.word_vectors import with_all_vectors
 
 
@@ -74,6 +75,16 @@ class Prompts:
         if most is None:
             return self._one_call
         return most + self.parts * sum(map(len, self._marks))
+
+    @property
+    def vocabulary(self) -> Collection[str]:
+        """All tokens and words that there are."""
+        found: Collection[str] = self.tokenizer.get_vocab()
+        return found
+
+    def example(self, words: Sequence[str]) -> str:
+        """A prompt with these words."""
+        return " ".join(("a photo of", *words))
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a text, without begin and end."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from trainer.backbones.family import tokenizer_name
 from trainer.backbones.single_file import part_of_file, read_single_file
+from trainer.backbones.small_files import cached, fetch_small, small_files
+from trainer.backbones.unread_tokenizer import has_vocabulary, unread_tokenizer
 from trainer.backbones.weight_files import names_to_fetch, weight_files
 
 if TYPE_CHECKING:
@@ -31,12 +33,6 @@ TO_FOLDER = (
 )
 SCHEDULER = "scheduler_config.json"
 TOKENIZER = "tokenizer_config.json"
-# the files beside the weights; and those of them that are not fetched: the safety checker, which is
-# not used, and indices of shards, which come with the shards
-SMALL = (
-    "model_index.json", "*/*.json", "*/*.jinja", "*/merges.txt", "*/vocab.json", "*/spiece.model"
-)  # fmt: skip
-OTHERS = ("safety_checker/*", "*.safetensors.index*")
 WITHOUT_VALUES: ContextVar[bool] = ContextVar("without_values", default=False)
 
 
@@ -45,7 +41,8 @@ class PipelineFolder:
     """A pipeline folder, and perhaps another one whose parts replace its own.
 
     parts: folders of single parts, which come before both; file: a checkpoint that has the weights
-    of all other parts, see `single_file.py`.
+    of all other parts, see `single_file.py`. stored: what the weights are published in, asked for
+    where they are not there.
     """
 
     path: Path
@@ -53,13 +50,14 @@ class PipelineFolder:
     scratch: tuple[str, ...]
     parts: Mapping[str, str] = field(default_factory=dict)
     file: Path | None = None
+    stored: str | None = None
 
     @classmethod
     def of_spec(cls, spec: BackboneSpec, path: Path) -> PipelineFolder:
         """That of a spec, whose folder is at `path`."""
         overlay = Path(spec.overlay) if spec.overlay else None
         file = Path(spec.file) if spec.file else None
-        return cls(path, overlay, spec.scratch, parts=spec.parts, file=file)
+        return cls(path, overlay, spec.scratch, parts=spec.parts, file=file, stored=spec.stored)
 
     def of(self, part: str) -> Path:
         """The path of a part, or of `model_index.json`."""
@@ -131,6 +129,8 @@ class PipelineFolder:
     def tokenizer(self, kind: Any, text_encoder: str = "text_encoder", **options: Any) -> Any:
         """The tokenizer of a text encoder, of a class of transformers."""
         where = self.of(tokenizer_name(text_encoder))
+        if WITHOUT_VALUES.get() and not has_vocabulary(where):
+            return unread_tokenizer(where, self.of(text_encoder))
         return kind.from_pretrained(where, local_files_only=True, **options)
 
     def published(self, part: str) -> torch.dtype:
@@ -140,6 +140,8 @@ class PipelineFolder:
 
         if part in self.scratch or not self.of(part).is_dir():
             return torch.float32
+        if WITHOUT_VALUES.get() and not self.has_weights(part):
+            return torch.float32 if self.stored is None else getattr(torch, self.stored)
         prefix = self.prefix(part) or ""
         held = self.file if prefix and self.file else weight_files(self.of(part)).files[0]
         with safe_open(held, "pt") as file:
@@ -173,9 +175,19 @@ class PipelineFolder:
         return found
 
     def check_weights(self, part: str) -> None:
-        """Raises ValueError where a part has no weights that can be loaded."""
+        """Raises ValueError where a part has no weights that can be loaded, unless none are to be
+        read."""
+        if WITHOUT_VALUES.get():
+            return
         if part not in self.scratch and self.prefix(part) is None:
             weight_files(self.of(part))
+
+    def has_weights(self, part: str) -> bool:
+        """Whether a part has weights that can be loaded."""
+        try:
+            return self.prefix(part) is not None or bool(weight_files(self.of(part)))
+        except ValueError:
+            return False
 
 
 @contextmanager
@@ -195,7 +207,10 @@ def _ones(kind: Any, config: dict[str, Any]) -> Any:
     with torch.device("meta"):
         ours = kind.__module__.startswith("diffusers.")
         model = kind.from_config(config) if ours else kind(kind.config_class.from_dict(config))
-    return model._apply(lambda value: torch.ones(1, dtype=value.dtype).expand(value.shape))
+    model._apply(lambda value: torch.ones((), dtype=value.dtype).expand(value.shape))
+    if not ours:
+        model.tie_weights()  # tables that are one have been replaced one by one
+    return model
 
 
 def encoders_in(index: Mapping[str, Any], family: Family) -> tuple[str, ...]:
@@ -220,6 +235,8 @@ def limit_length(tokenizer: Any, encoder: Any) -> None:
 def pipeline_folder(spec: BackboneSpec, name: str, parts: Sequence[str]) -> PipelineFolder:
     """The folder a spec names, fetched first if it is on the hub; parts: those with weights."""
     wanted = [part for part in parts if part not in spec.parts]
+    if spec.folder is None and WITHOUT_VALUES.get():
+        return PipelineFolder.of_spec(spec, small_files(spec, name))
     path = Path(spec.folder) if spec.folder else _download(spec, name, wanted)
     return PipelineFolder.of_spec(spec, path)
 
@@ -229,22 +246,11 @@ def _download(spec: BackboneSpec, name: str, parts: Sequence[str]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     hub, revision = str(spec.hub), spec.revision
-
-    def small(kept: bool = False) -> Path:
-        found = snapshot_download(
-            hub,
-            revision=revision,
-            allow_patterns=list(SMALL),
-            ignore_patterns=list(OTHERS),
-            local_files_only=kept,
-        )
-        return Path(found)
-
     try:
-        if (folder := _kept(small, parts)) is not None:
+        if (folder := kept_folder(spec, parts)) is not None:
             return folder
         every = HfApi().list_repo_files(hub, revision=revision)
-        folder = small()  # before the weights, so that where these are, all is
+        folder = fetch_small(hub, revision)  # before the weights, so that where these are, all is
         if weights := weights_to_fetch(every, parts):
             snapshot_download(hub, revision=revision, allow_patterns=weights)
         return folder
@@ -256,13 +262,15 @@ def _download(spec: BackboneSpec, name: str, parts: Sequence[str]) -> Path:
         ) from error
 
 
-def _kept(small: Callable[..., Path], parts: Sequence[str]) -> Path | None:
-    """The folder in the cache; None if a file is missing. A pinned commit never changes."""
+def kept_folder(spec: BackboneSpec, parts: Sequence[str]) -> Path | None:
+    """The folder of a checkpoint of the hub in its cache; None if a file is missing. A pinned
+    commit never changes."""
+    if (folder := cached(spec)) is None:
+        return None
     try:
-        folder = small(kept=True)
         for part in parts:
             weight_files(folder / part)
-    except (OSError, ValueError):  # the library's own errors are of both kinds
+    except ValueError:
         return None
     return folder
 

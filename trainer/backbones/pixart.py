@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from trainer.attention.condition import Condition
     from trainer.backbones.backbone import Backbone
 
+CLASS = "_class_name"  # in model_index.json
 # tokens of a prompt: the defaults of diffusers' two pipelines
 LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 TEXT = {
@@ -58,8 +59,10 @@ def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> 
 
 
 def pipeline(backbone: Backbone) -> Any:
-    """As a stock pipeline; a flow is sampled with a solver that this pipeline can call."""
-    from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
+    """As a stock pipeline of the folder's class, which decides how long prompts are; a flow is
+    sampled with a solver that this pipeline can call."""
+    import diffusers
+    from diffusers import DPMSolverMultistepScheduler
 
     from trainer.backbones.folder_check import FLOW
     from trainer.backbones.vae import with_widths
@@ -72,7 +75,7 @@ def pipeline(backbone: Backbone) -> Any:
             use_flow_sigmas=True,
             flow_shift=scheduler.config.shift,
         )
-    return PixArtAlphaPipeline(
+    return getattr(diffusers, backbone.options[CLASS])(
         tokenizer=backbone.tokenizer, text_encoder=backbone.text_encoder,
         vae=with_widths(backbone.vae),
         transformer=backbone.denoiser, scheduler=scheduler,
@@ -98,6 +101,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     folder = pipeline_folder(spec, name, [*own, "text_encoder", "vae"])
     facts = check_contents(folder, name, FAMILY, made=made is not None)
     encoder, tokenizer = text_classes(facts.index)
+    kind = str(facts.index[CLASS])
     if made is None:
         transformer = folder.load("transformer", PixArtTransformer2DModel)
         if "transformer" in spec.scratch:
@@ -114,7 +118,8 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         tokenizers={"text_encoder": folder.tokenizer(tokenizer)},
         vae=vae,
         scheduler=flow_or_vp(folder.scheduler_config(), folder.of("scheduler")),
-        prompt_lengths={"text_encoder": LENGTHS[facts.index["_class_name"]]},
+        prompt_lengths={"text_encoder": LENGTHS[kind]},
+        options={CLASS: kind},
     )
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.backbones.class_names import class_names
 from trainer.backbones.families import find_family
 from trainer.backbones.folder_facts import file_of_part, read_part
+from trainer.backbones.prompt_reader import PromptReader
 from trainer.backbones.word_vectors import with_all_vectors
 from trainer.common.added_words import single_word
 
@@ -28,43 +29,6 @@ CLIP_WORDS = (
 UNLIMITED = 10**9  # transformers' length of a tokenizer that says none
 
 
-@dataclass(frozen=True)
-class PromptReader:
-    """How a text encoder reads prompts.
-
-    ids: the tokens of a text, without those of its begin and end. read: how many of them are read.
-    chunk: how many one call of the text encoder takes; with `read` they are divided into chunks,
-    each with a begin and an end. added: words that are one token of their own.
-    """
-
-    ids: Callable[[str], Sequence[int]]
-    read: int
-    chunk: int
-    added: Collection[str] = ()
-
-    def holds(self, text: str, word: str) -> str | None:
-        """Why a text encoder does not read `word` in a text; None where it does."""
-        inside = r"(?<!\w){}(?!\w)" if single_word(word) else "{}"
-        if not re.search(inside.format(re.escape(word)), text, re.IGNORECASE):
-            if word.lower() in text.lower():
-                return f"has {word} only inside another word"
-            return f"must contain the token {word}"
-        ids, own = list(self.ids(text)), list(self.ids(word))
-        places = [i for i in range(len(ids)) if ids[i : i + len(own)] == own]
-        if not places:
-            return f"has {word}, which is no word of its own there"
-        if places[0] + len(own) > self.read:
-            return (
-                f"is {len(ids)} tokens long, of which {self.read} are read, and {word} is beyond "
-                f"them; move it forward, or give text.max_tokens={self.enough(len(ids))}"
-            )
-        return None
-
-    def enough(self, count: int) -> int:
-        """The smallest text.max_tokens that reads so many tokens."""
-        return -(-count // self.chunk) * self.chunk
-
-
 def lower_but(prompt: str, added: Collection[str]) -> str:
     """A prompt in lower case but for added words, with single spaces."""
     text = " ".join(prompt.split())
@@ -78,13 +42,16 @@ def lower_but(prompt: str, added: Collection[str]) -> str:
 def prompt_reader(spec: BackboneSpec, words: Sequence[str] = ()) -> PromptReader | None:
     """How the backbone of a folder reads prompts after `words` were added to its vocabulary; None
     where the folder is not on this machine or has a tokenizer that only transformers reads."""
+    family = find_family(spec.family)
+    if not family.text_encoders:
+        names = class_names(spec, family.denoiser)
+        return None if names is None else names.reader
     tokenizer, length = _tokenizer(spec), prompt_length(spec)
     if tokenizer is None or length is None:
         return None
     from tokenizers import AddedToken
 
     tokenizer.add_tokens([AddedToken(word, single_word=single_word(word)) for word in words])
-    family = find_family(spec.family)
     nothing = "" if family.template is None else family.template.around("")
     chunk = length - len(tokenizer.encode(nothing).ids)
     added = {str(token.content) for token in tokenizer.get_added_tokens_decoder().values()}
@@ -120,7 +87,12 @@ def _is_clip(encoder: dict[str, Any]) -> bool:
 
 
 def check_max_tokens(spec: BackboneSpec) -> None:
-    """Raises ValueError where the text encoder does not divide prompts of `spec.max_tokens`."""
+    """Raises ValueError where the text encoder does not divide prompts of `spec.max_tokens`, or
+    there is none."""
+    if spec.max_tokens and not find_family(spec.family).text_encoders:
+        raise ValueError(
+            f"text.max_tokens={spec.max_tokens}: this backbone has no text encoder; leave it out"
+        )
     reader, encoder = prompt_reader(spec), read_part(spec, "text_encoder/config.json")
     if spec.max_tokens and reader and encoder and _is_clip(encoder):
         check_parts(spec.max_tokens, reader.chunk)

@@ -66,7 +66,8 @@ def set_levels(scheduler: Any, steps: int, *, levels: NoiseLevels, device: Any) 
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         if levels.sigmas is not None:
             given["sigmas"] = list(levels.sigmas)
-        if scheduler.config.use_dynamic_shifting:
+        config: Any = scheduler.config  # type: ignore[attr-defined]
+        if config.use_dynamic_shifting:
             given["mu"] = levels.mu
     scheduler.set_timesteps(steps, device=device, **given)
 

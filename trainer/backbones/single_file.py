@@ -147,10 +147,10 @@ def layout_folder(path: Path, given: str | None) -> Path:
         ValueError: there is no such layout or folder, or see `read_single_file`.
     """
     folder = LAYOUTS / (read_single_file(path).layout if given is None else given)
-    if given is not None and not (folder / "model_index.json").is_file():
+    if given is not None and not (folder / "unet").is_dir():  # the layouts of such checkpoints
         folder = Path(given).expanduser()
         if not (folder / "model_index.json").is_file():
-            known = sorted(each.name for each in LAYOUTS.iterdir() if each.is_dir())
+            known = sorted(each.name for each in LAYOUTS.iterdir() if (each / "unet").is_dir())
             raise ValueError(
                 f"parts.config={given}: neither one of {', '.join(known)} nor a folder with a "
                 "model_index.json"

@@ -179,6 +179,11 @@ class BackboneSpec(Section):
         default=None, description="the repository on the hub, in place of folder"
     )
     revision: str | None = Field(default=None, description="the commit that hub is pinned to")
+    stored: Literal["float32", "float16", "bfloat16"] | None = Field(
+        default=None,
+        description="what the weights that hub has are stored in, for plans before they are here; "
+        "null for float32",
+    )
     scratch: tuple[Literal["unet", "transformer", "vae"], ...] = Field(
         default=(), description="parts that start untrained in place of their stored weights"
     )

@@ -20,8 +20,8 @@ class CheckOptions(RecipeOptions):
 
     plan: bool = Field(
         False,
-        description="load the backbone, apply the methods, and print what would train and about "
-        "how much memory it takes",
+        description="apply the methods to the backbone without reading its weights, and print what "
+        "would train and about how much memory it takes; one on the hub need not be downloaded",
     )
 
 
@@ -41,21 +41,28 @@ def run(words: list[str]) -> int:
         if unknown:
             print(f"whether the methods fit the backbone is for plan=true to find out: {unknown}")
         return 0
+    _show_plan(loaded)
+    return 0
+
+
+def _show_plan(recipe: Recipe) -> None:
+    """Prints what would train, and how much memory it takes."""
     quiet_libraries()
     from rich.console import Console
 
-    from trainer.runs.adapter import load_base
-    from trainer.training import plan_report
-    from trainer.training.build import adapt, placement_of
+    from trainer.backbones.device import choose_placement
+    from trainer.training.memory_estimate import memory_lines, memory_of
     from trainer.training.plan_report import describe_plan, show_plan
+    from trainer.training.without_weights import planned
 
-    placement = placement_of(loaded.run)
-    backbone = load_base(loaded.backbone, loaded.backbone_name, placement, hold=False)
-    applied = adapt(loaded, backbone, placement)
-    peak = plan_report.peak_memory(loaded, backbone, applied)
-    facts = describe_plan(loaded, backbone, applied, memory=peak)
-    show_plan(facts, loaded.methods, Console(width=max(100, Console().width)))
-    return 0
+    placement = choose_placement(recipe.run.device, recipe.run.precision)
+    backbone, plan = planned(recipe, placement)
+    memory = memory_of(recipe, backbone, plan)
+    facts = describe_plan(recipe, backbone, plan, memory=memory.peak)
+    show_plan(facts, recipe.methods, Console(width=max(100, Console().width)))
+    print(f"adapter: {len(plan.stored)} tensors, as {plan.stored[0]}")
+    for line in memory_lines(memory, placement):
+        print(line)
 
 
 def _unknown(recipe: Recipe) -> str | None:

@@ -45,7 +45,7 @@ def filled(
     from trainer.config.captions import check_read
     from trainer.config.prompts import words_in
 
-    words = words_in(tree, backbone.tokenizer.get_vocab())
+    words = words_in(tree, backbone.prompts.vocabulary)
     found = []
     for key, text in texts:
         found.append(words.prompt(text, key))

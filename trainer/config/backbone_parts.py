@@ -32,7 +32,7 @@ def with_parts(spec: BackboneSpec, name: str, given: PartsSpec) -> BackboneSpec:
     family, found = find_family(spec.family), {}
     own = {"denoiser": family.denoiser, "vae": "vae"}
     own |= {part: part for part in family.text_encoders}
-    if spec.file is None:  # of one file it is in the overlay
+    if spec.file is None and family.text_encoders:  # of one file it is in the overlay
         own["tokenizer"] = "tokenizer"
     for key, value in given.model_dump(exclude_none=True).items():
         if key in own:

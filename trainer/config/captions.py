@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from trainer.backbones.prompt_tokens import PromptReader, prompt_reader
+from trainer.backbones.prompt_reader import PromptReader
+from trainer.backbones.prompt_tokens import prompt_reader
 from trainer.config.schema import Recipe, RecipeError
 from trainer.data.source import Caption
 from trainer.data.tags import FIXED, Tags, farthest
@@ -68,6 +69,9 @@ def count_captions(captions: Iterable[Caption], words: Trained, reader: PromptRe
     """Counts captions, and the words they hold."""
     found = Counted()
     for name, text, token in captions:
+        if reason := reader.refused(text):
+            found.wrong.append(f"{name}: the caption {text!r} {reason}")
+            continue
         length = len(reader.ids(text))
         found.captions += 1
         found.longest = max(found.longest, length)
@@ -112,6 +116,8 @@ def said_of(found: Counted, reader: PromptReader) -> list[str]:
     """Sentences for a user: how many captions hold each word, and which are too long."""
     if not found.captions:
         return []
+    if reader.refusal is not None:
+        return [f"captions: {found.captions}, each a class"]
     counts = "".join(f", {count} with {word}" for word, count in found.holding.items())
     said = [f"captions: {found.captions}{counts}; the longest has {found.longest} tokens of "
             f"{reader.read} that are read"]  # fmt: skip
@@ -159,6 +165,8 @@ def check_read(prompt: str, key: str, words: Iterable[str], *, reader: PromptRea
     for word in words:
         if word in prompt and (reason := reader.holds(prompt, word)):
             raise RecipeError(f"{key}: {prompt!r} {reason}")
+    if reason := reader.refused(prompt):
+        raise RecipeError(f"{key}: {prompt!r} {reason}")
     count = len(reader.ids(prompt))
     return [too_long({f"{key}: {prompt[:40]!r}": count}, reader)] if count > reader.read else []
 

@@ -157,7 +157,7 @@ def original_names(denoiser: Any) -> dict[str, tuple[str, ...]]:
     kind = type(denoiser).__name__
     declared = (find_family(name).original_layers.get(kind) for name in family_names())
     table = next((names for names in declared if names is not None), {})
-    own = getattr(denoiser, "transformer_blocks", None) or getattr(denoiser, "blocks", ())
+    own: Any = getattr(denoiser, "transformer_blocks", None) or getattr(denoiser, "blocks", ())
     blocks = range(len(own))
     return {
         name.format(block): tuple(layer.format(block) for layer in layers)

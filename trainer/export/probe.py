@@ -37,7 +37,7 @@ class Probe:
         self.x_t = torch.randn(shape, generator=generator).to(device)
         self.t = torch.tensor([150, 700], device=device).repeat_interleave(frames)
         self.ctx = StepContext(0, 1, self.t, frames=frames)
-        self.prompts = [" ".join(("a photo of", *words)), ""]
+        self.prompts = [model.prompts.example(tuple(words)), ""]
 
     @torch.no_grad()
     def __call__(self, model: Any) -> Tensor:

@@ -45,7 +45,9 @@ def prompt_entries(base: Any) -> dict[str, str]:
 
 def prompt_code(prompt: str, base: Any) -> tuple[list[str], str]:
     """Lines before the call of the pipeline, and its arguments that stand for a prompt and the
-    empty one beside it."""
+    empty one beside it. A backbone that reads no text is called with one of its classes."""
+    if not base.text_encoders:
+        return ["# the number of a class; pipe.labels has their names"], "class_labels=[0]"
     if base.prompts.parts == 1 or _several(base):
         return [], repr(prompt)
     masked = MASK in call_options(base)

@@ -104,7 +104,8 @@ def _python(card: Card, usage: Usage, base: Any) -> Iterator[str]:
     lines, given = prompt_code(card.prompt, base)
     yield from lines
     wide, high = asked_size(card.size, base) if card.size else (None, None)
-    size = f", width={wide}, height={high}" if card.size else ""
+    sized = card.size and "width" in call_options(base)
+    size = f", width={wide}, height={high}" if sized else ""
     own = f"num_inference_steps=steps{size}{_options(base)}"
     if clip:
         kind = ', output_type="pil"' if base.layout == "tokens" else ""

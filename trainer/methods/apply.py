@@ -109,6 +109,9 @@ def _apply(
         ) from taken
     except ValueError as error:
         raise ValueError(f"methods.{name}: {error}") from error
+    except RuntimeError as error:
+        error.add_note(f"methods.{name}")
+        raise
 
 
 def _check_of_pictures(model: AttentionModel) -> None:

@@ -15,13 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trainer.backbones.backbone import Backbone
-from trainer.backbones.device import Placement, choose_placement, pictures_at_once, place
+from trainer.backbones.device import Placement, choose_placement, pictures_at_once
 from trainer.backbones.folder_facts import check_side
-from trainer.backbones.retarget import retarget
 from trainer.backbones.schedulers import sampled_as
 from trainer.common.paths import cache_folder
 from trainer.config.backbone_limits import check_trainable, check_weighting
-from trainer.config.header import file_of
 from trainer.config.run_section import RunSpec
 from trainer.config.schema import Recipe
 from trainer.data import latent_cache
@@ -35,8 +33,8 @@ from trainer.diffusion.sampler import evaluating, sample_many
 from trainer.diffusion.sampling_settings import Sampling
 from trainer.media.images import to_pil
 from trainer.media.made_by import with_facts
-from trainer.methods.apply import Plan, apply_methods
-from trainer.runs.adapter import check_start, start_from
+from trainer.methods.apply import Plan
+from trainer.training.adapt_backbone import adapt as adapt
 from trainer.training.module import DiffusionModule
 from trainer.training.optim import Optim
 from trainer.training.tasks.denoise import Denoise
@@ -68,26 +66,6 @@ def placement_of(run: RunSpec) -> Placement:
             "no way for several Macs to train together; give run.devices=1 and run.nodes=1"
         )
     return placement
-
-
-def adapt(recipe: Recipe, backbone: Backbone, placement: Placement) -> Plan:
-    """Applies the recipe's target and methods to the base, takes over an earlier run's tensors, and
-    sets up the model for training."""
-    run = recipe.run
-    if run.start_from is not None:
-        check_start(file_of(run.start_from), backbone, recipe.objective.model_dump())
-    retarget(backbone, recipe.objective.model_dump())
-    plan = apply_methods(backbone, recipe.methods, run.seed, frozen=recipe.optim.frozen)
-    if run.start_from is not None:
-        start_from(file_of(run.start_from), backbone, plan)
-    place(backbone, placement, plan.stored)
-    if run.gradient_checkpointing:
-        backbone.enable_gradient_checkpointing()
-    if run.channels_last:
-        backbone.denoiser.to(memory_format=torch.channels_last)
-    if run.compile:
-        backbone.compile_blocks()
-    return plan
 
 
 def prepare_methods(plan: Plan, look: Callable[[], None]) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from trainer.attention.condition import Condition
+from trainer.attention.condition import INTEGERS, Condition
 from trainer.backbones.backbone import Backbone
-from trainer.config.optimisers import OPTIMISERS
+from trainer.backbones.device import is_one_number
 from trainer.config.schema import Recipe
 from trainer.methods.apply import Plan
 from trainer.methods.method import Method
@@ -99,20 +99,6 @@ def report_backends(plan: Plan, folder: Path, console: Console) -> None:
     save_plan(kept, folder)
 
 
-def peak_memory(recipe: Recipe, backbone: Backbone, plan: Plan) -> int:
-    """Bytes at the peak of a training step on one device, estimated.
-
-    This is the sum of all weights; gradients, moments and EMA of trained parameters; and
-    the tensors that one forward saves for the backward, counted with fake tensors.
-    """
-    stored = [part for value in backbone.parameters() for part in (value, *scales(value))]
-    weights = sum(part.numel() * part.element_size() for part in stored)
-    kept = OPTIMISERS[recipe.optim.name].moments + (recipe.optim.ema is not None)
-    state = round(plan.trained_bytes * (1 + kept))
-    rows = recipe.run.batch_size // (recipe.run.devices * recipe.run.nodes)
-    return weights + state + saved_bytes(recipe, backbone, rows)
-
-
 def saved_bytes(recipe: Recipe, backbone: Backbone, rows: int) -> int:
     """Bytes that one training forward of the denoiser saves for its backward; each storage counts
     once."""
@@ -134,7 +120,7 @@ def saved_bytes(recipe: Recipe, backbone: Backbone, rows: int) -> int:
     real |= {name: (value, False) for name, value in denoiser.named_buffers()}
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = {
-            name: mode.from_tensor(value).requires_grad_(trains)
+            name: _fake(mode, value).requires_grad_(trains)
             for name, (value, trains) in real.items()
         }
         own = {id(value.untyped_storage()) for value in fakes.values()}
@@ -147,13 +133,22 @@ def saved_bytes(recipe: Recipe, backbone: Backbone, rows: int) -> int:
     return sum(size for storage, size in seen.items() if storage not in own)
 
 
+def _fake(mode: FakeTensorMode, value: Tensor) -> Tensor:
+    """A fake of a parameter, laid out as one that was read. To be called inside the mode."""
+    if is_one_number(value):
+        return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+    return mode.from_tensor(value)
+
+
 def _empty_inputs(backbone: Backbone, rows: int, side: int) -> Any:
     """What the denoiser is called with, for `rows` latents of `side`; the values are arbitrary."""
     device = backbone.device
     x_t = torch.empty((rows, backbone.latent_channels, side, side), device=device)
     t = torch.zeros(rows, device=device)
     text = {
-        name: torch.empty((rows, *shape), device=device)
+        name: torch.zeros(
+            (rows, *shape), device=device, dtype=torch.long if name in INTEGERS else None
+        )
         for name, shape in backbone.text_shapes.items()
     }
     return backbone.inputs(x_t, t, Condition(**text))

@@ -1,16 +1,22 @@
-"""What `fit` would refuse before its first step, found without reading a weight: the recipe's
-methods are applied to its backbone, all of whose weights are 1."""
+"""What `fit` would refuse before its first step, and the plan of a run, found without reading a
+weight: the recipe's methods are applied to its backbone, all of whose weights are 1. Of a backbone
+on the hub its configuration is enough."""
 
 from __future__ import annotations
 
+import torch
+
 from trainer.backbones.backbone import Backbone
-from trainer.backbones.pipeline_folder import without_values
+from trainer.backbones.device import PRECISIONS, Placement
+from trainer.backbones.families import find_family
+from trainer.backbones.pipeline_folder import kept_folder, without_values
 from trainer.backbones.retarget import retarget
+from trainer.backbones.small_files import cached, layout_of
 from trainer.config.header import file_of
 from trainer.config.schema import Recipe
-from trainer.methods.apply import apply_methods
+from trainer.methods.apply import Plan, apply_methods
 from trainer.runs.adapter import check_names, check_start, load_base
-from trainer.training.build import module_of
+from trainer.training.adapt_backbone import adapt
 
 
 def refuse_unfit(recipe: Recipe) -> str | None:
@@ -20,12 +26,12 @@ def refuse_unfit(recipe: Recipe) -> str | None:
     Raises:
         ValueError: what `fit` would say.
     """
-    if recipe.backbone.hub is not None:
+    spec = recipe.backbone
+    if spec.hub is not None and cached(spec) is None and layout_of(spec.hub) is None:
         return f"backbone {recipe.backbone_name} is on the hub"
-    with without_values():
-        backbone = load_base(recipe.backbone, recipe.backbone_name, hold=False)
     try:
-        _check(recipe, backbone)
+        with without_values():
+            _check(recipe, load_base(spec, recipe.backbone_name, hold=False))
     except RuntimeError as error:  # of a method that cannot start from ones
         return f"a method reads the weights ({error})"
     return None
@@ -33,6 +39,8 @@ def refuse_unfit(recipe: Recipe) -> str | None:
 
 def _check(recipe: Recipe, backbone: Backbone) -> None:
     """What `fit` does with a backbone before it trains."""
+    from trainer.training.build import module_of  # which imports Lightning
+
     chosen, earlier = recipe.objective.model_dump(), recipe.run.start_from
     if earlier is not None:
         check_start(file_of(earlier), backbone, chosen)
@@ -45,3 +53,45 @@ def _check(recipe: Recipe, backbone: Backbone) -> None:
     module = module_of(recipe, backbone, plan)
     if recipe.optim.name == "muon":  # which needs matrices
         module.configure_optimizers()
+
+
+def planned(recipe: Recipe, placement: Placement) -> tuple[Backbone, Plan]:
+    """The backbone with the recipe's methods, and their plan. No weight is read, unless a method
+    asks for it and the weights are on this machine.
+
+    Raises:
+        ValueError: what `fit` would say; a method that reads weights which are not here; or a
+        backbone of the hub whose configuration is not here either.
+    """
+    try:
+        with without_values():
+            backbone = load_base(recipe.backbone, recipe.backbone_name, hold=False)
+            return backbone, adapt(recipe, backbone, _on_cpu(placement, backbone.published))
+    except RuntimeError as error:
+        if not _has_weights(recipe):
+            raise ValueError(
+                f"{_named(error)}: it reads the base's weights, which are not on this machine, so "
+                "it cannot be planned before they are downloaded; leave it out for a plan, or "
+                "start the run, which fetches them"
+            ) from error
+    backbone = load_base(recipe.backbone, recipe.backbone_name, placement, hold=False)
+    return backbone, adapt(recipe, backbone, placement)
+
+
+def _on_cpu(placement: Placement, published: torch.dtype) -> Placement:
+    """The precision of a placement, on the CPU, where a weight that is not read takes no memory."""
+    dtype = placement.dtype(published)
+    name = next(name for name, own in PRECISIONS.items() if own == dtype)
+    return Placement(torch.device("cpu"), name)
+
+
+def _has_weights(recipe: Recipe) -> bool:
+    spec = recipe.backbone
+    family = find_family(spec.family)
+    parts = [family.denoiser, *family.text_encoders, "vae"]
+    return spec.folder is not None or kept_folder(spec, parts) is not None
+
+
+def _named(error: RuntimeError) -> str:
+    """The method that an error is of, as `apply_methods` notes it."""
+    return next(iter(getattr(error, "__notes__", ())), "a method")

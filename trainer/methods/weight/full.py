@@ -31,8 +31,11 @@ class Full(Method):
         return True
 
     def apply(self, model: AttentionModel) -> Edit:
+        from trainer.attention.model import check_reads_text
+
         parts: list[str] = [model.denoiser_name] if self.denoiser else []
         if self.text_encoder:
+            check_reads_text(model)
             parts += list(model.text_encoders)
         others = _of_others(model) if self.denoiser else set()
         trains = [

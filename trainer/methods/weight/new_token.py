@@ -74,8 +74,10 @@ class NewToken(Method):
         return True
 
     def apply(self, model: AttentionModel) -> Edit:
+        from trainer.attention.model import check_reads_text
         from trainer.ops.adapters.token_rows import errors_of, extend
 
+        check_reads_text(model)
         count = len(self.tokens) if self.task is None else self.task + 1
         words = self.init if isinstance(self.init, tuple) else (self.init,) * count
         trains: list[str] = []

@@ -47,8 +47,10 @@ class WordEmbedding(Method):
         return True
 
     def apply(self, model: AttentionModel) -> Edit:
+        from trainer.attention.model import check_reads_text
         from trainer.ops.adapters.token_rows import errors_of, relearn
 
+        check_reads_text(model)
         trains: list[str] = []
         for part, encoder in model.text_encoders.items():
             with errors_of(part, model.text_encoders.keys()):

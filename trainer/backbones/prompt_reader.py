@@ -1,0 +1,53 @@
+"""What of a prompt a backbone reads. Importing this imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from trainer.common.added_words import single_word
+
+
+@dataclass(frozen=True)
+class PromptReader:
+    """How a text encoder reads prompts.
+
+    ids: the tokens of a text, without those of its begin and end. read: how many of them are read.
+    chunk: how many one call of the text encoder takes; with `read` they are divided into chunks,
+    each with a begin and an end. added: words that are one token of their own. refusal: why a text
+    cannot be read at all, None where it can; a backbone that is told classes has it, and none of
+    the tokens.
+    """
+
+    ids: Callable[[str], Sequence[int]]
+    read: int
+    chunk: int
+    added: Collection[str] = ()
+    refusal: Callable[[str], str | None] | None = None
+
+    def refused(self, text: str) -> str | None:
+        """Why a text cannot be read at all; None where it can."""
+        return None if self.refusal is None else self.refusal(text)
+
+    def holds(self, text: str, word: str) -> str | None:
+        """Why a text encoder does not read `word` in a text; None where it does."""
+        inside = r"(?<!\w){}(?!\w)" if single_word(word) else "{}"
+        if not re.search(inside.format(re.escape(word)), text, re.IGNORECASE):
+            if word.lower() in text.lower():
+                return f"has {word} only inside another word"
+            return f"must contain the token {word}"
+        ids, own = list(self.ids(text)), list(self.ids(word))
+        places = [i for i in range(len(ids)) if ids[i : i + len(own)] == own]
+        if not places:
+            return f"has {word}, which is no word of its own there"
+        if places[0] + len(own) > self.read:
+            return (
+                f"is {len(ids)} tokens long, of which {self.read} are read, and {word} is beyond "
+                f"them; move it forward, or give text.max_tokens={self.enough(len(ids))}"
+            )
+        return None
+
+    def enough(self, count: int) -> int:
+        """The smallest text.max_tokens that reads so many tokens."""
+        return -(-count // self.chunk) * self.chunk

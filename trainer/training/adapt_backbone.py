@@ -1,0 +1,34 @@
+"""A recipe's methods on its backbone, set up for training. A file of its own, since a plan needs it
+and nothing else of a run: importing it does not import Lightning."""
+
+from __future__ import annotations
+
+import torch
+
+from trainer.backbones.backbone import Backbone
+from trainer.backbones.device import Placement, place
+from trainer.backbones.retarget import retarget
+from trainer.config.header import file_of
+from trainer.config.schema import Recipe
+from trainer.methods.apply import Plan, apply_methods
+from trainer.runs.adapter import check_start, start_from
+
+
+def adapt(recipe: Recipe, backbone: Backbone, placement: Placement) -> Plan:
+    """Applies the recipe's target and methods to the base, takes over an earlier run's tensors, and
+    sets up the model for training."""
+    run = recipe.run
+    if run.start_from is not None:
+        check_start(file_of(run.start_from), backbone, recipe.objective.model_dump())
+    retarget(backbone, recipe.objective.model_dump())
+    plan = apply_methods(backbone, recipe.methods, run.seed, frozen=recipe.optim.frozen)
+    if run.start_from is not None:
+        start_from(file_of(run.start_from), backbone, plan)
+    place(backbone, placement, plan.stored)
+    if run.gradient_checkpointing:
+        backbone.enable_gradient_checkpointing()
+    if run.channels_last:
+        backbone.denoiser.to(memory_format=torch.channels_last)
+    if run.compile:
+        backbone.compile_blocks()
+    return plan
