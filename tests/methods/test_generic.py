@@ -151,9 +151,15 @@ each_swap = pytest.mark.parametrize("swap", SWAPS)
 
 
 @pytest.fixture(params=["unet", "dit"])
-def tiny_folder(request: pytest.FixtureRequest, tiny_folder: Path, dit_folder: Path) -> Path:
+def denoiser(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def tiny_folder(denoiser: str, tiny_folder: Path, dit_folder: Path) -> Path:
     """Every method is held to the same on both kinds of denoiser."""
-    return tiny_folder if request.param == "unet" else dit_folder
+    return tiny_folder if denoiser == "unet" else dit_folder
 
 
 def tree_of(*names: str) -> dict[str, Any]:
