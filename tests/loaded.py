@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import pytest
