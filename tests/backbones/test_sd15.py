@@ -144,7 +144,7 @@ def test_two_steps_saved_and_reloaded(sd15: Path, tmp_path: Path) -> None:
     loaded, _ = load_adapted(path)
     parameters = dict(loaded.named_parameters())
     assert all(torch.equal(parameters[name], value) for name, value in tensors.items())
-    settings = Sampling(steps=2, size=(64, 64))
+    settings = Sampling(steps=1, size=(64, 64))
     picture = sample(loaded, ["a <v1> animal"], [1], settings=settings)
     assert bool(picture.isfinite().all()) and float(picture.std()) > 0
 
