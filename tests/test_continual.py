@@ -63,6 +63,7 @@ def write(folder: Path, backbone: Path, methods: dict[str, Any], **more: Any) ->
     return f"recipe={path}"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", METHODS)
 def test_two_tasks(
     name: str, tmp_path: Path, tiny_folder: Path, capfd: pytest.CaptureFixture[str]
