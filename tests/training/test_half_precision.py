@@ -141,7 +141,7 @@ def test_latents_are_fp32_and_the_same_with_the_cache_and_without(
         return seen[-1]
 
     monkeypatch.setattr(Denoise, "encode", encode)
-    words = (f"run.precision={precision}", "run.steps=2", "run.checkpoint_every=0")
+    words = (f"run.precision={precision}", "run.steps=2")
     cached = fit(tmp_path / "cached", tiny_folder, *words)
     fresh = fit(tmp_path / "fresh", tiny_folder, *words, "run.cache_latents=false")
     assert len(seen) == 4
