@@ -72,6 +72,10 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["trainer", *words]
+    if "RANK" in environment:  # Lightning has looked for it when it was imported
+        from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+        rank_zero_only.rank = int(environment["RANK"])
     for number, path in enumerate(printed, start=1):
         file = os.open(path, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, number)

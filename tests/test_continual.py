@@ -54,7 +54,7 @@ def write(folder: Path, backbone: Path, methods: dict[str, Any], **more: Any) ->
         "preview": {"steps": 2, "guidance": 2},
         "evaluate": {"alone": ["a <v1> on a blue background", "a photo of a <v1>"], "steps": 3},
         "continual": {
-            "concepts": ["sprite:penguin", "sprite:panda"], "images": 4, "judge": str(CLIP),
+            "concepts": ["sprite:penguin", "sprite:panda"], "images": 2, "judge": str(CLIP),
         },
         "tracker": "none",
     }  # fmt: skip
@@ -63,6 +63,7 @@ def write(folder: Path, backbone: Path, methods: dict[str, Any], **more: Any) ->
     return f"recipe={path}"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", METHODS)
 def test_two_tasks(
     name: str, tmp_path: Path, tiny_folder: Path, capfd: pytest.CaptureFixture[str]

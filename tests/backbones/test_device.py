@@ -226,13 +226,13 @@ def test_the_vae_takes_large_pictures_one_by_one(tiny: Any) -> None:
     sizes: list[int] = []
     tiny.vae.encoder.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
     tiny.vae.decoder.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
-    pixels = torch.rand(3, 3, 512, 512, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pixels = torch.rand(2, 3, 512, 512, generator=torch.Generator().manual_seed(0)) * 2 - 1
     moments = tiny.moments(pixels)
     with torch.no_grad():
         wanted = tiny.vae.encode(pixels).latent_dist.parameters
         decoded = tiny.decode(moments[:, : tiny.latent_channels])
-    assert sizes == [1, 1, 1, 3, 1, 1, 1]
+    assert sizes == [1, 1, 2, 1, 1]
     assert torch.allclose(moments, wanted, atol=1e-4)
     assert decoded.shape == pixels.shape
     tiny.moments(pixels[:, :, :64, :64])
-    assert sizes[7:] == [3]  # small ones together, as ever
+    assert sizes[5:] == [2]  # small ones together, as ever

@@ -99,6 +99,7 @@ def test_continual(device: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
     all_placed(seen, "Linear", "Conv2d")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("source", ["adapter", "backbone"])
 def test_sample(source: str, run: tuple[Path, Seen], tiny_folder: Path, tmp_path: Path) -> None:
     model = run[0] if source == "adapter" else tiny_folder
@@ -114,6 +115,7 @@ def test_evaluate(run: tuple[Path, Seen]) -> None:
     all_placed(seen, "Linear", "Conv2d", "CLIPVisionEmbeddings")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("form", ["merged", "custom_diffusion"])
 def test_export(form: str, run: tuple[Path, Seen], tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -58,6 +58,7 @@ def in_bash(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("number", "words", "own"),
     [

@@ -73,6 +73,7 @@ def test_a_run_starts_from_it(
     assert set(plan.stored) == set(load_file(path))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "written", "wanted"),
     [

@@ -135,6 +135,7 @@ def pipeline(folder: Path, out: Path, **parts: Any) -> Any:
     return found
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("tree", [BOTH, ANEW, V1], ids=["lora-and-words", "words-anew", "v1"])
 def test_the_stock_pipeline_generates_the_same_clip(
     tree: dict[str, Any], moving: Make, exported: Exported, tiny_folder: Path
@@ -193,6 +194,7 @@ def test_trained_known_words_are_in_the_text_encoder(
     assert str(e.value).endswith(f"{names} and format=merged carry it")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["animatediff", "kohya", "comfyui", "diff"])
 def test_trained_known_words_are_embeddings_named_like_them(
     name: str, moving: Make, exported: Exported, tiny: Any

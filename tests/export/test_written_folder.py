@@ -69,7 +69,7 @@ def written(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     return once
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("name", READ_BY_PYTHON)
 def test_the_printed_call_makes_a_picture(
@@ -86,7 +86,7 @@ def test_the_printed_call_makes_a_picture(
     assert (out / "picture.png").is_file()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
 def test_a_merged_folder_runs_plainly_and_in_half_precision(
@@ -142,7 +142,7 @@ def files(folder: Path) -> dict[Path, bytes]:
     return {path.relative_to(folder): path.read_bytes() for path in paths}
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CARRIES)
 def test_the_same_export_gives_the_same_bytes(
     name: str, written: Any, trained: Any, tmp_path: Path
@@ -166,7 +166,7 @@ def test_everybody_may_read_and_nobody_learns_where_it_was_made(
             assert not [place for place in here if place in path.read_bytes()], path
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CARRIES)
 def test_every_header_says_the_words_and_the_size(
     name: str, tiny_folder: Path, tmp_path: Path, save_trained_on: Callable[..., Path]

@@ -4,10 +4,7 @@ None of it trains in silence, and no number of samples makes a rank wait."""
 from __future__ import annotations
 
 import io
-import os
 import struct
-import subprocess
-import sys
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -17,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from ranks import on_two_ranks
 
 from trainer.__main__ import main
 from trainer.config.load import load_recipe
@@ -462,15 +460,12 @@ def test_two_ranks_with_two_workers_each_end_together(
 ) -> None:
     make(tmp_path / "in", *counts)
     (tmp_path / "mine.yaml").write_text(RECIPE.format(shards=tmp_path / "in"))
-    command = [
-        sys.executable, "-m", "trainer", "fit", f"recipe={tmp_path / 'mine.yaml'}",
-        f"backbone={tiny_folder}", f"run={tmp_path / 'run'}", "run.devices=2",
-        "run.accelerator=cpu", "run.workers=2", "run.cache_latents=false", "run.steps=2",
+    words = [
+        "fit", f"recipe={tmp_path / 'mine.yaml'}", f"backbone={tiny_folder}",
+        f"run={tmp_path / 'run'}", "run.devices=2", "run.accelerator=cpu", "run.workers=2",
+        "run.cache_latents=false", "run.steps=2",
     ]  # fmt: skip
-    environment = {k: v for k, v in os.environ.items() if k != "TRAINER_RUN_ID"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=400, check=False
-    )
+    done = on_two_ranks(*words, printed=tmp_path / "printed", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     last = verified(every_checkpoint(tmp_path / "run" / "checkpoints")[0])
     assert (last.step, last.manifest["world_size"]) == (2, 2)

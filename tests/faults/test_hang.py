@@ -10,6 +10,7 @@ import pytest
 pytestmark = pytest.mark.faults
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("section", "faults", "frame"),
     [

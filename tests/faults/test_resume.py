@@ -25,7 +25,7 @@ def compared(whole: Path, broken: Path, look: Any) -> int:
     return len(unlike)
 
 
-@pytest.mark.sampled(2, each=("own",))
+@pytest.mark.sampled(1, each=("own",))
 @pytest.mark.parametrize("step", range(4))
 @pytest.mark.parametrize(
     "own",
@@ -74,6 +74,7 @@ def test_stopped_at_every_step_of_one_run(
     assert len(look.events(tmp_path / "broken", "started")) == 5
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("source", ["pictures", "streamed"])
 def test_workers_change_nothing(
     source: str,

@@ -228,12 +228,12 @@ def test_the_shipped_modules_know_the_words_of_motion() -> None:
     assert shipped.stat().st_size <= 6e6
     model, _ = load_adapted(shipped)
     ways = list(DIRECTIONS)
-    clips = [draw_clip(77, i, KNOWN, frames=8, motion=ways[i % 4]) for i in range(32)]
+    clips = [draw_clip(77, i, KNOWN, frames=8, motion=ways[i % 4]) for i in range(16)]
     frames = torch.stack([to_tensor(Image.fromarray(f)) for clip in clips for f in clip.frames])
     moments = model.moments(frames)
     x0 = model.latents(moments, torch.zeros_like(moments.chunk(2, 1)[0]))
     told = [
-        [clip.caption.replace(way, to[way]) for clip, way in zip(clips, ways * 8, strict=True)]
+        [clip.caption.replace(way, to[way]) for clip, way in zip(clips, ways * 4, strict=True)]
         for to in (dict(zip(ways, ways, strict=True)), OPPOSITE)
     ]
     path = objective(load_recipe(["recipe=animatediff"]), model)

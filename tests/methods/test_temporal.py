@@ -37,8 +37,14 @@ MASKED = ("vdm", "imagen_video", "magicvideo")
 
 
 @pytest.fixture(params=["unet", "dit"])
-def tiny_folder(request: pytest.FixtureRequest, tiny_folder: Path, dit_folder: Path) -> Path:
-    return tiny_folder if request.param == "unet" else dit_folder
+def denoiser(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def tiny_folder(denoiser: str, tiny_folder: Path, dit_folder: Path) -> Path:
+    return tiny_folder if denoiser == "unet" else dit_folder
 
 
 def painted(backbone: Any) -> Tensor:

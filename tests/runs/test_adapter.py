@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import full_disk
 import pytest
 import torch
+from commands import server
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -219,30 +219,20 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         load_adapted(tmp_path / "adapter.safetensors")
 
 
-FULL_DISK = """
-import resource, sys, torch
-from pathlib import Path
-from trainer import __main__
-from trainer.cli import fit
-from trainer.runs.adapter import save_adapter
-
-resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
-tensors = {"x": torch.ones(200_000)}
-fit.run = lambda words: save_adapter(Path(sys.argv[1]), tensors, tree={}, identity={})
-sys.exit(__main__.main(["fit"]))
-"""
-
-
-def test_a_full_disk_leaves_the_old_adapter(saved: tuple[Path, dict[str, Tensor]]) -> None:
+def test_a_full_disk_leaves_the_old_adapter(
+    saved: tuple[Path, dict[str, Tensor]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """A limit on file size stands for the disk: the write fails half way in the same place."""
     path, _ = saved
     before = path.read_bytes()
-    run = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 74
-    assert run.stderr.startswith("error: ")
-    assert "the adapter was not written" in run.stderr and str(path) in run.stderr
-    assert "Traceback" not in run.stderr
+    told = tmp_path_factory.mktemp("full") / "said"
+    process = server().Process(target=full_disk.save, args=(path, told))
+    process.start()
+    process.join(120)
+    said = told.read_text(encoding="utf-8")
+    assert process.exitcode == 74
+    assert said.startswith("error: ")
+    assert "the adapter was not written" in said and str(path) in said
+    assert "Traceback" not in said
     assert path.read_bytes() == before
     assert [item.name for item in path.parent.iterdir()] == [path.name]

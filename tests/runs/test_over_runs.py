@@ -74,6 +74,7 @@ def test_it_is_the_run(folder: Path, learn: Any) -> None:
     assert not any(p.requires_grad for p in opened(run).parameters())
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     "over",
     [

@@ -62,7 +62,7 @@ def weights(model: Any) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", LINEAR)
 def test_0_is_the_base_and_1_the_adapter_to_the_last_bit(
     kind: str, tiny: Any, tiny_folder: Path, save_trained_on: Save
@@ -77,7 +77,7 @@ def test_0_is_the_base_and_1_the_adapter_to_the_last_bit(
         assert not torch.equal(half, base) and not torch.equal(half, adapted)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("scale", [0.3, 1.7, -1.0])
 @pytest.mark.parametrize("kind", LINEAR)
 def test_every_weight_moves_in_proportion(
@@ -115,6 +115,7 @@ def test_a_known_word_moves_and_a_new_one_stays(tiny_folder: Path, save_trained_
     assert len(stored) == 1
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_no_dw_is_refused_by_name(
     kind: str, tiny_folder: Path, save_trained_on: Save

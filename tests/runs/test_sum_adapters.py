@@ -40,6 +40,7 @@ def effective(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("first", "second"),
     [(LORA, LORA), (ONE, OTHER), (LORA, KNOWN), (KNOWN, OTHER), (ONE, LORA)],

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
+from functools import lru_cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,9 @@ from trainer.config.schema import (
 
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        _refuse_aliases(path)
-        tree = OmegaConf.to_container(OmegaConf.load(path))
+        text = path.read_text(encoding="utf-8")
+        _refuse_aliases(path, text)
+        tree = deepcopy(_parsed(text))
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{path}: not readable as YAML: {reason}") from None
@@ -29,9 +33,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return plain_value(tree, "")
 
 
-def _refuse_aliases(path: Path) -> None:
+@lru_cache(maxsize=32)  # a command reads a recipe several times
+def _parsed(text: str) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(StringIO(text)))
+
+
+def _refuse_aliases(path: Path, text: str) -> None:
     """A few lines of them, each naming the one before several times, would fill the memory."""
-    text = path.read_text(encoding="utf-8")
     if "*" in text and any(isinstance(token, AliasToken) for token in scan(text)):
         raise RecipeError(
             f"{path}: YAML aliases (*name) are not read; write the value out, or use base: <recipe>"

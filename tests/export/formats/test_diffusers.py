@@ -23,7 +23,7 @@ from trainer.export.tokens import write_tokens
 PLAIN = pytest.mark.parametrize("name", ["lora", "mlp", "pissa", "dora", "custom"])
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @PLAIN
 def test_read_back_by_the_stock_loader_and_by_us(
     same: Any, name: str, trained: Any, bundle_of: Any, tiny: Any, tmp_path: Path
@@ -39,7 +39,7 @@ def test_read_back_by_the_stock_loader_and_by_us(
     same(form.read(out, tiny), bundle_of(name), tiny)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @PLAIN
 def test_comes_back_as_an_adapter(
     same: Any, name: str, trained: Any, bundle_of: Any, tiny: Any, tiny_folder: Path, tmp_path: Path

@@ -29,6 +29,7 @@ def quiet(line: str) -> None:
     pass
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["lora", "text", "mlp", "pissa", "custom"])
 def test_read_by_diffusers_and_by_us(
     name: str, trained: Any, bundle_of: Any, tiny: Any, tmp_path: Path, same: Any
@@ -219,6 +220,7 @@ def test_half_precision_is_proven_first_and_then_rounded(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["loha", "lokr", "full_lokr"])
 def test_lycoris_reads_loha_and_lokr(
     name: str, trained: Any, tiny: Any, tiny_folder: Path, open_folder: Any, tmp_path: Path

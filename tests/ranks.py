@@ -1,0 +1,48 @@
+"""`python -m trainer` on two ranks that a launcher like torchrun has started: both are forked where
+everything is imported, which saves the imports of two new processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Mapping
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from commands import start
+
+RANKS = 2
+
+
+def on_two_ranks(
+    *words: str, printed: Path, cwd: Path, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """What the first rank printed, and the code of the one that failed, if one did. printed: a
+    folder for what they print."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launched = {
+        "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0", "WORLD_SIZE": str(RANKS),
+        "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    given = {k: v for k, v in (env or os.environ).items() if k != "TRAINER_RUN_ID"}
+    processes = []
+    for rank in range(RANKS):
+        (printed / str(rank)).mkdir(parents=True)
+        own = {**given, **launched, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(start(*words, printed=printed / str(rank), cwd=cwd, env=own))
+    running = {process.sentinel: process for process in processes}
+    while running and (ended := wait(running, 240)):
+        if any(running.pop(sentinel).exitcode for sentinel in ended):
+            break  # the other would wait for it
+    for process in processes:
+        process.kill()
+        process.join()
+    code = next((process.exitcode for process in processes if process.exitcode), 0)
+    said = [
+        (printed / "0" / name).read_text(encoding="utf-8", errors="replace")
+        for name in ("stdout", "stderr")
+    ]
+    return subprocess.CompletedProcess(list(words), code, *said)
