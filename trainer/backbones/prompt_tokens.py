@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.backbones.class_names import class_names
 from trainer.backbones.families import find_family
+from trainer.backbones.family import tokenizer_name
 from trainer.backbones.folder_facts import file_of_part, read_part
 from trainer.backbones.prompt_reader import PromptReader
 from trainer.backbones.word_vectors import with_all_vectors
@@ -67,8 +68,9 @@ def prompt_reader(spec: BackboneSpec, words: Sequence[str] = ()) -> PromptReader
 
 def prompt_length(spec: BackboneSpec) -> int | None:
     """Tokens that one call of the text encoder takes, those of begin and end included."""
-    own = read_part(spec, "tokenizer/tokenizer_config.json")
-    encoder = read_part(spec, "text_encoder/config.json")
+    part = _reader(spec)
+    own = read_part(spec, f"{tokenizer_name(part)}/tokenizer_config.json")
+    encoder = read_part(spec, f"{part}/config.json")
     index = read_part(spec, "model_index.json")
     if own is None or encoder is None or index is None:
         return None
@@ -82,6 +84,11 @@ def prompt_length(spec: BackboneSpec) -> int | None:
     return min(known) if known else None
 
 
+def _reader(spec: BackboneSpec) -> str:
+    """The text encoder whose tokens the denoiser gets."""
+    return find_family(spec.family).reader or "text_encoder"
+
+
 def _is_clip(encoder: dict[str, Any]) -> bool:
     return str(encoder.get("model_type")).startswith("clip")
 
@@ -93,7 +100,7 @@ def check_max_tokens(spec: BackboneSpec) -> None:
         raise ValueError(
             f"text.max_tokens={spec.max_tokens}: this backbone has no text encoder; leave it out"
         )
-    reader, encoder = prompt_reader(spec), read_part(spec, "text_encoder/config.json")
+    reader, encoder = prompt_reader(spec), read_part(spec, f"{_reader(spec)}/config.json")
     if spec.max_tokens and reader and encoder and _is_clip(encoder):
         check_parts(spec.max_tokens, reader.chunk)
 
@@ -114,7 +121,7 @@ def vocabulary(spec: BackboneSpec) -> Collection[str]:
 
 
 def _tokenizer(spec: BackboneSpec) -> Tokenizer | None:
-    config = file_of_part(spec, "tokenizer/tokenizer_config.json")
+    config = file_of_part(spec, f"{tokenizer_name(_reader(spec))}/tokenizer_config.json")
     if spec.folder is None or config is None:
         return None
     try:
