@@ -141,8 +141,10 @@ class Backbone(nn.Module):
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether the scale of guidance is an input of the denoiser."""
-        return self.declared.embeds_guidance(self.denoiser.config)
+        """Whether guidance is part of the denoiser, distilled into it, as an input or at one scale:
+        no rows are unconditional then, unless asked for by `Sampling.true_guidance`."""
+        own = self.declared.embeds_guidance(self.denoiser.config)
+        return own or self.distilled is not None
 
     @property
     def distilled(self) -> str | None:
@@ -167,6 +169,16 @@ class Backbone(nn.Module):
     def text_length(self) -> int:
         """Tokens that the denoiser gets of a prompt, with padding."""
         return self.text_shapes["tokens"][0]
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a prompt that its last text encoder reads, with padding: `max_sequence_length`
+        of stock pipelines, also where the folder lacks that text encoder."""
+        part = self.declared.text_encoders[-1]
+        if part not in self.prompt_lengths:
+            return self.text_length
+        here = part in self._encoder_names
+        return Prompts(self, part).length if here else self.prompt_lengths[part]
 
     @property
     def prompts(self) -> Prompts:

@@ -1,0 +1,131 @@
+"""Chroma (lodestone-rock, 2025): FLUX.1-schnell without its distillation, with T5 alone and with
+classifier-free guidance. Layout, packing and noise levels are those of FLUX.1.
+
+T5 sees the tokens of the prompt alone; the network sees them and one token of padding, which it was
+trained with, and no more of the padding.
+
+The pipeline of diffusers 0.42 means the same, but gives its mask as numbers, which attention adds
+to its scores: it sees all the padding, only less than the prompt (issues 12116 and 13619 there).
+Here the mask is one, as in the model's own code and in ComfyUI, in training and in sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainer.attention.denoiser_traits import DenoiserTraits, JointTraits
+from trainer.backbones.family import Family, Parts
+from trainer.backbones.flux1 import (
+    FOLD,
+    T5_LENGTH,
+    levels,
+    packed_channels,
+    packed_inputs,
+    unpacked,
+)
+from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_widths
+from trainer.backbones.folder_contents import FolderContents
+from trainer.backbones.spec import BackboneSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.attention.condition import Condition
+    from trainer.backbones.backbone import Backbone
+
+TEXT = {"text_encoder": ("T5EncoderModel",), "tokenizer": ("T5TokenizerFast", "T5Tokenizer")}
+
+
+def encode_prompts(backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Prompts to tokens (b, n, d), and a mask (b, n) that is 1 at those of the prompt and at the
+    first token of padding."""
+    import torch
+
+    read = backbone.tokens(prompts)
+    tokens = backbone.text_encoder(read.input_ids, attention_mask=read.attention_mask)[0]
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    seen = places <= read.attention_mask.sum(dim=1, keepdim=True)
+    return {"tokens": tokens, "mask": seen.to(tokens.dtype)}
+
+
+def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    """The mask is of text and image in one sequence, (b, n + m)."""
+    import torch
+
+    given = packed_inputs(x_t, t, condition)
+    mask = condition.mask
+    if mask is not None:
+        image = mask.new_ones(len(mask), given["hidden_states"].shape[1])
+        given["attention_mask"] = torch.cat([mask, image], dim=1).bool()
+    return given
+
+
+def condition_shapes(backbone: Backbone) -> dict[str, tuple[int, ...]]:
+    length = backbone.prompts.length
+    return {"tokens": (length, int(backbone.text_encoder.config.d_model)), "mask": (length,)}
+
+
+def pipeline(backbone: Backbone) -> Any:
+    from diffusers import ChromaPipeline
+
+    from trainer.backbones.vae import with_widths
+
+    return ChromaPipeline(
+        scheduler=backbone.scheduler(), vae=with_widths(backbone.vae),
+        text_encoder=backbone.text_encoder, tokenizer=backbone.tokenizer,
+        transformer=backbone.denoiser,
+    )  # fmt: skip
+
+
+def check(facts: FolderContents) -> None:
+    check_classes(facts, TEXT)
+    check_flow(facts)
+    check_channels(facts, "transformer", default=64, fold=FOLD)
+    wanted = {"text_encoder": facts.configs["transformer"].get("joint_attention_dim")}
+    check_widths(facts, "transformer", wanted)
+
+
+def load(spec: BackboneSpec, name: str) -> Parts:
+    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision.
+
+    Raises:
+        ValueError: the folder holds another pipeline, a part is missing, or its weights are not
+        safetensors.
+    """
+    import diffusers
+    from transformers import T5EncoderModel, T5TokenizerFast
+
+    from trainer.backbones.folder_check import check_contents
+    from trainer.backbones.pipeline_folder import pipeline_folder
+    from trainer.backbones.schedulers import flow_scheduler
+
+    folder = pipeline_folder(spec, name, ["transformer", "text_encoder", "vae"])
+    facts = check_contents(folder, name, FAMILY, made=False)
+    return Parts(
+        folder=folder.path,
+        denoiser=folder.load("transformer", diffusers.ChromaTransformer2DModel),
+        text_encoders={"text_encoder": folder.load("text_encoder", T5EncoderModel)},
+        tokenizers={"text_encoder": folder.tokenizer(T5TokenizerFast)},
+        vae=folder.load("vae", getattr(diffusers, facts.vae)),
+        scheduler=flow_scheduler(folder.scheduler_config()),
+        prompt_lengths={"text_encoder": T5_LENGTH},
+    )
+
+
+FAMILY = Family(
+    denoiser="transformer",
+    pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline"),
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    load=load,
+    encoders={"text": encode_prompts},
+    inputs=inputs,
+    pipeline=pipeline,
+    shapes=condition_shapes,
+    check=check,
+    output=unpacked,
+    channels=packed_channels,
+    sample_size=128,  # of diffusers' pipeline
+    levels=levels,
+    traits=DenoiserTraits(joint=(JointTraits("*", text_first=True),), patch=FOLD),
+)

@@ -1,0 +1,174 @@
+"""FLUX.2 klein (Black Forest Labs, 2026): a transformer of joint and single blocks on a flow, that
+reads three layers of Qwen3 as text. Four latents of its VAE are one of the denoiser's, normed by
+the statistics of the VAE's batch norm:
+
+    z (b, 32, 2h, 2w) -> fold -> (b, 128, h, w) -> (z - mean) / std = x0, a token each
+
+    tokens = [layer 9, layer 18, layer 27] of the prompt in Qwen's chat template    (b, 512, 3 d)
+
+The shift of the noise levels depends on the number of tokens and on the steps. The models without
+`base` in their name were distilled to four steps, which plain training undoes: they sample only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainer.attention.denoiser_traits import DenoiserTraits, JointTraits
+from trainer.backbones.family import Family, Parts
+from trainer.backbones.folder_check import check_channels, check_classes, check_flow
+from trainer.backbones.folder_contents import FolderContents
+from trainer.backbones.latent_form import LatentForm
+from trainer.backbones.noise_levels import Extent, NoiseLevels, even_levels
+from trainer.backbones.spec import BackboneSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.attention.condition import Condition
+    from trainer.backbones.backbone import Backbone
+
+TEXT = {
+    "text_encoder": ("Qwen3ForCausalLM",),
+    "tokenizer": ("Qwen2TokenizerFast", "Qwen2Tokenizer"),
+}
+LENGTH = 512  # tokens of a prompt in its template, the default of diffusers' pipeline
+LAYERS = (9, 18, 27)  # of Qwen3, whose outputs are the text
+FOLD = 2
+DISTILLED = "is_distilled"  # an option of the pipeline
+
+
+def encode_prompts(backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Prompts to tokens (b, n, 3 d), padding too."""
+    from diffusers import Flux2KleinPipeline
+
+    tokens = Flux2KleinPipeline._get_qwen3_prompt_embeds(
+        text_encoder=backbone.text_encoder,
+        tokenizer=backbone.tokenizer,
+        prompt=[backbone.prompts.as_read(text) for text in prompts],
+        max_sequence_length=backbone.prompts.length,
+        hidden_states_layers=list(LAYERS),
+    )
+    return {"tokens": tokens}
+
+
+def condition_shapes(backbone: Backbone) -> Mapping[str, tuple[int, ...]]:
+    width = len(LAYERS) * int(backbone.text_encoder.config.hidden_size)
+    return {"tokens": (backbone.prompts.length, width)}
+
+
+def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    from diffusers import Flux2KleinPipeline
+
+    text = condition.tokens
+    assert text is not None, "this family reads text"
+    return {
+        "hidden_states": Flux2KleinPipeline._pack_latents(x_t),
+        "timestep": t / 1000,
+        "guidance": None,
+        "encoder_hidden_states": text,
+        "txt_ids": Flux2KleinPipeline._prepare_text_ids(text[:1])[0].to(x_t.device),
+        "img_ids": Flux2KleinPipeline._prepare_latent_ids(x_t[:1])[0].to(x_t.device),
+    }
+
+
+def unpacked(backbone: Backbone, output: Any, x_t: Tensor) -> Tensor:
+    """Tokens (b, h w, c) to latents (b, c, h, w)."""
+    latents: Tensor = output.transpose(1, 2).unflatten(2, x_t.shape[-2:])
+    return latents
+
+
+def levels(backbone: Backbone, steps: int, extent: Extent) -> NoiseLevels:
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    mu = compute_empirical_mu(backbone.image_tokens(extent), steps)
+    return NoiseLevels(mu, even_levels(steps))
+
+
+def statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the VAE's batch norm, of each folded channel (c,)."""
+    norm = vae.bn
+    return norm.running_mean, (norm.running_var + vae.config.batch_norm_eps).sqrt()
+
+
+def distilled(_: object, __: object, options: Mapping[str, Any]) -> str | None:
+    if not options.get(DISTILLED):
+        return None
+    return (
+        "this FLUX.2 klein was distilled to four steps, which training on it plainly undoes; train "
+        "on flux2_klein, the base model, whose adapters the distilled one takes in `sample`"
+    )
+
+
+def pipeline(backbone: Backbone) -> Any:
+    from diffusers import Flux2KleinPipeline
+
+    return Flux2KleinPipeline(
+        scheduler=backbone.scheduler(), vae=backbone.vae, text_encoder=backbone.text_encoder,
+        tokenizer=backbone.tokenizer, transformer=backbone.denoiser,
+        is_distilled=bool(backbone.options.get(DISTILLED)),
+    )  # fmt: skip
+
+
+def check(facts: FolderContents) -> None:
+    check_classes(facts, TEXT)
+    check_flow(facts)
+    check_channels(facts, "transformer", default=128, fold=FOLD)
+    config, width = facts.configs["transformer"], facts.text_width
+    wanted = config.get("joint_attention_dim")
+    if None not in (width, wanted) and len(LAYERS) * int(width or 0) != wanted:
+        raise facts.refuse(
+            "transformer",
+            f"reads text of width {wanted}, and three layers of its text_encoder give "
+            f"{len(LAYERS) * int(width or 0)}; the parts are of different models",
+        )
+    if facts.configs["text_encoder"].get("num_hidden_layers", LAYERS[-1]) < LAYERS[-1]:
+        raise facts.refuse("text_encoder", f"has fewer than {LAYERS[-1]} layers, which are read")
+
+
+def load(spec: BackboneSpec, name: str) -> Parts:
+    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision.
+
+    Raises:
+        ValueError: the folder holds another pipeline, a part is missing, or its weights are not
+        safetensors.
+    """
+    import diffusers
+    from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
+
+    from trainer.backbones.folder_check import check_contents
+    from trainer.backbones.pipeline_folder import pipeline_folder
+    from trainer.backbones.schedulers import flow_scheduler
+
+    folder = pipeline_folder(spec, name, ["transformer", "text_encoder", "vae"])
+    facts = check_contents(folder, name, FAMILY, made=False)
+    return Parts(
+        folder=folder.path,
+        denoiser=folder.load("transformer", diffusers.Flux2Transformer2DModel),
+        text_encoders={"text_encoder": folder.load("text_encoder", Qwen3ForCausalLM)},
+        tokenizers={"text_encoder": folder.tokenizer(Qwen2TokenizerFast)},
+        vae=folder.load("vae", diffusers.AutoencoderKLFlux2),
+        scheduler=flow_scheduler(folder.scheduler_config()),
+        prompt_lengths={"text_encoder": LENGTH},
+        options={DISTILLED: bool(facts.index.get(DISTILLED))},
+    )
+
+
+FAMILY = Family(
+    denoiser="transformer",
+    pipelines=("Flux2KleinPipeline",),
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    load=load,
+    encoders={"text": encode_prompts},
+    inputs=inputs,
+    pipeline=pipeline,
+    shapes=condition_shapes,
+    check=check,
+    output=unpacked,
+    latents=LatentForm(vaes=("AutoencoderKLFlux2",), fold=FOLD, statistics=statistics),
+    sample_size=64,  # 1024 pixels
+    levels=levels,
+    distilled=distilled,
+    traits=DenoiserTraits(joint=(JointTraits("*", text_first=True),), patch=1),
+)
