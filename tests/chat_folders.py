@@ -38,7 +38,7 @@ Z_IMAGE: dict[str, Any] = {
     "n_kv_heads": 2,
     "cap_feat_dim": WIDTH,
     "axes_dims": [8, 4, 4],
-    "axes_lens": [256, 32, 32],
+    "axes_lens": [256, 64, 64],
 }
 QWEN_IMAGE: dict[str, Any] = {
     "patch_size": 2,
@@ -67,7 +67,7 @@ def chat_tokenizer() -> Any:
     from transformers import Qwen2Tokenizer
 
     merges: dict[tuple[str, str], int] = {}
-    for word in (own for plain in WORDS for own in (plain, f"Ġ{plain}")):
+    for word in [start + own for own in WORDS for start in ("", "Ġ")]:
         while len(parts := _pieces(word, merges)) > 1:
             merges[parts[0], parts[1]] = len(merges)
     tokens = [*sorted(ByteLevel.alphabet()), *dict.fromkeys("".join(pair) for pair in merges)]

@@ -17,6 +17,7 @@ from chat_folders import qwen_image_pipeline, z_image_pipeline
 from flow_folders import make_flow_folder
 from torch import Tensor
 
+from trainer.backbones import load_backbone
 from trainer.backbones.families import family_of
 from trainer.config.load import load_recipe, methods_of
 from trainer.config.schema import RecipeError
@@ -101,9 +102,11 @@ def painted(name: str, pipe: Any, guidance: float = 4.0, negative: str = "") -> 
     return pictures
 
 
-def drawn(model: Any, guidance: float = 4.0, **options: Any) -> Tensor:
+def drawn(
+    model: Any, guidance: float = 4.0, *, prompts: list[str] = PROMPTS, **options: Any
+) -> Tensor:
     how = Sampling(STEPS, guidance, size=(HEIGHT, WIDTH), **options)
-    return sample(model, PROMPTS, SEEDS, settings=how) / 2 + 0.5
+    return sample(model, prompts, SEEDS, settings=how) / 2 + 0.5
 
 
 def batch_of(step: int = 0) -> Batch:
@@ -120,16 +123,15 @@ def trained(model: Any, tree: dict[str, Any], path: Path, folder: Path) -> Path:
     """The adapter of methods that take two steps on random pictures."""
     plan = apply_methods(model, methods_of(tree))
     named = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW([named[name] for name in plan.names], lr=3e-2)
+    optimizer = torch.optim.AdamW([named[name] for name in plan.names], lr=0.1)
     task = task_of(model)
     for step in range(2):
         task.loss(task.encode(batch_of(step))).losses.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     tensors = {name: named[name].detach() for name in plan.names}
-    save_adapter(
-        path, tensors, tree={"backbone": str(folder), "methods": tree}, identity=model.identity()
-    )
+    header = {"backbone": str(folder), "methods": tree, "run": {"resolution": 16}}
+    save_adapter(path, tensors, tree=header, identity=model.identity())
     return path
 
 
@@ -141,6 +143,10 @@ def test_a_folder_says_its_family(name: str, folders: dict[str, Path], open_fold
     assert (model.divisor, model.multiple, model.latent_channels) == (2, 4, 4)
     assert model.text_width == 16
     assert model.text_length == {"z_image": 512, "qwen_image": 1024}[name]
+    first = {"z_image": 3, "qwen_image": 0}[name]  # of the prompt, after the template
+    assert model.prompts.places("left fox", "left") == [first]
+    assert model.prompts.places("a left fox", "left") == [first + 1]
+    assert model.prompts.reader.holds("a left fox", "left") is None
     assert len(model.blocks()) == {"z_image": 4, "qwen_image": 2}[name]
 
 
@@ -261,3 +267,210 @@ def test_turbo_samples_and_is_not_trained(tmp_path: Path, open_folder: Open) -> 
         load_recipe(words)
     wanted = painted("z_image", stock("z_image", folder), 1.0)
     assert float((drawn(open_folder(folder), 1.0) - wanted).abs().max()) <= CLOSE
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"lora": {"sites": "all", "rank": 2}},
+    "dora": {"dora": {"sites": "joint", "rank": 2}},
+    "text": {"lora": {"sites": "joint", "rank": 2, "text_encoder": ["q", "v"]}},
+    "word": {"new_token": {"tokens": ["<v1>"], "init": "fox"}},
+    "words": {"new_token": {"tokens": ["<v1>", "<v1>_1"], "init": "fox"}},
+    "known": {"word_embedding": {"tokens": ["fox"]}},
+    "custom_diffusion": {
+        "selective": {"sites": "joint", "projections": ["add_k", "add_v"]},
+        "new_token": {"tokens": ["<v1>"], "init": "fox"},
+    },
+}
+TRAINED = [(n, m) for n in CASES for m in METHODS if (n, m) != ("z_image", "custom_diffusion")]
+
+
+@pytest.mark.parametrize(("name", "method"), TRAINED)
+def test_what_trains_is_saved_and_read_again(
+    name: str, method: str, folders: dict[str, Path], open_folder: Open, tmp_path: Path
+) -> None:
+    model = open_folder(folders[name])
+    prompts = ["a <v1> fox", "a cat"]
+    base = model.encode_prompts(prompts)
+    path = trained(model, METHODS[method], tmp_path / "a.safetensors", folders[name])
+    wanted = drawn(model.eval(), prompts=prompts)
+    loaded, _ = load_adapted(path)
+    assert torch.equal(drawn(loaded.eval(), prompts=prompts), wanted)
+    now = loaded.encode_prompts(prompts)
+    told = method not in ("lora", "dora")
+    assert (
+        now.tokens.shape != base.tokens.shape or not torch.equal(now.tokens, base.tokens)
+    ) == told
+    if "new_token" in METHODS[method]:
+        rows = loaded.text_encoder.get_input_embeddings().stacked()
+        ids = loaded.tokenizer(" fox").input_ids
+        start = loaded.text_encoder.get_input_embeddings().table.weight[ids]
+        assert float((rows - start).abs().max()) > 1e-3, "the word has learned nothing"
+
+
+def test_z_image_has_no_keys_of_the_text_alone(folders: dict[str, Path], open_folder: Open) -> None:
+    tree = {"selective": {"sites": "joint", "projections": ["k", "v"]}}
+    with pytest.raises(ValueError, match="read image and text by the same weights"):
+        apply_methods(open_folder(folders["z_image"]), methods_of(tree))
+
+
+@pytest.mark.sampled(4)
+@FAMILIES
+@pytest.mark.parametrize(
+    ("method", "written"),
+    [
+        ("lora", "diffusers"),
+        ("lora", "peft"),
+        ("lora", "merged"),
+        ("dora", "diffusers"),
+        ("text", "peft"),
+        ("word", "merged"),
+        ("word", "diffusers"),
+        ("known", "merged"),
+        ("known", "diffusers"),
+    ],
+)
+def test_exports_are_proven(
+    name: str,
+    method: str,
+    written: str,
+    folders: dict[str, Path],
+    open_folder: Open,
+    tmp_path: Path,
+) -> None:
+    model = open_folder(folders[name])
+    path = trained(model, METHODS[method], tmp_path / "a.safetensors", folders[name])
+    lines: list[str] = []
+    out = export(path, tmp_path / "out", written, say=lines.append)
+    assert any("largest difference" in line for line in lines)
+    assert any("the call in README.md gives a picture" in line for line in lines)
+    call = (out / "README.md").read_text()
+    assert ("negative_prompt=''" in call) == (name == "qwen_image")
+
+
+@FAMILIES
+def test_a_stock_pipeline_paints_with_the_adapter(
+    name: str, folders: dict[str, Path], open_folder: Open, tmp_path: Path
+) -> None:
+    model, pipe = open_folder(folders[name]), stock(name, folders[name])
+    base = painted(name, pipe)
+    path = trained(model, METHODS["lora"], tmp_path / "a.safetensors", folders[name])
+    pipe.load_lora_weights(export(path, tmp_path / "out", "diffusers", say=lambda line: None))
+    wanted = drawn(model.eval())
+    assert float((painted(name, pipe) - wanted).abs().max()) <= CLOSE
+    assert float((base - wanted).abs().max()) > 4 * CLOSE
+
+
+@FAMILIES
+def test_a_recipe_trains_it(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    from trainer.runs.adapter import load_adapted as load
+    from trainer.training.fit import fit
+
+    words = [
+        "recipe=lora", f"backbone={folders[name]}", "data.prior_weight=0", "run.resolution=16",
+        "run.steps=2", "run.batch_size=2", "run.validate_every=0", "preview.every=0",
+        f"run.out={tmp_path}", "optim.lr=0.01",
+    ]  # fmt: skip
+    folder = fit(load_recipe(words))
+    model, _ = load(folder / "adapter.safetensors")
+    ups = {key: up for key, up in model.named_parameters() if "lora_B" in key}
+    dead = {key for key, up in ups.items() if not up.any()}
+    # text that comes out of the last block is read by nothing
+    last = "transformer_blocks.1.attn"
+    assert ups and all(f"{last}.add_q" in key or f"{last}.to_add_out" in key for key in dead)
+
+
+def test_a_prompt_that_is_too_long_is_cut_as_in_the_stock_pipeline(
+    folders: dict[str, Path], open_folder: Open
+) -> None:
+    """Z-Image: 512 tokens with the template's own."""
+    model, pipe = open_folder(folders["z_image"]), stock("z_image", folders["z_image"])
+    long = "fox " * 600
+    with torch.no_grad():
+        wanted = pipe.encode_prompt([long], do_classifier_free_guidance=False)[0][0]
+        own = model.encode_prompts([long]).tokens[0]
+    assert own.shape == (512, 16)
+    torch.testing.assert_close(own, wanted, rtol=0, atol=1e-5)
+
+
+@FAMILIES
+def test_check_reads_a_folder_without_torch(name: str, folders: dict[str, Path]) -> None:
+    """And counts the tokens of a prompt as the text encoder does."""
+    code = (
+        "import sys; from trainer.config.load import load_recipe\n"
+        "from trainer.backbones.prompt_tokens import prompt_reader\n"
+        f"found = load_recipe(['recipe=lora', 'backbone={folders[name]}', 'data.prior_weight=0'])\n"
+        "print(prompt_reader(found.backbone).chunk)\n"
+        "print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    chunk = {"z_image": 512 - 8, "qwen_image": 1024 - 5}[name]
+    assert printed.stdout.split("\n")[:2] == [str(chunk), "set()"]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "family", "hub"),
+    [
+        ("z_image", "z_image", "Tongyi-MAI/Z-Image"),
+        ("z_image_turbo", "z_image", "Tongyi-MAI/Z-Image-Turbo"),
+        ("qwen_image", "qwen_image", "Qwen/Qwen-Image"),
+    ],
+)
+def test_the_backbones_of_the_hub_are_pinned(backbone: str, family: str, hub: str) -> None:
+    spec = backbone_spec(backbone)
+    assert (spec.family, spec.hub) == (family, hub)
+    assert spec.revision is not None and len(spec.revision) == 40
+
+
+def _file(path: str, **changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / path, **changes)
+
+
+NETWORK, INDEX = "transformer/config.json", "model_index.json"
+REFUSED: dict[tuple[str, str], tuple[Callable[[Path], None], str]] = {
+    ("z_image", "omni"): (_file(NETWORK, siglip_feat_dim=8), "also reads pictures"),
+    ("z_image", "patch"): (_file(NETWORK, all_patch_size=[4]), r"has tokens of \[4\] latents"),
+    ("z_image", "width"): (_file(NETWORK, cap_feat_dim=24), "reads text of width 24 from"),
+    ("z_image", "channels"): (_file(NETWORK, in_channels=16), "takes 16 channels"),
+    ("z_image", "text"): (
+        _file(INDEX, text_encoder=["transformers", "T5EncoderModel"]),
+        "text_encoder is a T5EncoderModel of transformers; this family has Qwen3Model",
+    ),
+    ("z_image", "path"): (
+        _file("scheduler/scheduler_config.json", _class_name="DDIMScheduler"),
+        "scheduler is a DDIMScheduler .* trained on a flow",
+    ),
+    ("qwen_image", "edit"): (_file(NETWORK, zero_cond_t=True), "has zero_cond_t, as models that"),
+    ("qwen_image", "width"): (_file(NETWORK, joint_attention_dim=24), "reads text of width 24"),
+    ("qwen_image", "channels"): (_file(NETWORK, in_channels=64), "takes 64 channels"),
+    ("qwen_image", "vae"): (
+        _file("vae/config.json", _class_name="AutoencoderKL"),
+        "vae is a AutoencoderKL; these are known: AutoencoderKLQwenImage",
+    ),
+    ("qwen_image", "folder"): (
+        lambda folder: shutil.rmtree(folder / "text_encoder"),
+        r"text_encoder: config\.json is missing",
+    ),
+    ("qwen_image", "pipeline"): (
+        _file(INDEX, _class_name="QwenImageEditPipeline"), "is a QwenImageEditPipeline",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "what"), REFUSED)
+def test_what_it_cannot_load_is_refused(name: str, what: str, copy: Path) -> None:
+    spoil, message = REFUSED[name, what]
+    spoil(copy)
+    with pytest.raises((RecipeError, ValueError), match=message):
+        backbone_spec(str(copy))
+
+
+@pytest.mark.parametrize("name", ["z_image"])
+def test_another_chat_template_is_refused(name: str, copy: Path) -> None:
+    template = copy / "tokenizer" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant", "model"))
+    with pytest.raises(ValueError, match=r"the chat template of its tokenizer gives .*model"):
+        load_backbone(backbone_spec(str(copy)), str(copy))
+    template.unlink()
+    with pytest.raises(ValueError, match="gives None for the prompt"):
+        load_backbone(backbone_spec(str(copy)), str(copy))

@@ -70,11 +70,11 @@ class Prompts:
 
     @cached_property
     def length(self) -> int:
-        """Tokens of all parts, with begins, ends and padding."""
+        """Tokens of all parts whose features the denoiser gets, with begins, ends and padding."""
         most = self.backbone.max_tokens
         if most is None:
-            return self._one_call
-        return most + self.parts * sum(map(len, self._marks))
+            return self._one_call - self._dropped
+        return most - self._dropped + self.parts * sum(map(len, self._marks))
 
     @property
     def vocabulary(self) -> Collection[str]:
@@ -98,7 +98,7 @@ class Prompts:
             return tokenizer(
                 texts,
                 padding="max_length" if self.template is None else "longest",
-                max_length=self.length,
+                max_length=self.length + self._dropped,
                 truncation=True,
                 return_tensors="pt",
             )
@@ -119,17 +119,21 @@ class Prompts:
         )
 
     def places(self, prompt: str, word: str) -> list[int]:
-        """Where the first token of a word is among those that the denoiser gets of a prompt."""
-        dropped = 0 if self.template is None else self.template.dropped
-        row = self.tokens([prompt]).input_ids.flatten().tolist()[dropped:]
-        vocabulary = self.tokenizer.get_vocab()
-        own = [vocabulary[word]] if word in vocabulary else self.ids(word)
-        return [i for i in range(len(row)) if row[i : i + len(own)] == own]
+        """Where the first token of a word is among those that the denoiser gets of a prompt.
+        Tokenizers of bytes have other tokens for it at the start of a text than inside one."""
+        row = self.tokens([prompt]).input_ids.flatten().tolist()[self._dropped :]
+        added = self.tokenizer.get_added_vocab()
+        forms = [[added[word]]] if word in added else [self.ids(word), self.ids(f" {word}")]
+        return [i for i in range(len(row)) if any(row[i : i + len(own)] == own for own in forms)]
 
     @property
     def template(self) -> ChatTemplate | None:
         declared: ChatTemplate | None = self.backbone.declared.template
         return declared
+
+    @property
+    def _dropped(self) -> int:
+        return 0 if self.template is None else self.template.dropped
 
     def around(self, text: str) -> str:
         """A text with what its text encoder reads around it."""

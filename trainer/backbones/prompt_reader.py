@@ -37,11 +37,15 @@ class PromptReader:
             if word.lower() in text.lower():
                 return f"has {word} only inside another word"
             return f"must contain the token {word}"
-        ids, own = list(self.ids(text)), list(self.ids(word))
-        places = [i for i in range(len(ids)) if ids[i : i + len(own)] == own]
-        if not places:
+        ids = list(self.ids(text))
+        # tokenizers of bytes have other tokens for a word at the start of a text than inside one
+        forms = [list(self.ids(form)) for form in (word, f" {word}")]
+        ends = [
+            i + len(own) for own in forms for i in range(len(ids)) if ids[i : i + len(own)] == own
+        ]
+        if not ends:
             return f"has {word}, which is no word of its own there"
-        if places[0] + len(own) > self.read:
+        if min(ends) > self.read:
             return (
                 f"is {len(ids)} tokens long, of which {self.read} are read, and {word} is beyond "
                 f"them; move it forward, or give text.max_tokens={self.enough(len(ids))}"

@@ -60,7 +60,7 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tens
 
 
 def condition_shapes(backbone: Backbone) -> Mapping[str, tuple[int, ...]]:
-    length = backbone.prompts.length - TEMPLATE.dropped
+    length = backbone.prompts.length
     width = int(backbone.denoiser.config.joint_attention_dim)
     return {"tokens": (length, width), "mask": (length,)}
 

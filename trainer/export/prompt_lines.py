@@ -91,3 +91,10 @@ def _several(base: Any) -> bool:
 def call_options(base: Any) -> tuple[str, ...]:
     """The arguments that the stock pipeline of a backbone takes, in their order."""
     return tuple(inspect.signature(type(base.pipeline()).__call__).parameters)
+
+
+def guides_beside_negative(base: Any) -> bool:
+    """Whether the stock pipeline of a backbone guides, but only where it has a negative prompt, be
+    it an empty one."""
+    scale = inspect.signature(type(base.pipeline()).__call__).parameters.get("true_cfg_scale")
+    return scale is not None and scale.default > 1

@@ -13,7 +13,12 @@ from trainer.common.version import own_version
 from trainer.export import tokens
 from trainer.export.card import Card
 from trainer.export.job import Job
-from trainer.export.prompt_lines import call_options, prompt_code, prompt_text
+from trainer.export.prompt_lines import (
+    call_options,
+    guides_beside_negative,
+    prompt_code,
+    prompt_text,
+)
 from trainer.export.read_tokens import CLIPS, EMBEDDINGS, WORD
 from trainer.export.tensor_files import load_tensors
 
@@ -138,7 +143,8 @@ def _options(base: Any) -> str:
         "complex_human_instruction": None,
     }
     known = call_options(base)
-    return "".join(f", {key}={value}" for key, value in wanted.items() if key in known)
+    given = "".join(f", {key}={value}" for key, value in wanted.items() if key in known)
+    return given + (", negative_prompt=''" if guides_beside_negative(base) else "")
 
 
 def _lacking(base: Any) -> list[str]:

@@ -50,7 +50,8 @@ def merge(backbone: Any) -> Any:
         table = encoder.get_input_embeddings()
         if isinstance(table, RowsEmbedding):
             encoder.set_input_embeddings(table.merged())
-            encoder.config.vocab_size = table.num_embeddings
+            # also the config, and the head of a language model
+            encoder.resize_token_embeddings(table.num_embeddings, mean_resizing=False)
     for name, module in backbone.named_modules():
         if isinstance(module, Extras):
             _refuse_extras(module)

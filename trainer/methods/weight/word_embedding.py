@@ -2,7 +2,8 @@
 
 The rows alone train, as in textual inversion (arXiv 2208.01618, section 4), but of words that the
 vocabulary has, and they start as they are: words of motion, say, which stills never explained. A
-row is read in every prompt that has its word.
+row is read in every prompt that has its word. Tokenizers of bytes, as Qwen's, have another token
+for a word that begins a prompt; that one stays as it is.
 """
 
 from __future__ import annotations

@@ -201,7 +201,12 @@ def _names(encoder: nn.Module, embedding: RowsEmbedding) -> list[str]:
 
 
 def _one_token(tokenizer: Any, word: str, *, what: str, example: str) -> int:
-    ids = tokenizer(word, add_special_tokens=False).input_ids
+    """The token of a word inside a text: tokenizers of bytes have another one at its start."""
+    inside, ids = (
+        tokenizer(text, add_special_tokens=False).input_ids for text in (f" {word}", word)
+    )
+    if len(inside) == 1:
+        ids = inside
     if len(ids) != 1:
         raise ValueError(
             f"{what} {word!r} is {len(ids)} tokens; choose a word that is one, like {example}"
