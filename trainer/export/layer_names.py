@@ -157,8 +157,10 @@ def original_names(denoiser: Any) -> dict[str, tuple[str, ...]]:
     kind = type(denoiser).__name__
     declared = (find_family(name).original_layers.get(kind) for name in family_names())
     table = next((names for names in declared if names is not None), {})
-    own = getattr(denoiser, "transformer_blocks", None) or getattr(denoiser, "blocks", ())
-    blocks = range(len(own))
+    names = ("transformer_blocks", "blocks")
+    blocks = range(
+        next((len(getattr(denoiser, own)) for own in names if hasattr(denoiser, own)), 0)
+    )
     return {
         name.format(block): tuple(layer.format(block) for layer in layers)
         for name, layers in table.items()
