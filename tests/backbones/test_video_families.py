@@ -359,6 +359,9 @@ def test_what_trains_is_saved_and_read_again(
     if (name, family) == ("selective", "cogvideox"):
         with pytest.raises(ValueError, match=r"matches no attention site; .* the kinds joint"):
             apply_methods(model, methods_of(METHODS[name]))
+        joint = {"selective": METHODS[name]["selective"] | {"sites": "joint"}}
+        with pytest.raises(ValueError, match="read image and text by the same weights"):
+            apply_methods(model, methods_of(joint))
         return
     base = drawn(model, family, PROMPTS[:1])
     path = trained(model, family, tmp_path / "a.safetensors", folder, METHODS[name])
