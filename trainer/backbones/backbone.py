@@ -179,6 +179,16 @@ class Backbone(nn.Module):
         return self.text_shapes["tokens"][0]
 
     @property
+    def sequence_length(self) -> int:
+        """Tokens of a prompt that its last text encoder reads, with padding: `max_sequence_length`
+        of stock pipelines, also where the folder lacks that text encoder."""
+        part = self.declared.text_encoders[-1]
+        if part not in self.prompt_lengths:
+            return self.text_length
+        here = part in self._encoder_names
+        return Prompts(self, part).length if here else self.prompt_lengths[part]
+
+    @property
     def prompts(self) -> Prompts:
         """How the text encoder whose tokens the denoiser gets reads prompts."""
         return Prompts(self, self.declared.reader or self._encoder_names[0])

@@ -39,10 +39,16 @@ FOLD = 2  # latents along an edge of a token
 
 
 def encode_prompts(backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Prompts to T5's tokens (b, n, d), padding too, and CLIP's pooled text (b, p): of a prompt in
-    parts that of the first one."""
-    ids = backbone.tokens(prompts, CLIP).input_ids
-    pooled = backbone.text_encoders[CLIP](ids).pooler_output[:: len(ids) // len(prompts)]
+    """Prompts to T5's tokens (b, n, d), padding too, and CLIP's pooled text (b, p), of the first 77
+    tokens of it whatever T5 reads."""
+    from trainer.backbones.long_prompts import Prompts
+
+    clip, read = backbone.text_encoders[CLIP], Prompts(backbone, CLIP)
+    ids = read.tokenizer(
+        [read.as_read(text) for text in prompts],
+        padding="max_length", truncation=True, return_tensors="pt",
+    ).input_ids  # fmt: skip
+    pooled = clip(ids.to(clip.device)).pooler_output
     tokens = backbone.text_encoders[T5](backbone.tokens(prompts, T5).input_ids)[0]
     return {"tokens": tokens, "pooled": pooled}
 

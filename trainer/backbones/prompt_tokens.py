@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.backbones.families import find_family
+from trainer.backbones.family import tokenizer_name
 from trainer.backbones.folder_facts import file_of_part, read_part
 from trainer.backbones.word_vectors import with_all_vectors
 from trainer.common.added_words import single_word
@@ -99,8 +100,9 @@ def prompt_reader(spec: BackboneSpec, words: Sequence[str] = ()) -> PromptReader
 
 def prompt_length(spec: BackboneSpec) -> int | None:
     """Tokens that one call of the text encoder takes, those of begin and end included."""
-    own = read_part(spec, "tokenizer/tokenizer_config.json")
-    encoder = read_part(spec, "text_encoder/config.json")
+    part = _reader(spec)
+    own = read_part(spec, f"{tokenizer_name(part)}/tokenizer_config.json")
+    encoder = read_part(spec, f"{part}/config.json")
     index = read_part(spec, "model_index.json")
     if own is None or encoder is None or index is None:
         return None
@@ -114,13 +116,18 @@ def prompt_length(spec: BackboneSpec) -> int | None:
     return min(known) if known else None
 
 
+def _reader(spec: BackboneSpec) -> str:
+    """The text encoder whose tokens the denoiser gets."""
+    return find_family(spec.family).reader or "text_encoder"
+
+
 def _is_clip(encoder: dict[str, Any]) -> bool:
     return str(encoder.get("model_type")).startswith("clip")
 
 
 def check_max_tokens(spec: BackboneSpec) -> None:
     """Raises ValueError where the text encoder does not divide prompts of `spec.max_tokens`."""
-    reader, encoder = prompt_reader(spec), read_part(spec, "text_encoder/config.json")
+    reader, encoder = prompt_reader(spec), read_part(spec, f"{_reader(spec)}/config.json")
     if spec.max_tokens and reader and encoder and _is_clip(encoder):
         check_parts(spec.max_tokens, reader.chunk)
 
@@ -141,7 +148,7 @@ def vocabulary(spec: BackboneSpec) -> Collection[str]:
 
 
 def _tokenizer(spec: BackboneSpec) -> Tokenizer | None:
-    config = file_of_part(spec, "tokenizer/tokenizer_config.json")
+    config = file_of_part(spec, f"{tokenizer_name(_reader(spec))}/tokenizer_config.json")
     if spec.folder is None or config is None:
         return None
     try:

@@ -156,7 +156,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         tokenizers=tokenizers,
         vae=folder.load("vae", getattr(diffusers, facts.vae)),
         scheduler=flow_scheduler(folder.scheduler_config()),
-        prompt_lengths={T5: T5_LENGTH} if T5 in present else {},
+        prompt_lengths={T5: T5_LENGTH},
     )
 
 

@@ -47,7 +47,8 @@ def prompt_code(prompt: str, base: Any) -> tuple[list[str], str]:
     """Lines before the call of the pipeline, and its arguments that stand for a prompt and the
     empty one beside it."""
     if base.prompts.parts == 1 or _several(base):
-        return [], repr(prompt)
+        first = next(name for name in call_options(base) if name != "self")
+        return [], repr(prompt) if first == "prompt" else f"prompt={prompt!r}"
     masked = MASK in call_options(base)
     lines = list(_encode(base, masked))
     if not masked:
@@ -85,6 +86,6 @@ def _several(base: Any) -> bool:
     return len(base.text_encoders) > 1
 
 
-def call_options(base: Any) -> frozenset[str]:
-    """The arguments that the stock pipeline of a backbone takes."""
-    return frozenset(inspect.signature(type(base.pipeline()).__call__).parameters)
+def call_options(base: Any) -> tuple[str, ...]:
+    """The arguments that the stock pipeline of a backbone takes, in their order."""
+    return tuple(inspect.signature(type(base.pipeline()).__call__).parameters)

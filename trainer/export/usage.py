@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.backbones.family import tokenizer_name
 from trainer.common.version import own_version
 from trainer.export import tokens
 from trainer.export.card import Card
@@ -88,7 +89,7 @@ def _python(card: Card, usage: Usage, base: Any) -> Iterator[str]:
     yield "dtype = torch.float32  # or torch.float16 on a GPU, which is faster"
     yield ""
     yield from usage.before
-    arguments = ["dtype=dtype", *usage.arguments]
+    arguments = ["dtype=dtype", *usage.arguments, *_lacking(base)]
     if not usage.complete:
         arguments += [f"revision={card.revision!r}"] if card.revision else []
     if usage.pipeline == "StableDiffusionPipeline":
@@ -122,11 +123,17 @@ def _options(base: Any) -> str:
     text encoder has positions, and to put no instruction before the prompt, as in training."""
     wanted = {
         "use_resolution_binning": False,
-        "max_sequence_length": base.text_length,
+        "max_sequence_length": base.sequence_length,
         "complex_human_instruction": None,
     }
     known = call_options(base)
     return "".join(f", {key}={value}" for key, value in wanted.items() if key in known)
+
+
+def _lacking(base: Any) -> list[str]:
+    """What a stock pipeline must be told of text encoders that the folder does not have."""
+    absent = [part for part in base.declared.text_encoders if part not in base.text_encoders]
+    return [f"{name}=None" for part in absent for name in (part, tokenizer_name(part))]
 
 
 def _imports(usage: Usage, base: Any, clip: bool) -> set[str]:
