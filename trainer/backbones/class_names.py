@@ -3,7 +3,7 @@ its number, and the empty one stands for no class. Importing this imports no tor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
@@ -85,7 +85,7 @@ class ClassPrompts:
         return self.names.reader
 
     @property
-    def vocabulary(self) -> Iterable[str]:
+    def vocabulary(self) -> Collection[str]:
         return ()  # no words in angle brackets
 
     def places(self, prompt: str, word: str) -> list[int]:

@@ -56,7 +56,7 @@ def pipeline(backbone: Backbone) -> Any:
     from diffusers import DiTPipeline
 
     labels = dict(backbone.options[LABELS])
-    made = DiTPipeline(
+    made: Any = DiTPipeline(
         transformer=backbone.denoiser, vae=backbone.vae, scheduler=backbone.scheduler(),
         id2label=labels,
     )  # fmt: skip

@@ -253,9 +253,10 @@ def _download(spec: BackboneSpec, name: str, parts: Sequence[str]) -> Path:
 def kept_folder(spec: BackboneSpec, parts: Sequence[str]) -> Path | None:
     """The folder of a checkpoint of the hub in its cache; None if a file is missing. A pinned
     commit never changes."""
-    folder = cached(spec)
+    if (folder := cached(spec)) is None:
+        return None
     try:
-        for part in parts if folder is not None else ():
+        for part in parts:
             weight_files(folder / part)
     except ValueError:
         return None
