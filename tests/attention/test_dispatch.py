@@ -852,3 +852,32 @@ def test_ops_on_words_refuse_keys_that_may_be_a_pictures() -> None:
         host.install(DetachFirstToken(), sites[:1])
         with pytest.raises(ValueError, match="attends several times in one run, and which of the"):
             model(**given)
+
+
+def test_a_classic_layer_is_hosted_by_its_call_only_while_its_processor_is_another(
+    tiny_unet: nn.Module, run_unet: Callable[..., Tensor]
+) -> None:
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    class Own(AttnProcessor2_0):
+        pass
+
+    plain = run_unet(tiny_unet)
+    model: Any = tiny_unet
+    layer = model.mid_block.attentions[0].transformer_blocks[0].attn1
+    layer.set_processor(Own())
+    host = Host.attach(model)
+    op = Op("kv", half)
+    sites = require(host.sites, "self & mid", "test")
+    host.install(op, sites)
+    assert isinstance(layer.processor, Own)
+    changed = run_unet(model)
+    layer.set_processor(AttnProcessor2_0())
+    Host.attach(model)
+    assert torch.equal(run_unet(model), changed)
+    host.remove(op)
+    Host.attach(model)
+    assert not {HOSTED, "forward"} & set(layer.__dict__)
+    host.install(op, require(host.sites, "self & mid", "test"))
+    torch.testing.assert_close(run_unet(model), changed)
+    assert not torch.allclose(changed, plain, atol=1e-4)

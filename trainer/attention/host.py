@@ -151,13 +151,15 @@ class Host:
         processor = getattr(module, "processor", None)
         if isinstance(processor, HostedProcessor):
             return processor
+        if own is not None and (own.ops or not is_classic(module, self.traits)):
+            return own
         if is_classic(module, self.traits):
+            if own is not None:
+                own.release()
             if known is None or known.site.module is not module or isinstance(known, HostedLayer):
                 known = HostedProcessor(site, self.holder, processor)
             module.set_processor(known)
             return known
-        if own is not None:
-            return own
         # ops of a hosted processor that another has replaced: what they did is to be reported
         if site.keeps_processor and not (known is not None and known.ops):
             return HostedLayer(site, self.holder)

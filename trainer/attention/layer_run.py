@@ -44,6 +44,7 @@ class LayerRun:
         self.args, self.kwargs = args, dict(kwargs)
         self.call = SiteCall(site, ctx, self._lengths())
         self.call.part = -1  # the first attention call makes it 0
+        self._seen_context = 0  # how many layers of keys and values got what `context` made
 
     def enter(self) -> None:
         """The stage `tokens`, on the image tokens the layer is called with."""
@@ -82,7 +83,6 @@ class LayerRun:
         """The stage `context`: the layers of keys and values get what the ops make of their input,
         for this run. They are looked up now, since an adapter may have wrapped them."""
         handles = []
-        self._seen_context = 0
         made: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
 
         def change(index: int, x: Tensor) -> Tensor:
@@ -109,8 +109,6 @@ class LayerRun:
         finally:
             for handle in handles:
                 handle.remove()
-
-    _seen_context = 0
 
     def _lengths(self) -> Lengths | None:
         x = self._argument(self.names[0])
