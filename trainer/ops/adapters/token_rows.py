@@ -18,7 +18,6 @@ from transformers import AddedToken
 
 from trainer.common.added_words import single_word
 
-
 PADDING = 1024  # rows, at most, that a table has beyond its tokens
 
 
