@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from pixart_folder import ALPHA, SIGMA, make_pixart_folder, sentencepiece_file
+from pixart_folder import ALPHA, SIGMA, UNUSED, make_pixart_folder, sentencepiece_file
 from torch import Tensor
 
 from trainer.backbones import load_backbone
@@ -147,6 +147,33 @@ def test_merged_stays_of_its_class(
     wanted = drawn(model, None)
     torch.testing.assert_close(drawn(again, None), wanted, rtol=0, atol=1e-4)
     assert float((painted(pipe) - wanted).abs().max()) <= CLOSE
+
+
+def test_new_words_come_behind_rows_that_no_token_has(
+    model: Any, folder: Path, tmp_path: Path, open_folder: Open
+) -> None:
+    """T5's table has more rows than its tokenizer has tokens. The word is read by itself, and a
+    merged pipeline reads it as trained."""
+    tokens, table = len(model.tokenizer), model.text_encoder.get_input_embeddings()
+    assert table.num_embeddings == tokens + UNUSED
+    tree = {"new_token": {"tokens": ["<v1>"]}}
+    apply_methods(model, methods_of(tree))
+    own, (name,) = dict(model.named_parameters()), [
+        each for each, _ in model.named_parameters() if "rows" in each
+    ]  # fmt: skip
+    with torch.no_grad():
+        own[name].fill_(2.0)
+    assert model.tokenizer.convert_tokens_to_ids("<v1>") == tokens + UNUSED
+    read = model.text_encoder.get_input_embeddings()(model.tokens(["<v1>"]).input_ids)
+    assert bool((read[0, 0] == 2.0).all()) and not bool((read[0, 1:] == 2.0).all(-1).any())
+    path = tmp_path / "adapter.safetensors"
+    header = {"backbone": str(folder), "methods": tree}
+    save_adapter(path, {name: own[name]}, header, model.identity())
+    out = export(path, tmp_path / "merged", say=lambda line: None)
+    prompts = ["a <v1> on a background", "a fox"]
+    with torch.no_grad():
+        texts, *_ = stock(out).encode_prompt(prompts, clean_caption=False)
+        torch.testing.assert_close(model.encode_prompts(prompts).tokens, texts, atol=1e-5, rtol=0)
 
 
 def _with_sentencepiece_alone(folder: Path, copy: Path) -> Path:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 from trainer.__main__ import main
+from trainer.backbones import family_names
+from trainer.cli.backbones_table import ListedBackbone, listed_backbones
 from trainer.cli.methods_table import methods_table, recipes_of
 from trainer.common.declared import commands_in, declared, header_of, measured_in
 from trainer.common.exit_codes import BAD_RECIPE
@@ -33,14 +36,61 @@ def entries(out: str) -> list[tuple[str, str]]:
     return found
 
 
-def test_list_prints_everything_in_sentences(capsys: Printed) -> None:
+def test_list_prints_everything(capsys: Printed) -> None:
+    """Recipes and backbones of the hub in tables, all else in sentences."""
     assert main(["list"]) == 0
     out, err = capsys.readouterr()
+    firsts = {line.split()[0] for line in out.splitlines() if re.match(r"  \S", line)}
     files = [path.stem for path in (*method_files(), *source_files())]
-    assert [name for name, _ in entries(out)] == [*recipe_names(), *backbone_names(), *files]
-    assert [name for name, text in entries(out) if not text.endswith(".")] == []
+    assert firsts == {*recipe_names(), *backbone_names(), *files, "name"}
+    sentences = dict(entries(out.partition("methods:")[2]))
+    assert [name for name, text in sentences.items() if not text.endswith(".")] == []
+    assert list(sentences) == files
     assert max(map(len, out.splitlines())) <= 100
     assert err == ""
+
+
+def test_the_table_of_backbones(capsys: Printed) -> None:
+    assert main(["list", "backbones"]) == 0
+    rows = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    head, row = rows[1], next(row for row in rows if row[0] == "sdxl")
+    assert dict(zip(head, row, strict=True)) == {
+        "name": "sdxl",
+        "family": "sdxl",
+        "pixels": "1024x1024",
+        "predicts": "eps",
+        "parameters": "2.6 B",
+        "memory": "13.9 GB",
+        "licence": "openrail++",
+    }
+
+
+def test_the_table_of_recipes(capsys: Printed) -> None:
+    assert main(["list", "recipes"]) == 0
+    rows = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    assert rows[1] == ["name", "backbone", "methods", "what"]
+    assert ["qlora", "tiny", "new_token, nf4, lora", "QLoRA (NeurIPS 2023, arXiv"] in rows
+
+
+@pytest.mark.parametrize("listed", listed_backbones(), ids=lambda listed: listed.name)
+def test_a_header_of_a_backbone_says_what_the_table_shows(listed: ListedBackbone) -> None:
+    """As `<name>: 1024x1024, eps. Licence <name>. 2.6 B parameters. Needs 13.9 GB of memory to
+    load.`"""
+    assert listed.family in family_names() and listed.sentence.endswith(".")
+    if listed.hub:
+        assert listed.pixels and listed.predicts and listed.licence and listed.memory
+        assert (listed.licence, listed.title) == (listed.licence.strip(), listed.title.strip())
+    else:
+        assert not listed.revision and listed.pixels == ""
+
+
+def test_the_page_of_backbones_is_what_the_command_prints(capsys: Printed) -> None:
+    assert main(["list", "backbones", "format=markdown"]) == 0
+    wanted = (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == wanted, (
+        "python -m trainer list backbones format=markdown > docs/backbones.md"
+    )
+    assert [line for name in backbone_names() if (line := f"| {name} |") not in wanted] == []
 
 
 def test_list_of_methods_gives_level_kind_and_paper(capsys: Printed) -> None:
@@ -58,8 +108,8 @@ def test_list_of_methods_gives_level_kind_and_paper(capsys: Printed) -> None:
     ("words", "says"),
     [
         (["method"], "list method: there are recipes, backbones, methods, data"),
-        (["data", "format=markdown"], "format=markdown is for list methods alone"),
-        (["format=markdown"], "format=markdown is for list methods alone"),
+        (["data", "format=markdown"], "format=markdown is for list methods or list backbones"),
+        (["format=markdown"], "format=markdown is for list methods or list backbones"),
     ],
 )
 def test_mistakes(words: list[str], says: str, capsys: Printed) -> None:

@@ -13,6 +13,7 @@ from denoisers import traits_of
 from torch import Tensor, nn
 
 from trainer.attention.condition import Condition
+from trainer.backbones.long_prompts import Prompts
 
 TREES: dict[str, dict[str, Any]] = {
     # several ranks, an alpha that is not the rank, a text encoder, other layers than attention

@@ -1,4 +1,5 @@
-"""`list`: prints the recipes, backbones, methods and data sources there are, a sentence each.
+"""`list`: prints the recipes, backbones, methods and data sources there are: the first two as
+tables, the others a sentence each.
 
 They are read as text, so nothing heavy is imported.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from trainer.common.declared import Declared, declared, docstring_summary, header_of
@@ -20,8 +21,8 @@ MARKDOWN = "format=markdown"
 
 
 def run(words: list[str]) -> int:
-    """`python -m trainer list [recipes|backbones|methods|data]` prints what there is, a sentence
-    each; `list methods format=markdown` prints docs/methods.md."""
+    """`python -m trainer list [recipes|backbones|methods|data]` prints what there is; `list methods
+    format=markdown` prints docs/methods.md, `list backbones format=markdown` docs/backbones.md."""
     wanted = [word for word in words if word != MARKDOWN]
     if unknown := [word for word in wanted if word not in TABLES]:
         print(f"error: list {unknown[0]}: there are {', '.join(TABLES)}", file=sys.stderr)
@@ -30,9 +31,29 @@ def run(words: list[str]) -> int:
         return _markdown(wanted)
     for kind in wanted or TABLES:
         print(f"{kind}:")
+        columns, rows = TABULAR[kind]() if kind in TABULAR else ((), [])
+        if rows:
+            _print_table(columns, rows)
+        tabled = {row[0] for row in rows}
         for name, sentence in TABLES[kind]():
-            print(entry(name, sentence))
+            if name not in tabled:
+                print(entry(name, sentence))
     return 0
+
+
+def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    for number, column in enumerate(columns):
+        table.add_column(column, no_wrap=number == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=WIDTH - 2, markup=False, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    print("\n".join(f"  {line}".rstrip() for line in captured.get().splitlines()))
 
 
 def entry(name: str, text: str, indent: int = INDENT) -> str:
@@ -64,6 +85,33 @@ def _headers(folder: Path) -> Callable[[], Iterable[tuple[str, str]]]:
     return rows
 
 
+def _of_backbones() -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Those of the hub; of the others there is a sentence."""
+    from trainer.cli.backbones_table import listed_backbones
+
+    columns = ("name", "family", "pixels", "predicts", "parameters", "memory", "licence")
+    found = [each for each in listed_backbones() if each.hub]
+    return columns, [[each.cell(column) for column in columns] for each in found]
+
+
+def _of_recipes() -> tuple[Sequence[str], list[Sequence[str]]]:
+    from trainer.config.load import read_recipe, recipe_names
+
+    rows: list[Sequence[str]] = []
+    for name in recipe_names():
+        tree = read_recipe(name)
+        methods = [
+            each for each, options in (tree.get("methods") or {}).items() if options is not None
+        ]
+        title = header_of(RECIPES / f"{name}.yaml")[0].partition(": ")[0]
+        rows.append([name, str(tree.get("backbone") or ""), ", ".join(methods), title])
+    return ("name", "backbone", "methods", "what"), rows
+
+
+TABULAR: dict[str, Callable[[], tuple[Sequence[str], list[Sequence[str]]]]] = {
+    "recipes": _of_recipes,
+    "backbones": _of_backbones,
+}
 TABLES: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
     "recipes": _headers(RECIPES),
     "backbones": _headers(BACKBONES),
@@ -73,10 +121,15 @@ TABLES: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
 
 
 def _markdown(wanted: list[str]) -> int:
-    if wanted != ["methods"]:
-        print(f"error: {MARKDOWN} is for list methods alone", file=sys.stderr)
-        return BAD_RECIPE
-    from trainer.cli.methods_table import methods_table
+    if wanted == ["methods"]:
+        from trainer.cli.methods_table import methods_table
 
-    print(methods_table(), end="")
+        print(methods_table(), end="")
+    elif wanted == ["backbones"]:
+        from trainer.cli.backbones_table import backbones_markdown
+
+        print(backbones_markdown(), end="")
+    else:
+        print(f"error: {MARKDOWN} is for list methods or list backbones", file=sys.stderr)
+        return BAD_RECIPE
     return 0

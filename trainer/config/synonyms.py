@@ -51,7 +51,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "report_to": ("tracker",), "log_with": ("tracker",), "logger": ("tracker",),
     "pretrained_model_name_or_path": MODEL, "model": MODEL, "base_model": MODEL, "model_id": MODEL,
     "pretrained_vae_model_name_or_path": ("parts.vae",), "vae_path": ("parts.vae",),
-    "ckpt": MODEL, "checkpoint": ("backbone", "adapter"),
+    "ckpt": MODEL,
     # what is learned from which pictures
     "rank": RANK, "lora_rank": RANK, "network_dim": RANK, "lora_r": RANK, "r": RANK,
     "scale": ALPHA, "network_alpha": ALPHA, "lora_alpha": ALPHA,
@@ -77,7 +77,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "validation_prompt": ("preview.prompts",), "validation_prompts": ("preview.prompts",),
     "sample_prompts": ("preview.prompts",), "sample_every": ("preview.every",),
     "validation_steps": ("preview.every",), "lora_path": ("adapter",),
-    "video": ("source",), "num_frames": ("frames",),
+    "checkpoint": ("adapter",), "video": ("source",), "num_frames": ("frames",),
 }  # fmt: skip
 
 
