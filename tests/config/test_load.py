@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = {"data": {"source": "world", "count": 8}, "methods": {"s
 # words (with ` & ` between them) -> a part of what they are answered with
 OVERRIDES = """
 backbone=tinny -> backbone=tinny: neither a backbone of ours nor a folder; did you mean tiny?
-backbone=README.md -> backbone=README.md: one file, and a folder is needed; make a folder of it
+backbone=README.md -> backbone=README.md: one file, and a folder is needed; give one of
 backbone=../custom_diffusion -> backbone=../custom_diffusion: neither a backbone of ours
 backbone=3 -> backbone is 3; it is a name or a folder, as in backbone=tiny
 backbone= -> backbone is ''; it is a name or a folder, as in backbone=tiny

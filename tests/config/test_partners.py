@@ -132,6 +132,7 @@ methods.pix2video: sites weight
 methods.selective: sites projections detach_first_token
 methods.text2video_zero: sites motion alone until
 methods.tiled: sites rows columns
+methods.tlora: min_share timesteps
 methods.tune_a_video: train weights sites
 methods.vdm: train weights heads relative reach images
 methods.videop2p: train weights sites
@@ -139,7 +140,7 @@ methods.word_embedding: tokens
 """
 LOW_RANK = "layers text_encoder text_layers rank alpha dropout ranks alphas rslora init group "
 LOW_RANK += "whole energy sites projections type options"
-LOW_RANKS = ("c_lora", "controls", "dora", "inflora", "longlora", "lora", "peft_adapter")
+LOW_RANKS = ("c_lora", "controls", "dora", "inflora", "longlora", "lora", "peft_adapter", "tlora")
 
 
 @pytest.fixture

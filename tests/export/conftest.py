@@ -170,6 +170,7 @@ class StandIn(nn.Module):
         self.add_module(self.denoiser_name, denoiser)
         self.stock, self.latent_channels = stock, channels
         self.text_encoders, self.tokenizers = {}, {}
+        self.prompts = Prompts(self, "text_encoder")
 
     @property
     def denoiser(self) -> Any:

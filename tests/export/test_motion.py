@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.attention import host
+from trainer.backbones.long_prompts import Prompts
 from trainer.config.header import read_header
 from trainer.config.load import methods_of
 from trainer.diffusion.sampler import sample
@@ -111,7 +112,8 @@ def answer() -> Callable[[Any], Tensor]:
     """`answer(model)`: a model's output for two clips of four frames."""
 
     def ask(model: Any) -> Tensor:
-        probe = Probe(SimpleNamespace(resolution=64, divisor=8, latent_channels=8), (), frames=4)
+        size = SimpleNamespace(resolution=64, divisor=8, latent_channels=8, prompts=Prompts(None))
+        probe = Probe(size, (), frames=4)
         return probe(model)
 
     return ask

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from trainer.backbones.long_prompts import Prompts
 from trainer.config.header import read_header
 from trainer.export.export import export
 from trainer.export.formats import kohya
@@ -32,7 +33,8 @@ def test_the_difference_is_the_largest_in_either_direction() -> None:
 
 @pytest.mark.parametrize(("resolution", "side"), [(64, 8), (512, 16)])
 def test_what_is_asked(resolution: int, side: int) -> None:
-    model = SimpleNamespace(resolution=resolution, divisor=8, latent_channels=4)
+    prompts = Prompts(None)
+    model = SimpleNamespace(resolution=resolution, divisor=8, latent_channels=4, prompts=prompts)
     images, clips = Probe(model, ["<v1>", "sks"]), Probe(model, [], 3)
     assert images.prompts == ["a photo of <v1> sks", ""]
     assert images.x_t.shape == (2, 4, side, side) and images.t.tolist() == [150, 700]

@@ -17,7 +17,7 @@ from trainer.attention.insertion import insertions
 from trainer.attention.op import Op, has_stage, label
 from trainer.attention.op_conflicts import refuse_conflicts
 from trainer.attention.processor import HostedProcessor
-from trainer.attention.sites import Site, scan
+from trainer.attention.sites import Site, scan, unet_divisors
 
 __all__ = ["Host", "HostedProcessor", "Op"]
 
@@ -55,7 +55,7 @@ class Host:
         host = denoiser.__dict__.get(_HOST)
         known = UNDECLARED if host is None else host.traits
         sites = scan(denoiser, traits or known)
-        if not sites:
+        if not (sites or unet_divisors(denoiser)):  # a U-Net may have been made without any
             raise ValueError(
                 f"{type(denoiser).__name__} has no attention layer to host; choose another backbone"
             )

@@ -122,6 +122,7 @@ def sampled_as(backbone: Any) -> str:
     its fingerprint."""
     own = backbone.scheduler_config.items()
     config = sorted((key, repr(value)) for key, value in own if not key.startswith("_"))
-    words = sorted(backbone.tokenizer.get_added_vocab())
+    readers = backbone.tokenizers.values()
+    words = sorted({word for each in readers for word in each.get_added_vocab()})
     kind = backbone.scheduler_class.__name__
     return repr((kind, config, backbone.target, backbone.max_tokens, words))

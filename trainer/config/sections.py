@@ -215,7 +215,9 @@ class PreviewSpec(Section):
     )
     negative: str = Field("", description="a prompt to move away from, in place of the empty one")
     maps: str | None = Field(
-        None, description="draw the cross-attention of this token over the previews"
+        None,
+        description="draw the cross-attention of this token over the previews; not on backbones "
+        "that have the text in one sequence with the picture",
     )
 
     def idle(self) -> dict[str, str]:

@@ -141,7 +141,7 @@ def test_each_clip_is_a_file_that_is_made_again(
     assert "repeated, bit for bit" in capsys.readouterr().err
     for path, says in {
         run / "previews" / "step-000001" / f"{own[1]}.gif": "no checkpoint was kept",
-        run / "previews" / "step-000002.gif": "give one of the pictures beside it",
+        run / "previews" / "step-000002.gif": "give one of those beside it",
     }.items():
         assert main(["sample", f"from={path}", f"out={tmp_path}"]) == BAD_RECIPE
         assert says in capsys.readouterr().err

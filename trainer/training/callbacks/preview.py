@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trainer.attention.sites import select
+from trainer.attention.sites import Site, select
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import pictures_at_once
 from trainer.diffusion.guidance import COND
@@ -198,7 +198,8 @@ class Preview(lightning.Callback):
     def _sample(self, backbone: Backbone) -> tuple[Tensor, Tensor | None]:
         """Pictures of all prompts (n, 3, H, W), and attention maps (n, h, w) of `maps` or None.
         Clips are sampled one by one, because a clip is a batch of frames."""
-        where = positions(backbone, self.prompts, self.maps) if self.maps else None
+        mapped = self.maps if map_sites(backbone) else None
+        where = positions(backbone, self.prompts, mapped) if mapped else None
         at_once = self._at_once(backbone)
         parts = [
             self._sample_part(
@@ -233,8 +234,7 @@ class Preview(lightning.Callback):
             return sample(backbone, prompts, seeds, settings=self.settings).cpu(), None
         rows = [each or [0] for each in where for _ in range(self.frames)]
         store = MapStore(rows, group=COND)
-        sites = [site for site in select(backbone.sites, "cross") if site.divisor in (1, 2)]
-        backbone.host.install(store, sites)
+        backbone.host.install(store, map_sites(backbone))
         try:
             pictures = sample(backbone, prompts, seeds, settings=self.settings).cpu()
         finally:
@@ -244,6 +244,12 @@ class Preview(lightning.Callback):
         )
         has = torch.tensor([float(bool(each)) for each in where]).repeat_interleave(self.frames)
         return pictures, maps[:, 0] * has[:, None, None]
+
+
+def map_sites(backbone: Backbone) -> list[Site]:
+    """The layers whose attention maps are shown: cross-attention on the two finest grids. None
+    where the text is in one sequence with the picture."""
+    return [site for site in select(backbone.sites, "cross") if site.divisor in (1, 2)]
 
 
 def positions(backbone: Backbone, prompts: Sequence[str], word: str) -> list[list[int]] | None:
