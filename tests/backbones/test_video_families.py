@@ -22,7 +22,7 @@ from video_folders import make_video_folder
 from trainer.attention.context import StepContext, use
 from trainer.backbones import load_backbone, vae
 from trainer.backbones.device import Placement, place
-from trainer.backbones.families import family_of
+from trainer.backbones.families import family_of, find_family
 from trainer.config.lineage import backbone_spec
 from trainer.config.load import load_recipe, methods_of
 from trainer.config.schema import RecipeError
@@ -255,6 +255,20 @@ def test_a_picture_is_a_clip_of_one_frame(family: str, model: Any, folder: Path)
     assert float((drawn(model, family, frames=1) - wanted).abs().max()) <= CLOSE
 
 
+def test_larger_cogvideox_models_have_rotary_positions(open_folder: Open, tmp_path: Path) -> None:
+    """As CogVideoX-5b, at another size than its own, and with its other scheduler's file."""
+    network = {"use_rotary_positional_embeddings": True, "sample_width": 6}
+    folder = make_video_folder("cogvideox", tmp_path / "rotary", **network)
+    edit(folder / SCHEDULER, _class_name="CogVideoXDPMScheduler")
+    model, pipe = open_folder(folder), stock(folder)
+    assert type(pipe.scheduler).__name__ == "CogVideoXDDIMScheduler"  # as the index names it
+    pipe.scheduler = model.scheduler()
+    own = drawn(model, "cogvideox")
+    assert float((own - filmed(pipe, "cogvideox")).abs().max()) <= CLOSE
+    model.denoiser.register_to_config(use_rotary_positional_embeddings=False)
+    assert float((own - drawn(model, "cogvideox")).abs().max()) > 1e-3
+
+
 def test_the_rate_is_told_to_ltx_alone(folders: Any, open_folder: Open) -> None:
     for family in ("ltx", "wan"):
         model = open_folder(folders(family))
@@ -468,6 +482,23 @@ def test_large_clips_are_computed_in_tiles(folders: Any, open_folder: Open) -> N
     assert seen == [(2, False), (1, True), (1, True)]
     alone = torch.cat([model.moments(clip, 5) for clip in pixels.split(5)])
     torch.testing.assert_close(whole, alone, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_decoder_that_removes_noise_is_told_of_none() -> None:
+    """As LTX-Video 0.9.5, with the default of the stock pipeline."""
+    levels, layers = (8, 8, 8, 8), (1, 1, 1, 1, 1)
+    torch.manual_seed(0)
+    own: Any = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8, block_out_channels=levels, decoder_block_out_channels=levels,
+        layers_per_block=layers, decoder_layers_per_block=layers, timestep_conditioning=True,
+    ).eval()  # fmt: skip
+    rows = torch.randn(4, 8, 2, 2)
+    found = vae.decoded(own, rows, find_family("ltx").latents, frames=2)
+    clips = rows.unflatten(0, (2, 2)).transpose(1, 2)
+    for level, near in ((0.0, True), (0.5, False)):
+        wanted = own.decode(clips, torch.full((2,), level)).sample.transpose(1, 2).flatten(0, 1)
+        assert torch.allclose(found, wanted, rtol=0, atol=1e-5) == near
 
 
 INFLATING = [name for name in method_names() if find_method(name).inflates]

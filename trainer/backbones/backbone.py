@@ -139,8 +139,9 @@ class Backbone(nn.Module):
     def resolution(self) -> int:
         """The side in pixels the backbone was trained at."""
         config = self.denoiser.config
-        side: Any = config.get("sample_size") or config.get("sample_height")
+        side = config.get("sample_size") or config.get("sample_height")
         side = side or self.declared.sample_size
+        assert side is not None, "a family says so where a config does not"
         return int(side) * self.divisor
 
     @property
