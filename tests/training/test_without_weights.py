@@ -142,6 +142,15 @@ def test_check_plans_a_backbone_that_is_not_here(capsys: Any) -> None:
     assert "loading takes 4.3 GB of main memory" in said
 
 
+def test_check_says_that_weights_are_not_here(capsys: Any, tiny_folder: Path) -> None:
+    fits = "methods={lora: {sites: self}, new_token: null}"
+    assert check.run([*WORDS, "backbone=dit_xl", fits, "data.token=sks"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the weights of facebook/DiT-XL-2-256 are not on this machine yet; plan=true" in said
+    assert check.run([*WORDS, f"backbone={tiny_folder}"]) == 0
+    assert "not on this machine" not in capsys.readouterr().out
+
+
 def test_methods_that_do_not_fit_are_refused_before_a_download() -> None:
     nothing = "methods={lora: {sites: null, layers: ['*no_such*']}, new_token: null}"
     with pytest.raises(ValueError, match=r"methods\.lora: layers: '\*no_such\*' matches no"):

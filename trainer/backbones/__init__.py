@@ -31,6 +31,15 @@ def check_backbone_folder(spec: BackboneSpec, name: str) -> None:
         check_contents(folder, name, find_family(spec.family), made=made)
 
 
+def weights_here(spec: BackboneSpec) -> bool:
+    """Whether a backbone's weights are on this machine, in a folder or in the hub's cache."""
+    from trainer.backbones.pipeline_folder import kept_folder
+
+    family = find_family(spec.family)
+    parts = [family.denoiser, *family.text_encoders, "vae"]
+    return spec.folder is not None or kept_folder(spec, parts) is not None
+
+
 def load_backbone(spec: BackboneSpec, name: str) -> Backbone:
     """The backbone a spec describes, with nothing frozen, in fp32.
 

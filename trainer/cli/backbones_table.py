@@ -30,6 +30,10 @@ of Stable Diffusion in one file and any finished run. Made by
 from the headers of `recipes/backbone/`; change those, not this page. Memory is main memory while
 the weights are read, which is in fp32; `python -m trainer check recipe=lora backbone=<name>
 plan=true` says what a run takes, part by part, before anything is downloaded.
+
+A backbone of the family `dit` is told a class instead of a text: prompts and captions are the names
+of its classes, or their numbers. The folders of PixArt have T5's vocabulary in a file that the
+extra `t5` reads: `pip install 'attention-trainer[t5]'`.
 """
 HUB = ("name", "family", "what", "pixels", "predicts", "parameters", "memory", "licence", "from")
 SHIPPED = ("name", "family", "what")

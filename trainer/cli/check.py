@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from trainer.backbones import weights_here
 from trainer.cli.options import RecipeOptions, quiet_libraries, split_options
 from trainer.config.load import load_recipe, recipe_names
 from trainer.config.schema import Recipe, RecipeError
@@ -40,6 +41,11 @@ def run(words: list[str]) -> int:
         )
         if unknown:
             print(f"whether the methods fit the backbone is for plan=true to find out: {unknown}")
+        if not weights_here(loaded.backbone):
+            print(
+                f"the weights of {loaded.backbone.hub} are not on this machine yet; plan=true says "
+                "how much memory they and this run take, before they are downloaded"
+            )
         return 0
     _show_plan(loaded)
     return 0

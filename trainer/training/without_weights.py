@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import torch
 
+from trainer.backbones import weights_here
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import PRECISIONS, Placement
-from trainer.backbones.families import find_family
-from trainer.backbones.pipeline_folder import kept_folder, without_values
+from trainer.backbones.pipeline_folder import without_values
 from trainer.backbones.retarget import retarget
 from trainer.backbones.small_files import cached, layout_of
 from trainer.config.header import file_of
@@ -68,7 +68,7 @@ def planned(recipe: Recipe, placement: Placement) -> tuple[Backbone, Plan]:
             backbone = load_base(recipe.backbone, recipe.backbone_name, hold=False)
             return backbone, adapt(recipe, backbone, _on_cpu(placement, backbone.published))
     except RuntimeError as error:
-        if not _has_weights(recipe):
+        if not weights_here(recipe.backbone):
             raise ValueError(
                 f"{_named(error)}: it reads the base's weights, which are not on this machine, so "
                 "it cannot be planned before they are downloaded; leave it out for a plan, or "
@@ -83,13 +83,6 @@ def _on_cpu(placement: Placement, published: torch.dtype) -> Placement:
     dtype = placement.dtype(published)
     name = next(name for name, own in PRECISIONS.items() if own == dtype)
     return Placement(torch.device("cpu"), name)
-
-
-def _has_weights(recipe: Recipe) -> bool:
-    spec = recipe.backbone
-    family = find_family(spec.family)
-    parts = [family.denoiser, *family.text_encoders, "vae"]
-    return spec.folder is not None or kept_folder(spec, parts) is not None
 
 
 def _named(error: RuntimeError) -> str:
