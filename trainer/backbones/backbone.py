@@ -132,6 +132,7 @@ class Backbone(nn.Module):
     def resolution(self) -> int:
         """The side in pixels the backbone was trained at."""
         side = self.denoiser.config.get("sample_size") or self.declared.sample_size
+        assert side is not None, "a family says so where a config does not"
         return int(side) * self.divisor
 
     @property

@@ -19,10 +19,10 @@ from trainer.backbones.family import Family, Parts
 from trainer.backbones.flux1 import (
     FOLD,
     T5_LENGTH,
-    levels,
+    flux_levels,
+    from_tokens,
     packed_channels,
     packed_inputs,
-    unpacked,
 )
 from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_widths
 from trainer.backbones.folder_contents import FolderContents
@@ -61,7 +61,7 @@ def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> 
     return given
 
 
-def condition_shapes(backbone: Backbone) -> dict[str, tuple[int, ...]]:
+def _condition_shapes(backbone: Backbone) -> dict[str, tuple[int, ...]]:
     length = backbone.prompts.length
     return {"tokens": (length, int(backbone.text_encoder.config.d_model)), "mask": (length,)}
 
@@ -94,7 +94,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         safetensors.
     """
     import diffusers
-    from transformers import T5EncoderModel, T5TokenizerFast
+    from transformers import T5EncoderModel, T5Tokenizer
 
     from trainer.backbones.folder_check import check_contents
     from trainer.backbones.pipeline_folder import pipeline_folder
@@ -106,7 +106,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         folder=folder.path,
         denoiser=folder.load("transformer", diffusers.ChromaTransformer2DModel),
         text_encoders={"text_encoder": folder.load("text_encoder", T5EncoderModel)},
-        tokenizers={"text_encoder": folder.tokenizer(T5TokenizerFast)},
+        tokenizers={"text_encoder": folder.tokenizer(T5Tokenizer)},
         vae=folder.load("vae", getattr(diffusers, facts.vae)),
         scheduler=flow_scheduler(folder.scheduler_config()),
         prompt_lengths={"text_encoder": T5_LENGTH},
@@ -121,11 +121,11 @@ FAMILY = Family(
     encoders={"text": encode_prompts},
     inputs=inputs,
     pipeline=pipeline,
-    shapes=condition_shapes,
+    shapes=_condition_shapes,
     check=check,
-    output=unpacked,
+    output=from_tokens,
     channels=packed_channels,
     sample_size=128,  # of diffusers' pipeline
-    levels=levels,
+    levels=flux_levels,
     traits=DenoiserTraits(joint=(JointTraits("*", text_first=True),), patch=FOLD),
 )

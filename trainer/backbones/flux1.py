@@ -53,7 +53,7 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tens
     return {"tokens": tokens, "pooled": pooled}
 
 
-def condition_shapes(backbone: Backbone) -> Mapping[str, tuple[int, ...]]:
+def _condition_shapes(backbone: Backbone) -> Mapping[str, tuple[int, ...]]:
     widths = {part: int(e.config.hidden_size) for part, e in backbone.text_encoders.items()}
     return {"tokens": (backbone.prompts.length, widths[T5]), "pooled": (widths[CLIP],)}
 
@@ -75,17 +75,19 @@ def packed_inputs(x_t: Tensor, t: Tensor, condition: Condition) -> dict[str, Any
     text = condition.tokens
     assert text is not None, "this family reads text"
     return {
-        "hidden_states": FluxPipeline._pack_latents(x_t, rows, channels, height, width),
+        "hidden_states": FluxPipeline._pack_latents(
+            x_t, rows, num_channels_latents=channels, height=height, width=width
+        ),
         "timestep": t / 1000,
         "encoder_hidden_states": text,
         "txt_ids": text.new_zeros(text.shape[1], 3),
         "img_ids": FluxPipeline._prepare_latent_image_ids(
-            rows, height // FOLD, width // FOLD, x_t.device, x_t.dtype
+            rows, height // FOLD, width // FOLD, device=x_t.device, dtype=x_t.dtype
         ),
     }
 
 
-def unpacked(backbone: Backbone, output: Any, x_t: Tensor) -> Tensor:
+def from_tokens(backbone: Backbone, output: Any, x_t: Tensor) -> Tensor:
     """Tokens (b, n, 4c) to latents (b, c, h, w)."""
     from diffusers import FluxPipeline
 
@@ -93,7 +95,7 @@ def unpacked(backbone: Backbone, output: Any, x_t: Tensor) -> Tensor:
     return latents
 
 
-def levels(backbone: Backbone, steps: int, extent: Extent) -> NoiseLevels:
+def flux_levels(backbone: Backbone, steps: int, extent: Extent) -> NoiseLevels:
     tokens = backbone.image_tokens(extent)
     return NoiseLevels(shift_by_tokens(backbone.scheduler_config, tokens), even_levels(steps))
 
@@ -106,7 +108,7 @@ def embeds_guidance(config: Mapping[str, Any]) -> bool:
     return bool(config.get("guidance_embeds"))
 
 
-def distilled(config: Mapping[str, Any], scheduler: Mapping[str, Any], _: object) -> str | None:
+def _distilled(config: Mapping[str, Any], scheduler: Mapping[str, Any], _: object) -> str | None:
     """Why `schnell` is not trained: its guidance is no input, and its levels are not shifted."""
     if embeds_guidance(config) or scheduler.get("use_dynamic_shifting"):
         return None
@@ -149,7 +151,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         safetensors.
     """
     import diffusers
-    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
     from trainer.backbones.folder_check import check_contents
     from trainer.backbones.pipeline_folder import pipeline_folder
@@ -164,7 +166,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         folder=folder.path,
         denoiser=folder.load("transformer", diffusers.FluxTransformer2DModel),
         text_encoders={CLIP: clip, T5: folder.load(T5, T5EncoderModel)},
-        tokenizers={CLIP: tokenizer, T5: folder.tokenizer(T5TokenizerFast, T5)},
+        tokenizers={CLIP: tokenizer, T5: folder.tokenizer(T5Tokenizer, T5)},
         vae=folder.load("vae", getattr(diffusers, facts.vae)),
         scheduler=flow_scheduler(folder.scheduler_config()),
         prompt_lengths={T5: T5_LENGTH},
@@ -181,14 +183,14 @@ FAMILY = Family(
     pipeline=pipeline,
     text_encoders=TEXT_ENCODERS,
     reader=T5,
-    shapes=condition_shapes,
+    shapes=_condition_shapes,
     check=check,
-    output=unpacked,
+    output=from_tokens,
     channels=packed_channels,
     sample_size=128,  # of diffusers' pipeline
-    levels=levels,
+    levels=flux_levels,
     embeds_guidance=embeds_guidance,
-    distilled=distilled,
+    distilled=_distilled,
     traits=DenoiserTraits(
         time_embedding="time_text_embed",
         time_width="time_text_embed.timestep_embedder.linear_2",

@@ -53,7 +53,7 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tens
     return {"tokens": tokens}
 
 
-def condition_shapes(backbone: Backbone) -> Mapping[str, tuple[int, ...]]:
+def _condition_shapes(backbone: Backbone) -> Mapping[str, tuple[int, ...]]:
     width = len(LAYERS) * int(backbone.text_encoder.config.hidden_size)
     return {"tokens": (backbone.prompts.length, width)}
 
@@ -73,13 +73,13 @@ def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> 
     }
 
 
-def unpacked(backbone: Backbone, output: Any, x_t: Tensor) -> Tensor:
+def _unpacked(backbone: Backbone, output: Any, x_t: Tensor) -> Tensor:
     """Tokens (b, h w, c) to latents (b, c, h, w)."""
     latents: Tensor = output.transpose(1, 2).unflatten(2, x_t.shape[-2:])
     return latents
 
 
-def levels(backbone: Backbone, steps: int, extent: Extent) -> NoiseLevels:
+def _levels(backbone: Backbone, steps: int, extent: Extent) -> NoiseLevels:
     from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
     mu = compute_empirical_mu(backbone.image_tokens(extent), steps)
@@ -92,7 +92,7 @@ def statistics(vae: Any) -> tuple[Tensor, Tensor]:
     return norm.running_mean, (norm.running_var + vae.config.batch_norm_eps).sqrt()
 
 
-def distilled(_: object, __: object, options: Mapping[str, Any]) -> str | None:
+def _distilled(_: object, __: object, options: Mapping[str, Any]) -> str | None:
     if not options.get(DISTILLED):
         return None
     return (
@@ -135,7 +135,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         safetensors.
     """
     import diffusers
-    from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
+    from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 
     from trainer.backbones.folder_check import check_contents
     from trainer.backbones.pipeline_folder import pipeline_folder
@@ -147,7 +147,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         folder=folder.path,
         denoiser=folder.load("transformer", diffusers.Flux2Transformer2DModel),
         text_encoders={"text_encoder": folder.load("text_encoder", Qwen3ForCausalLM)},
-        tokenizers={"text_encoder": folder.tokenizer(Qwen2TokenizerFast)},
+        tokenizers={"text_encoder": folder.tokenizer(Qwen2Tokenizer)},
         vae=folder.load("vae", diffusers.AutoencoderKLFlux2),
         scheduler=flow_scheduler(folder.scheduler_config()),
         prompt_lengths={"text_encoder": LENGTH},
@@ -163,12 +163,12 @@ FAMILY = Family(
     encoders={"text": encode_prompts},
     inputs=inputs,
     pipeline=pipeline,
-    shapes=condition_shapes,
+    shapes=_condition_shapes,
     check=check,
-    output=unpacked,
+    output=_unpacked,
     latents=LatentForm(vaes=("AutoencoderKLFlux2",), fold=FOLD, statistics=statistics),
     sample_size=64,  # 1024 pixels
-    levels=levels,
-    distilled=distilled,
+    levels=_levels,
+    distilled=_distilled,
     traits=DenoiserTraits(joint=(JointTraits("*", text_first=True),), patch=1),
 )

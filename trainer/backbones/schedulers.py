@@ -61,10 +61,11 @@ def set_levels(scheduler: Any, steps: int, *, levels: NoiseLevels, device: Any) 
     """Sets a scheduler's timesteps for so many steps. Solvers other than Euler have levels of their
     own, and their shift from `with_solver`."""
     given: dict[str, Any] = {}
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    euler: Any = scheduler if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else None
+    if euler is not None:
         if levels.sigmas is not None:
             given["sigmas"] = list(levels.sigmas)
-        if scheduler.config.use_dynamic_shifting:
+        if euler.config.use_dynamic_shifting:
             given["mu"] = levels.mu
     scheduler.set_timesteps(steps, device=device, **given)
 

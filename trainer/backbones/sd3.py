@@ -64,7 +64,7 @@ def text_width(backbone: Backbone) -> int:
     return int(backbone.denoiser.config.joint_attention_dim)
 
 
-def condition_shapes(backbone: Backbone) -> Mapping[str, tuple[int, ...]]:
+def _condition_shapes(backbone: Backbone) -> Mapping[str, tuple[int, ...]]:
     from trainer.backbones.long_prompts import Prompts
 
     rest = Prompts(backbone, T5).length if T5 in backbone.text_encoders else T5_LENGTH
@@ -145,7 +145,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     facts = check_contents(folder, name, FAMILY, made=False)
     present = encoders_in(facts.index, FAMILY)
     encoders = {part: folder.load(part, getattr(transformers, TEXT[part][0])) for part in present}
-    kinds = {part: "T5TokenizerFast" if part == T5 else "CLIPTokenizer" for part in present}
+    kinds = {part: "T5Tokenizer" if part == T5 else "CLIPTokenizer" for part in present}
     tokenizers = {p: folder.tokenizer(getattr(transformers, kinds[p]), p) for p in present}
     for part in CLIPS:
         end_at(encoders[part], tokenizers[part].eos_token_id)
@@ -170,7 +170,7 @@ FAMILY = Family(
     pipeline=pipeline,
     text_encoders=TEXT_ENCODERS,
     optional=(T5,),
-    shapes=condition_shapes,
+    shapes=_condition_shapes,
     check=check,
     traits=DenoiserTraits(
         time_embedding="time_text_embed",
