@@ -38,7 +38,7 @@ Open = Callable[[Path], Any]
 PROMPTS = ["a fox on a red background", "an apple"]  # of different lengths
 SEEDS = [3, 4]
 STEPS = 3
-CLOSE = 2 / 255
+CLOSE = 0.2 / 255  # what guidance rescales in the tiny Qwen-Image is 1.7 / 255
 HEIGHT, WIDTH = 16, 24  # in pixels, of which two are a latent along each edge
 
 
@@ -361,7 +361,7 @@ def test_a_stock_pipeline_paints_with_the_adapter(
     pipe.load_lora_weights(export(path, tmp_path / "out", "diffusers", say=lambda line: None))
     wanted = drawn(model.eval())
     assert float((painted(name, pipe) - wanted).abs().max()) <= CLOSE
-    assert float((base - wanted).abs().max()) > 4 * CLOSE
+    assert float((base - wanted).abs().max()) > 20 * CLOSE
 
 
 @FAMILIES

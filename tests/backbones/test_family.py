@@ -17,7 +17,7 @@ from trainer.attention.host import Host
 from trainer.attention.sites import scan
 from trainer.backbones.families import family_names, family_of, find_family
 
-EVERY = ["chroma", "flux1", "flux2", "pixart", "sana", "sd", "sd3", "sdxl"]
+EVERY = ["chroma", "flux1", "flux2", "pixart", "qwen_image", "sana", "sd", "sd3", "sdxl", "z_image"]
 DECLARED = [name for name in BACKBONES if name != "dit"]
 
 
@@ -45,6 +45,8 @@ def test_every_family_is_known_without_torch() -> None:
         ("FluxPipeline", "flux1"),
         ("ChromaPipeline", "chroma"),
         ("Flux2KleinPipeline", "flux2"),
+        ("QwenImagePipeline", "qwen_image"),
+        ("ZImagePipeline", "z_image"),
         ("KolorsPipeline", "sd"),
     ],
 )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.attention.denoiser_traits import DenoiserTraits, JointTraits
 from trainer.backbones.family import ChatTemplate, Family, Parts
-from trainer.backbones.flux1 import FOLD, levels, packed_channels
+from trainer.backbones.flux1 import FOLD, flux_levels, packed_channels
 from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_widths
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.latent_form import LatentForm
@@ -178,7 +178,7 @@ FAMILY = Family(
     ),
     channels=packed_channels,
     sample_size=128,  # of diffusers' pipeline
-    levels=levels,
+    levels=flux_levels,
     template=TEMPLATE,
     rescale=rescaled,
     traits=DenoiserTraits(

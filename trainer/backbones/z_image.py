@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.attention.denoiser_traits import DenoiserTraits, JointTraits
 from trainer.backbones.family import ChatTemplate, Family, Parts
-from trainer.backbones.flux1 import levels
+from trainer.backbones.flux1 import flux_levels
 from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_widths
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.spec import BackboneSpec
@@ -164,7 +164,7 @@ FAMILY = Family(
     check=check,
     output=velocity,
     sample_size=128,  # 1024 pixels, the default of diffusers' pipeline
-    levels=levels,
+    levels=flux_levels,
     distilled=_distilled,
     template=TEMPLATE,
     traits=DenoiserTraits(
