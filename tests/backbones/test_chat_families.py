@@ -34,7 +34,7 @@ Open = Callable[[Path], Any]
 PROMPTS = ["a fox on a red background", "an apple"]  # of different lengths
 SEEDS = [3, 4]
 STEPS = 3
-CLOSE = 2 / 255
+CLOSE = 0.2 / 255  # what guidance rescales in the tiny Qwen-Image is 1.7 / 255
 HEIGHT, WIDTH = 16, 24  # in pixels, of which two are a latent along each edge
 
 
@@ -357,7 +357,7 @@ def test_a_stock_pipeline_paints_with_the_adapter(
     pipe.load_lora_weights(export(path, tmp_path / "out", "diffusers", say=lambda line: None))
     wanted = drawn(model.eval())
     assert float((painted(name, pipe) - wanted).abs().max()) <= CLOSE
-    assert float((base - wanted).abs().max()) > 4 * CLOSE
+    assert float((base - wanted).abs().max()) > 20 * CLOSE
 
 
 @FAMILIES
@@ -474,3 +474,30 @@ def test_another_chat_template_is_refused(name: str, copy: Path) -> None:
     template.unlink()
     with pytest.raises(ValueError, match="gives None for the prompt"):
         load_backbone(backbone_spec(str(copy)), str(copy))
+
+
+@pytest.mark.parametrize("name", ["qwen_image"])
+def test_words_are_added_to_a_table_with_spare_rows(
+    name: str, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    """The published tables have more rows than their tokenizers have tokens."""
+    pipe = stock(name, folders[name])
+    count = len(pipe.tokenizer)
+    pipe.text_encoder.resize_token_embeddings(count + 3, mean_resizing=False)
+    folder = tmp_path / "spare"
+    pipe.save_pretrained(folder)
+    model = load_backbone(backbone_spec(str(folder)), str(folder)).eval()
+    path = trained(model, METHODS["words"], tmp_path / "a.safetensors", folder)
+    table = model.text_encoder.get_input_embeddings()
+    ids = torch.arange(count + 3)
+    assert model.tokenizer.convert_tokens_to_ids(["<v1>", "<v1>_1"]) == [count, count + 1]
+    wanted = table.table.weight.clone()
+    wanted[count : count + 2] = table.stacked()
+    assert torch.equal(table(ids), wanted) and torch.equal(table.weight, wanted)
+    assert table.num_embeddings == count + 3
+    loaded, _ = load_adapted(path)
+    prompts = ["a <v1> fox", "a cat"]
+    assert torch.equal(drawn(loaded.eval(), prompts=prompts), drawn(model.eval(), prompts=prompts))
+    lines: list[str] = []
+    export(path, tmp_path / "out", "merged", say=lines.append)
+    assert any("the call in README.md gives a picture" in line for line in lines)

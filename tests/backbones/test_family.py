@@ -50,6 +50,8 @@ def test_every_family_is_known_without_torch() -> None:
         ("WanPipeline", "wan"),
         ("CogVideoXPipeline", "cogvideox"),
         ("LTXPipeline", "ltx"),
+        ("QwenImagePipeline", "qwen_image"),
+        ("ZImagePipeline", "z_image"),
         ("KolorsPipeline", "sd"),
     ],
 )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.attention.denoiser_traits import DenoiserTraits, JointTraits
 from trainer.backbones.family import ChatTemplate, Family, Parts
-from trainer.backbones.flux1 import FOLD, levels, packed_channels
+from trainer.backbones.flux1 import FOLD, flux_levels, packed_channels
 from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_widths
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.latent_form import LatentForm
@@ -59,7 +59,7 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tens
     return without_padding(hidden, found.attention_mask, dropped=TEMPLATE.dropped)
 
 
-def condition_shapes(backbone: Backbone) -> Mapping[str, tuple[int, ...]]:
+def _condition_shapes(backbone: Backbone) -> Mapping[str, tuple[int, ...]]:
     length = backbone.prompts.length
     width = int(backbone.denoiser.config.joint_attention_dim)
     return {"tokens": (length, width), "mask": (length,)}
@@ -71,7 +71,9 @@ def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> 
     rows, channels, height, width = x_t.shape
     mask = condition.mask
     return {
-        "hidden_states": QwenImagePipeline._pack_latents(x_t, rows, channels, height, width),
+        "hidden_states": QwenImagePipeline._pack_latents(
+            x_t, rows, num_channels_latents=channels, height=height, width=width
+        ),
         "timestep": t / 1000,
         "encoder_hidden_states": condition.tokens,
         "encoder_hidden_states_mask": None if mask is None or mask.all() else mask,
@@ -79,7 +81,7 @@ def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> 
     }
 
 
-def unpacked(backbone: Backbone, output: Any, x_t: Tensor) -> Tensor:
+def _unpacked(backbone: Backbone, output: Any, x_t: Tensor) -> Tensor:
     """Tokens (b, n, 4c) to latents (b, c, h, w)."""
     from diffusers import QwenImagePipeline
 
@@ -95,13 +97,13 @@ def rescaled(output: Tensor, cond: Tensor) -> Tensor:
     return output * interpolate(lengths[0] / lengths[1], scale_factor=FOLD)
 
 
-def statistics(vae: Any) -> tuple[Tensor, Tensor]:
+def _statistics(vae: Any) -> tuple[Tensor, Tensor]:
     import torch
 
     return torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
 
 
-def halvings(config: Mapping[str, Any]) -> int | None:
+def _halvings(config: Mapping[str, Any]) -> int | None:
     stages = config.get("temperal_downsample")
     return len(stages) if isinstance(stages, (list, tuple)) else None
 
@@ -168,15 +170,15 @@ FAMILY = Family(
     encoders={"text": encode_prompts},
     inputs=inputs,
     pipeline=pipeline,
-    shapes=condition_shapes,
+    shapes=_condition_shapes,
     check=check,
-    output=unpacked,
+    output=_unpacked,
     latents=LatentForm(
-        vaes=("AutoencoderKLQwenImage",), statistics=statistics, halvings=halvings, clips=True
+        vaes=("AutoencoderKLQwenImage",), statistics=_statistics, halvings=_halvings, clips=True
     ),
     channels=packed_channels,
     sample_size=128,  # of diffusers' pipeline
-    levels=levels,
+    levels=flux_levels,
     template=TEMPLATE,
     rescale=rescaled,
     traits=DenoiserTraits(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.attention.denoiser_traits import DenoiserTraits, JointTraits
 from trainer.backbones.family import ChatTemplate, Family, Parts
-from trainer.backbones.flux1 import levels
+from trainer.backbones.flux1 import flux_levels
 from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_widths
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.spec import BackboneSpec
@@ -50,7 +50,7 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tens
     return without_padding(output.hidden_states[-2], found.attention_mask)
 
 
-def condition_shapes(backbone: Backbone) -> Mapping[str, tuple[int, ...]]:
+def _condition_shapes(backbone: Backbone) -> Mapping[str, tuple[int, ...]]:
     length = backbone.prompts.length
     return {"tokens": (length, int(backbone.denoiser.config.cap_feat_dim)), "mask": (length,)}
 
@@ -79,7 +79,7 @@ def velocity(backbone: Backbone, output: Any, x_t: Tensor) -> Tensor:
     return -torch.stack(list(output)).squeeze(2)
 
 
-def distilled(_: object, scheduler: Mapping[str, Any], __: object) -> str | None:
+def _distilled(_: object, scheduler: Mapping[str, Any], __: object) -> str | None:
     """Why Turbo is not trained: its scheduler alone tells it from the base model."""
     if scheduler.get("use_dynamic_shifting") or scheduler.get("shift", 1.0) != TURBO_SHIFT:
         return None
@@ -160,12 +160,12 @@ FAMILY = Family(
     encoders={"text": encode_prompts},
     inputs=inputs,
     pipeline=pipeline,
-    shapes=condition_shapes,
+    shapes=_condition_shapes,
     check=check,
     output=velocity,
     sample_size=128,  # 1024 pixels, the default of diffusers' pipeline
-    levels=levels,
-    distilled=distilled,
+    levels=flux_levels,
+    distilled=_distilled,
     template=TEMPLATE,
     traits=DenoiserTraits(
         time_embedding="t_embedder",

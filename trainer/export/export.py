@@ -36,6 +36,7 @@ from trainer.export.usage import write_readme
 from trainer.methods.apply import in_order
 from trainer.methods.method import Method
 from trainer.methods.shared.temporal import Temporal
+from trainer.ops.adapters.token_rows import ExtendedEmbedding
 from trainer.runs.adapter import load_adapted
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -184,8 +185,8 @@ def _words(model: Any) -> list[str]:
     """The trained words of a model, new and known, in its first text encoder."""
     for part, encoder in model.text_encoders.items():
         table = encoder.get_input_embeddings()
-        old = getattr(table, "table", table).num_embeddings
-        new = model.tokenizers[part].convert_ids_to_tokens(range(old, table.num_embeddings))
+        ids = table.ids if isinstance(table, ExtendedEmbedding) else ()
+        new = model.tokenizers[part].convert_ids_to_tokens(list(ids))
         return [*new, *known_words(model)]
     return []
 

@@ -118,8 +118,7 @@ def _new_words(model: Any) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
         table = encoder.get_input_embeddings()
         if not isinstance(table, ExtendedEmbedding):
             continue
-        ids = range(table.table.num_embeddings, table.num_embeddings)
-        words = model.tokenizers[part].convert_ids_to_tokens(list(ids))
+        words = model.tokenizers[part].convert_ids_to_tokens(list(table.ids))
         names = {id(parameter): name for name, parameter in encoder.named_parameters()}
         for word, row in zip(words, table.rows, strict=True):
             tokens.setdefault(word, {})[part] = row.detach().clone()

@@ -84,25 +84,35 @@ class RelearnedEmbedding(RowsEmbedding):
 
 
 class ExtendedEmbedding(RowsEmbedding):
-    """ids below `len(table)` read the old table, those above read the rows."""
+    """ids from `first` on read the rows, all others the old table; `first` is the length of the
+    tokenizer, and tables of some models have spare rows after it."""
+
+    def __init__(self, table: Any, rows: Sequence[Tensor], first: int | None = None) -> None:
+        super().__init__(table, rows)
+        self.first: int = table.num_embeddings if first is None else first
+
+    @property
+    def ids(self) -> range:
+        """Of the rows."""
+        return range(self.first, self.first + len(self.rows))
 
     @property
     def weight(self) -> Tensor:
-        return torch.cat([self.table.weight, self.stacked().to(self.table.weight)])
+        old = self.table.weight
+        return torch.cat([old[: self.first], self.stacked().to(old), old[self.ids.stop :]])
 
     @property
     def num_embeddings(self) -> int:
-        return self.table.num_embeddings + len(self.rows)
+        return max(int(self.table.num_embeddings), self.ids.stop)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (...) to embeddings (..., d). The rows take part even where no id is new, so that
         every rank of a distributed run has a gradient for them."""
-        old = self.table.num_embeddings
-        new = (ids >= old).unsqueeze(-1)
-        added = F.embedding((ids - old).clamp(min=0), self.stacked())
-        return torch.where(
-            new, added.to(self.table.weight.dtype), self.table(ids.clamp(max=old - 1))
-        )
+        number, last = ids - self.first, len(self.rows) - 1
+        new = ((number >= 0) & (number <= last)).unsqueeze(-1)
+        added = F.embedding(number.clamp(min=0, max=last), self.stacked())
+        old = self.table(ids.clamp(max=self.table.num_embeddings - 1))
+        return torch.where(new, added.to(self.table.weight.dtype), old)
 
 
 def extend(
@@ -130,13 +140,13 @@ def extend(
     rows = [_start(table, tokenizer, word=word, seed=seed) for seed, word in enumerate(words)]
     _name_unused(tokenizer, table.num_embeddings)
     first = len(tokenizer)
-    if first != table.num_embeddings:
+    if first > table.num_embeddings:
         raise ValueError(
             f"the tokenizer has {first} tokens and the text encoder {table.num_embeddings}; they "
-            "must agree"
+            "are of different models"
         )
     tokenizer.add_tokens([_added(token) for token in tokens])
-    extended = ExtendedEmbedding(table, rows)
+    extended = ExtendedEmbedding(table, rows, first)
     encoder.set_input_embeddings(extended)
     return _names(encoder, extended)
 
