@@ -60,6 +60,8 @@ data.validation=1 -> -> a sprite has scenes of its own for that
 methods.lora.projections=[q] -> methods.lora.sites=null & methods.lora.layers=['*ff*'] -> sites=n
 methods.lora.sites=self -> methods.lora.projections=[] & methods.lora.layers=['*ff*'] -> project
 methods.c_lora.penalty=3 -> methods.lora=null -> task=0 has no earlier concept
+methods.tlora.singular=middle -> methods.lora=null & methods.tlora.init=zero -> no singular values
+methods.tlora.power=2 -> methods.lora=null & methods.tlora.min_share=1 -> leaves the rank as it is
 methods.agent_attention.side=5 -> methods.agent_attention.agents=merged -> it is for pooled
 methods.agent_attention.cell=5 -> methods.agent_attention.agents=pooled -> it is for merged
 methods.agent_attention.ratio=0.5 -> methods.agent_attention.agents=pooled -> it is for merged
@@ -130,6 +132,7 @@ methods.pix2video: sites weight
 methods.selective: sites projections detach_first_token
 methods.text2video_zero: sites motion alone until
 methods.tiled: sites rows columns
+methods.tlora: min_share timesteps
 methods.tune_a_video: train weights sites
 methods.vdm: train weights heads relative reach images
 methods.videop2p: train weights sites
@@ -137,7 +140,9 @@ methods.word_embedding: tokens
 """
 LOW_RANK = "layers text_encoder text_layers rank alpha dropout ranks alphas rslora init group "
 LOW_RANK += "whole energy sites projections type options"
-LOW_RANKS = ("c_lora", "controls", "dora", "inflora", "longlora", "lora", "peft_adapter")
+LOW_RANKS = (
+    "c_lora", "controls", "dora", "inflora", "longlora", "lora", "peft_adapter", "tlora",
+)  # fmt: skip
 
 
 @pytest.fixture
