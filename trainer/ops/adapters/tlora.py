@@ -75,7 +75,7 @@ class TimestepRank(LoraVariant):
     def merge_safe(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
         raise ValueError(UNFOLDABLE)
 
-    merge_unsafe = unmerge = merge_safe  # type: ignore[assignment]
+    merge_unsafe = unmerge = merge_safe
 
     def supports_lora_conversion(self) -> bool:
         return False
