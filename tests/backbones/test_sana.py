@@ -64,6 +64,7 @@ WEIGHT: dict[str, dict[str, Any]] = {
     "nf4": {"nf4": {"min_size": 1024}, "lora": {"rank": 2}},
     "peft_adapter": {"peft_adapter": {"type": "loha", "options": {"r": 2}}},
     "selective": {"selective": {"projections": ["k", "v"], "detach_first_token": True}},
+    "tlora": {"tlora": {"rank": 4, "layers": ["*ff.conv_point"]}},
     "selective_self": {"selective": {"sites": "self", "projections": ["q", "k", "v", "out"]}},
 }
 SOFTMAX = {

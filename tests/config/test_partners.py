@@ -73,8 +73,6 @@ methods.linear_attention.seed=5 -> methods.linear_attention.features=elu -> it i
 methods.linear_attention.distill_until=0.5 -> methods.linear_attention.distill=0 -> distill=0
 methods.flashmask.size=9 -> methods.flashmask.mask=causal -> it is for sliding_window and windows
 methods.pix2video.share=0.4 -> methods.pix2video.weight=0 -> weight=0 pulls nothing together
-methods.tlora.singular=middle -> methods.lora=null & methods.tlora.init=zero -> has no singular
-methods.tlora.power=2 -> methods.lora=null & methods.tlora.min_share=1 -> min_share=1 leaves the rank
 methods.imagen_video.kernel=5 -> methods.imagen_video.attention_from=1 -> attention everywhere
 """
 ROWS = [[part.strip() for part in line.split("->")] for line in IDLE.strip().splitlines()]
@@ -134,7 +132,7 @@ methods.pix2video: sites weight
 methods.selective: sites projections detach_first_token
 methods.text2video_zero: sites motion alone until
 methods.tiled: sites rows columns
-methods.tlora: min_share timesteps init
+methods.tlora: min_share timesteps
 methods.tune_a_video: train weights sites
 methods.vdm: train weights heads relative reach images
 methods.videop2p: train weights sites
@@ -142,7 +140,9 @@ methods.word_embedding: tokens
 """
 LOW_RANK = "layers text_encoder text_layers rank alpha dropout ranks alphas rslora init group "
 LOW_RANK += "whole energy sites projections type options"
-LOW_RANKS = ("c_lora", "controls", "dora", "inflora", "longlora", "lora", "peft_adapter", "tlora")
+LOW_RANKS = (
+    "c_lora", "controls", "dora", "inflora", "longlora", "lora", "peft_adapter", "tlora",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "new_token": {"tokens": ["<v1>"], "init": "fox"},
     "peft_adapter": {"type": "loha", "options": {"r": 2}, "sites": "self & down | self & block"},
     "selective": {"sites": "cross", "projections": ["k", "v"], "detach_first_token": True},
+    "tlora": {"rank": 4},
     "vdm": {"heads": 2},
     "word_embedding": {"tokens": ["fox", "red"]},
 }

@@ -184,7 +184,7 @@ def test_it_starts_in_singular_vectors(singular: Any) -> None:
     own = of_weight(weight, 2, singular)
     torch.testing.assert_close(own.S, values[rows])
     torch.testing.assert_close(weight @ own.A.T, own.B * own.S)
-    random = of_random((9, 5), 2, singular, {(9, 5): 2 * values})
+    random = of_random((9, 5), 2, singular, values={(9, 5): 2 * values})
     torch.testing.assert_close(random.S, values[rows])
     for factors in (own, random):
         torch.testing.assert_close(factors.A @ factors.A.T, torch.eye(2))
@@ -198,7 +198,7 @@ def test_a_random_start_is_that_of_a_random_matrix() -> None:
     matrices = torch.randn(2000, 7, 4, generator=generator) / 2
     _, s, v = torch.linalg.svd(matrices, full_matrices=False)
     torch.manual_seed(0)
-    own = [of_random((7, 4), 2, "last", {}) for _ in range(2000)]
+    own = [of_random((7, 4), 2, "last", values={}) for _ in range(2000)]
     torch.testing.assert_close(mean(own, "S"), s[:, 2:].mean(0), rtol=0.03, atol=0)
     square = torch.stack([each.A.square() for each in own]).mean(0)
     torch.testing.assert_close(square, v[:, 2:].square().mean(0), rtol=0.1, atol=0)

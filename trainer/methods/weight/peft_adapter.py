@@ -13,10 +13,17 @@
     delora     W0 + B A, normalised, of strength lambda    arXiv 2503.18225
     gralora    W0 + B A in each of k x k blocks            arXiv 2505.20355
     road       rotations and scales of pairs of outputs    arXiv 2409.00119
+    glora      W0 * (1 + A) + B, and the bias likewise     arXiv 2306.07967
+    deft       W0 less its part along P, and P R instead   arXiv 2509.22793
+    psoft      the main part of W0, its factors rotated    arXiv 2505.11235
+    peanut     W0 + a small network applied to W0          arXiv 2410.01870
+    beft       the bias + b, or b where there is none      arXiv 2509.15974
+    supertuning  W0 + values at its largest entries        arXiv 2607.09287
 
 All start at the base model (hra up to rounding), unless `options` set another start. What they fix
 at random comes from seeds among the options, and the rest from the base, so only the trained
-tensors are stored.
+tensors are stored; and with psoft the factors of W0 and with supertuning the positions, which
+another machine might find in another order.
 """
 
 from __future__ import annotations
@@ -50,12 +57,25 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
     "delora": ("DeloraConfig", {}),
     "gralora": ("GraloraConfig", {}),
     "road": ("RoadConfig", {}),
+    "glora": ("GloraConfig", {}),
+    "deft": ("DeftConfig", {}),
+    "psoft": ("PsoftConfig", {}),
+    "peanut": ("PeanutConfig", {}),
+    "beft": ("BeftConfig", {}),
+    "supertuning": ("SupertuningConfig", {}),
 }
 # those that leave W0 to the layer under them, which may then be in 4 bits
-OVER_4_BITS = ("oft", "ia3", "fourierft", "waveft", "miss", "hira", "road")
+OVER_4_BITS = ("oft", "ia3", "fourierft", "waveft", "miss", "hira", "road", "beft")
+# frozen tensors of a layer that are stored, by type: what they come from does not fix them
+KEPT = {
+    "psoft": ("_psoft_A_cache", "_psoft_B_cache"),
+    "supertuning": ("supertuning_indices",),
+}
 # those whose change is a dW that peft multiplies by the layer's `scaling`
 LINEAR = ("loha", "lokr")
 SHARED = "shares tensors between layers, which peft cannot inject into a model that is not its own"
+WORDS = "puts vectors before the words a language model reads; use methods.new_token"
+# all other kinds of peft, and names of variants: what to use instead, or why not
 INSTEAD = {
     "lora": "is a method of its own; use methods.lora",
     "dora": "is a method of its own; use methods.dora",
@@ -67,9 +87,30 @@ INSTEAD = {
     "unilora": f"{SHARED}; the nearest here is fourierft",
     "tinylora": f"{SHARED}; the nearest here is fourierft",
     "frod": f"{SHARED}; the nearest here is fourierft",
+    "lily": "mixes its matrices by the mean over all rows of a batch, so that pictures would "
+    "change each other, and shares them between layers; use methods.lora",
     "randlora": "keeps large random tensors that no adapter file holds; the nearest here is loha",
-    "shira": "trains random positions, which no adapter file holds; use waveft",
+    "shira": "trains random positions, which no adapter file holds; use supertuning or waveft",
     "adalora": "needs a budget set at every step; the nearest here is methods.lora with ranks",
+    "adamss": "groups the rows of W0 by k-means, and no adapter file holds the groups; use psoft",
+    "osf": "keeps a decomposition of all of W0, larger than W0 itself; use methods.inflora, which "
+    "is made for tasks in a row too",
+    "shadow": "trains a smaller copy of a whole network beside it; use methods.lora",
+    "xlora": "mixes several finished LoRAs by the hidden states of a language model; use "
+    "`merge` to add finished ones up",
+    "poly": "mixes LoRAs by the number of a task, which no batch has here; use methods.lora",
+    "ln_tuning": "trains norms, and this method is for linear layers; use methods.full, which "
+    "trains norms too",
+    "trainable_tokens": "trains words; use methods.new_token or methods.word_embedding",
+    "prompt_tuning": WORDS,
+    "multitask_prompt_tuning": WORDS,
+    "p_tuning": WORDS,
+    "cpt": WORDS,
+    "prefix_tuning": "puts keys and values before those of a language model; use "
+    "methods.coda_prompt, which does so in attention here",
+    "cartridge": "puts keys and values before those of a language model; use "
+    "methods.coda_prompt, which does so in attention here",
+    "adaption_prompt": "is made for the attention of Llama alone; use methods.coda_prompt",
 }
 # options that sites, projections, layers and text_encoder stand for, or that train the base
 OURS = (
@@ -88,13 +129,14 @@ class PeftAdapter(Targeted):
 
     kind: ClassVar[EditKind] = "adapt"
     systems: ClassVar[str] = (
-        "LoHa, LoKr, OFT, HRA, IA3, FourierFT, WaveFT, C3A, MiSS, HiRA, DeLoRA, GraLoRA, RoAd"
+        "LoHa, LoKr, OFT, HRA, IA3, FourierFT, WaveFT, C3A, MiSS, HiRA, DeLoRA, GraLoRA, RoAd, "
+        "GLoRA, DEFT, PSOFT, PEANuT, BEFT, Super-Tuning"
     )
     paper: ClassVar[str] = "arXiv 2108.06098 (LoHa), 2309.14859 (LoKr), 2306.07280 (OFT) and others"
 
     type: str = Field(
         description="loha, lokr, oft, hra, ia3, fourierft, waveft, c3a, miss, hira, delora, "
-        "gralora or road",
+        "gralora, road, glora, deft, psoft, peanut, beft or supertuning",
         examples=["loha"],
     )
     options: dict[str, Any] = Field(
@@ -124,6 +166,7 @@ class PeftAdapter(Targeted):
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.ops.adapters.inject import base_layer, inject, layer_of
         from trainer.ops.adapters.nf4 import is_packed
+        from trainer.ops.adapters.peft_adapter import prepare_layers
 
         targets = self.targets(model)
         for target in targets:
@@ -139,10 +182,13 @@ class PeftAdapter(Targeted):
                     f"{targets[0].path}"
                 )
         added = inject(model, targets, self._config(), owner=self.name)
+        prepare_layers(self.type, [layer_of(model, target) for target in targets], self.name)
         parameters = dict(model.named_parameters())
         trains = tuple(name for name in added if parameters[name].requires_grad)
         frozen = [(name, "weight") for name in added if name not in trains]
-        return edit_of(targets, trains, also=frozen)
+        tables = KEPT.get(self.type, ())
+        kept = [f"{target.path}.{table}.{self.name}" for target in targets for table in tables]
+        return edit_of(targets, trains, kept, also=frozen)
 
     def _config(self) -> Callable[[Sequence[Target]], Any]:
         """From targets to their configuration, the options checked against its fields."""

@@ -82,7 +82,7 @@ class Tlora(LowRank):
         for target, factors in zip(targets, starts, strict=True):
             variant = TimestepRank(schedule, model.host.holder)
             layer = layer_of(model, target)
-            frozen = install(layer, self.name, variant, factors)
+            frozen = install(layer, self.name, variant=variant, factors=factors)
             kept += [f"{target.path}.{name}" for name in frozen]
         scales = [f"{target.path}.lora_S.{self.name}" for target in targets]
         return edit_of(targets, (*names, *scales), kept)
@@ -106,7 +106,7 @@ class Tlora(LowRank):
                 found.append(None)
             elif self.init == "random":
                 size = layer_sizes(layer)[::-1]
-                found.append(tlora.of_random(size, rank, self.singular, values))
+                found.append(tlora.of_random(size, rank, self.singular, values=values))
             elif is_packed(layer):
                 raise ValueError(
                     f"init=weight starts from W0 itself, and methods.nf4 stores that of "

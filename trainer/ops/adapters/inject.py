@@ -289,12 +289,12 @@ def fold(model: nn.Module) -> None:
 def _seen_through(layer: Any) -> nn.Module:
     """What an adapted 4-bit linear layer computes, as a plain layer: peft merges only into 4 bits.
 
-    Row i of layer(1) is column i of its matrix.
+    Row i of layer(1) - layer(0) is column i of its matrix.
     """
     packed = layer.eval().get_base_layer()
     bias, packed.bias = packed.bias, None
     unit = torch.eye(packed.in_features, device=packed.weight.device)
-    weight = layer(unit).T
+    weight = (layer(unit) - layer(torch.zeros_like(unit[:1]))).T
     packed.bias = bias
     outputs, inputs = weight.shape
     plain = nn.Linear(inputs, outputs, bias=bias is not None, device=weight.device)

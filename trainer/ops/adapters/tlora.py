@@ -117,7 +117,7 @@ def _product(x: Tensor, first: nn.Module, scale: Tensor, *, second: nn.Module, m
 
 
 @torch.no_grad()
-def install(layer: Any, name: str, variant: TimestepRank, factors: Factors | None) -> list[str]:
+def install(layer: Any, name: str, *, variant: TimestepRank, factors: Factors | None) -> list[str]:
     """Makes a plain LoRA called `name` on a layer of peft a T-LoRA that starts at `factors`, or,
     without them, with B zero; the names, inside the layer, of what it keeps frozen."""
     first, second = layer.lora_A[name].float(), layer.lora_B[name].float()
@@ -159,6 +159,7 @@ def of_random(
     size: tuple[int, int],
     rank: int,
     singular: Singular,
+    *,
     values: MutableMapping[tuple[int, int], Tensor],
 ) -> Factors:
     """Those of a matrix (out, in) of normal values of deviation 1 / rank.
