@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from trainer.backbones import load_backbone
 from trainer.backbones.families import family_of
+from trainer.config.lineage import backbone_spec
 from trainer.config.load import load_recipe, methods_of
 from trainer.config.schema import RecipeError
 from trainer.data.loader import Batch
@@ -26,8 +29,9 @@ from trainer.diffusion.guidance import COND, UNCOND, classifier_free
 from trainer.diffusion.objective import Objective
 from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling_settings import Sampling
+from trainer.export.export import export
 from trainer.methods.apply import apply_methods
-from trainer.runs.adapter import save_adapter
+from trainer.runs.adapter import load_adapted, save_adapter
 from trainer.training.tasks.denoise import Denoise
 
 Open = Callable[[Path], Any]

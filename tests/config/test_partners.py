@@ -73,6 +73,8 @@ methods.linear_attention.seed=5 -> methods.linear_attention.features=elu -> it i
 methods.linear_attention.distill_until=0.5 -> methods.linear_attention.distill=0 -> distill=0
 methods.flashmask.size=9 -> methods.flashmask.mask=causal -> it is for sliding_window and windows
 methods.pix2video.share=0.4 -> methods.pix2video.weight=0 -> weight=0 pulls nothing together
+methods.tlora.singular=middle -> methods.lora=null & methods.tlora.init=zero -> no singular values
+methods.tlora.power=2 -> methods.lora=null & methods.tlora.min_share=1 -> leaves the rank as it is
 methods.imagen_video.kernel=5 -> methods.imagen_video.attention_from=1 -> attention everywhere
 """
 ROWS = [[part.strip() for part in line.split("->")] for line in IDLE.strip().splitlines()]
