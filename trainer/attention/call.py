@@ -24,12 +24,21 @@ class SiteCall:
 
     def __init__(self, site: Site, ctx: StepContext, lengths: Lengths | None = None) -> None:
         self.site, self.ctx = site, ctx
-        self.scale = site.scale  # what q k^T is multiplied with; None: head_dim ** -0.5
         self.lengths = lengths
         # a few layers compute several softmax attentions in one run, such as over text and over a
         # picture: the number of the one that runs, 0 for the first
         self.part = 0
         self._scratch: dict[str, dict[str, Any]] = {}
+        self._called_with: tuple[float | None, ...] = ()
+
+    @property
+    def scale(self) -> float | None:
+        """What q k^T is multiplied with, as the layer calls it; None: head_dim ** -0.5."""
+        return self._called_with[0] if self._called_with else self.site.scale
+
+    @scale.setter
+    def scale(self, scale: float | None) -> None:
+        self._called_with = (scale,)
 
     def scratch(self, op: Op) -> dict[str, Any]:
         """What this op has kept in earlier stages of this run; empty at first."""
