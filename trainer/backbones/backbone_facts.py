@@ -1,5 +1,5 @@
 """What a backbone says of itself: sizes of pictures and latents, how it reads text, which noise
-levels it is sampled with. All of it is of its parts' configurations and of what its family declares."""
+levels it is sampled with. All of it is of its parts' configurations and its family's record."""
 
 from __future__ import annotations
 

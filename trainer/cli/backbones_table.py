@@ -31,11 +31,11 @@ from the headers of `recipes/backbone/`; change those, not this page. Memory is 
 the weights are read, which is in fp32; `python -m trainer check recipe=lora backbone=<name>
 plan=true` says what a run takes, part by part, before anything is downloaded.
 
-Every family is tried on a tiny folder of the published classes, with random weights: it samples what
-the stock pipeline of diffusers does, within 2/255, and that pipeline reads the adapters that are
-trained on it (`python bench/families.py`). Chroma is compared with a pipeline that masks padding, as
-diffusers 0.42 adds the mask to the scores as numbers. Published weights were not at hand for these
-tests, and memory was counted, not measured.
+Every family is tried on a tiny folder of the published classes, with random weights: it samples
+what the stock pipeline of diffusers does, within 2/255, and that pipeline reads the adapters that
+are trained on it (`python bench/families.py`). Chroma is compared with a pipeline that masks
+padding, as diffusers 0.42 adds the mask to the scores as numbers. Published weights were not at
+hand for these tests, and memory was counted, not measured.
 
 A backbone of the family `dit` is told a class instead of a text: prompts and captions are the names
 of its classes, or their numbers. The folders of PixArt have T5's vocabulary in a file that the
