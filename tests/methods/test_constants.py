@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from trainer.attention.projections import ALL_ROLES
 from trainer.config.load import methods_of
 from trainer.methods.apply import find_method
 from trainer.ops.agent_attention import MergedAgents
@@ -42,7 +43,7 @@ PAPERS: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "longlora",
-        {"sites": "self", "projections": ("q", "k", "v", "out")},
+        {"sites": "self", "projections": ALL_ROLES},
         "arXiv 2309.12307, section 3.3",
     ),
     ("magicvideo", {"renormalise": False}, "arXiv 2211.11018: the mask follows the softmax"),
@@ -77,7 +78,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gen1": {"heads": 8, "kernel": 3, "max_frames": 32, "structure": 2},
     "imagen_video": {"heads": 8, "kernel": 3, "attention_from": 2, "reach": 32},
     "linear_attention": {"features": "relu", "num_features": 64, "seed": 0, "shortcut": 0},
-    "lora": {"rank": 4, "sites": "all", "projections": ("q", "k", "v", "out")},
+    "lora": {"rank": 4, "sites": "all", "projections": ALL_ROLES},
     "magicvideo": {"heads": 8, "max_frames": 32, "fps": 8.0},
     "make_a_video": {"heads": 8, "kernel": 3, "max_frames": 32, "fps": 8.0},
     "new_token": {"tokens": ("<v1>",), "init": None, "task": None},

@@ -113,7 +113,7 @@ class BackboneFacts(nn.Module):
     def sequence_length(self) -> int:
         """Tokens of a prompt that its last text encoder reads, with padding: `max_sequence_length`
         of stock pipelines, also where the folder lacks that text encoder."""
-        part = self.declared.text_encoders[-1]
+        part = next(iter(self.declared.text_encoders[::-1]), "")
         if part not in self.prompt_lengths:
             return self.text_length
         here = part in self._encoder_names

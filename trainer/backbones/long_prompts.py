@@ -122,8 +122,10 @@ class Prompts:
         """Where the first token of a word is among those that the denoiser gets of a prompt.
         Tokenizers of bytes have other tokens for it at the start of a text than inside one."""
         row = self.tokens([prompt]).input_ids.flatten().tolist()[self._dropped :]
-        added = self.tokenizer.get_added_vocab()
-        forms = [[added[word]]] if word in added else [self.ids(word), self.ids(f" {word}")]
+        known, added = self.tokenizer.get_vocab(), self.tokenizer.get_added_vocab()
+        forms = [[known[word]]] if word in known else []
+        if word not in added:
+            forms += [self.ids(word), self.ids(f" {word}")]
         return [i for i in range(len(row)) if any(row[i : i + len(own)] == own for own in forms)]
 
     @property

@@ -4,7 +4,8 @@ its own names."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -50,15 +51,31 @@ def _modules(file: Path, base: Any) -> list[Any]:
         around = nn.Module()
         around.text_model = encoder
         encoder = around
-    network, _ = kohya.create_network_from_weights(
-        multiplier=1.0,
-        file="",
-        vae=None,
-        text_encoder=encoder,
-        unet=base.denoiser,
-        weights_sd=tensors,
-    )
+    with _no_targets(kohya.LycorisNetworkKohya):
+        network, _ = kohya.create_network_from_weights(
+            multiplier=1.0,
+            file="",
+            vae=None,
+            text_encoder=encoder,
+            unet=base.denoiser,
+            weights_sd=tensors,
+        )
     return [*network.unet_loras, *network.text_encoder_loras]
+
+
+@contextmanager
+def _no_targets(network: Any) -> Iterator[None]:
+    """LyCORIS makes a whole network by its targets before it makes the one of the file. By its own
+    targets some layers of diffusers' U-Net are there twice, which ends in an assertion."""
+    names = [name for name in vars(network) if "_TARGET_REPLACE_" in name]
+    before = {name: getattr(network, name) for name in names}
+    for name in names:
+        setattr(network, name, [])
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(network, name, value)
 
 
 def _added(module: Any) -> tuple[Tensor, Tensor | None]:

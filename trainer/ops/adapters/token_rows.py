@@ -18,8 +18,6 @@ from transformers import AddedToken
 
 from trainer.common.added_words import single_word
 
-PADDING = 1024  # rows, at most, that a table has beyond its tokens
-
 
 class RowsEmbedding(nn.Module):
     """A frozen table, and `rows`, n of (d,), that are read for ids of their own."""
@@ -138,7 +136,6 @@ def extend(
             "continue a run that added some with run.start_from, not as the backbone"
         )
     rows = [_start(table, tokenizer, word=word, seed=seed) for seed, word in enumerate(words)]
-    _name_unused(tokenizer, table.num_embeddings)
     first = len(tokenizer)
     if first > table.num_embeddings:
         raise ValueError(
@@ -149,14 +146,6 @@ def extend(
     extended = ExtendedEmbedding(table, rows, first)
     encoder.set_input_embeddings(extended)
     return _names(encoder, extended)
-
-
-def _name_unused(tokenizer: Any, count: int) -> None:
-    """Gives names to the last rows of a table that no token has, so that new tokens come behind the
-    table: T5's has 32,128 rows for 32,100 tokens, to be a multiple of 128."""
-    unused = range(len(tokenizer), count)
-    if len(unused) <= PADDING:
-        tokenizer.add_tokens([AddedToken(f"<unused_row_{number}>") for number in unused])
 
 
 def relearn(encoder: Any, tokenizer: Any, words: Sequence[str]) -> list[str]:
