@@ -127,8 +127,8 @@ def check(facts: FolderContents) -> None:
 
 
 def load(spec: BackboneSpec, name: str) -> Parts:
-    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision. Raises
-    what `load_parts` does."""
+    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision;
+    `load_parts` says what it raises."""
     from trainer.backbones.load_parts import load_parts
 
     text = {
