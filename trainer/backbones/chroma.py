@@ -87,29 +87,14 @@ def check(facts: FolderContents) -> None:
 
 
 def load(spec: BackboneSpec, name: str) -> Parts:
-    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision.
+    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision;
+    `load_parts` says what it raises."""
+    from trainer.backbones.load_parts import load_parts
 
-    Raises:
-        ValueError: the folder holds another pipeline, a part is missing, or its weights are not
-        safetensors.
-    """
-    import diffusers
-    from transformers import T5EncoderModel, T5Tokenizer
-
-    from trainer.backbones.folder_check import check_contents
-    from trainer.backbones.pipeline_folder import pipeline_folder
-    from trainer.backbones.schedulers import flow_scheduler
-
-    folder = pipeline_folder(spec, name, ["transformer", "text_encoder", "vae"])
-    facts = check_contents(folder, name, FAMILY, made=False)
-    return Parts(
-        folder=folder.path,
-        denoiser=folder.load("transformer", diffusers.ChromaTransformer2DModel),
-        text_encoders={"text_encoder": folder.load("text_encoder", T5EncoderModel)},
-        tokenizers={"text_encoder": folder.tokenizer(T5Tokenizer)},
-        vae=folder.load("vae", getattr(diffusers, facts.vae)),
-        scheduler=flow_scheduler(folder.scheduler_config()),
-        prompt_lengths={"text_encoder": T5_LENGTH},
+    text = {"text_encoder": ("T5EncoderModel", "T5Tokenizer")}
+    lengths = {"text_encoder": T5_LENGTH}
+    return load_parts(
+        spec, name, FAMILY, denoiser="ChromaTransformer2DModel", text=text, lengths=lengths
     )
 
 

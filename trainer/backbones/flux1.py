@@ -144,32 +144,13 @@ def check(facts: FolderContents) -> None:
 
 
 def load(spec: BackboneSpec, name: str) -> Parts:
-    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision.
+    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision;
+    `load_parts` says what it raises."""
+    from trainer.backbones.load_parts import load_parts
 
-    Raises:
-        ValueError: the folder holds another pipeline, a part is missing, or its weights are not
-        safetensors.
-    """
-    import diffusers
-    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
-
-    from trainer.backbones.folder_check import check_contents
-    from trainer.backbones.pipeline_folder import pipeline_folder
-    from trainer.backbones.schedulers import flow_scheduler
-    from trainer.backbones.sdxl import end_at
-
-    folder = pipeline_folder(spec, name, ["transformer", *TEXT_ENCODERS, "vae"])
-    facts = check_contents(folder, name, FAMILY, made=False)
-    clip, tokenizer = folder.load(CLIP, CLIPTextModel), folder.tokenizer(CLIPTokenizer, CLIP)
-    end_at(clip, tokenizer.eos_token_id)
-    return Parts(
-        folder=folder.path,
-        denoiser=folder.load("transformer", diffusers.FluxTransformer2DModel),
-        text_encoders={CLIP: clip, T5: folder.load(T5, T5EncoderModel)},
-        tokenizers={CLIP: tokenizer, T5: folder.tokenizer(T5Tokenizer, T5)},
-        vae=folder.load("vae", getattr(diffusers, facts.vae)),
-        scheduler=flow_scheduler(folder.scheduler_config()),
-        prompt_lengths={T5: T5_LENGTH},
+    text = {CLIP: ("CLIPTextModel", "CLIPTokenizer"), T5: ("T5EncoderModel", "T5Tokenizer")}
+    return load_parts(
+        spec, name, FAMILY, denoiser="FluxTransformer2DModel", text=text, lengths={T5: T5_LENGTH}
     )
 
 

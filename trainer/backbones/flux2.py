@@ -128,30 +128,20 @@ def check(facts: FolderContents) -> None:
 
 
 def load(spec: BackboneSpec, name: str) -> Parts:
-    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision.
+    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision;
+    `load_parts` says what it raises."""
+    from trainer.backbones.load_parts import load_parts
 
-    Raises:
-        ValueError: the folder holds another pipeline, a part is missing, or its weights are not
-        safetensors.
-    """
-    import diffusers
-    from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
-
-    from trainer.backbones.folder_check import check_contents
-    from trainer.backbones.pipeline_folder import pipeline_folder
-    from trainer.backbones.schedulers import flow_scheduler
-
-    folder = pipeline_folder(spec, name, ["transformer", "text_encoder", "vae"])
-    facts = check_contents(folder, name, FAMILY, made=False)
-    return Parts(
-        folder=folder.path,
-        denoiser=folder.load("transformer", diffusers.Flux2Transformer2DModel),
-        text_encoders={"text_encoder": folder.load("text_encoder", Qwen3ForCausalLM)},
-        tokenizers={"text_encoder": folder.tokenizer(Qwen2Tokenizer)},
-        vae=folder.load("vae", diffusers.AutoencoderKLFlux2),
-        scheduler=flow_scheduler(folder.scheduler_config()),
-        prompt_lengths={"text_encoder": LENGTH},
-        options={DISTILLED: bool(facts.index.get(DISTILLED))},
+    text = {"text_encoder": ("Qwen3ForCausalLM", "Qwen2Tokenizer")}
+    lengths = {"text_encoder": LENGTH}
+    return load_parts(
+        spec,
+        name,
+        FAMILY,
+        denoiser="Flux2Transformer2DModel",
+        text=text,
+        lengths=lengths,
+        options=[DISTILLED],
     )
 
 

@@ -127,36 +127,16 @@ def check(facts: FolderContents) -> None:
 
 
 def load(spec: BackboneSpec, name: str) -> Parts:
-    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision.
+    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision;
+    `load_parts` says what it raises."""
+    from trainer.backbones.load_parts import load_parts
 
-    Raises:
-        ValueError: the folder holds another pipeline, a part is missing, or its weights are not
-        safetensors.
-    """
-    import diffusers
-    import transformers
-
-    from trainer.backbones.folder_check import check_contents
-    from trainer.backbones.pipeline_folder import encoders_in, pipeline_folder
-    from trainer.backbones.schedulers import flow_scheduler
-    from trainer.backbones.sdxl import end_at
-
-    folder = pipeline_folder(spec, name, ["transformer", *TEXT_ENCODERS, "vae"])
-    facts = check_contents(folder, name, FAMILY, made=False)
-    present = encoders_in(facts.index, FAMILY)
-    encoders = {part: folder.load(part, getattr(transformers, TEXT[part][0])) for part in present}
-    kinds = {part: "T5Tokenizer" if part == T5 else "CLIPTokenizer" for part in present}
-    tokenizers = {p: folder.tokenizer(getattr(transformers, kinds[p]), p) for p in present}
-    for part in CLIPS:
-        end_at(encoders[part], tokenizers[part].eos_token_id)
-    return Parts(
-        folder=folder.path,
-        denoiser=folder.load("transformer", diffusers.SD3Transformer2DModel),
-        text_encoders=encoders,
-        tokenizers=tokenizers,
-        vae=folder.load("vae", getattr(diffusers, facts.vae)),
-        scheduler=flow_scheduler(folder.scheduler_config()),
-        prompt_lengths={T5: T5_LENGTH},
+    text = {
+        part: (TEXT[part][0], "T5Tokenizer" if part == T5 else "CLIPTokenizer")
+        for part in TEXT_ENCODERS
+    }
+    return load_parts(
+        spec, name, FAMILY, denoiser="SD3Transformer2DModel", text=text, lengths={T5: T5_LENGTH}
     )
 
 

@@ -166,6 +166,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     from trainer.backbones.folder_check import check_contents
+    from trainer.backbones.load_parts import end_at
     from trainer.backbones.pipeline_folder import pipeline_folder
     from trainer.backbones.schedulers import vp_scheduler
 
@@ -184,14 +185,6 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         scheduler=vp_scheduler(folder.scheduler_config(), folder.of("scheduler")),
         options={ZEROS: facts.index.get(ZEROS, True)},
     )
-
-
-def end_at(encoder: Any, eos: int) -> None:
-    """Makes a CLIP pool at the end of text. Older files of it have a wrong id, 2, for which
-    transformers pools at the largest id: that of a new word, where a prompt has one. Of prompts
-    without one both are the same."""
-    if encoder.config.eos_token_id == 2:
-        encoder.config.eos_token_id = encoder.text_model.eos_token_id = eos
 
 
 FAMILY = Family(

@@ -122,33 +122,18 @@ def check(facts: FolderContents) -> None:
 
 
 def load(spec: BackboneSpec, name: str) -> Parts:
-    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision.
-
-    Raises:
-        ValueError: the folder holds another pipeline, a part is missing, its weights are not
-        safetensors, or its tokenizer asks prompts in another way.
-    """
-    import diffusers
-    from transformers import Qwen2Tokenizer, Qwen3Model
-
+    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision;
+    `load_parts` says what it raises."""
     from trainer.backbones.chat_text import check_template
-    from trainer.backbones.folder_check import check_contents
-    from trainer.backbones.pipeline_folder import pipeline_folder
-    from trainer.backbones.schedulers import flow_scheduler
+    from trainer.backbones.load_parts import load_parts
 
-    folder = pipeline_folder(spec, name, ["transformer", "text_encoder", "vae"])
-    facts = check_contents(folder, name, FAMILY, made=False)
-    tokenizer = folder.tokenizer(Qwen2Tokenizer)
-    check_template(tokenizer, TEMPLATE, name)
-    return Parts(
-        folder=folder.path,
-        denoiser=folder.load("transformer", diffusers.ZImageTransformer2DModel),
-        text_encoders={"text_encoder": folder.load("text_encoder", Qwen3Model)},
-        tokenizers={"text_encoder": tokenizer},
-        vae=folder.load("vae", getattr(diffusers, facts.vae)),
-        scheduler=flow_scheduler(folder.scheduler_config()),
-        prompt_lengths={"text_encoder": PROMPT_LENGTH},
+    text = {"text_encoder": ("Qwen3Model", "Qwen2Tokenizer")}
+    lengths = {"text_encoder": PROMPT_LENGTH}
+    parts = load_parts(
+        spec, name, FAMILY, denoiser="ZImageTransformer2DModel", text=text, lengths=lengths
     )
+    check_template(parts.tokenizers["text_encoder"], TEMPLATE, name)
+    return parts
 
 
 FAMILY = Family(
