@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.backbones.family import Family, Parts
 
 if TYPE_CHECKING:
+    from trainer.backbones.pipeline_folder import PipelineFolder
     from trainer.backbones.spec import BackboneSpec
 
 
@@ -33,7 +34,6 @@ def load_parts(
         or its weights are not safetensors.
     """
     import diffusers
-    import transformers
 
     from trainer.backbones.folder_check import check_contents
     from trainer.backbones.pipeline_folder import encoders_in, pipeline_folder
@@ -41,14 +41,8 @@ def load_parts(
 
     folder = pipeline_folder(spec, name, [family.denoiser, *text, "vae"])
     facts = check_contents(folder, name, family, made=False)
-    encoders: dict[str, Any] = {}
-    tokenizers: dict[str, Any] = {}
-    for part in encoders_in(facts.index, family):
-        encoder, tokenizer = (getattr(transformers, kind) for kind in text[part])
-        encoders[part] = folder.load(part, encoder)
-        tokenizers[part] = folder.tokenizer(tokenizer, part)
-        if encoder.__name__.startswith("CLIP"):
-            end_at(encoders[part], tokenizers[part].eos_token_id)
+    present = encoders_in(facts.index, family)
+    encoders, tokenizers = _text(folder, {part: text[part] for part in present})
     return Parts(
         folder=folder.path,
         denoiser=folder.load(family.denoiser, getattr(diffusers, denoiser)),
@@ -59,6 +53,23 @@ def load_parts(
         prompt_lengths=lengths,
         options={key: facts.index.get(key) for key in options},
     )
+
+
+def _text(
+    folder: PipelineFolder, classes: Mapping[str, tuple[str, str]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The text encoders and their tokenizers."""
+    import transformers
+
+    encoders: dict[str, Any] = {}
+    tokenizers: dict[str, Any] = {}
+    for part, kinds in classes.items():
+        encoder, tokenizer = (getattr(transformers, kind) for kind in kinds)
+        encoders[part] = folder.load(part, encoder)
+        tokenizers[part] = folder.tokenizer(tokenizer, part)
+        if encoder.__name__.startswith("CLIP"):
+            end_at(encoders[part], tokenizers[part].eos_token_id)
+    return encoders, tokenizers
 
 
 def end_at(encoder: Any, eos: int) -> None:
