@@ -67,15 +67,9 @@ def _condition_shapes(backbone: Backbone) -> dict[str, tuple[int, ...]]:
 
 
 def pipeline(backbone: Backbone) -> Any:
-    from diffusers import ChromaPipeline
+    from trainer.backbones.stock_pipeline import stock_pipeline
 
-    from trainer.backbones.vae import with_widths
-
-    return ChromaPipeline(
-        scheduler=backbone.scheduler(), vae=with_widths(backbone.vae),
-        text_encoder=backbone.text_encoder, tokenizer=backbone.tokenizer,
-        transformer=backbone.denoiser,
-    )  # fmt: skip
+    return stock_pipeline(backbone, "ChromaPipeline")
 
 
 def check(facts: FolderContents) -> None:

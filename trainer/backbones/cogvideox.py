@@ -85,12 +85,9 @@ def _positions(backbone: Backbone, x_t: Tensor) -> Any:
 
 
 def pipeline(backbone: Backbone) -> Any:
-    from diffusers import CogVideoXPipeline
+    from trainer.backbones.stock_pipeline import stock_pipeline
 
-    return CogVideoXPipeline(
-        tokenizer=backbone.tokenizer, text_encoder=backbone.text_encoder, vae=backbone.vae,
-        transformer=backbone.denoiser, scheduler=backbone.scheduler(),
-    )  # fmt: skip
+    return stock_pipeline(backbone, "CogVideoXPipeline")
 
 
 def check(facts: FolderContents) -> None:

@@ -119,16 +119,9 @@ def _distilled(config: Mapping[str, Any], scheduler: Mapping[str, Any], _: objec
 
 
 def pipeline(backbone: Backbone) -> Any:
-    from diffusers import FluxPipeline
+    from trainer.backbones.stock_pipeline import stock_pipeline
 
-    from trainer.backbones.vae import with_widths
-
-    return FluxPipeline(
-        scheduler=backbone.scheduler(), vae=with_widths(backbone.vae),
-        text_encoder=backbone.text_encoder, tokenizer=backbone.tokenizer,
-        text_encoder_2=backbone.text_encoders[T5], tokenizer_2=backbone.tokenizers[T5],
-        transformer=backbone.denoiser,
-    )  # fmt: skip
+    return stock_pipeline(backbone, "FluxPipeline")
 
 
 def check(facts: FolderContents) -> None:

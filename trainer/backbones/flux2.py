@@ -102,13 +102,11 @@ def _distilled(_: object, __: object, options: Mapping[str, Any]) -> str | None:
 
 
 def pipeline(backbone: Backbone) -> Any:
-    from diffusers import Flux2KleinPipeline
+    from trainer.backbones.stock_pipeline import stock_pipeline
 
-    return Flux2KleinPipeline(
-        scheduler=backbone.scheduler(), vae=backbone.vae, text_encoder=backbone.text_encoder,
-        tokenizer=backbone.tokenizer, transformer=backbone.denoiser,
-        is_distilled=bool(backbone.options.get(DISTILLED)),
-    )  # fmt: skip
+    return stock_pipeline(
+        backbone, "Flux2KleinPipeline", is_distilled=bool(backbone.options.get(DISTILLED))
+    )
 
 
 def check(facts: FolderContents) -> None:

@@ -108,12 +108,9 @@ def _levels(backbone: Backbone, steps: int, extent: Extent) -> NoiseLevels:
 
 
 def pipeline(backbone: Backbone) -> Any:
-    from diffusers import LTXPipeline
+    from trainer.backbones.stock_pipeline import stock_pipeline
 
-    return LTXPipeline(
-        tokenizer=backbone.tokenizer, text_encoder=backbone.text_encoder, vae=backbone.vae,
-        transformer=backbone.denoiser, scheduler=backbone.scheduler(),
-    )  # fmt: skip
+    return stock_pipeline(backbone, "LTXPipeline")
 
 
 def check(facts: FolderContents) -> None:

@@ -109,13 +109,9 @@ def _halvings(config: Mapping[str, Any]) -> int | None:
 
 
 def pipeline(backbone: Backbone) -> Any:
-    from diffusers import QwenImagePipeline
+    from trainer.backbones.stock_pipeline import stock_pipeline
 
-    return QwenImagePipeline(
-        scheduler=backbone.scheduler(), vae=backbone.vae,
-        text_encoder=backbone.text_encoder, tokenizer=backbone.tokenizer,
-        transformer=backbone.denoiser,
-    )  # fmt: skip
+    return stock_pipeline(backbone, "QwenImagePipeline")
 
 
 def check(facts: FolderContents) -> None:

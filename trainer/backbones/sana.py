@@ -45,15 +45,9 @@ def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> 
 
 
 def pipeline(backbone: Backbone) -> Any:
-    from diffusers import SanaPipeline
+    from trainer.backbones.stock_pipeline import stock_pipeline
 
-    from trainer.backbones.vae import with_widths
-
-    return SanaPipeline(
-        tokenizer=backbone.tokenizer, text_encoder=backbone.text_encoder,
-        vae=with_widths(backbone.vae), transformer=backbone.denoiser,
-        scheduler=backbone.scheduler(),
-    )  # fmt: skip
+    return stock_pipeline(backbone, "SanaPipeline")
 
 
 def load(spec: BackboneSpec, name: str) -> Parts:

@@ -85,21 +85,9 @@ def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> 
 
 
 def pipeline(backbone: Backbone) -> Any:
-    from diffusers import StableDiffusion3Pipeline
+    from trainer.backbones.stock_pipeline import stock_pipeline
 
-    from trainer.backbones.vae import with_widths
-
-    text: dict[str, Any] = {part: backbone.text_encoders.get(part) for part in TEXT_ENCODERS}
-    text |= {
-        part.replace("text_encoder", "tokenizer"): backbone.tokenizers.get(part)
-        for part in TEXT_ENCODERS
-    }
-    return StableDiffusion3Pipeline(
-        transformer=backbone.denoiser,
-        scheduler=backbone.scheduler(),
-        vae=with_widths(backbone.vae),
-        **text,
-    )
+    return stock_pipeline(backbone, "StableDiffusion3Pipeline")
 
 
 def check(facts: FolderContents) -> None:

@@ -96,17 +96,15 @@ def condition_shapes(backbone: Backbone) -> Mapping[str, tuple[int, ...]]:
 
 
 def pipeline(backbone: Backbone) -> Any:
-    from diffusers import StableDiffusionXLPipeline
+    from trainer.backbones.stock_pipeline import stock_pipeline
 
-    from trainer.backbones.vae import with_widths
-
-    return StableDiffusionXLPipeline(
-        vae=with_widths(backbone.vae), unet=backbone.denoiser, scheduler=backbone.scheduler(),
-        text_encoder=backbone.text_encoder, text_encoder_2=backbone.text_encoders[OPEN_CLIP],
-        tokenizer=backbone.tokenizer, tokenizer_2=backbone.tokenizers[OPEN_CLIP],
-        force_zeros_for_empty_prompt=bool(backbone.options.get(ZEROS, True)),
+    zeros = bool(backbone.options.get(ZEROS, True))
+    return stock_pipeline(
+        backbone,
+        "StableDiffusionXLPipeline",
+        force_zeros_for_empty_prompt=zeros,
         add_watermarker=False,
-    )  # fmt: skip
+    )
 
 
 def check(facts: FolderContents) -> None:

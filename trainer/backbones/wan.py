@@ -62,12 +62,9 @@ def _frames(config: Mapping[str, Any]) -> ClipFrames:
 
 
 def pipeline(backbone: Backbone) -> Any:
-    from diffusers import WanPipeline
+    from trainer.backbones.stock_pipeline import stock_pipeline
 
-    return WanPipeline(
-        tokenizer=backbone.tokenizer, text_encoder=backbone.text_encoder, vae=backbone.vae,
-        transformer=backbone.denoiser, scheduler=backbone.scheduler(),
-    )  # fmt: skip
+    return stock_pipeline(backbone, "WanPipeline")
 
 
 def check(facts: FolderContents) -> None:

@@ -91,15 +91,9 @@ def _distilled(_: object, scheduler: Mapping[str, Any], __: object) -> str | Non
 
 
 def pipeline(backbone: Backbone) -> Any:
-    from diffusers import ZImagePipeline
+    from trainer.backbones.stock_pipeline import stock_pipeline
 
-    from trainer.backbones.vae import with_widths
-
-    return ZImagePipeline(
-        scheduler=backbone.scheduler(), vae=with_widths(backbone.vae),
-        text_encoder=backbone.text_encoder, tokenizer=backbone.tokenizer,
-        transformer=backbone.denoiser,
-    )  # fmt: skip
+    return stock_pipeline(backbone, "ZImagePipeline")
 
 
 def check(facts: FolderContents) -> None:

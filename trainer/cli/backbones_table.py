@@ -33,8 +33,8 @@ plan=true` says what a run takes, part by part, before anything is downloaded.
 Every family is tried on a tiny folder of the published classes, with random weights: it samples
 what the stock pipeline of diffusers does, within 2/255, and that pipeline reads the adapters that
 are trained on it (`python bench/families.py`). Chroma is compared with a pipeline that masks
-padding, as diffusers 0.42 adds the mask to the scores as numbers. Published weights were not at
-hand for these tests, and memory was counted, not measured.
+padding, as diffusers 0.42 adds the mask to the scores as numbers. No published weights are part of
+these tests, and memory was counted, not measured.
 
 A backbone of the family `dit` is told a class instead of a text: prompts and captions are the names
 of its classes, or their numbers. The folders of PixArt have T5's vocabulary in a file that the
@@ -82,7 +82,7 @@ def _listed(path: Path) -> ListedBackbone:
     lines = header_of(path)
     text = " ".join(lines)
     facts = {name: _found(pattern, text) for name, pattern in FACTS.items()}
-    # three keys of one line each; a YAML reader would make `list` four times slower
+    # three keys of one line each, which need no YAML reader
     body = path.read_text(encoding="utf-8")
     keys = ("family", "hub", "revision")
     own = {key: _found(rf"(?m)^{key}: *(\S+)", body) for key in keys}
