@@ -4,13 +4,15 @@ folder and the stock pipeline, and the tests of the family call these."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainer.attention.call import SiteCall
+from trainer.attention.op import Traits
 from trainer.config.load import load_recipe, methods_of
 from trainer.data.loader import Batch
 from trainer.diffusion.objective import Objective
@@ -69,6 +71,36 @@ def drawn(model: Any, prompts: list[str] = PROMPTS, **options: Any) -> Tensor:
 
 def close(one: Tensor, other: Tensor) -> bool:
     return float((one - other).abs().max()) <= CLOSE and float(other.std()) > 0.05
+
+
+class Noted:
+    """An op that keeps the queries it sees and where the text lies among them."""
+
+    name, traits = "noted", Traits()
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Tensor, slice]] = []
+
+    def kv(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> tuple[Tensor, Tensor, Tensor]:
+        self.seen.append((q, call.spans(q.shape[2]).text))
+        return q, k, v
+
+
+@torch.no_grad()
+def text_lies_where_declared(model: Any) -> None:
+    """With other text, the queries of the first joint layer change where the text is, and only
+    there."""
+    model.eval()
+    condition, op = model.encode_prompts(PROMPTS), Noted()
+    other = replace(condition, tokens=condition.tokens.flip(1) + 1)
+    model.host.install(op, [site for site in model.sites if site.kind == "joint"][:1])
+    for told in (condition, other):
+        model.predict(noise(model.latent_channels, 4, 6), torch.tensor([500.0, 500.0]), told)
+    (one, text), (two, _) = op.seen
+    changed = (one != two).any(dim=3).any(dim=1).any(dim=0)
+    wanted = torch.zeros_like(changed)
+    wanted[text] = True
+    assert 0 < int(wanted.sum()) < len(wanted) and torch.equal(changed, wanted)
 
 
 def batch_of(step: int = 0, words: str = "a <v1> fox") -> Batch:

@@ -126,3 +126,7 @@ def test_the_backbone_of_the_hub_is_pinned() -> None:
     spec = backbone_spec("chroma")
     assert (spec.family, spec.hub) == ("chroma", "lodestones/Chroma1-HD")
     assert len(str(spec.revision)) == 40
+
+
+def test_text_lies_where_it_is_declared(model: Any) -> None:
+    checks.text_lies_where_declared(model)

@@ -230,3 +230,7 @@ def test_the_backbones_of_the_hub_are_pinned(name: str) -> None:
     spec = backbone_spec(name)
     assert spec.family == "flux1" and str(spec.hub).startswith("black-forest-labs/FLUX.1-")
     assert len(str(spec.revision)) == 40
+
+
+def test_text_lies_where_it_is_declared(model: Any) -> None:
+    checks.text_lies_where_declared(model)

@@ -137,3 +137,7 @@ def test_the_backbone_of_the_hub_is_pinned() -> None:
     spec = backbone_spec("flux2_klein")
     assert (spec.family, spec.hub) == ("flux2", "black-forest-labs/FLUX.2-klein-base-4B")
     assert len(str(spec.revision)) == 40
+
+
+def test_text_lies_where_it_is_declared(model: Any) -> None:
+    checks.text_lies_where_declared(model)

@@ -26,7 +26,7 @@ class SiteCall:
         self.site, self.ctx = site, ctx
         self.lengths = lengths
         # a few layers compute several softmax attentions in one run, such as over text and over a
-        # picture: the number of the one that runs, 0 for the first
+        # picture: the number of the one that runs, 0 for the first, -1 before it
         self.part = 0
         self._scratch: dict[str, dict[str, Any]] = {}
         self._called_with: tuple[float | None, ...] = ()
@@ -50,7 +50,7 @@ class SiteCall:
         Raises:
             ValueError: that is not known at this site; the message says why.
         """
-        if self.part or (self.site.kind == "cross" and keys and self.site.has("add_k")):
+        if self.part > 0 or (self.site.kind == "cross" and keys and self.site.has("add_k")):
             raise ValueError(
                 f"{self.site.name!r} attends several times in one run, and which of the keys are "
                 "text is not known; choose other sites"

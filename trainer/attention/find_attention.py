@@ -148,7 +148,7 @@ def _is_cross(name: str, module: nn.Module) -> bool:
 def _needs_text(module: nn.Module) -> bool:
     """Whether a layer's processor cannot be called without text, which it then joins to the
     image."""
-    processor = getattr(module, "processor", None)
+    processor = own_processor(module)
     if processor is None:
         return False
     declared = inspect.signature(type(processor).__call__).parameters

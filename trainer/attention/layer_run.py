@@ -145,8 +145,10 @@ class LayerRun:
 
     def _refuse_positions(self, op: Any) -> None:
         """Positions are those of all tokens: with fewer, each would get another's."""
-        placed = [n for n in self.kwargs if any(word in n for word in ("rot", "rope", "freq"))]
-        if any(self.kwargs[name] is not None for name in placed) or self.site.kind == "joint":
+        given = dict(zip(self.names, self.args, strict=False)) | self.kwargs
+        words = ("rot", "rope", "freq")
+        placed = [name for name in given if any(word in name for word in words)]
+        if any(given[name] is not None for name in placed) or self.site.kind == "joint":
             raise ValueError(
                 f"{label(op)} changes the number of tokens, and {self.site.name!r} gives each its "
                 "position by its number; choose other sites"

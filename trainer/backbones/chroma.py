@@ -98,6 +98,7 @@ FAMILY = Family(
     blocks=("transformer_blocks", "single_transformer_blocks"),
     load=load,
     encoders={"text": encode_prompts},
+    prompt_lengths=dict.fromkeys(("ChromaPipeline", "ChromaImg2ImgPipeline"), T5_LENGTH),
     inputs=inputs,
     pipeline=pipeline,
     shapes=_condition_shapes,

@@ -153,6 +153,7 @@ FAMILY = Family(
     blocks=("transformer_blocks", "single_transformer_blocks"),
     load=load,
     encoders={"text": encode_prompts},
+    prompt_lengths=dict.fromkeys(("FluxPipeline", "FluxImg2ImgPipeline"), T5_LENGTH),
     inputs=inputs,
     pipeline=pipeline,
     text_encoders=TEXT_ENCODERS,

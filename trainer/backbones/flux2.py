@@ -149,6 +149,7 @@ FAMILY = Family(
     blocks=("transformer_blocks", "single_transformer_blocks"),
     load=load,
     encoders={"text": encode_prompts},
+    prompt_lengths={"Flux2KleinPipeline": LENGTH},
     inputs=inputs,
     pipeline=pipeline,
     shapes=_condition_shapes,
