@@ -32,6 +32,9 @@ from trainer.backbones.module_digests import contents, shapes
 from trainer.backbones.pipeline_folder import limit_length
 
 
+COMPILED_SHAPES = 8  # of a function that blocks share, for each block: widths, grids, batches
+
+
 class Backbone(BackboneFacts):
     """denoiser(x_t, t, text) with text (b, tokens, d), on latents (b, c, H/f, W/f) of a VAE.
 
@@ -251,9 +254,16 @@ class Backbone(BackboneFacts):
     def compile_blocks(self) -> None:
         """torch.compile for each block of the denoiser separately; hooks on it stay Python.
 
-        Shapes are static: blocks share their code, and with dynamic shapes inductor fails on it.
+        Shapes are static: blocks share their code, and with dynamic shapes inductor fails on it. So
+        a function that many blocks share is compiled once for each shape they have, more often than
+        torch allows by default: beyond its limit it would run what is left uncompiled.
         """
-        for block in self.blocks():
+        from torch._dynamo import config as dynamo  # imported here: it takes a second
+
+        blocks = self.blocks()
+        limit = COMPILED_SHAPES * len(blocks)
+        dynamo.recompile_limit = max(dynamo.recompile_limit, limit)
+        for block in blocks:
             block.compile(dynamic=False)
 
     def blocks(self) -> list[Any]:
