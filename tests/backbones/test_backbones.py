@@ -242,14 +242,12 @@ def test_compiled_blocks_give_the_same_output(
     assert not torch.equal(plain, compiled)  # computed in another order
 
 
-def test_no_block_of_a_unet_is_left_uncompiled(
-    tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_block_of_a_unet_is_left_uncompiled(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its blocks share functions, each with more shapes than torch compiles one for by default."""
     from torch._dynamo import config as dynamo
 
     monkeypatch.setattr(dynamo, "recompile_limit", dynamo.recompile_limit)
-    monkeypatch.setattr(dynamo, "fail_on_recompile_limit_hit", True)  # noqa: FBT003
+    monkeypatch.setattr(dynamo, "fail_on_recompile_limit_hit", True)
     plain = torch.nn.Module.compile  # traced as by inductor, without its minutes of C++
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **kw: plain(self, backend="eager", **kw)

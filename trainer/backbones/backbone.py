@@ -31,7 +31,6 @@ from trainer.backbones.long_prompts import Prompts
 from trainer.backbones.module_digests import contents, shapes
 from trainer.backbones.pipeline_folder import limit_length
 
-
 COMPILED_SHAPES = 8  # of a function that blocks share, for each block: widths, grids, batches
 
 

@@ -10,7 +10,6 @@ import lightning
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-
 SILENCE = 60.0  # seconds without a line, after which the next step has one
 
 
