@@ -62,6 +62,14 @@ def command(
     return subprocess.CompletedProcess(list(words), process.exitcode, out, err)
 
 
+def take_rank(environment: Mapping[str, str]) -> None:
+    """Tells Lightning the rank, for which it has looked when it was imported."""
+    if "RANK" in environment:
+        from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+        rank_zero_only.rank = int(environment["RANK"])
+
+
 def _run(
     words: Sequence[str], cwd: str, environment: Mapping[str, str], printed: Sequence[Path]
 ) -> None:
@@ -72,10 +80,7 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["trainer", *words]
-    if "RANK" in environment:  # Lightning has looked for it when it was imported
-        from lightning.fabric.utilities.rank_zero import rank_zero_only
-
-        rank_zero_only.rank = int(environment["RANK"])
+    take_rank(environment)
     for number, path in enumerate(printed, start=1):
         file = os.open(path, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, number)

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 FAR = torch.device("meta", 1)
 MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
@@ -70,31 +69,48 @@ class Far(Tensor):
 
 def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operation on the values, its result where the operands are, or where `device` sends it."""
-    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-    far = any(isinstance(value, Far) for value in tensors)
+    tensors = list(_tensors((*args, *kwargs.values())))
+    far, target = any(isinstance(value, Far) for value in tensors), kwargs.get("device")
+    if not far and (target is None or torch.device(target) != FAR):
+        return func(*args, **kwargs)
     if far and func not in MOVES:
         shapes = [tuple(t.shape) for t in tensors if not isinstance(t, Far) and t.ndim]
         if shapes:
             raise RuntimeError(f"{func}: operands of {shapes} are on the CPU, others are not")
-    target = kwargs.get("device")
-    if target is not None and (far or torch.device(target) == FAR):
+    if target is not None:
         far = torch.device(target) == FAR
         kwargs = {**kwargs, "device": "cpu" if far else target}
-    near_args, near_kwargs = tree_map(_near, (args, kwargs))
-    result = func(*near_args, **near_kwargs)
+    near = {name: _each(_near, value) for name, value in kwargs.items()}
+    result = func(*_each(_near, args), **near)
     if func._schema.is_mutable and args and isinstance(args[0], Tensor):
         name = func._schema.name
         if name.endswith("_") or "out" in kwargs:
             return kwargs.get("out", args[0])
-    return tree_map(_far, result) if far and not isinstance(result, bool | int | float) else result
+    return _each(_far, result) if far else result
 
 
-def _near(value: Any) -> Any:
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Those of an operation, which takes them alone and in lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _each(change: Any, value: Any) -> Any:
+    """Several times faster than torch's `tree_map`, for what operations take and return."""
+    if isinstance(value, list | tuple):
+        return type(value)([_each(change, item) for item in value])
+    return change(value) if isinstance(value, Tensor) else value
+
+
+def _near(value: Tensor) -> Tensor:
     return value.near if isinstance(value, Far) else value
 
 
-def _far(value: Any) -> Any:
-    return Far(value) if isinstance(value, Tensor) and not isinstance(value, Far) else value
+def _far(value: Tensor) -> Far:
+    return value if isinstance(value, Far) else Far(value)
 
 
 class _Mode(TorchDispatchMode):
@@ -122,7 +138,7 @@ class Seen:
         self.missed: Counter[str] = Counter()
 
     def note(self, module: nn.Module, _: Any) -> None:
-        own = list(module.parameters(recurse=False))
+        own = [value for value in module._parameters.values() if value is not None]
         if own:
             where = self.placed if all(isinstance(value, Far) for value in own) else self.missed
             where[type(module).__name__] += 1

@@ -15,23 +15,27 @@ from commands import start
 RANKS = 2
 
 
+def launched(env: Mapping[str, str] | None = None) -> list[dict[str, str]]:
+    """The environment that the launcher gives to each rank; env: that of the launcher."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = {k: v for k, v in (env or os.environ).items() if k != "TRAINER_RUN_ID"}
+    given |= {
+        "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0", "WORLD_SIZE": str(RANKS),
+        "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    return [given | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(RANKS)]
+
+
 def on_two_ranks(
     *words: str, printed: Path, cwd: Path, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """What the first rank printed, and the code of the one that failed, if one did. printed: a
     folder for what they print."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launched = {
-        "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0", "WORLD_SIZE": str(RANKS),
-        "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    given = {k: v for k, v in (env or os.environ).items() if k != "TRAINER_RUN_ID"}
     processes = []
-    for rank in range(RANKS):
+    for rank, own in enumerate(launched(env)):
         (printed / str(rank)).mkdir(parents=True)
-        own = {**given, **launched, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         processes.append(start(*words, printed=printed / str(rank), cwd=cwd, env=own))
     running = {process.sentinel: process for process in processes}
     while running and (ended := wait(running, 240)):

@@ -207,6 +207,15 @@ def test_proofs_are_exact_and_end_on_the_cpu(tiny: Any) -> None:
     assert convolution.allow_tf32 == before
 
 
+def test_a_proof_on_the_cpu_moves_nothing(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To visit every layer of a small model takes as long as to run it."""
+    monkeypatch.setattr(type(tiny), "to", lambda *_: pytest.fail("it is moved"))
+    with proving(tiny, CPU):
+        pass
+    with pytest.raises(pytest.fail.Exception), proving(tiny, Placement(torch.device("meta"))):
+        pass
+
+
 @pytest.mark.parametrize(
     ("most", "pixels", "wanted"),
     [

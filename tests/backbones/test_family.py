@@ -25,7 +25,7 @@ DECLARED = [name for name in BACKBONES if name != "dit"]
 def test_every_family_is_known_without_torch() -> None:
     code = (
         "import sys; from trainer.backbones import family_names, find_family\n"
-        "print([name for name in family_names() if find_family(name).pipelines])\n"
+        "print(tuple(name for name in family_names() if find_family(name).pipelines))\n"
         "print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
     )
     command = [sys.executable, "-c", code]

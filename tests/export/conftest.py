@@ -3,6 +3,8 @@ SDXL, and transformers."""
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,7 @@ TREES: dict[str, dict[str, Any]] = {
     "words": {"new_token": {"tokens": ["<v1>"], "init": "fox"}},
 }
 Trained = Callable[[str], Path]
+Written = Callable[[str, str], tuple[Path, tuple[str, ...]]]
 
 
 @torch.no_grad()
@@ -98,6 +101,26 @@ def trained(
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def written(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """`written(name, format)`: the export of one of `TREES`, in fp32, into a folder `my_dog` that
+    no test changes, and the lines that said so; made once, by a user whose files nobody else may
+    read."""
+    from trainer.export.export import export
+
+    @functools.cache
+    def once(name: str, form: str) -> tuple[Path, tuple[str, ...]]:
+        said: list[str] = []
+        before = os.umask(0o077)
+        try:
+            place = tmp_path_factory.mktemp("written") / "my_dog"
+            return export(trained(name), place, form, say=said.append), tuple(said)
+        finally:
+            os.umask(before)
+
+    return once
 
 
 def save_disturbed(

@@ -22,7 +22,6 @@ from trainer.export.apply_bundle import add_to
 from trainer.export.bundle import Bundle, FullDelta, LowRankDelta
 from trainer.export.bundle_methods import recipe_of
 from trainer.export.detect import detect
-from trainer.export.export import export
 from trainer.export.factor import exact, fitted, truncated
 from trainer.export.import_ import import_file
 from trainer.export.layer_names import ldm
@@ -41,9 +40,8 @@ def quiet(line: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def kohya_file(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("kohya") / "export"
-    return export(trained("lora"), folder, "kohya", say=quiet) / "export.safetensors"
+def kohya_file(written: Any) -> Path:
+    return Path(written("lora", "kohya")[0] / "my_dog.safetensors")
 
 
 @pytest.fixture
@@ -75,7 +73,7 @@ def test_a_run_starts_from_it(
 
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
-    ("name", "written", "wanted"),
+    ("name", "form", "wanted"),
     [
         ("lora", "kohya", "kohya"),
         ("custom", "comfyui", "diff"),
@@ -84,14 +82,12 @@ def test_a_run_starts_from_it(
         ("words", "diffusers", "diffusers"),
     ],
 )
-def test_the_format_is_recognised(
-    name: str, written: str, wanted: str, trained: Any, tmp_path: Path
-) -> None:
-    assert detect(export(trained(name), tmp_path / "out", written, say=quiet)) == wanted
+def test_the_format_is_recognised(name: str, form: str, wanted: str, written: Any) -> None:
+    assert detect(written(name, form)[0]) == wanted
 
 
-def test_an_embedding_alone(trained: Any, tiny_folder: Path, tmp_path: Path) -> None:
-    out = export(trained("words"), tmp_path / "out", "diffusers", say=quiet)
+def test_an_embedding_alone(written: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    out, _ = written("words", "diffusers")
     file = out / "embeddings" / "v1.safetensors"
     assert detect(file) == "embedding"
     back = import_file(file, str(tiny_folder), tmp_path / "back.safetensors", say=quiet)
@@ -101,10 +97,10 @@ def test_an_embedding_alone(trained: Any, tiny_folder: Path, tmp_path: Path) -> 
 
 
 def test_all_vectors_of_a_word_are_one_file(
-    trained: Any, tiny_folder: Path, tmp_path: Path
+    written: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:
     """Which UIs read for one word; the proof of the export reads it with diffusers."""
-    out = export(trained("vectors"), tmp_path / "out", "diffusers", say=quiet)
+    out, _ = written("vectors", "diffusers")
     shapes = {
         path.name: [(key, tuple(value.shape)) for key, value in load_file(path).items()]
         for path in (out / "embeddings").iterdir()

@@ -361,6 +361,7 @@ def test_dora_on_the_image_layers_is_a_full_delta_beside_the_modules(
     assert all(key.endswith(".diff") for key in beside)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["diffusers", "animatediff"])
 def test_lora_inside_modules_that_train_is_folded_in(
     name: str, moving: Make, tmp_path: Path
@@ -413,30 +414,37 @@ def test_a_checkpoint_of_animatediffs_own_trainer_is_read_once_it_is_converted(
 
 
 @pytest.fixture
-def motion_lora(moving: Make) -> Callable[..., Path]:
-    """`motion_lora(**lora)`: an adapter of LoRA in motion modules of another run."""
+def motion_tree(moving: Make) -> Callable[..., dict[str, Any]]:
+    """`motion_tree(**lora)`: LoRA in motion modules of another run."""
 
-    def make(**lora: Any) -> Path:
+    def make(**lora: Any) -> dict[str, Any]:
         frozen = {"train": False, "weights": str(moving(MODULES))}
-        tree = {
+        return {
             "animatediff": MODULES["animatediff"] | frozen,
             "lora": {"sites": "temporal", "rank": 2, "alpha": 3} | lora,
         }
-        return moving(tree)
 
     return make
 
 
+@pytest.fixture
+def motion_lora(moving: Make, motion_tree: Callable[..., dict[str, Any]]) -> Callable[..., Path]:
+    """`motion_lora(**lora)`: an adapter of such LoRA."""
+    return lambda **lora: moving(motion_tree(**lora))
+
+
+MOTION_LORA = {"layers": ["*motion_modules.?.transformer_blocks.?.ff.net.2"]}
+
+
 def test_motion_lora_is_a_lora_for_the_pipeline_with_the_modules_it_was_trained_on(
-    motion_lora: Callable[..., Path],
+    motion_tree: Callable[..., dict[str, Any]],
+    moving: Make,
     exported: Exported,
     tiny_folder: Path,
-    tmp_path: Path,
     answer: Callable[[Any], Tensor],
 ) -> None:
-    path = motion_lora(layers=["*motion_modules.?.transformer_blocks.?.ff.net.2"])
-    said: list[str] = []
-    out = export(path, tmp_path / "out", "diffusers", say=said.append)
+    tree = motion_tree(**MOTION_LORA)
+    path, (out, said) = moving(tree), exported(tree, "diffusers")
     assert said[0].startswith("methods.animatediff did not train: its layers are those of weights=")
     assert said[1].startswith("this format is for diffusers")
     assert said[2].startswith("diffusers, read back by AnimateDiffPipeline: largest difference ")
@@ -568,7 +576,7 @@ def test_an_op_that_acts_on_clips_is_named(moving: Make, tmp_path: Path) -> None
         export(moving(tree), tmp_path / "out", "diffusers", say=quiet)
 
 
-@pytest.mark.sampled(1, each=("trained_here",))
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("trained_here", [True, False], ids=["modules", "motion_lora"])
 @pytest.mark.parametrize("name", ["diffusers", "animatediff"])
 def test_a_base_in_four_bits(name: str, trained_here: bool, moving: Make, tmp_path: Path) -> None:
@@ -601,9 +609,12 @@ def test_import_reads_the_lora_and_says_what_reads_the_modules(
 
 
 def test_import_refuses_a_motion_lora(
-    motion_lora: Callable[..., Path], tiny_folder: Path, tmp_path: Path
+    motion_tree: Callable[..., dict[str, Any]],
+    exported: Exported,
+    tiny_folder: Path,
+    tmp_path: Path,
 ) -> None:
-    out = export(motion_lora(), tmp_path / "out", "diffusers", say=quiet)
+    out, _ = exported(motion_tree(**MOTION_LORA), "diffusers")
     with pytest.raises(ValueError, match="is a MotionLoRA, which changes motion modules, and"):
         import_file(out, str(tiny_folder), tmp_path / "none", say=quiet)
 

@@ -3,9 +3,7 @@ users may read it, and its headers say what it is but not where it was made."""
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import re
 import shutil
 import stat
@@ -54,30 +52,20 @@ def run_as_printed(out: Path, base: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def written(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The export in a format, in fp32, written once by a user whose files nobody else may read."""
-
-    @functools.cache
-    def once(name: str) -> Path:
-        before = os.umask(0o077)
-        try:
-            place = tmp_path_factory.mktemp("written") / "my_dog"
-            return export(trained(CARRIES[name]), place, name, say=quiet)
-        finally:
-            os.umask(before)
-
-    return once
+def folder(written: Any) -> Callable[[str], Path]:
+    """`folder(name)`: the export in a format, which no test changes."""
+    return lambda name: written(CARRIES[name], name)[0]
 
 
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("name", READ_BY_PYTHON)
 def test_the_printed_call_makes_a_picture(
-    name: str, dtype: str, written: Any, trained: Any, tiny_folder: Path, tmp_path: Path
+    name: str, dtype: str, folder: Any, trained: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "my_dog"
     if dtype == "float32":
-        shutil.copytree(written(name), out)  # the picture is saved beside the files
+        shutil.copytree(folder(name), out)  # the picture is saved beside the files
     else:
         export(trained(CARRIES[name]), out, name, dtype=dtype, say=quiet)
     picture = run_as_printed(out, tiny_folder)["picture"]
@@ -104,9 +92,9 @@ def test_a_merged_folder_runs_plainly_and_in_half_precision(
 
 
 def test_words_are_loaded_by_the_printed_call(
-    written: Any, tiny_folder: Path, tmp_path: Path
+    folder: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    out = shutil.copytree(written("custom_diffusion"), tmp_path / "out")
+    out = shutil.copytree(folder("custom_diffusion"), tmp_path / "out")
     pipe = run_as_printed(out, tiny_folder)["pipe"]
     assert {"<v1>", "sks"} <= set(pipe.tokenizer.get_added_vocab())
 
@@ -145,18 +133,18 @@ def files(folder: Path) -> dict[Path, bytes]:
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CARRIES)
 def test_the_same_export_gives_the_same_bytes(
-    name: str, written: Any, trained: Any, tmp_path: Path
+    name: str, folder: Any, trained: Any, tmp_path: Path
 ) -> None:
     """safetensors writes the entries of a header in an order that changes from call to call."""
     again = export(trained(CARRIES[name]), tmp_path / "my_dog", name, say=quiet)
-    assert files(again) == files(written(name))
+    assert files(again) == files(folder(name))
 
 
 @pytest.mark.parametrize("name", CARRIES)
 def test_everybody_may_read_and_nobody_learns_where_it_was_made(
-    name: str, written: Any, tiny_folder: Path, tmp_path: Path
+    name: str, folder: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    out = written(name)
+    out = folder(name)
     places = (out.parent, tmp_path.parent, tiny_folder, tiny_folder.parent, Path.home())
     here = [str(part).encode() for part in places]
     for path in (out, *out.rglob("*")):
@@ -261,11 +249,11 @@ def _plain(base: Path, tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def test_a_short_reader_is_called_as_ever(written: Any) -> None:
+def test_a_short_reader_is_called_as_ever(folder: Any) -> None:
     """Without text.max_tokens nothing is said of the length of prompts."""
-    readme = (written("kohya") / "README.md").read_text()
+    readme = (folder("kohya") / "README.md").read_text()
     assert "encode" not in readme and "Trained with prompts" not in readme
-    with safe_open(written("kohya") / "my_dog.safetensors", "pt") as opened:
+    with safe_open(folder("kohya") / "my_dog.safetensors", "pt") as opened:
         assert "ss_max_token_length" not in opened.metadata()
 
 
@@ -293,17 +281,17 @@ def test_a_call_that_makes_no_picture_is_refused(code: str, message: str) -> Non
         run_call(code, {})
 
 
-def test_settings_are_all_that_the_proof_changes(written: Any) -> None:
-    code = code_of(written("kohya"))
+def test_settings_are_all_that_the_proof_changes(folder: Any) -> None:
+    code = code_of(folder("kohya"))
     assert code is not None
     assert [line.partition(" = ")[0] for line in code.splitlines() if " = " in line][:5] == [
         "folder", "base", "device", "steps", "dtype"
     ]  # fmt: skip
 
 
-def test_a_merged_folder_has_the_files_of_older_versions(written: Any) -> None:
+def test_a_merged_folder_has_the_files_of_older_versions(folder: Any) -> None:
     """transformers 4 reads vocab.json and merges.txt, and the names with the level text_model."""
-    out = written("merged")
+    out = folder("merged")
     fast = json.loads((out / "tokenizer" / "tokenizer.json").read_text())["model"]
     assert json.loads((out / "tokenizer" / "vocab.json").read_text()) == fast["vocab"]
     first, *pairs = (out / "tokenizer" / "merges.txt").read_text().splitlines()

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -127,11 +127,15 @@ def fault(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def forked(words: Words) -> Any:
     """`forked(folder, faults, *words)`: a process of its own, forked where all is imported; its
-    stderr is `folder` with the suffix `.err`."""
+    stderr is `folder` with the suffix `.err`, after a dot and its number where it is a rank, whose
+    environment is given as `rank`."""
     processes: list[Any] = []
 
-    def start(folder: Path, faults: Any = None, *own: str) -> Any:
-        said, environment = folder.with_suffix(".err"), dict(os.environ)
+    def start(
+        folder: Path, faults: Any = None, *own: str, rank: Mapping[str, str] | None = None
+    ) -> Any:
+        environment = dict(rank or os.environ)
+        said = folder.with_suffix(f".{rank['RANK']}.err" if rank else ".err")
         arguments = (faults or {}, [*words(*own), f"run={folder}"], said, environment)
         process = server().Process(target=driver.forked, args=arguments)
         processes.append(process)

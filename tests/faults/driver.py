@@ -268,9 +268,12 @@ def forked(
     environment: Mapping[str, str],
 ) -> None:
     """`run` in a process that was forked where all is imported; said: the file of its stderr."""
+    from commands import take_rank  # which a new process does not find
+
     gc.freeze()  # see `commands.py`
     os.environ.clear()
     os.environ.update(environment)
+    take_rank(environment)
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     run(faults, words)
 

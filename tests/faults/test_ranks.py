@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import launched
 
 pytestmark = [pytest.mark.faults, pytest.mark.ddp]
 TWO = ("run.devices=2", "run.accelerator=cpu")
@@ -17,7 +18,7 @@ SIDE = ("preview.every=2", "preview.steps=1", "preview.prompts=[a <v1>]", "run.v
 
 
 def test_one_rank_meets_nonsense_and_a_signal(
-    tmp_path: Path, run: Any, started: Any, fault: Any, look: Any
+    tmp_path: Path, run: Any, forked: Any, fault: Any, look: Any
 ) -> None:
     """NaN in the second step of rank 1, SIGTERM to rank 1 in its third; between them a validation
     fails, and a preview, which the first rank makes alone. What both saved is gone on with by one
@@ -29,9 +30,11 @@ def test_one_rank_meets_nonsense_and_a_signal(
         "signals": {"numbers": [signal.SIGTERM], "step": 2, "rank": 1},
     }
     own = ("run.on_nonfinite=skip", "run.checkpoint_every=0", *SIDE)
-    process = started(tmp_path / "run", faults, *TWO, *own)
-    _, said = process.communicate(timeout=240)
-    assert process.returncode == 143, said[-3000:]
+    ranks = [forked(tmp_path / "run", faults, *TWO, *own, rank=each) for each in launched()]
+    for process in ranks:
+        process.join(240)
+    said = (tmp_path / "run.0.err").read_text()
+    assert [process.exitcode for process in ranks] == [143, 143], said[-3000:]
     assert said.count("SIGTERM: saved after step 3") == 1
     *_, made = look.checkpoints(tmp_path / "run")
     assert made.step == 3 and made.manifest["world_size"] == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from functools import cache
 from pathlib import Path
 
 from trainer.backbones.family import Family
@@ -11,10 +12,12 @@ from trainer.backbones.family import Family
 DECLARES = "\nFAMILY = Family("  # in the text of a family's file, and of no other
 
 
-def family_names() -> list[str]:
+@cache  # to load one backbone asks for them some twenty times
+def family_names() -> tuple[str, ...]:
     """The families there are: the files of this folder that declare one."""
     files = Path(__file__).parent.glob("*.py")
-    return sorted(file.stem for file in files if DECLARES in file.read_text(encoding="utf-8"))
+    names = (file.stem for file in files if DECLARES in file.read_text(encoding="utf-8"))
+    return tuple(sorted(names))
 
 
 def find_family(name: str) -> Family:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,23 @@ from trainer.common.paths import PACKAGE
 LEVELS = ("weight", "function", "feature", "map", "application")
 
 
-def method_files() -> list[Path]:
+@cache  # a recipe is checked by many questions, and each asks for the files
+def method_files() -> tuple[Path, ...]:
     """The files of `trainer/methods/<level>/`; a file's name is its method's."""
     files = [path for level in LEVELS for path in (PACKAGE / "methods" / level).glob("*.py")]
-    return sorted(
-        (path for path in files if not path.stem.startswith("_")), key=lambda path: path.stem
-    )
+    named = (path for path in files if not path.stem.startswith("_"))
+    return tuple(sorted(named, key=lambda path: path.stem))
 
 
-def source_files() -> list[Path]:
+@cache
+def source_files() -> tuple[Path, ...]:
     """The files of `trainer/data/sources/` that define a data source; found without importing."""
     marked = [
         path
         for path in (PACKAGE / "data" / "sources").glob("*.py")
         if "(Source):" in path.read_text(encoding="utf-8")
     ]
-    return sorted(marked)
+    return tuple(sorted(marked))
 
 
 def only_class(module: str, base: type) -> Any:

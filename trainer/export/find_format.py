@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from pathlib import Path
 
 from trainer.export.formats import Format
 
 
-def format_names() -> list[str]:
+@cache
+def format_names() -> tuple[str, ...]:
     """The names of all formats, which are those of their files."""
     files = (Path(__file__).parent / "formats").glob("*.py")
-    return sorted(path.stem for path in files if not path.stem.startswith("_"))
+    return tuple(sorted(path.stem for path in files if not path.stem.startswith("_")))
 
 
 def find_format(name: str) -> Format:

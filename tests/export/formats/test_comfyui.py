@@ -25,29 +25,29 @@ def quiet(line: str) -> None:
 
 @pytest.mark.parametrize("name", ["lora", "pissa", "custom", "projections", "full"])
 def test_comfyui_carries_pairs_and_full_deltas(
-    name: str, trained: Any, bundle_of: Any, tiny: Any, tmp_path: Path, same: Any
+    name: str, written: Any, bundle_of: Any, tiny: Any, same: Any
 ) -> None:
-    out = export(trained(name), tmp_path / "out", "comfyui", say=quiet)
+    out, _ = written(name, "comfyui")
     same(read(out, tiny), bundle_of(name), tiny)
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "custom"])
 def test_diff_carries_everything_as_full_deltas(
-    name: str, trained: Any, bundle_of: Any, tiny: Any, tmp_path: Path, same: Any
+    name: str, written: Any, bundle_of: Any, tiny: Any, same: Any
 ) -> None:
-    out = export(trained(name), tmp_path / "out", "diff", say=quiet)
-    kinds = {key.partition(".")[2] for key in load_file(out / "out.safetensors")}
+    out, _ = written(name, "diff")
+    kinds = {key.partition(".")[2] for key in load_file(out / "my_dog.safetensors")}
     assert kinds == {"diff"}
     same(read(out, tiny), bundle_of(name), tiny)
 
 
 def test_custom_diffusion_comes_back_as_it_was(
-    trained: Any, tiny_folder: Path, tmp_path: Path
+    trained: Any, written: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:
     """With full matrices the adapter has the same tensors; the tokens are in the files' order."""
     from trainer.config.header import read_header
 
-    out = export(trained("custom"), tmp_path / "out", "comfyui", say=quiet)
+    out, _ = written("custom", "comfyui")
     back = import_file(out, str(tiny_folder), tmp_path / "back", say=quiet)
     tree, _ = read_header(back)
     assert tree["methods"] == {

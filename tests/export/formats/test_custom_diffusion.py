@@ -19,8 +19,8 @@ def quiet(line: str) -> None:
     pass
 
 
-def test_read_back(trained: Any, bundle_of: Any, tiny: Any, tmp_path: Path, same: Any) -> None:
-    out = export(trained("custom"), tmp_path / "out", "custom_diffusion", say=quiet)
+def test_read_back(written: Any, bundle_of: Any, tiny: Any, same: Any) -> None:
+    out, _ = written("custom", "custom_diffusion")
     tensors = load_file(out / form.FILE)
     empty = {key for key, value in tensors.items() if not value.numel()}
     assert empty == {key for key in tiny.unet.attn_processors if ".attn1." in key}
@@ -29,10 +29,8 @@ def test_read_back(trained: Any, bundle_of: Any, tiny: Any, tmp_path: Path, same
     same(form.read(out, tiny), bundle_of("custom"), tiny)
 
 
-def test_the_documented_call_changes_nothing_and_ours_does(
-    trained: Any, tiny: Any, tmp_path: Path
-) -> None:
-    out = export(trained("custom"), tmp_path / "out", "custom_diffusion", say=quiet)
+def test_the_documented_call_changes_nothing_and_ours_does(written: Any, tiny: Any) -> None:
+    out, _ = written("custom", "custom_diffusion")
     probe = Probe(tiny, ())
     base = probe(tiny)
     tiny.unet.load_attn_procs(out, weight_name=form.FILE)
@@ -41,10 +39,10 @@ def test_the_documented_call_changes_nothing_and_ours_does(
     assert difference(probe(tiny), base) > LIMIT
 
 
-def test_comes_back_as_an_adapter(trained: Any, tiny_folder: Path, tmp_path: Path) -> None:
+def test_comes_back_as_an_adapter(written: Any, tiny_folder: Path, tmp_path: Path) -> None:
     from trainer.config.header import read_header
 
-    out = export(trained("custom"), tmp_path / "out", "custom_diffusion", say=quiet)
+    out, _ = written("custom", "custom_diffusion")
     back = import_file(out, str(tiny_folder), tmp_path / "back", say=quiet)
     methods = read_header(back)[0]["methods"]
     assert methods["selective"] == {"sites": "cross", "projections": ["k", "v"]}

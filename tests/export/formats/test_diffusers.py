@@ -26,10 +26,9 @@ PLAIN = pytest.mark.parametrize("name", ["lora", "mlp", "pissa", "dora", "custom
 @pytest.mark.sampled(2)
 @PLAIN
 def test_read_back_by_the_stock_loader_and_by_us(
-    same: Any, name: str, trained: Any, bundle_of: Any, tiny: Any, tmp_path: Path
+    same: Any, name: str, written: Any, bundle_of: Any, tiny: Any
 ) -> None:
-    said: list[str] = []
-    out = export(trained(name), tmp_path / "out", "diffusers", say=said.append)
+    out, said = written(name, "diffusers")
     assert said[0].startswith("this format is for diffusers: ComfyUI and Forge load such a file by")
     carried = {"dora": "format=diff"}.get(name, "format=comfyui or format=kohya or format=diff")
     assert said[0].endswith(f"for UIs export with {carried}")
@@ -42,19 +41,19 @@ def test_read_back_by_the_stock_loader_and_by_us(
 @pytest.mark.sampled(2)
 @PLAIN
 def test_comes_back_as_an_adapter(
-    same: Any, name: str, trained: Any, bundle_of: Any, tiny: Any, tiny_folder: Path, tmp_path: Path
+    same: Any, name: str, written: Any, bundle_of: Any, tiny: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:
     from trainer.export.extract import extract
     from trainer.runs.adapter import load_adapted
 
-    out = export(trained(name), tmp_path / "out", "diffusers", say=lambda line: None)
+    out, _ = written(name, "diffusers")
     path = import_file(out, str(tiny_folder), tmp_path / "back", say=lambda line: None)
     back = extract(load_adapted(path)[0], tiny, load_file(path))
     same(back, bundle_of(name), tiny)
 
 
-def test_the_scale_is_in_b_and_the_header_is_small(trained: Any, tmp_path: Path) -> None:
-    out = export(trained("lora"), tmp_path / "out", "diffusers", say=lambda line: None)
+def test_the_scale_is_in_b_and_the_header_is_small(trained: Any, written: Any) -> None:
+    out, _ = written("lora", "diffusers")
     own = load_file(trained("lora"))
     with safe_open(out / form.FILE, "pt") as file:
         fields = json.loads(file.metadata()[form.METADATA])
@@ -73,11 +72,11 @@ def test_the_scale_is_in_b_and_the_header_is_small(trained: Any, tmp_path: Path)
 
 
 def test_a_reader_without_the_header_sees_the_same(
-    same: Any, trained: Any, tiny: Any, tmp_path: Path
+    trained: Any, written: Any, tiny: Any, tmp_path: Path
 ) -> None:
     from trainer.runs.adapter import load_adapted
 
-    out = export(trained("lora"), tmp_path / "out", "diffusers", say=lambda line: None)
+    out, _ = written("lora", "diffusers")
     save_file(load_file(out / form.FILE), tmp_path / "bare.safetensors")
     probe = Probe(tiny, ())
     wanted = probe(load_adapted(trained("lora"))[0])
@@ -85,14 +84,14 @@ def test_a_reader_without_the_header_sees_the_same(
     assert difference(probe(tiny), wanted) <= LIMIT
 
 
-def test_every_word_has_a_file_that_windows_can_hold(trained: Any, tmp_path: Path) -> None:
-    out = export(trained("custom"), tmp_path / "out", "diffusers", say=lambda line: None)
+def test_every_word_has_a_file_that_windows_can_hold(written: Any) -> None:
+    out, _ = written("custom", "diffusers")
     files = {path.name: list(load_file(path)) for path in (out / "embeddings").iterdir()}
     assert files == {"v1.safetensors": ["<v1>"], "sks.safetensors": ["sks"]}
 
 
-def test_words_alone_make_no_lora_file(trained: Any, tmp_path: Path) -> None:
-    out = export(trained("words"), tmp_path / "out", "diffusers", say=lambda line: None)
+def test_words_alone_make_no_lora_file(written: Any) -> None:
+    out, _ = written("words", "diffusers")
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "embeddings"]
 
 

@@ -32,10 +32,9 @@ def quiet(line: str) -> None:
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["lora", "text", "mlp", "pissa", "custom"])
 def test_read_by_diffusers_and_by_us(
-    name: str, trained: Any, bundle_of: Any, tiny: Any, tmp_path: Path, same: Any
+    name: str, written: Any, bundle_of: Any, tiny: Any, same: Any
 ) -> None:
-    said: list[str] = []
-    out = export(trained(name), tmp_path / "out", "kohya", say=said.append)
+    out, said = written(name, "kohya")
     assert [re.split(r":| \d", line)[0] for line in said] == [
         "kohya, read back by sd-scripts' key rules",
         "kohya, read back by load_lora_weights",
@@ -45,20 +44,20 @@ def test_read_by_diffusers_and_by_us(
 
 
 def test_comes_back_as_an_adapter(
-    trained: Any, bundle_of: Any, tiny: Any, tiny_folder: Path, tmp_path: Path, same: Any
+    written: Any, bundle_of: Any, tiny: Any, tiny_folder: Path, tmp_path: Path, same: Any
 ) -> None:
     from trainer.export.extract import extract
     from trainer.runs.adapter import load_adapted
 
-    out = export(trained("lora"), tmp_path / "out", "kohya", say=quiet)
+    out, _ = written("lora", "kohya")
     path = import_file(out, str(tiny_folder), tmp_path / "back", say=quiet)
     same(extract(load_adapted(path)[0], tiny, load_file(path)), bundle_of("lora"), tiny)
 
 
-def test_keys_and_one_alpha(trained: Any, tmp_path: Path) -> None:
+def test_keys_and_one_alpha(written: Any) -> None:
     """Versions of diffusers keep one alpha and one rank of a file: all layers have the alpha that
     most of them had, and the largest rank."""
-    out = export(trained("lora"), tmp_path / "my_dog", "kohya", say=quiet)
+    out, _ = written("lora", "kohya")
     tensors = load_file(out / "my_dog.safetensors")
     assert {key.partition(".")[2] for key in tensors} == {
         "lora_down.weight", "lora_up.weight", "alpha"
@@ -75,8 +74,8 @@ def test_keys_and_one_alpha(trained: Any, tmp_path: Path) -> None:
     assert conv.shape[2:] == (3, 3)
 
 
-def test_the_header_says_what_readers_look_for(trained: Any, tmp_path: Path) -> None:
-    out = export(trained("pissa"), tmp_path / "my_dog", "kohya", say=quiet)
+def test_the_header_says_what_readers_look_for(written: Any) -> None:
+    out, _ = written("pissa", "kohya")
     path = out / "my_dog.safetensors"
     with safe_open(path, "pt") as file:
         header = file.metadata()
@@ -124,11 +123,11 @@ def test_the_header_names_the_base_model(
 
 
 def test_a_text_encoder_without_output_projections_gets_one_of_zeros(
-    trained: Any, tmp_path: Path
+    written: Any, tmp_path: Path
 ) -> None:
     """Without any, diffusers cannot tell the spelling of the others."""
-    out = export(trained("text"), tmp_path / "out", "kohya", say=quiet)
-    tensors = load_file(out / "out.safetensors")
+    out, _ = written("text", "kohya")
+    tensors = load_file(out / "my_dog.safetensors")
     zeros = [key for key, value in tensors.items() if not value.any()]
     stem = "lora_te_text_model_encoder_layers_0_self_attn_out_proj"
     assert sorted(zeros) == [f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"]
@@ -182,18 +181,18 @@ def test_two_text_encoders(
 
 
 def test_block_names_of_the_older_code_are_read(
-    bundle_of: Any, trained: Any, tiny: Any, tmp_path: Path, same: Any
+    bundle_of: Any, written: Any, tiny: Any, tmp_path: Path, same: Any
 ) -> None:
     """sd-scripts trains SDXL under `input_blocks_...`."""
     from trainer.export.layer_names import ldm
 
-    out = export(trained("lora"), tmp_path / "out", "kohya", say=quiet)
+    out, _ = written("lora", "kohya")
     older = {
         f"lora_unet_{name.replace('.', '_')}": f"lora_unet_{other.replace('.', '_')}"
         for name, other in ldm(tiny.unet).items()
     }
     renamed = {}
-    for key, value in load_file(out / "out.safetensors").items():
+    for key, value in load_file(out / "my_dog.safetensors").items():
         stem, _, kind = key.partition(".")
         renamed[f"{older.get(stem, stem)}.{kind}"] = value
     assert "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_k.alpha" in renamed

@@ -3,6 +3,8 @@ Older readers load it too, see `older_readers.py`."""
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +78,7 @@ def _refuse_extras(extras: Extras) -> None:
 def _refuse_unwritten(denoiser: Any) -> None:
     """Refuses a network whose layers differ from those its config describes, since the config is
     all that a pipeline's folder says of them."""
-    with torch.device("meta"):
-        stock = type(denoiser).from_config(dict(denoiser.config)).state_dict().keys()
+    stock = _stock_keys(type(denoiser), denoiser.to_json_string())
     # a layer in 4 bits has more, like `weight.absmax`, which is none of the network's
     own = {key for key in denoiser.state_dict() if ".weight." not in key}
     if unlike := sorted(stock ^ own):
@@ -87,6 +88,13 @@ def _refuse_unwritten(denoiser: Any) -> None:
             f"{len(unlike)} tensors in all; generate from the adapter, or continue training from "
             "it with run.start_from: the adapter says how the network is made"
         )
+
+
+@lru_cache(maxsize=8)  # every export asks, in whatever format, and `merged` once more
+def _stock_keys(kind: Any, config: str) -> frozenset[str]:
+    """The names of the tensors of a network that is made from a config."""
+    with torch.device("meta"):
+        return frozenset(kind.from_config(json.loads(config)).state_dict())
 
 
 def _from_pretrained(folder: Path, base: Any) -> Any:
