@@ -4,7 +4,6 @@ Runs on several ranks start themselves anew by their command line, so they need 
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import subprocess
@@ -12,21 +11,22 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-IMPORTED = (
-    "trainer.training.fit", "trainer.cli.fit", "trainer.cli.data", "trainer.cli.evaluate",
-    "trainer.cli.sample", "trainer.backbones.sd", "diffusers.models.unets.unet_2d_condition",
-    "diffusers.models.autoencoders.autoencoder_kl", "transformers.models.clip.modeling_clip",
-)  # fmt: skip
+import pytest
 
 
 @cache
 def server() -> Any:
-    """The context whose processes are forked from one that has imported these."""
+    """The context whose processes are forked from one that has imported `imported.py`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(IMPORTED))
+    context.set_forkserver_preload(["imported"])
+    own, before = str(Path(__file__).parent), os.environ.get("PYTHONPATH")
+    with pytest.MonkeyPatch.context() as patch:  # an import that fails there is passed over
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (own, before))))
+        forkserver.ensure_running()
     return context
 
 
@@ -73,7 +73,7 @@ def take_rank(environment: Mapping[str, str]) -> None:
 def _run(
     words: Sequence[str], cwd: str, environment: Mapping[str, str], printed: Sequence[Path]
 ) -> None:
-    gc.freeze()  # to look at what was imported copies every page of it
+    assert "imported" in sys.modules, "it takes seconds to import all in each process"
     from trainer.__main__ import main
 
     os.chdir(cwd)

@@ -3,14 +3,15 @@ two."""
 
 from __future__ import annotations
 
+import gc
 import os
 
+gc.disable()  # while all is imported and collected, which stays, see `pytest_collection_finish`
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 
 import functools
-import gc
 import random
 import shutil
 import tempfile
@@ -118,6 +119,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(5000)
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:

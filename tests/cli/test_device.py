@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from trainer.__main__ import main
 from trainer.backbones import device as placement
+from trainer.training import build
 
 CLIP = Path(__file__).parents[2] / "data" / "tiny" / "clip"
 RUN = [
@@ -87,7 +88,9 @@ def test_starts_and_ends_that_look_at_the_data(
     """InfLoRA reads the inputs of its layers before the first step and after the last."""
     words = ("methods.new_token=null", "preview.prompts=[]", "continual.concepts=[]")
     words = (*words, "data.prior_weight=1", "run.validate_every=0")
-    seen = trained(tmp_path / "run", tiny_folder, "inflora", *words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "PREPARING", 2)  # batches
+        seen = trained(tmp_path / "run", tiny_folder, "inflora", *words)
     all_placed(seen, "Linear", "Conv2d")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -59,8 +59,16 @@ def test_a_small_effect_must_be_met_within_a_tenth(
     assert LIMIT / 2 < effect < LIMIT
     kohya.write(job, tmp_path, torch.float32)
     said: list[str] = []
-    proof = Proof("kohya", job.make_base, probe=probe, wanted=probe(job.adapted), say=said.append)
-    prove(proof, tmp_path)
+    asked: list[Any] = []
+
+    def counted(model: Any) -> Any:
+        asked.append(model)
+        return probe(model)
+
+    wanted: Any = probe(job.adapted)
+    proof = Proof("kohya", job.make_base, probe=cast(Any, counted), wanted=wanted, say=said.append)
+    assert prove(proof, tmp_path) == effect
+    assert len(asked) == 3  # the base, and what two readers make
     assert len(said) == 2 and all("(allowed 2e-06; the adapter" in line for line in said)
     (file,) = tmp_path.glob("*.safetensors")
     save_file({key: value * 0 for key, value in load_file(file).items()}, file)

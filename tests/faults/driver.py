@@ -270,7 +270,6 @@ def forked(
     """`run` in a process that was forked where all is imported; said: the file of its stderr."""
     from commands import take_rank  # which a new process does not find
 
-    gc.freeze()  # see `commands.py`
     os.environ.clear()
     os.environ.update(environment)
     take_rank(environment)

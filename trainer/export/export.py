@@ -96,10 +96,10 @@ def export(
 
 def _prove_all(proof: Proof, part: Path, *, dtype: str) -> None:
     """Proves what `_write` has written."""
-    prove(proof, part / EXACT)
+    effect = prove(proof, part / EXACT)
     if dtype != EXACT:
         measure_rounding(proof, part / dtype, dtype)
-    prove_printed_call(proof, part / dtype, exact=dtype == EXACT)
+    prove_printed_call(proof, part / dtype, effect=effect, exact=dtype == EXACT)
 
 
 def _check_options(out: Path, format_name: str, *, dtype: str, rank: int | None) -> None:

@@ -39,8 +39,9 @@ class Proof:
         return min(LIMIT, max(effect / 10, NOISE))
 
 
-def prove(proof: Proof, folder: Path) -> None:
+def prove(proof: Proof, folder: Path) -> float:
     """Checks that every reader of the format makes the adapted model of the files in `folder`.
+    Returns the effect of the adapter: how much the model's output differs from the base's.
 
     An adapter with a small effect must be met within a tenth of its effect, so that a file which
     loads and does nothing never passes.
@@ -49,10 +50,12 @@ def prove(proof: Proof, folder: Path) -> None:
         ValueError: a reader fails, or its model's output differs by more than is allowed.
     """
     name = proof.format_name
-    for reader, load in find_format(name).readers.items():
-        base = proof.make_base()
-        effect = difference(proof.probe(base), proof.wanted)
-        allowed = proof.allowed(effect)
+    base = proof.make_base()
+    effect = difference(proof.probe(base), proof.wanted)
+    allowed = proof.allowed(effect)
+    for number, (reader, load) in enumerate(find_format(name).readers.items()):
+        if number:  # a reader edits the base that it is given
+            base = proof.make_base()
         try:
             model = load(folder, base)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -66,6 +69,7 @@ def prove(proof: Proof, folder: Path) -> None:
             f"{name}, read back by {reader}: largest difference {found:.1e} (allowed "
             f"{allowed:.0e}; the adapter itself makes {effect:.1e})"
         )
+    return effect
 
 
 def _unlike(proof: Proof, reader: str, found: float, *, allowed: float) -> str:
@@ -78,12 +82,13 @@ def _unlike(proof: Proof, reader: str, found: float, *, allowed: float) -> str:
     )
 
 
-def prove_printed_call(proof: Proof, folder: Path, *, exact: bool) -> None:
+def prove_printed_call(proof: Proof, folder: Path, *, effect: float, exact: bool) -> None:
     """Runs the python call that the README in `folder` prints, to a picture, and asks the pipeline
     it makes as `prove` does; nothing where it prints none.
 
-    exact: whether the files were not rounded, so that the difference is limited; where the call
-    does not give the whole model it is not, see `Proof.whole`.
+    effect: of the adapter, see `prove`; exact: whether the files were not rounded, so that the
+    difference is limited; where the call does not give the whole model it is not, see
+    `Proof.whole`.
 
     Raises:
         ValueError: the call fails, its picture is of one colour, or the output differs by more than
@@ -93,7 +98,6 @@ def prove_printed_call(proof: Proof, folder: Path, *, exact: bool) -> None:
     if code is None:
         return
     base = proof.make_base()
-    effect = difference(proof.probe(base), proof.wanted)
     with places(proof.tree, base, proof.probe.placement.device) as settings:
         names = run_call(code, {"folder": str(folder.absolute()), **settings})
     found = difference(proof.probe(model_of(names["pipe"], base)), proof.wanted)
