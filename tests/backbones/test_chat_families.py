@@ -317,7 +317,7 @@ def test_z_image_has_no_keys_of_the_text_alone(folders: dict[str, Path], open_fo
         apply_methods(open_folder(folders["z_image"]), methods_of(tree))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @FAMILIES
 @pytest.mark.parametrize(
     ("method", "written"),

@@ -241,7 +241,7 @@ def test_what_trains_is_saved_and_read_again(
 WITHOUT_CALL = {("lora", "comfyui"), ("custom_diffusion", "comfyui"), ("known", "kohya")}
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "written"),
     [

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from trainer.config import overrides
 from trainer.config.load import load_recipe, recipe_names, resolve_recipe
 from trainer.config.overrides import parse_words
 from trainer.config.schema import RecipeError
@@ -206,6 +207,17 @@ def test_value_of_an_override(text: str, value: Any) -> None:
     found = parse_words([f"preview.negative={text}"])["preview"]["negative"]
     assert found == wanted
     assert type(found) is type(wanted)
+
+
+def test_a_word_is_read_once_and_gives_values_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["preview.prompts=[one, two]", "evaluate={alone: [three]}"]
+    first, wanted = parse_words(words), parse_words(words)
+    first["preview"]["prompts"].append("four")
+    first["evaluate"]["alone"].clear()
+    monkeypatch.setattr(overrides.OmegaConf, "from_dotlist", lambda _: pytest.fail("read again"))
+    assert parse_words(words) == wanted
+    assert wanted["preview"]["prompts"] == ["one", "two"]
+    assert wanted["evaluate"] == {"alone": ["three"]}
 
 
 def test_overrides_lie_over_the_backbone_over_the_recipe(tmp_path: Path) -> None:

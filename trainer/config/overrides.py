@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -35,10 +36,11 @@ def parse_words(arguments: Iterable[str]) -> dict[str, Any]:
         word = _value(plain_value(text, key))
         for part in reversed(key.split(".")):
             word = {part: word}
-        tree = merge_trees(tree, plain_value(word, ""))
+        tree = merge_trees(tree, plain_value(word, ""))  # which copies what `_value` keeps
     return tree
 
 
+@lru_cache(maxsize=256)  # a command reads its words several times
 def _value(text: str) -> Any:
     """`1e-4`, `true`, `null`, `[a, b]` and `{a: 1}` are YAML; the rest is text, so that a prompt
     with colons, brackets or a # stays what it is. Quotes make text of anything. {token} and {class}

@@ -219,7 +219,7 @@ def test_half_precision_is_proven_first_and_then_rounded(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["loha", "lokr", "full_lokr"])
 def test_lycoris_reads_loha_and_lokr(
     name: str, trained: Any, tiny: Any, tiny_folder: Path, open_folder: Any, tmp_path: Path
