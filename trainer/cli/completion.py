@@ -79,7 +79,7 @@ def _option_cases() -> Iterator[str]:
     from trainer.export.find_format import format_names
 
     known: dict[str, Values] = {
-        "export": {"format": format_names()},
+        "export": {"format": [*format_names()]},
         "import": {"format": ["auto", *format_names()]},
     }
     for command, record in command_records().items():

@@ -78,7 +78,8 @@ def _refuse_extras(extras: Extras) -> None:
 def _refuse_unwritten(denoiser: Any) -> None:
     """Refuses a network whose layers differ from those its config describes, since the config is
     all that a pipeline's folder says of them."""
-    stock = _stock_keys(type(denoiser), denoiser.to_json_string())
+    kind: Any = type(denoiser)
+    stock = _stock_keys(kind, denoiser.to_json_string())
     # a layer in 4 bits has more, like `weight.absmax`, which is none of the network's
     own = {key for key in denoiser.state_dict() if ".weight." not in key}
     if unlike := sorted(stock ^ own):
