@@ -18,7 +18,7 @@ from trainer.config.load import methods_of
 from trainer.config.schema import RecipeError
 from trainer.export.export import export
 from trainer.methods.apply import Plan, apply_methods
-from trainer.ops.coda_prompt import PromptPool
+from trainer.ops.coda_prompt import PromptPool, orthonormal_beside
 from trainer.runs.adapter import start_from
 
 OPTIONS: dict[str, Any] = {"pool": 7, "length": 6, "num_tasks": 3}
@@ -79,6 +79,57 @@ def test_orthogonality_against_a_plain_loop() -> None:
 
 def test_a_task_starts_with_orthonormal_parts() -> None:
     assert float(pool_of((4,)).orthogonality().detach()) < 1e-9
+
+
+def largest_cosines(pool: PromptPool) -> list[float]:
+    """Of P, K and A: the largest |cosine| between a part of the last task and any other part."""
+    found = []
+    for rows in (part.detach().flatten(1).double() for part in pool.parts()):
+        last = len(rows) - len(pool.tasks[-1].keys)
+        units = F.normalize(rows, dim=1)
+        cosines = units @ units[last:].T
+        cosines[last:].fill_diagonal_(0)
+        found.append(float(cosines.abs().max()))
+    return found
+
+
+def gram_schmidt(taken: Tensor, rows: Tensor) -> Tensor:
+    """One row at a time, each less its part along every earlier one."""
+    basis: list[Tensor] = []
+    for row in torch.cat([taken, rows]).double():
+        for other in basis:
+            row = row - (row @ other) * other
+        basis.append(row / row.norm())
+    return torch.stack(basis[len(taken) :])
+
+
+def test_gram_schmidt_against_a_plain_loop() -> None:
+    """Up to sign, and beside rows that are long and far from orthogonal."""
+    torch.manual_seed(1)
+    taken, rows = 3 + torch.randn(4, 9), torch.randn(3, 9)
+    found, wanted = orthonormal_beside(taken, rows).double(), gram_schmidt(taken, rows)
+    signs = (found * wanted).sum(1, keepdim=True).sign()
+    torch.testing.assert_close(found * signs, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_task_starts_orthogonal_to_all_earlier_ones() -> None:
+    """Parts of earlier tasks are as training left them; they stay, bit for bit."""
+    pool = pool_of((2, 3, 3))
+    with torch.no_grad():
+        for task in pool.tasks[:2]:
+            for parameter in task.parameters():
+                parameter.normal_().add_(1)
+    earlier = [parameter.clone() for task in pool.tasks[:2] for parameter in task.parameters()]
+    assert max(largest_cosines(pool)) > 0.1
+    pool.separate()
+    assert max(largest_cosines(pool)) <= 1e-6
+    for parameter in pool.tasks[2].parameters():
+        rows = parameter.detach().flatten(1)
+        torch.testing.assert_close(rows @ rows.T, torch.eye(3), rtol=0, atol=1e-6)
+    for one, other in zip(
+        earlier, (p for t in pool.tasks[:2] for p in t.parameters()), strict=True
+    ):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("masked", ["none", "bool", "float"])
@@ -160,9 +211,13 @@ def test_three_tasks_one_after_another(
         plan = apply(backbone, task=task)
         if before is not None:
             start_from(before, backbone, plan)
+        prepare = plan.edits["coda_prompt"].prepare
+        assert prepare is not None
+        prepare(lambda: pytest.fail("Gram-Schmidt looks at no data"))
         loss = plan.edits["coda_prompt"].loss
         assert loss is not None
         pools = [site.module.coda_prompt for site in backbone.sites if site.kind == "cross"]
+        assert max(max(largest_cosines(pool)) for pool in pools) <= 1e-6
         torch.testing.assert_close(loss(None), 0.1 * sum(pool.orthogonality() for pool in pools))
         train(backbone, plan)
         own = dict(backbone.named_parameters())
@@ -224,6 +279,13 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 def test_self_attention_is_refused(tiny: Any) -> None:
     with pytest.raises(ValueError, match="is self attention, which gets no text to choose prompts"):
         apply(tiny, sites="all")
+
+
+def test_more_parts_than_can_be_orthogonal_are_refused(tiny: Any) -> None:
+    with pytest.raises(
+        ValueError, match="pool=129: at .* no more than 128 parts can be orthogonal"
+    ):
+        apply(tiny, pool=129, sites="cross & mid")
 
 
 def test_only_the_direction_of_the_query_counts() -> None:

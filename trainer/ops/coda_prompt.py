@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 class Components(nn.Module):
     """The parts of one task: prompts P (m, length, width), keys K and attentions A (m, text), each
-    set with orthonormal rows where they fit."""
+    set with orthonormal rows."""
 
     def __init__(self, count: int, *, length: int, width: int, text: int) -> None:
         super().__init__()
@@ -83,12 +83,31 @@ class PromptPool(nn.Module):
         eye = torch.eye(len(sets[0])).to(sets[0])
         return torch.stack([(rows @ rows.T - eye).square().sum() for rows in sets]).sum()
 
+    @torch.no_grad()
+    def separate(self) -> None:
+        """Sets the last task's parts orthonormal, and orthogonal to those of all earlier tasks, as
+        training has left them: where a new task starts."""
+        *earlier, own = self.tasks
+        if not earlier:
+            return
+        for name, parameter in own.named_parameters():
+            taken = torch.cat([task.get_parameter(name) for task in earlier]).flatten(1)
+            parameter.copy_(orthonormal_beside(taken, parameter.flatten(1)).view_as(parameter))
+
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """P (M, length, width), K and A (M, text) of all tasks."""
         return self._all("prompts"), self._all("keys"), self._all("attentions")
 
     def _all(self, part: str) -> Tensor:
         return torch.cat([getattr(task, part) for task in self.tasks])
+
+
+def orthonormal_beside(taken: Tensor, rows: Tensor) -> Tensor:
+    """Gram-Schmidt: `rows` (m, c) made orthonormal and orthogonal to `taken` (n, c), whose own rows
+    may be at any angle; n + m is at most c. In float64, since float32 leaves cosines of 1e-6."""
+    every = torch.cat([taken, rows]).cpu().double()
+    basis, _ = torch.linalg.qr(every.T)  # the first n columns span what `taken` spans
+    return basis[:, len(taken) :].T.to(rows)
 
 
 def _orthonormal(rows: int, columns: int) -> Tensor:

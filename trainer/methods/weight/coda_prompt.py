@@ -8,8 +8,10 @@ Smith et al., CVPR 2023, arXiv 2211.13218, section 4. There q is the image's cla
 prompts are prefixes of self-attention; here q is the mean text feature and the prefixes are those
 of cross-attention (`trainer/ops/coda_prompt.py`). Training does not start at the base model: the
 prompts act from the first step. Of M parts, task t of T has those from t M / T up to
-(t + 1) M / T; earlier ones stay as they are, later ones do not exist yet. The authors' code scales
-the penalty by 1e-6 and takes its mean; this is the paper's.
+(t + 1) M / T; earlier ones stay as they are, later ones do not exist yet. As in the authors' code,
+a task starts with parts that Gram-Schmidt makes orthogonal to those of all earlier tasks, as these
+were trained, and to each other. That code scales the penalty by 1e-6 and takes its mean, and its
+default weight is 0; this is the paper's penalty.
 """
 
 from __future__ import annotations
@@ -74,7 +76,13 @@ class CodaPrompt(Method):
         keeps: list[str] = []
         for site in sites:
             text = site.projection("k").in_features
-            pool = PromptPool(counts, self.length, width=site.heads * site.head_dim, text=text)
+            width = site.heads * site.head_dim
+            if self.pool > (room := min(text, self.length * width)):
+                raise ValueError(
+                    f"pool={self.pool}: at {site.name} no more than {room} parts can be orthogonal "
+                    "to each other; choose a smaller pool"
+                )
+            pool = PromptPool(counts, self.length, width, text)
             model.host.install(pool, [site])
             pools.append(pool)
             for task, components in enumerate(pool.tasks):
@@ -87,7 +95,15 @@ class CodaPrompt(Method):
             trains=tuple(trains),
             keeps=tuple(keeps),
             loss=self._penalty(pools) if self.ortho else None,
+            prepare=self._separate(pools),
         )
+
+    def _separate(self, pools: Sequence[PromptPool]) -> Callable[[Callable[[], None]], None]:
+        def prepare(run: Callable[[], None]) -> None:
+            for pool in pools:  # here, since the earlier tasks' parts are loaded by now
+                pool.separate()
+
+        return prepare
 
     def _penalty(self, pools: Sequence[PromptPool]) -> Callable[[object], Tensor]:
         def penalty(step: object) -> Tensor:
