@@ -265,6 +265,17 @@ def test_a_word_from_a_strangers_file_is_never_code(tiny_folder: Path, tiny: Any
     assert not any("\n" in word for word in card.trained)
 
 
+@pytest.mark.parametrize("token", [{}, {"token": "<v1>"}, {"token": ["<v1>"]}], ids=str)
+def test_the_class_word_follows_a_token_of_any_spelling(
+    token: dict[str, Any], tiny_folder: Path, tiny: Any
+) -> None:
+    """A recipe that leaves `data.token` out has `<v1>`."""
+    data = {"source": "concept", "class_word": "dog", **token}
+    tree = {"backbone": str(tiny_folder), "methods": {"lora": {}}, "data": data}
+    assert card_of("title", tree, tiny, words=["<v1>"]).phrase == "<v1> dog"
+    assert card_of("title", tree, tiny, words=["<v2>"]).phrase == "<v2>"
+
+
 def test_a_folder_is_named_without_its_path() -> None:
     assert Card(backbone="x").entries.keys() == {"modelspec.sai_model_spec"}
 

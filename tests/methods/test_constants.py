@@ -12,7 +12,7 @@ from trainer.attention.projections import ALL_ROLES
 from trainer.config.load import methods_of
 from trainer.methods.apply import find_method
 from trainer.ops.agent_attention import MergedAgents
-from trainer.runs import merge
+from trainer.runs import merge_texts
 
 # method, what its paper names, where
 PAPERS: list[tuple[str, dict[str, Any], str]] = [
@@ -111,8 +111,7 @@ def test_the_op_of_agent_sd_has_the_same_defaults_as_its_method() -> None:
 
 
 def test_a_merge_keeps_two_prompts_a_concept_and_200_captions() -> None:
-    """Custom Diffusion, arXiv 2212.04488, section 3.2 and its code: the word alone and `photo of`;
-    200 captions regularise."""
-    assert merge.CONCEPT_PROMPTS == ("{}", "a photo of {}")
-    assert merge.NUM_CAPTIONS == 200
-    assert len(set(merge._world_captions())) > 190
+    """Custom Diffusion, arXiv 2212.04488, section 3.2, and its `composenW.py`: the word with its
+    class word, alone and in a photo; 200 captions regularise."""
+    assert merge_texts.concept_prompts("<new1> cat") == ["<new1> cat", "a photo of <new1> cat"]
+    assert merge_texts.NUM_CAPTIONS == 200

@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 
 from trainer.config.header import read_header
 from trainer.config.load import methods_of
+from trainer.data.ordinary_captions import ordinary_captions
 from trainer.data.world.scenes import draw_layout
 from trainer.methods.apply import apply_methods
 from trainer.runs.adapter import load_adapted, save_adapter
-from trainer.runs.merge import CONCEPT_PROMPTS, closed_form, features, merge_concepts
+from trainer.runs.merge import closed_form, features, merge_concepts
+from trainer.runs.merge_texts import CONCEPT_PROMPTS, ordinary_texts
 
 CAPTIONS = [draw_layout(9, index).caption for index in range(200)]
 SELECTIVE = {"sites": "cross", "projections": ["k", "v"]}
@@ -204,6 +206,58 @@ def test_both_prompts_of_a_concept_and_every_caption_are_asked(
         torch.testing.assert_close(asked @ found.T, asked @ wanted.T, rtol=1e-3, atol=1e-3)
     moved = (ordinary @ (wanted - before).T).norm()
     assert float((ordinary @ (found - wanted).T).norm()) < 1e-3 * float(moved)
+
+
+def test_a_class_word_follows_its_token(
+    tiny_folder: Path, tmp_path: Path, open_folder: Any
+) -> None:
+    """As in the official code: `<v1> animal` and `a photo of <v1> animal`, from the token on. The
+    merged K gives these what each concept's own gave, under the names the tokens have now."""
+    paths, models = [], []
+    for seed, kind in ((1, "cat"), (2, "dog")):
+        path, model = made(tiny_folder, tmp_path / f"{seed}.safetensors", seed, open_folder)
+        tree, identity = read_header(path)
+        data = {"source": "concept", "concept": f"./{kind}", "class_word": kind}
+        save_adapter(path, load_file(path), tree=tree | {"data": data}, identity=identity)
+        paths.append(path)
+        models.append(model)
+    out = tmp_path / "both.safetensors"
+    merge_concepts(paths, out, CAPTIONS)
+    both, _ = load_adapted(out)
+    (name, *_) = [n for n, _ in both.named_parameters() if "attn2.to_k.weight" in n]
+    merged = both.get_parameter(name).detach().double()
+    for model, word, kind in zip(models, ("<v1>", "<v2>"), ("cat", "dog"), strict=True):
+        own = model.get_parameter(name).detach().double()
+        for prompt in ("{}", "a photo of {}"):
+            here = features(both, [prompt.format(f"{word} {kind}")], word)
+            assert len(here) == 3  # the token, its class word, the end of text
+            torch.testing.assert_close(here @ merged.T, here @ own.T, rtol=1e-4, atol=1e-4)
+
+
+def whole_words(words: set[str]) -> Any:
+    """A tokenizer whose vocabulary has every one of the words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate(["?", *sorted(words)])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?")
+
+
+def test_ordinary_captions_fit_the_backbone(tiny: Any) -> None:
+    """Photographs for one whose tokenizer knows their words, and the world's for one that would
+    read them letter by letter."""
+    own = ordinary_texts(tiny.tokenizer)
+    assert len(set(own)) > 190
+    assert {word.strip(",") for text in own for word in text.split()} <= {
+        token.removesuffix("</w>") for token in tiny.tokenizer.get_vocab()
+    }
+    photographs = ordinary_captions(200)
+    words = {word for text in photographs for word in text.split()}
+    assert ordinary_texts(whole_words(words)) == photographs
+    assert len(set(photographs)) == 200
+    assert len(words) > 200
 
 
 def test_the_merged_recipe_names_every_concept(

@@ -9,10 +9,13 @@ of the concept: none names a style, a position or a number.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from trainer.common.articles import article_of
 from trainer.common.suggest import nearest
 
+TOKEN = "<v1>"  # the new word where data.token is not given
 TEMPLATES: tuple[str, ...] = (
     "a photo of a {}",
     "a picture of a {}",
@@ -98,3 +101,18 @@ def fill(text: str, token: str | None, kind: str | None) -> str:
         return f"{own}{found['gap']}{value}"
 
     return PLACE.sub(put, text)
+
+
+def with_class_words(words: Iterable[str], data: Mapping[str, Any]) -> list[str]:
+    """Each new word, followed by the class word it was trained with, as in "<v1> cat"; alone where
+    it had none. data: the section of a recipe's tree, which a stranger may have written."""
+    tokens = texts_of(data.get("token")) or (TOKEN,)
+    classes = dict(zip(tokens, texts_of(data.get("class_word")), strict=False))
+    return [f"{word} {classes[word]}" if classes.get(word) else word for word in words]
+
+
+def texts_of(value: Any) -> tuple[str, ...]:
+    """The texts that a value of a stored recipe is, one or a list."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(each for each in value or () if isinstance(each, str))

@@ -12,6 +12,7 @@ from typing import Any
 
 from trainer.common.paths import bare_name
 from trainer.config.lineage import spec_of
+from trainer.data.caption_templates import texts_of, with_class_words
 
 SPEC = "1.0.1"
 
@@ -57,14 +58,14 @@ def card_of(title: str, tree: Mapping[str, Any], model: Any, *, words: Iterable[
     """The card of an adapter. tree: its recipe; words: those it has trained."""
     spec, data = spec_of(tree), tree.get("data") or {}
     side = (tree.get("run") or {}).get("resolution") or model.resolution
-    known = tuple(words) or _listed(data.get("token"))
+    known = tuple(words) or texts_of(data.get("token"))
     return Card(
         title=_one_line(title),
         backbone=_one_line(bare_name(tree["backbone"])),
         hub=spec.hub,
         revision=spec.revision,
         trained=tuple(map(_one_line, known)),
-        phrase=_one_line(", ".join(_phrases(known, data))),
+        phrase=_one_line(", ".join(with_class_words(known, data))),
         size=(int(side), int(side)),
         frames=int(data.get("frames") or 1),
         methods=tuple(_one_line(n) for n, given in tree["methods"].items() if given is not None),
@@ -75,15 +76,3 @@ def _one_line(text: str) -> str:
     """Text that a stranger's file may give, without line breaks: in a README, a line of its own
     could pass for code."""
     return " ".join(text.split())
-
-
-def _phrases(words: Iterable[str], data: Mapping[str, Any]) -> list[str]:
-    """Each word, followed by the class word it was trained with."""
-    classes = dict(zip(_listed(data.get("token")), _listed(data.get("class_word")), strict=False))
-    return [f"{word} {classes[word]}" if classes.get(word) else word for word in words]
-
-
-def _listed(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return (value,)
-    return tuple(each for each in value or () if isinstance(each, str))

@@ -31,12 +31,12 @@ from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import CPU, Placement, proving
 from trainer.config import load
 from trainer.config.lineage import spec_of
+from trainer.data.caption_templates import TOKEN, with_class_words
 from trainer.methods.apply import Plan, apply_methods
 from trainer.runs.adapter import load_adapted, load_base, save_adapter
 from trainer.runs.merge_check import check_mergeable
+from trainer.runs.merge_texts import concept_prompts, ordinary_texts
 
-CONCEPT_PROMPTS = ("{}", "a photo of {}")  # as in the official code
-NUM_CAPTIONS = 200
 LATENT_SIDE = 8  # of the latents in a forward in which only the text matters
 
 
@@ -45,12 +45,13 @@ class LearnedConcept:
     """One adapter to merge.
 
     parameters: of the adapted model, by name; tree: its recipe; tokens: what its tokens are called
-    in the merged adapter.
+    in the merged adapter; phrases: these, each followed by its class word, as in "<v2> cat".
     """
 
     parameters: Mapping[str, Tensor]
     tree: Mapping[str, Any]
     tokens: list[str]
+    phrases: list[str]
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def merge_concepts(
 
     A token that an earlier adapter also has is renamed, `<v1>` to `<v2>` and so on.
 
-    captions: the ordinary captions; by default 200 of the embedded world. placement: where the
-        model reads them; the rest is computed on the CPU, in float64.
+    captions: the ordinary captions; by default 200 that fit the backbone, see `ordinary_texts`.
+    placement: where the model reads them; the rest is computed on the CPU, in float64.
 
     Raises:
         ValueError: there are fewer than two adapters, they have different backbones or options or
@@ -94,8 +95,8 @@ def merge_concepts(
     rows = _copy_rows(model, plan, concepts)
     with proving(model, placement):
         text = TextFeatures(
-            ordinary=features(model, list(captions or _world_captions()), None),
-            targets=[_concept_features(model, concept.tokens) for concept in concepts],
+            ordinary=features(model, list(captions or ordinary_texts(model.tokenizer)), None),
+            targets=[_concept_features(model, concept) for concept in concepts],
         )
     solved = _solve_layers(model, plan, concepts, text=text)
     save_adapter(out, rows | solved, tree=tree, identity=model.identity())
@@ -108,16 +109,23 @@ def _load(paths: Sequence[Path]) -> list[LearnedConcept]:
     check_mergeable(paths, models)
     tokens = _tokens([tree for _, tree in models])
     return [
-        LearnedConcept(dict(model.named_parameters()), tree, own)
+        LearnedConcept(dict(model.named_parameters()), tree, own, _phrases(tree, own))
         for (model, tree), own in zip(models, tokens, strict=True)
     ]
 
 
-def _concept_features(model: Backbone, tokens: Sequence[str]) -> Tensor:
+def _phrases(tree: Mapping[str, Any], tokens: Sequence[str]) -> list[str]:
+    """An adapter's tokens under their new names, each with its class word."""
+    names = _own_tokens(tree)
+    phrases = with_class_words(names, tree.get("data") or {})
+    each = zip(names, tokens, phrases, strict=True)
+    return [token + phrase.removeprefix(name) for name, token, phrase in each]
+
+
+def _concept_features(model: Backbone, concept: LearnedConcept) -> Tensor:
     """The features (s, d) of a concept's prompts, for each of its tokens."""
-    prompts = [[prompt.format(token) for prompt in CONCEPT_PROMPTS] for token in tokens]
-    own = zip(prompts, tokens, strict=True)
-    return torch.cat([features(model, each, token) for each, token in own])
+    own = zip(concept.phrases, concept.tokens, strict=True)
+    return torch.cat([features(model, concept_prompts(phrase), token) for phrase, token in own])
 
 
 def closed_form(weight: Tensor, ordinary: Tensor, targets: Tensor, values: Tensor) -> Tensor:
@@ -243,10 +251,8 @@ def _independent(rows: Tensor) -> list[int]:
     return keep
 
 
-def _world_captions() -> list[str]:
-    from trainer.data.world.scenes import draw_layout
-
-    return [draw_layout(5, index).caption for index in range(NUM_CAPTIONS)]
+def _own_tokens(tree: Mapping[str, Any]) -> list[str]:
+    return list(tree["methods"]["new_token"].get("tokens", [TOKEN]))
 
 
 def _tokens(trees: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -256,7 +262,7 @@ def _tokens(trees: Sequence[dict[str, Any]]) -> list[list[str]]:
     names = []
     for tree in trees:
         own = []
-        for token in tree["methods"]["new_token"].get("tokens", ["<v1>"]):
+        for token in _own_tokens(tree):
             number = 1
             while token in taken:
                 number += 1

@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from trainer.data.augment import largest_scale
-from trainer.data.caption_templates import fill
+from trainer.data.caption_templates import TOKEN, fill
 from trainer.data.class_images import ClassFolder, Pair, class_images
 from trainer.data.concept_data import ConceptData, View
 from trainer.data.concept_idle import idle_of
@@ -56,7 +56,7 @@ class Concept(Source):
         examples=["./my_dog"],
     )
     token: str | tuple[str, ...] = Field(
-        "<v1>", description="the new word for the concept, which methods.new_token adds"
+        TOKEN, description="the new word for the concept, which methods.new_token adds"
     )
     class_word: str | tuple[str, ...] | None = Field(
         None,
