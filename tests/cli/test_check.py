@@ -33,7 +33,7 @@ def check(words: list[str], capsys: Any) -> tuple[int, str]:
         (["methods.new_token={tokens: ['fox']}", "data.token=fox"], "exists already"),
         (["objective.path=vp", "backbone=tiny_dit"], "objective.path=vp"),
         (["optim.name=muon", "methods.lora=null"], "no such matrix is trained"),
-        (["optim.name=paged_adamw8bit", "run.device=cpu"], "and run.device is cpu"),
+        (["optim.name=paged_adamw8bit", "run.device=cpu"], "is cpu; set optim.name=adamw8bit"),
         (["run.batch_size=1"], "too small for 2 groups of data"),
     ],
     ids=[

@@ -71,6 +71,7 @@ def test_the_numbers_of_each_are_those_of_its_paper() -> None:
         ("prodigyopt", "prodigy"),
         ("Lion_8bit", "lion8bit"),
         ("AdamW_8bit", "adamw8bit"),
+        ("paged_adamw_32bit", "paged_adamw32bit"),
     ],
 )
 def test_what_others_call_it_is_known(word: str, meant: str) -> None:
@@ -215,3 +216,11 @@ def test_a_package_that_is_not_there(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, known.package, None)
     says = f"optim.name={name} needs {package}; pip install 'attention-trainer[{known.extra}]'"
     assert refused(f"optim.name={name}") == says
+
+
+def test_qlora_pages_32_bit_moments_as_its_paper_but_for_the_small_backbone() -> None:
+    """arXiv 2305.14314, section 3: the authors' default optimiser is paged AdamW in 32 bits."""
+    photos = ["recipe=qlora", "data.concept=sprite:fox", "data.class_word=animal"]
+    assert load_recipe([*photos, "backbone=sd15"]).optim.name == "paged_adamw32bit"
+    for small in ("tiny", "tiny_dit"):
+        assert load_recipe([*photos, f"backbone={small}"]).optim.name == "adamw8bit"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from trainer.backbones.device import Placement, place
 from trainer.config.load import load_recipe, methods_of
+from trainer.config.optimisers import UNPAGED
 from trainer.methods.apply import apply_methods
 from trainer.methods.weight.nf4 import Nf4
 from trainer.ops.adapters import nf4
@@ -284,9 +285,35 @@ def test_without_bitsandbytes_it_says_how_to_get_it(
         optimizer_class("adamw8bit", "cpu")
 
 
-def test_a_paged_optimiser_on_a_cpu_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"this run is on cpu; set optim\.name=adamw8bit"):
-        optimizer_class("paged_adamw8bit", "cpu")
+@pytest.mark.parametrize(("name", "instead"), UNPAGED.items())
+def test_a_paged_optimiser_on_a_cpu_is_refused(name: str, instead: str) -> None:
+    with pytest.raises(ValueError, match=rf"this run is on cpu; set optim\.name={instead}$"):
+        optimizer_class(name, "cpu")
+    assert optimizer_class(instead, "cpu") is not None
+
+
+@pytest.mark.parametrize(("name", "bits"), [("paged_adamw8bit", 8), ("paged_adamw32bit", 32)])
+def test_a_paged_optimiser_is_bitsandbytes_own(name: str, bits: int) -> None:
+    """Making one needs no GPU; the first step does."""
+    optimizer = optimizer_class(name, "cuda")([nn.Parameter(torch.ones(80, 100))], lr=1e-2)
+    assert optimizer.is_paged
+    assert optimizer.args.optim_bits == bits
+
+
+@pytest.mark.gpu
+def test_paged_steps_are_those_of_adamw() -> None:
+    """Moments of 32 bits in pages change nothing but where they lie."""
+    finals = []
+    for name in ("adamw", "paged_adamw32bit"):
+        weight = nn.Parameter(torch.ones(80, 100, device="cuda"))
+        make = optimizer_class(name, "cuda")
+        optimizer = make([weight], lr=1e-2, weight_decay=0.1)
+        for seed in range(10):
+            generator = torch.Generator().manual_seed(seed)
+            weight.grad = torch.randn(weight.shape, generator=generator).cuda()
+            optimizer.step()
+        finals.append(weight.detach().cpu())
+    torch.testing.assert_close(finals[1], finals[0], rtol=1e-5, atol=1e-6)
 
 
 def test_the_default_optimiser_is_pytorchs() -> None:
@@ -335,7 +362,8 @@ def test_8_bit_steps_are_near_those_of_32_bits() -> None:
 def test_a_resumed_qlora_run_is_the_same_run(tmp_path: Path, tiny_folder: Path) -> None:
     """Stopped after two of four steps, then continued: weights, 8-bit moments, packed base."""
     words = [
-        "recipe=qlora", f"backbone={tiny_folder}", "methods.new_token.init=animal",
+        "recipe=qlora", f"backbone={tiny_folder}", "optim.name=adamw8bit",
+        "methods.new_token.init=animal",
         "methods.nf4.min_size=1024", "methods.lora.rank=2", "data.prior_images=4",
         "data.prior_prompts=[a fox, a cat left of a tree]", "data.prior_steps=2",
         "data.class_word=null",

@@ -3,7 +3,7 @@ what else differs from AdamW."""
 
 from __future__ import annotations
 
-from trainer.config.optimisers import SCHEDULE_FREE, missing_package
+from trainer.config.optimisers import SCHEDULE_FREE, UNPAGED, missing_package
 from trainer.config.schema import RecipeError
 from trainer.config.sections import OptimSpec
 
@@ -19,10 +19,10 @@ def check_optimiser(optim: OptimSpec, device: str = "auto") -> list[str]:
     """
     if missing := missing_package(optim.name):
         raise RecipeError(missing)
-    if optim.name.startswith("paged") and device in ("cpu", "mps"):
+    if optim.name in UNPAGED and device in ("cpu", "mps"):
         raise RecipeError(
             f"optim.name={optim.name} pages between a CUDA GPU and main memory, and run.device is "
-            f"{device}; set optim.name=adamw8bit"
+            f"{device}; set optim.name={UNPAGED[optim.name]}"
         )
     if optim.name == "prodigy":
         return [_of_prodigy(optim.lr)]

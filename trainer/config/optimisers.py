@@ -41,6 +41,7 @@ OPTIMISERS: dict[str, Optimiser] = {
     "adamw": Optimiser(ADAM, 2),
     "adamw8bit": Optimiser(ADAM, 0.5, package="bitsandbytes", extra="qlora"),
     "paged_adamw8bit": Optimiser(ADAM, 0.5, package="bitsandbytes", extra="qlora"),
+    "paged_adamw32bit": Optimiser(ADAM, 2, package="bitsandbytes", extra="qlora"),
     "muon": Optimiser(ADAM, 2),
     "prodigy": Optimiser(ADAM, 4, lr=1.0, package="prodigyopt", extra="prodigy"),
     "adafactor": Optimiser((), 0, eps=False),
@@ -49,10 +50,15 @@ OPTIMISERS: dict[str, Optimiser] = {
     SCHEDULE_FREE: Optimiser(ADAM, 2, package="schedulefree", extra="schedule-free"),
     "came": Optimiser((*ADAM, 0.9999), 1, eps=False, package="came_pytorch", extra="came"),
 }
+# paged between a CUDA GPU and main memory, each with what it is without pages
+UNPAGED = {"paged_adamw8bit": "adamw8bit", "paged_adamw32bit": "adamw"}
 # what other trainers and the packages themselves call them, in small letters
 CALLED = {
     "adam8bit": "adamw8bit", "adamw_8bit": "adamw8bit", "8bit-adamw": "adamw8bit",
     "bnb_adamw8bit": "adamw8bit", "pagedadamw8bit": "paged_adamw8bit",
+    "paged_adamw_8bit": "paged_adamw8bit", "paged_adamw_32bit": "paged_adamw32bit",
+    "pagedadamw": "paged_adamw32bit", "paged_adamw": "paged_adamw32bit",
+    "pagedadamw32bit": "paged_adamw32bit",
     "prodigyopt": "prodigy", "prodigy_adamw": "prodigy", "lion_8bit": "lion8bit",
     "lion-pytorch": "lion", "lion_pytorch": "lion", "adafactor_torch": "adafactor",
     "adamwschedulefree": SCHEDULE_FREE, "adamw_schedule_free": SCHEDULE_FREE,

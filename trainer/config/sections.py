@@ -87,12 +87,13 @@ class OptimSpec(Section):
     """The optimiser and its learning rate: a linear warm-up, then constant or cosine."""
 
     name: Literal[
-        "adamw", "adamw8bit", "paged_adamw8bit", "muon", "prodigy", "adafactor", "lion", "lion8bit",
-        "schedule_free_adamw", "came",
+        "adamw", "adamw8bit", "paged_adamw8bit", "paged_adamw32bit", "muon", "prodigy", "adafactor",
+        "lion", "lion8bit", "schedule_free_adamw", "came",
     ] = Field(
         "adamw",
         description="adamw8bit keeps AdamW's moments in 8 bits (bitsandbytes), paged_adamw8bit "
-        "also lets them overflow from the GPU into main memory; muon moves the matrices of blocks "
+        "also lets them overflow from the GPU into main memory, paged_adamw32bit those of 32 bits "
+        "(QLoRA's, arXiv 2305.14314); muon moves the matrices of blocks "
         "that hold attention (arXiv 2502.16982) and AdamW all else, for training from nothing; "
         "prodigy finds the learning rate (arXiv 2306.06101); adafactor (arXiv 1804.04235) and came "
         "(arXiv 2307.02047) keep rows and columns of the second moment; lion moves by signs (arXiv "

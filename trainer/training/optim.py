@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.config.optimisers import OPTIMISERS, SCHEDULE_FREE, missing_package
+from trainer.config.optimisers import OPTIMISERS, SCHEDULE_FREE, UNPAGED, missing_package
 from trainer.ops.adapters.nf4 import bitsandbytes
 from trainer.training.optimizer_packages import PACKAGED
 
-# optimisers of bitsandbytes (arXiv 2110.02861); tensors below 4096 values have 32-bit moments
-EIGHT_BIT = {
+# optimisers of bitsandbytes (arXiv 2110.02861); in 8 bits, tensors below 4096 values have 32-bit
+# moments
+BITSANDBYTES = {
     "adamw8bit": "AdamW8bit",
     "paged_adamw8bit": "PagedAdamW8bit",
+    "paged_adamw32bit": "PagedAdamW32bit",
     "lion8bit": "Lion8bit",
 }
 # what optimisers count in their groups; all else there is an option
@@ -29,7 +31,7 @@ COUNTED = ("k", "d", "d_max", "d_numerator", "d_denom", "d_hat", "weight_sum", "
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW, one of `EIGHT_BIT`, Muon, or one of `PACKAGED`.
+    """AdamW, one of `BITSANDBYTES`, Muon, or one of `PACKAGED`.
 
     The learning rate rises linearly over `warmup` of `steps`, then it is constant, or falls as a
     cosine to `final_lr` times lr; schedule-free AdamW warms up by itself. betas: None are the
@@ -247,11 +249,11 @@ def optimizer_class(name: str, device: str) -> Any:
     Raises:
         ValueError: bitsandbytes is not installed, or a paged optimiser is requested on a CPU.
     """
-    if name not in EIGHT_BIT:
+    if name not in BITSANDBYTES:
         return torch.optim.AdamW
-    if name.startswith("paged") and device != "cuda":
+    if name in UNPAGED and device != "cuda":
         raise ValueError(
             f"optim.name={name} pages between a GPU and main memory, and this run is on {device}; "
-            "set optim.name=adamw8bit"
+            f"set optim.name={UNPAGED[name]}"
         )
-    return getattr(bitsandbytes(f"optim.name={name}").optim, EIGHT_BIT[name])
+    return getattr(bitsandbytes(f"optim.name={name}").optim, BITSANDBYTES[name])
