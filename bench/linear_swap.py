@@ -124,16 +124,18 @@ class Job:
                 self.painters[name] = Painter(name, self.count)
         return [self.painters[name] for name in self.names]
 
-    def trained(self, chosen: str, name: str) -> Any:
-        """The model that a recipe makes of a backbone; the time it takes has a bar."""
-        words = [f"recipe={chosen}", f"backbone={name}", "run.accelerator=cpu", *PLAIN, *self.words]
+    def trained(self, chosen: str, name: str, own: Sequence[str] = (), *, part: str = "") -> Any:
+        """The model that a recipe, with the words `own`, makes of a backbone; the time it takes has
+        a bar, called after the `part`, the recipe's name if not given."""
+        words = [f"recipe={chosen}", f"backbone={name}", "run.accelerator=cpu", *PLAIN]
+        words += [*own, *self.words]
         given = list({word.partition("=")[0]: word for word in words}.values())
         begin = time.monotonic()
         printed = command(
             "fit", *given, folder=self.folder, cache=self.folder / "cache", threads=self.threads
         )
         minutes = (time.monotonic() - begin) / 60
-        label = f"{name}/{chosen}/minutes_all_included"
+        label = f"{name}/{part or chosen}/minutes_all_included"
         if self.bars.quick:
             self.bars.note(label, round(minutes, 2))
         else:
@@ -186,6 +188,17 @@ def tuned(job: Job) -> None:
     for painter in job.each():
         model = job.trained("agent_attention", painter.name)
         painter.report(job.bars, "agent_attention_tuned", model, None)
+
+
+def soft(job: Job) -> None:
+    """SOFT in place of softmax self-attention, distilled and fine-tuned as `linear_swap`."""
+    for painter in job.each():
+        own = [
+            "methods.linear_attention=null",
+            "methods.soft={ratio: 2, distill: 1, distill_until: 0.5}",
+        ]
+        model = job.trained("linear_swap", painter.name, own, part="soft")
+        painter.report(job.bars, "soft", model, None)
 
 
 def geometry(heads: int) -> dict[str, Any]:
@@ -295,6 +308,7 @@ PARTS: dict[str, Callable[[Job], None]] = {
     "agents": agents,
     "swap": swap,
     "tuned": tuned,
+    "soft": soft,
 }
 
 

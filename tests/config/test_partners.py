@@ -68,6 +68,7 @@ methods.agent_attention.query_power=0.5 -> methods.agent_attention.agents=pooled
 methods.agent_attention.shortcut=0.5 -> methods.agent_attention.agents=pooled -> it is for merged
 methods.agent_attention.distill_until=0.5 -> methods.agent_attention.agents=pooled -> distill=0 does
 methods.gated_linear.distill_until=0.5 -> methods.gated_linear.scans=2 -> distill=0 does not
+methods.soft.distill_until=0.5 -> methods.soft.ratio=2 -> distill=0 does not
 methods.linear_attention.num_features=5 -> methods.linear_attention.features=elu -> it is for random
 methods.linear_attention.seed=5 -> methods.linear_attention.features=elu -> it is for random
 methods.linear_attention.distill_until=0.5 -> methods.linear_attention.distill=0 -> distill=0
@@ -132,6 +133,7 @@ methods.make_a_video: train weights heads kernel max_frames fps
 methods.nf4: min_size skip compute
 methods.pix2video: sites weight
 methods.selective: sites projections detach_first_token
+methods.soft: sites distill ratio iterations shortcut
 methods.text2video_zero: sites motion alone until
 methods.tiled: sites rows columns
 methods.tlora: min_share timesteps
@@ -163,7 +165,7 @@ def refusal(*words: str) -> str:
 def recipe_for(key: str) -> str:
     """A recipe in which the option can stand: temporal ones are for clips."""
     names = ("imagen_video", "agent_attention", "linear_attention", "gated_linear", "flashmask",
-             "pix2video")  # fmt: skip
+             "pix2video", "soft")  # fmt: skip
     return WORLD if any(f".{name}." in key for name in names) else LORA
 
 

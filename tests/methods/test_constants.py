@@ -25,6 +25,11 @@ PAPERS: list[tuple[str, dict[str, Any], str]] = [
     ("animatediff", {"max_frames": 32, "mid": True}, "version 2, arXiv 2307.04725's code"),
     ("c_lora", {"rank": 16, "sites": "cross", "projections": ("k", "v")}, "arXiv 2304.06027"),
     (
+        "soft",
+        {"ratio": 8, "iterations": 20, "shortcut": 3},
+        "arXiv 2110.11945: 8, 4, 2, 1 over its four grids, 20 iterations, and its code",
+    ),
+    (
         "coda_prompt",
         {"pool": 100, "length": 8, "ortho": 0.1},
         "arXiv 2211.13218: 100 components of length 8, lambda 0.1",

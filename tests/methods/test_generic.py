@@ -65,6 +65,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "peft_adapter": {"type": "loha", "options": {"r": 2}, "sites": "self & down | self & block"},
     "pix2video": {"weight": 1},
     "selective": {"sites": "cross", "projections": ["k", "v"], "detach_first_token": True},
+    "soft": {"ratio": 2},
     "text2video_zero": {"motion": [0.25, 0], "alone": 0.5, "until": 0.5},
     "tiled": {"rows": 16, "columns": 24},
     "tlora": {"rank": 4, "layers": ["*ff.net.2"]},
@@ -91,6 +92,7 @@ NOT_EXACT_AT_START: set[str] = {
     "gated_linear",
     "linear_attention",
     "nf4",
+    "soft",
 }
 # methods under which the frames of a clip read each other from the start, exact for images alone
 ALIGNED: set[str] = {"pix2video", "text2video_zero", "tune_a_video", "videop2p"}

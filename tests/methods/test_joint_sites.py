@@ -162,6 +162,7 @@ REFUSED = {
     "gated_linear": {"sites": "joint"},
     "flashmask": {"sites": "joint", "mask": "windows", "size": 4},
     "linear_attention": {"sites": "joint", "distill": 0.5},
+    "soft": {"sites": "joint"},
     "coda_prompt": {"sites": "joint"},
     "text2video_zero": {"sites": "joint"},
 }

@@ -128,7 +128,7 @@ def test_masks_of_the_model_are_refused_when_they_come(dit: Any, predict: Predic
     assert "the kernel of methods.linear_attention takes no mask" in str(error.value)
 
 
-@pytest.mark.parametrize("other", ["agent_attention", "gated_linear", "longlora"])
+@pytest.mark.parametrize("other", ["agent_attention", "gated_linear", "longlora", "soft"])
 def test_two_kernels_of_one_site_are_refused_by_name(other: str, tiny: Any) -> None:
     with pytest.raises(ValueError) as error:
         apply_methods(tiny, methods_of({"linear_attention": {}, other: {}}))
