@@ -71,6 +71,7 @@ methods.gated_linear.distill_until=0.5 -> methods.gated_linear.scans=2 -> distil
 methods.soft.distill_until=0.5 -> methods.soft.ratio=2 -> distill=0 does not
 methods.linear_attention.num_features=5 -> methods.linear_attention.features=elu -> it is for random
 methods.linear_attention.seed=5 -> methods.linear_attention.features=elu -> it is for random
+methods.linear_attention.redraw=5 -> methods.linear_attention.features=elu -> it is for random
 methods.linear_attention.distill_until=0.5 -> methods.linear_attention.distill=0 -> distill=0
 methods.flashmask.size=9 -> methods.flashmask.mask=causal -> it is for sliding_window and windows
 methods.pix2video.share=0.4 -> methods.pix2video.weight=0 -> weight=0 pulls nothing together

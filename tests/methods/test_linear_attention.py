@@ -8,13 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from trainer.attention.call import SiteCall
 from trainer.attention.context import StepContext
+from trainer.common.seeds import seed_of
 from trainer.config.load import load_recipe, methods_of
 from trainer.config.schema import RecipeError
-from trainer.kernels.linear_attention import FEATURES, linear_attention
+from trainer.kernels.linear_attention import (
+    FEATURES,
+    linear_attention,
+    orthogonal_gaussian,
+    random_features,
+)
 from trainer.methods.apply import Plan, apply_methods
 from trainer.ops.linear_attention import LinearAttentionOp
 
@@ -202,3 +209,55 @@ def test_the_shortcut_gives_back_what_is_local(tiny: Any, randomise: Callable[..
                         local = (image[y : y + 3, x : x + 3] * weight[own, 0]).sum() + bias[own]
                         wanted[4 * y + x, channel] += local
             torch.testing.assert_close(o[0, head], wanted, rtol=1e-4, atol=1e-4)
+
+
+def random_op(tiny: Any, **options: Any) -> LinearAttentionOp:
+    site = next(site for site in tiny.sites if site.kind == "self")
+    return LinearAttentionOp(site, "random", num_features=12, seed=5, **options)
+
+
+def test_training_draws_new_features_after_so_many_steps(tiny: Any) -> None:
+    """Each draw is a function of the seed and its number; outside training they are the seed's."""
+    op, width = random_op(tiny, redraw=3), tiny.sites[0].head_dim
+    call = SiteCall(tiny.sites[0], StepContext(0, 1, torch.tensor(0)))
+    q, k, v = (torch.randn(1, tiny.sites[0].heads, 5, width) for _ in range(3))
+    seen = []
+    for step in range(8):
+        op.at_step(step)
+        op.train()
+        draw = step // 3
+        seed = seed_of(5, "features", draw) if draw else 5
+        features = random_features(orthogonal_gaussian(12, width, seed))
+        found = op.kernel(q, k, v, mask=None, call=call)
+        assert torch.equal(found, linear_attention(q, k, v, features))
+        seen.append(found)
+        op.eval()
+        assert torch.equal(op.kernel(q, k, v, mask=None, call=call), seen[0])
+    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[3], seen[5])
+    assert not torch.equal(seen[2], seen[3]) and not torch.equal(seen[5], seen[6])
+
+
+def test_a_resumed_run_has_the_features_of_the_step_it_is_at(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Stopped after three of four steps, with a draw every second step: the same to the last bit,
+    and another adapter than without new draws."""
+    from trainer.training.fit import fit
+
+    random = "methods.linear_attention={sites: self, features: random, num_features: 8"
+    words = ["recipe=linear_swap", f"backbone={tiny_folder}", "run.batch_size=2", "data.count=8"]
+    words += ["data.validation=0", "preview.prompts=[]", "tracker=none", "run.accelerator=cpu"]
+    words += ["optim.ema=null", "optim.schedule=constant", "optim.warmup=0", "run.precision=fp32"]
+    words += ["run.checkpoint_every=3", "run.validate_every=0"]
+
+    def run(name: str, redraw: int, steps: int) -> dict[str, Tensor]:
+        own = [f"{random}, distill_until: 1, redraw: {redraw}}}", f"run.steps={steps}"]
+        folder = fit(load_recipe([*words, *own]), tmp_path / name)
+        return load_file(folder / "adapter.safetensors")
+
+    whole = run("whole", 2, 4)
+    run("half", 2, 3)
+    (tmp_path / "half" / "adapter.safetensors").unlink()
+    again, fixed = run("half", 2, 4), run("fixed", 0, 4)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert not all(torch.equal(whole[name], fixed[name]) for name in whole)

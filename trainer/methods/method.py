@@ -28,7 +28,8 @@ class Edit:
     other method may claim. trains: names of the parameters it trains. keeps: names of frozen
     tensors the base cannot give back, stored beside the trained ones. loss: an extra term added to
     the objective, from what the step found out. schedule: called before every training step with
-    the share of the run's steps that is done, from 0. prepare: called once before the first step of
+    the share of the run's steps that is done, from 0. at_step: called before every training step
+    with its number, from 0. prepare: called once before the first step of
     a new run with a function that runs a few training batches forward, for starts that look at the
     data. finish: called with the same function once after the last step, before the adapter is
     stored, for what is kept about the data. sampling: what it does while pictures or clips are
@@ -42,6 +43,7 @@ class Edit:
     keeps: tuple[str, ...] = ()
     loss: Callable[[StepResult], Tensor] | None = None
     schedule: Callable[[float], None] | None = None
+    at_step: Callable[[int], None] | None = None
     prepare: Callable[[Callable[[], None]], None] | None = None
     finish: Callable[[Callable[[], None]], None] | None = None
     sampling: tuple[SamplingHook, ...] = ()

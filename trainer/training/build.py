@@ -94,6 +94,7 @@ def module_of(recipe: Recipe, backbone: Backbone, plan: Plan) -> DiffusionModule
         lrs=lrs(recipe, plan),
         extra_losses=[edit.loss for edit in edits if edit.loss is not None],
         schedules=[edit.schedule for edit in edits if edit.schedule is not None],
+        at_steps=[edit.at_step for edit in edits if edit.at_step is not None],
         seed=recipe.run.seed,
     )
 

@@ -28,7 +28,8 @@ class DiffusionModule(lightning.LightningModule):
 
     trained: names of the parameters that train; kept: frozen tensors stored beside them; lrs:
     parameters with an lr of their own; schedules: called before every step with the share of the
-    run's steps that is done; seed: of dropout inside the model.
+    run's steps that is done; at_steps: likewise with the step's number; seed: of dropout inside the
+    model.
     """
 
     def __init__(
@@ -42,13 +43,14 @@ class DiffusionModule(lightning.LightningModule):
         lrs: Mapping[str, float] | None = None,
         extra_losses: Sequence[Callable[[StepResult], Tensor]] = (),
         schedules: Sequence[Callable[[float], None]] = (),
+        at_steps: Sequence[Callable[[int], None]] = (),
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.backbone, self.task, self.optim = backbone, task, optim
         self.trained, self.kept, self.lrs = tuple(trained), tuple(kept), dict(lrs or {})
         self.extra_losses, self.schedules = tuple(extra_losses), tuple(schedules)
-        self.seed = seed
+        self.at_steps, self.seed = tuple(at_steps), seed
         self.val_losses: dict[int, list[float]] = {}
         self.val_problem: str | None = None  # why the present validation has failed
 
@@ -72,6 +74,8 @@ class DiffusionModule(lightning.LightningModule):
         torch.manual_seed(seed_of(self.seed, "dropout", batch.step, *batch.positions[:1]))
         for schedule in self.schedules:
             schedule(self.global_step / self.optim.steps)
+        for at_step in self.at_steps:
+            at_step(self.global_step)
         result = self.task.loss(self.task.encode(batch))
         loss = (result.losses * batch.weights).mean()
         for extra in self.extra_losses:

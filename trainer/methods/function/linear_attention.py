@@ -10,6 +10,7 @@ of the Performer, arXiv 2009.14794). A model trained with softmax attention has 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -20,6 +21,7 @@ from trainer.methods.shared.swap import Swap
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
+    from trainer.attention.sites import Site
 
 
 class LinearAttention(Swap):
@@ -39,6 +41,13 @@ class LinearAttention(Swap):
     )
     num_features: int = Field(64, gt=0, description="with random: how many features")
     seed: int = Field(0, ge=0, description="with random: another seed gives other features")
+    redraw: int = Field(
+        0,
+        ge=0,
+        description="with random: steps after which training draws new features, so that nothing "
+        "is learned that holds for one draw alone (arXiv 2009.14794); sampling has "
+        "those of the seed. 0 keeps these in training, too",
+    )
     shortcut: OddSize = Field(
         0,
         description="size of a depthwise convolution over the values on their grid, which trains "
@@ -46,20 +55,31 @@ class LinearAttention(Swap):
     )
 
     def idle(self) -> dict[str, str]:
-        own = () if self.features == "random" else ("num_features", "seed")
+        own = () if self.features == "random" else ("num_features", "seed", "redraw")
         why = f"features is {self.features}; it is for random"
         return super().idle() | dict.fromkeys(own, why)
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.ops.linear_attention import LinearAttentionOp
 
-        return self.swap(
-            model,
-            lambda _, site: LinearAttentionOp(
-                site,
-                self.features,
-                num_features=self.num_features,
-                seed=self.seed,
-                shortcut=self.shortcut,
-            ),
-        )
+        made: list[LinearAttentionOp] = []
+
+        def op(_: int, site: Site) -> LinearAttentionOp:
+            made.append(
+                LinearAttentionOp(
+                    site,
+                    self.features,
+                    num_features=self.num_features,
+                    seed=self.seed,
+                    shortcut=self.shortcut,
+                    redraw=self.redraw,
+                )
+            )
+            return made[-1]
+
+        def redraw(step: int) -> None:
+            for each in made:
+                each.at_step(step)
+
+        edit = self.swap(model, op)
+        return replace(edit, at_step=redraw) if self.redraw else edit
