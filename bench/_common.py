@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from trainer.evaluation.shares import Share, percent
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -68,14 +70,17 @@ class Bars:
 
     def note(self, name: str, value: Any) -> None:
         """A figure without a bar, for reading the others by."""
-        print(f"{name}: {value}", flush=True)
-        self.found[name] = value
+        print(f"{name}: {percent(value) if isinstance(value, Share) else value}", flush=True)
+        self.found[name] = _with_intervals(value)
 
     def _line(self, name: str, measured: float, bar: str, reached: bool) -> None:
         verdict = "ok" if reached else "short"
         shown = str(measured) if isinstance(measured, int) else f"{measured:.4g}"
-        print(f"BAR {name} {shown} {bar} {verdict}", flush=True)
+        own = interval_of(measured)
+        among = f", 95 % interval {own[0]:.4g} to {own[1]:.4g}" if own else ""
+        print(f"BAR {name} {shown} {bar} {verdict}{among}", flush=True)
         self.found[name] = {"measured": measured, "bar": bar, "verdict": verdict}
+        self.found[name] |= {"interval": own} if own else {}
 
     def write(self) -> None:
         """The full run's figures, with the machine they were taken on; a quick run writes
@@ -90,6 +95,31 @@ class Bars:
         }
         text = json.dumps({"bench": self.name, **facts, "figures": self.found}, indent=1)
         self.path.write_text(text + "\n", encoding="utf-8")
+
+
+def shares_of(table: dict[str, Any], column: str) -> dict[str, Any]:
+    """A column of an `evaluation.json`, whose shares know of how many pictures they are."""
+    counts = table.get("pictures", {})
+    return {
+        line: Share(value, counts[line]) if line in counts and value is not None else value
+        for line, value in table[column].items()
+    }
+
+
+def interval_of(value: object) -> list[float] | None:
+    """The 95 % interval of a share of pictures; None of another figure."""
+    return [float(f"{end:.4g}") for end in value.interval] if isinstance(value, Share) else None
+
+
+def _with_intervals(value: Any) -> Any:
+    """A figure, or a table of some, with the interval of every share beside it."""
+    if isinstance(value, Share):
+        return {"share": value, "of": value.count, "interval": interval_of(value)}
+    if not isinstance(value, dict):
+        return value
+    named = {f"{key} 95 %": own for key, each in value.items() if (own := interval_of(each))}
+    return {key: each if isinstance(each, Share) else _with_intervals(each)
+            for key, each in value.items()} | named  # fmt: skip
 
 
 def command(verb: str, *words: str, folder: Path, cache: Path, threads: int | None = None) -> str:

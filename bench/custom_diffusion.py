@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _common import Bars, command, parser_of
+from _common import Bars, command, parser_of, shares_of
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
         bars.note("parameters_trained", plan["trained"])
         command("evaluate", f"run={run}", folder=folder, cache=folder / "cache-a")
         table = json.loads((run / "evaluation.json").read_text())
-        base, adapted = table["base"], table["adapted"]
+        base, adapted = shares_of(table, "base"), shares_of(table, "adapted")
         bars.at_least("concept", adapted["concept accuracy"], 0.85)
         bars.at_most("concept_base", base["concept accuracy"], 0.05)
         bars.at_least("concept_beside", adapted["concept beside another"], 0.55)
@@ -51,7 +51,7 @@ def main() -> None:
         bars.at_least("second_judge_concept", adapted["second judge: concept"], 0.8)
         beside = adapted["second judge: concept beside another"]
         bars.at_least("second_judge_beside", beside, 0.6)
-        bars.note("evaluation", table)
+        bars.note("evaluation", {**table, "base": base, "adapted": adapted})
         if not options.quick:
             second = command(
                 "fit", *fit, "run.id=b", folder=folder, cache=folder / "cache-b"

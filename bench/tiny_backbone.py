@@ -13,7 +13,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from _common import RESULTS, Bars, parser_of
 from PIL import Image
@@ -27,7 +26,9 @@ from trainer.diffusion.sampler import sample_many
 from trainer.diffusion.sampling_settings import Sampling
 from trainer.evaluation.judge import Judge, relation_holds
 from trainer.evaluation.second_judge import SecondJudge
+from trainer.evaluation.shares import Share, share
 from trainer.evaluation.sprite_fidelity import fidelity
+from trainer.evaluation.sprite_scores import share_named
 from trainer.media.grids import grid
 from trainer.media.images import to_tensor
 
@@ -54,16 +55,13 @@ def words(scene: Scene) -> list[str]:
     return sorted(names, key=lambda word: re.search(rf"\b{word}\b", scene.caption).start())  # type: ignore[union-attr]
 
 
-def one(judge: Judge | SecondJudge, pictures: Tensor, scenes: Sequence[Scene]) -> float:
-    named = judge.named(pictures, ALL)
-    return float(
-        np.mean([word == scene.objects[0].word for word, scene in zip(named, scenes, strict=True)])
-    )
+def one(judge: Judge | SecondJudge, pictures: Tensor, scenes: Sequence[Scene]) -> Share:
+    return share_named(judge.named(pictures, ALL), [scene.objects[0].word for scene in scenes])
 
 
 def two(
     judge: Judge | SecondJudge, pictures: Tensor, scenes: Sequence[Scene]
-) -> tuple[float, float]:
+) -> tuple[Share, float]:
     """Shares of pictures with both sprites right, and, among those, with the stated relation
     right."""
     found = judge.found(pictures, ALL)
@@ -75,7 +73,7 @@ def two(
         return relation_holds(found, row, first=first, second=second, relation=relation)
 
     placed = [placed_right(row) for row in both]
-    return len(both) / len(scenes), float(np.mean(placed)) if placed else 0.0
+    return Share(len(both) / len(scenes), len(scenes)), share(placed) if placed else 0.0
 
 
 def main() -> None:
@@ -123,12 +121,12 @@ def main() -> None:
         bars.at_least(key, generated[key], limit)
     second = SecondJudge(backbone.folder / "second_judge")
     pair, stands = two(second, beside, pairs)
-    for name, share, bar in (
+    for name, found, bar in (
         ("generated_one", one(second, alone, singles), 0.90),
         ("generated_two_both", pair, 0.75),
         ("generated_two_relation", stands, 0.95),
     ):
-        bars.at_least(f"second_judge_{name}", share, bar)
+        bars.at_least(f"second_judge_{name}", found, bar)
     shown = [scene.objects[0].word for scene in singles[:48]]
     bars.note("fidelity_real", fidelity(real(singles[:48]), shown).score)
     bars.note("fidelity_generated", fidelity(alone[:48], shown).score)

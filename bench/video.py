@@ -43,6 +43,7 @@ from torch import Tensor
 from trainer.data.world.scenes import article
 from trainer.data.world.sprites import ALL, KNOWN
 from trainer.evaluation.clip_scores import ClipScores, asked
+from trainer.evaluation.shares import share
 from trainer.kernels.softmax import sdpa
 from trainer.media.grids import grid
 from trainer.methods.feature.animatediff import AnimateDiff
@@ -170,13 +171,13 @@ def temporal_cost(job: Job) -> None:
             space_layer=partial(layers.through_space, x),
             time_layer=partial(layers.through_time, x),
         )
-        share = seconds["time"] / seconds["space"]
+        own = seconds["time"] / seconds["space"]
         if tokens == 1024:
-            bars.at_most("temporal_cost", share, 0.2)
+            bars.at_most("temporal_cost", own, 0.2)
         bars.note(
             f"temporal_cost_{tokens}",
             {
-                "share": share,
+                "share": own,
                 "share_of_layer": seconds["time_layer"] / seconds["space_layer"],
                 **milliseconds(seconds),
             },
@@ -247,7 +248,7 @@ def stills(bars: Bars, model: Model) -> None:
         name: [said == word for said, word in zip(model.judge.named(x, ALL), words, strict=True)]
         for name, x in (("image_model", base), ("with_lora", adapted))
     }
-    shares = {name: sum(right) / len(right) for name, right in named.items()}
+    shares = {name: share(right) for name, right in named.items()}
     bars.note("motion_images_named_right", shares)
     bars.note("motion_images_largest_change_by_lora", float((adapted - base).abs().max()))
 

@@ -22,10 +22,11 @@ from statistics import mean
 from typing import Any
 
 import diffusers
-from _common import RESULTS, Bars, chosen_of, parser_of
+from _common import RESULTS, Bars, chosen_of, interval_of, parser_of, shares_of
 from _runs import Run, Runs
 
 from trainer.config.load import load_recipe
+from trainer.evaluation.shares import Share
 from trainer.export.probe import LIMIT
 
 WORDS = {
@@ -187,7 +188,7 @@ def judged(runs: Runs, run: Run) -> dict[str, Any]:
     """A finished run in figures."""
     place, plan = runs.place(run), runs.read(run, "plan.json")
     table = runs.read(run, "evaluation.json")
-    base, adapted = table["base"], table["adapted"]
+    base, adapted = shares_of(table, "base"), shares_of(table, "adapted")
     return {
         "steps": runs.recipe(run).run.steps,
         "parameters": plan["trained"],
@@ -212,9 +213,10 @@ def continual(bars: Bars, runs: Runs) -> None:
     for name in CONTINUAL:
         facts = runs.read(continual_run(name), "continual.json")
         rows = facts["accuracy"]
+        pictures = len(rows) * facts["images"]  # of all concepts
         found[name] = {
-            "just_learned": mean(row[-1] for row in rows),
-            "mean_final": facts["mean final accuracy"],
+            "just_learned": Share(mean(row[-1] for row in rows), pictures),
+            "mean_final": Share(facts["mean final accuracy"], pictures),
             "forgetting": facts["forgetting"],
             "accuracy": rows,
         }
@@ -237,7 +239,7 @@ def merge(bars: Bars, runs: Runs) -> None:
         "merged": json.loads((out.parent / "evaluation.json").read_text(encoding="utf-8")),
         "joint": runs.read(joint_run(), "evaluation.json"),
     }
-    bars.note("merge", {name: table["adapted"] for name, table in tables.items()})
+    bars.note("merge", {name: shares_of(table, "adapted") for name, table in tables.items()})
     merged, joint = (table["adapted"]["two concepts together"] for table in tables.values())
     bars.at_least("merged_over_joint", merged / joint if joint else 0.0, 0.7)
 
@@ -292,8 +294,9 @@ def table(figures: dict[str, Any]) -> str:
         lines += ["", "| five concepts in a row | just learned | at the end | forgotten |"]
         lines += ["|---|---|---|---|"]
         for name, row in later.items():
-            shares = [row["just_learned"], row["mean_final"], row["forgetting"]]
-            lines.append(f"| `{name}` | " + " | ".join(f"{100 * x:.0f} %" for x in shares) + " |")
+            keys = ("just_learned", "mean_final", "forgetting")
+            cells = [_cell(row, key, "{:.0f} %", scale=100) for key in keys]
+            lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     low = figures.get("ranks", {})
     if low:
         lines += [
@@ -316,10 +319,13 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def _cell(row: dict[str, Any], key: str, form: str, none: str = "-", scale: float = 1) -> str:
-    """scale: leave counts as they are, so that they print as whole numbers."""
+    """With the 95 % interval of a share. scale: leave counts as they are, so that they print as
+    whole numbers."""
     if key not in row:
         return none
-    return form.format(row[key] if scale == 1 else scale * row[key])
+    text = form.format(row[key] if scale == 1 else scale * row[key])
+    ends = interval_of(row[key]) or row.get(f"{key} 95 %")  # of this run, or of an earlier one
+    return f"{text} ({scale * ends[0]:.0f} to {scale * ends[1]:.0f})" if ends else text
 
 
 def main() -> None:

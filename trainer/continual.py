@@ -22,7 +22,7 @@ from trainer.config.load import task_recipe
 from trainer.config.schema import Recipe
 from trainer.evaluation.examiner import Examiner, mean
 from trainer.evaluation.judge import Judge, judge_folder
-from trainer.evaluation.score_table import percent
+from trainer.evaluation.shares import Share, percent
 from trainer.runs.adapter import load_adapted, load_base
 from trainer.runs.run_folder import folder_for, is_finished, note_event, write_text
 from trainer.training.build import needs, placement_of
@@ -117,7 +117,8 @@ def summary(rows: Rows) -> dict[str, float | None]:
 
 def show_continual(recipe: Recipe, rows: Rows, to: Console) -> None:
     """Prints the accuracies, a line for each task and a column for each concept."""
-    sheet = Table(title=f"{recipe.name}: concept accuracy after each task", title_justify="left")
+    title = f"{recipe.name}: concept accuracy after each task, with 95 % intervals"
+    sheet = Table(title=title, title_justify="left")
     for name in ("after", *recipe.continual.concepts):
         sheet.add_column(name, justify="left" if name == "after" else "right")
     for number, row in enumerate(rows):
@@ -143,8 +144,11 @@ def _read(path: Path, recipe: Recipe) -> Rows:
                 f"{path} was made with {key}={facts[name]}, and this run has {value}; choose "
                 "another run.id"
             )
-    rows: Rows = facts["accuracy"]
-    return rows
+    count = recipe.continual.images  # of each concept
+    return [
+        [None if value is None else Share(value, count) for value in row]
+        for row in facts["accuracy"]
+    ]
 
 
 def _write(path: Path, recipe: Recipe, rows: Rows) -> None:

@@ -18,6 +18,8 @@ from trainer.config.schema import RecipeError
         (["backbone=tiny", "run.resolution=90"], "multiples of 4 pixels; give 88 or 92"),
         (["recipe=dit_scratch", "denoiser.patch=4", "run.resolution=72"], "multiples of 16 pixels"),
         (["backbone=tiny_dit", "data.prior_sampler=ddim"], "sampler=ddim is for backbones on a VP"),
+        (["backbone=tiny_dit", "preview.scheduler=ddpm"], "preview.scheduler=ddpm is for"),
+        (["preview.scheduler=ddmp"], "preview.scheduler=ddmp: no such solver; did you mean ddpm?"),
         (["objective.weighting=cosmap"], "objective.weighting=cosmap is for objective.path=flow"),
         (["objective.weighting=sigma_sqrt"], "adds noise on a variance-preserving path"),
         (["run.batch_size=1"], "run.batch_size=1 is too small for 2 groups of data"),

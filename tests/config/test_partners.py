@@ -107,7 +107,7 @@ run: steps epochs batch_size accumulate seed device accelerator devices nodes pr
  gradient_checkpointing channels_last compile checkpoint_every checkpoint_keep
  on_disk_full
  on_nonfinite log_every out id start_from
-preview: steps guidance true_guidance
+preview: steps scheduler guidance true_guidance
 evaluate: steps guidance true_guidance known
 continual: concepts
 data.concept: concept augment flip prior_weight

@@ -283,3 +283,28 @@ def test_every_name_is_documented() -> None:
     page = Path(__file__).parents[2].joinpath("docs/sampling.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in page for name in SOLVERS)
     assert not set(SOLVERS) & set(UNFIT)
+
+
+def test_ddpm_is_ancestral_sampling(mild: Any) -> None:
+    """x_{t-1} from the posterior q(x_{t-1} | x_t, x0) of arXiv 2006.11239, equations 6 and 7, with
+    the variance beta~_t; no noise in the last step. Fewer steps are those of its longer jumps."""
+    made = with_solver(mild.scheduler(), "ddpm")
+    made.set_timesteps(STEPS)
+    assert made.config.prediction_type == "v_prediction"
+    levels = made.alphas_cumprod.double()
+    x = torch.randn(1, 8, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    one, other = (torch.Generator().manual_seed(7) for _ in range(2))
+    earlier = [*made.timesteps.tolist()[1:], -1]
+    for t, before in zip(made.timesteps.tolist(), earlier, strict=True):
+        v = torch.sin(x + t)  # any function of both stands for a network
+        abar, abar_before = levels[t], levels[before] if before >= 0 else torch.tensor(1.0)
+        x0 = abar.sqrt() * x - (1 - abar).sqrt() * v
+        beta = 1 - abar / abar_before
+        mean = abar_before.sqrt() * beta / (1 - abar) * x0
+        mean = mean + (1 - beta).sqrt() * (1 - abar_before) / (1 - abar) * x
+        found = made.step(v, t, x, generator=one).prev_sample
+        if before >= 0:
+            noise = torch.randn(x.shape, generator=other, dtype=x.dtype)
+            mean = mean + ((1 - abar_before) / (1 - abar) * beta).sqrt() * noise
+        torch.testing.assert_close(found, mean, rtol=1e-5, atol=1e-5)
+        x = mean

@@ -180,7 +180,8 @@ def test_a_joint_run_by_the_verbs(
     assert main(["fit", *words]) == 0
     run = tmp_path / "custom_diffusion" / "two"
     assert main(["evaluate", f"run={run}", f"judge={CLIP}", "images=2"]) == 0
-    assert "concept accuracy of <v2>" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "concept accuracy of <v2>" in said and " % (0.0 to 65.8)" in said
     table = json.loads((run / "evaluation.json").read_text())
     judge = Judge(CLIP)
     models = {
@@ -191,6 +192,7 @@ def test_a_joint_run_by_the_verbs(
     train, _ = recipe.data.open(Needs(32, 4, no_class_images, tmp_path, lambda: "tiny"))
     for name, model in models.items():
         assert 0 <= table[name]["two concepts together"] <= 1
+        assert table["pictures"]["two concepts together"] == 2
         found = [
             similarity(
                 judge, train, concept, sampled(model, [f"a <v{concept + 1}>"] * 2, guidance=4.0)

@@ -12,8 +12,10 @@ from trainer.evaluation.score_table import (
     best_lines,
     better,
     show_evaluation,
+    with_counts,
     with_drift,
 )
+from trainer.evaluation.shares import Share
 
 
 def test_drift_is_what_pres_has_risen_over_the_base() -> None:
@@ -65,3 +67,8 @@ def test_a_file_gets_the_whole_table(monkeypatch: pytest.MonkeyPatch) -> None:
     printed = out.getvalue()
     assert all(f"step {n} " in printed for n in range(100, 900, 50))
     assert "0.85" in printed and "50.0 %" in printed and "…" not in printed
+
+
+def test_a_file_says_of_how_many_pictures_each_share_is() -> None:
+    table: Table = {"base": {"known sprites": Share(0.5, 128), "CLIP-T": 0.2}}
+    assert with_counts(table) == {**table, "pictures": {"known sprites": 128}}

@@ -3,6 +3,10 @@ and scans of the grid."""
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +18,7 @@ from trainer.kernels.gated_linear import (
     ORDERS,
     chunk_size,
     chunked,
+    fla_is_installed,
     gated_attention,
     ordered,
     recurrent,
@@ -49,6 +54,50 @@ def test_equals_a_plain_loop(form: object) -> None:
     given = inputs(11, 2.0, torch.float64)
     assert callable(form)
     torch.testing.assert_close(form(*given), naive(*given), atol=1e-12, rtol=1e-10)
+
+
+def fla_naive() -> Any:
+    """`naive_recurrent_gla` of fla-core, the authors' package, from its file alone: what it lies in
+    cannot be imported without triton."""
+    spec = importlib.util.find_spec("fla")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("fla-core is not installed; it is in the extra dev")
+    path = Path(spec.submodule_search_locations[0]) / "ops" / "gla" / "naive.py"
+    found = importlib.util.spec_from_file_location("fla_naive", path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module.naive_recurrent_gla
+
+
+@pytest.mark.parametrize("form", [recurrent, chunked])
+@pytest.mark.parametrize("tokens", [1, 13, 67])
+def test_equals_the_recurrence_of_the_authors_package(form: Any, tokens: int) -> None:
+    """Forward and gradient; there tokens come before heads."""
+    given = inputs(tokens, 2.0)
+    swapped = (x.transpose(1, 2) for x in given)
+    wanted = fla_naive()(*swapped)[0].transpose(1, 2)
+    own = form(*given)
+    torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-5)
+    weight = torch.randn(own.shape, generator=torch.Generator().manual_seed(1))
+    mine = torch.autograd.grad((own * weight).sum(), given)
+    for one, other in zip(mine, torch.autograd.grad((wanted * weight).sum(), given), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strength", [0.1, 2.0])
+def test_on_cuda_flas_kernel_is_the_recurrence(strength: float) -> None:
+    """Forward and gradient of what `gated_attention` runs there where fla has triton."""
+    if not fla_is_installed():
+        pytest.skip("needs fla-core with triton")
+    given = [x.detach().cuda().requires_grad_() for x in inputs(130, strength, width=32)]
+    own, wanted = gated_attention(*given), recurrent(*given)
+    torch.testing.assert_close(own, wanted, rtol=1e-2, atol=1e-2)
+    weight = torch.randn(own.shape, generator=torch.Generator().manual_seed(1)).cuda()
+    mine = torch.autograd.grad((own * weight).sum(), given)
+    for one, other in zip(mine, torch.autograd.grad((wanted * weight).sum(), given), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 * float(other.abs().max()))
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.1, 1.0, 10.0, 100.0, 1e4])

@@ -92,7 +92,8 @@ class SampleOptions(Options):
     scheduler: str | None = Field(
         None,
         description="the solver by its short name, as in ddim, euler, euler_a, dpmpp_2m_karras, "
-        "unipc, heun, lms or pndm (docs/sampling.md has all); null for the backbone's own",
+        "unipc, heun, lms or pndm (docs/sampling.md has all); null takes the preview.scheduler of "
+        "the adapter's recipe, or the backbone's own",
     )
     guidance: float | None = Field(
         None,
@@ -301,7 +302,7 @@ def _settings(options: SampleOptions, tree: Mapping[str, Any], negative: str) ->
         size=options.height_and_width or (None if side is None else (int(side), int(side))),
         frames=options.frames or int(data.get("frames", 1)),
         fps=options.fps,
-        sampler=options.scheduler,
+        sampler=options.scheduler or previews.get("scheduler"),
         true_guidance=float(previews.get("true_guidance", 1.0)) if true is None else true,
     )
 

@@ -13,9 +13,10 @@ FLOW_WEIGHTINGS = ("sigma_sqrt", "cosmap")
 
 
 def check_limits(recipe: Recipe) -> None:
-    """Checks sides of pictures, frames of clips, the sampler of class images, the weighting of
-    timesteps, the tokens of prompts, that a batch holds all groups of the data, and that the
-    backbone is not a distilled one. Of a backbone that is not on this machine, `fit` checks them.
+    """Checks sides of pictures, frames of clips, the samplers of class images and previews, the
+    weighting of timesteps, the tokens of prompts, that a batch holds all groups of the data, and
+    that the backbone is not a distilled one. Of a backbone that is not on this machine, `fit`
+    checks them.
 
     Raises:
         RecipeError: the backbone cannot do one of them.
@@ -35,6 +36,8 @@ def check_limits(recipe: Recipe) -> None:
         facts.frames.check(getattr(recipe.data, "frames", 1), "data.frames")
         if sampler := getattr(recipe.data, "prior_sampler", None):
             check_solver(sampler, facts.flow)
+        if solver := recipe.preview.scheduler:
+            check_solver(solver, facts.flow, key="preview.scheduler")
         check_max_tokens(recipe.backbone)
     except ValueError as error:
         raise RecipeError(str(error)) from None

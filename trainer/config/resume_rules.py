@@ -100,6 +100,7 @@ IN_SECTIONS: dict[str, dict[str, Rule]] = {
         "prompts": FREE,
         "every": FREE,
         "steps": FREE,
+        "scheduler": FREE,
         "guidance": FREE,
         "true_guidance": FREE,
         "seed": FREE,

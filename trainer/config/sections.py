@@ -196,9 +196,9 @@ class TextSpec(Section):
 
 
 class PreviewSpec(Section):
-    """Pictures of fixed prompts and seeds while training, and the steps and guidance that `sample`
-    takes by default; nothing that trains or is evaluated depends on them. In prompts {token} stands
-    for the concept's new word and {class} for its kind."""
+    """Pictures of fixed prompts and seeds while training, and the steps, scheduler and guidance
+    that `sample` takes by default; nothing that trains or is evaluated depends on them. In prompts
+    {token} stands for the concept's new word and {class} for its kind."""
 
     prompts: tuple[str, ...] = Field(
         (),
@@ -207,6 +207,11 @@ class PreviewSpec(Section):
     )
     every: int = Field(100, ge=0, description="steps between previews; 0 for none")
     steps: int = Field(25, gt=0, description="steps of the sampler")
+    scheduler: str | None = Field(
+        None,
+        description="the solver, as ddpm for ancestral sampling (arXiv 2006.11239); names as of "
+        "`sample`, null for the backbone's own",
+    )
     guidance: float = Field(
         5.0, ge=0, description="strength of classifier-free guidance, 1 or less for none"
     )

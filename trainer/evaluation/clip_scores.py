@@ -17,6 +17,7 @@ from trainer.data.world.clips import DIRECTIONS
 from trainer.data.world.sprites import ALL
 from trainer.evaluation.feature_scores import text_alignment
 from trainer.evaluation.judge import Judge
+from trainer.evaluation.shares import share
 
 MOST = 0.75  # the share of frames that must show the object: 6 of 8
 SEEN = 1.0  # patches of the object from which on a frame shows it; real clips have 4 at least
@@ -160,14 +161,14 @@ class ClipScores:
             words = [str(wanted[row][0]) for row in rows]
             shown = named_right(self.judge, clips[rows], words)
             enough = shown.sum(1) >= ceil(MOST * shown.shape[1])
-            scores["object right"] = float(enough.float().mean())
+            scores["object right"] = share(enough.tolist())
             gone = tracks(self.judge, clips[rows], words).directions()
             right = [
                 way == wanted[row][1]
                 for row, way in zip(rows, gone, strict=True)
                 if wanted[row][1] is not None
             ]
-            scores["direction right"] = sum(right) / len(right) if right else None
+            scores["direction right"] = share(right) if right else None
         seen, frames = self.judge.images(clips.flatten(0, 1)), clips.shape[1]
         scores["frame consistency"] = float(steadiness(seen.unflatten(0, (-1, frames))).mean())
         texts = self.judge.texts(captions).repeat_interleave(frames, 0)

@@ -26,6 +26,7 @@ from trainer.evaluation.score_table import (
     lines_of,
     show_evaluation,
     show_notes,
+    with_counts,
 )
 from trainer.evaluation.which_step import Choice, step_to_keep
 from trainer.media.line_charts import Chart, line_charts
@@ -74,7 +75,7 @@ def evaluate_runs(runs: Sequence[Path], how: Judging) -> Table:
     show_evaluation(table, f"{len(own)} runs, {first.described}", console := Console())
     show_notes([*best_lines(table, list(own)), *notes], console)
     for name in own.keys() - set(alone):
-        write_scores(evaluation_file(own[name].path), _of_one(table, name))
+        write_scores(evaluation_file(own[name].path), with_counts(_of_one(table, name)))
     for each in own.values():
         each.finish()
     return table

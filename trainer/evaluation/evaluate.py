@@ -27,7 +27,13 @@ from trainer.data.source import Dataset, shape_of_clips
 from trainer.evaluation.clip_scores import ClipScores
 from trainer.evaluation.examiner import Examiner, Scores
 from trainer.evaluation.open_judges import PictureJudge, open_judges, reader_of
-from trainer.evaluation.score_table import Table, show_evaluation, show_notes, with_drift
+from trainer.evaluation.score_table import (
+    Table,
+    show_evaluation,
+    show_notes,
+    with_counts,
+    with_drift,
+)
 from trainer.runs.adapter import load_adapted, load_base
 from trainer.runs.run_folder import run_of_adapter, write_text
 from trainer.training.build import needs, task_of
@@ -69,7 +75,7 @@ def evaluate(run: Path, how: Judging) -> Table:
     console = Console()
     show_evaluation(table, f"{run}, {own.described}", console)
     show_notes(own.notes, console)
-    write_scores(evaluation_file(path), table)
+    write_scores(evaluation_file(path), with_counts(table))
     own.finish()
     return table
 
@@ -127,7 +133,7 @@ class Evaluation:
         """What the scores depend on, for a title."""
         names = " and ".join(judge.folder.name for judge in self.judges)
         what = "pictures" if self.clips is None else "pictures or clips"
-        return f"judged by {names}, {self.how.images} {what} a line"
+        return f"judged by {names}, {self.how.images} {what} a line, shares with 95 % intervals"
 
     def progress(self, models: int) -> AbstractContextManager[LongWork]:
         """A display of all pictures that so many models generate."""

@@ -24,7 +24,8 @@ from trainer.evaluation.generated import PictureMaker
 from trainer.evaluation.judge import Judge
 from trainer.evaluation.open_judges import PictureJudge, line_of, reader_of
 from trainer.evaluation.questions import PromptGroup, Subject, ask
-from trainer.evaluation.sprite_scores import SpriteScores, share, share_named
+from trainer.evaluation.shares import Share, share
+from trainer.evaluation.sprite_scores import SpriteScores, share_named
 
 Scores = dict[str, float | None]
 Features = Sequence[Tensor]  # of the same pictures by each judge
@@ -211,7 +212,7 @@ class Examiner:
         )
         own = self.judges[0].features(pictures) if seen is None else seen[0]
         nearest = (F.normalize(own, dim=-1) @ centres.T).argmax(1)
-        return float((nearest == 0).float().mean())
+        return share((nearest == 0).tolist())
 
     def _seen(self, pictures: Tensor) -> list[Tensor]:
         return [judge.features(pictures) for judge in self.judges]
@@ -234,9 +235,14 @@ class Examiner:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """The mean; None where a value is unknown (None) or there are no values."""
+    """The mean; None where a value is unknown (None) or there are no values. Of shares of equally
+    many pictures each it is the share of all of them."""
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
+    if not known or len(known) < len(values):
+        return None
+    found = sum(known) / len(known)
+    counts = [value.count for value in known if isinstance(value, Share)]
+    return Share(found, sum(counts)) if len(counts) == len(known) else found
 
 
 def means(listed: Sequence[Scores]) -> Scores:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table as Sheet
 
 from trainer.evaluation.examiner import Scores
+from trainer.evaluation.shares import Share, percent
 from trainer.evaluation.sprite_scores import FIDELITY, SECOND
 
 Table = dict[str, Scores]  # by column, then by score
@@ -40,6 +41,13 @@ def with_drift(table: Table) -> Table:
             if line.startswith("PRES") and value is not None and before is not None:
                 found[column][line.replace("PRES", "prior drift", 1)] = value - before
     return found
+
+
+def with_counts(table: Table) -> dict[str, Mapping[str, float | None]]:
+    """With a column `pictures`: of how many each share is, for those who read the file."""
+    lines = [item for scores in table.values() for item in scores.items()]
+    counts = {line: value.count for line, value in lines if isinstance(value, Share)}
+    return {**table, "pictures": counts}
 
 
 def best_lines(table: Table, columns: Sequence[str]) -> list[str]:
@@ -81,11 +89,6 @@ def lines_of(table: Mapping[str, Scores]) -> list[str]:
 def show_notes(notes: Sequence[str], console: Console) -> None:
     for note in notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
-
-
-def percent(value: float | None) -> str:
-    """A share of 1 as text, `-` where it is unknown."""
-    return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def is_share(line: str) -> bool:

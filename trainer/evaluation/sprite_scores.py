@@ -3,7 +3,7 @@ true drawing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +13,7 @@ from trainer.data.world.sprites import ALL
 from trainer.evaluation.judge import Judge
 from trainer.evaluation.questions import evenly
 from trainer.evaluation.second_judge import SecondJudge
+from trainer.evaluation.shares import Share, share
 from trainer.evaluation.sprite_fidelity import fidelity
 
 FOLDER = "second_judge"  # beside the folder of the first
@@ -79,12 +80,6 @@ def in_scene_size(pictures: Tensor) -> Tensor:
     return F.interpolate(pictures, size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
-def share(hits: Iterable[bool]) -> float:
-    """The share of those that are true."""
-    listed = list(hits)
-    return sum(listed) / len(listed)
-
-
-def share_named(named: Sequence[str], right: Sequence[str]) -> float:
+def share_named(named: Sequence[str], right: Sequence[str]) -> Share:
     """The share of pictures whose name is the right one."""
     return share(one == other for one, other in zip(named, right, strict=True))

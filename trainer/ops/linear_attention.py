@@ -78,7 +78,8 @@ class LinearAttentionOp(nn.Module):
         draw = step // self.redraw
         if draw != self.draw:
             seed = seed_of(self.seed, "features", draw) if draw else self.seed
-            self.drawn.copy_(orthogonal_gaussian(*self.projection.shape, seed))
+            count, width = self.projection.shape
+            self.drawn.copy_(orthogonal_gaussian(count, width, seed))
             self.draw = draw
 
     def _random(self) -> Features:

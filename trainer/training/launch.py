@@ -210,6 +210,7 @@ def previews(
                 size=recipe.run.size,
                 frames=frames,
                 fps=fps,
+                sampler=preview.scheduler,
                 true_guidance=preview.true_guidance,
             ),
             maps=preview.maps,

@@ -284,3 +284,27 @@ def test_without_pyav_there_is_a_gif(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert write_frames(images, tmp_path / "x", 8.0) == [tmp_path / "x.gif"]
     with Image.open(tmp_path / "x.gif") as film:
         assert film.n_frames == 2  # type: ignore[attr-defined]
+
+
+def test_previews_and_samples_take_the_scheduler_of_the_recipe(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    """Ancestral sampling, as DDPM's; `sample` then takes it by default, and another where told."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        """
+data: {source: world, count: 4}
+methods: {selective: {}}
+run: {batch_size: 1, steps: 1, validate_every: 0, checkpoint_every: 0}
+preview: {every: 1, steps: 3, scheduler: ddpm, prompts: [a fox]}
+"""
+    )
+    run = tmp_path / "run"
+    assert main(["fit", f"recipe={recipe}", f"backbone={tiny_folder}", f"run={run}"]) == 0
+    pictures = list((run / "previews").rglob("*a-fox*.png"))
+    assert pictures and {facts_in(each)["sampler"] for each in pictures} == {"DDPM"}
+    for words, wanted in (([], "DDPM"), (["scheduler=ddim"], "DDIM")):
+        out = tmp_path / wanted
+        assert main(["sample", f"adapter={run}", "prompt=a fox", f"out={out}", *words]) == 0
+        (made,) = out.rglob("*.png")
+        assert facts_in(made)["sampler"] == wanted
