@@ -36,7 +36,7 @@ class Landmarks(nn.Module):
         return F.gelu(self.norm(cells)).unflatten(0, (batch, heads))
 
 
-class Soft(nn.Module):
+class SoftOp(nn.Module):
     """A kernel op: `soft_attention`. Its queries are its keys: both are the mean of the site's q
     and k, so that one projection, the mean of the two, stands for both and each of them learns.
 

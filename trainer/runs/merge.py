@@ -107,11 +107,11 @@ def _load(paths: Sequence[Path]) -> list[LearnedConcept]:
     """The adapters at `paths`, checked against the first."""
     models = [load_adapted(path) for path in paths]
     check_mergeable(paths, models)
-    tokens = _tokens([tree for _, tree in models])
-    return [
-        LearnedConcept(dict(model.named_parameters()), tree, own, _phrases(tree, own))
-        for (model, tree), own in zip(models, tokens, strict=True)
-    ]
+    found = []
+    for (model, tree), own in zip(models, _tokens([tree for _, tree in models]), strict=True):
+        parameters, phrases = dict(model.named_parameters()), _phrases(tree, own)
+        found.append(LearnedConcept(parameters, tree, tokens=own, phrases=phrases))
+    return found
 
 
 def _phrases(tree: Mapping[str, Any], tokens: Sequence[str]) -> list[str]:

@@ -8,7 +8,8 @@ Khachatryan et al., ICCV 2023, arXiv 2303.13439, section 3.3; the start is `Glob
 
     python -m trainer sample backbone=tiny methods.text2video_zero={} frames=8 prompt="a fox"
 
-The paper's smoothing of the background by a mask of salient objects is not built here.
+The paper's smoothing of the background by a mask of salient objects is not built here, nor are its
+forms with ControlNet and InstructPix2Pix: a backbone of the latter is refused by its name.
 """
 
 from __future__ import annotations

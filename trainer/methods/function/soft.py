@@ -45,7 +45,7 @@ class Soft(Swap):
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.sites import require
-        from trainer.ops.soft import Soft as SoftOp
+        from trainer.ops.soft import SoftOp
 
         sites = require(model.sites, self.sites, "sites")
         if other := [site for site in sites if site.kind in ("cross", "temporal")]:

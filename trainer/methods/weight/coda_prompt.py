@@ -82,7 +82,7 @@ class CodaPrompt(Method):
                     f"pool={self.pool}: at {site.name} no more than {room} parts can be orthogonal "
                     "to each other; choose a smaller pool"
                 )
-            pool = PromptPool(counts, self.length, width, text)
+            pool = PromptPool(counts, self.length, width=width, text=text)
             model.host.install(pool, [site])
             pools.append(pool)
             for task, components in enumerate(pool.tasks):
