@@ -172,15 +172,13 @@ def swap(job: Job) -> None:
 
 
 def agents(job: Job) -> None:
-    """AgentSD without training, at all sites and at those with the most tokens alone."""
+    """AgentSD without training, and its merged tokens with too many agents for them to be used."""
     for painter in job.each():
-        for name, sites, bar in (("untrained", "self", 0.9), ("untrained_fine", "self & /1", None)):
-            if name == "untrained_fine" and painter.original.denoiser_name != "unet":
-                continue  # the tokens of a transformer are all of one grid
+        for name, ratio, bar in (("agent_sd", 0.95, 0.9), ("agent_sd_without_agents", 0.1, None)):
             model = painter.fresh()
-            tree = {"agent_attention": {"agents": "merged", "sites": sites}}
+            tree = {"agent_attention": {"agents": "merged", "ratio": ratio}}
             load.methods_of(tree)["agent_attention"].apply(model)
-            painter.report(job.bars, f"agent_attention_{name}", model, bar)
+            painter.report(job.bars, name, model, bar)
 
 
 def tuned(job: Job) -> None:

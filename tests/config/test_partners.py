@@ -66,6 +66,8 @@ methods.agent_attention.ratio=0.5 -> methods.agent_attention.agents=pooled -> it
 methods.agent_attention.share=0.5 -> methods.agent_attention.agents=pooled -> it is for merged
 methods.agent_attention.query_power=0.5 -> methods.agent_attention.agents=pooled -> for merged
 methods.agent_attention.shortcut=0.5 -> methods.agent_attention.agents=pooled -> it is for merged
+methods.agent_attention.merge=0.5 -> methods.agent_attention.agents=pooled -> it is for merged
+methods.agent_attention.later_cell=4 -> methods.agent_attention.agents=pooled -> it is for merged
 methods.agent_attention.distill_until=0.5 -> methods.agent_attention.agents=pooled -> distill=0 does
 methods.gated_linear.distill_until=0.5 -> methods.gated_linear.scans=2 -> distill=0 does not
 methods.soft.distill_until=0.5 -> methods.soft.ratio=2 -> distill=0 does not

@@ -8,13 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.kernels.agent_attention import (
+    Grid,
     agent_attention,
     in_blocks,
-    merged,
+    match,
     num_merged,
     pooled,
 )
 from trainer.ops.grid_modules import AgentBias, Shortcut
+
+
+def merged(q: Tensor, x: Tensor, grid: Grid, *, cell: int, ratio: float, seed: int) -> Tensor:
+    return match(x, grid, cell=cell, seed=seed).merge(q, ratio)
 
 
 def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -185,3 +190,29 @@ def test_half_precision_without_a_gradient_is_that_with_one(dtype: torch.dtype) 
     for found in (own, by_sdpa):
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), wanted, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (5, 7)])
+@pytest.mark.parametrize("ratio", [0.0, 0.4, 0.9])
+def test_unmerging_gives_every_token_its_targets_mean(grid: tuple[int, int], ratio: float) -> None:
+    """Token by token: one that was averaged into a target gets the mean of that target's group, any
+    other its own value back."""
+    count = grid[0] * grid[1]
+    (x,) = tensors((2, count, 6))
+    q = torch.arange(2 * 3 * count * 4, dtype=torch.float64).view(2, 3, count, 4)
+    found = match(x, grid, cell=2, seed=3)
+    back = found.unmerge(found.merge(q, ratio), ratio)
+    cosines = torch.cosine_similarity(x[:, :, None], x[:, None], dim=-1)
+    for row in range(2):
+        targets = found.targets.tolist()
+        best = {
+            i: max((float(cosines[row, i, j]), j) for j in targets)
+            for i in range(count)
+            if i not in targets
+        }
+        goes = sorted(best, key=lambda i: -best[i][0])[: int(ratio * count)]
+        group = {j: [j, *(i for i in goes if best[i][1] == j)] for j in targets}
+        for i in range(count):
+            own = group[best[i][1]] if i in goes else group.get(i, [i])
+            wanted = q[row][:, own].mean(1)
+            torch.testing.assert_close(back[row][:, i], wanted)

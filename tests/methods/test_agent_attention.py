@@ -13,6 +13,7 @@ from trainer.attention.call import SiteCall
 from trainer.attention.context import StepContext, use
 from trainer.config.load import methods_of
 from trainer.config.schema import RecipeError
+from trainer.kernels.agent_attention import match
 from trainer.methods.apply import Plan, apply_methods
 
 Predict = Callable[[Any], Tensor]
@@ -90,7 +91,7 @@ def test_agent_sd_is_what_a_loop_gives(
 ) -> None:
     """softmax(q a^T s^0.3) softmax(a k^T s) v + 0.075 v, s = d^-0.5 or the site's own, in the first
     part of the steps, with tokens that stay drawn anew at each, by what the layer gets."""
-    add(tiny, sites="self & /1", agents="merged", cell=cell, ratio=ratio)
+    add(tiny, sites="self & /1", agents="merged", cell=cell, ratio=ratio, merge=0)
     seen: list[tuple[Tensor, ...]] = []
     given: list[Tensor] = []
     for site in (site for site in tiny.sites if site.kind == "self" and site.divisor == 1):
@@ -165,7 +166,7 @@ def test_pooled_agents_are_what_a_loop_gives(
 
 def test_merged_agents_serve_early_steps_of_a_sampler_only(tiny: Any, predict: Predict) -> None:
     base = predict(tiny)
-    plan = add(tiny, agents="merged", cell=2, ratio=0.75, share=0.5)
+    plan = add(tiny, agents="merged", cell=2, ratio=0.75, share=0.5, merge=0)
     assert not any("agent_attention" in name for name in plan.names)
     assert torch.equal(predict(tiny), base)
 
@@ -181,7 +182,7 @@ def test_merged_agents_serve_early_steps_of_a_sampler_only(tiny: Any, predict: P
 
 def test_merged_agents_that_save_nothing_are_not_used(tiny: Any, predict: Predict) -> None:
     base = predict(tiny)
-    add(tiny, agents="merged", ratio=0.5)
+    add(tiny, agents="merged", ratio=0.5, merge=0)
     with use(StepContext(0, 10, torch.tensor(0))):
         assert torch.equal(predict(tiny), base)
 
@@ -196,3 +197,56 @@ def test_merged_agents_cannot_be_distilled() -> None:
     with pytest.raises(RecipeError) as error:
         methods_of({"agent_attention": {"agents": "merged", "distill": 1}})
     assert "merged agents learn nothing, so distill has no use; leave it out" in str(error.value)
+
+
+def groups_by_a_loop(x: Tensor, side: int, cell: int, ratio: float, step: int) -> list[list[int]]:
+    """The tokens that attention sees, each as the tokens it is the mean of."""
+    found = match(x[None], (side, side), cell=cell, seed=step)
+    targets = found.targets.tolist()
+    likeness = torch.cosine_similarity(x[:, None], x[None, targets], dim=-1)
+    best = {i: int(likeness[i].argmax()) for i in range(side * side) if i not in targets}
+    order = sorted(best, key=lambda i: -float(likeness[i, best[i]]))
+    goes = order[: int(ratio * side * side)]
+    rest = [[i] for i in order if i not in goes]
+    into = [[j, *(i for i in goes if targets[best[i]] == j)] for j in targets]
+    return rest + into
+
+
+@pytest.mark.parametrize(("step", "cell"), [(0, 4), (3, 4), (4, 2), (9, 2)])
+def test_agent_sd_attends_over_merged_tokens_in_every_step(
+    step: int, cell: int, tiny: Any, predict: Predict
+) -> None:
+    """The whole system with its defaults, at the finest sites alone: 40 % of the tokens averaged
+    into others, attention over the rest, through agents in the first 40 % of the steps, and each
+    merged token has its target's output."""
+    add(tiny, agents="merged")
+    own = [site.name for site in tiny.sites if site.kind == "self" and site.divisor == 1]
+    assert [name for name, each in tiny.host.processors.items() if each.ops] == own
+    (op,) = tiny.host.processors[own[0]].ops
+    seen: list[tuple[Tensor, ...]] = []
+    given: list[Tensor] = []
+
+    def kernel(*args: Any, run: Any = op.kernel, **more: Any) -> Tensor:
+        seen.append((*args[:3], run(*args, **more)))
+        return seen[-1][3]
+
+    site = next(site for site in tiny.sites if site.name == own[0])
+    site.module.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    op.kernel = kernel
+    with torch.no_grad(), use(StepContext(step, 10, torch.tensor(0))):
+        predict(tiny)
+    (q, k, v, o), x = seen[0], given[0]
+    s = q.shape[-1] ** -0.5
+    for row in range(2):
+        groups = groups_by_a_loop(x[row], 8, cell, 0.4, step)
+        assert len(groups) == 64 - 25
+        less = [torch.stack([t[row][:, g].mean(1) for g in groups], 1) for t in (q, k, v)]
+        if step < 4:
+            a = merged_by_a_loop(q[row], x[row], 8, cell, 0.95, step)
+            asked = (a @ less[1].mT * s).softmax(-1) @ less[2]
+            found = (less[0] @ a.mT * s**0.3).softmax(-1) @ asked + 0.075 * less[2]
+        else:
+            found = (less[0] @ less[1].mT * s).softmax(-1) @ less[2]
+        for number, group in enumerate(groups):
+            for token in group:
+                torch.testing.assert_close(o[row][:, token], found[:, number], rtol=1e-4, atol=1e-5)

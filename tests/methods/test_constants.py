@@ -115,6 +115,14 @@ def test_the_op_of_agent_sd_has_the_same_defaults_as_its_method() -> None:
     }
 
 
+def test_agent_sd_merges_as_its_code_does() -> None:
+    """LeapLabTHU/Agent-Attention: ratio .4 and cells of 4 in the first 40 % of the steps, of 2 in
+    the rest; agents of ratio .95; s^.3 and .075 v."""
+    op = MergedAgents()
+    assert (op.merge, op.cell, op.later_cell, op.share) == (0.4, 4, 2, 0.4)
+    assert (op.ratio, op.query_power, op.shortcut) == (0.95, 0.3, 0.075)
+
+
 def test_a_merge_keeps_two_prompts_a_concept_and_200_captions() -> None:
     """Custom Diffusion, arXiv 2212.04488, section 3.2, and its `composenW.py`: the word with its
     class word, alone and in a photo; 200 captions regularise."""

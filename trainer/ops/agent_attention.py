@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trainer.attention.op import Traits, label
 from trainer.attention.op_conflicts import refuse_mask, refuse_other_keys
-from trainer.kernels.agent_attention import agent_attention, merged, num_merged, pooled
+from trainer.kernels.agent_attention import agent_attention, match, num_merged, pooled
 from trainer.kernels.softmax import softmax_attention
 from trainer.ops.grid_modules import AgentBias, Shortcut
 
@@ -44,13 +44,16 @@ class PooledAgents(nn.Module):
 
 
 class MergedAgents:
-    """A kernel op: AgentSD, with agents from merged tokens; nothing trains.
+    """A kernel op: AgentSD; nothing trains.
 
-    It runs in the first `share` of a sampler's steps, and only where it at least halves the tokens.
-    Elsewhere, and in a forward outside a sampler, as in training, attention is softmax attention.
-    Where it runs,
+    In every step of a sampler, `merge` of the tokens are averaged into others like them, attention
+    is over what is left, and each merged token gets its target's output. Averaging queries, keys
+    and values is the same as projecting averaged inputs. In the first `share` of the steps, where
+    it at least halves the tokens, attention is through agents, the queries after more merging:
 
         o = softmax(q a^T s^query_power) softmax(a k^T s) v + shortcut * v
+
+    In a forward outside a sampler, as in training, it is softmax attention of all tokens.
     """
 
     name = "agent_attention"
@@ -61,14 +64,18 @@ class MergedAgents:
         cell: int = 4,
         ratio: float = 0.95,
         share: float = 0.4,
+        *,
         query_power: float = 0.3,
         shortcut: float = 0.075,
+        merge: float = 0.4,
+        later_cell: int = 2,
     ) -> None:
         self.cell, self.ratio, self.share = cell, ratio, share
         self.query_power, self.shortcut = query_power, shortcut
+        self.merge, self.later_cell = merge, later_cell
 
     def context(self, k_ctx: Tensor, v_ctx: Tensor, call: SiteCall) -> tuple[Tensor, Tensor]:
-        if self.early(call.ctx):
+        if call.ctx.num_steps > 1:
             call.scratch(self)["x"] = k_ctx
         return k_ctx, v_ctx
 
@@ -76,15 +83,28 @@ class MergedAgents:
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: SiteCall
     ) -> Tensor:
         refuse_mask(mask, self, call)
-        x = call.scratch(self).get("x")
-        scale = call.scale
-        if x is None:
-            return softmax_attention(q, k, v, scale=scale)
+        x, early = call.scratch(self).get("x"), self.early(call.ctx)
+        if x is None or not (early or self.merge):
+            return softmax_attention(q, k, v, scale=call.scale)
         refuse_other_keys(q, k, op=self, call=call)
         grid = call.grid(q.shape[2], label(self))
-        if 2 * num_merged(grid, self.cell, self.ratio) >= q.shape[2]:
+        cell = self.cell if early else self.later_cell
+        found = match(x, grid, cell=cell, seed=call.ctx.step)
+        left = num_merged(grid, cell, self.merge)
+        agents = None
+        if early and 2 * num_merged(grid, cell, self.ratio) < left:
+            agents = found.merge(q, self.ratio)
+        if left == q.shape[2]:
+            return self._attend((q, k, v), agents, call.scale)
+        merged = found.merge(q, self.merge), found.merge(k, self.merge), found.merge(v, self.merge)
+        return found.unmerge(self._attend(merged, agents, call.scale), self.merge)
+
+    def _attend(
+        self, qkv: tuple[Tensor, Tensor, Tensor], agents: Tensor | None, scale: float | None
+    ) -> Tensor:
+        q, k, v = qkv
+        if agents is None:
             return softmax_attention(q, k, v, scale=scale)
-        agents = merged(q, x, grid, cell=self.cell, ratio=self.ratio, seed=call.ctx.step)
         query_scale = (q.shape[-1] ** -0.5 if scale is None else scale) ** self.query_power
         o = agent_attention(q, agents, k, v=v, scale=scale, query_scale=query_scale)
         return o + self.shortcut * v

@@ -4,9 +4,10 @@ agents.
     o = softmax(q a^T + B2) softmax(a k^T + B1) v + DWC(v)
 
 Han et al., arXiv 2312.08874. `pooled`: agents are means of the queries over the parts of the grid;
-biases and the depthwise convolution train, from zero. `merged` is AgentSD, which trains nothing:
-agents are the queries of merged tokens, in the first part of sampling only; a model is trained
-beside it with softmax attention.
+biases and the depthwise convolution train, from zero. `merged` is AgentSD, which trains nothing, on
+the finest of the chosen grids: attention is over merged tokens (ToMe for diffusion, arXiv
+2303.17604) in every step of sampling, and in the first part of the steps through agents, the
+queries of tokens that are merged further. A model is trained beside it with softmax attention.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from trainer.methods.shared.swap import Swap
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
 
-MERGED = ("cell", "ratio", "share", "query_power", "shortcut")  # options of merged agents
+# options of merged agents
+MERGED = ("cell", "ratio", "share", "query_power", "shortcut", "merge", "later_cell")
 
 
 class AgentAttention(Swap):
@@ -39,7 +41,7 @@ class AgentAttention(Swap):
     side: int = Field(7, gt=1, description="with pooled: side x side agents (49 in the paper)")
     cell: int = Field(4, gt=1, description="with merged: one token in cell x cell always stays")
     ratio: float = Field(
-        0.95, gt=0, le=1, description="with merged: share of the tokens that are merged, at most"
+        0.95, gt=0, le=1, description="with merged: share of the tokens that agents merge, at most"
     )
     share: float = Field(
         0.4, gt=0, le=1, description="with merged: part of the sampler's steps, the first ones"
@@ -48,6 +50,16 @@ class AgentAttention(Swap):
         0.3, ge=0, description="with merged: the scale of q a^T is d^-0.5 to the power of this"
     )
     shortcut: float = Field(0.075, ge=0, description="with merged: share of v added to the output")
+    merge: float = Field(
+        0.4,
+        ge=0,
+        lt=1,
+        description="with merged: share of the tokens that are averaged into others before "
+        "attention, in every step; 0 for none",
+    )
+    later_cell: int = Field(
+        2, gt=1, description="with merged: as cell, in the steps without agents"
+    )
 
     @model_validator(mode="after")
     def _has_something_to_learn(self) -> AgentAttention:
@@ -74,5 +86,8 @@ class AgentAttention(Swap):
                 share=self.share,
                 query_power=self.query_power,
                 shortcut=self.shortcut,
+                merge=self.merge,
+                later_cell=self.later_cell,
             ),
+            finest=True,
         )

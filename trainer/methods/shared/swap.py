@@ -41,15 +41,20 @@ class Swap(Method):
         model: AttentionModel,
         op_of: Callable[[int, Site], Any],
         beside: Callable[[int, Site], Any] | None = None,
+        *,
+        finest: bool = False,
     ) -> Edit:
-        """Installs `op_of(index, site)`, a kernel op, on every site, and with it the op of another
-        stage that `beside` makes."""
+        """Installs `op_of(index, site)`, a kernel op, on every site, or on those with the finest of
+        their grids, and with it the op of another stage that `beside` makes."""
         from torch import nn
 
         from trainer.attention.sites import require
         from trainer.ops.distillation import Distillation, Original
 
         sites = require(model.sites, self.sites, "sites")
+        if finest:
+            least = min(site.divisor or 1 for site in sites)
+            sites = [site for site in sites if (site.divisor or 1) == least]
         for site in sites:
             if self.distill and site.keeps_processor:
                 raise ValueError(
