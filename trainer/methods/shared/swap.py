@@ -48,19 +48,9 @@ class Swap(Method):
         their grids, and with it the op of another stage that `beside` makes."""
         from torch import nn
 
-        from trainer.attention.sites import require
         from trainer.ops.distillation import Distillation, Original
 
-        sites = require(model.sites, self.sites, "sites")
-        if finest:
-            least = min(site.divisor or 1 for site in sites)
-            sites = [site for site in sites if (site.divisor or 1) == least]
-        for site in sites:
-            if self.distill and site.keeps_processor:
-                raise ValueError(
-                    f"distill compares with what classic attention puts out, and {site.name} is "
-                    f"{type(site.module).__name__} with more than its projections; give distill=0"
-                )
+        sites = self._chosen(model, finest)
         distillation = Distillation(self.distill, self.distill_until) if self.distill else None
         trains: list[str] = []
         for index, site in enumerate(sites):
@@ -81,3 +71,19 @@ class Swap(Method):
             loss=None if distillation is None else distillation.loss,
             schedule=None if distillation is None else distillation.schedule,
         )
+
+    def _chosen(self, model: AttentionModel, finest: bool) -> list[Site]:
+        """The sites; ValueError where one of them cannot be distilled."""
+        from trainer.attention.sites import require
+
+        sites = require(model.sites, self.sites, "sites")
+        if finest:
+            least = min(site.divisor or 1 for site in sites)
+            sites = [site for site in sites if (site.divisor or 1) == least]
+        for site in sites:
+            if self.distill and site.keeps_processor:
+                raise ValueError(
+                    f"distill compares with what classic attention puts out, and {site.name} is "
+                    f"{type(site.module).__name__} with more than its projections; give distill=0"
+                )
+        return sites
