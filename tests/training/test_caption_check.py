@@ -44,7 +44,7 @@ def counted(
         model = open_folder(tiny_folder)
         apply_methods(model, recipe.methods)
         needs = Needs(32, 4, lambda *_: (), tmp_path / "cache", lambda: "tiny")
-        return check_captions(recipe, model, recipe.data.open(needs)[0])
+        return check_captions(recipe, lambda: model.prompts.reader, recipe.data.open(needs)[0])
 
     return said
 

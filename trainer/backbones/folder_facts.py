@@ -22,12 +22,14 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 class FolderFacts:
     """flow: whether it was trained on the flow path, and not on a VP path. multiple: pixels that
     divide the sides of all pictures it takes: the VAE's per latent, times the latents of a token of
-    a transformer. frames: of clips and of their latents. side: of the pictures it was trained on,
-    in pixels; None where no file says. distilled: why plain training would spoil it."""
+    a transformer. frames: of clips and of their latents. divisor: the VAE's pixels alone. side: of
+    the pictures it was trained on, in pixels; None where no file says. distilled: why plain
+    training would spoil it."""
 
     flow: bool
     multiple: int
     frames: ClipFrames
+    divisor: int
     side: int | None = None
     distilled: str | None = None
 
@@ -55,6 +57,7 @@ def facts_of(spec: BackboneSpec) -> FolderFacts | None:
         is_flow(scheduler),
         pixels * (patch if isinstance(patch, int) else 1),
         frames=family.latents.frames(vae),
+        divisor=pixels,
         side=pixels * size if isinstance(size, int) else None,
         distilled=family.distilled(denoiser, scheduler, index),
     )

@@ -1,4 +1,4 @@
-"""`check`: validates a recipe, and with `plan=true` shows what would train."""
+"""`check`: validates a recipe and its data, and with `plan=true` shows what would train."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from trainer.config.load import load_recipe, recipe_names
 from trainer.config.schema import Recipe, RecipeError
 from trainer.runs.resume_check import check_folder
 from trainer.runs.run_folder import folder_for
+from trainer.training.data_check import check_data
 
 # what decides whether methods fit a backbone
 DECIDE = ("backbone", "denoiser", "methods", "objective", "optim")
 
 
 class CheckOptions(RecipeOptions):
-    """Checks a recipe without loading a weight. Every key of the recipe can be given as well, as in
-    optim.lr=1e-4."""
+    """Checks a recipe and opens its data without loading a weight. Every key of the recipe can be
+    given as well, as in optim.lr=1e-4."""
 
     plan: bool = Field(
         False,
@@ -33,6 +34,8 @@ def run(words: list[str]) -> int:
         print(line)
     if loaded.run.id is not None and not loaded.continual.concepts:
         check_folder(folder_for(loaded), loaded)
+    for line in check_data(loaded):
+        print(line)
     if not options.plan:
         unknown = _unknown(loaded)
         print(

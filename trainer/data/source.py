@@ -169,6 +169,14 @@ class Source(BaseModel):
         opening the data would tell."""
         return None
 
+    def stored(self) -> int:
+        """Bytes of the files that opening it decodes; 0 where it is drawn, or on a server."""
+        return 0
+
+    def without_generated(self) -> Source:
+        """The same without the samples that the backbone has to generate."""
+        return self
+
     def remarks(self) -> list[str]:
         """A sentence for each thing in the data that a user may not expect, as in a file that is
         not read; from names alone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from trainer.media.images import ImageError
@@ -20,6 +20,11 @@ def check_split(validation: int, count: int, what: str) -> None:
             f"validation={validation} holds out all {count} {what}, and none is left to train on; "
             f"give at most {count - 1}"
         )
+
+
+def bytes_of(paths: Iterable[Path]) -> int:
+    """Of files together; those that are missing count nothing, reading them reports it."""
+    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def has_caption(path: Path, caption: Callable[[Path], str | None] = read_caption) -> bool:

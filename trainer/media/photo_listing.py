@@ -41,6 +41,11 @@ class Listing:
     tables: tuple[Path, ...] = ()
     others: tuple[Path, ...] = ()
 
+    def stored(self) -> int:
+        """Bytes of the photos and their masks; a file that is missing counts nothing."""
+        paths = (*self.photos, *self.masks.values())
+        return sum(path.stat().st_size for path in paths if path.is_file())
+
     def name(self, path: Path) -> str:
         """A photo's path inside the folder, as `10_dog/a.jpg`."""
         return path.relative_to(self.folder).as_posix()

@@ -3,12 +3,12 @@ was not on this machine, or the captions are inside tars, here or on a server.""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 
 import numpy as np
 
-from trainer.backbones.backbone import Backbone
+from trainer.backbones.prompt_reader import PromptReader
 from trainer.backbones.prompt_tokens import prompt_reader
 from trainer.config.captions import (
     check_counted,
@@ -28,9 +28,12 @@ from trainer.data.video_clips import VideoClips
 FROM_SERVER, FROM_HERE = 64, 1000
 
 
-def check_captions(recipe: Recipe, backbone: Backbone, train: Dataset) -> list[str]:
+def check_captions(
+    recipe: Recipe, read_by: Callable[[], PromptReader], train: Dataset
+) -> list[str]:
     """Counts captions before the first step, and returns what is to be said of them; empty where
-    `config.captions.check_words` has done so. backbone: with the words that methods add.
+    `config.captions.check_words` has done so. read_by: gives how the backbone reads a prompt, with
+    the words that methods add.
 
     Raises:
         RecipeError: a caption or a prompt whose new word is not read.
@@ -41,7 +44,7 @@ def check_captions(recipe: Recipe, backbone: Backbone, train: Dataset) -> list[s
     inside, total = _inside(train, every=every, known={text for _, text, _ in outside})
     if prompt_reader(recipe.backbone) is not None and not total:
         return []
-    reader = backbone.prompts.reader
+    reader = read_by()
     found = count_captions([*outside, *inside], words, reader)
     whole = len(inside) == total
     check_counted(found, words.needed if whole else ())

@@ -71,7 +71,7 @@ def _fit(recipe: Recipe, folder: Path) -> None:
         recipe, folder, found=found, backbone=backbone, train=train, held_out=held_out
     )
     plan = adapt(recipe, backbone, placement)
-    for line in check_captions(recipe, backbone, train):
+    for line in check_captions(recipe, lambda: backbone.prompts.reader, train):
         say(line)
     module = module_of(recipe, backbone, plan)
     launched = launch(

@@ -264,6 +264,13 @@ class Concept(Source):
     def remarks(self) -> list[str]:
         return [line for each in self._read() for line in unread(each.listing)]
 
+    def stored(self) -> int:
+        return sum(each.listing.stored() for each in self._read())
+
+    def without_generated(self) -> Concept:
+        generates = self.has_prior and not self.prior_folder
+        return self.model_copy(update={"prior_images": 0}) if generates else self
+
     def epoch(self) -> int:
         """The photos of all concepts once, and as many class images."""
         photos = sum(each.trained(self.validation) for each in self.concepts)

@@ -119,6 +119,9 @@ class Folder(Source):
     def remarks(self) -> list[str]:
         return unread(self.read.listing)
 
+    def stored(self) -> int:
+        return self.read.listing.stored()
+
     def epoch(self) -> int:
         listing = self.read.listing
         train = listing.photos[: len(listing.photos) - self.validation]

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from trainer.data.source import Dataset, Needs, Source
-from trainer.data.source_checks import check_split
+from trainer.data.source_checks import bytes_of, check_split
 from trainer.data.source_options import Buckets, OnBad
 from trainer.data.tars.from_parquet import as_shards, caption_column, opened, parquets_of
 from trainer.data.tars.reader import Opening, check_usable, split
@@ -60,6 +60,9 @@ class Parquet(Source):
             f"{self.parquet}: {self._count()} rows in {len(paths)} files; pictures: column "
             f"{self.image_column}, captions: column {self._captions(paths[0])}"
         ]
+
+    def stored(self) -> int:
+        return bytes_of(self._paths())
 
     def epoch(self) -> int:
         return max(0, self._count() - self.validation)

@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from trainer.data.source import Dataset, Needs, Source
+from trainer.data.source_checks import bytes_of
 from trainer.data.source_options import Buckets, OnBad
 from trainer.data.tars.count import count_samples
 from trainer.data.tars.reader import Opening, check_usable, split
@@ -68,6 +69,9 @@ class Shards(Source):
     def count(self) -> int:
         """How many samples there are, by their manifest or the names of their members."""
         return count_samples(self.shards, self.ignore)
+
+    def stored(self) -> int:
+        return bytes_of(tars_of(self.shards))
 
     def epoch(self) -> int:
         return max(0, self.count - self.validation)

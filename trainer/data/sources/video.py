@@ -24,17 +24,16 @@ from pydantic import Field, field_validator, model_validator
 
 from trainer.data.mixed import Mixed, Stills
 from trainer.data.source import Caption, Dataset, Needs, Source
-from trainer.data.source_checks import check_split, has_caption
+from trainer.data.source_checks import bytes_of, check_split, has_caption
 from trainer.data.source_options import OnBad
 from trainer.data.sources.folder import Folder
 from trainer.data.tars.count import count_samples
-from trainer.data.tars.manifest import metadata_of
 from trainer.data.tars.reader import Tars
 from trainer.data.tars.shard_checksums import holds_tars, load_manifest, tars_of
+from trainer.data.video_captions import caption_beside, no_caption
 from trainer.data.video_clips import CaptionedVideo, VideoClips, Window
-from trainer.media.frame_folders import examine_frames, list_frame_folders
+from trainer.media.frame_folders import examine_frames, frames_in, list_frame_folders
 from trainer.media.images import ImageError
-from trainer.media.read_caption import read_caption
 from trainer.media.read_video import VideoFacts, examine, list_videos
 
 
@@ -139,8 +138,8 @@ class Video(Source):
         paths = self._paths()
         check_split(self.validation, len(paths), f"videos in {self.video}")
         for path in paths:
-            if self.prompt is None and not has_caption(path, _beside):
-                raise _no_caption(path)
+            if self.prompt is None and not has_caption(path, caption_beside):
+                raise no_caption(path)
         return self
 
     def idle(self) -> dict[str, str]:
@@ -160,6 +159,12 @@ class Video(Source):
         in_tars = holds_tars(self.video)
         return count_samples(self.video, self.ignore) if in_tars else len(self._paths())
 
+    def stored(self) -> int:
+        paths = tars_of(self.video) if holds_tars(self.video) else self._paths()
+        own = [file for path in paths for file in (frames_in(path) if path.is_dir() else [path])]
+        stills = 0 if self.stills is None else Folder(folder=self.stills).stored()
+        return bytes_of(own) + stills
+
     def epoch(self) -> float:
         """A clip of every video once, beside the share of images."""
         return max(0, self.count - self.validation) / (1 - self.images)
@@ -170,7 +175,7 @@ class Video(Source):
         elif not holds_tars(self.video):
             for path in self._paths():
                 with suppress(ImageError):  # `open` reports or skips it
-                    if (text := _beside(path)) is not None:
+                    if (text := caption_beside(path)) is not None:
                         yield f"the caption of {path}", text, None
         if self.stills is not None:
             yield from Folder(folder=self.stills).captions()
@@ -216,9 +221,9 @@ class Video(Source):
         bad: list[str] = []
         for path in self._paths():
             try:
-                caption = self.prompt or _beside(path)
+                caption = self.prompt or caption_beside(path)
                 if caption is None:
-                    raise _no_caption(path)
+                    raise no_caption(path)
                 facts = self._long_enough(self._examine(path), path.name)
                 videos.append(CaptionedVideo(path.name, caption, facts=facts, source=path))
             except ImageError as error:
@@ -251,7 +256,7 @@ class Video(Source):
             return []
         paths = self._paths()
         folders = sum(path.is_dir() for path in paths)
-        beside = 0 if self.prompt else sum(has_caption(path, _beside) for path in paths)
+        beside = 0 if self.prompt else sum(has_caption(path, caption_beside) for path in paths)
         captions = f"{beside} beside them" if beside else "one for all, data.prompt"
         said = [
             f"{self.video}: {len(paths) - folders} videos, {folders} folders of frames; captions: "
@@ -299,22 +304,3 @@ class Video(Source):
         """`facts`; raises ImageError if the video is too short for a clip."""
         self._window(self.start).starts(facts, name)
         return facts
-
-
-def _beside(path: Path) -> str | None:
-    """The caption in the .txt beside a video, else in the .json; None without either file."""
-    caption, data = read_caption(path), path.with_suffix(".json")
-    if caption is not None or not data.is_file():
-        return caption
-    found = metadata_of(data.read_bytes(), path.stem).get("caption")
-    if not isinstance(found, str):
-        raise ImageError(f"{data.name} has no caption; add one, or write {path.stem}.txt beside it")
-    return found.strip()
-
-
-def _no_caption(path: Path) -> ValueError:
-    return ValueError(
-        f"no caption for {path}: write it into {path.name if path.is_dir() else path.stem}.txt "
-        "beside it, or set "
-        "data.prompt, one caption for all videos"
-    )
