@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from trainer.backbones.prompt_tokens import prompt_length
 from trainer.backbones.vae import scale_latents, unscale_latents
 from trainer.backbones.weight_files import weight_files
 from trainer.config.lineage import backbone_spec
@@ -222,9 +223,9 @@ def test_scaling_and_shift_are_those_of_the_config(tiny: Any) -> None:
     torch.testing.assert_close(tiny.latents(moments, torch.zeros_like(z)), (z - 0.5) * 0.25)
 
 
-@pytest.mark.parametrize("length", [None, 77, 10**30, 8])
+@pytest.mark.parametrize("length", [None, 77, 10**30, 1e30, 8, "8", "many", 0, -1])
 def test_a_tokenizer_has_no_more_tokens_than_the_encoder_has_positions(
-    length: int | None, copy: Path, open_folder: Open
+    length: int | float | str | None, copy: Path, open_folder: Open
 ) -> None:
     """The shipped text encoder has 32 positions."""
     path = copy / "tokenizer" / "tokenizer_config.json"
@@ -232,7 +233,8 @@ def test_a_tokenizer_has_no_more_tokens_than_the_encoder_has_positions(
     config.pop("model_max_length")
     path.write_text(json.dumps(config if length is None else config | {"model_max_length": length}))
     loaded = open_folder(copy)
-    wanted = min(length or 32, 32)
+    wanted = 8 if length in (8, "8") else 32
+    assert prompt_length(backbone_spec(str(copy))) == wanted
     assert loaded.text_length == loaded.tokenizer.model_max_length == wanted
     condition = loaded.encode_prompts(["a fox " * 40, "a cat"])
     assert condition.tokens.shape == (2, wanted, 128)

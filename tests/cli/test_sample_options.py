@@ -78,11 +78,14 @@ def test_size(word: str, size: tuple[int, int], tiny_folder: Path, capsys: Print
         (["strength=2", "image=a.png"], "strength=2: a number is needed, above 0 and at most 1"),
         (["image=a.png", "frames=2"], "image= begins a picture, and source= a clip"),
         (["image=none.png"], "none.png: no such file"),
+        (["out=fox.png"], "out='fox.png': pictures and clips are named by their prompts and seeds"),
+        (["out=there.txt"], "out='there.txt': this is a file; name the folder to write into"),
         (["batch=0"], "batch=0: a whole number is needed, at least 1"),
         (["from=none.png"], "none.png: no such file"),
     ],
 )
 def test_refusals(words: list[str], says: str, tiny_folder: Path, capsys: Printed) -> None:
+    Path("there.txt").touch()
     assert says in refused(capsys, f"backbone={tiny_folder}", "prompt=a fox", *words)
     assert not Path("samples").exists()
 

@@ -182,6 +182,13 @@ CASES = [
     ),
     Case(
         "peft",
+        "LoRA, a start that is not known here",
+        with_field("init_lora_weights", "start_of_tomorrow"),
+        RENAMED,
+        "init_lora_weights=start_of_tomorrow, a start that is not known here; it may",
+    ),
+    Case(
+        "peft",
         "CorDA",
         with_field("init_lora_weights", "corda"),
         RENAMED,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from trainer.backbones.family import tokenizer_name
+from trainer.backbones.prompt_reader import UNLIMITED, length_in
 from trainer.backbones.single_file import part_of_file, read_single_file
 from trainer.backbones.small_files import cached, fetch_small, small_files
 from trainer.backbones.unread_tokenizer import has_vocabulary, unread_tokenizer
@@ -228,8 +229,9 @@ def limit_length(tokenizer: Any, encoder: Any) -> None:
     """A tokenizer gives no more tokens than its text encoder has positions, whatever its own files
     say; those of some folders say nothing, which the library takes for 1e30."""
     positions = getattr(encoder.config, "max_position_embeddings", None)
-    if positions is not None:
-        tokenizer.model_max_length = min(int(tokenizer.model_max_length), int(positions))
+    own = length_in(tokenizer.model_max_length)
+    known = [length for length in (own, positions) if length is not None]
+    tokenizer.model_max_length = min(known, default=UNLIMITED)
 
 
 def pipeline_folder(spec: BackboneSpec, name: str, parts: Sequence[str]) -> PipelineFolder:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.common.added_words import single_word
+
+UNLIMITED = 10**30  # as transformers has it
+MOST = 10**9  # more tokens than this are no limit
 
 
 @dataclass(frozen=True)
@@ -55,3 +59,12 @@ class PromptReader:
     def enough(self, count: int) -> int:
         """The smallest text.max_tokens that reads so many tokens."""
         return -(-count // self.chunk) * self.chunk
+
+
+def length_in(value: Any) -> int | None:
+    """A number of tokens as files have it, some of them as text; None for one that is no limit."""
+    try:
+        found = int(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return found if 0 < found < MOST else None

@@ -14,7 +14,7 @@ from trainer.backbones.class_names import class_names
 from trainer.backbones.families import find_family
 from trainer.backbones.family import tokenizer_name
 from trainer.backbones.folder_facts import file_of_part, read_part
-from trainer.backbones.prompt_reader import PromptReader
+from trainer.backbones.prompt_reader import PromptReader, length_in
 from trainer.backbones.word_vectors import with_all_vectors
 from trainer.common.added_words import single_word
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 CLIP_WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
-UNLIMITED = 10**9  # transformers' length of a tokenizer that says none
 
 
 def lower_but(prompt: str, added: Collection[str]) -> str:
@@ -80,8 +79,7 @@ def prompt_length(spec: BackboneSpec) -> int | None:
         find_family(spec.family).prompt_lengths.get(pipeline),
         encoder.get("max_position_embeddings") if _is_clip(encoder) else None,
     ]
-    known = [int(length) for length in lengths if length is not None and length < UNLIMITED]
-    return min(known) if known else None
+    return min(filter(None, map(length_in, lengths)), default=None)
 
 
 def _reader(spec: BackboneSpec) -> str:

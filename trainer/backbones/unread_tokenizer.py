@@ -9,8 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from trainer.backbones.prompt_reader import UNLIMITED, length_in
+
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
-UNLIMITED = 10**30  # as transformers has it
 
 
 def has_vocabulary(where: Path) -> bool:
@@ -24,7 +25,7 @@ class UnreadTokenizer:
     unk_token_id = pad_token_id = bos_token_id = eos_token_id = None
 
     def __init__(self, options: Mapping[str, Any], count: int) -> None:
-        self.model_max_length = int(options.get("model_max_length") or UNLIMITED)
+        self.model_max_length = length_in(options.get("model_max_length")) or UNLIMITED
         self._count, self._words, self._added = count, dict[str, int](), dict[str, int]()
 
     def __len__(self) -> int:

@@ -29,7 +29,7 @@ from trainer.cli.repeat_picture import (
     read_picture,
 )
 from trainer.cli.sample_files import SampleJob, check_fit, written
-from trainer.cli.sample_partners import refuse_idle_options
+from trainer.cli.sample_partners import as_folder, refuse_idle_options
 from trainer.cli.sample_source import VideoSource, file_facts, image_of, source_of
 from trainer.common.field_words import Called
 from trainer.common.paths import bare_name
@@ -165,6 +165,11 @@ class SampleOptions(Options):
                 "give one side as in 512, or width x height as in 768x512, each at least 16"
             )
         return size
+
+    @field_validator("out")
+    @classmethod
+    def _is_a_folder(cls, out: Path) -> Path:
+        return as_folder(out)
 
     @model_validator(mode="after")
     def _agree(self) -> SampleOptions:

@@ -1,14 +1,30 @@
-"""Options of `sample` that have no effect because another one is not as they need it."""
+"""Options of `sample` that have no effect because another one is not as they need it, and a folder
+that cannot be one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 NEEDED = {
     "strength": ("image", "it is how much of a picture changes; give image= too"),
     "start": ("source", "it says how a clip of source= begins; give source= too"),
 }
+
+FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4")
+
+
+def as_folder(out: Path) -> Path:
+    """`out`; raises ValueError where it is a file, or is called as one."""
+    if out.is_file():
+        raise ValueError("this is a file; name the folder to write into")
+    if out.suffix.lower() in FILES and not out.exists():
+        raise ValueError(
+            "pictures and clips are named by their prompts and seeds; name the folder to write "
+            f"into, as in out={out.stem}"
+        )
+    return out
 
 
 def refuse_idle_options(given: Mapping[str, Any]) -> None:

@@ -59,10 +59,14 @@ def check_fields(fields: Fields) -> None:
     start = _start(fields)
     if start not in (*KEEPING, "pissa", "olora"):
         kind = next((name for name in STARTS if start.startswith(name)), None)
-        what = STARTS[kind] if kind else f"a start that is not known here ({CONVERT})"
+        if kind is None:
+            raise ValueError(
+                f"the adapter has init_lora_weights={start}, a start that is not known here; it "
+                f"may have changed the model's own weights ({CONVERT})"
+            )
         raise ValueError(
             f"the adapter has init_lora_weights={start}, which changed the model's own weights: it "
-            f"needs {what}"
+            f"needs {STARTS[kind]}"
         )
     for name, what in OTHERS.items():
         if fields.get(name):
