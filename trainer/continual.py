@@ -24,7 +24,7 @@ from trainer.evaluation.examiner import Examiner, mean
 from trainer.evaluation.judge import Judge, judge_folder
 from trainer.evaluation.shares import Share, percent
 from trainer.runs.adapter import load_adapted, load_base
-from trainer.runs.run_folder import folder_for, is_finished, note_event, write_text
+from trainer.runs.run_folder import folder_for, is_finished, made, note_event, write_text
 from trainer.training.build import needs, placement_of
 from trainer.training.console import console, problem_of, say
 from trainer.training.fit import fit
@@ -44,10 +44,9 @@ def run_continual(recipe: Recipe, folder: Path | None = None) -> Path:
     Raises:
         ValueError: the folder holds another sequence of concepts, or there is no judge.
     """
-    spec, folder = recipe.continual, folder or folder_for(recipe)
-    folder.mkdir(parents=True, exist_ok=True)
+    spec, folder = recipe.continual, made(folder or folder_for(recipe))
     rows = _read(folder / "continual.json", recipe)
-    judge = Judge(_judge_folder(recipe), placement_of(recipe.run)) if spec.images else None
+    judge = Judge(judge_of(recipe), placement_of(recipe.run)) if spec.images else None
     examiners: list[Examiner] = []
     if judge is not None and len(rows) < len(spec.concepts):
         examiners = _examiners(recipe, judge)
@@ -166,7 +165,8 @@ def _asked(recipe: Recipe) -> dict[str, Any]:
     return {**own, **{f"evaluate.{name}": value for name, value in how.items()}}
 
 
-def _judge_folder(recipe: Recipe) -> Path:
+def judge_of(recipe: Recipe) -> Path:
+    """The folder of the judge; raises ValueError where there is none."""
     return judge_folder(
         recipe.continual.judge,
         recipe.backbone.folder,

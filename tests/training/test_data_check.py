@@ -156,6 +156,34 @@ def test_check_and_fit_refuse_the_same(given: Any, tmp_path: Path, capsys: Any) 
     assert said[0][0] and CASES[given] in said[0][1]
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["run.out=there.txt"], "there.txt: this is a file, where a run needs a folder"),
+        (["run.device=cuda:7"], "finds no such device"),
+    ],
+)
+def test_what_the_machine_has_not(
+    words: list[str], says: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there.txt").touch()
+    for verb in ("check", "fit"):
+        assert main([verb, *BASE, *words]) and says in capsys.readouterr().err
+
+
+def test_concepts_in_a_row_need_a_judge(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = photos(tmp_path / "p")
+    for path in folder.glob("*.txt"):
+        path.unlink()
+    words = ["recipe=c_lora", f"backbone={tiny_folder}", f"continual.concepts=[{folder},{folder}]",
+             "continual.class_words=[cup,cup]", "data.prior_weight=0"]  # fmt: skip
+    for verb in ("check", "fit"):
+        assert main([verb, *words, f"run.out={tmp_path / 'runs'}"])
+        assert "the backbone has no judge of its own" in capsys.readouterr().err
+    assert main(["check", *words, "continual.images=0"]) == 0
+
+
 def test_what_is_skipped_is_said(tmp_path: Path, capsys: Any) -> None:
     folder = photos(tmp_path / "p", good=2, bad=1)
     words = [*BASE, *PLAIN, "data.source=folder", f"data.folder={folder}", "data.on_bad=skip"]

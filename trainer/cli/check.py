@@ -9,7 +9,7 @@ from trainer.cli.options import RecipeOptions, quiet_libraries, split_options
 from trainer.config.load import load_recipe, recipe_names
 from trainer.config.schema import Recipe, RecipeError
 from trainer.runs.resume_check import check_folder
-from trainer.runs.run_folder import folder_for
+from trainer.runs.run_folder import check_place, folder_for
 from trainer.training.data_check import check_data
 
 # what decides whether methods fit a backbone
@@ -34,6 +34,8 @@ def run(words: list[str]) -> int:
         print(line)
     if loaded.run.id is not None and not loaded.continual.concepts:
         check_folder(folder_for(loaded), loaded)
+    check_place(folder_for(loaded))
+    _check_machine(loaded)
     for line in check_data(loaded):
         print(line)
     if not options.plan:
@@ -52,6 +54,21 @@ def run(words: list[str]) -> int:
         return 0
     _show_plan(loaded)
     return 0
+
+
+def _check_machine(recipe: Recipe) -> None:
+    """Refuses a device or precision that this machine has not, and concepts that no judge is there
+    for. Where the recipe names none of them, torch is not needed."""
+    run, continual = recipe.run, recipe.continual
+    if run.device != "auto" or run.precision not in ("auto", "fast"):
+        from trainer.backbones.device import choose_placement
+
+        choose_placement(run.device, run.precision)
+    if continual.concepts and continual.images:
+        quiet_libraries()
+        from trainer.continual import judge_of
+
+        judge_of(recipe)
 
 
 def _show_plan(recipe: Recipe) -> None:

@@ -49,6 +49,23 @@ def folder_for(recipe: Recipe) -> Path:
     return recipe.run.out / Path(recipe.name).stem / name
 
 
+def made(folder: Path) -> Path:
+    """The run folder, made where there is none; raises ValueError as `check_place`."""
+    check_place(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def check_place(folder: Path) -> None:
+    """Raises ValueError where a file has the name of a run folder or of a folder above it."""
+    found = next((place for place in (folder, *folder.parents) if place.exists()), None)
+    if found is not None and not found.is_dir():
+        raise ValueError(
+            f"{found}: this is a file, where a run needs a folder; give another run.out, or "
+            "run=<folder>"
+        )
+
+
 def step_name(step: int) -> str:
     """What the folders of a step's checkpoint and previews are called: step-000300."""
     return f"step-{step:06d}"

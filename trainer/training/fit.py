@@ -10,7 +10,14 @@ from trainer.backbones.device import place
 from trainer.config.schema import Recipe
 from trainer.data.loader import Planned, loader
 from trainer.runs.adapter import load_base, save_adapter
-from trainer.runs.run_folder import folder_for, is_finished, locked, note_event, recipe_header
+from trainer.runs.run_folder import (
+    folder_for,
+    is_finished,
+    locked,
+    made,
+    note_event,
+    recipe_header,
+)
 from trainer.training.build import (
     adapt,
     checks,
@@ -52,7 +59,7 @@ def fit(recipe: Recipe, folder: Path | None = None) -> Path:
     if is_finished(folder, recipe):
         say(f"{folder}: this run is finished; another run.id or run= starts a new one")
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    made(folder)
     with locked(folder) if first_rank() else nullcontext():
         _fit(recipe, folder)
     return folder
