@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tars import pack
 
@@ -17,6 +18,7 @@ from trainer.media.write_video import encode_video
 from trainer.training import data_check
 
 BASE = ["recipe=lora", "methods.lora.rank=2", "run.steps=1", "tracker=none", "preview.every=0"]
+ABSENT = "cuda" if torch.backends.mps.is_available() else "mps"  # no machine has both
 PLAIN = ["methods.new_token=null"]  # no word is trained
 
 
@@ -160,7 +162,7 @@ def test_check_and_fit_refuse_the_same(given: Any, tmp_path: Path, capsys: Any) 
     ("words", "says"),
     [
         (["run.out=there.txt"], "there.txt: this is a file, where a run needs a folder"),
-        (["run.device=cuda:7"], "finds no such device"),
+        ([f"run.device={ABSENT}"], "finds no such device"),
     ],
 )
 def test_what_the_machine_has_not(

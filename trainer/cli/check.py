@@ -10,7 +10,7 @@ from trainer.config.load import load_recipe, recipe_names
 from trainer.config.schema import Recipe, RecipeError
 from trainer.runs.resume_check import check_folder
 from trainer.runs.run_folder import check_place, folder_for
-from trainer.training.data_check import check_data
+from trainer.training.data_check import check_by_opening
 
 # what decides whether methods fit a backbone
 DECIDE = ("backbone", "denoiser", "methods", "objective", "optim")
@@ -36,7 +36,7 @@ def run(words: list[str]) -> int:
         check_folder(folder_for(loaded), loaded)
     check_place(folder_for(loaded))
     _check_machine(loaded)
-    for line in check_data(loaded):
+    for line in check_by_opening(loaded):
         print(line)
     if not options.plan:
         unknown = _unknown(loaded)

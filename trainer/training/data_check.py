@@ -16,7 +16,7 @@ from trainer.training.caption_check import check_captions
 MOST = 2**27  # bytes of files that are decoded; of photos about five seconds, of films a minute
 
 
-def check_data(recipe: Recipe) -> list[str]:
+def check_by_opening(recipe: Recipe) -> list[str]:
     """What is to be said of the data of a recipe, or of each of its `continual.concepts`.
 
     Class images are not generated. Files of more than `MOST` bytes are counted and not decoded,
