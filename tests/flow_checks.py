@@ -3,6 +3,7 @@ folder and the stock pipeline, and the tests of the family call these."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from trainer.attention.call import SiteCall
 from trainer.attention.op import Traits
+from trainer.backbones.prompt_tokens import prompt_length
+from trainer.config.lineage import backbone_spec
 from trainer.config.load import load_recipe, methods_of
 from trainer.data.loader import Batch
 from trainer.diffusion.objective import Objective
@@ -101,6 +104,15 @@ def text_lies_where_declared(model: Any) -> None:
     wanted = torch.zeros_like(changed)
     wanted[text] = True
     assert 0 < int(wanted.sum()) < len(wanted) and torch.equal(changed, wanted)
+
+
+def prompts_are_counted_before_loading(model: Any, folder: Path, tokenizer: str) -> None:
+    """As the loaded model counts them, though the tokenizer's own file names no length; folder: a
+    copy that may be changed."""
+    file = folder / tokenizer / "tokenizer_config.json"
+    own = json.loads(file.read_text())
+    file.write_text(json.dumps(own | {"model_max_length": int(1e30)}))
+    assert prompt_length(backbone_spec(str(folder))) == model.prompts.length
 
 
 def batch_of(step: int = 0, words: str = "a <v1> fox") -> Batch:

@@ -21,6 +21,7 @@ from trainer.attention.dispatch import HOSTED, HostedLayer
 from trainer.attention.host import Host
 from trainer.attention.op import Traits
 from trainer.attention.sites import require, select
+from trainer.attention.spans import Spans
 
 every_model = pytest.mark.parametrize("name", JOINT_MODELS)
 
@@ -625,6 +626,26 @@ def test_a_number_of_tokens_changes_only_where_positions_allow_it() -> None:
         output(model, case)
 
 
+def test_positions_that_a_block_gives_by_place_are_seen() -> None:
+    """Wan's blocks call self-attention as attn1(tokens, None, None, positions)."""
+    model, _, case = hosted("wan", Op("tokens", lambda x, call: x[:, ::2]), "self")
+    with pytest.raises(ValueError, match="its position by its number; choose other sites"):
+        output(model, case)
+
+
+def test_spans_are_known_before_the_first_attention_call() -> None:
+    seen: list[Any] = []
+
+    def look(x: Tensor, call: SiteCall) -> Tensor:
+        seen.append((call.part, call.spans(24 if "single" in call.site.name else 16)))
+        return x
+
+    model, _, case = hosted("flux", Op("tokens", look))
+    output(model, case)
+    image, both = (Spans(slice(*a), slice(*b)) for a, b in (((0, 16), (0, 0)), ((8, 24), (0, 8))))
+    assert seen == [(-1, image), (-1, both)]
+
+
 def test_a_layer_that_no_longer_attends_is_reported() -> None:
     class Silent:
         def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -664,8 +685,12 @@ def test_attention_dropout_is_no_kernels_business() -> None:
 
     model = nn.ModuleDict({"layer": Dropped()})
     host = Host.attach(model, DenoiserTraits(joint=()))
-    host.install(Op("kernel", IDENTITY["kernel"]), host.sites)
-    with pytest.raises(ValueError, match=r"without dropout, and 'layer' drops 0\.5 of it"):
+    before = Op("tokens", IDENTITY["tokens"], owner="before")
+    before.name = "before"
+    for op in (before, Op("kernel", IDENTITY["kernel"], owner="mine")):
+        host.install(op, host.sites)
+    why = r"methods\.mine computes attention without dropout, and 'layer' drops 0\.5 of it"
+    with pytest.raises(ValueError, match=why):
         model["layer"](torch.randn(1, 3, 4))
 
 

@@ -141,3 +141,8 @@ def test_the_backbone_of_the_hub_is_pinned() -> None:
 
 def test_text_lies_where_it_is_declared(model: Any) -> None:
     checks.text_lies_where_declared(model)
+
+
+def test_prompts_are_counted_before_loading(model: Any, case: checks.Case, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(case.folder, tmp_path / "copy"))
+    checks.prompts_are_counted_before_loading(model, folder, "tokenizer")

@@ -513,8 +513,9 @@ def test_what_makes_clips_of_pictures_is_refused(
     assert {"animatediff", "tune_a_video", "text2video_zero", "pix2video", "vdm"} <= set(INFLATING)
     for family, network in (("wan", "Wan"), ("cogvideox", "CogVideoX"), ("ltx", "LTXVideo")):
         model = open_folder(folders(family))
-        text = f"methods.{method}: it makes clips with a .*{network}Transformer3DModel is a model "
-        with pytest.raises(ValueError, match=f"{text}of clips: .* a backbone of pictures"):
+        text = f"methods.{method}: it needs every frame of a clip as a row of the batch, and "
+        why = f"{text}{network}.*Transformer3DModel has frames as tokens"
+        with pytest.raises(ValueError, match=f"{why}, so it is a model of clips; choose a back"):
             apply_methods(model, {method: find_method(method)()})
 
 

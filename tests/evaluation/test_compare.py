@@ -194,6 +194,7 @@ def test_what_cannot_be_compared_is_refused_by_name(
     boats = drawn(tmp_path / "boats", "sailboat")
     cases: dict[str, tuple[dict[str, Any], str]] = {
         "guided": ({"evaluate": {**tree["evaluate"], "guidance": 3}}, "evaluate.guidance is 3.0"),
+        "truly": ({"evaluate": {**tree["evaluate"], "true_guidance": 3}}, "true_guidance is 3.0"),
         "prompted": ({"evaluate": {**tree["evaluate"], "alone": ["a {token}"]}}, "other prompts"),
         "pictured": ({"data": {**tree["data"], "concept": str(boats)}}, "show other pictures"),
         "founded": ({"backbone": str(other_folder)}, "which differ in unet; compare runs on one"),

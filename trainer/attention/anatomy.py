@@ -5,14 +5,14 @@ of diffusers."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from trainer.attention.denoiser_traits import DenoiserTraits
-from trainer.attention.sites import patch_size, scan, unet_divisors
+from trainer.attention.sites import Site, patch_size, scan, unet_divisors
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,15 @@ def is_unet(denoiser: nn.Module) -> bool:
     return hasattr(denoiser, "down_blocks") and hasattr(denoiser, "up_blocks")
 
 
+def refuse_joint(denoiser: nn.Module, sites: Iterable[Site]) -> None:
+    """Raises `ValueError` where image and text share a sequence."""
+    if any(site.kind == "joint" for site in sites):
+        raise ValueError(
+            f"the blocks of {type(denoiser).__name__} return image and text, and layers through "
+            "time take images alone; choose a backbone without joint attention"
+        )
+
+
 def _unet_blocks(denoiser: nn.Module) -> Iterator[tuple[str, Any]]:
     unet: Any = denoiser
     for name in ("down_blocks", "up_blocks"):
@@ -188,12 +197,9 @@ def _transformer_blocks(denoiser: nn.Module) -> list[InsertionPoint]:
             "blocks; choose another backbone"
         )
     widths: dict[str, int] = {}
-    for site in scan(denoiser):
-        if site.kind == "joint":
-            raise ValueError(
-                f"the blocks of {type(denoiser).__name__} return image and text, and layers "
-                "through time take images alone; choose a backbone without joint attention"
-            )
+    sites = scan(denoiser)
+    refuse_joint(denoiser, sites)
+    for site in sites:
         block = ".".join(site.name.split(".")[:2])
         widths.setdefault(block, site.projection("q").in_features)
     divisor = patch_size(denoiser)

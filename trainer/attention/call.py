@@ -28,17 +28,9 @@ class SiteCall:
         # a few layers compute several softmax attentions in one run, such as over text and over a
         # picture: the number of the one that runs, 0 for the first, -1 before it
         self.part = 0
+        # what q k^T is multiplied with, as the layer calls it; None: head_dim ** -0.5
+        self.scale = site.scale
         self._scratch: dict[str, dict[str, Any]] = {}
-        self._called_with: tuple[float | None, ...] = ()
-
-    @property
-    def scale(self) -> float | None:
-        """What q k^T is multiplied with, as the layer calls it; None: head_dim ** -0.5."""
-        return self._called_with[0] if self._called_with else self.site.scale
-
-    @scale.setter
-    def scale(self, scale: float | None) -> None:
-        self._called_with = (scale,)
 
     def scratch(self, op: Op) -> dict[str, Any]:
         """What this op has kept in earlier stages of this run; empty at first."""

@@ -88,8 +88,9 @@ def completed(ctx: StepContext | None, call: Mapping[str, Any], training: bool) 
     `call` maps argument names of the denoiser's forward to values.
     """
     sample = _sample(call)  # b c h w, or b c f h w; b n c where the tokens come packed
-    grid = isinstance(sample, Tensor) and sample.ndim > 3
-    size = (sample.shape[-2], sample.shape[-1]) if isinstance(sample, Tensor) and grid else None
+    size: tuple[int, int] | None = None
+    if isinstance(sample, Tensor) and sample.ndim > 3:
+        size = (sample.shape[-2], sample.shape[-1])
     words = call.get("encoder_hidden_states")
     tokens = words.shape[1] if isinstance(words, Tensor) and words.ndim == 3 else None
     if ctx is not None:

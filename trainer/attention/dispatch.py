@@ -26,7 +26,7 @@ from torch import Tensor
 from trainer.attention.attention_calls import AttentionCalls
 from trainer.attention.context import ContextHolder
 from trainer.attention.layer_run import LayerRun
-from trainer.attention.op import Op, by_stage, label
+from trainer.attention.op import Op, by_stage, has_stage, label
 from trainer.attention.stages import AT_CALL, run_block, run_stages
 
 if TYPE_CHECKING:
@@ -133,19 +133,23 @@ class HostedLayer:
 
     def _refuse(self, call: SiteCall, query: Tensor, dropout: float) -> None:
         """Refuses calls in which an op could not know what it sees."""
-        op = self.ops[0]
+        who = self._first_at(AT_CALL)
         if query.ndim != 4:
             raise ValueError(
-                f"{label(op)} needs queries of each head (b, h, n, d), and {self.site.name!r} "
+                f"{who} needs queries of each head (b, h, n, d), and {self.site.name!r} "
                 f"attends with {query.ndim} axes; choose other sites"
             )
         if call.lengths is not None and query.shape[0] < call.lengths.rows:
             raise ValueError(
-                f"{label(op)} acts on whole batches, and {self.site.name!r} attends row by row; "
+                f"{who} acts on whole batches, and {self.site.name!r} attends row by row; "
                 "choose other sites"
             )
-        if dropout and any(self.stages[stage] for stage in ("kernel", "scores", "probs")):
+        if dropout and (who := self._first_at(("kernel", "scores", "probs"))):
             raise ValueError(
-                f"{label(op)} computes attention without dropout, and {self.site.name!r} drops "
+                f"{who} computes attention without dropout, and {self.site.name!r} drops "
                 f"{dropout} of it; set the model's attention dropout to 0"
             )
+
+    def _first_at(self, stages: tuple[str, ...]) -> str:
+        """The first op here that has one of these stages, as a user knows it; empty for none."""
+        return next((label(op) for op in self.ops if any(has_stage(op, s) for s in stages)), "")

@@ -43,8 +43,7 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
-    named = list(model.named_modules())
-    for name, module in named:
+    for name, module in model.named_modules():
         # an op registered under a site may hold projections of its own: they are no site
         if not name or name.startswith(inside) or not _attends(module):
             continue

@@ -70,6 +70,15 @@ class Host:
         """Whether an op needs gradients where a sampler would run without."""
         return any(op.traits.grad for p in self.processors.values() for op in p.ops)
 
+    def require_rows(self, who: str) -> None:
+        """Raises `ValueError` for who needs frames as rows, where the model has them as tokens."""
+        if self.traits.layout != "rows":
+            raise ValueError(
+                f"{who} needs every frame of a clip as a row of the batch, and "
+                f"{type(self.denoiser).__name__} has frames as tokens, so it is a model of clips; "
+                "choose a backbone of images"
+            )
+
     def install(self, op: Op, sites: Sequence[Site]) -> None:
         """Adds an op to sites; an op that is an `nn.Module` becomes `<site>.<op.name>`.
 
@@ -78,11 +87,8 @@ class Host:
         """
         if not sites:
             raise ValueError(f"op {op.name!r} was given no site; widen its selector")
-        if op.traits.frames and self.traits.layout != "rows":
-            raise ValueError(
-                f"{label(op)} needs every frame of a clip as a row of the batch, and this model "
-                "has frames as tokens; choose a backbone of images"
-            )
+        if op.traits.frames:
+            self.require_rows(label(op))
         hosted = [self._hosted(site) for site in sites]
         for processor in hosted:
             if not any(other is op for other in processor.ops):
@@ -151,9 +157,10 @@ class Host:
         processor = getattr(module, "processor", None)
         if isinstance(processor, HostedProcessor):
             return processor
-        if own is not None and (own.ops or not is_classic(module, self.traits)):
+        classic = is_classic(module, self.traits)
+        if own is not None and (own.ops or not classic):
             return own
-        if is_classic(module, self.traits):
+        if classic:
             if own is not None:
                 own.release()
             if known is None or known.site.module is not module or isinstance(known, HostedLayer):

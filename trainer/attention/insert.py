@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
+from trainer.attention.anatomy import refuse_joint
 from trainer.attention.errors import TakenError
 from trainer.attention.host import Host
 from trainer.attention.insertion import Insertion, Item, inserted_after
@@ -34,19 +35,12 @@ def insert(model: AttentionModel, items: Sequence[Item], owner: str, trains: boo
 
     Raises:
         TakenError: another method has inserted something after one of these modules.
-        ValueError: the denoiser has a module of that name already.
+        ValueError: the denoiser has a module of that name already, frames as tokens, or joint
+        attention.
     """
-    denoiser, traits = model.denoiser, model.host.traits
-    if traits.layout != "rows":
-        raise ValueError(
-            "the denoiser has frames as tokens, so it is a model of clips; choose a backbone of "
-            "images"
-        )
-    if any(site.kind == "joint" for site in model.host.sites):
-        raise ValueError(
-            "the denoiser's blocks return image and text, and layers through time take images "
-            "alone; choose a backbone without joint attention"
-        )
+    denoiser, host = model.denoiser, model.host
+    host.require_rows("what is inserted")
+    refuse_joint(denoiser, host.sites)
     modules = dict(denoiser.named_modules())
     for item in items:
         for other in inserted_after(modules[item.after]):
@@ -64,7 +58,7 @@ def insert(model: AttentionModel, items: Sequence[Item], owner: str, trains: boo
         _register(denoiser, item.path, item.block)
         Insertion(modules[item.after], item, owner=owner, trains=trains)
     inside = tuple(f"{item.path}." for item in items)
-    host = Host.attach(denoiser, traits)  # this also sets the context holders
+    host = Host.attach(denoiser, host.traits)  # this also sets the context holders
     return [site.name for site in host.sites if site.name.startswith(inside)]
 
 

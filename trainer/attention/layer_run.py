@@ -16,7 +16,7 @@ from trainer.attention.call import SiteCall
 from trainer.attention.find_attention import text_argument
 from trainer.attention.op import label
 from trainer.attention.projections import context_roles
-from trainer.attention.spans import Lengths, image_and_text
+from trainer.attention.spans import Lengths, spans_of
 from trainer.attention.stages import Stages
 
 if TYPE_CHECKING:
@@ -123,14 +123,11 @@ class LayerRun:
 
     def _image(self, x: Tensor) -> slice:
         """The image in a stream that may also hold the text."""
-        lengths = self.call.lengths
-        if self.site.kind != "joint" or (lengths is not None and lengths.text is not None):
+        if self.site.kind != "joint":
             return slice(0, x.shape[1])
-        if lengths is None:
-            raise ValueError(f"{self.site.name!r} was called without tokens")
-        image, text = image_and_text(self.site, self.call.ctx, lengths)
-        assert self.site.joint is not None
-        return slice(text, text + image) if self.site.joint.text_first else slice(0, image)
+        call = self.call
+        found = spans_of(x.shape[1], site=self.site, ctx=call.ctx, lengths=call.lengths, keys=False)
+        return found.image
 
     def _argument(self, name: str) -> Any:
         index = self.names.index(name)

@@ -202,7 +202,7 @@ def patch_size(model: nn.Module) -> int | None:
     """Latents along an edge of a transformer's token; of (frames, height, width), along the
     height."""
     patch = getattr(getattr(model, "config", None), "patch_size", None)
-    if isinstance(patch, (list, tuple)) and patch and patch[-1] == patch[len(patch) - 2]:
+    if isinstance(patch, (list, tuple)) and len(set(patch[-2:])) == 1:
         patch = patch[-1]
     return patch if isinstance(patch, int) else None
 

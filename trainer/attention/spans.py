@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trainer.attention.grid import latent_grid
+
 if TYPE_CHECKING:
     from trainer.attention.context import StepContext
     from trainer.attention.sites import Site
@@ -45,7 +47,10 @@ def spans_of(
         _refuse_unforeseen(site)
         return Spans(image=everything, text=nothing)
     if lengths is None:
-        raise ValueError(f"{site.name!r} has spans only while the layer runs")
+        raise ValueError(
+            f"which tokens of {site.name!r} are text is known only while the layer runs, and on "
+            "tokens (b, n, c); choose other sites"
+        )
     if lengths.text is not None and tokens == lengths.stream and not keys:
         return Spans(image=everything, text=nothing)  # only the keys have text
     image, text = image_and_text(site, ctx, lengths)
@@ -89,10 +94,8 @@ def image_and_text(site: Site, ctx: StepContext, lengths: Lengths) -> tuple[int,
 
 
 def _image_tokens(site: Site, ctx: StepContext, multiple: int) -> int:
-    if ctx.latent_size is None or site.divisor is None:
-        return -1
-    height, width = (-(-length // site.divisor) for length in ctx.latent_size)
-    return -(-height * width * ctx.frames // multiple) * multiple
+    grid = latent_grid(site, ctx)
+    return -1 if grid is None else -(-grid[0] * grid[1] * ctx.frames // multiple) * multiple
 
 
 def _refuse_unforeseen(site: Site) -> None:

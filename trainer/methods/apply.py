@@ -96,7 +96,7 @@ def _apply(
     """What one method does, its errors beginning with its name. earlier: the methods before it."""
     try:
         if method.inflates:
-            _check_of_pictures(model)
+            model.host.require_rows("it")
         with _seeded(seed, name):
             return _with_start(method.apply(model), model)
     except TakenError as taken:
@@ -112,14 +112,6 @@ def _apply(
     except RuntimeError as error:
         error.add_note(f"methods.{name}")
         raise
-
-
-def _check_of_pictures(model: AttentionModel) -> None:
-    if model.host.traits.layout != "rows":
-        raise ValueError(
-            f"it makes clips with a model of pictures, and {type(model.denoiser).__name__} is a "
-            "model of clips: it has frames as tokens; choose a backbone of pictures"
-        )
 
 
 def _check_claims(earlier: Mapping[str, Edit], name: str, edit: Edit) -> None:
