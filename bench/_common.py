@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,12 @@ class Bars:
         """A figure without a bar, for reading the others by."""
         print(f"{name}: {percent(value) if isinstance(value, Share) else value}", flush=True)
         self.found[name] = _with_intervals(value)
+
+    def note_when(self) -> None:
+        """The commit that is measured, and when, in minutes of UTC."""
+        commit = ["git", "rev-parse", "--short", "HEAD"]
+        self.note("commit", subprocess.check_output(commit, cwd=RESULTS.parent, text=True).strip())
+        self.note("date", datetime.now(UTC).isoformat(timespec="minutes"))
 
     def _line(self, name: str, measured: float, bar: str, reached: bool) -> None:
         verdict = "ok" if reached else "short"

@@ -64,11 +64,7 @@ def main() -> None:
     for part in chosen_of(options.only, PARTS, parser):
         if not options.quick or options.only or part in QUICK:
             globals()[part](bars)
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
-    bars.note("commit", done.stdout.strip())
-    bars.note("date", time.strftime("%Y-%m-%d"))
+    bars.note_when()
     bars.write()
 
 

@@ -42,8 +42,7 @@ def main() -> None:
     for part in chosen:
         if not options.quick or options.only or part in QUICK:
             globals()[part](bars)
-    bars.note("commit", _output("git", "rev-parse", "--short", "HEAD").strip())
-    bars.note("date", time.strftime("%Y-%m-%d"))
+    bars.note_when()
     bars.write()
 
 

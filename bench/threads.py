@@ -28,7 +28,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -208,9 +207,7 @@ def main() -> None:
 
 def measure(bars: Bars, machine: Machine, made: Mapping[str, Trained], lengths: Lengths) -> None:
     command, one, script = made["command"], made["one"], made["script"]
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    bars.note("date", datetime.now(UTC).isoformat(timespec="minutes"))
-    bars.note("commit", subprocess.check_output(commit, cwd=HERE, text=True).strip())
+    bars.note_when()
     bars.note("processors", len(allowed_processors()))
     bars.note("load_before", os.getloadavg()[0])
 

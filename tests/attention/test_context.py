@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from trainer.attention.call import SiteCall
-from trainer.attention.context import BoundCheckpoint, StepContext, current, use
+from trainer.attention.context import BoundCheckpoint, ContextHolder, StepContext, current, use
 from trainer.attention.host import Host
 from trainer.attention.op import Traits
 from trainer.attention.rows import Rows
@@ -96,6 +96,24 @@ def test_uses_nest_and_end() -> None:
             assert current() is inner
         assert current() is outer
     assert current() is None
+
+
+def test_what_all_layers_share_is_made_once_for_a_context_and_compiled_once() -> None:
+    holder = ContextHolder()
+
+    def half(x: Tensor, key: str = "half") -> Tensor:
+        made: Tensor = holder.once(key, lambda: holder.ctx.timestep / 2)
+        return x * made
+
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(half, backend=counter)
+    for t in (2.0, 4.0, 6.0):
+        holder.ctx = StepContext(0, 1, torch.tensor(t))
+        assert half(torch.ones(())) == t / 2
+        assert [compiled(torch.ones(()), key) for key in ("half", "third")] == [t / 2] * 2
+        assert holder.once("half", lambda: None) == t / 2
+        assert holder.once("other", lambda: None) is None
+    assert counter.frame_count == 1
 
 
 def test_ops_see_the_context_with_the_latent_size(tiny_unet: nn.Module, run_unet: Run) -> None:

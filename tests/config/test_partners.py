@@ -79,6 +79,7 @@ methods.flashmask.size=9 -> methods.flashmask.mask=causal -> it is for sliding_w
 methods.pix2video.share=0.4 -> methods.pix2video.weight=0 -> weight=0 pulls nothing together
 methods.tlora.singular=middle -> methods.lora=null & methods.tlora.init=zero -> no singular values
 methods.tlora.power=2 -> methods.lora=null & methods.tlora.min_share=1 -> leaves the rank as it is
+methods.tlora.timesteps=9 -> methods.lora=null & methods.tlora.min_share=1 -> leaves the rank as it
 methods.imagen_video.kernel=5 -> methods.imagen_video.attention_from=1 -> attention everywhere
 """
 ROWS = [[part.strip() for part in line.split("->")] for line in IDLE.strip().splitlines()]
@@ -139,7 +140,7 @@ methods.selective: sites projections detach_first_token
 methods.soft: sites distill ratio iterations shortcut
 methods.text2video_zero: sites motion alone until
 methods.tiled: sites rows columns
-methods.tlora: min_share timesteps
+methods.tlora: min_share
 methods.tune_a_video: train weights sites
 methods.vdm: train weights heads relative reach images
 methods.videop2p: train weights sites

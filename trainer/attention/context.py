@@ -17,7 +17,7 @@ distillation teacher).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -126,6 +126,18 @@ class ContextHolder:
 
     def __init__(self) -> None:
         self.ctx = StepContext(0, 1, torch.zeros(()))
+        self._made_of, self._made = self.ctx, dict[Hashable, Any]()
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once for all who ask for `key` under the context held. Compiled
+        code makes it every time: it would compile again wherever other keys were asked before."""
+        if torch.compiler.is_compiling():
+            return make()
+        if self._made_of is not self.ctx:
+            self._made_of, self._made = self.ctx, {}
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @contextmanager
     def holding(self, ctx: StepContext) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """`list`: prints the recipes, backbones, methods and data sources there are: the first two as
 tables, the others a sentence each.
 
-They are read as text, so nothing heavy is imported.
+Methods and data sources are read as text, recipes and backbones as YAML; torch and diffusers are
+not imported.
 """
 
 from __future__ import annotations

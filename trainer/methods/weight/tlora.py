@@ -67,7 +67,7 @@ class Tlora(LowRank):
         if self.init == "zero":
             own["singular"] = "init=zero has no singular values"
         if self.min_share == 1:
-            own["power"] = "min_share=1 leaves the rank as it is"
+            own |= dict.fromkeys(("power", "timesteps"), "min_share=1 leaves the rank as it is")
         return super().idle() | own
 
     def apply(self, model: AttentionModel) -> Edit:

@@ -81,10 +81,15 @@ class TimestepRank(LoraVariant):
         return False
 
     def _mask(self, x: Tensor, rank: int) -> Tensor:
-        """M_t of each row of x, (rows or 1, rank)."""
-        ctx = self.holder.ctx
-        t = of_rows(ctx.timestep.reshape(-1), len(x), ctx.frames)
-        return self.schedule.mask(t, rank).to(x)
+        """M_t of each row of x, (rows or 1, rank): one for all layers alike in this."""
+
+        def make() -> Tensor:
+            ctx = self.holder.ctx
+            t = of_rows(ctx.timestep.reshape(-1), len(x), ctx.frames)
+            return self.schedule.mask(t, rank).to(x)
+
+        made: Tensor = self.holder.once((self.schedule, rank, len(x), x.dtype, x.device), make)
+        return made
 
 
 def of_rows(t: Tensor, rows: int, frames: int) -> Tensor:

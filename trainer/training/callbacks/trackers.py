@@ -143,11 +143,7 @@ def make_trackers(
     name: str, folder: Path, settings: Mapping[str, Any], say: Callable[[str], None]
 ) -> list[Logger]:
     """The loggers of a run, whose files are in the run folder. settings: of `flat_settings`; say:
-    prints a line about a failure, a copied folder, or files that are to be uploaded.
-
-    Raises:
-        ValueError: wandb is requested and not installed.
-    """
+    prints a line about a failure, a copied folder, or files that are to be uploaded."""
 
     def failed(tracker: Logger, error: Exception) -> None:
         note_event(folder, "tracker_failed", tracker=type(tracker).__name__, reason=str(error))
@@ -182,12 +178,8 @@ def _wandb(
 ) -> list[Logger]:
     """An online and an offline logger if somebody is logged in, else an offline one. `wandb sync`
     uploads what an offline logger stored."""
-    try:
-        import wandb
-    except ModuleNotFoundError:
-        raise ValueError(
-            "tracker=wandb needs the package: pip install 'attention-trainer[wandb]'"
-        ) from None
+    import wandb
+
     # no code, no git diff, no machine facts: a run folder can be shared
     private = wandb.Settings(
         disable_git=True, save_code=False, x_disable_meta=True, silent=True,
