@@ -20,6 +20,8 @@ FILES = f"/{REPOSITORY}/resolve/{COMMIT}/"
 class _Handler(http.server.BaseHTTPRequestHandler):
     root: Path
     asked: list[str]
+    refuses: str | None  # the code of the error that files are answered with
+    listed: bool  # whether the repository is there
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -29,6 +31,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, body: bool) -> None:
         path = self.path.partition("?")[0]
+        if self.refuses is not None and (not self.listed or path.startswith(FILES)):
+            self.send_response(403 if self.listed else 404)
+            self.send_header("X-Error-Code", self.refuses)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if path in (TREE, TREE.replace("/tree/", "/revision/")):
             self._send(json.dumps(self._listed(whole="revision" in path)).encode(), body, {})
             return
@@ -66,11 +74,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def hub(root: Path) -> Iterator[tuple[str, list[str]]]:
+def hub(
+    root: Path, refuses: str | None = None, listed: bool = True
+) -> Iterator[tuple[str, list[str]]]:
     """A hub whose one repository has the files of a folder: its address, and the names of the files
-    that were fetched from it so far."""
+    that were fetched from it so far. refuses: the code of the hub's error in place of files, where
+    not `listed` of their list too."""
     asked: list[str] = []
-    handler = type("Own", (_Handler,), {"root": root, "asked": asked})
+    own = {"root": root, "asked": asked, "refuses": refuses, "listed": listed}
+    handler = type("Own", (_Handler,), own)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

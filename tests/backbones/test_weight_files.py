@@ -15,6 +15,7 @@ from model_hub import COMMIT, REPOSITORY, hub
 from safetensors.torch import load_file, save_file
 
 from trainer.backbones.pipeline_folder import pipeline_folder, weights_to_fetch
+from trainer.backbones.small_files import small_files
 from trainer.backbones.spec import BackboneSpec
 
 PARTS = ("unet", "text_encoder", "vae")
@@ -44,7 +45,6 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["model-00001-of-00001.fp16.safetensors", "model.safetensors.index.fp16.json", "x.bin"],
         ["model-00001-of-00001.fp16.safetensors", "model.safetensors.index.fp16.json"],
     ),
-    "pickles alone": ([f"{PLAIN}.bin"], []),
 }  # fmt: skip
 
 
@@ -52,15 +52,19 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
 def test_the_weights_to_fetch(case: str) -> None:
     there, wanted = CASES[case]
     every = ["README.md", "v1.safetensors", *(f"unet/{name}" for name in there), "vae/x.json"]
-    assert sorted(weights_to_fetch(every, ["unet", "vae"])) == sorted(f"unet/{n}" for n in wanted)
+    assert sorted(weights_to_fetch(every, ["unet", "vae"], hub="a/b")) == sorted(
+        f"unet/{n}" for n in wanted
+    )
 
 
 @contextmanager
-def connected(root: Path, cache: Path, patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def connected(
+    root: Path, cache: Path, patch: pytest.MonkeyPatch, **refusing: Any
+) -> Iterator[list[str]]:
     """The hub's client, with a hub on this machine and a cache of its own."""
     from huggingface_hub import constants
 
-    with hub(root) as (address, asked):
+    with hub(root, **refusing) as (address, asked):
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "ENDPOINT", address)
         template = address + "/{repo_id}/resolve/{revision}/{filename}"
@@ -137,3 +141,45 @@ def test_what_cannot_be_fetched_is_said(tmp_path: Path, monkeypatch: pytest.Monk
         pytest.raises(ValueError, match=r"someone/else could not be fetched .* backbone=<folder>"),
     ):
         pipeline_folder(spec, "mine", PARTS)
+
+
+@pytest.mark.parametrize(
+    ("code", "listed", "says"),
+    [
+        (
+            "GatedRepo",
+            True,
+            f"it is gated: accept its terms at .*/{REPOSITORY} and log in with `hf",
+        ),
+        ("RepoNotFound", False, f"there is none at https://huggingface.co/{REPOSITORY}, or log in"),
+        ("RevisionNotFound", False, f"it has no revision {COMMIT} any more"),
+        ("ServerError", False, "see whether this machine has access to the hub"),
+    ],
+)
+def test_why_nothing_can_be_fetched_is_said_with_its_mend(
+    code: str, listed: bool, says: str, tiny_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    spec = BackboneSpec(hub=REPOSITORY, revision=COMMIT)
+    with connected(tiny_folder, tmp_path / "cache", monkeypatch, refuses=code, listed=listed):
+        for fetch in (
+            lambda: pipeline_folder(spec, "mine", PARTS),
+            lambda: small_files(spec, "mine"),
+        ):
+            with pytest.raises(ValueError, match=rf"could not be fetched \(\w+\); {says}.*; or"):
+                fetch()
+
+
+def test_a_repository_of_pickles_alone_is_refused_before_anything_is_fetched(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(shutil.copytree(tiny_folder, tmp_path / "hub"))
+    (root / "unet" / "diffusion_pytorch_model.safetensors").rename(
+        root / "unet" / "diffusion_pytorch_model.bin"
+    )
+    spec = BackboneSpec(hub=REPOSITORY, revision=COMMIT)
+    says = rf"{REPOSITORY}: unet has no safetensors file \(found diffusion_pytorch_model\.bin; pick"
+    with connected(root, tmp_path / "cache", monkeypatch) as asked:
+        with pytest.raises(ValueError, match=says):
+            pipeline_folder(spec, "mine", PARTS)
+        assert asked == []

@@ -3,7 +3,6 @@ whether they are of one kind and fit each other."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,8 @@ from trainer.backbones.pipeline_folder import (
     WITHOUT_VALUES,
     PipelineFolder,
     encoders_in,
-    missing,
 )
+from trainer.backbones.unfit_folder import missing, read_object
 from trainer.backbones.unread_tokenizer import VOCABULARIES, has_vocabulary
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def check_contents(folder: PipelineFolder, name: str, family: Family, made: bool
         where = folder.of(part)
         if not (where / "config.json").is_file():
             raise ValueError(missing(where, "config.json"))
-        configs[part] = json.loads((where / "config.json").read_text(encoding="utf-8"))
+        configs[part] = read_object(where / "config.json")
         folder.check_weights(part)
     where = folder.of("scheduler") / SCHEDULER
     facts = FolderContents(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,14 +10,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from trainer.backbones.family import tokenizer_name
 from trainer.backbones.prompt_reader import UNLIMITED, length_in
 from trainer.backbones.single_file import part_of_file, read_single_file
-from trainer.backbones.small_files import cached, fetch_small, small_files
+from trainer.backbones.small_files import cached, fetch_small, remedy, small_files
+from trainer.backbones.unfit_folder import (
+    building,
+    check_config,
+    check_files,
+    check_index,
+    missing,
+    opened,
+    read_object,
+)
 from trainer.backbones.unread_tokenizer import has_vocabulary, unread_tokenizer
 from trainer.backbones.weight_files import names_to_fetch, weight_files
+from trainer.common import pickles
 
 if TYPE_CHECKING:
     import torch
@@ -69,13 +76,9 @@ class PipelineFolder:
 
     def index(self, name: str, family: Family) -> dict[str, Any]:
         """model_index.json, if it is of a pipeline of the family and names its text encoders."""
-        index: dict[str, Any] = json.loads(self.of("model_index.json").read_text(encoding="utf-8"))
-        if index.get("_class_name") not in family.pipelines:
-            raise ValueError(
-                f"backbone {name}: {self.of('model_index.json').parent} is a "
-                f"{index.get('_class_name')}; this family loads {' and '.join(family.pipelines)} "
-                "folders"
-            )
+        path = self.of("model_index.json")
+        index = read_object(path)
+        check_index(index, path, name, family)
         present = encoders_in(index, family)
         for part in family.text_encoders:
             if len(family.text_encoders) > 1 and part not in present + family.optional:
@@ -92,39 +95,30 @@ class PipelineFolder:
 
     def load(self, part: str, kind: Any) -> Any:
         """A part in fp32, or with new random weights where it is to start from scratch."""
-        import torch
-
         where = self.of(part)
         if not (where / "config.json").is_file():
             raise ValueError(missing(where, "config.json"))
+        config, ours = read_object(where / "config.json"), kind.__module__.startswith("diffusers.")
+        if ours:
+            check_config(config, where, kind)
         prefix = self.prefix(part)
         if part in self.scratch or WITHOUT_VALUES.get():
-            config = json.loads((where / "config.json").read_text(encoding="utf-8"))
-            return kind.from_config(config) if part in self.scratch else _ones(kind, config)
+            with building(where, config, kind):
+                return kind.from_config(config) if part in self.scratch else _ones(kind, config)
         if prefix is not None and self.file is not None:
             from trainer.backbones.single_file_weights import load_part
 
             return load_part(self.file, prefix, kind=kind, where=where)
-        variant = weight_files(where).variant
-        ours = kind.__module__.startswith("diffusers.")
-        dtype = {"torch_dtype" if ours else "dtype": torch.float32}
-        try:
+        with building(where, config, kind):
             model, notes = kind.from_pretrained(
                 where,
                 use_safetensors=True,
-                variant=variant,
+                variant=weight_files(where).variant,
                 local_files_only=True,
                 output_loading_info=True,
-                **dtype,
+                **_options(ours),
             )
-        except SafetensorError as error:
-            raise ValueError(f"{where}: its safetensors file is damaged: {error}") from None
-        # they would silently stay random
-        if absent := sorted(notes["missing_keys"]):
-            raise ValueError(
-                f"{where}: the weights lack {', '.join(absent[:3])}, {len(absent)} in all; they "
-                "do not belong to this config.json"
-            )
+        _check_loaded(where, notes)
         return model
 
     def tokenizer(self, kind: Any, text_encoder: str = "text_encoder", **options: Any) -> Any:
@@ -145,7 +139,7 @@ class PipelineFolder:
             return torch.float32 if self.stored is None else getattr(torch, self.stored)
         prefix = self.prefix(part) or ""
         held = self.file if prefix and self.file else weight_files(self.of(part)).files[0]
-        with safe_open(held, "pt") as file:
+        with opened(held) as file:
             names = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
             kinds = Counter(file.get_slice(key).get_dtype() for key in names)
         halves = {"F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
@@ -153,7 +147,7 @@ class PipelineFolder:
 
     def scheduler_config(self) -> dict[str, Any]:
         path = self.of("scheduler") / SCHEDULER
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config = read_object(path)
         if self.file is None:
             return config
         return config | dict(read_single_file(self.file, self.path.name).scheduler)
@@ -181,7 +175,7 @@ class PipelineFolder:
         if WITHOUT_VALUES.get():
             return
         if part not in self.scratch and self.prefix(part) is None:
-            weight_files(self.of(part))
+            check_files(weight_files(self.of(part)).files)
 
     def has_weights(self, part: str) -> bool:
         """Whether a part has weights that can be loaded."""
@@ -202,6 +196,30 @@ def without_values() -> Iterator[None]:
         WITHOUT_VALUES.reset(token)
 
 
+def _options(ours: bool) -> dict[str, Any]:
+    """Options of `from_pretrained` that diffusers, `ours`, and transformers have each under names
+    of its own; diffusers raises an error itself for weights of other shapes."""
+    import torch
+
+    if ours:
+        return {"torch_dtype": torch.float32}
+    return {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+
+
+def _check_loaded(where: Path, notes: Mapping[str, Any]) -> None:
+    """Raises ValueError where weights were not used, and would silently stay random."""
+    for key, stored, own in sorted(notes.get("mismatched_keys") or ()):
+        raise ValueError(
+            f"{where}: {key} is {tuple(stored)} in the weights and {tuple(own)} by config.json; "
+            "they do not belong to each other, so download the part again"
+        )
+    if absent := sorted(notes["missing_keys"]):
+        raise ValueError(
+            f"{where}: the weights lack {', '.join(absent[:3])}, {len(absent)} in all; they do not "
+            "belong to this config.json, so download the part again"
+        )
+
+
 def _ones(kind: Any, config: dict[str, Any]) -> Any:
     import torch
 
@@ -218,11 +236,6 @@ def encoders_in(index: Mapping[str, Any], family: Family) -> tuple[str, ...]:
     """The text encoders of a family that a pipeline has; one alone always counts."""
     every = family.text_encoders
     return every if len(every) == 1 else tuple(p for p in every if any(index.get(p) or ()))
-
-
-def missing(where: Path, file: str) -> str:
-    """What is wrong with a folder that lacks a file."""
-    return f"{where}: {file} is missing; the folder is not a complete pipeline"
 
 
 def limit_length(tokenizer: Any, encoder: Any) -> None:
@@ -248,19 +261,28 @@ def _download(spec: BackboneSpec, name: str, parts: Sequence[str]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     hub, revision = str(spec.hub), spec.revision
-    try:
-        if (folder := kept_folder(spec, parts)) is not None:
-            return folder
-        every = HfApi().list_repo_files(hub, revision=revision)
-        folder = fetch_small(hub, revision)  # before the weights, so that where these are, all is
-        if weights := weights_to_fetch(every, parts):
-            snapshot_download(hub, revision=revision, allow_patterns=weights)
+    if (folder := kept_folder(spec, parts)) is not None:
         return folder
+    with _asking(spec, name):
+        every = HfApi().list_repo_files(hub, revision=revision)
+    weights = weights_to_fetch(every, parts, hub=hub)
+    with _asking(spec, name):
+        folder = fetch_small(hub, revision)  # before the weights, so that where these are, all is
+        if weights:
+            snapshot_download(hub, revision=revision, allow_patterns=weights)
+    return folder
+
+
+@contextmanager
+def _asking(spec: BackboneSpec, name: str) -> Iterator[None]:
+    """Around what the hub is asked for."""
+    try:
+        yield
     except Exception as error:  # the hub raises a dozen kinds, all for what cannot be fetched
         raise ValueError(
             f"backbone {name}: {spec.hub} could not be fetched ({type(error).__name__}); "
-            "download the folder on a "
-            f"machine with access and pass backbone=<folder>"
+            f"{remedy(error, spec)}; or download the folder on a machine with access and pass "
+            "backbone=<folder>"
         ) from error
 
 
@@ -277,11 +299,21 @@ def kept_folder(spec: BackboneSpec, parts: Sequence[str]) -> Path | None:
     return folder
 
 
-def weights_to_fetch(every: Iterable[str], parts: Sequence[str]) -> list[str]:
-    """Of all files of a repository, the weights of these parts: in full precision where they are,
-    else those of the one variant that `weight_files` takes."""
+def weights_to_fetch(every: Iterable[str], parts: Sequence[str], hub: str) -> list[str]:
+    """Of all files of a repository, `hub`, the weights of these parts: in full precision where they
+    are, else those of the one variant that `weight_files` takes.
+
+    Raises:
+        ValueError: those of a part are pickles alone.
+    """
     found = []
     for part in parts:
         inside = [path.partition("/")[2] for path in every if path.startswith(f"{part}/")]
-        found += [f"{part}/{own}" for own in names_to_fetch(inside)]
+        own = names_to_fetch(inside)
+        if not own and (others := [name for name in inside if name.endswith(pickles.SUFFIXES)]):
+            raise ValueError(
+                f"{hub}: {part} has no safetensors file (found {', '.join(others)}; pickles are "
+                "never loaded); take a repository or a revision that has one"
+            )
+        found += [f"{part}/{each}" for each in own]
     return found

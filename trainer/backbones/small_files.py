@@ -53,9 +53,27 @@ def small_files(spec: BackboneSpec, name: str) -> Path:
         included = " ".join(f"--include '{pattern}'" for pattern in SMALL)
         raise ValueError(
             f"backbone {name}: the configuration of {hub}, a few small files, is not on this "
-            f"machine and could not be fetched ({type(error).__name__}); where there is access, "
-            f"fetch it with: hf download {hub} --revision {spec.revision} {included}"
+            f"machine and could not be fetched ({type(error).__name__}); {remedy(error, spec)}; "
+            f"or, where there is access, run: hf download {hub} --revision {spec.revision} "
+            f"{included}"
         ) from error
+
+
+def remedy(error: Exception, spec: BackboneSpec) -> str:
+    """What to do about an error of the hub's client."""
+    from huggingface_hub import errors
+
+    hub = spec.hub
+    if isinstance(error, errors.GatedRepoError):  # it is a RepositoryNotFoundError too
+        return (
+            f"it is gated: accept its terms at https://huggingface.co/{hub} and log in with `hf "
+            "auth login`"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"there is none at https://huggingface.co/{hub}, or log in with `hf auth login`"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"it has no revision {spec.revision} any more"
+    return "see whether this machine has access to the hub, and HF_HUB_OFFLINE is not set"
 
 
 def cached(spec: BackboneSpec) -> Path | None:

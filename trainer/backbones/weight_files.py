@@ -97,8 +97,9 @@ def _none_found(where: Path) -> str:
             "diffusion_pytorch_model.safetensors, and of a text encoder for model.safetensors"
         )
     found = ", ".join(path.name for path in where.glob("*") if path.suffix in pickles.SUFFIXES)
+    if not found:
+        return f"{where}: no safetensors file; download the part again, with its weights"
     return (
-        f"{where}: no safetensors "
-        f"file{f' (found {found}; pickles are never loaded)' if found else ''}; "
-        "save the pipeline with safe_serialization=True"
+        f"{where}: no safetensors file (found {found}; pickles are never loaded); save the "
+        "pipeline with safe_serialization=True where you trust it, or take a version that has one"
     )

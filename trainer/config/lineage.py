@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from trainer.config.tree import merge_trees, read_yaml
 from trainer.config.value_errors import build_section
 
 NO_PARTS = PartsSpec()
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # as the hub names one, owner/name
 
 
 def backbone_names() -> list[str]:
@@ -104,6 +106,11 @@ def _named(name: str, parts: PartsSpec) -> tuple[BackboneSpec, Any]:
         raise RecipeError(f"backbone={name}: one file, and a folder is needed; {TO_FOLDER}")
     else:
         hint = nearest(name, backbone_names())
+        if REPOSITORY.fullmatch(name):
+            hint = (
+                "; if it is a repository of the hub, fetch it with `hf download "
+                f"{name} --local-dir {name}`, which makes that folder"
+            )
         raise RecipeError(f"backbone={name}: neither a backbone of ours nor a folder{hint}")
     if spec.folder is not None and not (Path(spec.folder) / "model_index.json").is_file():
         raise RecipeError(f"backbone={name}: {spec.folder} is missing or has no model_index.json")

@@ -21,8 +21,8 @@ from trainer.export.tensor_kinds import MERGE, check_complete, kinds_by_layer
 from trainer.ops.adapters.nf4 import unpacked
 
 NOWHERE = (
-    "either it was made for another kind of model, or by a tool whose names are not known here; "
-    "diffusers' names are, with lora_A and lora_B"
+    "either it was made for another kind of model, then give that as backbone, or by a tool whose "
+    "names are not known here; diffusers' names are, with lora_A and lora_B"
 )
 
 

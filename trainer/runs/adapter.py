@@ -97,10 +97,12 @@ def check_backbone(
     """
     for part, value in stored.items():
         if part != "name" and own.get(part) != value:
+            here, mend = f"{other} on", "give adapters of one backbone"
+            if other is None:
+                here, mend = "the one loaded is", "give the backbone that it was trained on"
             raise ValueError(
                 f"adapter={path} was trained on backbone {stored.get('name')} ({part} {value}); "
-                f"{'the one loaded is' if other is None else f'{other} on'} "
-                f"{own.get('name')} ({part} {own.get(part)})"
+                f"{here} {own.get('name')} ({part} {own.get(part)}); {mend}"
             )
 
 
