@@ -3,18 +3,23 @@ folder and the stock pipeline, and the tests of the family call these."""
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from edited import edit
 from torch import Tensor
+from two_steps import two_steps
 
 from trainer.attention.call import SiteCall
 from trainer.attention.op import Traits
+from trainer.backbones import load_backbone
 from trainer.backbones.prompt_tokens import prompt_length
+from trainer.backbones.spec import BackboneSpec
 from trainer.config.lineage import backbone_spec
 from trainer.config.load import load_recipe, methods_of
 from trainer.data.loader import Batch
@@ -23,7 +28,7 @@ from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling_settings import Sampling
 from trainer.export.export import export
 from trainer.methods.apply import apply_methods
-from trainer.runs.adapter import load_adapted, save_adapter
+from trainer.runs.adapter import load_adapted
 from trainer.training.plan_report import saved_bytes
 from trainer.training.tasks.denoise import Denoise
 
@@ -109,9 +114,7 @@ def text_lies_where_declared(model: Any) -> None:
 def prompts_are_counted_before_loading(model: Any, folder: Path, tokenizer: str) -> None:
     """As the loaded model counts them, though the tokenizer's own file names no length; folder: a
     copy that may be changed."""
-    file = folder / tokenizer / "tokenizer_config.json"
-    own = json.loads(file.read_text())
-    file.write_text(json.dumps(own | {"model_max_length": int(1e30)}))
+    edit(folder / tokenizer / "tokenizer_config.json", model_max_length=int(1e30))
     assert prompt_length(backbone_spec(str(folder))) == model.prompts.length
 
 
@@ -123,20 +126,7 @@ def batch_of(step: int = 0, words: str = "a <v1> fox") -> Batch:
 
 def trained(model: Any, tree: dict[str, Any], path: Path, folder: Path) -> Path:
     """The adapter of methods that take two steps on random pictures."""
-    plan = apply_methods(model, methods_of(tree))
-    named = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW([named[name] for name in plan.names], lr=1e-1)
-    task = Denoise(model, Objective(model.target, model.alphas_cumprod))
-    for step in range(2):
-        losses = task.loss(task.encode(batch_of(step))).losses
-        losses.mean().backward()
-        assert all(bool(named[name].grad.isfinite().all()) for name in plan.names)
-        optimizer.step()
-        optimizer.zero_grad()
-    tensors = {name: named[name].detach() for name in plan.names}
-    header = {"backbone": str(folder), "methods": tree}
-    save_adapter(path, tensors, tree=header, identity=model.identity())
-    return path
+    return two_steps(model, tree, path, folder=folder, batch_of=batch_of, lr=1e-1)
 
 
 def check_saved(model: Any, case: Case, tree: dict[str, Any], path: Path) -> None:
@@ -171,6 +161,16 @@ def check_loss(model: Any) -> None:
     torch.testing.assert_close(state.x_t, (1 - sigma) * state.x0 + sigma * state.noise)
     error = (output - (state.noise - state.x0)).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(result.losses, error)
+
+
+def check_spoiled(
+    case: Case, family: str, spoiled: tuple[str, dict[str, Any], str], copy: Path
+) -> None:
+    """spoiled: a file of the folder, other values in it, and what is said then; copy: where to."""
+    file, changes, message = spoiled
+    edit(Path(shutil.copytree(case.folder, copy)) / file, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_backbone(BackboneSpec(folder=str(copy), family=family), "mine")
 
 
 def check_plan(model: Any, case: Case) -> None:

@@ -669,21 +669,23 @@ def test_a_host_that_would_host_nothing_refuses() -> None:
         Host.attach(nn.Linear(2, 2))
 
 
+class Plain(nn.Module):
+    """Softmax attention of two heads, called with these options."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.heads, self.options = 2, options
+        self.to_q, self.to_k, self.to_v = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            f(x).unflatten(-1, (2, 2)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v)
+        )
+        return F.scaled_dot_product_attention(q, k, v, **self.options)
+
+
 def test_attention_dropout_is_no_kernels_business() -> None:
-    class Dropped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.heads = 2
-            self.to_q, self.to_k, self.to_v = (nn.Linear(4, 4) for _ in range(3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            q, k, v = (
-                f(x).unflatten(-1, (2, 2)).transpose(1, 2)
-                for f in (self.to_q, self.to_k, self.to_v)
-            )
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
-
-    model = nn.ModuleDict({"layer": Dropped()})
+    model = nn.ModuleDict({"layer": Plain(dropout_p=0.5)})
     host = Host.attach(model, DenoiserTraits(joint=()))
     before = Op("tokens", IDENTITY["tokens"], owner="before")
     before.name = "before"
@@ -811,20 +813,6 @@ def test_keys_of_text_beside_those_of_the_image() -> None:
 
 
 def test_masks_of_few_axes_reach_ops_with_four() -> None:
-    class Masked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.heads = 2
-            self.to_q, self.to_k, self.to_v = (nn.Linear(4, 4) for _ in range(3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            q, k, v = (
-                f(x).unflatten(-1, (2, 2)).transpose(1, 2)
-                for f in (self.to_q, self.to_k, self.to_v)
-            )
-            mask = torch.ones(3, 3, dtype=torch.bool).tril()
-            return F.scaled_dot_product_attention(q, k, v, mask)
-
     seen: list[int] = []
 
     def look(mask: Tensor | None, q: Tensor, k: Tensor, call: SiteCall) -> Tensor | None:
@@ -832,7 +820,8 @@ def test_masks_of_few_axes_reach_ops_with_four() -> None:
         seen.append(mask.ndim)
         return mask
 
-    model, x = nn.ModuleDict({"layer": Masked()}), torch.randn(1, 3, 4)
+    layer = Plain(attn_mask=torch.ones(3, 3, dtype=torch.bool).tril())
+    model, x = nn.ModuleDict({"layer": layer}), torch.randn(1, 3, 4)
     expected = model["layer"](x)
     host = Host.attach(model)
     host.install(Op("mask", look), host.sites)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from edited import edit
 from safetensors.torch import load_file, save_file
 
 from trainer.backbones import load_backbone
@@ -44,10 +45,6 @@ def copy(tiny_folder: Path, tmp_path: Path) -> Path:
 
 def open_anyhow(folder: Path) -> Any:
     return load_backbone(BackboneSpec(folder=str(folder)), "mine")
-
-
-def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def _pickled(folder: Path) -> None:

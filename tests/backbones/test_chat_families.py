@@ -3,7 +3,6 @@ prompts, predictions, pictures; what trains and is read back; what is refused.""
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -16,8 +15,10 @@ import diffusers
 import pytest
 import torch
 from chat_folders import qwen_image_pipeline, z_image_pipeline
+from edited import edit
 from flow_folders import make_flow_folder
 from torch import Tensor
+from two_steps import two_steps
 
 from trainer.backbones import load_backbone
 from trainer.backbones.families import family_of
@@ -31,7 +32,7 @@ from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling_settings import Sampling
 from trainer.export.export import export
 from trainer.methods.apply import apply_methods
-from trainer.runs.adapter import load_adapted, save_adapter
+from trainer.runs.adapter import load_adapted
 from trainer.training.tasks.denoise import Denoise
 
 Open = Callable[[Path], Any]
@@ -78,10 +79,6 @@ def copy(name: str, folders: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(folders[name], tmp_path / "copy"))
 
 
-def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def stock(name: str, folder: Path) -> Any:
     pipe: Any = getattr(diffusers, CASES[name].pipeline).from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -125,18 +122,8 @@ def task_of(model: Any) -> Denoise:
 
 def trained(model: Any, tree: dict[str, Any], path: Path, folder: Path) -> Path:
     """The adapter of methods that take two steps on random pictures."""
-    plan = apply_methods(model, methods_of(tree))
-    named = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW([named[name] for name in plan.names], lr=0.1)
-    task = task_of(model)
-    for step in range(2):
-        task.loss(task.encode(batch_of(step))).losses.mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    tensors = {name: named[name].detach() for name in plan.names}
-    header = {"backbone": str(folder), "methods": tree, "run": {"resolution": 16}}
-    save_adapter(path, tensors, tree=header, identity=model.identity())
-    return path
+    run = {"resolution": 16}
+    return two_steps(model, tree, path, folder=folder, batch_of=batch_of, lr=0.1, run=run)
 
 
 @FAMILIES

@@ -3,7 +3,6 @@ again, and what needs text and is refused by name."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from edited import edit
 from PIL import Image
 from torch import Tensor
+from two_steps import two_steps
 
 from trainer.backbones import load_backbone
 from trainer.backbones.class_names import ClassNames
@@ -27,7 +28,7 @@ from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling_settings import Sampling
 from trainer.export.export import export
 from trainer.methods.apply import apply_methods
-from trainer.runs.adapter import load_adapted, save_adapter
+from trainer.runs.adapter import load_adapted
 from trainer.training.tasks.denoise import Denoise
 
 VAE = Path(__file__).parents[2] / "data" / "tiny" / "vae"
@@ -67,10 +68,6 @@ def classes(class_folder: Path, open_folder: Open) -> Any:
     return open_folder(class_folder)
 
 
-def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def stock(folder: Path) -> Any:
     pipe: Any = DiTPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -99,19 +96,10 @@ def batch_of(captions: list[str]) -> Batch:
 
 
 def trained(model: Any, tree: dict[str, Any], path: Path, folder: Path) -> Path:
-    plan = apply_methods(model, methods_of(tree))
-    named = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW([named[name] for name in plan.names], lr=2e-2)
-    task = Denoise(model, Objective(model.target, model.alphas_cumprod))
-    for _ in range(2):
-        task.loss(task.encode(batch_of(CLASSES))).losses.mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    tensors = {name: named[name].detach() for name in plan.names}
-    save_adapter(
-        path, tensors, tree={"backbone": str(folder), "methods": tree}, identity=model.identity()
-    )
-    return path
+    def batches(_: int) -> Batch:
+        return batch_of(CLASSES)
+
+    return two_steps(model, tree, path, folder=folder, batch_of=batches, lr=2e-2)
 
 
 def test_a_folder_says_its_family(classes: Any, class_folder: Path) -> None:

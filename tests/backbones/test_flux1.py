@@ -3,7 +3,6 @@ what trains and is read back; schnell, which samples and is not trained."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,9 +17,7 @@ from diffusers import FluxPipeline
 from flow_folders import flux1_pipeline, make_flow_folder
 from PIL import Image
 
-from trainer.backbones import load_backbone
 from trainer.backbones.families import family_of
-from trainer.backbones.spec import BackboneSpec
 from trainer.config.lineage import backbone_spec
 from trainer.config.load import load_recipe, methods_of
 from trainer.config.schema import RecipeError
@@ -198,10 +195,6 @@ def test_a_recipe_trains_and_its_adapter_samples(case: checks.Case, tmp_path: Pa
     assert (facts["guidance"], facts["true_guidance"]) == (3.5, 2.0)
 
 
-def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "kontext": ("model_index.json", {"_class_name": "FluxKontextPipeline"}, "is a FluxKontextPip"),
     "scheduler": (
@@ -218,11 +211,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_spoiled_folder_is_refused(name: str, case: checks.Case, tmp_path: Path) -> None:
-    file, changes, message = BAD[name]
-    folder = Path(shutil.copytree(case.folder, tmp_path / "copy"))
-    edit(folder / file, **changes)
-    with pytest.raises(ValueError, match=message):
-        load_backbone(BackboneSpec(folder=str(folder), family="flux1"), "mine")
+    checks.check_spoiled(case, "flux1", BAD[name], tmp_path / "copy")
 
 
 @pytest.mark.parametrize("name", ["flux1_dev", "flux1_schnell"])

@@ -3,7 +3,6 @@ batch norm, levels by size and steps; the distilled one, which samples and is no
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,11 @@ import flow_checks as checks
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
+from edited import edit
 from flow_folders import flux2_pipeline, make_flow_folder
 
 from trainer.backbones import load_backbone
 from trainer.backbones.families import family_of
-from trainer.backbones.spec import BackboneSpec
 from trainer.config.lineage import backbone_spec
 from trainer.config.load import load_recipe
 from trainer.config.schema import RecipeError
@@ -41,10 +40,6 @@ def distilled(case: checks.Case, tmp_path: Path) -> Path:
     folder = Path(shutil.copytree(case.folder, tmp_path / "distilled"))
     edit(folder / "model_index.json", is_distilled=True)
     return folder
-
-
-def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_a_folder_says_its_family(model: Any, case: checks.Case) -> None:
@@ -126,11 +121,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_spoiled_folder_is_refused(name: str, case: checks.Case, tmp_path: Path) -> None:
-    file, changes, message = BAD[name]
-    folder = Path(shutil.copytree(case.folder, tmp_path / "copy"))
-    edit(folder / file, **changes)
-    with pytest.raises(ValueError, match=message):
-        load_backbone(BackboneSpec(folder=str(folder), family="flux2"), "mine")
+    checks.check_spoiled(case, "flux2", BAD[name], tmp_path / "copy")
 
 
 def test_the_backbone_of_the_hub_is_pinned() -> None:

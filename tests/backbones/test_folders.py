@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from edited import edit
 from safetensors.torch import load_file, save_file
 
 from trainer.backbones.prompt_tokens import prompt_length
@@ -33,10 +34,6 @@ WEIGHTS = {
 def copy(tiny_folder: Path, tmp_path: Path) -> Path:
     """A pipeline folder that a test may spoil."""
     return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
-
-
-def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def as_variant(folder: Path, variant: str, keep: bool = False) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
+from edited import edit
 from torch import Tensor
 
 from trainer.attention.condition import Condition
@@ -46,10 +47,6 @@ LINEAR = {  # as PixArt-alpha's folder has it
 def copy(dit_folder: Path, tmp_path: Path) -> Path:
     """A pipeline folder that a test may spoil."""
     return Path(shutil.copytree(dit_folder, tmp_path / "copy"))
-
-
-def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_a_folder_says_its_family(dit: Any, dit_folder: Path) -> None:

@@ -3,7 +3,6 @@ is read back; what is refused."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,11 @@ import flow_checks as checks
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from edited import edit
 from flow_folders import make_flow_folder, sd3_pipeline
 
 from trainer.backbones import load_backbone
 from trainer.backbones.families import family_of
-from trainer.backbones.spec import BackboneSpec
 from trainer.config.lineage import backbone_spec
 from trainer.config.load import methods_of
 from trainer.methods.apply import apply_methods
@@ -142,10 +141,6 @@ def test_keys_of_the_image_are_refused_by_name(model: Any) -> None:
         apply_methods(model, methods_of(tree))
 
 
-def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "family": ("model_index.json", {"_class_name": "FluxPipeline"}, "is a FluxPipeline; this"),
     "clip": ("model_index.json", {"text_encoder_2": [None, None]}, "names no text_encoder_2"),
@@ -169,11 +164,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_spoiled_folder_is_refused(name: str, case: checks.Case, tmp_path: Path) -> None:
-    file, changes, message = BAD[name]
-    folder = Path(shutil.copytree(case.folder, tmp_path / "copy"))
-    edit(folder / file, **changes)
-    with pytest.raises(ValueError, match=message):
-        load_backbone(BackboneSpec(folder=str(folder), family="sd3"), "mine")
+    checks.check_spoiled(case, "sd3", BAD[name], tmp_path / "copy")
 
 
 @pytest.mark.parametrize("name", ["sd3", "sd35_medium", "sd35_large"])

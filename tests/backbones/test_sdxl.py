@@ -3,7 +3,6 @@ it is told of size and crop; what trains and is read back; what is refused."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -14,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from edited import edit
 from sdxl_folder import make_sdxl_folder
 from torch import Tensor
+from two_steps import two_steps
 
 from trainer.attention.condition import Condition
 from trainer.backbones import load_backbone
@@ -30,7 +31,7 @@ from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling_settings import Sampling
 from trainer.export.export import export
 from trainer.methods.apply import apply_methods
-from trainer.runs.adapter import load_adapted, save_adapter
+from trainer.runs.adapter import load_adapted
 from trainer.training.plan_report import saved_bytes
 from trainer.training.tasks.denoise import Denoise
 
@@ -56,10 +57,6 @@ def sdxl(sdxl_folder: Path, open_folder: Open) -> Any:
 def copy(sdxl_folder: Path, tmp_path: Path) -> Path:
     """A pipeline folder that a test may spoil."""
     return Path(shutil.copytree(sdxl_folder, tmp_path / "copy"))
-
-
-def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def stock(folder: Path) -> Any:
@@ -89,19 +86,7 @@ def drawn(model: Any, prompts: list[str] = PROMPTS, **options: Any) -> Tensor:
 
 def trained(model: Any, tree: dict[str, Any], path: Path, folder: Path) -> Path:
     """The adapter of methods that take two steps on random pictures."""
-    plan = apply_methods(model, methods_of(tree))
-    named = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW([named[name] for name in plan.names], lr=2e-2)
-    task = Denoise(model, Objective(model.target, model.alphas_cumprod))
-    for step in range(2):
-        task.loss(task.encode(batch_of(step))).losses.mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    tensors = {name: named[name].detach() for name in plan.names}
-    save_adapter(
-        path, tensors, tree={"backbone": str(folder), "methods": tree}, identity=model.identity()
-    )
-    return path
+    return two_steps(model, tree, path, folder=folder, batch_of=batch_of, lr=2e-2)
 
 
 def batch_of(step: int = 0, **more: Any) -> Batch:

@@ -3,13 +3,13 @@ mends it, before torch is imported where the files say so."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from edited import edit
 
 from trainer.backbones import load_backbone
 from trainer.backbones.pipeline_folder import without_values
@@ -32,11 +32,7 @@ def copy(tiny_folder: Path, tmp_path: Path) -> Path:
 
 
 def put(file: str, **changes: Any) -> Spoil:
-    def spoil(folder: Path) -> None:
-        path = folder / file
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return spoil
+    return lambda folder: edit(folder / file, **changes)
 
 
 def text(file: str, content: str) -> Spoil:

@@ -7,16 +7,19 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from edited import edit
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from two_steps import two_steps
 from video_folders import make_video_folder
 
 from trainer.attention.context import StepContext, use
@@ -35,7 +38,7 @@ from trainer.export.export import export
 from trainer.export.import_ import import_file
 from trainer.export.layer_names import original_names
 from trainer.methods.apply import apply_methods, find_method, method_names
-from trainer.runs.adapter import load_adapted, save_adapter
+from trainer.runs.adapter import load_adapted
 from trainer.training.fit import fit
 from trainer.training.tasks.denoise import Denoise
 
@@ -352,18 +355,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def trained(model: Any, family: str, path: Path, folder: Path, tree: dict[str, Any]) -> Path:
     """The adapter of methods that take two steps on random clips."""
-    plan = apply_methods(model, methods_of(tree))
-    named = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW([named[name] for name in plan.names], lr=5e-2)
-    task = Denoise(model, Objective(model.target, model.alphas_cumprod))
-    for step in range(2):
-        task.loss(task.encode(batch_of(family, step))).losses.mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    tensors = {name: named[name].detach() for name in plan.names}
-    header = {"backbone": str(folder), "methods": tree, "run": {"resolution": SIDE[family]}}
-    save_adapter(path, tensors, tree=header, identity=model.identity())
-    return path
+    batches, run = partial(batch_of, family), {"resolution": SIDE[family]}
+    return two_steps(model, tree, path, folder=folder, batch_of=batches, lr=5e-2, run=run)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -523,10 +516,6 @@ def test_guidance_between_frames_is_refused(folders: Any, open_folder: Open) -> 
     model = open_folder(folders("wan"))
     with pytest.raises(ValueError, match=r"temporal_guidance=2 .* hold several frames"):
         drawn(model, "wan", temporal_guidance=2.0)
-
-
-def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 NETWORK, SCHEDULER = "transformer/config.json", "scheduler/scheduler_config.json"

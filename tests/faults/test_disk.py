@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from largest_file import largest_file
 
 from trainer.training import checkpoint_files as checkpoint
 
 pytestmark = pytest.mark.faults
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file of this process gets larger than `size` bytes: a write fails as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("name", [checkpoint.WEIGHTS, checkpoint.STATE])

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from largest_file import largest_file
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -40,17 +38,6 @@ def finished(folder: Path, backbone: Path, *words: str) -> Path:
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "lora" / "one"
     return finished(folder, tiny_folder, "run.keep_adapters=3", "run.accumulate=2")
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file of this process gets larger: a write fails as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(
