@@ -126,7 +126,7 @@ def batch_of(step: int = 0, words: str = "a <v1> fox") -> Batch:
 
 def trained(model: Any, tree: dict[str, Any], path: Path, folder: Path) -> Path:
     """The adapter of methods that take two steps on random pictures."""
-    return two_steps(model, tree, path, folder=folder, batch_of=batch_of, lr=1e-1)
+    return two_steps(model, tree, path, folder=folder, batch_of=batch_of, lr=1e-1, every=True)
 
 
 def check_saved(model: Any, case: Case, tree: dict[str, Any], path: Path) -> None:

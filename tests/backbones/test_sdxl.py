@@ -428,7 +428,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "plain": (_file("unet/config.json", addition_embed_type=None), "has addition_embed_type=None"),
     "edm": (
         _file("scheduler/scheduler_config.json", _class_name="EDMEulerScheduler"),
-        "scheduler is a EDMEulerScheduler, of a model that was trained on EDM's noise levels",
+        "a EDMEulerScheduler, of a model that was trained on EDM's noise levels",
     ),
     "kind": (
         _file("model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]),

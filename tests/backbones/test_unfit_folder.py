@@ -95,6 +95,10 @@ UNFIT: dict[str, tuple[Spoil, str]] = {
         lambda folder: (folder / "vae" / WEIGHTS).unlink(),
         "vae: no safetensors file; download the part again, with its weights",
     ),
+    "edm": (
+        put("scheduler/scheduler_config.json", _class_name="EDMEulerScheduler"),
+        "a EDMEulerScheduler, of a model that was trained on EDM's noise levels",
+    ),
     "cut": (cut(f"unet/{WEIGHTS}"), f"{WEIGHTS}: its safetensors file is damaged: .*again"),
     "cut-text": (cut("text_encoder/model.safetensors"), "model.safetensors: its safetensors"),
     "pointer": (

@@ -142,7 +142,13 @@ def check_classes(facts: FolderContents, known: Mapping[str, tuple[str, ...]]) -
 
 
 def check_prediction(config: Mapping[str, Any], where: Path) -> None:
-    """Checks that a VP scheduler's file names a target that is known."""
+    """Checks that a VP scheduler's file names levels and a target that are known."""
+    kind = str(config.get("_class_name"))
+    if kind.startswith("EDM"):
+        raise ValueError(
+            f"{where}: a {kind}, of a model that was trained on EDM's noise levels (Playground 2.5, "
+            "CosXL), which are not known here; choose another backbone"
+        )
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTION_TYPES:
         raise ValueError(

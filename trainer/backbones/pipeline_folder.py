@@ -20,7 +20,7 @@ from trainer.backbones.unfit_folder import (
     check_files,
     check_index,
     missing,
-    opened,
+    opened_weights,
     read_object,
 )
 from trainer.backbones.unread_tokenizer import has_vocabulary, unread_tokenizer
@@ -78,7 +78,7 @@ class PipelineFolder:
         """model_index.json, if it is of a pipeline of the family and names its text encoders."""
         path = self.of("model_index.json")
         index = read_object(path)
-        check_index(index, path, name, family)
+        check_index(index, path, name=name, family=family)
         present = encoders_in(index, family)
         for part in family.text_encoders:
             if len(family.text_encoders) > 1 and part not in present + family.optional:
@@ -139,7 +139,7 @@ class PipelineFolder:
             return torch.float32 if self.stored is None else getattr(torch, self.stored)
         prefix = self.prefix(part) or ""
         held = self.file if prefix and self.file else weight_files(self.of(part)).files[0]
-        with opened(held) as file:
+        with opened_weights(held) as file:
             names = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
             kinds = Counter(file.get_slice(key).get_dtype() for key in names)
         halves = {"F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names

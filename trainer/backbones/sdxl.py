@@ -110,12 +110,10 @@ def pipeline(backbone: Backbone) -> Any:
 def check(facts: FolderContents) -> None:
     check_classes(facts, TEXT)
     check_prediction(facts.scheduler, facts.where)
-    kind = str(facts.scheduler.get("_class_name"))
-    if kind.startswith("EDM") or facts.configs["vae"].get("latents_mean") is not None:
+    if facts.configs["vae"].get("latents_mean") is not None:
         raise facts.refuse(
-            "scheduler",
-            f"is a {kind}, of a model that was trained on EDM's noise levels or on latents of "
-            "another scale (Playground, CosXL), which are not known here",
+            "vae",
+            "has latents_mean: latents of another scale (Playground), which are not known here",
         )
     config = facts.configs["unet"]
     check_channels(facts, "unet", default=4)

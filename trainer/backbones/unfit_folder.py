@@ -32,12 +32,12 @@ def read_object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: it is no JSON ({error}); download it again") from None
     if not isinstance(found, dict):
         raise ValueError(
-            f"{path}: it holds no object {{...}}, but a {kind_of(found)}; download it again"
+            f"{path}: it holds no object {{...}}, but a {_json_kind(found)}; download it again"
         )
     return found
 
 
-def kind_of(value: object) -> str:
+def _json_kind(value: object) -> str:
     return {list: "list", str: "text", type(None): "null"}.get(type(value), "number")
 
 
@@ -51,7 +51,7 @@ def missing(where: Path, file: str) -> str:
     )
 
 
-def check_index(index: Mapping[str, Any], path: Path, name: str, family: Family) -> None:
+def check_index(index: Mapping[str, Any], path: Path, *, name: str, family: Family) -> None:
     """Checks that a model_index.json, at `path`, is of a pipeline of the family, and names its
     parts as diffusers does.
 
@@ -132,7 +132,7 @@ def building(where: Path, config: Mapping[str, Any], kind: Any) -> Iterator[None
 
 
 @contextmanager
-def opened(path: Path, library: Literal["pt", "np"] = "pt") -> Iterator[Any]:
+def opened_weights(path: Path, library: Literal["pt", "np"] = "pt") -> Iterator[Any]:
     """A safetensors file of a folder, open for torch or numpy; `ValueError` where it is damaged."""
     try:
         with safe_open(path, library) as file:
@@ -158,5 +158,5 @@ def check_files(files: Iterable[Path]) -> None:
                     f"{path}: it is a pointer of Git LFS in place of the weights; run `git lfs "
                     "pull` in the folder, or fetch it with `hf download`"
                 )
-        with opened(path, "np"):
+        with opened_weights(path, "np"):
             pass
