@@ -426,6 +426,10 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         "is told 64 values beside the text, .* are 72: it is a refiner",
     ),
     "plain": (_file("unet/config.json", addition_embed_type=None), "has addition_embed_type=None"),
+    "latents": (
+        _file("vae/config.json", latents_mean=[0.0] * 8),
+        "vae has latents_mean: latents of",
+    ),
     "edm": (
         _file("scheduler/scheduler_config.json", _class_name="EDMEulerScheduler"),
         "a EDMEulerScheduler, of a model that was trained on EDM's noise levels",

@@ -146,8 +146,8 @@ def check_prediction(config: Mapping[str, Any], where: Path) -> None:
     kind = str(config.get("_class_name"))
     if kind.startswith("EDM"):
         raise ValueError(
-            f"{where}: a {kind}, of a model that was trained on EDM's noise levels (Playground 2.5, "
-            "CosXL), which are not known here; choose another backbone"
+            f"{where}: a {kind}, of a model that was trained on EDM's noise levels (as Playground "
+            "2.5, CosXL), which are not known here; choose another backbone"
         )
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTION_TYPES:
