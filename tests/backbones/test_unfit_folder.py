@@ -53,9 +53,11 @@ def without(part: str) -> Spoil:
     [
         ("<html>no such page</html>", r"it is no JSON \(Expecting value.*\); download it again"),
         ("", "it is no JSON"),
-        ("[1, 2]", r"it holds no object \{\.\.\.\}, but a list; download it again"),
-        ("null", "but a null"),
+        ("[1, 2]", r"it holds no JSON object, as in \{\.\.\.\}; download it again"),
+        ("null", "it holds no JSON object"),
+        ('{"a":' + "[" * 100_000, "it is no JSON"),
     ],
+    ids=["page", "empty", "list", "null", "deep"],
 )
 def test_a_file_that_is_no_json_object(file: str, content: str, says: str, copy: Path) -> None:
     text(file, content)(copy)
@@ -67,6 +69,10 @@ UNFIT: dict[str, tuple[Spoil, str]] = {
     "no-family": (
         put(INDEX, _class_name="KolorsPipeline"),
         "is a KolorsPipeline; there is no family for it; choose one of ChromaImg2ImgPipeline",
+    ),
+    "own-code": (
+        put(INDEX, _class_name=["my_code", "MyPipeline"]),
+        r"is a \['my_code', 'MyPipeline'\]; there is no family for it; choose one of Chroma",
     ),
     "no-pipeline": (text(INDEX, "{}"), "it names no pipeline, under _class_name; take"),
     "part": (

@@ -36,7 +36,7 @@ def family_of(folder: Path) -> str:
     """The family that loads a pipeline folder; if none does, `sd`, whose error explains why."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return "sd"
     pipeline = index.get("_class_name") if isinstance(index, dict) else None
     found = (name for name in family_names() if pipeline in find_family(name).pipelines)

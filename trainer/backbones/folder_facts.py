@@ -68,7 +68,7 @@ def read_part(spec: BackboneSpec, name: str) -> dict[str, Any] | None:
     path = file_of_part(spec, name)
     try:
         found = None if path is None else json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

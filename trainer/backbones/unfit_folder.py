@@ -28,17 +28,11 @@ def read_object(path: Path) -> dict[str, Any]:
     """A JSON file of a folder; `ValueError` where it is none, or holds no object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of the text or of its letters
+    except (ValueError, RecursionError) as error:  # of its letters, its text or its depth
         raise ValueError(f"{path}: it is no JSON ({error}); download it again") from None
     if not isinstance(found, dict):
-        raise ValueError(
-            f"{path}: it holds no object {{...}}, but a {_json_kind(found)}; download it again"
-        )
+        raise ValueError(f"{path}: it holds no JSON object, as in {{...}}; download it again")
     return found
-
-
-def _json_kind(value: object) -> str:
-    return {list: "list", str: "text", type(None): "null"}.get(type(value), "number")
 
 
 def missing(where: Path, file: str) -> str:
@@ -60,7 +54,7 @@ def check_index(index: Mapping[str, Any], path: Path, *, name: str, family: Fami
     """
     kind, loads = index.get(CLASS), family.pipelines
     if kind not in loads:
-        every = {each for own in family_names() for each in find_family(own).pipelines}
+        every = sorted(each for own in family_names() for each in find_family(own).pipelines)
         if kind is None:
             raise ValueError(
                 f"{path}: it names no pipeline, under {CLASS}; take the model_index.json that "
@@ -69,7 +63,7 @@ def check_index(index: Mapping[str, Any], path: Path, *, name: str, family: Fami
         if kind in every:
             why = f"this family loads {' and '.join(loads)} folders"
         else:
-            why = f"there is no family for it; choose one of {', '.join(sorted(every))}"
+            why = f"there is no family for it; choose one of {', '.join(every)}"
         raise ValueError(f"backbone {name}: {path.parent} is a {kind}; {why}")
     texts = family.text_encoders
     for part in (family.denoiser, *texts, *map(tokenizer_name, texts), "vae", "scheduler"):
