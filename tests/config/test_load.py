@@ -39,7 +39,7 @@ steps=1 -> steps: no such key; did you mean run.steps or preview.steps or evalua
 xyz=1 -> xyz: no such key; there are: recipe, backbone, data, methods, objective, optim
 backbones.tiny.run.steps=1 -> backbones: no such key; did you mean backbone?
 optim=3 -> optim is 3; it takes name, lr, muon_lr, scale_lr, lrs
-optim.name=adamw8 -> optim.name='adamw8': adamw, adamw8bit, paged_adamw8bit, muon, prodigy
+optim.name=adamw8 -> optim.name='adamw8': adamw, adamw8bit, paged_adamw8bit, paged_adamw32bit
 optim.lr=abc -> optim.lr='abc': a number is needed, above 0
 optim.lr.x=1 -> optim.lr: a number is needed, above 0
 optim.lr=true -> optim.lr=True: a number is needed

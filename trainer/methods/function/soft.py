@@ -6,7 +6,10 @@ tokens.
 Lu et al., NeurIPS 2021, arXiv 2110.11945, section 3. The paper's networks have one projection for
 queries and keys, and are trained so. In a model trained with softmax the mean of the two stands for
 both (`trainer/ops/soft.py`), which is another attention than before: it has to be trained, with
-`distill` and `selective` or `lora` on the same sites, as in `recipes/linear_swap.yaml`.
+`distill` and `selective` or `lora` on the same sites, as in `recipes/linear_swap.yaml`:
+
+    python -m trainer fit recipe=linear_swap methods.linear_attention=null \\
+        methods.soft='{ratio: 2, distill: 1, distill_until: 0.5}'
 """
 
 from __future__ import annotations
