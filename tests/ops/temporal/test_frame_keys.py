@@ -4,6 +4,7 @@ images untouched, no look ahead, a bank frame by frame, kernels that go with it 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +36,9 @@ def context(frames: int) -> StepContext:
 
 
 def called(frames: int, site: Any = None) -> SiteCall:
-    return SiteCall(site, context(frames))
+    """Without a site, of one that says nothing but how its scores are scaled."""
+    own: Any = SimpleNamespace(scale=None) if site is None else site
+    return SiteCall(own, context(frames))
 
 
 def heads(*shape: int) -> list[Tensor]:

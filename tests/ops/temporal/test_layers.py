@@ -190,8 +190,7 @@ def test_relative_vectors_mask_and_leave_appended_keys_alone() -> None:
 def test_masks_join_what_is_there() -> None:
     op = RelativeBias(layer(1), 3, "vdm")
     q, k = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 3, 4)  # one key appended
-    site: Any = None
-    call = SiteCall(site, CLIP)
+    call = SiteCall(layer(1), CLIP)
     own = op.mask(None, q, k, call=call)
     assert own.shape == (1, 1, 2, 3)
     assert not own[..., 2].any()
@@ -206,8 +205,7 @@ def test_masks_join_what_is_there() -> None:
 
 def test_directed_attention_after_the_softmax_loses_what_later_frames_got() -> None:
     probs = torch.rand(1, 2, 3, 3).softmax(-1)
-    site: Any = None
-    call = SiteCall(site, CLIP)
+    call = SiteCall(layer(1), CLIP)
     assert torch.equal(DirectedAfter().probs(probs, call=call), probs.tril())
 
 
