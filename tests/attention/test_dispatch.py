@@ -515,6 +515,31 @@ def test_context_of_cross_attention_is_what_its_keys_and_values_are_made_of() ->
     assert torch.equal(output(model, case), native("wan", by_hooks))
 
 
+def test_project_changes_what_keys_and_values_are_made_to() -> None:
+    """The layers with an adapter on them; the text has layers of its own, which are left alone."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    def change(made: Tensor, x: Tensor, role: str, call: SiteCall) -> Tensor:
+        return 2 * made + x if role == "k" else 3 * made
+
+    def by_hooks(model: Any) -> None:
+        adapt(model)
+        for block in model.transformer_blocks:
+            block.attn.to_k.register_forward_hook(lambda _, x, made: 2 * made + x[0])
+            block.attn.to_v.register_forward_hook(lambda _, x, made: 3 * made)
+
+    def adapt(model: Any) -> None:
+        torch.manual_seed(5)
+        config = LoraConfig(target_modules=["to_k", "to_v"], init_lora_weights=False)
+        inject_adapter_in_model(config, model)
+
+    model, _, case = hosted("qwen_image", Op("project", change))
+    adapt(model)
+    found = output(model, case)
+    assert torch.equal(found, native("qwen_image", by_hooks))
+    assert not torch.equal(found, native("qwen_image", adapt))
+
+
 def test_the_block_stage_comes_after_the_block() -> None:
     def by_hooks(model: Any) -> None:
         for block in model.blocks:
@@ -527,6 +552,7 @@ def test_the_block_stage_comes_after_the_block() -> None:
 IDENTITY = {
     "tokens": lambda x, call: x,
     "context": lambda k, v, call: (k, v),
+    "project": lambda made, x, role, call: made,
     "restore": lambda y, call: y,
     "block": lambda x, call: x,
     "kernel": lambda q, k, v, mask, call: q,
@@ -538,6 +564,7 @@ IDENTITY = {
     [
         ("sd3", "joint", "block", "the block around it returns image and text"),
         ("flux", "name:single*", "context", "has no layers for text tokens alone"),
+        ("flux2", "name:single*", "project", "one fused layer, to_qkv_mlp_proj; its role is qkv"),
         ("flux", "name:single*", "restore", "leaves its output projection to the block around"),
         ("flux2", "name:single*", "restore", "output projection fused with the feed-forward"),
         ("z_image", "joint", "context", "has no layers for text tokens alone"),

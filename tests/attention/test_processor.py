@@ -228,7 +228,9 @@ class Named:
 def doubling(stage: str) -> Any:
     """An op whose class has exactly one stage, and doubles its first tensor there."""
 
-    def run(self: Any, first: Any, *rest: Any, call: Any = None, mask: Any = None) -> Any:
+    def run(
+        self: Any, first: Any, *rest: Any, call: Any = None, mask: Any = None, role: str = ""
+    ) -> Any:
         if stage == "context":
             return first, 2 * rest[0]  # the call is the last
         if stage == "kv":
@@ -245,6 +247,7 @@ def doubling(stage: str) -> Any:
 STAGES = [
     "tokens",
     "context",
+    "project",
     "kv",
     "mask",
     "kernel",
@@ -288,6 +291,30 @@ def test_v_context_reaches_values_only() -> None:
     split = [
         t.unflatten(-1, (HEADS, 8)).transpose(1, 2)
         for t in (attn.to_q(x), attn.to_k(text), attn.to_v(attn.norm_cross(other)))
+    ]
+    expected = attn.to_out[0](eager(*split).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_project_gets_what_keys_and_values_are_made_of() -> None:
+    attn = layer(cross_attention_dim=CONTEXT, cross_attention_norm="layer_norm")
+    given = data(False, True, "none")
+
+    class Widened:
+        name = "widened"
+        traits = Traits()
+
+        def project(self, made: Tensor, x: Tensor, role: str, call: SiteCall) -> Tensor:
+            return made + x.mean(-1, keepdim=True) * {"k": 1, "v": 2}[role]
+
+    host = Host.attach(nn.ModuleDict({"attn": attn}))
+    host.install(Widened(), host.sites)
+    actual = attn(**given)
+    x, text = given["hidden_states"], attn.norm_cross(given["encoder_hidden_states"])
+    mean = text.mean(-1, keepdim=True)
+    split = [
+        t.unflatten(-1, (HEADS, 8)).transpose(1, 2)
+        for t in (attn.to_q(x), attn.to_k(text) + mean, attn.to_v(text) + 2 * mean)
     ]
     expected = attn.to_out[0](eager(*split).transpose(1, 2).flatten(2))
     torch.testing.assert_close(actual, expected)

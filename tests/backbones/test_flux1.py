@@ -136,9 +136,8 @@ def test_timesteps_are_shifted_as_sampled_where_asked(model: Any) -> None:
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"sites": "all", "rank": 2, "text_encoder": ["q", "v"]}},
-    "text keys": {
-        "selective": {"sites": "name:transformer_blocks.*", "projections": ["add_k", "add_v"]}
-    },
+    "text keys": {"selective": {}},
+    "text of single blocks": {"selective": {"sites": "name:single*"}},
 }
 
 

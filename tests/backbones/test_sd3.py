@@ -95,7 +95,7 @@ def test_the_loss_is_that_of_a_flow(model: Any) -> None:
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"sites": "all", "rank": 2, "text_encoder": ["q", "v"]}},
-    "text keys": {"selective": {"sites": "joint", "projections": ["add_k", "add_v"]}},
+    "text keys": {"selective": {}},
 }
 
 

@@ -107,17 +107,102 @@ def test_selective_trains_the_keys_and_values_of_the_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "sites", "why"),
+    ("name", "options", "why"),
     [
-        ("sd3", "joint", r"read the image, and keys and values of the text.*\[add_k,add_v\]"),
-        ("flux", "name:single*", "read image and text by the same weights"),
-        ("z_image", "joint", "read image and text by the same weights"),
-        ("flux2", "name:single*", "read image and text by the same weights"),
+        (
+            "sd3",
+            {"sites": "joint", "projections": ["k"]},
+            r"read the image, and keys and values of the text.*\[add_k,add_v\]",
+        ),
+        (
+            "flux2",
+            {"sites": "name:single*", "projections": ["k"]},
+            "fused layer, to_qkv_mlp_proj; its role is qkv",
+        ),
+        (
+            "flux2",
+            {"sites": "name:single*", "projections": ["qkv"]},
+            "makes queries, keys and values of image and text by the same weights",
+        ),
+        ("sd3", {"projections": ["q", "k"]}, "projections=q of .* do not read the text alone"),
+        ("sd3", {"sites": "joint", "detach_first_token": True}, "needs cross-attention"),
     ],
 )
-def test_selective_refuses_keys_that_are_not_the_texts(name: str, sites: str, why: str) -> None:
+def test_selective_refuses_layers_that_are_not_the_texts(
+    name: str, options: dict[str, Any], why: str
+) -> None:
     with pytest.raises(ValueError, match=why):
-        applied(name, selective={"sites": sites, "projections": ["k"]})
+        applied(name, selective=options)
+
+
+CROSS = (".attn2.to_k.", ".attn2.to_v.")
+OWN, BOTH = (".add_k_proj.", ".add_v_proj."), (".text_span.changes.k.", ".text_span.changes.v.")
+OF_TEXT = {
+    "sd3": OWN, "flux": OWN, "flux2": OWN, "chroma": OWN, "qwen_image": OWN, "z_image": BOTH,
+    "cogvideox": BOTH, "wan": CROSS, "ltx": CROSS,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_TEXT)
+def test_selective_finds_the_keys_and_values_of_the_text_by_itself(name: str) -> None:
+    """With the options of the recipe: in cross-attention, in layers of the text's own, or else in
+    the text of one stream; and at first the model is the base."""
+    backbone, plan = applied(name, selective={"detach_first_token": True})
+    assert plan.names
+    assert all(any(part in one for part in OF_TEXT[name]) for one in plan.names)
+    found = {part for part in OF_TEXT[name] for one in plan.names if part in one}
+    assert found == set(OF_TEXT[name])
+    assert torch.equal(backbone.output(), JointBackbone(name).output())
+    backbone.output().square().sum().backward()
+    grads = {one: p.grad for one, p in backbone.named_parameters()}
+    assert all((grads[one] is not None) == (one in plan.names) for one in grads)
+    assert any(bool(grads[one].any()) for one in plan.names)
+
+
+@pytest.mark.parametrize(("name", "sites"), [("flux", "name:single*"), ("z_image", "joint")])
+def test_a_span_of_text_has_keys_and_values_of_its_own(name: str, sites: str) -> None:
+    """k_i = (W + dW) x_i + b + db of the text alone, by a loop over the tokens; the gradients
+    too."""
+    backbone, plan = applied(name, selective={"sites": sites})
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for one, value in backbone.named_parameters():
+            if one in plan.names:
+                value.add_(0.3 * torch.randn(value.shape, generator=generator))
+    reference = JointBackbone(name)
+    changes = {n: p.detach().clone().requires_grad_() for n, p in backbone.named_parameters()}
+    for site in [each for each in reference.sites if each.name in plan.edits["selective"].sites]:
+        by_loop(reference, site, changes)
+    output, expected = backbone.output(), reference.output()
+    torch.testing.assert_close(output, expected)
+    assert not torch.allclose(output, JointBackbone(name).output(), atol=1e-3)
+    own = [p for n, p in backbone.named_parameters() if n in plan.names]
+    loops = [changes[n] for n, _ in backbone.named_parameters() if n in plan.names]
+    for one, other in zip(
+        torch.autograd.grad(output.square().sum(), own),
+        torch.autograd.grad(expected.square().sum(), loops),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def by_loop(backbone: JointBackbone, site: Any, changes: dict[str, Any]) -> None:
+    """Changes K and V of the text in one site: FLUX has 8 text tokens first, Z-Image the 16 of the
+    image, filled up to 32, before the text."""
+    first = backbone.case.traits.joint[0].text_first  # type: ignore[index]
+    for role in ("k", "v"):
+        path = f"transformer.{site.name}.text_span.changes.{role}"
+        weight, bias = changes[f"{path}.weight"], changes.get(f"{path}.bias")
+
+        def hook(_: Any, args: Any, made: Any, weight: Any = weight, bias: Any = bias) -> Any:
+            tokens = []
+            for i in range(made.shape[1]):
+                own = args[0][:, i] @ weight.T + (0 if bias is None else bias)
+                is_text = i < 8 if first else i >= 32
+                tokens.append(made[:, i] + (own if is_text else 0))
+            return torch.stack(tokens, dim=1)
+
+        site.projection(role).register_forward_hook(hook)
 
 
 def test_full_trains_all_of_it() -> None:

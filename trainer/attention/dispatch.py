@@ -86,6 +86,8 @@ class HostedLayer:
         with ExitStack() as stack:
             if self.stages["context"]:
                 stack.enter_context(run.contexts())
+            if self.stages["project"]:
+                stack.enter_context(run.projections())
             stack.enter_context(AttentionCalls(partial(self._take, run.call)))
             output = forward(*run.args, **run.kwargs)
         self.reached = self.reached or run.call.part >= 0

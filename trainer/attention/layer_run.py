@@ -6,8 +6,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.attention.call import SiteCall
 from trainer.attention.find_attention import text_argument
 from trainer.attention.op import label
-from trainer.attention.projections import context_roles
+from trainer.attention.projections import Role, context_roles
 from trainer.attention.spans import Lengths, spans_of
 from trainer.attention.stages import Stages
 
@@ -110,6 +110,27 @@ class LayerRun:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def projections(self) -> Iterator[None]:
+        """The stage `project`: the ops change what the layers of keys and values make, for this
+        run."""
+        handles = []
+        roles: tuple[Role, ...] = ("k", "v")
+
+        def change(role: Role, x: Tensor, made: Tensor) -> Tensor:
+            for op in self.stages["project"]:
+                made = op.project(made, x, role=role, call=self.call)
+            return made
+
+        for role in roles:
+            layer = self.site.projection(role)
+            handles.append(_after(layer, partial(change, role)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def _lengths(self) -> Lengths | None:
         x = self._argument(self.names[0])
         if not isinstance(x, Tensor) or x.ndim not in (3, 4):
@@ -157,6 +178,13 @@ def _before(layer: nn.Module, change: Any) -> Any:
         return (change(args[0]), *args[1:])
 
     return layer.register_forward_pre_hook(hook)
+
+
+def _after(layer: nn.Module, change: Any) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...], made: Tensor) -> Tensor:
+        return cast(Tensor, change(args[0], made))
+
+    return layer.register_forward_hook(hook)
 
 
 @cache

@@ -7,6 +7,8 @@ a `SiteCall`, the last argument of each:
     tokens(x, call) -> x                b n c    inputs after the site's own norms; may change n
     context(k_ctx, v_ctx, call)         b m c'   what to_k and to_v get; in self attention x
         -> k_ctx, v_ctx
+    project(made, x, role, call)        b m c    what to_k or to_v, its `role` k or v, made of x
+        -> made
     kv(q, k, v, call) -> q, k, v        b h . d  after projection and qk-norm; may append keys
     mask(mask, q, k, call) -> mask      to b h n m by broadcast; bool or added; None for no mask
     kernel(q, k, v, mask, call) -> o    b h n d  replaces the softmax attention
@@ -18,7 +20,8 @@ a `SiteCall`, the last argument of each:
     block(x, call) -> x                 b n c    the output of the block around the site
 
 At a joint site, whose queries and keys are text and image, n and m count both from `kv` to `output`
-(`call.spans` tells them apart); `tokens` and `restore` get the image tokens, `context` the text.
+(`call.spans` tells them apart); `tokens` and `restore` get the image tokens, `context` the text,
+and `project` what its layer gets, which may be both.
 
 Ops of one site run in the order in which they were installed, except that `restore`, which undoes
 `tokens`, runs in the reverse order. What two stages of one op share is kept in
@@ -36,6 +39,7 @@ from typing import Any, Protocol
 STAGES = (
     "tokens",
     "context",
+    "project",
     "kv",
     "mask",
     "kernel",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.attention.errors import TakenError
 from trainer.attention.op import STAGES, Op, by_stage, has_stage, label
-from trainer.attention.projections import context_roles, why_missing
+from trainer.attention.projections import Role, context_roles, why_missing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,7 +105,7 @@ def refuse_unavailable(op: Op, site: Site) -> None:
             f"{label(op)} computes again what classic attention computes, and {site.name!r} is "
             f"{type(site.module).__name__}, which computes more; choose other sites"
         )
-    for stage in ("tokens", "context", "restore", "block"):
+    for stage in ("tokens", "context", "project", "restore", "block"):
         if has_stage(op, stage) and (why := _why_not(stage, site)):
             raise ValueError(
                 f"{label(op)} has the stage {stage}, which {site.name!r} cannot give: {why}; "
@@ -118,12 +118,13 @@ def _why_not(stage: str, site: Site) -> str:
     module: Any = site.module
     if stage == "block":
         return "the block around it returns image and text" if site.kind == "joint" else ""
-    if stage == "context":
-        roles = context_roles(site.kind)
+    if stage in ("context", "project"):
+        roles: tuple[Role, ...] = ("k", "v")
+        roles = context_roles(site.kind) if stage == "context" else roles
         lost = [role for role in roles if not site.has(role)]
         if lost:
             return f"{type(module).__name__} {why_missing(module, lost[0])}"
-        normed = getattr(module, "norm_cross", None) is not None
+        normed = stage == "context" and getattr(module, "norm_cross", None) is not None
         return "its processor norms the text first" if normed else ""
     if getattr(module, "group_norm", None) is not None:
         return "its processor norms the tokens itself"

@@ -98,7 +98,11 @@ class HostedProcessor:
             same = k_ctx is v_ctx
             k_ctx = attn.norm_encoder_hidden_states(k_ctx)
             v_ctx = k_ctx if same else attn.norm_encoder_hidden_states(v_ctx)
-        return split_heads(self.site, q=q, k=attn.to_k(k_ctx), v=attn.to_v(v_ctx))
+        k, v = attn.to_k(k_ctx), attn.to_v(v_ctx)
+        for op in self.stages["project"]:
+            k = op.project(k, k_ctx, role="k", call=call)
+            v = op.project(v, v_ctx, role="v", call=call)
+        return split_heads(self.site, q=q, k=k, v=v)
 
 
 def _enter(

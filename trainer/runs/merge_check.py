@@ -74,16 +74,24 @@ def _refuse_others(path: Path, tree: dict[str, Any], first: dict[str, Any]) -> N
             f"adapter={path} was trained with {', '.join(sorted(used))}; only Custom Diffusion's "
             "selective and new_token merge in closed form"
         )
-    if tree["methods"]["selective"] != first["methods"]["selective"]:
+    own, others = (_options(each) for each in (tree, first))
+    if own != others:
         raise ValueError(
             f"adapter={path}: its methods.selective differs from that of the first adapter; all "
             "adapters must have trained the same layers"
         )
-    if set(tree["methods"]["selective"].get("projections", ("k", "v"))) - {"k", "v"}:
+    if set(own.get("projections", ("k", "v"))) - {"k", "v"}:
         raise ValueError(
             f"adapter={path}: the closed form is for k and v, which read the text; it trained "
-            f"{tree['methods']['selective']['projections']}"
+            f"{own['projections']}"
         )
-    kind = tree["methods"]["selective"].get("sites", "cross")
-    if "cross" not in kind:
-        raise ValueError(f"adapter={path}: the closed form is for cross-attention, not {kind!r}")
+    if "cross" not in own["sites"]:
+        raise ValueError(
+            f"adapter={path}: the closed form is for cross-attention, not {own['sites']!r}"
+        )
+
+
+def _options(tree: dict[str, Any]) -> dict[str, Any]:
+    """Those of `selective`; without sites it trains cross-attention, where there is any."""
+    options: dict[str, Any] = tree["methods"]["selective"]
+    return {**options, "sites": options.get("sites") or "cross"}

@@ -143,7 +143,11 @@ def _plain(name: str) -> str:
 
 @torch.no_grad()
 def _changes(path: Path, model: Backbone, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """dW of each parameter of the base that an adapter changes, in float64, by its name."""
+    """dW of each parameter of the base that an adapter changes, in float64, by its name.
+
+    Raises:
+        ValueError: it has a weight that the base has not.
+    """
     layers, words, own = tuner_layers(model), new_rows(model), dict(model.named_parameters())
     found = _of_known_words(model)
     with safe_open(path, "pt") as file:
@@ -157,6 +161,11 @@ def _changes(path: Path, model: Backbone, base: Mapping[str, Tensor]) -> dict[st
             key = _plain(name)
             if key not in base:
                 key = key.replace(".table.weight", ".weight")  # beneath the rows of new words
+            if key not in base:
+                raise ValueError(
+                    f"adapter={path} has {name}, which is no change of a weight of the base but "
+                    "one of its own; use it alone"
+                )
             found[key] = own[name].double() - base[key].double()
     for where, chosen in adapters.items():
         deltas = [layers[where].get_delta_weight(one).double() for one in sorted(chosen)]
