@@ -17,16 +17,22 @@ from typing import TYPE_CHECKING, Any
 from trainer.attention.denoiser_traits import DenoiserTraits, JointTraits
 from trainer.backbones.family import Family, Parts
 from trainer.backbones.flux1 import (
+    ATTENTION,
+    ENDS,
+    FEED_FORWARD,
     FOLD,
+    SINGLE,
     T5_LENGTH,
     flux_levels,
     from_tokens,
     packed_channels,
     packed_inputs,
+    published_width,
 )
 from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_widths
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.spec import BackboneSpec
+from trainer.backbones.tool_names import Scripts, ToolNames, inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,6 +98,10 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     )
 
 
+BLOCKS = inside("double_blocks", "transformer_blocks", {**ATTENTION, **FEED_FORWARD}) | inside(
+    "single_blocks", "single_transformer_blocks", SINGLE
+)
+
 FAMILY = Family(
     denoiser="transformer",
     pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline"),
@@ -107,5 +117,18 @@ FAMILY = Family(
     channels=packed_channels,
     sample_size=128,  # of diffusers' pipeline
     levels=flux_levels,
+    tool_names={
+        "ChromaTransformer2DModel": ToolNames(
+            BLOCKS | ENDS,
+            comfyui="diffusers",
+            scripts=Scripts(
+                "sd-scripts",
+                BLOCKS,
+                module="networks.lora_flux",
+                architecture="chroma",
+                stock=published_width,
+            ),
+        )
+    },
     traits=DenoiserTraits(joint=(JointTraits("*", text_first=True),), patch=FOLD),
 )

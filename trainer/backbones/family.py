@@ -15,6 +15,7 @@ from trainer.attention.denoiser_traits import UNDECLARED, DenoiserTraits
 from trainer.backbones.latent_form import LatentForm
 from trainer.backbones.noise_levels import Extent, NoiseLevels
 from trainer.backbones.spec import BackboneSpec, DenoiserSpec
+from trainer.backbones.tool_names import ToolNames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,12 +118,9 @@ class Family:
     that is made from nothing, None where it makes none. prompt_lengths: by the class of the
     pipeline, tokens of a prompt with padding where its tokenizer takes more. lower_case: whether
     prompts are read in lower case. stock_multiple: pixels that divide the sides which its stock
-    pipelines take. traits: where things are in the denoiser and how it takes clips. comfyui_layers:
-    by the class of a transformer, which of its layers ComfyUI reads under diffusers' names, a
-    regular expression. original_layers: by the class of a transformer, the layers by the names that
-    the model's first code has for them, several where that code keeps them in one; `{}` is the
-    number of a block. check: (facts of a folder) -> ValueError where the family cannot load it,
-    without torch.
+    pipelines take. traits: where things are in the denoiser and how it takes clips. tool_names: by
+    the class of a transformer, what other tools call its layers. check: (facts of a folder) ->
+    ValueError where the family cannot load it, without torch.
 
     optional: text encoders that a folder may lack. output: (backbone, output, x_t) -> what the
     denoiser gave in the form of x_t, for one that gives tokens, a list or another sign; None for
@@ -154,9 +152,8 @@ class Family:
     lower_case: bool = False
     stock_multiple: int = 8
     traits: DenoiserTraits = UNDECLARED
-    comfyui_layers: Mapping[str, str] = field(default_factory=dict)
+    tool_names: Mapping[str, ToolNames] = field(default_factory=dict)
     check: Callable[[FolderContents], None] = _check_nothing
-    original_layers: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
     output: Output | None = None
     latents: LatentForm = field(default_factory=LatentForm)

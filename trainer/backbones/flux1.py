@@ -20,6 +20,7 @@ from trainer.backbones.folder_check import check_channels, check_classes, check_
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.noise_levels import Extent, NoiseLevels, even_levels, shift_by_tokens
 from trainer.backbones.spec import BackboneSpec
+from trainer.backbones.tool_names import Scripts, ToolNames, inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,6 +148,48 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     )
 
 
+# as the model's first code names its layers: one for q, k and v, in the single blocks also for the
+# first of the feed-forward
+ATTENTION = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "txt_attn.proj": ("attn.to_add_out",),
+}
+FEED_FORWARD = {
+    f"{start}_mlp.{number}": (f"{own}.net.{layer}",)
+    for start, own in (("img", "ff"), ("txt", "ff_context"))
+    for number, layer in (("0", "0.proj"), ("2", "2"))
+}
+SINGLE = {
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+}
+ENDS = {
+    "img_in": ("x_embedder",), "txt_in": ("context_embedder",), "final_layer.linear": ("proj_out",)
+}  # fmt: skip
+BLOCKS = inside(
+    "double_blocks",
+    "transformer_blocks",
+    ATTENTION
+    | FEED_FORWARD
+    | {"img_mod.lin": ("norm1.linear",), "txt_mod.lin": ("norm1_context.linear",)},
+) | inside(
+    "single_blocks", "single_transformer_blocks", SINGLE | {"modulation.lin": ("norm.linear",)}
+)
+EMBEDDERS = {
+    f"{name}_in.{end}_layer": (f"time_text_embed.{own}_embedder.linear_{number}",)
+    for name, own in (("time", "timestep"), ("vector", "text"), ("guidance", "guidance"))
+    for number, end in ((1, "in"), (2, "out"))
+}
+
+
+def published_width(config: Mapping[str, Any]) -> bool:
+    """Whether diffusers' converter, which has the sizes of the published model in it, reads the
+    files of sd-scripts."""
+    return int(config["num_attention_heads"]) * int(config["attention_head_dim"]) == 3072
+
+
 FAMILY = Family(
     denoiser="transformer",
     pipelines=("FluxPipeline", "FluxImg2ImgPipeline"),
@@ -166,6 +209,19 @@ FAMILY = Family(
     levels=flux_levels,
     embeds_guidance=embeds_guidance,
     distilled=_distilled,
+    tool_names={
+        "FluxTransformer2DModel": ToolNames(
+            BLOCKS | ENDS | EMBEDDERS,
+            comfyui="diffusers",
+            scripts=Scripts(
+                "sd-scripts",
+                BLOCKS,
+                module="networks.lora_flux",
+                architecture="flux-1-dev",
+                stock=published_width,
+            ),
+        )
+    },
     traits=DenoiserTraits(
         time_embedding="time_text_embed",
         time_width="time_text_embed.timestep_embedder.linear_2",

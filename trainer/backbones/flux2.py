@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.attention.denoiser_traits import DenoiserTraits, JointTraits
 from trainer.backbones.family import Family, Parts
+from trainer.backbones.flux1 import ATTENTION, ENDS
 from trainer.backbones.folder_check import check_channels, check_classes, check_flow
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.latent_form import LatentForm
 from trainer.backbones.noise_levels import Extent, NoiseLevels, even_levels
 from trainer.backbones.spec import BackboneSpec
+from trainer.backbones.tool_names import Scripts, ToolNames, inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,6 +145,20 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     )
 
 
+BLOCKS = inside(
+    "double_blocks",
+    "transformer_blocks",
+    ATTENTION
+    | {
+        "img_mlp.0": ("ff.linear_in",), "img_mlp.2": ("ff.linear_out",),
+        "txt_mlp.0": ("ff_context.linear_in",), "txt_mlp.2": ("ff_context.linear_out",),
+    },
+) | inside(
+    "single_blocks",
+    "single_transformer_blocks",
+    {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
+)  # fmt: skip
+
 FAMILY = Family(
     denoiser="transformer",
     pipelines=("Flux2KleinPipeline",),
@@ -159,5 +175,18 @@ FAMILY = Family(
     sample_size=64,  # 1024 pixels
     levels=_levels,
     distilled=_distilled,
+    tool_names={
+        "Flux2Transformer2DModel": ToolNames(
+            BLOCKS | ENDS,
+            comfyui="diffusers",
+            scripts=Scripts(
+                "musubi-tuner",
+                BLOCKS,
+                module="networks.lora_flux_2",
+                architecture="flux-2",
+                stock=lambda config: True,
+            ),
+        )
+    },
     traits=DenoiserTraits(joint=(JointTraits("*", text_first=True),), patch=1),
 )

@@ -21,6 +21,7 @@ from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.latent_form import LatentForm
 from trainer.backbones.noise_levels import Extent, NoiseLevels, even_levels, shift_by_tokens
 from trainer.backbones.spec import BackboneSpec
+from trainer.backbones.tool_names import ToolNames, alike
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,6 +144,24 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     )
 
 
+# as LTX-Video's first code names its layers, which ComfyUI keeps
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+BLOCK = (
+    *(f"{kind}.{layer}" for kind in ("attn1", "attn2") for layer in ATTENTION),
+    "ff.net.0.proj",
+    "ff.net.2",
+)
+ORIGINAL = alike([f"transformer_blocks.{{}}.{layer}" for layer in BLOCK]) | {
+    "patchify_proj": ("proj_in",),
+    "adaln_single.emb.timestep_embedder.linear_1": ("time_embed.emb.timestep_embedder.linear_1",),
+    "adaln_single.emb.timestep_embedder.linear_2": ("time_embed.emb.timestep_embedder.linear_2",),
+    "adaln_single.linear": ("time_embed.linear",),
+    "caption_projection.linear_1": ("caption_projection.linear_1",),
+    "caption_projection.linear_2": ("caption_projection.linear_2",),
+    "proj_out": ("proj_out",),
+}
+TABLES = ("transformer_blocks.{}.scale_shift_table", "scale_shift_table")
+
 FAMILY = Family(
     denoiser="transformer",
     pipelines=("LTXPipeline",),
@@ -163,6 +182,11 @@ FAMILY = Family(
     ),
     sample_size=16,
     levels=_levels,
+    tool_names={
+        "LTXVideoTransformer3DModel": ToolNames(
+            ORIGINAL, comfyui="original", parameters={name: name for name in TABLES}
+        )
+    },
     traits=DenoiserTraits(
         time_embedding="time_embed.emb",
         time_width="time_embed.emb.timestep_embedder.linear_2",

@@ -20,6 +20,7 @@ from trainer.backbones.folder_check import (
 )
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.spec import BackboneSpec, TransformerSpec
+from trainer.backbones.tool_names import ToolNames
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -227,6 +228,11 @@ ORIGINAL = ORIGINAL_ATTENTION | {
     "final_layer.linear": ("proj_out",),
 }
 
+PARAMETERS = {
+    "blocks.{}.scale_shift_table": "transformer_blocks.{}.scale_shift_table",
+    "final_layer.scale_shift_table": "scale_shift_table",
+}
+
 FAMILY = Family(
     denoiser="transformer",
     pipelines=tuple(LENGTHS),
@@ -244,12 +250,7 @@ FAMILY = Family(
         time_width="adaln_single.emb.timestep_embedder.linear_2",
         input="pos_embed.proj",
     ),
-    comfyui_layers={
-        "PixArtTransformer2DModel": (
-            r"transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))"
-            r"|adaln_single\.(linear|emb\.\w+_embedder\.linear_[12])|caption_projection\.linear_[12]"
-            r"|pos_embed\.proj|proj_out"
-        )
+    tool_names={
+        "PixArtTransformer2DModel": ToolNames(ORIGINAL, comfyui="diffusers", parameters=PARAMETERS)
     },
-    original_layers={"PixArtTransformer2DModel": ORIGINAL},
 )

@@ -22,6 +22,7 @@ from trainer.backbones.folder_check import check_channels, check_classes, check_
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.latent_form import LatentForm
 from trainer.backbones.spec import BackboneSpec
+from trainer.backbones.tool_names import Scripts, ToolNames, alike
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,6 +141,25 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     )
 
 
+# other tools keep these names
+BLOCKS = alike(
+    [
+        f"transformer_blocks.{{}}.{layer}"
+        for layer in (
+            *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")),
+            *(f"attn.add_{name}_proj" for name in "qkv"),
+            *(f"{part}_{name}" for part in ("img", "txt") for name in ("mod.1", "mlp.net.2")),
+            *(f"{part}_mlp.net.0.proj" for part in ("img", "txt")),
+        )
+    ]
+)
+ENDS = alike(
+    [
+        "img_in", "txt_in", "proj_out", "norm_out.linear",
+        "time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_2",
+    ]
+)  # fmt: skip
+
 FAMILY = Family(
     denoiser="transformer",
     pipelines=("QwenImagePipeline", "QwenImageImg2ImgPipeline"),
@@ -160,6 +180,19 @@ FAMILY = Family(
     levels=flux_levels,
     template=TEMPLATE,
     rescale=rescaled,
+    tool_names={
+        "QwenImageTransformer2DModel": ToolNames(
+            BLOCKS | ENDS,
+            comfyui="diffusers",
+            scripts=Scripts(
+                "musubi-tuner",
+                BLOCKS,
+                module="networks.lora_qwen_image",
+                architecture="qwen-image",
+                stock=lambda config: True,
+            ),
+        )
+    },
     traits=DenoiserTraits(
         time_embedding="time_text_embed",
         time_width="time_text_embed.timestep_embedder.linear_2",

@@ -25,6 +25,7 @@ from trainer.backbones.pixart import (
     text_classes,
 )
 from trainer.backbones.spec import BackboneSpec
+from trainer.backbones.tool_names import ToolNames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,5 +145,5 @@ FAMILY = Family(
         time_width="time_embed.emb.timestep_embedder.linear_2",
         input="patch_embed.proj",
     ),
-    original_layers={"SanaTransformer2DModel": ORIGINAL},
+    tool_names={"SanaTransformer2DModel": ToolNames(ORIGINAL)},
 )

@@ -16,6 +16,7 @@ from trainer.backbones.family import Family, Parts
 from trainer.backbones.folder_check import check_channels, check_classes, check_flow
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.spec import BackboneSpec
+from trainer.backbones.tool_names import Scripts, ToolNames, inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,6 +129,34 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     )
 
 
+# as the model's first code names its layers: one for q, k and v; `attn2` is in the first blocks of
+# 3.5 medium
+QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+BLOCKS = inside(
+    "joint_blocks",
+    "transformer_blocks",
+    {
+        "x_block.attn.qkv": QKV, "x_block.attn.proj": ("attn.to_out.0",),
+        "x_block.attn2.qkv": [layer.replace("attn.", "attn2.") for layer in QKV],
+        "x_block.attn2.proj": ("attn2.to_out.0",),
+        "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "context_block.attn.proj": ("attn.to_add_out",),
+        "x_block.mlp.fc1": ("ff.net.0.proj",), "x_block.mlp.fc2": ("ff.net.2",),
+        "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+        "context_block.mlp.fc2": ("ff_context.net.2",),
+        "x_block.adaLN_modulation.1": ("norm1.linear",),
+    },
+)  # fmt: skip
+ENDS = {
+    "x_embedder.proj": ("pos_embed.proj",),
+    "context_embedder": ("context_embedder",),
+    "t_embedder.mlp.0": ("time_text_embed.timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": ("time_text_embed.timestep_embedder.linear_2",),
+    "y_embedder.mlp.0": ("time_text_embed.text_embedder.linear_1",),
+    "y_embedder.mlp.2": ("time_text_embed.text_embedder.linear_2",),
+    "final_layer.linear": ("proj_out",),
+}
+
 FAMILY = Family(
     denoiser="transformer",
     pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
@@ -140,6 +169,15 @@ FAMILY = Family(
     optional=(T5,),
     shapes=_condition_shapes,
     check=check,
+    tool_names={
+        "SD3Transformer2DModel": ToolNames(
+            BLOCKS | ENDS,
+            comfyui="diffusers",
+            scripts=Scripts(
+                "sd-scripts", BLOCKS, module="networks.lora_sd3", architecture="stable-diffusion-3"
+            ),
+        )
+    },
     traits=DenoiserTraits(
         time_embedding="time_text_embed",
         time_width="time_text_embed.timestep_embedder.linear_2",

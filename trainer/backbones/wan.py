@@ -17,6 +17,7 @@ from trainer.backbones.folder_check import check_channels, check_classes, check_
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.latent_form import LatentForm
 from trainer.backbones.spec import BackboneSpec
+from trainer.backbones.tool_names import Scripts, ToolNames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,13 +102,15 @@ def load(spec: BackboneSpec, name: str) -> Parts:
 
 # as Wan's first code names its layers, which ComfyUI keeps
 ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
-ORIGINAL = {
+BLOCKS = {
     f"blocks.{{}}.{kind}.{name}": (f"blocks.{{}}.{own}.{layer}",)
     for kind, own in (("self_attn", "attn1"), ("cross_attn", "attn2"))
     for name, layer in ATTENTION.items()
 } | {
     "blocks.{}.ffn.0": ("blocks.{}.ffn.net.0.proj",),
     "blocks.{}.ffn.2": ("blocks.{}.ffn.net.2",),
+}
+ORIGINAL = BLOCKS | {
     "text_embedding.0": ("condition_embedder.text_embedder.linear_1",),
     "text_embedding.2": ("condition_embedder.text_embedder.linear_2",),
     "time_embedding.0": ("condition_embedder.time_embedder.linear_1",),
@@ -134,7 +137,17 @@ FAMILY = Family(
         frames=_frames,
     ),
     sample_size=60,
-    original_layers={"WanTransformer3DModel": ORIGINAL},
+    tool_names={
+        "WanTransformer3DModel": ToolNames(
+            ORIGINAL,
+            comfyui="original",
+            parameters={
+                "blocks.{}.modulation": "blocks.{}.scale_shift_table",
+                "head.modulation": "scale_shift_table",
+            },
+            scripts=Scripts("musubi-tuner", BLOCKS, module="networks.lora_wan", architecture="wan"),
+        )
+    },
     traits=DenoiserTraits(
         time_embedding="condition_embedder.time_embedder",
         time_width="condition_embedder.time_embedder.linear_2",

@@ -21,6 +21,7 @@ from trainer.backbones.flux1 import flux_levels
 from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_widths
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.spec import BackboneSpec
+from trainer.backbones.tool_names import Scripts, ToolNames, alike, inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,6 +131,27 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     return parts
 
 
+# as the model's first code names its layers: one for q, k and v; musubi-tuner has the names here
+ATTENTION = ("attention.to_q", "attention.to_k", "attention.to_v")
+REST = alike(["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"])
+ORIGINAL = {
+    name: layers
+    for part in ("layers", "noise_refiner", "context_refiner")
+    for name, layers in inside(
+        part,
+        part,
+        {"attention.qkv": ATTENTION, "attention.out": ("attention.to_out.0",)}
+        | REST
+        | alike(["adaLN_modulation.0"]),
+    ).items()
+} | {
+    "final_layer.linear": ("all_final_layer.2-1.linear",),
+    "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
+    "x_embedder": ("all_x_embedder.2-1",),
+    **alike(["cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2"]),
+}
+SCRIPTS = inside("layers", "layers", alike([*ATTENTION, "attention.to_out.0", *REST]))
+
 FAMILY = Family(
     denoiser="transformer",
     pipelines=("ZImagePipeline", "ZImageImg2ImgPipeline"),
@@ -146,6 +168,20 @@ FAMILY = Family(
     levels=flux_levels,
     distilled=_distilled,
     template=TEMPLATE,
+    tool_names={
+        "ZImageTransformer2DModel": ToolNames(
+            ORIGINAL,
+            comfyui="diffusers",
+            parameters={name: name for name in ("x_pad_token", "cap_pad_token")},
+            scripts=Scripts(
+                "musubi-tuner",
+                SCRIPTS,
+                module="networks.lora_zimage",
+                architecture="z-image",
+                stock=lambda config: True,
+            ),
+        )
+    },
     traits=DenoiserTraits(
         time_embedding="t_embedder",
         time_width="t_embedder.mlp.2",

@@ -1,13 +1,15 @@
 """The names that other tools have for the layers of a model: the key rules of sd-scripts
-(networks/lora.py) and of ComfyUI (comfy/lora.py, comfy/utils.py), and the block names of the
-original latent-diffusion code (ldm)."""
+(networks/lora.py) and of ComfyUI (comfy/lora.py, comfy/utils.py), the block names of the original
+latent-diffusion code (ldm), and what families of transformers declare."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from trainer.backbones.families import family_names, find_family
+from trainer.backbones.tool_names import Table, ToolNames
 
 RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
@@ -26,9 +28,11 @@ INSIDE = re.compile(
     r"proj_in|proj_out|norm"
     r"|transformer_blocks\.\d+\.(norm[123]|attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))"
 )
-BARE = re.compile(r"(?:transformer_blocks\.(\d+)\.)?scale_shift_table")
 CLIP = re.compile(
     r"(?:text_model\.)?(encoder\.layers\.\d+\.(?:self_attn\.[qkv]_proj|self_attn\.out_proj|mlp\.fc[12]))"
+)
+T5 = re.compile(
+    r"encoder\.block\.\d+\.layer\.\d+\.(?:SelfAttention\.[qkvo]|DenseReluDense\.w(?:i|i_[01]|o))"
 )
 
 
@@ -103,73 +107,104 @@ def long_name(path: str) -> str:
 
 
 def kohya(model: Any) -> dict[str, str]:
-    """sd-scripts' keys by module path, for the layers that it adapts: those inside a U-Net's
-    transformers, residual blocks and resamplers, and inside the blocks of CLIP."""
-    found = {}
+    """sd-scripts' keys by module path, for the layers that it adapts one by one: those inside a
+    U-Net's transformers, residual blocks and resamplers, inside the blocks of CLIP and T5, and of
+    other denoisers what its scripts, or musubi-tuner's, adapt; see `kohya_fused` too."""
+    found: dict[str, str] = {}
     if model.denoiser_name == "unet":
         for name in ldm(model.denoiser):
             if BLOCK.fullmatch(name) and not name.rpartition(".")[2].startswith("norm"):
                 found[f"unet.{name}"] = f"lora_unet_{underscored(name)}"
-    return found | _clip_keys(model)
+    scripts = tool_names(model.denoiser).scripts
+    for key, layers in numbered(scripts.layers, model.denoiser).items() if scripts else ():
+        if len(layers) == 1:
+            found[_paths(model, layers)[0]] = f"lora_unet_{underscored(key)}"
+    clip = _clip_keys(model)
+    return found | clip | (_t5_keys(model) if clip else {})
+
+
+def kohya_fused(model: Any) -> dict[str, tuple[str, ...]]:
+    """The keys of sd-scripts, or musubi-tuner, of the layers that these keep as one, to their
+    module paths here, in the order of its rows."""
+    scripts = tool_names(model.denoiser).scripts
+    named = numbered(scripts.layers, model.denoiser) if scripts else {}
+    return {
+        f"lora_unet_{underscored(key)}": _paths(model, layers)
+        for key, layers in named.items()
+        if len(layers) > 1
+    }
 
 
 def comfy(model: Any) -> dict[str, str]:
-    """ComfyUI's keys by module path; empty, but for CLIP, for a network it has no names for."""
-    found = {}
-    rules = _comfyui_layers(type(model.denoiser).__name__)
+    """ComfyUI's keys by module path; empty, but for text encoders, for a network it has no names
+    for."""
+    found: dict[str, str] = {}
+    names = tool_names(model.denoiser)
     if model.denoiser_name == "unet":
         found = {f"unet.{name}": f"lora_unet_{underscored(name)}" for name in ldm(model.denoiser)}
-    elif rules is not None:
-        names = (name for name, _ in model.denoiser.named_modules())
-        paths = [f"{model.denoiser_name}.{name}" for name in names if re.fullmatch(rules, name)]
-        found = {path: f"transformer.{path.partition('.')[2]}" for path in paths}
-    return found | _clip_keys(model)
+    elif names.comfyui:
+        for key, layers in original_names(model.denoiser).items():
+            for layer, path in zip(layers, _paths(model, layers), strict=True):
+                own = f"transformer.{layer}"
+                found[path] = own if names.comfyui == "diffusers" else f"diffusion_model.{key}"
+    return found | _clip_keys(model) | (_t5_keys(model) if found else {})
 
 
 def fused_layers(model: Any) -> dict[str, tuple[str, ...]]:
     """ComfyUI's keys of the layers that it keeps as one, to their module paths here, in the order
     of its rows."""
-    part = model.denoiser_name
-    names = original_names(model.denoiser)
     return {
-        f"diffusion_model.{key}": tuple(f"{part}.{layer}" for layer in layers)
-        for key, layers in names.items()
+        f"diffusion_model.{key}": _paths(model, layers)
+        for key, layers in original_names(model.denoiser).items()
         if len(layers) > 1
     }
 
 
 def comfy_parameters(model: Any) -> dict[str, str]:
     """ComfyUI's keys of a denoiser's parameters that belong to no layer, by their names here."""
-    if model.denoiser_name == "unet" or _comfyui_layers(type(model.denoiser).__name__) is None:
-        return {}
+    known = {name for name, _ in model.denoiser.named_parameters()}
     found = {}
-    for name, _ in model.denoiser.named_parameters():
-        match = BARE.fullmatch(name)
-        if match is not None:
-            place = f"blocks.{match[1]}" if match[1] else "final_layer"
-            found[f"{model.denoiser_name}.{name}"] = f"diffusion_model.{place}.scale_shift_table"
+    for key, name in tool_names(model.denoiser).parameters.items():
+        for block in range(_blocks(name, model.denoiser)):
+            if (own := name.format(block)) in known:
+                found[f"{model.denoiser_name}.{own}"] = f"diffusion_model.{key.format(block)}"
     return found
 
 
 def original_names(denoiser: Any) -> dict[str, tuple[str, ...]]:
     """The names that a transformer's first code has for its layers, as its family declares them,
-    block by block; `{}` in a declaration stands for the number of a block."""
+    block by block."""
+    return numbered(tool_names(denoiser).original, denoiser)
+
+
+def numbered(table: Table, denoiser: Any) -> dict[str, tuple[str, ...]]:
+    """A table of names with the number of each block in them; what stands for layers that the
+    denoiser has not is left out."""
+    known = {name for name, _ in denoiser.named_modules()}
+    found = {}
+    for name, layers in table.items():
+        for block in range(_blocks(layers[0], denoiser)):
+            own = tuple(layer.format(block) for layer in layers)
+            if known.issuperset(own):
+                found[name.format(block)] = own
+    return found
+
+
+def _blocks(name: str, denoiser: Any) -> int:
+    """How many blocks the `{}` of a name counts; 1 where it has none."""
+    start, mark, _ = name.partition(".{}")
+    return len(getattr(denoiser, start)) if mark else 1
+
+
+def tool_names(denoiser: Any) -> ToolNames:
+    """What other tools call the layers of a transformer, as its family declares it."""
     kind = type(denoiser).__name__
-    declared = (find_family(name).original_layers.get(kind) for name in family_names())
-    table = next((names for names in declared if names is not None), {})
-    own: Any = getattr(denoiser, "transformer_blocks", None) or getattr(denoiser, "blocks", ())
-    blocks = range(len(own))
-    return {
-        name.format(block): tuple(layer.format(block) for layer in layers)
-        for name, layers in table.items()
-        for block in (blocks if "{}" in name else (0,))
-    }
+    declared = (find_family(name).tool_names for name in family_names())
+    return next((names[kind] for names in declared if kind in names), ToolNames())
 
 
-def _comfyui_layers(transformer: str) -> str | None:
-    """The layers of a class of transformers that ComfyUI reads, as its family declares them."""
-    declared = (find_family(name).comfyui_layers for name in family_names())
-    return next((layers[transformer] for layers in declared if transformer in layers), None)
+def _paths(model: Any, layers: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{model.denoiser_name}.{layer}" for layer in layers)
 
 
 def _clip_keys(model: Any) -> dict[str, str]:
@@ -179,6 +214,20 @@ def _clip_keys(model: Any) -> dict[str, str]:
         for name, _ in encoder.named_modules():
             if other := clip_name(part, name):
                 found[f"{part}.{name}"] = f"{prefix}_{underscored(other)}"
+    return found
+
+
+def _t5_keys(model: Any) -> dict[str, str]:
+    """The keys of T5's layers: sd-scripts and ComfyUI count it as the third text encoder, also
+    beside a single CLIP, and ComfyUI as the first where it is alone."""
+    found = {}
+    prefix = "lora_te3" if len(model.text_encoders) > 1 else "lora_te1"
+    for part, encoder in model.text_encoders.items():
+        if type(encoder).__name__ != "T5EncoderModel":  # UMT5 has these names too
+            continue
+        for name, _ in encoder.named_modules():
+            if T5.fullmatch(name):
+                found[f"{part}.{name}"] = f"{prefix}_{underscored(name)}"
     return found
 
 

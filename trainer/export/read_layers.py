@@ -17,6 +17,7 @@ from trainer.export.layer_names import comfy_parameters
 from trainer.export.lycoris import form_of, rank_of, weight_of
 from trainer.export.peft_fields import Fields, rank_in, strength, without_start
 from trainer.export.read_names import Names
+from trainer.export.side_by_side import apart
 from trainer.export.tensor_kinds import MERGE, check_complete, kinds_by_layer
 from trainer.ops.adapters.nf4 import unpacked
 
@@ -218,9 +219,9 @@ def _slices(found: Delta, sizes: list[int]) -> list[Delta]:
             for whole in (found.weight, found.bias)
         )
         return [FullDelta(w, b) for w, b in zip(weights, biases, strict=True)]
-    ups = found.up.split(sizes)
     if isinstance(found, LowRankDelta):
-        return [replace(found, up=up) for up in ups]
+        return list(apart(found, sizes))
+    ups = found.up.split(sizes)
     lengths = found.magnitude.flatten().split(sizes)
     return [replace(found, up=up, magnitude=m) for up, m in zip(ups, lengths, strict=True)]
 

@@ -33,6 +33,7 @@ OPEN_CLIP = {
     "mlp.c_fc": ("mlp.fc1",), "mlp.c_proj": ("mlp.fc2",),
     "ln_1": ("layer_norm1",), "ln_2": ("layer_norm2",),
 }  # fmt: skip
+FIRST_OF_CLIP = "encoder.layers.0.self_attn.q_proj"
 BEFORE_BLOCKS = ("", "transformer.", "model.transformer.")
 FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}  # by diffusers' own names
 Paths = tuple[str, ...]
@@ -56,6 +57,8 @@ class Names:
             for part, table in self.tables.items()
         }
         self.denoiser, *self.encoders = self.tables
+        # tools count the others, such as T5, differently: they are known by their layers' names
+        self.clips = [part for part in self.encoders if FIRST_OF_CLIP in self.tables[part]]
 
     def find(self, name: str) -> Paths | None:
         """The paths of the layer called so, in the order of its rows where it is a fused one; none
@@ -73,7 +76,8 @@ class Names:
         if part is None:
             return [self.denoiser, *self.encoders]
         if isinstance(part, int):
-            return self.encoders[part : part + 1]
+            own = self.encoders[part : part + 1]
+            return own + [other for other in self.encoders if other not in (*own, *self.clips)]
         return [self.denoiser]
 
 

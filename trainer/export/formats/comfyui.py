@@ -15,14 +15,16 @@ from trainer.export.bundle import Delta, DoRADelta, Form, FullDelta, LowRankDelt
 from trainer.export.cannot_carry import CannotCarryError
 from trainer.export.factor import folded
 from trainer.export.formats import Format
-from trainer.export.formats.kohya import by_rules, common_alpha, pair, read
+from trainer.export.formats.kohya import by_rules, common_alpha, file_in, pair, read
 from trainer.export.job import Job
 from trainer.export.layer_names import comfy, comfy_parameters, fused_layers
 from trainer.export.lycoris import file_tensors
-from trainer.export.tensor_files import save_tensors
-from trainer.export.tokens import refuse_unnamable, token_remark, write_tokens
+from trainer.export.tensor_files import load_tensors, save_tensors
+from trainer.export.tokens import load_stock, refuse_unnamable, token_remark, write_tokens
 from trainer.export.usage import Usage, word_text
 from trainer.ops.adapters.nf4 import unpacked
+
+OURS = ("transformer.", "diffusion_model.")  # how the names of a transformer's layers begin
 
 
 def refuse(job: Job) -> None:
@@ -123,13 +125,29 @@ def _tensors(key: str, delta: Delta | Form, alpha: float) -> dict[str, Tensor]:
     if isinstance(delta, FullDelta):
         changes = {"diff": delta.weight, "diff_b": delta.bias}
         return {f"{key}.{kind}": value for kind, value in changes.items() if value is not None}
-    if key.startswith("transformer."):
+    if key.startswith(OURS):
         down, up = folded(delta)
         return {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
     return pair(key, delta, alpha)
 
 
-READERS = {"ComfyUI's key rules": by_rules}  # what ComfyUI does, without its code
+def _load_lora_weights(folder: Path, base: Any) -> Any:
+    """Loads the LoRA of a transformer with diffusers; None where the files hold anything else, or
+    name layers otherwise than diffusers."""
+    pipeline, file = base.pipeline(), file_in(folder)
+    if base.denoiser_name == "unet" or file is None or not hasattr(pipeline, "load_lora_weights"):
+        return None
+    own = {name for name, _ in base.denoiser.named_modules()}
+    names = [key.partition(".")[2].partition(".lora_")[0] for key in load_tensors(file)[0]]
+    if not own.issuperset(names):
+        return None
+    load_stock(folder, base)
+    pipeline.load_lora_weights(folder, weight_name=file.name)
+    return base
+
+
+# what ComfyUI does, without its code; and diffusers, where the names are its own
+READERS = {"ComfyUI's key rules": by_rules, "load_lora_weights": _load_lora_weights}
 FORMAT = Format(
     write,
     readers=READERS,

@@ -1,4 +1,5 @@
-"""`kohya`: LoRA as sd-scripts writes it, with `.alpha` and its header; most UIs read it."""
+"""`kohya`: LoRA as sd-scripts or musubi-tuner writes it, with `.alpha` and a header; most UIs read
+it. Where these keep several of our layers as one, it has the matrices of all side by side."""
 
 from __future__ import annotations
 
@@ -24,8 +25,10 @@ from trainer.export.factor import factored
 from trainer.export.formats import Format
 from trainer.export.job import Job
 from trainer.export.layer_names import kohya as keys_of
+from trainer.export.layer_names import kohya_fused, tool_names
 from trainer.export.lycoris import file_tensors
 from trainer.export.read_file import read_file
+from trainer.export.side_by_side import by_key
 from trainer.export.tensor_files import save_tensors
 from trainer.export.tokens import refuse_unnamable, token_remark, write_tokens
 from trainer.export.usage import Usage, stock_usage, word_lines, word_text
@@ -40,21 +43,35 @@ VERSIONS = {
 
 
 def refuse(job: Job) -> None:
-    keys = keys_of(job.base)
-    layers = _low_rank(job)
+    keys, layers = keys_of(job.base), _low_rank(job)
+    fused = {path for paths in kohya_fused(job.base).values() for path in paths}
     for path in (*layers, *job.bundle.forms):
-        if path not in keys:
-            raise CannotCarryError(
-                f"format=kohya cannot carry {path}: sd-scripts adapts only layers inside the "
-                "attention, residual and resampling blocks of U-Nets and inside CLIP, and would "
-                "skip it"
-            )
+        if path not in keys.keys() | fused:
+            raise CannotCarryError(f"format=kohya cannot carry {path}: {_why_not(job)}")
+    if mixed := [path for path in job.bundle.forms if path in fused]:
+        raise CannotCarryError(
+            f"format=kohya cannot carry {job.bundle.forms[mixed[0]].type} of {mixed[0]}: "
+            "sd-scripts and musubi-tuner keep it and others as one layer, which is no such product"
+        )
     if any(isinstance(delta, DoRADelta) for delta in layers.values()):
         raise CannotCarryError(
             "format=kohya cannot carry DoRA: readers of dora_scale compute the norm along "
             "different axes, and diffusers ignores it"
         )
     refuse_unnamable(job.bundle)
+
+
+def _why_not(job: Job) -> str:
+    if job.base.denoiser_name == "unet":
+        return (
+            "sd-scripts adapts only layers inside the attention, residual and resampling blocks of "
+            "U-Nets and inside CLIP, and would skip it"
+        )
+    kind = type(job.base.denoiser).__name__
+    scripts = tool_names(job.base.denoiser).scripts
+    if scripts is None:
+        return f"neither sd-scripts nor musubi-tuner trains a {kind}"
+    return f"of a {kind}, {scripts.trainer} adapts layers inside its blocks only"
 
 
 def _low_rank(job: Job) -> Mapping[str, LowRankDelta | DoRADelta]:
@@ -66,14 +83,16 @@ def _low_rank(job: Job) -> Mapping[str, LowRankDelta | DoRADelta]:
 
 def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
     refuse(job)
-    layers = of_one_rank(_low_rank(job))
     keys = keys_of(job.base)
+    layers: Mapping[str, LowRankDelta | DoRADelta] = by_key(_low_rank(job), keys, job.base)
+    if job.base.denoiser_name == "unet":
+        layers = of_one_rank(layers)
     alpha = common_alpha(layers.values())
     tensors: dict[str, Tensor] = {}
     for path, form in job.bundle.forms.items():
         tensors |= file_tensors(keys[path], form)
-    for path, delta in layers.items():
-        tensors |= pair(keys[path], delta, alpha)
+    for key, delta in layers.items():
+        tensors |= pair(key, delta, alpha)
     if tensors:
         tensors |= _with_out_proj(tensors)
         rounded = {k: v.to(dtype if v.ndim else torch.float32) for k, v in tensors.items()}
@@ -143,8 +162,12 @@ def _header(
     job: Job, layers: Mapping[str, LowRankDelta | DoRADelta], alpha: float
 ) -> dict[str, str]:
     width: Any = getattr(job.base.denoiser.config, "cross_attention_dim", None)
+    scripts, module = tool_names(job.base.denoiser).scripts, "networks.lora"
     default = (bare_name(str(job.base.name)), "stable-diffusion-v1", "512x512")
     version, architecture, resolution = VERSIONS.get(width, default)
+    if scripts is not None:
+        module, version, architecture = scripts.module, scripts.architecture, scripts.architecture
+        resolution = "1024x1024"
     if (version, job.base.target) == ("sd_v2", "v"):
         version, architecture, resolution = (
             "sd_v2_768_v", "stable-diffusion-v2-768-v", "768x768",
@@ -155,7 +178,7 @@ def _header(
     return {
         "ss_v2": str(version.startswith("sd_v2")),
         "ss_base_model_version": version,
-        "ss_network_module": "networks.lora",
+        "ss_network_module": module,
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alpha:g}",
         "ss_network_args": "{}",
@@ -165,8 +188,14 @@ def _header(
         "modelspec.implementation": "diffusers",
         "modelspec.title": job.title,
         "modelspec.resolution": resolution,
-        "modelspec.prediction_type": "v" if job.base.target == "v" else "epsilon",
-    }
+    } | _prediction(job)
+
+
+def _prediction(job: Job) -> dict[str, str]:
+    """ModelSpec has no word for a flow."""
+    words = {"v": "v", "eps": "epsilon"}
+    word = words.get(job.base.target)
+    return {"modelspec.prediction_type": word} if word else {}
 
 
 def _of_lycoris(forms: Mapping[str, Form]) -> dict[str, str]:
@@ -203,17 +232,29 @@ def file_in(folder: Path) -> Path | None:
 
 
 def _load_lora_weights(folder: Path, base: Any) -> Any:
-    """Loads the files with diffusers; None where its pipeline has no loader, or where the files
-    hold LoHa or LoKr, or words that its tokenizer already has."""
+    """Loads the files with diffusers; None where its pipeline has no loader of such files, or where
+    these hold LoHa or LoKr, or words that its tokenizer already has."""
     pipeline = base.pipeline()
-    bundle = read(folder, base)
-    if bundle.known or bundle.forms or not hasattr(pipeline, "load_lora_weights"):
+    if not _is_stock(read(folder, base), base):
         return None
     tokens.load_stock(folder, base)
     file = file_in(folder)
     if file is not None:
         pipeline.load_lora_weights(folder, weight_name=file.name)
     return base
+
+
+def _is_stock(bundle: Bundle, base: Any) -> bool:
+    """Whether diffusers reads these files: of text encoders, and for some transformers, it knows
+    other names only, or other sizes."""
+    scripts = tool_names(base.denoiser).scripts
+    takes: Any = getattr(base.pipeline(), "_lora_loadable_modules", ())
+    parts = {path.partition(".")[0] for path in bundle.layers}
+    known = base.denoiser_name == "unet" or (
+        scripts is not None and scripts.stock(base.denoiser.config)
+    )
+    loads = hasattr(base.pipeline(), "load_lora_weights")
+    return loads and known and parts <= set(takes) and not (bundle.known or bundle.forms)
 
 
 def by_rules(folder: Path, base: Any) -> Any:
@@ -231,17 +272,25 @@ def usage(job: Job, folder: Path) -> Usage:
     file, stock = file_in(folder), job.base.pipeline()
     text = word_text(job.card, folder)
     if file is not None:
-        place = (
-            f"Copy `{file.name}` to the UI's LoRA: `models/Lora` in UIs of the A1111 family, "
-            "`models/loras` in ComfyUI."
-        )
-        text = (place, *text)
-    if job.bundle.known or job.bundle.forms or not hasattr(stock, "load_lora_weights"):
+        text = (_place(job, file.name), *text)
+    if not _is_stock(job.bundle, job.base):
         return Usage(text=text)
     lines, imports = word_lines(folder, stock)
     if file is not None:
         lines.append(f"pipe.load_lora_weights(folder, weight_name={file.name!r})")
     return stock_usage(job, text=text, call=tuple(lines), imports=tuple(imports))
+
+
+def _place(job: Job, file: str) -> str:
+    scripts = tool_names(job.base.denoiser).scripts
+    if scripts is not None and scripts.trainer != "sd-scripts":
+        return (
+            f"`{file}` is as {scripts.trainer} writes it; for ComfyUI export with format=comfyui."
+        )
+    return (
+        f"Copy `{file}` to the UI's LoRA: `models/Lora` in UIs of the A1111 family, "
+        "`models/loras` in ComfyUI."
+    )
 
 
 FORMAT = Format(
