@@ -73,9 +73,9 @@ class Found:
     """refused: why no host attaches, empty where one does. kinds: the number of sites of each kind.
     equal: whether its output is native to the bit, near: to rounding. changed: whether the op at
     every site that takes one changes it; restored: whether it is native after `detach`. stopped:
-    how a forward with the op was refused. unhosted: sites that take no op. unreached: sites whose
-    op did not run. outside: what computes values outside all sites. strays: softmax attention calls
-    that no site made."""
+    how the op, or a forward with it, was refused. unhosted: sites that take no op. unreached: sites
+    whose op did not run. outside: what computes values outside all sites. strays: softmax attention
+    calls that no site made."""
 
     refused: str = ""
     kinds: Counter[str] = field(default_factory=Counter)
@@ -115,7 +115,11 @@ def found(name: str) -> Found:
 
 def _with_an_op(model: Any, case: Any, *, host: Host, result: Found) -> None:
     op, calls = Halved(), Counter[str]()
-    host.install(op, [site for site in host.sites if site.name in host.processors])
+    try:
+        host.install(op, [site for site in host.sites if site.name in host.processors])
+    except ValueError as refusal:
+        result.stopped = str(refusal)
+        return
     before = outputs_or_refusal(model, case, result)
     result.unreached = [p.site.name for p in host.processors.values() if not p.reached]
     if before is None:
@@ -172,7 +176,7 @@ def _row(name: str, result: Found) -> str:
     if "never reached" in result.stopped:
         notes.append("its forward never runs some of them: ops there are refused")
     elif result.stopped:
-        notes.append("attends row by row: ops are refused when it runs")
+        notes.append("attends row by row: ops are refused")
     if result.outside or result.strays:
         notes.append("what pools its condition is no site")
     return f"| `{name}` | yes | {kinds} | {'; '.join(notes)} |\n"

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from attention.denoiser_corpus import CASES
-from attention.denoiser_page import Found, found, page
+from attention.denoiser_corpus import CASES, make
+from attention.denoiser_page import Found, Halved, found, page
+
+from trainer.attention.host import Host
 
 PAGE = Path(__file__).parents[2] / "docs" / "denoisers.md"
 REFUSED = {
@@ -52,6 +54,14 @@ def test_an_op_that_cannot_run_says_so(name: str) -> None:
     import re
 
     assert re.search(STOPPED[name], found(name).stopped)
+
+
+def test_an_op_is_refused_at_once_where_rows_attend_one_by_one() -> None:
+    """Not in the first step of training, after all has been loaded and cached."""
+    host = Host.attach(make(CASES["MochiTransformer3DModel"]))
+    with pytest.raises(ValueError, match=r"acts on whole batches, and .* attends row by row"):
+        host.install(Halved(), host.sites)
+    assert not any(hosted.ops for hosted in host.processors.values())
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -323,6 +323,8 @@ def test_what_z_image_learns_of_the_text_alone_has_no_place_in_a_file(
         ("text", "peft"),
         ("word", "merged"),
         ("word", "diffusers"),
+        ("words", "diffusers"),
+        ("words", "peft"),
         ("known", "merged"),
         ("known", "diffusers"),
     ],
@@ -345,6 +347,7 @@ def test_exports_are_proven(
         return
     assert any("the call in README.md gives a picture" in line for line in lines)
     call = (out / "README.md").read_text()
+    assert ("'a photo of <v1> <v1>_1'" in call) == (method == "words")
     assert ("negative_prompt=''" in call) == (name == "qwen_image")
 
 

@@ -21,20 +21,24 @@ class ProcessorTraits:
     linear: attention is linear, as `kernels.linear.relu_attention`, and its output is clipped to
     the range of float16; norms_first: q and k are normed before they are split into heads; bare:
     the processor ignores the norms before the projections and the residual that a layer may have;
-    rescales: it divides by the layer's `rescale_output_factor`.
+    rescales: it divides by the layer's `rescale_output_factor`; by_row: it makes an attention call
+    for each row of the batch.
     """
 
     linear: bool = False
     norms_first: bool = False
     bare: bool = False
     rescales: bool = True
+    by_row: bool = False
 
 
 PLAIN = ProcessorTraits()
-# diffusers' own processors of the classic `Attention`, which any family may use
+# diffusers' own processors of the classic `Attention`, which any family may use, and those of other
+# layers that compute in another way than most
 PROCESSORS = {
     "diffusers.models.attention_processor.AttnProcessor": PLAIN,
     "diffusers.models.attention_processor.AttnProcessor2_0": PLAIN,
+    "diffusers.models.attention_processor.MochiAttnProcessor2_0": ProcessorTraits(by_row=True),
 }
 
 

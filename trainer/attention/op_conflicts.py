@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.attention.errors import TakenError
 from trainer.attention.op import STAGES, Op, by_stage, has_stage, label
 from trainer.attention.projections import Role, context_roles, why_missing
+from trainer.attention.stages import AT_CALL
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,6 +105,11 @@ def refuse_unavailable(op: Op, site: Site) -> None:
         raise ValueError(
             f"{label(op)} computes again what classic attention computes, and {site.name!r} is "
             f"{type(site.module).__name__}, which computes more; choose other sites"
+        )
+    if site.native.by_row and any(has_stage(op, stage) for stage in AT_CALL):
+        raise ValueError(
+            f"{label(op)} acts on whole batches, and {site.name!r} attends row by row; choose "
+            "other sites, or another backbone"
         )
     for stage in ("tokens", "context", "project", "restore", "block"):
         if has_stage(op, stage) and (why := _why_not(stage, site)):

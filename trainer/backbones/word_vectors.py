@@ -17,6 +17,12 @@ def following_vectors(word: str, known: Container[str]) -> list[str]:
     return list(takewhile(known.__contains__, (f"{word}_{i}" for i in count(1))))
 
 
+def first_vectors(words: Collection[str]) -> list[str]:
+    """The words without those that are a further vector of another, as `<v1>_1` is of `<v1>`."""
+    every = {own for word in words for own in following_vectors(word, words)}
+    return [word for word in words if word not in every]
+
+
 def with_all_vectors(prompt: str, added: Collection[str]) -> str:
     """A prompt in which every word that has several vectors is followed by the rest of them, as in
     diffusers' `maybe_convert_prompt`. Where they follow already, it stays.

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.backbones.word_vectors import first_vectors
 from trainer.common.paths import bare_name
 from trainer.config.lineage import spec_of
 from trainer.data.caption_templates import texts_of, with_class_words
@@ -65,7 +66,7 @@ def card_of(title: str, tree: Mapping[str, Any], model: Any, *, words: Iterable[
         hub=spec.hub,
         revision=spec.revision,
         trained=tuple(map(_one_line, known)),
-        phrase=_one_line(", ".join(with_class_words(known, data))),
+        phrase=_one_line(", ".join(with_class_words(first_vectors(known), data))),
         size=(int(side), int(side)),
         frames=int(data.get("frames") or 1),
         methods=tuple(_one_line(n) for n, given in tree["methods"].items() if given is not None),

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trainer.backbones.word_vectors import following_vectors
+from trainer.backbones.word_vectors import first_vectors, following_vectors
 from trainer.export.apply_bundle import add_to
 from trainer.export.bundle import Bundle
 from trainer.export.cannot_carry import CannotCarryError
@@ -61,10 +61,8 @@ def refuse_unnamable(bundle: Bundle) -> None:
 def _joined(tokens: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Mapping[str, Tensor]]:
     """The words with all their vectors: those of `<v1>` and `<v1>_1`, (d,) each, as (2, d)."""
     found: dict[str, Mapping[str, Tensor]] = {}
-    for word, rows in tokens.items():
-        start, _, number = word.rpartition("_")
-        if start in tokens and number.isdecimal() and int(number) > 0:
-            continue
+    for word in first_vectors(tokens):
+        rows = tokens[word]
         vectors = [rows, *(tokens[own] for own in following_vectors(word, tokens))]
         if len(vectors) == 1:
             found[word] = rows

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.backbones.family import tokenizer_name
+from trainer.backbones.word_vectors import with_all_vectors
 from trainer.common.version import own_version
 from trainer.export import tokens
 from trainer.export.card import Card
@@ -107,7 +108,10 @@ def _python(card: Card, usage: Usage, base: Any) -> Iterator[str]:
         yield from _scheduler(base)
     yield from usage.call or ()
     yield "pipe.to(device)"
-    lines, given = prompt_code(card.prompt, base)
+    prompt = card.prompt
+    if not hasattr(base.pipeline(), "maybe_convert_prompt"):
+        prompt = with_all_vectors(prompt, card.trained)
+    lines, given = prompt_code(prompt, base)
     yield from lines
     wide, high = asked_size(card.size, base) if card.size else (None, None)
     sized = card.size and "width" in call_options(base)
@@ -187,10 +191,11 @@ def word_lines(folder: Path, pipeline: Any) -> tuple[list[str], list[str]]:
         return [], []
     lines = f"""
 for name in {names!r}:
-    ((word, row),) = load_file(f"{{folder}}/embeddings/{{name}}").items()
-    pipe.tokenizer.add_tokens(word)
+    ((word, rows),) = load_file(f"{{folder}}/embeddings/{{name}}").items()
+    rows = rows.reshape(-1, rows.shape[-1])  # of a word of several vectors each its own token
+    pipe.tokenizer.add_tokens([word, *(f"{{word}}_{{n}}" for n in range(1, len(rows)))])
     pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
-    pipe.text_encoder.get_input_embeddings().weight.data[len(pipe.tokenizer) - 1] = row"""
+    pipe.text_encoder.get_input_embeddings().weight.data[-len(rows):] = rows"""
     return lines.strip().splitlines(), ["from safetensors.torch import load_file"]
 
 
