@@ -1,8 +1,9 @@
 """Which denoisers are hosted and which families are proven, and what a host and a plan cost.
 
-    python bench/families.py                  # all parts, about a quarter of an hour
-    python bench/families.py --quick          # classes, host_cost, plan: under five minutes
+    python bench/families.py                  # all parts, about half an hour
+    python bench/families.py --quick          # not families, and of trained two: ten minutes
     python bench/families.py --only families
+    python bench/families.py --only trained flux1 sd3
 
 classes: of all denoiser classes of diffusers, how many a host leaves equal to the bit, how many it
 refuses by name, and how many it does neither with. families: of those in `PROVEN`, how many sample
@@ -10,7 +11,9 @@ what the stock pipeline does from the same noise, within 2/255, and how many are
 exported so that the stock pipeline with the adapter makes the same pictures; both are the families'
 own tests, all of whose cases are tried. host_cost: processor time of a step of a small FLUX with a
 host and no op, over one without a host, taken in turns. plan: seconds and memory of a plan of
-FLUX.1 dev, of which no weight is here.
+FLUX.1 dev, of which no weight is here. trained: every family's tiny folder, of random weights, is
+trained for 300 steps on scenes of the world, by LoRA and by the keys and values of the text alone:
+the loss on held-out scenes, as a share of what it was; words name the families, all without any.
 """
 
 from __future__ import annotations
@@ -31,8 +34,10 @@ from _common import Bars, chosen_of, parser_of
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-PARTS = ("classes", "families", "host_cost", "plan")
-QUICK = ("classes", "host_cost", "plan")
+PARTS = ("classes", "families", "host_cost", "plan", "trained")
+QUICK = ("classes", "host_cost", "plan", "trained")
+TRAINED_QUICK = ["sd3", "flux1"]
+FALLS = 0.9  # a loss to this share of its start, at the most
 # of each family: its file of tests, and words in the names of those that compare pictures with the
 # stock pipeline, and of those whose export the stock pipeline reads
 PICTURES, ADAPTER = "are_those_of_the_stock_pipeline", "a_stock_pipeline_paints_with_the_adapter"
@@ -52,6 +57,7 @@ PROVEN: dict[str, tuple[str, str, str]] = {
     "pixart": ("pixart_published", f"pictures_{PICTURES}", "merged_stays_of_its_class"),
     "sana": ("sana", "a_public_folder_is_read_and_painted", "merged_is_a_pipeline_that_paints"),
 }
+TRAINED = list(PROVEN)  # families of the part trained
 REPEATS, STEPS = 7, 10
 # parameters of FLUX.1 dev, as published: its transformer, CLIP-L, the encoder of T5-XXL, the VAE
 PUBLISHED = 11_901_408_320 + 123_060_480 + 4_762_310_656 + 83_819_683
@@ -59,7 +65,11 @@ PUBLISHED = 11_901_408_320 + 123_060_480 + 4_762_310_656 + 83_819_683
 
 def main() -> None:
     parser = parser_of(__doc__, PARTS)
+    parser.add_argument("families", nargs="*", help="of the part trained")
     options = parser.parse_args()
+    TRAINED[:] = chosen_of(",".join(options.families), list(PROVEN), parser)
+    if options.quick and not options.families:
+        TRAINED[:] = TRAINED_QUICK
     bars = Bars("families", options.quick, update=True)
     for part in chosen_of(options.only, PARTS, parser):
         if not options.quick or options.only or part in QUICK:
@@ -143,6 +153,20 @@ def _seconds(model: Any, case: Any) -> float:
         model(**inputs).sample.float().square().mean().backward()
         model.zero_grad()
     return time.process_time() - began
+
+
+def trained(bars: Bars) -> None:
+    from _trained_families import FORMS, share_left
+
+    for family in TRAINED:
+        for form in FORMS:
+            began = time.process_time()
+            share = share_left(family, form)
+            if share is None:
+                bars.note(f"trained_{family}_{form}", "reads no text")
+                continue
+            bars.at_most(f"trained_{family}_{form}", round(share, 3), FALLS)
+            bars.note(f"trained_{family}_{form}_seconds", round(time.process_time() - began))
 
 
 def plan(bars: Bars) -> None:

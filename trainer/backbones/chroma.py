@@ -32,7 +32,7 @@ from trainer.backbones.flux1 import (
 from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_widths
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.spec import BackboneSpec
-from trainer.backbones.tool_names import Scripts, ToolNames, inside
+from trainer.backbones.tool_names import Scripts, ToolNames, block_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,9 +98,9 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     )
 
 
-BLOCKS = inside("double_blocks", "transformer_blocks", {**ATTENTION, **FEED_FORWARD}) | inside(
-    "single_blocks", "single_transformer_blocks", SINGLE
-)
+BLOCKS = block_names(
+    "double_blocks", "transformer_blocks", {**ATTENTION, **FEED_FORWARD}
+) | block_names("single_blocks", "single_transformer_blocks", SINGLE)
 
 FAMILY = Family(
     denoiser="transformer",

@@ -20,7 +20,7 @@ from trainer.backbones.folder_check import check_channels, check_classes, check_
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.noise_levels import Extent, NoiseLevels, even_levels, shift_by_tokens
 from trainer.backbones.spec import BackboneSpec
-from trainer.backbones.tool_names import Scripts, ToolNames, inside
+from trainer.backbones.tool_names import Scripts, ToolNames, block_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,13 +168,13 @@ SINGLE = {
 ENDS = {
     "img_in": ("x_embedder",), "txt_in": ("context_embedder",), "final_layer.linear": ("proj_out",)
 }  # fmt: skip
-BLOCKS = inside(
+BLOCKS = block_names(
     "double_blocks",
     "transformer_blocks",
     ATTENTION
     | FEED_FORWARD
     | {"img_mod.lin": ("norm1.linear",), "txt_mod.lin": ("norm1_context.linear",)},
-) | inside(
+) | block_names(
     "single_blocks", "single_transformer_blocks", SINGLE | {"modulation.lin": ("norm.linear",)}
 )
 EMBEDDERS = {

@@ -23,7 +23,7 @@ from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.latent_form import LatentForm
 from trainer.backbones.noise_levels import Extent, NoiseLevels, even_levels
 from trainer.backbones.spec import BackboneSpec
-from trainer.backbones.tool_names import Scripts, ToolNames, inside
+from trainer.backbones.tool_names import Scripts, ToolNames, block_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,7 +145,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     )
 
 
-BLOCKS = inside(
+BLOCKS = block_names(
     "double_blocks",
     "transformer_blocks",
     ATTENTION
@@ -153,7 +153,7 @@ BLOCKS = inside(
         "img_mlp.0": ("ff.linear_in",), "img_mlp.2": ("ff.linear_out",),
         "txt_mlp.0": ("ff_context.linear_in",), "txt_mlp.2": ("ff_context.linear_out",),
     },
-) | inside(
+) | block_names(
     "single_blocks",
     "single_transformer_blocks",
     {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},

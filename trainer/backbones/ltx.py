@@ -21,7 +21,7 @@ from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.latent_form import LatentForm
 from trainer.backbones.noise_levels import Extent, NoiseLevels, even_levels, shift_by_tokens
 from trainer.backbones.spec import BackboneSpec
-from trainer.backbones.tool_names import ToolNames, alike
+from trainer.backbones.tool_names import ToolNames, same_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,7 +151,7 @@ BLOCK = (
     "ff.net.0.proj",
     "ff.net.2",
 )
-ORIGINAL = alike([f"transformer_blocks.{{}}.{layer}" for layer in BLOCK]) | {
+ORIGINAL = same_names([f"transformer_blocks.{{}}.{layer}" for layer in BLOCK]) | {
     "patchify_proj": ("proj_in",),
     "adaln_single.emb.timestep_embedder.linear_1": ("time_embed.emb.timestep_embedder.linear_1",),
     "adaln_single.emb.timestep_embedder.linear_2": ("time_embed.emb.timestep_embedder.linear_2",),

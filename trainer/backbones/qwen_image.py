@@ -22,7 +22,7 @@ from trainer.backbones.folder_check import check_channels, check_classes, check_
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.latent_form import LatentForm
 from trainer.backbones.spec import BackboneSpec
-from trainer.backbones.tool_names import Scripts, ToolNames, alike
+from trainer.backbones.tool_names import Scripts, ToolNames, same_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,7 +142,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
 
 
 # other tools keep these names
-BLOCKS = alike(
+BLOCKS = same_names(
     [
         f"transformer_blocks.{{}}.{layer}"
         for layer in (
@@ -153,7 +153,7 @@ BLOCKS = alike(
         )
     ]
 )
-ENDS = alike(
+ENDS = same_names(
     [
         "img_in", "txt_in", "proj_out", "norm_out.linear",
         "time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_2",

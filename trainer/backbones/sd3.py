@@ -16,7 +16,7 @@ from trainer.backbones.family import Family, Parts
 from trainer.backbones.folder_check import check_channels, check_classes, check_flow
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.spec import BackboneSpec
-from trainer.backbones.tool_names import Scripts, ToolNames, inside
+from trainer.backbones.tool_names import Scripts, ToolNames, block_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,7 +132,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
 # as the model's first code names its layers: one for q, k and v; `attn2` is in the first blocks of
 # 3.5 medium
 QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
-BLOCKS = inside(
+BLOCKS = block_names(
     "joint_blocks",
     "transformer_blocks",
     {

@@ -50,7 +50,9 @@ class ToolNames:
     scripts: Scripts | None = None
 
 
-def inside(start: str, own: str, layers: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+def block_names(
+    start: str, own: str, layers: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str, ...]]:
     """The table of the layers inside a block, from their names in it: `start` is what the other
     code calls the block, `own` what it is called here."""
     return {
@@ -59,6 +61,6 @@ def inside(start: str, own: str, layers: Mapping[str, Sequence[str]]) -> dict[st
     }
 
 
-def alike(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def same_names(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """The table of layers that are called the same elsewhere."""
     return {name: (name,) for name in names}

@@ -21,7 +21,7 @@ from trainer.backbones.flux1 import flux_levels
 from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_widths
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.spec import BackboneSpec
-from trainer.backbones.tool_names import Scripts, ToolNames, alike, inside
+from trainer.backbones.tool_names import Scripts, ToolNames, block_names, same_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,24 +133,31 @@ def load(spec: BackboneSpec, name: str) -> Parts:
 
 # as the model's first code names its layers: one for q, k and v; musubi-tuner has the names here
 ATTENTION = ("attention.to_q", "attention.to_k", "attention.to_v")
-REST = alike(["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"])
+REST = same_names(["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"])
 ORIGINAL = {
     name: layers
     for part in ("layers", "noise_refiner", "context_refiner")
-    for name, layers in inside(
+    for name, layers in block_names(
         part,
         part,
         {"attention.qkv": ATTENTION, "attention.out": ("attention.to_out.0",)}
         | REST
-        | alike(["adaLN_modulation.0"]),
+        | same_names(["adaLN_modulation.0"]),
     ).items()
 } | {
     "final_layer.linear": ("all_final_layer.2-1.linear",),
     "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
     "x_embedder": ("all_x_embedder.2-1",),
-    **alike(["cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2"]),
+    **same_names(["cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2"]),
 }
-SCRIPTS = inside("layers", "layers", alike([*ATTENTION, "attention.to_out.0", *REST]))
+PARTS = ("layers", "noise_refiner", "context_refiner")
+SCRIPTS = {
+    name: layers
+    for part in PARTS
+    for name, layers in block_names(
+        part, part, same_names([*ATTENTION, "attention.to_out.0", *REST])
+    ).items()
+}
 
 FAMILY = Family(
     denoiser="transformer",

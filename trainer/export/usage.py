@@ -108,10 +108,7 @@ def _python(card: Card, usage: Usage, base: Any) -> Iterator[str]:
         yield from _scheduler(base)
     yield from usage.call or ()
     yield "pipe.to(device)"
-    prompt = card.prompt
-    if not hasattr(base.pipeline(), "maybe_convert_prompt"):
-        prompt = with_all_vectors(prompt, card.trained)
-    lines, given = prompt_code(prompt, base)
+    lines, given = prompt_code(_prompt(card, base), base)
     yield from lines
     wide, high = asked_size(card.size, base) if card.size else (None, None)
     sized = card.size and "width" in call_options(base)
@@ -124,6 +121,13 @@ def _python(card: Card, usage: Usage, base: Any) -> Iterator[str]:
     else:
         yield f"picture = pipe({given}, {own}).images[0]"
         yield 'picture.save("picture.png")'
+
+
+def _prompt(card: Card, base: Any) -> str:
+    """With all vectors of a word, where the stock pipeline does not put them in by itself."""
+    if hasattr(base.pipeline(), "maybe_convert_prompt"):
+        return card.prompt
+    return with_all_vectors(card.prompt, card.trained)
 
 
 def asked_size(size: tuple[int, int], base: Any) -> tuple[int, int]:
