@@ -23,7 +23,7 @@ from two_steps import two_steps
 from trainer.backbones import load_backbone
 from trainer.backbones.families import family_of
 from trainer.config.lineage import backbone_spec
-from trainer.config.load import load_recipe, methods_of
+from trainer.config.load import load_recipe
 from trainer.config.schema import RecipeError
 from trainer.data.loader import Batch
 from trainer.diffusion.guidance import COND, UNCOND, classifier_free
@@ -31,7 +31,6 @@ from trainer.diffusion.objective import Objective
 from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling_settings import Sampling
 from trainer.export.export import export
-from trainer.methods.apply import apply_methods
 from trainer.runs.adapter import load_adapted
 from trainer.training.tasks.denoise import Denoise
 
