@@ -32,6 +32,7 @@ from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling_settings import Sampling
 from trainer.export.export import export
 from trainer.runs.adapter import load_adapted
+from trainer.runs.sum_adapters import load_summed
 from trainer.training.tasks.denoise import Denoise
 
 Open = Callable[[Path], Any]
@@ -306,6 +307,8 @@ def test_what_z_image_learns_of_the_text_alone_has_no_place_in_a_file(
     path = trained(open_folder(folder), {"selective": {}}, tmp_path / "a.safetensors", folder)
     with pytest.raises(ValueError, match=r"cannot carry text_span \(on layers.*generate with"):
         export(path, tmp_path / "out", "diffusers", say=lambda _: None)
+    with pytest.raises(ValueError, match=r"has transformer\.layers.*text_span.*; use it alone"):
+        load_summed([path, path], (1.0, 1.0))
 
 
 @pytest.mark.sampled(3)
