@@ -29,7 +29,7 @@ from trainer.diffusion.sampling_settings import Sampling
 from trainer.export.export import export
 from trainer.methods.apply import apply_methods
 from trainer.runs.adapter import load_adapted
-from trainer.training.plan_report import saved_bytes
+from trainer.training.step_memory import step_bytes
 from trainer.training.tasks.denoise import Denoise
 
 PROMPTS = ["a fox on a red background", "an apple left of a cat"]
@@ -177,5 +177,5 @@ def check_plan(model: Any, case: Case) -> None:
     """A recipe is planned without torch's values: the network is called with all it is told."""
     words = ["recipe=lora", f"backbone={case.folder}", "data.prior_weight=0", "run.resolution=32"]
     apply_methods(model, methods_of(LORA))
-    one, two = (saved_bytes(load_recipe(words), model, rows) for rows in (1, 2))
+    one, two = (step_bytes(load_recipe(words), model, rows) for rows in (1, 2))
     assert 1.5 * one < two < 2.5 * one

@@ -13,6 +13,7 @@ from torch import nn
 
 from trainer.backbones import pipeline_folder
 from trainer.backbones.pipeline_folder import PipelineFolder
+from trainer.backbones.stored_in import read_in
 
 SMALL = 20_000_000  # bytes of a part that is worth keeping
 KEPT = 24  # parts
@@ -65,7 +66,7 @@ def read_once(patch: pytest.MonkeyPatch) -> None:
         if made or not 0 < sum(each.st_size for each in stats.values()) < SMALL:
             return read(folder, part, kind)
         files = [(path, each.st_mtime_ns, each.st_size) for path, each in stats.items()]
-        key = (where, kind, kind.from_pretrained.__func__, *files)
+        key = (where, kind, kind.from_pretrained.__func__, read_in(folder, part), *files)
         if key not in kept:
             kept[key] = read(folder, part, kind)
             if len(kept) > KEPT:

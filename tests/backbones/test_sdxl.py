@@ -32,7 +32,7 @@ from trainer.diffusion.sampling_settings import Sampling
 from trainer.export.export import export
 from trainer.methods.apply import apply_methods
 from trainer.runs.adapter import load_adapted
-from trainer.training.plan_report import saved_bytes
+from trainer.training.step_memory import step_bytes
 from trainer.training.tasks.denoise import Denoise
 
 PROMPTS = ["a fox on a red background", "an apple left of a cat"]
@@ -328,7 +328,7 @@ def test_the_memory_of_a_step_is_estimated(sdxl: Any) -> None:
     """The network is called with all that it is told, without values."""
     words = ["recipe=lora", "backbone=sdxl", "data.prior_weight=0", "run.resolution=32"]
     apply_methods(sdxl, methods_of(METHODS["lora"]))
-    one, two = (saved_bytes(load_recipe(words), sdxl, rows) for rows in (1, 2))
+    one, two = (step_bytes(load_recipe(words), sdxl, rows) for rows in (1, 2))
     assert 1.5 * one < two < 2.5 * one
 
 

@@ -35,6 +35,8 @@ run.nonfinite_total=2 -> -> run.on_nonfinite=raise ends the run at once
 run.timeouts.validate=60 -> run.validate_every=0 -> run.validate_every=0 never validates
 run.timeouts={preview: 60} -> preview.every=0 -> there are no previews
 run.cache_latents=true -> data.augment=true -> data.augment=true makes other pictures at every use
+run.cache_text=true -> -> methods.new_token trains words
+run.cache_text=true -> methods.new_token=null & methods.lora.text_encoder=[q] -> trains the text enc
 preview.prompts=[a fox] -> preview.every=0 -> preview.every=0 makes no previews
 preview.seed=3 -> preview.every=0 -> there are no previews
 preview.negative=a cat -> preview.every=0 -> there are no previews
@@ -99,7 +101,7 @@ OWN = {
     "optim.muon_lr", "optim.lrs", "continual.tokens", "continual.class_words", "continual.inits",
     "data.video.images", "data.video.stills", "data.world_clips.images", "methods.flashmask.seen",
     "text.max_tokens", "run.resolution", "objective.weighting", "data.folder.buckets",
-    "parts.config", "parts.text_encoder_2",
+    "parts.config", "parts.text_encoder_2", "run.base_precision",
 }  # fmt: skip
 # act whatever the others are
 ALONE = """

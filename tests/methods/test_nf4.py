@@ -24,10 +24,10 @@ from trainer.methods.apply import apply_methods
 from trainer.methods.weight.nf4 import Nf4
 from trainer.ops.adapters import nf4
 from trainer.ops.adapters.inject import fold
-from trainer.training import plan_report
 from trainer.training.memory_estimate import memory_of
 from trainer.training.optim import Optim, optimizer_class
 from trainer.training.plan_report import describe_plan
+from trainer.training.step_memory import step_bytes
 
 # QLoRA, appendix E
 CODES = (
@@ -249,7 +249,7 @@ def test_the_report_counts_values_not_bytes(tiny: Any, tiny_folder: Path) -> Non
     words = ["recipe=custom_diffusion", f"backbone={tiny_folder}", "run.batch_size=2"]
     words += ["methods.selective=null", "methods.new_token=null", "methods.nf4.min_size=1024"]
     recipe = load_recipe([*words, "methods.lora.rank=2", "data.prior_weight=0"])
-    full = plan_report.saved_bytes(recipe, tiny, 2)
+    full = step_bytes(recipe, tiny, 2)
     plan = apply_methods(tiny, recipe.methods)
     facts = describe_plan(recipe, tiny, plan, memory_of(recipe, tiny, plan).peak)
     assert facts["total"] == total + plan.trained

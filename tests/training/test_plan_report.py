@@ -16,6 +16,7 @@ from trainer.methods.apply import apply_methods
 from trainer.training import plan_report
 from trainer.training.memory_estimate import memory_of
 from trainer.training.plan_report import describe_plan, show_plan
+from trainer.training.step_memory import step_bytes
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_it_counts_what_the_denoiser_keeps_for_its_backward(recipe: Recipe, tiny
             encoder_hidden_states=torch.randn(2, tiny.tokenizer.model_max_length, 128),
         )
     real = sum(size for storage, size in kept.items() if storage not in own)
-    assert plan_report.saved_bytes(recipe, tiny, 2) == pytest.approx(real, rel=0.1)
+    assert step_bytes(recipe, tiny, 2) == pytest.approx(real, rel=0.1)
 
 
 def test_the_table_names_methods_sites_and_counts(recipe: Recipe, tiny: Any) -> None:

@@ -236,6 +236,30 @@ def test_whether_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "run.gradient_checkpointing=true" in fits
 
 
+def test_parts_that_rest_are_not_on_the_device(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["methods.new_token=null", "data.token=sks", "run.resolution=64", "data.augment=false"]
+    recipe = recipe_of(tiny_folder, *words)
+    memory = memory_of(recipe, *planned(recipe, CPU))
+    assert memory.resting == ("text_encoder", "vae")
+    weights, away = sum(memory.parts.values()), memory.parts["text_encoder"] + memory.parts["vae"]
+    assert memory.on_device == max(weights, memory.peak - away) < memory.peak
+    assert memory.at(CPU.device) == memory.peak
+    free = memory.on_device + 1
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, free))
+    gpu = Placement(torch.device("cuda", 0))
+    _, rests, *_, fits = memory_lines(memory, gpu)
+    assert rests.startswith("text_encoder, vae leave cuda:0 while the denoiser trains, and come")
+    assert fits.startswith("cuda:0 has") and fits.endswith("it fits")
+    assert "leave" not in " ".join(memory_lines(memory, CPU))
+    for word in ("run.cache_text=false", "run.cache_latents=false"):
+        less = recipe_of(tiny_folder, *words, word)
+        assert len(memory_of(less, *planned(less, CPU)).resting) == 1
+    trained = recipe_of(tiny_folder)
+    assert memory_of(trained, *planned(trained, CPU)).resting == ()
+
+
 def test_free_memory_is_what_the_system_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

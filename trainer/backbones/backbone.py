@@ -30,6 +30,7 @@ from trainer.backbones.layout import clips_to_rows, rows_to_clips
 from trainer.backbones.long_prompts import Prompts
 from trainer.backbones.module_digests import contents, shapes
 from trainer.backbones.pipeline_folder import limit_length
+from trainer.backbones.resting import awake
 
 COMPILED_SHAPES = 8  # of a function that blocks share, for each block: widths, grids, batches
 
@@ -64,6 +65,7 @@ class Backbone(BackboneFacts):
         # kept here, since previews, `sample`, `evaluate` and a later run get the backbone alone
         self.extras = Extras()
         self.sampling_hooks: dict[str, tuple[SamplingHook, ...]] = {}
+        self.at_rest = set()
         self.encoders: dict[str, Encoder] = dict(declared.encoders)
         self.scheduler_config = dict(parts.scheduler.config)
         self.scheduler_class = type(parts.scheduler)
@@ -105,7 +107,7 @@ class Backbone(BackboneFacts):
         w), in fp32 wherever they are asked for: a training step asks under autocast. Clips have
         `frames` adjacent rows, f, and f' latent frames, fewer where the VAE compresses time."""
         self.clip_frames.check(frames)
-        with self._without_autocast():
+        with self._without_autocast(), awake(self, ["vae"]):
             return vae.encoded(self.vae, pixels, self.declared.latents, frames=frames)
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
@@ -118,7 +120,7 @@ class Backbone(BackboneFacts):
     def decode(self, latents: Tensor, frames: int = 1) -> Tensor:
         """Latents (b f', c, h, w) to pixels (b f, 3, H, W) in [-1, 1], in fp32 as `moments`; the
         clips of a VAE that compresses time have `frames` latent frames, f'."""
-        with self._without_autocast():
+        with self._without_autocast(), awake(self, ["vae"]):
             found = vae.decoded(self.vae, latents, self.declared.latents, frames=frames)
         return found.clamp(-1, 1)
 
@@ -140,9 +142,11 @@ class Backbone(BackboneFacts):
         """The condition of b prompts alone."""
         return self.encode({"text": prompts})
 
-    def encode(self, inputs: Mapping[str, Any]) -> Condition:
+    def encode(
+        self, inputs: Mapping[str, Any], instead: Mapping[str, Encoder] | None = None
+    ) -> Condition:
         """What the denoiser is told of the inputs, by the encoders of their names; each input has a
-        value for every row.
+        value for every row. instead: encoders in the place of its own.
 
         Raises:
             ValueError: an input that has no encoder, or a field that two encoders give.
@@ -155,8 +159,10 @@ class Backbone(BackboneFacts):
                     f"backbone {self.name} has no encoder for the input {name!r}; it has "
                     f"{', '.join(self.encoders)}"
                 )
-            with self.computing():
-                given = self.encoders[name](self, values)
+            encoder = (instead or {}).get(name)
+            parts = self._encoder_names if encoder is None else ()
+            with self.computing(), awake(self, parts):
+                given = (encoder or self.encoders[name])(self, values)
             for item in given:
                 if (other := owners.setdefault(item, name)) != name:
                     raise ValueError(f"the encoders of {other!r} and {name!r} both give {item}")
@@ -206,12 +212,6 @@ class Backbone(BackboneFacts):
             given = None if ctx.condition is None else ctx.condition.per_clip(ctx.frames)
             ctx = replace(ctx, groups=ctx.groups.of_clips(ctx.frames), condition=given)
         return use(replace(ctx, latent_size=(x_t.shape[-2], x_t.shape[-1])) if packed else ctx)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the denoiser is."""
-        found: torch.device = next(self.denoiser.parameters()).device
-        return found
 
     def computing(self) -> AbstractContextManager[Any]:
         """The denoiser and the text encoders compute in their precision inside; in fp32, as

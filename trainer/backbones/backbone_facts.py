@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from trainer.attention.denoiser_traits import Layout
@@ -28,10 +29,17 @@ class BackboneFacts(nn.Module):
     scheduler_class: Any
     alphas_cumprod: Tensor | None
     _encoder_names: tuple[str, ...]
+    at_rest: set[str]  # parts that stay in main memory, see `resting.py`
 
     @property
     def denoiser(self) -> Any:
         return getattr(self, self.denoiser_name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        found: torch.device = next(self.denoiser.parameters()).device
+        return found
 
     @property
     def text_encoders(self) -> dict[str, Any]:

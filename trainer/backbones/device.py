@@ -9,29 +9,35 @@ memory and changes no bit of an output computed so.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+
+from trainer.backbones.held_layers import FP8, hold_layers
+from trainer.backbones.layer_casting import cast_layers
 
 if TYPE_CHECKING:
     from trainer.backbones.backbone import Backbone
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HELD = {**PRECISIONS, "fp8": FP8}
 PIXELS = 4 * 512 * 512  # of the pictures that a model generates at once, see `pictures_at_once`
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what autocast computes in half precision
+NONE: Mapping[str, str] = {}
 DEVICE_NAMES = "auto, cpu, mps, cuda, or one GPU of several as in cuda:1"
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A device, and the precision that frozen layers are held in: fp32, bf16, fp16, auto, fast."""
+    """A device, and the precision to compute in: fp32, bf16, fp16, auto, fast. Frozen layers are
+    held in it too, or in that of `parts`: pairs of `denoiser` or `text_encoders` and a precision,
+    of which fp8 is one more."""
 
     device: torch.device
     precision: str = "auto"
+    parts: tuple[tuple[str, str], ...] = ()
 
     def dtype(self, published: torch.dtype) -> torch.dtype:
         """auto is what the weights were `published` in, and fp32 on a CPU, and where Apple's GPU
@@ -44,6 +50,11 @@ class Placement:
         if published == torch.bfloat16 and self.device.type == "mps" and not has_bf16(self.device):
             return torch.float32
         return torch.float32 if self.device.type == "cpu" else published
+
+    def held(self, kind: str, published: torch.dtype) -> torch.dtype:
+        """What frozen layers of the denoiser, or of the text encoders, are held in."""
+        own = dict(self.parts).get(kind)
+        return self.dtype(published) if own is None else HELD[own]
 
 
 CPU = Placement(torch.device("cpu"))
@@ -71,9 +82,16 @@ def slow_precision(model: Backbone) -> str | None:
     )
 
 
-def choose_placement(device: str = "auto", precision: str = "auto", rank: int = 0) -> Placement:
+def choose_placement(
+    device: str = "auto",
+    precision: str = "auto",
+    rank: int = 0,
+    *,
+    parts: Mapping[Any, str] = NONE,
+) -> Placement:
     """The placement that a user's words name. device: auto takes a CUDA GPU, then Apple's, then the
-    CPU; `cuda` is the GPU numbered `rank`, the number of this process on its machine.
+    CPU; `cuda` is the GPU numbered `rank`, the number of this process on its machine. parts: as of
+    `Placement`.
 
     Raises:
         ValueError: no such precision or device, this machine has no such device, or the device
@@ -81,7 +99,9 @@ def choose_placement(device: str = "auto", precision: str = "auto", rank: int = 
     """
     if precision not in ("auto", "fast", *PRECISIONS):
         raise ValueError(f"precision={precision}: there are auto, fast, {', '.join(PRECISIONS)}")
-    found = Placement(_device(device, rank), precision)
+    found = Placement(_device(device, rank), precision, tuple(sorted(parts.items())))
+    if "fp8" in parts.values() and found.device.type == "mps":
+        raise ValueError("run.base_precision: Apple's GPUs have no fp8; give bf16")
     if precision == "bf16" and found.device.type == "mps" and not has_bf16(found.device):
         raise ValueError(
             "precision=bf16: Apple's GPUs know bf16 from macOS 14 on; give precision=fp16 or fp32"
@@ -128,11 +148,26 @@ def place(
     dtype = placement.dtype(model.published)
     model.to(placement.device)
     model.computes_in = dtype
-    if hold and dtype != torch.float32:
+    if hold:
         own = {id(value) for name, value in model.named_parameters() if name in set(stored)}
-        for part in (model.denoiser, *model.text_encoders.values()):
-            _hold(part, dtype, own)
+        _hold(model, placement, own)
     return model
+
+
+def _hold(model: Backbone, placement: Placement, own: Collection[int]) -> None:
+    """own: ids of parameters that stay in fp32."""
+    dtype = placement.dtype(model.published)
+    kinds = {"denoiser": [model.denoiser], "text_encoders": list(model.text_encoders.values())}
+    for kind, parts in kinds.items():
+        held = placement.held(kind, model.published)
+        for part in parts:
+            hold_layers(part, dtype if held.itemsize < dtype.itemsize else held, own)
+            if held.itemsize < dtype.itemsize and not cast_layers(part, held, own):
+                raise ValueError(
+                    f"run.base_precision.{kind}={dict(placement.parts)[kind]} is for layers that "
+                    "do not train, and there are none: a method trains them all, as full does, or "
+                    "stores them otherwise; leave it out, or that method"
+                )
 
 
 def place_module(module: Any, placement: Placement) -> Any:
@@ -164,27 +199,3 @@ def pictures_at_once(most: int, pixels: int) -> int:
     `most`, or fewer where they are large, since memory grows with the pixels. It does not depend on
     the memory that is free: the same numbers in the same batches give the same pictures."""
     return max(1, min(most, PIXELS // pixels))
-
-
-def _hold(part: nn.Module, dtype: torch.dtype, stored: Collection[int]) -> None:
-    """Rounds the frozen weights and biases of linear layers and convolutions; those in 4 bits are
-    integers and stay."""
-    for layer in part.modules():
-        if not isinstance(layer, LAYERS) or not layer.weight.is_floating_point():
-            continue
-        for value in layer.parameters(recurse=False):
-            frozen = not value.requires_grad and id(value) not in stored
-            if frozen and value.element_size() > dtype.itemsize:
-                value.data = _rounded(value.data, dtype)
-
-
-def _rounded(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """In a lower precision; ones that were not read stay one number in memory."""
-    if is_one_number(value):
-        return value[(0,) * value.ndim].to(dtype).expand(value.shape)
-    return value.to(dtype)
-
-
-def is_one_number(value: torch.Tensor) -> bool:
-    """Whether a tensor is one number many times, as ones that stand for weights are."""
-    return value.numel() > 1 and value.untyped_storage().nbytes() == value.element_size()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 
+import torch
 from torch import nn
 
 
@@ -13,6 +14,16 @@ def shapes(module: nn.Module) -> str:
     between versions."""
     found = sorted(str(tuple(parameter.shape)) for parameter in module.parameters())
     return hashlib.sha256(" ".join(found).encode()).hexdigest()[:16]
+
+
+def exact_contents(module: nn.Module) -> str:
+    """A hash of the weights in the precision that they are held in."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(raw.numpy().data)
+    return digest.hexdigest()[:32]
 
 
 def contents(module: nn.Module) -> str:

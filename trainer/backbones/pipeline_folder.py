@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.backbones.families import find_family
 from trainer.backbones.family import tokenizer_name
 from trainer.backbones.prompt_reader import UNLIMITED, length_in
 from trainer.backbones.single_file import part_of_file, read_single_file
@@ -19,8 +19,8 @@ from trainer.backbones.unfit_folder import (
     check_config,
     check_files,
     check_index,
+    check_loaded,
     missing,
-    opened_weights,
     read_object,
 )
 from trainer.backbones.unread_tokenizer import has_vocabulary, unread_tokenizer
@@ -50,7 +50,7 @@ class PipelineFolder:
 
     parts: folders of single parts, which come before both; file: a checkpoint that has the weights
     of all other parts, see `single_file.py`. stored: what the weights are published in, asked for
-    where they are not there.
+    where they are not there. denoiser: its name among the parts, None where it is not loaded.
     """
 
     path: Path
@@ -59,13 +59,20 @@ class PipelineFolder:
     parts: Mapping[str, str] = field(default_factory=dict)
     file: Path | None = None
     stored: str | None = None
+    denoiser: str | None = None
 
     @classmethod
     def of_spec(cls, spec: BackboneSpec, path: Path) -> PipelineFolder:
         """That of a spec, whose folder is at `path`."""
-        overlay = Path(spec.overlay) if spec.overlay else None
-        file = Path(spec.file) if spec.file else None
-        return cls(path, overlay, spec.scratch, parts=spec.parts, file=file, stored=spec.stored)
+        return cls(
+            path,
+            Path(spec.overlay) if spec.overlay else None,
+            spec.scratch,
+            parts=spec.parts,
+            file=Path(spec.file) if spec.file else None,
+            stored=spec.stored,
+            denoiser=None if spec.denoiser else find_family(spec.family).denoiser,
+        )
 
     def of(self, part: str) -> Path:
         """The path of a part, or of `model_index.json`."""
@@ -94,7 +101,10 @@ class PipelineFolder:
         return index
 
     def load(self, part: str, kind: Any) -> Any:
-        """A part in fp32, or with new random weights where it is to start from scratch."""
+        """A part in fp32, or with its layers in half precision inside `read_as_held`; with new
+        random weights where it is to start from scratch."""
+        from trainer.backbones.stored_in import as_read, read_in
+
         where = self.of(part)
         if not (where / "config.json").is_file():
             raise ValueError(missing(where, "config.json"))
@@ -105,10 +115,12 @@ class PipelineFolder:
         if part in self.scratch or WITHOUT_VALUES.get():
             with building(where, config, kind):
                 return kind.from_config(config) if part in self.scratch else _ones(kind, config)
+        held = read_in(self, part)
         if prefix is not None and self.file is not None:
             from trainer.backbones.single_file_weights import load_part
 
-            return load_part(self.file, prefix, kind=kind, where=where)
+            model = load_part(self.file, prefix, kind=kind, where=where, dtype=held)
+            return as_read(model, held)
         with building(where, config, kind):
             model, notes = kind.from_pretrained(
                 where,
@@ -116,10 +128,10 @@ class PipelineFolder:
                 variant=weight_files(where).variant,
                 local_files_only=True,
                 output_loading_info=True,
-                **_options(ours),
+                **_options(ours, held),
             )
-        _check_loaded(where, notes)
-        return model
+        check_loaded(where, notes)
+        return as_read(model, held)
 
     def tokenizer(self, kind: Any, text_encoder: str = "text_encoder", **options: Any) -> Any:
         """The tokenizer of a text encoder, of a class of transformers."""
@@ -133,17 +145,14 @@ class PipelineFolder:
         scratch."""
         import torch
 
+        from trainer.backbones.stored_in import stored_in
+
         if part in self.scratch or not self.of(part).is_dir():
             return torch.float32
         if WITHOUT_VALUES.get() and not self.has_weights(part):
             return torch.float32 if self.stored is None else getattr(torch, self.stored)
-        prefix = self.prefix(part) or ""
-        held = self.file if prefix and self.file else weight_files(self.of(part)).files[0]
-        with opened_weights(held) as file:
-            names = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
-            kinds = Counter(file.get_slice(key).get_dtype() for key in names)
-        halves = {"F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
-        return halves.get(kinds.most_common(1)[0][0], torch.float32) if kinds else torch.float32
+        kinds = stored_in(self, part)
+        return kinds.most_common(1)[0][0] if kinds else torch.float32
 
     def scheduler_config(self) -> dict[str, Any]:
         path = self.of("scheduler") / SCHEDULER
@@ -196,28 +205,12 @@ def without_values() -> Iterator[None]:
         WITHOUT_VALUES.reset(token)
 
 
-def _options(ours: bool) -> dict[str, Any]:
+def _options(ours: bool, dtype: torch.dtype) -> dict[str, Any]:
     """Options of `from_pretrained` that diffusers, `ours`, and transformers have each under names
     of its own; diffusers raises an error itself for weights of other shapes."""
-    import torch
-
     if ours:
-        return {"torch_dtype": torch.float32}
-    return {"dtype": torch.float32, "ignore_mismatched_sizes": True}
-
-
-def _check_loaded(where: Path, notes: Mapping[str, Any]) -> None:
-    """Raises ValueError where weights were not used, and would silently stay random."""
-    for key, stored, own in sorted(notes.get("mismatched_keys") or ()):
-        raise ValueError(
-            f"{where}: {key} is {tuple(stored)} in the weights and {tuple(own)} by config.json; "
-            "they do not belong to each other, so download the part again"
-        )
-    if absent := sorted(notes["missing_keys"]):
-        raise ValueError(
-            f"{where}: the weights lack {', '.join(absent[:3])}, {len(absent)} in all; they do not "
-            "belong to this config.json, so download the part again"
-        )
+        return {"torch_dtype": dtype}
+    return {"dtype": dtype, "ignore_mismatched_sizes": True}
 
 
 def _ones(kind: Any, config: dict[str, Any]) -> Any:

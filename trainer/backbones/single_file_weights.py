@@ -19,8 +19,10 @@ from torch import Tensor
 LEFT_OUT = ("embeddings.position_ids", "text_projection.weight")  # of a CLIP that has no use of it
 
 
-def load_part(file: Path, prefix: str, *, kind: Any, where: Path) -> Any:
-    """A part in fp32. prefix: of its tensors; kind: its class; where: the folder of its config.
+def load_part(
+    file: Path, prefix: str, *, kind: Any, where: Path, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A part in `dtype`. prefix: of its tensors; kind: its class; where: the folder of its config.
 
     Raises:
         ValueError: tensors are missing, or of other shapes than the config says.
@@ -29,11 +31,13 @@ def load_part(file: Path, prefix: str, *, kind: Any, where: Path) -> Any:
         names = [name for name in opened.keys() if name.startswith(prefix)]  # noqa: SIM118
         stored = {name: opened.get_tensor(name) for name in names}
     if kind.__module__.startswith("diffusers."):
-        return _of_diffusers(file, stored, kind=kind, where=where)
-    return _of_transformers(file, stored, prefix, kind=kind, where=where)
+        return _of_diffusers(file, stored, kind=kind, where=where, dtype=dtype)
+    return _of_transformers(file, stored, prefix, kind=kind, where=where, dtype=dtype)
 
 
-def _of_diffusers(file: Path, stored: dict[str, Tensor], *, kind: Any, where: Path) -> Any:
+def _of_diffusers(
+    file: Path, stored: dict[str, Tensor], *, kind: Any, where: Path, dtype: torch.dtype
+) -> Any:
     config = json.loads((where / "config.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
         model = kind.from_config(config)
@@ -41,7 +45,8 @@ def _of_diffusers(file: Path, stored: dict[str, Tensor], *, kind: Any, where: Pa
     convert = convert_ldm_unet_checkpoint if unet else convert_ldm_vae_checkpoint
     own = model.state_dict()
     tensors = {
-        name: _as(value, own.get(name)) for name, value in convert(stored, config=config).items()
+        name: _as(value.to(dtype), own.get(name))
+        for name, value in convert(stored, config=config).items()
     }
     _check(file, where, found=tensors, wanted=own)
     model.load_state_dict(tensors, assign=True)
@@ -49,7 +54,13 @@ def _of_diffusers(file: Path, stored: dict[str, Tensor], *, kind: Any, where: Pa
 
 
 def _of_transformers(
-    file: Path, stored: dict[str, Tensor], prefix: str, *, kind: Any, where: Path
+    file: Path,
+    stored: dict[str, Tensor],
+    prefix: str,
+    *,
+    kind: Any,
+    where: Path,
+    dtype: torch.dtype,
 ) -> Any:
     config = kind.config_class.from_pretrained(where)
     with torch.device("meta"):
@@ -64,15 +75,14 @@ def _of_transformers(
     for name, value in found.items():
         short = name if wrapped else name.removeprefix("text_model.")
         if short in own or not short.endswith(LEFT_OUT):
-            tensors[short] = _as(value, own.get(short))
+            tensors[short] = _as(value.to(dtype), own.get(short))
     _check(file, where, found=tensors, wanted=own)
-    made = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
+    made = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
     return made.eval()
 
 
 def _as(value: Tensor, wanted: Tensor | None) -> Tensor:
-    """In fp32; of a layer that one code has as a convolution and the other as linear, its shape."""
-    value = value.float()
+    """Of a layer that one code has as a convolution and the other as linear, in its shape."""
     same = wanted is not None and value.numel() == wanted.numel()
     squeezed = same and wanted is not None and value.squeeze().shape == wanted.squeeze().shape
     return value.view(wanted.shape) if squeezed and wanted is not None else value

@@ -154,3 +154,17 @@ def check_files(files: Iterable[Path]) -> None:
                 )
         with opened_weights(path, "np"):
             pass
+
+
+def check_loaded(where: Path, notes: Mapping[str, Any]) -> None:
+    """Raises ValueError where weights were not used, and would silently stay random."""
+    for key, stored, own in sorted(notes.get("mismatched_keys") or ()):
+        raise ValueError(
+            f"{where}: {key} is {tuple(stored)} in the weights and {tuple(own)} by config.json; "
+            "they do not belong to each other, so download the part again"
+        )
+    if absent := sorted(notes["missing_keys"]):
+        raise ValueError(
+            f"{where}: the weights lack {', '.join(absent[:3])}, {len(absent)} in all; they do not "
+            "belong to this config.json, so download the part again"
+        )

@@ -27,8 +27,9 @@ of Stable Diffusion in one file and any finished run. Made by
     python -m trainer list backbones format=markdown > docs/backbones.md
 
 from the headers of `recipes/backbone/`; change those, not this page. Memory is main memory while
-the weights are read, which is in fp32; `python -m trainer check recipe=lora backbone=<name>
-plan=true` says what a run takes, part by part, before anything is downloaded.
+the weights are read in fp32; [Memory](memory.md) says when they take half of it. `python -m trainer
+check recipe=lora backbone=<name> plan=true` says what a run takes, part by part, before anything is
+downloaded.
 
 Every family is tried on a tiny folder of the published classes, with random weights: it samples
 what the stock pipeline of diffusers does, within 2/255, and that pipeline reads the adapters that

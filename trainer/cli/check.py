@@ -81,10 +81,11 @@ def _show_plan(recipe: Recipe) -> None:
     from trainer.training.plan_report import describe_plan, show_plan
     from trainer.training.without_weights import planned
 
-    placement = choose_placement(recipe.run.device, recipe.run.precision)
+    run = recipe.run
+    placement = choose_placement(run.device, run.precision, parts=run.base_precision)
     backbone, plan = planned(recipe, placement)
     memory = memory_of(recipe, backbone, plan)
-    facts = describe_plan(recipe, backbone, plan, memory=memory.peak)
+    facts = describe_plan(recipe, backbone, plan, memory=memory.at(placement.device))
     show_plan(facts, recipe.methods, Console(width=max(100, Console().width)))
     print(f"adapter: {len(plan.stored)} tensors, as {plan.stored[0]}")
     for line in memory_lines(memory, placement):

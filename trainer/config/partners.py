@@ -79,8 +79,10 @@ def _of_run(recipe: Recipe) -> dict[str, str]:
         found |= dict.fromkeys(("run.validate_every", "run.timeouts.validate"), why + more)
     if not _previews(recipe):
         found["run.timeouts.preview"] = "there are no previews"
-    if reason := _changing(recipe.data):
+    if reason := pictures_change(recipe.data):
         found["run.cache_latents"] = f"{reason} makes other pictures at every use"
+    if reason := text_trains(recipe):
+        found["run.cache_text"] = reason
     if recipe.run.epochs is None:
         found["data.repeats"] = (
             "run.steps says how long the run is, and all photos are repeated alike; give run.epochs"
@@ -88,7 +90,20 @@ def _of_run(recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def _changing(data: Source) -> str | None:
+def text_trains(recipe: Recipe) -> str | None:
+    """Why a prompt is not encoded to the same at every step; None where it is."""
+    for name, method in recipe.methods.items():
+        if name in recipe.optim.frozen:
+            continue
+        if method.words or method.known_words:
+            return f"methods.{name} trains words, and prompts with them change at every step"
+        if getattr(method, "text_encoder", ()) or getattr(method, "text_layers", ()):
+            return f"methods.{name} trains the text encoders, and prompts change at every step"
+    return None
+
+
+def pictures_change(data: Source) -> str | None:
+    """The option by which a sample's picture is another at every use; None where it is not."""
     for key in ("augment", "flip"):
         if getattr(data, key, False):
             return f"data.{key}=true"

@@ -77,11 +77,13 @@ IN_SECTIONS: dict[str, dict[str, Rule]] = {
         "devices": FREE,
         "nodes": FREE,
         "precision": REFUSED,
+        "base_precision": REFUSED,
         "workers": FREE,
         "gradient_checkpointing": FREE,
         "channels_last": FREE,
         "compile": FREE,
         "cache_latents": FREE,  # both round latents alike, see `data/latent_cache.py`
+        "cache_text": FREE,  # prompts are encoded alike, see `training/text_encodings.py`
         "validate_every": FREE,
         "checkpoint_every": FREE,
         "checkpoint_keep": FREE,

@@ -25,6 +25,7 @@ Precision = Annotated[
         "has instructions for it, else fp32"
     ),
 ]
+Held = Literal["fp32", "bf16", "fp16", "fp8"]
 Seconds = Annotated[float, Field(ge=0)]
 
 
@@ -59,6 +60,13 @@ class RunSpec(Section):
     devices: int = Field(1, gt=0, description="devices on each node, one process each")
     nodes: int = Field(1, gt=0, description="machines that train together; see slurm/")
     precision: Precision = "auto"
+    base_precision: dict[Literal["denoiser", "text_encoders"], Held] = Field(
+        default_factory=dict,
+        description="what frozen linear layers and convolutions are held in, as in {denoiser: "
+        "fp8}: of run.precision where it is not given; lower ones are cast at every call. fp8 is "
+        "of the denoiser, with its norms, positions and patches left as they are; for 4 bits see "
+        "methods.nf4",
+    )
     workers: int = Field(
         0, ge=0, description="processes that load data for each device; 0 loads in the training one"
     )
@@ -74,7 +82,14 @@ class RunSpec(Section):
         False, description="compile the denoiser with torch.compile; the first step takes minutes"
     )
     cache_latents: bool = Field(
-        True, description="encode pictures that never change once and keep their latents on disk"
+        True,
+        description="encode pictures that never change once and keep their latents on disk; "
+        "the VAE then leaves the device while the denoiser trains",
+    )
+    cache_text: bool = Field(
+        True,
+        description="encode each prompt once, where no word and no text encoder trains, and keep "
+        "that on disk; text encoders then leave the device while the denoiser trains",
     )
     validate_every: int = Field(
         200, ge=0, description="steps between validation losses; 0 for none"
@@ -151,6 +166,15 @@ class RunSpec(Section):
                 )
             return {**values, "device": earlier}
         return values
+
+    @model_validator(mode="after")
+    def _text_in_halves(self) -> RunSpec:
+        if self.base_precision.get("text_encoders") == "fp8":
+            raise ValueError(
+                "base_precision.text_encoders=fp8: layers of text encoders are cast by no library; "
+                "give bf16. run.cache_text takes them off the device while the denoiser trains"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> RunSpec:

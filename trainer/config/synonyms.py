@@ -48,6 +48,8 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "checkpointing_steps": ("run.checkpoint_every",), "save_steps": ("run.checkpoint_every",),
     "checkpoints_total_limit": ("run.checkpoint_keep",), "logging_steps": ("run.log_every",),
     "num_gpus": ("run.devices",), "num_nodes": ("run.nodes",),
+    "cache_latents_to_disk": ("run.cache_latents",), "vae_cache": ("run.cache_latents",),
+    "cache_text_encoder_outputs": ("run.cache_text",), "cache_text_embeddings": ("run.cache_text",),
     "report_to": ("tracker",), "log_with": ("tracker",), "logger": ("tracker",),
     "pretrained_model_name_or_path": MODEL, "model": MODEL, "base_model": MODEL, "model_id": MODEL,
     "pretrained_vae_model_name_or_path": ("parts.vae",), "vae_path": ("parts.vae",),

@@ -81,6 +81,13 @@ class Planned(TorchDataset[Batch]):
         slots = self.plan.local(step, self.rank, self.world_size)
         return collate(self.dataset, slots, step=step, seed=self.plan.seed, moments=self.moments)
 
+    def captions(self, step: int) -> tuple[list[int], list[str]]:
+        """The places and captions of this rank's part of a batch, whose pictures are not read."""
+        slots = self.plan.local(step, self.rank, self.world_size)
+        pairs = zip(slots, _generators(slots, step, self.plan.seed), strict=True)
+        captions = [self.dataset.caption(slot.index, rng) for slot, rng in pairs]
+        return [slot.place for slot in slots], captions
+
 
 class Fixed(TorchDataset[Batch]):
     """Held-out samples in order, each with the same noise in every pass.
@@ -136,9 +143,7 @@ def collate(
 ) -> Batch:
     """Reads the slots of one micro-batch; augmentation is seeded by (seed, step, place). moments:
     the cached latents of the data set, instead of its pictures."""
-    generators = [
-        np.random.default_rng(seed_of(seed, "augment", step, slot.place)) for slot in slots
-    ]
+    generators = _generators(slots, step, seed)
     batch = Batch(
         step=step,
         positions=[slot.place for slot in slots],
@@ -164,6 +169,11 @@ def collate(
     else:
         _fill(batch, [dataset.sample(slot.index, rng) for slot, rng in pairs])
     return batch
+
+
+def _generators(slots: Sequence[Slot], step: int, seed: int) -> list[np.random.Generator]:
+    """What each sample draws its augmentation and its caption from."""
+    return [np.random.default_rng(seed_of(seed, "augment", step, slot.place)) for slot in slots]
 
 
 def _fill(batch: Batch, samples: Sequence[Sample]) -> None:

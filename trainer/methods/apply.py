@@ -97,6 +97,8 @@ def _apply(
     try:
         if method.inflates:
             model.host.require_rows("it")
+        if method.reads_weights:
+            _in_fp32(model)
         with _seeded(seed, name):
             return _with_start(method.apply(model), model)
     except TakenError as taken:
@@ -112,6 +114,15 @@ def _apply(
     except RuntimeError as error:
         error.add_note(f"methods.{name}")
         raise
+
+
+def _in_fp32(model: AttentionModel) -> None:
+    """Layers that were read in half precision, with the values that they have there."""
+    import torch
+
+    for _, value in model.named_parameters():
+        if value.dtype in (torch.float16, torch.bfloat16):
+            value.data = value.data.float()
 
 
 def _check_claims(earlier: Mapping[str, Edit], name: str, edit: Edit) -> None:
@@ -148,7 +159,8 @@ def _planned(model: AttentionModel, edits: Mapping[str, Edit]) -> Plan:
     trained = {parameter for edit in edits.values() for parameter in edit.trains}
     model.requires_grad_(False)
     parameters = dict(model.named_parameters())
-    for name in trained:
+    kept = {name for edit in edits.values() for name in edit.keeps}
+    for name in (trained | kept) & parameters.keys():  # small steps would be lost in half precision
         if parameters[name].dtype in (torch.float16, torch.bfloat16):
             parameters[name].data = parameters[name].data.float()
     chosen = [parameters[name].requires_grad_(True) for name in trained]
@@ -158,7 +170,7 @@ def _planned(model: AttentionModel, edits: Mapping[str, Edit]) -> Plan:
         total=sum(map(numel, parameters.values())),
         trained_bytes=sum(item.numel() * item.element_size() for item in chosen),
         names=tuple(sorted(trained)),
-        keeps=tuple(sorted({kept for edit in edits.values() for kept in edit.keeps})),
+        keeps=tuple(sorted(kept)),
     )
 
 

@@ -109,6 +109,11 @@ class Method(BaseModel):
         return ()
 
     @property
+    def reads_weights(self) -> bool:
+        """Whether `apply` calculates with values of the base's layers, which are then in fp32."""
+        return True
+
+    @property
     def linear(self) -> bool:
         """Whether all it does is to add a dW to weights of the base, which `scale` can multiply, to
         add words, or to store the base in another way. One that changes how the network computes

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from trainer.backbones import load_backbone
 from trainer.backbones.device import CPU, Placement, place
+from trainer.backbones.held_layers import read_as_held
 from trainer.backbones.retarget import resolved, retarget
 from trainer.config import load
 from trainer.config.header import ADAPTER_FORMAT, HEADER, read_header
@@ -156,17 +158,23 @@ def load_adapted(
 
 
 def load_base(
-    spec: BackboneSpec, name: str, placement: Placement = CPU, hold: bool = True
+    spec: BackboneSpec,
+    name: str,
+    placement: Placement = CPU,
+    hold: bool = True,
+    read_held: bool = False,
 ) -> Backbone:
     """The backbone that a spec describes, frozen, in eval mode and placed. If it is the result of
     earlier runs, their methods are applied and their tensors loaded.
 
-    hold: as of `place`.
+    hold: as of `place`. read_held: parts that are stored in what their layers will be held in are
+    read so, see `read_as_held`; not for what is to be written in fp32.
 
     Raises:
         ValueError: see `load_backbone` and `load_adapted`.
     """
-    loaded = place(load_backbone(spec, name), placement, hold=False)
+    with read_as_held(placement.held) if read_held else nullcontext():
+        loaded = place(load_backbone(spec, name), placement, hold=False)
     for path in map(Path, spec.adapters):
         plan = _add(path, loaded)
         for edit in plan.edits.values():

@@ -38,6 +38,7 @@ from trainer.training.adapt_backbone import adapt as adapt
 from trainer.training.module import DiffusionModule
 from trainer.training.optim import Optim
 from trainer.training.tasks.denoise import Denoise
+from trainer.training.text_encodings import text_encodings
 
 CLASS_IMAGES = 32  # generated at once, at most
 PREPARING = 16  # batches that a start which depends on the data may see
@@ -59,7 +60,7 @@ def placement_of(run: RunSpec) -> Placement:
     """
     own = SLURMEnvironment().local_rank() if SLURMEnvironment.detect() else None
     rank = int(os.environ.get("LOCAL_RANK", 0)) if own is None else own
-    placement = choose_placement(run.device, run.precision, rank)
+    placement = choose_placement(run.device, run.precision, rank, parts=run.base_precision)
     if placement.device.type == "mps" and run.devices * run.nodes > 1:
         raise ValueError(
             f"run.devices={run.devices}, run.nodes={run.nodes}: a Mac has one GPU, and PyTorch has "
@@ -107,6 +108,7 @@ def task_of(recipe: Recipe, backbone: Backbone) -> Denoise:
         seed=recipe.run.seed,
         caption_dropout=recipe.objective.caption_dropout,
         as_sampled=recipe.objective.shift == "sampling",
+        texts=text_encodings(backbone, cache_folder() if recipe.run.cache_text else None),
     )
 
 

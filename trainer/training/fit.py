@@ -3,10 +3,13 @@ adapter."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 from trainer.backbones.device import place
+from trainer.backbones.resting import wake
+from trainer.config.partners import text_trains
 from trainer.config.schema import Recipe
 from trainer.data.loader import Planned, loader
 from trainer.runs.adapter import load_base, save_adapter
@@ -35,7 +38,10 @@ from trainer.training.callbacks.average import averaged
 from trainer.training.caption_check import check_captions
 from trainer.training.console import first_rank, say
 from trainer.training.launch import announce, ending, launch
+from trainer.training.module import DiffusionModule
 from trainer.training.resume import last_checkpoint, run_facts
+from trainer.training.tasks.denoise import Denoise
+from trainer.training.text_encodings import encode_all
 from trainer.training.thread_count import settle_threads
 
 
@@ -65,6 +71,20 @@ def fit(recipe: Recipe, folder: Path | None = None) -> Path:
     return folder
 
 
+def unneeded(
+    recipe: Recipe, module: DiffusionModule, items: Planned, *, steps: Sequence[int]
+) -> list[str]:
+    """The parts of the backbone that these steps have no need of, since what they make is cached;
+    prompts are encoded for that."""
+    task, parts = module.task, [] if items.moments is None else ["vae"]
+    assert isinstance(task, Denoise)
+    if recipe.run.cache_text and (why := text_trains(recipe)) and module.backbone.text_encoders:
+        say(f"run.cache_text: {why}; every batch is encoded anew")
+    if encode_all(task, items, steps, say=say):
+        parts += module.backbone.text_encoders
+    return parts
+
+
 def _fit(recipe: Recipe, folder: Path) -> None:
     """The run itself, from its last complete checkpoint on."""
     found, run = last_checkpoint(recipe, folder), recipe.run
@@ -72,7 +92,9 @@ def _fit(recipe: Recipe, folder: Path) -> None:
     settle_threads(ranks=run.devices, machines=run.nodes, manifest=manifest, say=say)
     seed_everything(run.seed)
     placement = placement_of(run)
-    backbone = load_base(recipe.backbone, recipe.backbone_name, placement, hold=False)
+    backbone = load_base(
+        recipe.backbone, recipe.backbone_name, placement, hold=False, read_held=True
+    )
     train, held_out = recipe.data.open(needs(recipe, backbone))
     facts = run_facts(
         recipe, folder, found=found, backbone=backbone, train=train, held_out=held_out
@@ -91,15 +113,14 @@ def _fit(recipe: Recipe, folder: Path) -> None:
     look = looker(module, Planned(train, order, cached, rank=0, world_size=1))
     if found is None:
         prepare_methods(plan, look)
-    batches = loader(
-        Planned(train, order, cached, rank=rank, world_size=ranks),
-        run.steps * run.accumulate,
-        start=found.micro_step if found else 0,
-        workers=run.workers,
-    )
+    items = Planned(train, order, cached, rank=rank, world_size=ranks)
+    start, total = found.micro_step if found else 0, run.steps * run.accumulate
+    module.resting = unneeded(recipe, module, items, steps=range(start, total))
+    batches = loader(items, total, start=start, workers=run.workers)
     with launched.signals, ending(launched.trainer, folder):
         launched.trainer.fit(module, batches, checks(recipe, backbone, held_out))
     if launched.trainer.is_global_zero:
+        wake(backbone)
         place(backbone, placement, plan.stored)  # Lightning leaves it on the CPU
         path = folder / "adapter.safetensors"
         with averaged(launched.average, module):

@@ -10,37 +10,54 @@ from torch import nn
 
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import Placement
+from trainer.backbones.held_layers import FP8, LAYERS
+from trainer.backbones.resting import SAME_MEMORY
 from trainer.common.main_memory import free_memory
 from trainer.config.optimisers import OPTIMISERS
+from trainer.config.partners import pictures_change, text_trains
 from trainer.config.schema import Recipe
 from trainer.methods.apply import Plan
 from trainer.ops.adapters.nf4 import numel, scales
-from trainer.training.plan_report import saved_bytes, size
+from trainer.training.plan_report import size
+from trainer.training.step_memory import step_bytes
 
 FP32 = 4  # bytes of a value
 LESS = (
     "it needs less with run.gradient_checkpointing=true, run.precision=bf16, a smaller "
-    "run.resolution or run.batch_size, or methods.nf4={}"
+    "run.resolution or run.batch_size, run.base_precision.denoiser=fp8, or methods.nf4={}"
 )
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device at the peak of a training step.
+    """Bytes at the peak of a training step.
 
     parts: the weights of each part of the pipeline, in the precision they are held in; state: the
-    gradients, moments and EMA of what trains; saved: what one forward keeps for the backward.
-    loading: main memory while the weights are read, which is in fp32.
+    gradients, moments and EMA of what trains; saved: what a step calculates and keeps until it is
+    used. loading: main memory while the weights are read; in_fp32: whether that is in fp32.
+    resting: the parts that leave a device with memory of its own, see `resting.py`.
     """
 
     parts: Mapping[str, int]
     state: int
     saved: int
     loading: int
+    in_fp32: bool = True
+    resting: tuple[str, ...] = ()
 
     @property
     def peak(self) -> int:
+        """Of all parts together, as in main memory."""
         return sum(self.parts.values()) + self.state + self.saved
+
+    @property
+    def on_device(self) -> int:
+        """Of a device with memory of its own, where all parts are before the first step."""
+        away = sum(self.parts.get(name, 0) for name in self.resting)
+        return max(sum(self.parts.values()), self.peak - away)
+
+    def at(self, device: torch.device) -> int:
+        return self.peak if device.type in SAME_MEMORY else self.on_device
 
 
 def memory_of(recipe: Recipe, backbone: Backbone, plan: Plan) -> Memory:
@@ -50,11 +67,44 @@ def memory_of(recipe: Recipe, backbone: Backbone, plan: Plan) -> Memory:
     named |= {"vae": backbone.vae, "extras": backbone.extras}
     kept = OPTIMISERS[recipe.optim.name].moments + (recipe.optim.ema is not None)
     rows = recipe.run.batch_size // (recipe.run.devices * recipe.run.nodes)
+    as_stored = _read_as_stored(recipe, backbone)
     return Memory(
         parts={name: held for name, part in named.items() if (held := _held(part))},
         state=round(plan.trained_bytes * (1 + kept)),
-        saved=saved_bytes(recipe, backbone, rows),
-        loading=FP32 * sum(map(numel, backbone.parameters())),
+        saved=step_bytes(recipe, backbone, rows),
+        loading=sum(_read(part, name in as_stored) for name, part in named.items()),
+        in_fp32=not as_stored,
+        resting=_resting(recipe, backbone),
+    )
+
+
+def _resting(recipe: Recipe, backbone: Backbone) -> tuple[str, ...]:
+    """The parts that leave the device while the denoiser trains, as far as a recipe tells."""
+    text = recipe.run.cache_text and text_trains(recipe) is None
+    pictures = recipe.run.cache_latents and pictures_change(recipe.data) is None
+    return (*(backbone.text_encoders if text else ()), *(("vae",) if pictures else ()))
+
+
+def _read_as_stored(recipe: Recipe, backbone: Backbone) -> list[str]:
+    """The parts that are read as they are stored, text encoders in what the denoiser is: those
+    whose layers are held so or in fp8, unless a method calculates with weights."""
+    stored = backbone.published
+    if stored == torch.float32 or any(m.reads_weights for m in recipe.methods.values()):
+        return []
+    named = {backbone.denoiser_name: backbone.denoiser, **backbone.text_encoders}
+    return [name for name, part in named.items() if {stored, FP8} & _held_in(part)]
+
+
+def _held_in(part: nn.Module) -> set[torch.dtype]:
+    return {layer.weight.dtype for layer in part.modules() if isinstance(layer, LAYERS)}
+
+
+def _read(part: nn.Module, as_stored: bool) -> int:
+    """Bytes of a part while it is read."""
+    layers = {id(v) for x in part.modules() if isinstance(x, LAYERS) for v in x.parameters(False)}
+    return sum(
+        numel(value) * (FP32 // 2 if as_stored and id(value) in layers else FP32)
+        for value in part.parameters()
     )
 
 
@@ -69,7 +119,13 @@ def memory_lines(memory: Memory, placement: Placement) -> Iterator[str]:
     parts += [f"gradients and optimiser {size(memory.state)}"]
     parts += [f"kept for the backward {size(memory.saved)}"]
     yield f"memory: {', '.join(parts)}: {size(memory.peak)} in all at the peak"
-    yield f"loading takes {size(memory.loading)} of main memory, where the weights are read in fp32"
+    if placement.device.type not in SAME_MEMORY and memory.resting:
+        yield (
+            f"{', '.join(memory.resting)} leave {placement.device} while the denoiser trains, and "
+            f"come back for previews: {size(memory.on_device)} there at the peak"
+        )
+    how = "in fp32" if memory.in_fp32 else "as they are stored"
+    yield f"loading takes {size(memory.loading)} of main memory, where the weights are read {how}"
     yield from _fits(memory, placement)
 
 
@@ -80,7 +136,7 @@ def _fits(memory: Memory, placement: Placement) -> Iterator[str]:
         yield _verdict("this machine", main, needed, advice=on_cpu)
     if not on_cpu:
         free = torch.cuda.mem_get_info(placement.device)[0]
-        yield _verdict(f"{placement.device}", free, memory.peak, advice=True)
+        yield _verdict(f"{placement.device}", free, memory.on_device, advice=True)
 
 
 def _verdict(what: str, free: int, needed: int, *, advice: bool) -> str:

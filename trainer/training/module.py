@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trainer.attention.step_result import StepResult
 from trainer.backbones.backbone import Backbone
+from trainer.backbones.resting import rest
 from trainer.common.seeds import seed_of
 from trainer.data.loader import Batch, Unread
 from trainer.data.plan import quantiles
@@ -52,6 +53,7 @@ class DiffusionModule(lightning.LightningModule):
         self.extra_losses, self.schedules = tuple(extra_losses), tuple(schedules)
         self.at_steps, self.seed = tuple(at_steps), seed
         self.val_losses: dict[int, list[float]] = {}
+        self.resting: Sequence[str] = ()  # parts of the backbone that training has no need of
         self.val_problem: str | None = None  # why the present validation has failed
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -68,6 +70,9 @@ class DiffusionModule(lightning.LightningModule):
         module, _, own = name.rpartition(".")
         tensor: Tensor = getattr(self.backbone.get_submodule(module), own)
         return tensor
+
+    def on_train_start(self) -> None:
+        rest(self.backbone, self.resting)  # Lightning has moved all of it to the device
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         # dropout inside the model draws from the global state: it is a function of the step, too

@@ -8,21 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 
-from trainer.attention.condition import INTEGERS, Condition
 from trainer.backbones.backbone import Backbone
-from trainer.backbones.device import is_one_number
 from trainer.config.schema import Recipe
 from trainer.methods.apply import Plan
 from trainer.methods.method import Method
-from trainer.ops.adapters.nf4 import scales
 
 
 def describe_plan(
@@ -97,61 +90,6 @@ def report_backends(plan: Plan, folder: Path, console: Console) -> None:
             line = f"methods.{name}: {what} ran at {where}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     save_plan(kept, folder)
-
-
-def saved_bytes(recipe: Recipe, backbone: Backbone, rows: int) -> int:
-    """Bytes that one training forward of the denoiser saves for its backward; each storage counts
-    once."""
-    side = (recipe.run.resolution or backbone.resolution) // backbone.divisor
-    seen: dict[int, int] = {}
-    keep: list[Tensor] = []  # a freed storage could give its id to the next one
-
-    def count(value: Tensor) -> Tensor:
-        keep.append(value)
-        seen[id(value.untyped_storage())] = value.untyped_storage().nbytes()
-        return value
-
-    denoiser = backbone.denoiser
-    real = {
-        name: (value.detach(), value.requires_grad)
-        for name, value in denoiser.named_parameters()
-        if not scales(value)  # 4-bit weights stay real: fake ones would lose their scales
-    }
-    real |= {name: (value, False) for name, value in denoiser.named_buffers()}
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = {
-            name: _fake(mode, value).requires_grad_(trains)
-            for name, (value, trains) in real.items()
-        }
-        own = {id(value.untyped_storage()) for value in fakes.values()}
-        inputs = _empty_inputs(backbone, rows, side)
-        with (
-            torch.autograd.graph.saved_tensors_hooks(count, lambda value: value),
-            backbone.computing(),
-        ):
-            functional_call(denoiser, fakes, args=(), kwargs=inputs)
-    return sum(size for storage, size in seen.items() if storage not in own)
-
-
-def _fake(mode: FakeTensorMode, value: Tensor) -> Tensor:
-    """A fake of a parameter, laid out as one that was read. To be called inside the mode."""
-    if is_one_number(value):
-        return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
-    return mode.from_tensor(value)
-
-
-def _empty_inputs(backbone: Backbone, rows: int, side: int) -> Any:
-    """What the denoiser is called with, for `rows` latents of `side`; the values are arbitrary."""
-    device = backbone.device
-    x_t = torch.empty((rows, backbone.latent_channels, side, side), device=device)
-    t = torch.zeros(rows, device=device)
-    text = {
-        name: torch.zeros(
-            (rows, *shape), device=device, dtype=torch.long if name in INTEGERS else None
-        )
-        for name, shape in backbone.text_shapes.items()
-    }
-    return backbone.inputs(x_t, t, Condition(**text))
 
 
 def size(count: int) -> str:

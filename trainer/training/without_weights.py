@@ -82,7 +82,7 @@ def _on_cpu(placement: Placement, published: torch.dtype) -> Placement:
     """The precision of a placement, on the CPU, where a weight that is not read takes no memory."""
     dtype = placement.dtype(published)
     name = next(name for name, own in PRECISIONS.items() if own == dtype)
-    return Placement(torch.device("cpu"), name)
+    return Placement(torch.device("cpu"), name, placement.parts)
 
 
 def _named(error: RuntimeError) -> str:

@@ -52,6 +52,10 @@ class Lora(LowRank):
         return self
 
     @property
+    def reads_weights(self) -> bool:
+        return self.init in ("pissa", "olora")
+
+    @property
     def linear(self) -> bool:
         return True
 

@@ -54,6 +54,10 @@ class Selective(Method):
     )
 
     @property
+    def reads_weights(self) -> bool:
+        return False
+
+    @property
     def linear(self) -> bool:
         return True
 

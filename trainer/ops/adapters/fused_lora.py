@@ -62,6 +62,7 @@ class LowRankLinear(Linear):
         dropout = self.lora_dropout[name]
         return (
             (isinstance(dropout, nn.Identity) or not self.training)
+            and type(layer) is nn.Linear  # others cast their weight themselves
             and not layer.weight.requires_grad
             and not (layer.bias is not None and layer.bias.requires_grad)
             and self._one_dtype(x, name)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from trainer.attention.errors import TakenError
 from trainer.attention.insertion import move_insertions
 from trainer.attention.projections import ALL_ROLES
 from trainer.attention.sites import require
+from trainer.kernels.softmax import HALF
 from trainer.ops.adapters.fused_lora import quicken
 from trainer.ops.adapters.nf4 import is_packed, unpacked
 
@@ -219,7 +221,8 @@ def _add(
                 # two methods on one model are two configurations; that is intended here
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
                 warnings.filterwarnings("ignore", message="You are trying to modify a model with")
-                inject_adapter_in_model(config(own), part_of(model, part), adapter_name=name)
+                with _as_of_fp32([base_layer(layer_of(model, target)) for target in own]):
+                    inject_adapter_in_model(config(own), part_of(model, part), adapter_name=name)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ValueError(f"peft cannot adapt these layers so: {error}") from error
         for target in own:
@@ -230,6 +233,26 @@ def _add(
             layer.set_adapter(adapters)  # peft has deactivated all but the new one
     found = [name for name, parameter in model.named_parameters() if id(parameter) not in before]
     return tuple(found)
+
+
+@contextmanager
+def _as_of_fp32(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Layers in half precision have one zero in fp32 in place of each weight inside: peft rounds
+    what it puts beside a layer to the layer's precision. Methods that calculate with weights have
+    them in fp32 already."""
+    held = {
+        value: value.data
+        for layer in layers
+        for value in layer.parameters(recurse=False)
+        if value.dtype in HALF
+    }
+    for value, data in held.items():
+        value.data = torch.zeros((), device=data.device).expand(data.shape)
+    try:
+        yield
+    finally:
+        for value, data in held.items():
+            value.data = data
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def pack(layer: nn.Linear, compute: torch.dtype) -> nn.Module:
         quant_type="nf4",
         device="meta",
     )
-    weight = layer.weight.detach()
+    weight = layer.weight.detach().float()
     packed.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=packed)
     packed.weight = packed.weight.to(weight.device)  # this is where it packs
     packed.weight.module = None  # a copy of the layer would hold on to this one

@@ -18,6 +18,7 @@ from trainer.attention.context import StepContext
 from trainer.attention.rows import Rows
 from trainer.attention.step_result import StepResult
 from trainer.backbones.backbone import Backbone
+from trainer.backbones.family import Encoder
 from trainer.common.seeds import seed_of
 from trainer.data.latent_cache import as_stored
 from trainer.data.loader import Batch
@@ -63,13 +64,15 @@ class Encoded:
 class Denoise:
     """The default task. seed: of the run; caption_dropout: the share of captions that are left
     empty in training; as_sampled: timesteps are shifted as those of a sampler in `SAMPLED_STEPS`
-    steps at the size of each batch, in place of the objective's shift."""
+    steps at the size of each batch, in place of the objective's shift; texts: what encodes captions
+    in place of the backbone's own encoder."""
 
     backbone: Backbone
     objective: Objective
     seed: int = 0
     caption_dropout: float = 0.0
     as_sampled: bool = False
+    texts: Encoder | None = None
 
     def encode(self, batch: Batch, purpose: Purpose = "train") -> Encoded:
         """Latents, noise, timesteps and text; random numbers depend on the seed, the purpose and
@@ -169,7 +172,10 @@ class Denoise:
         for."""
         encoders = self.backbone.encoders
         given = {name: value for name, value in batch.inputs.items() if name in encoders}
-        return self.backbone.encode({"text": captions, **given})
+        inputs = {"text": captions, **given}
+        if self.texts is None:
+            return self.backbone.encode(inputs)
+        return self.backbone.encode(inputs, {"text": self.texts})
 
     def _to_x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         return to_x0(self.objective, output, x_t, t=t)

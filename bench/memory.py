@@ -1,0 +1,198 @@
+"""The memory that training takes, measured beside the estimate that `check plan=true` prints.
+
+    python bench/memory.py                          # SDXL: 10 GB of disk and of memory
+    python bench/memory.py --only sdxl_512          # at 512 pixels alone, in a quarter of the time
+    python bench/memory.py --quick                  # the shipped backbone
+
+Each is the published network, its layers in bf16, with random weights that are stored in bf16 in a
+temporary folder: LoRA on all attention, batch 1, gradient checkpointing, two steps on the CPU in a
+process of its own, on latents that are noise, since a run encodes its pictures before its first
+step. Measured: the most memory that is resident during the steps, and while the weights are loaded,
+each less what the program takes before (Linux alone tells it). The weights are mapped from files,
+of which what has been read is resident too. It refuses to begin where less is free than the
+estimate and 2 GB.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import Bars, chosen_of, parser_of
+
+ROOT = Path(__file__).parents[1]
+LAYOUTS = ROOT / "data" / "layouts"
+# the layout, None for the backbone that ships, and the side of the pictures in pixels
+CASES: dict[str, tuple[str | None, int]] = {
+    "sdxl_1024": ("sdxl", 1024),
+    "sdxl_512": ("sdxl", 512),
+    "tiny": (None, 64),
+}
+PARTS, QUICK = ("sdxl_512", "sdxl_1024"), ("tiny",)
+BLOCK = 2**20  # random values, of which weights are made again and again
+SPARE = 2 * 10**9  # bytes that others keep
+STEPS = 2
+
+
+def words_of(name: str, folder: str) -> list[str]:
+    _, side = CASES[name]
+    own = [f"backbone={folder}", f"run.resolution={side}", "run.batch_size=1"]
+    own += ["recipe=lora", "data.concept=sprite:penguin", "data.prior_weight=0", "data.token=sks"]
+    own += ["methods.new_token=null", "methods.lora.sites=all", "run.gradient_checkpointing=true"]
+    return [*own, "run.precision=bf16", "run.device=cpu", "optim.ema=null"]
+
+
+def make_folder(layout: str, where: str) -> None:
+    """The pipeline of a layout with random weights in bf16 and the tokenizer that ships."""
+    from safetensors.torch import save_file
+
+    from trainer.backbones.pipeline_folder import without_values
+    from trainer.config.lineage import backbone_spec
+    from trainer.runs.adapter import load_base
+
+    folder = Path(shutil.copytree(LAYOUTS / layout, where))
+    for tokenizer in folder.glob("tokenizer*"):
+        shutil.copytree(ROOT / "data" / "tiny" / "tokenizer", tokenizer, dirs_exist_ok=True)
+    with without_values():
+        model = load_base(backbone_spec(layout), layout, hold=False)
+    block = (0.02 * torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))).bfloat16()
+    parts = {model.denoiser_name: model.denoiser, **model.text_encoders, "vae": model.vae}
+    for part, module in parts.items():
+        tensors = {name: _filled(block, value) for name, value in module.state_dict().items()}
+        ours = part in (model.denoiser_name, "vae")
+        file = "diffusion_pytorch_model.safetensors" if ours else "model.safetensors"
+        save_file(tensors, folder / part / file, {"format": "pt"})
+
+
+def _filled(block: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    if not value.is_floating_point():
+        return value.contiguous()
+    times = -(-value.numel() // len(block))
+    return block.repeat(times)[: value.numel()].reshape(value.shape).contiguous()
+
+
+def estimated(words: list[str]) -> dict[str, int]:
+    """What `check plan=true` says of a recipe."""
+    from trainer.backbones.device import choose_placement
+    from trainer.config.load import load_recipe
+    from trainer.training.memory_estimate import memory_of
+    from trainer.training.without_weights import planned
+
+    recipe = load_recipe(words)
+    backbone, plan = planned(recipe, choose_placement("cpu", recipe.run.precision))
+    found = memory_of(recipe, backbone, plan)
+    return {"peak": found.peak, "loading": found.loading}
+
+
+def resident(what: str) -> int:
+    """Bytes, by the system: VmRSS are now resident, VmHWM at most since `forget`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{what}:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"this system does not tell {what}")
+
+
+def forget() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def train(words: list[str], most: int) -> dict[str, Any]:
+    """Two steps in this process, which gets no more than `most` bytes."""
+    from trainer.backbones.device import choose_placement
+    from trainer.config.load import load_recipe
+    from trainer.data.loader import Batch
+    from trainer.runs.adapter import load_base
+    from trainer.training.build import adapt, module_of
+
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    Path("/proc/self/oom_score_adj").write_text("1000")  # before others, if memory runs out
+    recipe = load_recipe(words)
+    placement = choose_placement("cpu", recipe.run.precision)
+    before = resident("VmRSS")
+    base = load_base(recipe.backbone, "measured", placement, hold=False, read_held=True)
+    plan = adapt(recipe, base, placement)
+    loading = resident("VmHWM") - before
+    module = module_of(recipe, base, plan)
+    optimizer = module.configure_optimizers()["optimizer"]
+    side = recipe.run.resolution // base.divisor
+    moments = torch.randn(1, 2 * base.latent_channels, side, side)
+    batch = Batch(0, [0], ["a photo of sks"], ["noise"], torch.ones(1), moments=moments)
+    forget()
+    seconds = []
+    for _ in range(STEPS):
+        began = time.monotonic()
+        optimizer.zero_grad()
+        loss = module.task.loss(module.task.encode(batch)).losses.mean()
+        loss.backward()
+        optimizer.step()
+        seconds.append(round(time.monotonic() - began, 1))
+    peak = resident("VmHWM") - before
+    return {"peak": peak, "loading": loading, "seconds": seconds, "loss": float(loss.detach())}
+
+
+def measure(bars: Bars, name: str, scratch: Path) -> None:
+    layout, _ = CASES[name]
+    folder = ROOT / "data" / "tiny" if layout is None else scratch / layout
+    if layout is not None and not folder.exists():
+        _apart("make_folder", layout, str(folder))
+    words = words_of(name, "tiny" if layout is None else str(folder))
+    found = _apart("estimated", words)
+    free = _available()
+    needed = max(found["peak"], found["loading"])
+    if free < needed + SPARE:
+        raise SystemExit(f"{name}: {free:,} bytes are free, and {needed + SPARE:,} are needed")
+    # files that are mapped, twice for a moment, count too, and can be given back at any time
+    mapped = 2 * sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    own = _apart("train", words, free - SPARE // 2 + mapped)
+    bars.note(f"{name}_bytes", {"estimated": found["peak"], "measured": own["peak"]})
+    bars.note(f"{name}_loading", {"estimated": found["loading"], "measured": own["loading"]})
+    bars.note(f"{name}_step_seconds", own["seconds"])
+    if layout is not None:  # of a small one, libraries that are loaded late take more than it
+        bars.at_most(f"{name}_off", abs(found["peak"] / own["peak"] - 1), 0.1)
+
+
+def _apart(what: str, *given: Any) -> Any:
+    """A function of this file in a process of its own, whose memory is then free again."""
+    line = [sys.executable, __file__, "--apart", json.dumps([what, given])]
+    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-4000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _available() -> int:
+    from trainer.common.main_memory import free_memory
+
+    free = free_memory()
+    assert free is not None
+    return free
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--apart"]:
+        what, given = json.loads(sys.argv[2])
+        print(json.dumps(globals()[what](*given)))
+        return
+    parser = parser_of(__doc__, tuple(CASES))
+    options = parser.parse_args()
+    bars = Bars("memory", options.quick, update=True)
+    known = QUICK if options.quick else PARTS
+    chosen = chosen_of(options.only, tuple(CASES), parser) if options.only else known
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in chosen:
+            measure(bars, name, Path(scratch))
+    bars.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What a step takes by fake tensors is what it takes by real ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.config.load import load_recipe
+from trainer.methods.apply import apply_methods
+from trainer.training.step_memory import _Living, _Step, step_bytes
+
+WORDS = ["recipe=lora", "data.prior_weight=0", "data.token=sks", "methods.new_token=null"]
+
+
+def inputs_of(tiny: Any, rows: int) -> dict[str, Any]:
+    x_t = torch.randn(rows, tiny.latent_channels, 16, 16)
+    condition = tiny.encode_prompts(["a fox"] * rows)
+    found: dict[str, Any] = tiny.inputs(x_t, torch.zeros(rows), condition)
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_real_step_takes_what_a_fake_one_does(
+    checkpointing: bool, tiny: Any, tiny_folder: Path
+) -> None:
+    words = [*WORDS, f"backbone={tiny_folder}", "run.resolution=64", "run.batch_size=4"]
+    recipe = load_recipe([*words, f"run.gradient_checkpointing={checkpointing}"])
+    apply_methods(tiny, recipe.methods)
+    if checkpointing:
+        tiny.enable_gradient_checkpointing()
+    tiny.unet.train()
+    estimated = step_bytes(recipe, tiny, 4)
+    step, given = _Step(tiny.unet, backward=checkpointing), inputs_of(tiny, 4)
+    known = [value.untyped_storage() for value in (*tiny.parameters(), *tiny.buffers())]
+    with _Living([*known, *(v.untyped_storage() for v in given.values())]) as living:
+        step(**given)
+        grads = sum(p.grad.nbytes for p in tiny.unet.parameters() if p.grad is not None)
+        real = living.peak - grads
+    assert estimated == pytest.approx(real, rel=0.05)
+    tiny.unet.zero_grad()
+
+
+def test_layers_that_are_calculated_again_are_not_kept(tiny: Any, tiny_folder: Path) -> None:
+    found = []
+    for again in (False, True):
+        recipe = load_recipe(
+            [*WORDS, f"backbone={tiny_folder}", f"run.gradient_checkpointing={again}"]
+        )
+        if not again:
+            apply_methods(tiny, recipe.methods)
+        else:
+            tiny.enable_gradient_checkpointing()
+        tiny.unet.train()
+        found.append(step_bytes(recipe, tiny, 4))
+    plain, less = found
+    assert 0.1 * plain < less < 0.8 * plain
+    assert all(value.grad is None for value in tiny.parameters())

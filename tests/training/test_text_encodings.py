@@ -1,0 +1,208 @@
+"""Text of batches that is encoded once: to the same bits with the cache and without, of every
+caption that a run brings, dropped and shuffled ones too; and not where something in it trains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chat_folders import qwen_image_pipeline, z_image_pipeline
+from far_device import FAR, Far, far_device
+from flow_folders import flux1_pipeline, make_flow_folder, sd3_pipeline
+from PIL import Image
+from safetensors.torch import load_file
+from sdxl_folder import make_sdxl_folder
+from transformers import CLIPTextModel
+
+from trainer.__main__ import main
+from trainer.backbones import device as placement
+from trainer.config.lineage import backbone_spec
+from trainer.config.load import load_recipe
+from trainer.data.loader import Planned
+from trainer.runs.adapter import load_base
+from trainer.training.build import needs, step_plan, task_of
+from trainer.training.tasks.denoise import kept_captions, seeds_of
+from trainer.training.text_encodings import coming, text_encodings
+
+WORDS = [
+    "recipe=lora", "run.batch_size=2", "run.steps=4", "run.log_every=1", "run.checkpoint_every=0",
+    "data.prior_weight=0", "data.augment=false", "data.token=sks", "tracker=none",
+    "run.device=cpu", "methods.new_token=null", "objective.caption_dropout=0.3",
+    "run.validate_every=2", "preview.every=2", "preview.steps=1", "preview.prompts=[a fox]",
+]  # fmt: skip
+
+
+def fit(folder: Path, backbone: Path, *words: str) -> tuple[dict[str, Any], list[float]]:
+    """The adapter, and the losses of all steps and of the validation."""
+    given = {word.split("=")[0] for word in words}
+    own = [word for word in WORDS if word.split("=")[0] not in given]
+    assert main(["fit", *own, f"backbone={backbone}", f"run={folder}", *words]) == 0
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    logged = [json.loads(line) for line in lines]
+    losses = [line[key] for line in logged for key in ("train/loss", "val/loss") if key in line]
+    return load_file(folder / "adapter.safetensors"), losses
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Prompts of each call of the text encoder."""
+    found: list[int] = []
+    forward = CLIPTextModel.forward
+
+    def count(self: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(len(ids))
+        return forward(self, ids, *args, **kwargs)
+
+    monkeypatch.setattr(CLIPTextModel, "forward", count)
+    return found
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRAINER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "text"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_losses_are_the_same_with_the_cache_and_without(
+    precision: str, tiny_folder: Path, tmp_path: Path, cache: Path, encoded: list[int]
+) -> None:
+    own = (f"run.precision={precision}", "preview.every=0", "preview.prompts=[]")
+    first, losses = fit(tmp_path / "first", tiny_folder, *own)
+    assert encoded and set(encoded) == {1}
+    encoded.clear()
+    again, same = fit(tmp_path / "again", tiny_folder, *own)
+    assert not encoded, "all prompts were kept"
+    without, plain = fit(tmp_path / "without", tiny_folder, *own, "run.cache_text=false")
+    assert len(encoded) >= 4 and len(losses) == 6
+    assert losses == same == plain
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert all(torch.equal(value, without[name]) for name, value in first.items())
+
+
+FOLDERS: dict[str, Callable[[Path], Path]] = {
+    "sdxl": make_sdxl_folder,
+    "sd3": lambda folder: make_flow_folder(folder, sd3_pipeline),
+    "flux1": lambda folder: make_flow_folder(folder, flux1_pipeline),
+    "z_image": lambda folder: make_flow_folder(folder, z_image_pipeline),
+    "qwen_image": lambda folder: make_flow_folder(folder, qwen_image_pipeline),
+}
+
+
+@pytest.mark.parametrize("family", FOLDERS)
+def test_prompts_apart_are_those_of_a_batch(family: str, tmp_path: Path) -> None:
+    """Of prompts with more and fewer tokens too, which some families fill up with zeros."""
+    folder = FOLDERS[family](tmp_path / family)
+    model = load_base(backbone_spec(str(folder)), family)
+    texts = text_encodings(model, tmp_path)
+    assert texts is not None
+    prompts = ["a fox", "", "a star above a cat", "a fox"]
+    with torch.no_grad():
+        wanted = model.encode_prompts(prompts).tensors()
+    for _ in range(2):  # encoded, and read again
+        found = texts(model, prompts)
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert found[name].dtype == value.dtype
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+        texts = text_encodings(model, tmp_path)
+        assert texts is not None
+    assert len(list(tmp_path.glob("text/*/*/*.safetensors"))) == 3
+
+
+def test_another_encoder_or_word_has_another_place(tiny: Any, tmp_path: Path) -> None:
+    tiny.requires_grad_(False)
+    keys = []
+    for change in (None, "weight", "word", "length"):
+        if change == "weight":
+            with torch.no_grad():
+                next(tiny.text_encoder.parameters()).view(-1)[-1] += 1e-3
+        if change == "word":
+            tiny.tokenizer.add_tokens(["<new>"])
+        if change == "length":
+            tiny.max_tokens = 20
+        texts = text_encodings(tiny, tmp_path)
+        assert texts is not None and texts.cache is not None
+        keys.append(texts.cache.folder)
+    assert len(set(keys)) == 4
+
+
+def test_what_trains_is_encoded_anew(
+    tiny_folder: Path, tmp_path: Path, cache: Path, encoded: list[int], capsys: Any
+) -> None:
+    own = ["methods.new_token={}", "methods.new_token.init=animal", "data.token=<v1>"]
+    fit(tmp_path / "run", tiny_folder, *own)
+    assert not cache.exists() and set(encoded) >= {2}
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "run.cache_text: methods.new_token trains words, and prompts with them change" in said
+    words = [*WORDS, f"backbone={tiny_folder}", "run.cache_text=true"]
+    given = {word.split("=")[0] for word in own}
+    words = [word for word in words if word.split("=")[0] not in given]
+    with pytest.raises(ValueError, match=r"run\.cache_text=True has no effect: methods\.new_token"):
+        load_recipe([*words, *own])
+    text = "methods.lora.text_encoder=[q, v]"
+    with pytest.raises(ValueError, match=r"methods\.lora trains the text encoders"):
+        load_recipe([*WORDS, f"backbone={tiny_folder}", "run.cache_text=true", text])
+
+
+@pytest.fixture
+def tagged(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, color in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (64, 64), color).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"sks, a fox, {color}, a star, above a cat")
+    return folder
+
+
+def test_every_caption_that_comes_is_known(tagged: Path, tiny_folder: Path) -> None:
+    words = ["recipe=lora_folder", f"backbone={tiny_folder}", f"data.folder={tagged}"]
+    words += [
+        "data.shuffle_tags=true",
+        "data.buckets=0",
+        "run.steps=20",
+        "objective.caption_dropout=0.3",
+    ]
+    recipe = load_recipe([*words, "run.batch_size=2"])
+    model = load_base(recipe.backbone, "tiny")
+    train, _ = recipe.data.open(needs(recipe, model))
+    items = Planned(train, step_plan(recipe, train), None, 0, 1)
+    task = task_of(recipe, model)
+    found = coming(task, items, range(5, 20))
+    brought: set[str] = set()
+    for step in range(5, 20):
+        batch = items[step]
+        seeds = seeds_of(batch, recipe.run.seed, "train")
+        brought.update(kept_captions(batch.captions, seeds, recipe.objective.caption_dropout))
+    assert found == brought and "" in brought and len(brought) > 10
+
+
+def test_text_encoders_and_vae_rest_while_the_denoiser_trains(
+    tiny_folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are on the device where previews and validation use them, and the adapter is that of a
+    CPU."""
+    from trainer.training.module import DiffusionModule
+
+    wanted, _ = fit(tmp_path / "cpu", tiny_folder, "run.precision=fp32")
+    where: list[dict[str, bool]] = []
+    step = DiffusionModule.training_step
+
+    def note(self: DiffusionModule, batch: Any, index: int) -> Any:
+        named = self.backbone.named_parameters()
+        where.append({name: isinstance(value.data, Far) for name, value in named})
+        return step(self, batch, index)
+
+    monkeypatch.setattr(DiffusionModule, "training_step", note)
+    monkeypatch.setattr(placement, "_device", lambda name, rank: FAR)
+    with far_device() as seen:
+        found, _ = fit(tmp_path / "far", tiny_folder, "run.precision=fp32")
+    assert not seen.missed and {"CLIPMLP", "Conv2d"} & set(seen.placed)
+    assert len(where) == 4
+    for each in where:
+        assert all(far == name.startswith("unet.") for name, far in each.items())
+    assert all(torch.allclose(value, found[name], atol=1e-5) for name, value in wanted.items())
