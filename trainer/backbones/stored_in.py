@@ -16,7 +16,7 @@ from trainer.backbones.weight_files import weight_files
 HALVES: Mapping[str, torch.dtype] = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class Folder(Protocol):
+class StoredParts(Protocol):
     """What is asked of a `PipelineFolder`."""
 
     @property
@@ -28,7 +28,7 @@ class Folder(Protocol):
     def published(self, part: str) -> torch.dtype: ...
 
 
-def stored_in(folder: Folder, part: str) -> Counter[torch.dtype]:
+def stored_in(folder: StoredParts, part: str) -> Counter[torch.dtype]:
     """How many tensors of a part are stored in what; those in neither half precision are read as
     fp32, and counted so."""
     prefix, whole = folder.prefix(part), folder.file
@@ -45,7 +45,7 @@ def stored_in(folder: Folder, part: str) -> Counter[torch.dtype]:
     return found
 
 
-def read_in(folder: Folder, part: str) -> torch.dtype:
+def read_in(folder: StoredParts, part: str) -> torch.dtype:
     """What a part is read in: half precision where all of it is stored so and its layers will be
     held so, or in fp8. VAEs compute in fp32."""
     held_in, denoiser = HELD_IN.get(), folder.denoiser
