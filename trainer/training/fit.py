@@ -9,7 +9,6 @@ from pathlib import Path
 
 from trainer.backbones.device import place
 from trainer.backbones.resting import wake
-from trainer.config.partners import text_trains
 from trainer.config.schema import Recipe
 from trainer.data.loader import Planned, loader
 from trainer.runs.adapter import load_base, save_adapter
@@ -71,15 +70,11 @@ def fit(recipe: Recipe, folder: Path | None = None) -> Path:
     return folder
 
 
-def unneeded(
-    recipe: Recipe, module: DiffusionModule, items: Planned, *, steps: Sequence[int]
-) -> list[str]:
+def unneeded(module: DiffusionModule, items: Planned, steps: Sequence[int]) -> list[str]:
     """The parts of the backbone that these steps have no need of, since what they make is cached;
     prompts are encoded for that."""
     task, parts = module.task, [] if items.moments is None else ["vae"]
     assert isinstance(task, Denoise)
-    if recipe.run.cache_text and (why := text_trains(recipe)) and module.backbone.text_encoders:
-        say(f"run.cache_text: {why}; every batch is encoded anew")
     if encode_all(task, items, steps, say=say):
         parts += module.backbone.text_encoders
     return parts
@@ -115,7 +110,7 @@ def _fit(recipe: Recipe, folder: Path) -> None:
         prepare_methods(plan, look)
     items = Planned(train, order, cached, rank=rank, world_size=ranks)
     start, total = found.micro_step if found else 0, run.steps * run.accumulate
-    module.resting = unneeded(recipe, module, items, steps=range(start, total))
+    module.resting = unneeded(module, items, range(start, total))
     batches = loader(items, total, start=start, workers=run.workers)
     with launched.signals, ending(launched.trainer, folder):
         launched.trainer.fit(module, batches, checks(recipe, backbone, held_out))
