@@ -1,12 +1,13 @@
-"""Tiny pipeline folders whose text encoder is a language model that is asked in a chat: Z-Image and
-Qwen-Image, of stock diffusers, with random weights."""
+"""Tiny pipeline folders whose text encoder is a language model that is asked in a chat: Z-Image,
+Qwen-Image and FLUX.2, of stock diffusers, with random weights."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 from typing import Any
 
-from flow_folders import DYNAMIC, stirred, tiny_vae
+import torch
+from flow_folders import DYNAMIC, FLUX, VAE, stirred, tiny_vae
 from tokenizers.pre_tokenizers import ByteLevel
 
 MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -17,7 +18,9 @@ QUESTION = (
 WORDS = [*QUESTION.replace(",", " ").replace(":", " ").split(), "user", "assistant", "fox", "left"]
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
 )
 WIDTH = 16  # of the text
 DECODER: dict[str, Any] = {
@@ -129,4 +132,34 @@ def qwen_image_pipeline(**transformer: Any) -> Any:
         vae=AutoencoderKLQwenImage(**CLIP_VAE).eval(),
         text_encoder=encoder.eval(),
         tokenizer=tokenizer,
+    )
+
+
+def flux2_pipeline(distilled: bool = False, **transformer: Any) -> Any:
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = chat_tokenizer()
+    text = DECODER | ENDS | {"num_hidden_layers": 28}
+    qwen = Qwen3ForCausalLM(Qwen3Config(**text, head_dim=8, vocab_size=len(tokenizer)))
+    config = FLUX | {
+        "joint_attention_dim": 3 * WIDTH, "axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": False,
+        "timestep_guidance_channels": 32,
+    }  # fmt: skip
+    own = {name: value for name, value in VAE.items() if not name.endswith("_factor")}
+    vae = AutoencoderKLFlux2(**own | {"use_quant_conv": True, "use_post_quant_conv": True})
+    vae.bn.running_mean.copy_(torch.linspace(-1, 1, 16))
+    vae.bn.running_var.copy_(torch.linspace(0.3, 2, 16))
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC),
+        vae=vae.eval(),
+        text_encoder=qwen.eval(),
+        tokenizer=tokenizer,
+        transformer=stirred(Flux2Transformer2DModel(**config | transformer)),
+        is_distilled=distilled,
     )

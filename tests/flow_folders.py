@@ -162,50 +162,6 @@ def chroma_pipeline(**transformer: Any) -> Any:
     )
 
 
-def qwen3_parts(layers: int = 28, width: int = 16) -> tuple[Any, Any]:
-    """A tokenizer of letters with a chat template, and a Qwen3 language model."""
-    from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-    letters = ["<|endoftext|>", "Ġ", *string.ascii_lowercase, ":", "Ċ"]
-    tokenizer = Qwen2TokenizerFast(
-        vocab={letter: n for n, letter in enumerate(letters)}, merges=[], model_max_length=600
-    )
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}"
-    )
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=16,
-        num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-    )  # fmt: skip
-    return tokenizer, Qwen3ForCausalLM(config).eval()
-
-
-def flux2_pipeline(distilled: bool = False, **transformer: Any) -> Any:
-    from diffusers import (
-        AutoencoderKLFlux2,
-        FlowMatchEulerDiscreteScheduler,
-        Flux2KleinPipeline,
-        Flux2Transformer2DModel,
-    )
-
-    tokenizer, qwen = qwen3_parts()
-    config = FLUX | {
-        "joint_attention_dim": 48, "axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": False,
-        "timestep_guidance_channels": 32,
-    }  # fmt: skip
-    own = {name: value for name, value in VAE.items() if not name.endswith("_factor")}
-    vae = AutoencoderKLFlux2(**own | {"use_quant_conv": True, "use_post_quant_conv": True})
-    vae.bn.running_mean.copy_(torch.linspace(-1, 1, 16))
-    vae.bn.running_var.copy_(torch.linspace(0.3, 2, 16))
-    return Flux2KleinPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC), vae=vae.eval(), text_encoder=qwen,
-        tokenizer=tokenizer,
-        transformer=stirred(Flux2Transformer2DModel(**config | transformer)),
-        is_distilled=distilled,
-    )  # fmt: skip
-
-
 def make_flow_folder(folder: Path, pipeline: Callable[..., Any], **changes: Any) -> Path:
     """A folder of one of the pipelines above, its weights seeded."""
     with torch.random.fork_rng(devices=[]):

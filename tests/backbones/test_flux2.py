@@ -11,12 +11,14 @@ from typing import Any
 import flow_checks as checks
 import pytest
 import torch
+from chat_folders import flux2_pipeline
 from diffusers import Flux2KleinPipeline
 from edited import edit
-from flow_folders import flux2_pipeline, make_flow_folder
+from flow_folders import make_flow_folder
 
 from trainer.backbones import load_backbone
 from trainer.backbones.families import family_of
+from trainer.backbones.prompt_tokens import prompt_reader
 from trainer.config.lineage import backbone_spec
 from trainer.config.load import load_recipe
 from trainer.config.schema import RecipeError
@@ -55,6 +57,54 @@ def test_prompts_are_those_of_the_stock_pipeline(model: Any, case: checks.Case) 
     own = model.encode_prompts(checks.PROMPTS)
     torch.testing.assert_close(own.tokens, text, rtol=0, atol=1e-6)
     assert float((own.tokens[0] - own.tokens[1]).abs().max()) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt", ["a fox left of an owl", "left, a fox " * 90])
+def test_a_word_is_where_the_stock_pipeline_feeds_it(
+    prompt: str, model: Any, case: checks.Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens that its text encoder gets, those of the template and padding too, of a prompt
+    that is read whole and of one that is cut."""
+    pipe, fed = case.stock(), []
+    forward = pipe.text_encoder.forward
+
+    def noting(**given: Any) -> Any:
+        fed.append(given["input_ids"])
+        return forward(**given)
+
+    monkeypatch.setattr(pipe.text_encoder, "forward", noting)
+    pipe.encode_prompt([prompt])
+    row = fed[0][0].tolist()
+    assert model.prompts.tokens([prompt]).input_ids.tolist() == [row]
+    ids = {form: model.tokenizer(form).input_ids for form in ("left", " left", "user")}
+    assert all(len(own) == 1 for own in ids.values())
+    wanted = [i for i, token in enumerate(row) if [token] in (ids["left"], ids[" left"])]
+    assert model.prompts.places(prompt, "left") == wanted
+    assert min(wanted) > row.index(ids["user"][0]) == 1, "the template comes before the prompt"
+
+
+def test_a_prompt_is_counted_with_its_template(model: Any, case: checks.Case) -> None:
+    """As many tokens are read of a prompt as the template leaves, with and without torch."""
+    chunk = model.prompts.reader.chunk
+    row = model.prompts.tokens(["left " * 600]).input_ids[0]
+    left = model.tokenizer(" left").input_ids[0]
+    before = len(model.tokenizer("<|im_start|>user\n").input_ids)
+    assert int((row == left).sum()) == 512 - before - 1  # whose first word is another token
+    after = len(
+        model.tokenizer("<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n").input_ids
+    )
+    assert chunk == 512 - before - after
+    reader = prompt_reader(backbone_spec(str(case.folder)))
+    assert reader is not None and reader.chunk == chunk
+
+
+def test_another_chat_template_is_refused(case: checks.Case, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(case.folder, tmp_path / "copy"))
+    template = folder / "tokenizer" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<think>", ""))
+    with pytest.raises(ValueError, match=r"the chat template of its tokenizer gives .*</think>"):
+        load_backbone(backbone_spec(str(folder)), "mine")
 
 
 @torch.no_grad()

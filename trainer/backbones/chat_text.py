@@ -28,8 +28,11 @@ def without_padding(hidden: Tensor, mask: Tensor, *, dropped: int = 0) -> dict[s
     }
 
 
-def check_template(tokenizer: Any, template: ChatTemplate, name: str) -> None:
-    """Checks that a tokenizer asks a prompt as the family says it does.
+def check_template(
+    tokenizer: Any, template: ChatTemplate, name: str, *, enable_thinking: bool
+) -> None:
+    """Checks that a tokenizer asks a prompt as the family says it does. enable_thinking: the option
+    that the stock pipeline gives Qwen's chat templates.
 
     Raises:
         ValueError: it has no chat template, or another one.
@@ -41,7 +44,7 @@ def check_template(tokenizer: Any, template: ChatTemplate, name: str) -> None:
             [{"role": "user", "content": "a"}],
             tokenize=False,
             add_generation_prompt=True,
-            enable_thinking=True,
+            enable_thinking=enable_thinking,
         )
     except (ValueError, TemplateError):  # of transformers where there is none
         asked = None

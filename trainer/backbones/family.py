@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from trainer.attention.denoiser_traits import UNDECLARED, DenoiserTraits
 from trainer.backbones.latent_form import LatentForm
@@ -70,11 +70,13 @@ class ChatTemplate:
     """What a text encoder that is a language model reads around a prompt.
 
     text: all it reads, `{}` where the prompt is. dropped: tokens at its start whose features the
-    denoiser does not get.
+    denoiser does not get. padding: how far prompts are padded, to the `longest` of a call or to the
+    number of tokens that are read, `max_length`, as tokenizers call it.
     """
 
     text: str
     dropped: int = 0
+    padding: Literal["longest", "max_length"] = "longest"
 
     def around(self, prompt: str) -> str:
         return self.text.format(prompt)
@@ -133,9 +135,9 @@ class Family:
     `Condition`, as of models distilled from guided ones. reader: the text encoder whose tokens the
     denoiser gets, where it is not the first. distilled: (config of the denoiser, that of the
     scheduler, the pipeline's options) -> why plain training would spoil it, None where it does not.
-    template: what its text encoder reads around a prompt; prompts are then padded to the longest of
-    a call, and no further. rescale: what its pipeline does to the output of classifier-free
-    guidance; None for nothing.
+    template: what its text encoder reads around a prompt, and how far prompts are then padded; None
+    for nothing, and prompts are padded to the number of tokens that are read. rescale: what its
+    pipeline does to the output of classifier-free guidance; None for nothing.
     """
 
     denoiser: str

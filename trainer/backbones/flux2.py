@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.attention.denoiser_traits import DenoiserTraits, JointTraits
-from trainer.backbones.family import Family, Parts
+from trainer.backbones.family import ChatTemplate, Family, Parts
 from trainer.backbones.flux1 import ATTENTION, ENDS
 from trainer.backbones.folder_check import check_channels, check_classes, check_flow
 from trainer.backbones.folder_contents import FolderContents
@@ -36,6 +36,11 @@ TEXT = {
     "tokenizer": ("Qwen2TokenizerFast", "Qwen2Tokenizer"),
 }
 LENGTH = 512  # tokens of a prompt in its template, the default of diffusers' pipeline
+# of Qwen3's tokenizer, which the pipeline asks for an answer without thinking
+TEMPLATE = ChatTemplate(
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    padding="max_length",
+)
 LAYERS = (9, 18, 27)  # of Qwen3, whose outputs are the text
 FOLD = 2
 DISTILLED = "is_distilled"  # an option of the pipeline
@@ -130,11 +135,12 @@ def check(facts: FolderContents) -> None:
 def load(spec: BackboneSpec, name: str) -> Parts:
     """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision;
     `load_parts` says what it raises."""
+    from trainer.backbones.chat_text import check_template
     from trainer.backbones.load_parts import load_parts
 
     text = {"text_encoder": ("Qwen3ForCausalLM", "Qwen2Tokenizer")}
     lengths = {"text_encoder": LENGTH}
-    return load_parts(
+    parts = load_parts(
         spec,
         name,
         FAMILY,
@@ -143,6 +149,9 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         lengths=lengths,
         options=[DISTILLED],
     )
+    tokenizer = parts.tokenizers["text_encoder"]
+    check_template(tokenizer, TEMPLATE, name, enable_thinking=False)
+    return parts
 
 
 BLOCKS = block_names(
@@ -188,5 +197,6 @@ FAMILY = Family(
             ),
         )
     },
+    template=TEMPLATE,
     traits=DenoiserTraits(joint=(JointTraits("*", text_first=True),), patch=1),
 )

@@ -97,7 +97,7 @@ class Prompts:
         if self.parts == 1:
             return tokenizer(
                 texts,
-                padding="max_length" if self.template is None else "longest",
+                padding="max_length" if self.template is None else self.template.padding,
                 max_length=self.length + self._dropped,
                 truncation=True,
                 return_tensors="pt",

@@ -127,7 +127,8 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     parts = load_parts(
         spec, name, FAMILY, denoiser="ZImageTransformer2DModel", text=text, lengths=lengths
     )
-    check_template(parts.tokenizers["text_encoder"], TEMPLATE, name)
+    tokenizer = parts.tokenizers["text_encoder"]
+    check_template(tokenizer, TEMPLATE, name, enable_thinking=True)
     return parts
 
 
