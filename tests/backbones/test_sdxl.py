@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from edited import edit
+from PIL import Image
 from sdxl_folder import make_sdxl_folder
 from torch import Tensor
 from two_steps import two_steps
@@ -22,6 +23,7 @@ from trainer.attention.condition import Condition
 from trainer.backbones import load_backbone
 from trainer.backbones.device import Placement, place
 from trainer.backbones.families import family_of
+from trainer.backbones.sdxl import FAMILY, encode_crop
 from trainer.config.lineage import backbone_spec
 from trainer.config.load import load_recipe, methods_of
 from trainer.config.schema import RecipeError
@@ -32,6 +34,7 @@ from trainer.diffusion.sampling_settings import Sampling
 from trainer.export.export import export
 from trainer.methods.apply import apply_methods
 from trainer.runs.adapter import load_adapted
+from trainer.training.fit import fit
 from trainer.training.step_memory import step_bytes
 from trainer.training.tasks.denoise import Denoise
 
@@ -194,6 +197,32 @@ def test_the_crop_of_a_sample_reaches_the_network(sdxl: Any) -> None:
     torch.testing.assert_close(told[1], plain[1])
     clip = state.condition.per_frame(2).crop
     assert clip is not None and torch.equal(clip[:2], crops[:1].expand(2, 6))
+
+
+def test_a_run_tells_the_network_what_its_photos_show(
+    sdxl_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training and in validation; other families have no encoder of it, and are not told."""
+    seen: list[list[float]] = []
+
+    def noting(backbone: Any, crops: Tensor) -> Any:
+        seen.extend(crops.tolist())
+        return encode_crop(backbone, crops)
+
+    monkeypatch.setitem(FAMILY.encoders, "crop", noting)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(3):
+        Image.new("RGB", (48, 40 + number), (90, 60, 30 * number)).save(photos / f"{number}.png")
+    words = [
+        "recipe=lora", f"backbone={sdxl_folder}", "data.source=folder", f"data.folder={photos}",
+        "data.template=a fox", "data.validation=1", "methods.new_token=null", "run.resolution=32",
+        "run.steps=2", "run.batch_size=1", "run.validate_every=1", "preview.every=0",
+        f"run.out={tmp_path}",
+    ]  # fmt: skip
+    fit(load_recipe(words))
+    assert len({height for height, *_ in seen}) == 3 and {crop[1] for crop in seen} == {48}
+    assert {tuple(crop[4:]) for crop in seen} == {(32, 32)}
 
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -25,6 +25,7 @@ from trainer.data.plan import Slot
 from trainer.data.source import Needs
 from trainer.data.sources.shards import Shards
 from trainer.data.sources.world import Scenes
+from trainer.data.sources.world_clips import DrawnClips
 from trainer.media.images import cover
 
 
@@ -33,6 +34,18 @@ def gradient(width: int, height: int) -> Image.Image:
     across = np.linspace(0, 255, width)[None].repeat(height, 0)
     down = np.linspace(0, 255, height)[:, None].repeat(width, 1)
     return Image.fromarray(np.stack([across, down, 0 * down], -1).round().astype(np.uint8))
+
+
+def told(data: Any, *indices: int, seed: int = 0) -> list[list[float]]:
+    """What a backbone that is told so is told of these samples."""
+    slots = [Slot(index, place, 1.0) for place, index in enumerate(indices)]
+    batch = collate(data, slots, step=0, seed=seed, moments=None, crops=True)
+    found: list[list[float]] = batch.inputs["crop"].tolist()
+    return found
+
+
+def refuse(*_: Any) -> Any:
+    raise AssertionError("this is not needed")
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (64, 112)])
@@ -53,11 +66,7 @@ def test_of_photos_in_a_folder(tmp_path: Path) -> None:
         gradient(*shape).save(tmp_path / f"{name}.png")
     rows = [Row(tmp_path / f"{name}.png", ("",), name) for name in "ab"]
     data = Photos(rows, 64)
-    rng = np.random.default_rng(0)
-    assert [data.sample(i, rng).crop for i in (0, 1)] == [
-        (200, 300, 0, 16, 64, 64),
-        (64, 64, 0, 0, 64, 64),
-    ]
+    assert told(data, 0, 1) == [[200, 300, 0, 16, 64, 64], [64, 64, 0, 0, 64, 64]]
 
 
 def test_of_buckets(tmp_path: Path) -> None:
@@ -82,11 +91,10 @@ def test_of_a_concept_whose_photo_was_cut_before(tmp_path: Path) -> None:
     pair = pair_of(photo, ["a cat"], list_photos(folder))
     assert (pair.image.size, pair.shape) == ((64, 64), (300, 200))
     data = ConceptData([[pair]], View(side=64, divisor=4))
-    assert data.sample(0, np.random.default_rng(0)).crop == (200, 300, 0, 16, 64, 64)
+    assert told(data, 0) == [[200, 300, 0, 16, 64, 64]]
     augmented = ConceptData([[pair]], View(side=64, divisor=4, augment=True))
-    found = {augmented.sample(0, np.random.default_rng(n)).crop for n in range(40)}
-    heights = {crop[0] for crop in found if crop is not None}
-    assert heights == {64, 200} and len(found) > 4
+    found = {tuple(told(augmented, 0, seed=n)[0]) for n in range(40)}
+    assert {crop[0] for crop in found} == {64, 200} and len(found) > 4
 
 
 def test_of_a_generated_picture() -> None:
@@ -104,7 +112,9 @@ def test_latents_from_the_cache_are_told_the_same(tmp_path: Path) -> None:
 
     cached = moments(data, encode, "encoder", tmp_path / "cache")
     slots = [Slot(1, 0, 1.0), Slot(0, 1, 1.0)]
-    plain, kept = (collate(data, slots, step=0, seed=0, moments=each) for each in (None, cached))
+    plain, kept = (
+        collate(data, slots, step=0, seed=0, moments=each, crops=True) for each in (None, cached)
+    )
     assert plain.inputs["crop"].tolist() == [[160, 120, 11, 0, 64, 64], [200, 300, 0, 16, 64, 64]]
     assert torch.equal(plain.inputs["crop"], kept.inputs["crop"])
     assert plain.inputs["crop"].dtype == torch.float32
@@ -112,8 +122,7 @@ def test_latents_from_the_cache_are_told_the_same(tmp_path: Path) -> None:
 
 def test_a_source_that_does_not_cut_gives_whole_pictures() -> None:
     scenes: Any = Scenes(0, count=2, sprites="known", side=32)
-    batch = collate(scenes, [Slot(0, 0, 1.0)], step=0, seed=0, moments=None)
-    assert batch.inputs["crop"].tolist() == [[32, 32, 0, 0, 32, 32]]
+    assert told(scenes, 0) == [[32, 32, 0, 0, 32, 32]] == [list(whole(scenes.image(0)))]
 
 
 def test_of_shards(tmp_path: Path) -> None:
@@ -122,7 +131,7 @@ def test_of_shards(tmp_path: Path) -> None:
     pack(tmp_path / "a.tar", ("0.png", data.getvalue()), ("0.txt", b"a cat"))
     needs = Needs(64, 4, lambda *_: [], tmp_path / "cache", lambda: "tiny")
     train, _ = Shards(shards=tmp_path).open(needs)
-    assert train.sample(0, np.random.default_rng(0)).crop == (200, 300, 0, 16, 64, 64)
+    assert told(train, 0) == [[200, 300, 0, 16, 64, 64]]
     assert isinstance(train, Cropped)
 
 
@@ -133,3 +142,27 @@ def test_of_mixed_data(tmp_path: Path) -> None:
     mixed = Mixed(photos, scenes, 0.5)
     assert mixed.crop(0) == photos.crop(0) == Stills(photos).crop(0)
     assert mixed.crop(1) == whole(scenes.image(0)) == (64, 64, 0, 0, 64, 64)
+
+
+def test_headers_are_not_read_for_a_backbone_that_is_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradient(300, 200).save(tmp_path / "a.png")
+    data = Photos([Row(tmp_path / "a.png", ("",), "a")], 64)
+    cached = moments(data, lambda pixels: pixels[:, :2, ::8, ::8], "encoder", tmp_path / "cache")
+    monkeypatch.setattr("trainer.data.folder_photos.upright_size", refuse)
+    for kept in (None, cached):
+        batch = collate(data, [Slot(0, 0, 1.0)], step=0, seed=0, moments=kept)
+        assert batch.inputs == {}
+    with pytest.raises(AssertionError, match="not needed"):
+        told(data, 0)
+
+
+def test_no_scene_is_drawn_for_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes: Any = Scenes(0, count=2, sprites="known", side=64)
+    clips: Any = DrawnClips(0, count=2, sprites="known", side=32, frames=3, fps=None)
+    wanted = [whole(clips.image(1)), whole(clips.image(1)), whole(scenes.image(1))]
+    for source in (Scenes, DrawnClips):
+        monkeypatch.setattr(source, "image", refuse)
+    mixed = Mixed(clips, scenes, 0.5)
+    assert [mixed.crop(1), Stills(clips).crop(1), mixed.crop(3)] == wanted

@@ -95,8 +95,7 @@ class ConceptData:
         photo, own = resize_cover(pair.image, view.side), self.loss_mask(index)
         if view.flip and rng.random() < 0.5:
             photo, own = ImageOps.mirror(photo), None if own is None else own.flip(-1)
-        part = self.crop(index)
-        return Sample(image=to_tensor(photo), caption=caption, key=pair.key, mask=own, crop=part)
+        return Sample(image=to_tensor(photo), caption=caption, key=pair.key, mask=own)
 
     def image(self, index: int) -> Tensor:
         from trainer.media.images import resize_cover, to_tensor

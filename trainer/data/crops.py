@@ -30,6 +30,11 @@ def whole(image: Tensor) -> Crop:
     return height, width, 0, 0, height, width
 
 
+def square(side: int) -> Crop:
+    """Of a square picture that is not cut."""
+    return side, side, 0, 0, side, side
+
+
 def central(shape: Size, size: Size) -> Crop:
     """Of a picture of a `shape`, width and height, that `cover` cuts to a `size`."""
     top, left = covered(shape, size)

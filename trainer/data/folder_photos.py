@@ -104,8 +104,7 @@ class Photos:
         image, mask = self.image(index), self.loss_mask(index)
         if self.flip and rng.random() < 0.5:
             image, mask = image.flip(-1), None if mask is None else mask.flip(-1)
-        key, crop = self.key(index), self.crop(index)
-        return Sample(image=image, caption=caption, key=key, mask=mask, crop=crop)
+        return Sample(image=image, caption=caption, key=self.key(index), mask=mask)
 
     def key(self, index: int) -> str:
         return self.rows[index].key

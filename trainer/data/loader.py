@@ -17,7 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from trainer.common.exit_codes import CODES
 from trainer.common.seeds import seed_of
 from trainer.common.threads import return_to_all
-from trainer.data.crops import CROP, Cropped, whole
+from trainer.data.crops import CROP, Crop, Cropped, whole
 from trainer.data.latent_cache import Latents, frames_of, rows
 from trainer.data.loss_mask import Masked
 from trainer.data.plan import Cursor, Slot, StepPlan
@@ -36,7 +36,7 @@ class Batch:
     weights (b,) of each sample in the loss; positions (b,) in the global micro-batch `step`, which
     seed the sample's noise; fps (b,) frames a second of each clip, None for images; u (b,) fixes
     the timesteps, as shares of their range. inputs: further inputs by name, each (b, ...); `crop`
-    among them, see `crops.py`, where it is known.
+    among them, see `crops.py`, where it was asked for and is known.
     """
 
     step: int
@@ -64,7 +64,8 @@ class Batch:
 
 
 class Planned(TorchDataset[Batch]):
-    """Item k is this rank's part of global micro-batch k."""
+    """Item k is this rank's part of global micro-batch k. crops: whether batches say which part of
+    its picture each sample shows, which only some backbones are told."""
 
     def __init__(
         self,
@@ -73,13 +74,22 @@ class Planned(TorchDataset[Batch]):
         moments: Latents | None,
         rank: int,
         world_size: int,
+        *,
+        crops: bool = False,
     ) -> None:
         self.dataset, self.plan, self.moments = dataset, plan, moments
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.crops = rank, world_size, crops
 
     def __getitem__(self, step: int) -> Batch:
         slots = self.plan.local(step, self.rank, self.world_size)
-        return collate(self.dataset, slots, step=step, seed=self.plan.seed, moments=self.moments)
+        return collate(
+            self.dataset,
+            slots,
+            step=step,
+            seed=self.plan.seed,
+            moments=self.moments,
+            crops=self.crops,
+        )
 
     def captions(self, step: int) -> tuple[list[int], list[str]]:
         """The places and captions of this rank's part of a batch, whose pictures are not read."""
@@ -93,12 +103,14 @@ class Fixed(TorchDataset[Batch]):
     """Held-out samples in order, each with the same noise in every pass.
 
     batch_size: images in a batch; of clips, as many as have that many frames, at least one. The
-    samples of a batch are of one group.
+    samples of a batch are of one group. crops: as of `Planned`.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, moments: Latents | None) -> None:
+    def __init__(
+        self, dataset: Dataset, batch_size: int, moments: Latents | None, *, crops: bool = False
+    ) -> None:
         assert len(set(dataset.frames)) == 1, "held-out samples have one number of frames"
-        self.dataset, self.moments = dataset, moments
+        self.dataset, self.moments, self.crops = dataset, moments, crops
         most = max(1, batch_size // dataset.frames[0])
         self.batches = [
             range(start, min(start + most, group.stop))
@@ -111,7 +123,7 @@ class Fixed(TorchDataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         slots = [Slot(i, i, 1.0) for i in self.batches[number]]
-        return collate(self.dataset, slots, step=0, seed=0, moments=self.moments)
+        return collate(self.dataset, slots, step=0, seed=0, moments=self.moments, crops=self.crops)
 
 
 @dataclass(frozen=True)
@@ -139,11 +151,17 @@ class Tried(TorchDataset[Batch | Unread]):
 
 
 def collate(
-    dataset: Dataset, slots: Sequence[Slot], *, step: int, seed: int, moments: Latents | None
+    dataset: Dataset,
+    slots: Sequence[Slot],
+    *,
+    step: int,
+    seed: int,
+    moments: Latents | None,
+    crops: bool = False,
 ) -> Batch:
     """Reads the slots of one micro-batch; augmentation is seeded by (seed, step, place). moments:
-    the cached latents of the data set, instead of its pictures."""
-    generators = _generators(slots, step, seed)
+    the cached latents of the data set, instead of its pictures; crops: as of `Planned`."""
+    pairs = list(zip(slots, _generators(slots, step, seed), strict=True))
     batch = Batch(
         step=step,
         positions=[slot.place for slot in slots],
@@ -151,29 +169,45 @@ def collate(
         keys=[],
         weights=torch.tensor([slot.weight for slot in slots], dtype=torch.float32),
     )
-    pairs = list(zip(slots, generators, strict=True))
     first = rows(dataset, slots[0].index)
     batch.frames = first.stop - first.start
     if batch.frames > 1:
         batch.fps = [dataset.rates[slot.index] for slot in slots]
     if moments is not None:
-        shrinks = moments.shrinks if isinstance(moments, Latents) else 1
-        spans = [rows(dataset, slot.index, shrinks) for slot in slots]
-        batch.moments = torch.from_numpy(np.concatenate([moments[span] for span in spans])).float()
+        batch.moments = _cached(dataset, slots, moments)
         batch.captions = [dataset.caption(slot.index, rng) for slot, rng in pairs]
         batch.keys = [dataset.key(slot.index) for slot in slots]
-        if isinstance(dataset, Cropped):
+        if crops and isinstance(dataset, Cropped):
             batch.inputs[CROP] = torch.tensor([dataset.crop(slot.index) for slot in slots]).float()
         if isinstance(dataset, Masked):
             batch.masks = _stacked([dataset.loss_mask(slot.index) for slot in slots])
     else:
-        _fill(batch, [dataset.sample(slot.index, rng) for slot, rng in pairs])
+        samples = [dataset.sample(slot.index, rng) for slot, rng in pairs]
+        _fill(batch, samples)
+        if crops:
+            each = zip(slots, samples, strict=True)
+            batch.inputs[CROP] = torch.tensor([shown_by(dataset, *one) for one in each]).float()
     return batch
 
 
 def _generators(slots: Sequence[Slot], step: int, seed: int) -> list[np.random.Generator]:
     """What each sample draws its augmentation and its caption from."""
     return [np.random.default_rng(seed_of(seed, "augment", step, slot.place)) for slot in slots]
+
+
+def _cached(dataset: Dataset, slots: Sequence[Slot], moments: Latents) -> Tensor:
+    """The moments of the slots' samples from the cache, in fp32."""
+    shrinks = moments.shrinks if isinstance(moments, Latents) else 1
+    spans = [rows(dataset, slot.index, shrinks) for slot in slots]
+    return torch.from_numpy(np.concatenate([moments[span] for span in spans])).float()
+
+
+def shown_by(dataset: Dataset, slot: Slot, sample: Sample) -> Crop:
+    """Which part of its picture a sample shows: as augmentation drew it, as its dataset knows it,
+    or all of it."""
+    if sample.crop is not None:
+        return sample.crop
+    return dataset.crop(slot.index) if isinstance(dataset, Cropped) else whole(sample.image)
 
 
 def _fill(batch: Batch, samples: Sequence[Sample]) -> None:
@@ -192,8 +226,6 @@ def _fill(batch: Batch, samples: Sequence[Sample]) -> None:
     batch.inputs = {
         name: torch.stack([sample.inputs[name] for sample in samples]) for name in first.inputs
     }
-    crops = [sample.crop or whole(sample.image) for sample in samples]
-    batch.inputs[CROP] = torch.tensor(crops).float()
 
 
 def _stacked(masks: Sequence[Tensor | None]) -> Tensor | None:

@@ -29,7 +29,7 @@ class Sample:
     """image (3, H, W) float32 in [-1, 1], of a clip (frames, 3, H, W); mask (1, H/f, W/f) of an
     image's latents that count, or None for all; key names it. inputs: further inputs by name, as
     in a depth map or a reference picture, each of one shape in all samples of a data set. crop:
-    which part of its picture it shows, None for one that is not cut."""
+    which part of its picture it shows, where augmentation drew it; else see `crops.Cropped`."""
 
     image: Tensor
     caption: str

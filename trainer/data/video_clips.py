@@ -140,7 +140,7 @@ class VideoClips:
         clip = self._tensor(index, starts[int(rng.integers(len(starts)))])
         if self.flip and rng.random() < 0.5 and not SIDED.search(video.caption):
             clip = clip.flip(-1)
-        return Sample(clip, video.caption, video.key, crop=self.crop(index))
+        return Sample(clip, video.caption, video.key)
 
     def key(self, index: int) -> str:
         return self.videos[index].key

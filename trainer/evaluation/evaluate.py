@@ -36,7 +36,7 @@ from trainer.evaluation.score_table import (
 )
 from trainer.runs.adapter import load_adapted, load_base
 from trainer.runs.run_folder import run_of_adapter, write_text
-from trainer.training.build import needs, task_of
+from trainer.training.build import needs, reads_crops, task_of
 from trainer.training.module import QUANTILES
 
 
@@ -188,6 +188,6 @@ def validation_loss(recipe: Recipe, model: Backbone, held_out: Dataset | None) -
     if held_out is None:
         return None
     task = task_of(recipe, model)
-    fixed = Fixed(held_out, batch_size=16, moments=None)
+    fixed = Fixed(held_out, batch_size=16, moments=None, crops=reads_crops(model))
     losses = [task.score(fixed[i].to(model.device), QUANTILES) for i in range(len(fixed))]
     return float(torch.cat(losses, dim=1).mean())

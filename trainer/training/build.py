@@ -24,6 +24,7 @@ from trainer.config.run_section import RunSpec
 from trainer.config.schema import Recipe
 from trainer.data import latent_cache
 from trainer.data.buckets import Bucketed
+from trainer.data.crops import CROP
 from trainer.data.loader import Fixed, Planned, Tried
 from trainer.data.plan import StepPlan
 from trainer.data.source import Dataset, Generation, Needs, Repeated
@@ -178,11 +179,17 @@ def step_plan(recipe: Recipe, data: Dataset) -> StepPlan:
     )
 
 
+def reads_crops(backbone: Backbone) -> bool:
+    """Whether a backbone is told which part of its picture a sample shows."""
+    return CROP in backbone.encoders
+
+
 def checks(recipe: Recipe, backbone: Backbone, held_out: Dataset | None) -> Any:
     """The batches of the validation loss, or None."""
     if held_out is None or not recipe.run.validate_every:
         return None
-    fixed = Fixed(held_out, 16, latents(recipe, backbone, held_out))
+    kept, crops = latents(recipe, backbone, held_out), reads_crops(backbone)
+    fixed = Fixed(held_out, 16, kept, crops=crops)
     return DataLoader(Tried(fixed), batch_size=None)
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from trainer.config.schema import RecipeError
 from trainer.config.value_errors import build_section
 from trainer.data import latent_cache, video_clips
+from trainer.data.crops import Cropped
 from trainer.data.loader import Planned
 from trainer.data.plan import StepPlan
 from trainer.data.source import Needs
@@ -222,7 +223,7 @@ def test_odd_sizes_and_oblong_pixels(tmp_path: Path) -> None:
     assert examine(odd, "odd")[:3] == (49, 35, 4)
     train, _ = source(odd, side=17)
     assert train.image(0).shape == (4, 3, 17, 17)
-    assert train.sample(0, np.random.default_rng(0)).crop == (35, 49, 0, 3, 17, 17)
+    assert isinstance(train, Cropped) and train.crop(0) == (35, 49, 0, 3, 17, 17)
     wide = film(tmp_path / "wide.mp4", greys(4), sample_aspect_ratio=Fraction(2, 1))
     assert examine(wide, "wide")[:2] == (96, 32)
     assert read_clip(wide, "wide", video=examine(wide, "wide"), times=[0.0])[0].size == (96, 32)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from trainer.data.crops import Crop, square
 from trainer.data.source import Dataset, Needs, Sample, Source
 from trainer.data.source_options import Sprites, WorldSeed
 
@@ -63,6 +64,10 @@ class Scenes:
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         image, caption = self.image(index), self.caption(index, rng)
         return Sample(image=image, caption=caption, key=self.key(index))
+
+    def crop(self, index: int) -> Crop:
+        """See `Cropped`."""
+        return square(self.side)
 
     def key(self, index: int) -> str:
         return f"scene-{self.seed}-{index}"

@@ -144,8 +144,7 @@ class Tars:
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Image and caption; raises ValueError if their bytes changed since they were indexed."""
         image, caption, mask = self.image(index), self.caption(index, rng), self.loss_mask(index)
-        key, crop = self.key(index), self.crop(index)
-        return Sample(image=image, caption=caption, key=key, mask=mask, crop=crop)
+        return Sample(image=image, caption=caption, key=self.key(index), mask=mask)
 
     def key(self, index: int) -> str:
         return self.rows[index][1].key
