@@ -6,6 +6,7 @@ from pydantic import Field
 
 from trainer.backbones import weights_here
 from trainer.cli.options import RecipeOptions, quiet_libraries, split_options
+from trainer.common.uncompiled import nothing_compiled
 from trainer.config.load import load_recipe, recipe_names
 from trainer.config.schema import Recipe, RecipeError
 from trainer.runs.resume_check import check_folder
@@ -79,7 +80,9 @@ def _show_plan(recipe: Recipe) -> None:
     from trainer.backbones.device import choose_placement
     from trainer.training.memory_estimate import memory_lines, memory_of
     from trainer.training.plan_report import describe_plan, show_plan
-    from trainer.training.without_weights import planned
+
+    with nothing_compiled():
+        from trainer.training.without_weights import planned
 
     run = recipe.run
     placement = choose_placement(run.device, run.precision, parts=run.base_precision)
@@ -103,6 +106,7 @@ def _unknown(recipe: Recipe) -> str | None:
         if shipped and all(shipped.tree.get(key) == recipe.tree.get(key) for key in DECIDE):
             return None
     quiet_libraries()
-    from trainer.training.without_weights import refuse_unfit
+    with nothing_compiled():
+        from trainer.training.without_weights import refuse_unfit
 
     return refuse_unfit(recipe)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,8 +30,9 @@ def step_bytes(recipe: Recipe, backbone: Backbone, rows: int) -> int:
     """
     side = (recipe.run.resolution or backbone.resolution) // backbone.divisor
     step = _Step(backbone.denoiser, backward=recipe.run.gradient_checkpointing)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = _fakes(mode, step)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = _fakes(mode, step)
+    with mode:
         inputs = _empty_inputs(backbone, rows, side)
         known = [value.untyped_storage() for value in fakes.values()]
         with _Living(known) as living, backbone.computing():
@@ -89,7 +90,7 @@ class _Living(TorchDispatchMode):
 
 
 def _fakes(mode: FakeTensorMode, step: nn.Module) -> dict[str, Tensor]:
-    """A fake of every parameter and buffer by its name. To be called inside the mode."""
+    """A fake of every parameter and buffer by its name."""
     real = {
         name: (value.detach(), value.requires_grad)
         for name, value in step.named_parameters()
@@ -104,7 +105,8 @@ def _fakes(mode: FakeTensorMode, step: nn.Module) -> dict[str, Tensor]:
 def _fake(mode: FakeTensorMode, value: Tensor) -> Tensor:
     """A fake of a parameter, laid out as one that was read."""
     if is_one_number(value):
-        return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+        shape = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        return FakeTensor(mode, shape, value.device)
     return mode.from_tensor(value)
 
 

@@ -232,6 +232,8 @@ def _added(token: str) -> AddedToken:
 def _start(table: nn.Embedding, tokenizer: Any, *, word: str | None, seed: int) -> Tensor:
     weight = table.weight.detach()
     if word is None:
+        if weight.stride(0) == 0:  # in a plan all rows are one in memory, of which two tell as much
+            weight = weight[:2]
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(weight.shape[1], generator=generator).to(weight)
         return weight.mean(0) + weight.std(0) * noise
