@@ -32,3 +32,5 @@ def test_what_nothing_would_read_is_refused() -> None:
         Sampling(true_guidance=2.0).on(embeds=False)
     with pytest.raises(ValueError, match=r"negative='a cat' would not be read.*true_guidance"):
         Sampling(negative="a cat").on(embeds=True)
+    with pytest.raises(ValueError, match=r"negative='a cat' would not be read: guidance=1 does"):
+        Sampling(guidance=1.0, negative="a cat").on(embeds=False)

@@ -267,10 +267,13 @@ def test_free_memory_is_what_the_system_says(
         "MEMINFO": lambda: "MemTotal:   9000 kB\nMemAvailable:   5000 kB\n",
         "LIMIT": lambda: "6000000\n",
         "USED": lambda: "2000000\n",
+        "KINDS": lambda: "anon 500000\ninactive_file 700000\nactive_file 300000\nshmem 9\n",
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text())
         monkeypatch.setattr(f"trainer.common.main_memory.{name}", tmp_path / name)
+    assert free_memory() == 5_000_000  # with the files that fill what nobody needs
+    (tmp_path / "KINDS").unlink()
     assert free_memory() == 4_000_000
     (tmp_path / "LIMIT").write_text("max\n")
     assert free_memory() == 5_120_000

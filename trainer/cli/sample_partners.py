@@ -36,9 +36,12 @@ def refuse_idle_options(given: Mapping[str, Any]) -> None:
     for name, (partner, why) in NEEDED.items():
         if name in given and given.get(partner) is None:
             raise ValueError(f"{name}={given[name]} has no effect: {why}")
-    guidance = given.get("guidance")
-    if given.get("negative") and isinstance(guidance, int | float) and guidance <= 1:
+    scales = [given.get("guidance"), given.get("true_guidance")]
+    if given.get("adapter") is None and scales[1] is None:
+        scales[1] = 1.0  # with an adapter, that of its recipe
+    known = [scale for scale in scales if isinstance(scale, int | float)]
+    if given.get("negative") and len(known) == len(scales) and max(known) <= 1:
         raise ValueError(
-            f"negative={given['negative']} has no effect: guidance={guidance:g} does not guide; it "
+            f"negative={given['negative']} has no effect: guidance={known[0]:g} does not guide; it "
             "is for more than 1"
         )

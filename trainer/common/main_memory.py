@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-MEMINFO, LIMIT, USED = (
+MEMINFO, LIMIT, USED, KINDS = (
     Path("/proc/meminfo"),
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory.current"),
+    Path("/sys/fs/cgroup/memory.stat"),
 )
+# of what a container uses, files that are kept in memory while nobody needs it
+CACHE = ("inactive_file", "active_file")
 
 
 def free_memory() -> int | None:
@@ -38,4 +41,16 @@ def _within_limit() -> int | None:
         limit, used = (path.read_text(encoding="utf-8").strip() for path in (LIMIT, USED))
     except OSError:
         return None
-    return int(limit) - int(used) if limit.isdecimal() and used.isdecimal() else None
+    if not (limit.isdecimal() and used.isdecimal()):
+        return None
+    return int(limit) - max(0, int(used) - _cached())
+
+
+def _cached() -> int:
+    """Bytes of files that the system keeps for the container and gives up when it needs memory."""
+    try:
+        lines = KINDS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    found = (line.split() for line in lines)
+    return sum(int(words[1]) for words in found if words[0] in CACHE)

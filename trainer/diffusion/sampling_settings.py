@@ -65,13 +65,18 @@ class Sampling:
                 f"true_guidance={self.true_guidance:g} is for backbones that have guidance as an "
                 "input of their network; this one has none, so give guidance"
             )
-        if embeds and self.negative and self.true_guidance <= 1:
-            raise ValueError(
-                f"negative={self.negative!r} would not be read: this backbone has guidance as an "
-                "input of its network; give true_guidance above 1, which takes twice the time, or "
-                "leave negative out"
+        chosen = replace(self, embeds=embeds)
+        if self.negative and not chosen.guided:
+            why = (
+                "this backbone has guidance as an input of its network; give true_guidance above "
+                "1, which takes twice the time"
+                if embeds
+                else f"guidance={self.guidance:g} does not guide; give more than 1"
             )
-        return replace(self, embeds=embeds)
+            raise ValueError(
+                f"negative={self.negative!r} would not be read: {why}, or leave negative out"
+            )
+        return chosen
 
     def told(self, condition: Condition) -> Condition:
         """A condition with the scale of guidance, where the network has that as an input."""
