@@ -18,7 +18,7 @@ from trainer.backbones.family import tokenizer_name
 from trainer.config.lineage import spec_of
 from trainer.export import motion
 from trainer.export.probe import PROOF_FRAMES
-from trainer.export.usage import README
+from trainer.export.usage import README, frames_of_call
 
 CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 STEPS = 2  # that the proof takes
@@ -99,11 +99,5 @@ def places(tree: Mapping[str, Any], base: Any, device: torch.device) -> Iterator
             "modules": f"{folder}/modules",
             "device": str(device),
             "steps": STEPS,
-            "frames": proof_frames(base),
+            "frames": frames_of_call(base, PROOF_LATENTS, PROOF_FRAMES),
         }
-
-
-def proof_frames(base: Any) -> int:
-    """The frames of the clip that a call makes."""
-    known = base.clip_frames
-    return int(known.shown(PROOF_LATENTS)) if known.in_time else PROOF_FRAMES

@@ -5,7 +5,7 @@ cut them off behind the first part."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 MASK = "prompt_attention_mask"  # what pipelines call it whose networks do not attend to padding
@@ -90,11 +90,15 @@ def _several(base: Any) -> bool:
 
 def call_options(base: Any) -> tuple[str, ...]:
     """The arguments that the stock pipeline of a backbone takes, in their order."""
-    return tuple(inspect.signature(type(base.pipeline()).__call__).parameters)
+    return tuple(_parameters(base))
 
 
 def guides_beside_negative(base: Any) -> bool:
     """Whether the stock pipeline of a backbone guides, but only where it has a negative prompt, be
     it an empty one."""
-    scale = inspect.signature(type(base.pipeline()).__call__).parameters.get("true_cfg_scale")
+    scale = _parameters(base).get("true_cfg_scale")
     return scale is not None and scale.default > 1
+
+
+def _parameters(base: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(type(base.pipeline()).__call__).parameters

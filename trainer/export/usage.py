@@ -25,6 +25,8 @@ from trainer.export.tensor_files import load_tensors
 
 README = "README.md"
 STEPS = 25  # of the sampler, in the call
+# of a clip in the call where the adapter was not trained on clips: of latents, else of pixels
+LATENT_FRAMES, FRAMES = 5, 16
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def _python(card: Card, usage: Usage, base: Any) -> Iterator[str]:
     yield 'device = "cuda" if torch.cuda.is_available() else "cpu"'
     yield f"steps = {STEPS}"
     if clip:
-        yield f"frames = {card.frames if card.frames > 1 else usual_frames(base)}"
+        usual = frames_of_call(base, LATENT_FRAMES, FRAMES)
+        yield f"frames = {card.frames if card.frames > 1 else usual}"
     yield "dtype = torch.float32  # or torch.float16 on a GPU, which is faster"
     yield ""
     yield from usage.before
@@ -137,9 +140,10 @@ def asked_size(size: tuple[int, int], base: Any) -> tuple[int, int]:
     return width, height
 
 
-def usual_frames(base: Any) -> int:
-    """Frames of a clip where the adapter was not trained on clips."""
-    return int(base.clip_frames.shown(5)) if base.clip_frames.in_time else 16
+def frames_of_call(base: Any, latent_frames: int, frames: int) -> int:
+    """Frames of a clip of so many latent frames where the VAE compresses time, else `frames`."""
+    known = base.clip_frames
+    return int(known.shown(latent_frames)) if known.in_time else frames
 
 
 def _options(base: Any) -> str:

@@ -19,6 +19,7 @@ from trainer.attention.rows import Rows
 from trainer.attention.step_result import StepResult
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.family import Encoder
+from trainer.backbones.noise_levels import Extent
 from trainer.common.seeds import seed_of
 from trainer.data.latent_cache import as_stored
 from trainer.data.loader import Batch
@@ -88,7 +89,8 @@ class Denoise:
         posterior, noise, offset = normals.to(moments).flatten(1, 2)  # (b f) c h w
         x0 = self.backbone.latents(moments, posterior)
         noise = noise + self.objective.offset_noise * offset[..., :1, :1]
-        t = self._timesteps(batch, seeds, x0).to(moments.device)
+        extent = (frames, x0.shape[-2], x0.shape[-1])
+        t = self._timesteps(batch, seeds, extent).to(moments.device)
         x_t = add_noise(self.objective, x0, noise, t=t.repeat_interleave(frames))
         dropout = self.caption_dropout if purpose == "train" else 0.0
         condition = self._condition(batch, kept_captions(batch.captions, seeds, dropout))
@@ -153,17 +155,16 @@ class Denoise:
         error = target_of(usual, x0 - state.x0, noise - state.noise, t=t).float().square()
         return mean_per_sample(error, batch.masks, state.frames)
 
-    def _timesteps(self, batch: Batch, seeds: Sequence[Seed], x0: Tensor) -> Tensor:
+    def _timesteps(self, batch: Batch, seeds: Sequence[Seed], extent: Extent) -> Tensor:
         """Random ones, distributed as the objective asks. A validation batch brings quantiles of
-        its own, taken as they are, so that losses of different objectives can be compared."""
+        its own, taken as they are, so that losses of different objectives can be compared. extent:
+        of the latents of a sample."""
         if batch.u is not None:
             uniform = replace(self.objective, timesteps="uniform", shift=1.0)
             return draw_timesteps(uniform, torch.tensor(batch.u))
         u = torch.tensor([uniform_of(seed_of(*seed, "u")) for seed in seeds])
         if not self.as_sampled:
             return draw_timesteps(self.objective, u)
-        frames = self.backbone.clip_frames.latent(batch.frames)
-        extent = (frames, x0.shape[-2], x0.shape[-1])
         shift = self.backbone.shift(SAMPLED_STEPS, extent)
         return draw_timesteps(replace(self.objective, shift=shift), u)
 
