@@ -18,6 +18,7 @@ from two_steps import two_steps
 from trainer.attention.call import SiteCall
 from trainer.attention.op import Traits
 from trainer.backbones import load_backbone
+from trainer.backbones.folder_facts import facts_of
 from trainer.backbones.prompt_tokens import prompt_length
 from trainer.backbones.spec import BackboneSpec
 from trainer.config.lineage import backbone_spec
@@ -171,6 +172,15 @@ def check_spoiled(
     edit(Path(shutil.copytree(case.folder, copy)) / file, **changes)
     with pytest.raises(ValueError, match=message):
         load_backbone(BackboneSpec(folder=str(copy), family=family), "mine")
+
+
+def check_folder_facts(model: Any, folder: Path) -> None:
+    """What is said of a folder before torch is imported is so of the backbone that is loaded."""
+    facts = facts_of(backbone_spec(str(folder)))
+    assert facts is not None
+    assert facts.flow == (model.alphas_cumprod is None)
+    assert (facts.multiple, facts.side) == (model.multiple, model.resolution)
+    assert (facts.frames, facts.distilled) == (model.clip_frames, model.distilled)
 
 
 def check_plan(model: Any, case: Case) -> None:

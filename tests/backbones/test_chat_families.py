@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import flow_checks as checks
 import pytest
 import torch
 from chat_folders import qwen_image_pipeline, z_image_pipeline
@@ -139,6 +140,14 @@ def test_a_folder_says_its_family(name: str, folders: dict[str, Path], open_fold
     assert model.prompts.places("a left fox", "left") == [first + 1]
     assert model.prompts.reader.holds("a left fox", "left") is None
     assert len(model.blocks()) == {"z_image": 4, "qwen_image": 2}[name]
+    checks.check_folder_facts(model, folders[name])
+
+
+@FAMILIES
+def test_text_lies_where_it_is_declared(
+    name: str, folders: dict[str, Path], open_folder: Open
+) -> None:
+    checks.text_lies_where_declared(open_folder(folders[name]))
 
 
 @torch.no_grad()
@@ -436,7 +445,7 @@ NETWORK, INDEX = "transformer/config.json", "model_index.json"
 REFUSED: dict[tuple[str, str], tuple[Callable[[Path], None], str]] = {
     ("z_image", "omni"): (_file(NETWORK, siglip_feat_dim=8), "also reads pictures"),
     ("z_image", "patch"): (_file(NETWORK, all_patch_size=[4]), r"has tokens of \[4\] latents"),
-    ("z_image", "width"): (_file(NETWORK, cap_feat_dim=24), "reads text of width 24 from"),
+    ("z_image", "width"): (_file(NETWORK, cap_feat_dim=24), "reads text of width 24,"),
     ("z_image", "channels"): (_file(NETWORK, in_channels=16), "takes 16 channels"),
     ("z_image", "text"): (
         _file(INDEX, text_encoder=["transformers", "T5EncoderModel"]),

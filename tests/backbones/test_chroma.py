@@ -116,7 +116,7 @@ def test_a_spoiled_folder_is_refused(case: checks.Case, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(case.folder, tmp_path / "copy"))
     file = folder / "text_encoder" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"d_model": 48}))
-    with pytest.raises(ValueError, match="width 40 from text_encoder, which gives 48"):
+    with pytest.raises(ValueError, match="width 40, and its text_encoder gives 48"):
         load_backbone(BackboneSpec(folder=str(folder), family="chroma"), "mine")
     with pytest.raises(ValueError, match="is a ChromaPipeline; this family loads FluxPipeline"):
         load_backbone(BackboneSpec(folder=str(case.folder), family="flux1"), "mine")

@@ -59,6 +59,7 @@ def test_a_folder_says_its_family(model: Any, case: checks.Case) -> None:
     assert model.text_shapes == {"tokens": (512, 40), "pooled": (16,)}
     assert (model.text_length, model.sequence_length) == (512, 512)
     assert (model.resolution, model.divisor, model.multiple) == (256, 2, 4)
+    checks.check_folder_facts(model, case.folder)
     assert (model.latent_channels, model.embeds_guidance, model.distilled) == (4, True, None)
     assert {site.kind for site in model.sites} == {"joint"} and len(model.sites) == 4
 
@@ -202,8 +203,8 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
         "scheduler is a PNDMScheduler of prediction_type=epsilon; this family was trained on a",
     ),
     "channels": ("transformer/config.json", {"in_channels": 32}, "a picture to edit beside"),
-    "t5": ("text_encoder_2/config.json", {"d_model": 48}, "width 40 from text_encoder_2, which gi"),
-    "clip": ("text_encoder/config.json", {"hidden_size": 24}, "width 16 from text_encoder, which"),
+    "t5": ("text_encoder_2/config.json", {"d_model": 48}, "width 40, and its text_encoder_2 gi"),
+    "clip": ("text_encoder/config.json", {"hidden_size": 24}, "width 16, and its text_encoder gi"),
     "vae": ("vae/config.json", {"_class_name": "AutoencoderKLWan"}, "vae is a AutoencoderKLWan; "),
 }  # fmt: skip
 

@@ -49,6 +49,7 @@ def test_a_folder_says_its_family(model: Any, case: checks.Case) -> None:
     assert model.text_shapes == {"tokens": (512, 48)}
     assert (model.latent_channels, model.resolution, model.divisor) == (16, 256, 4)
     assert (model.multiple, model.embeds_guidance) == (4, False)
+    checks.check_folder_facts(model, case.folder)
 
 
 @torch.no_grad()

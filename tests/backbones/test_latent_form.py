@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer.backbones.clip_frames import ClipFrames
 from trainer.backbones.latent_form import LatentForm
-from trainer.backbones.vae import decode_latents, folded_moments, scale_latents, unscale_latents
+from trainer.backbones.vae import (
+    decode_latents,
+    decoded,
+    encoded,
+    folded_moments,
+    scale_latents,
+    unscale_latents,
+)
 
 MEAN, STD = torch.tensor([1.0, -2.0, 0.5, 3.0]), torch.tensor([2.0, 0.5, 4.0, 1.0])
 
@@ -29,6 +38,32 @@ class Doubling:
     def decode(self, z: Tensor) -> Any:
         self.shapes.append(tuple(z.shape))
         return SimpleNamespace(sample=z / 2)
+
+
+class Halving(Doubling):
+    """The same of clips, of which it keeps the first frame and every second one after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"block_out_channels": [3]}
+
+    def encode(self, pixels: Tensor) -> Any:
+        return super().encode(pixels[:, :, ::2])
+
+    def decode(self, z: Tensor) -> Any:
+        return super().decode(z.repeat_interleave(2, dim=2)[:, :, 1:])
+
+
+def test_latents_of_a_vae_that_knows_time_are_folded_too() -> None:
+    """Frame by frame as those of pictures, and back."""
+    vae: Any = Halving()
+    one = LatentForm(fold=2, statistics=lambda _: (torch.zeros(12), torch.ones(12)), clips=True)
+    form = replace(one, frames=lambda _: ClipFrames(2))
+    pixels = torch.arange(6 * 3 * 4 * 6.0).reshape(6, 3, 4, 6)[[0, 1, 1, 3, 4, 4]]
+    moments = encoded(vae, pixels, form, frames=3)
+    assert moments.shape == (4, 24, 2, 3)
+    assert torch.equal(moments, folded_moments(vae, pixels[[0, 2, 3, 5]], one))
+    assert torch.equal(decoded(vae, moments[:, :12], form, frames=2), pixels)
 
 
 def test_each_channel_is_normed_by_its_own_statistics() -> None:

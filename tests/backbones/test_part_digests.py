@@ -43,12 +43,20 @@ def test_one_byte_changes_its_part_alone(file: str, part: str, folder: Path) -> 
     assert [name for name in PARTS if before[name] != after[name]] == [part]
 
 
-def test_parts_that_training_reads(folder: Path) -> None:
+def test_parts_that_training_reads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "safety_checker").mkdir()
     (folder / "safety_checker" / "config.json").write_text("{}")
     spec = backbone_spec(str(folder))
     assert sorted(part_digests(spec)) == sorted([*PARTS, "safety_checker"])
+    hashed: list[Path] = []
+
+    def noting(path: Path) -> str:
+        hashed.append(path)
+        return file_digest(path)
+
+    monkeypatch.setattr(module, "file_digest", noting)
     assert sorted(digests_in_use(spec)) == PARTS
+    assert hashed and not [path for path in hashed if path.parent.name == "safety_checker"]
     over = digests_in_use(backbone_spec("tiny_dit"))  # over a folder that has a unet
     assert sorted(over) == ["scheduler", "text_encoder", "tokenizer", "transformer", "vae"]
     assert sorted(digests_in_use(backbone_spec("sd15"))) == ["hub"]

@@ -48,6 +48,7 @@ def test_a_folder_says_its_family(model: Any, case: checks.Case) -> None:
     assert list(model.text_encoders) == ["text_encoder", "text_encoder_2", "text_encoder_3"]
     assert model.text_shapes == {"tokens": (32 + 256, 40), "pooled": (24,)}
     assert (model.resolution, model.divisor, model.multiple) == (32, 2, 4)
+    checks.check_folder_facts(model, case.folder)
     kinds = {site.name.partition(".")[2]: site.kind for site in model.sites}
     assert kinds == {"0.attn": "joint", "0.attn2": "self", "1.attn": "joint"}
 

@@ -212,6 +212,19 @@ def test_the_kind_is_known_by_the_names(tmp_path: Path) -> None:
     assert read_single_file(file).layout == "sdxl"
 
 
+@pytest.mark.parametrize("width", [None, 640])
+def test_a_kind_is_not_guessed(width: int | None, tmp_path: Path) -> None:
+    """Of a network alone, whose text is none of a known width; whoever knows its kind says so."""
+    key = "model.diffusion_model.x.attn2.to_k.weight"
+    tensors = {} if width is None else {key: torch.zeros(1, width)}
+    file = tmp_path / "a.safetensors"
+    save_file(tensors | {FIRST: torch.zeros(1, 4, 1, 1)}, file)
+    reads = "reads no text" if width is None else "reads text of width 640"
+    with pytest.raises(RecipeError, match=f"its network {reads}, as none of .*; give parts.config"):
+        backbone_spec(str(file))
+    assert read_single_file(file, "mine").layout == "mine"
+
+
 @pytest.mark.parametrize(
     ("names", "channels", "message"),
     [
@@ -298,6 +311,11 @@ def test_a_file_that_does_not_fit_is_refused(written: Any, tmp_path: Path) -> No
     assert part in tensors_of(pipe)
     file = write_checkpoint(pipe, tmp_path / "a.safetensors", without=[part])
     with pytest.raises(ValueError, match=r"its unet lacks mid_block\.resnets\.0\.norm1\.weight, 1"):
+        loaded(file, config)
+    name = "model.diffusion_model.time_embed.0.bias"
+    tall = {name: tensors_of(pipe)[name].half()[:, None].contiguous()}
+    file = write_checkpoint(pipe, tmp_path / "c.safetensors", add=tall)
+    with pytest.raises(ValueError, match=r"bias of its unet is \[64, 1\], .* says \[64\]"):
         loaded(file, config)
     wide = tmp_path / "wide"
     shutil.copytree(config, wide)

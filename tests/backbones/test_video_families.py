@@ -15,6 +15,7 @@ import diffusers
 import pytest
 import torch
 from edited import edit
+from flow_checks import check_folder_facts
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -154,6 +155,7 @@ def test_a_folder_says_its_family(family: str, model: Any, folder: Path) -> None
     assert model.text_length == {"wan": 512, "cogvideox": 24, "ltx": 128}[family]
     assert model.divisor == (32 if family == "ltx" else 8)
     assert model.multiple == (32 if family == "ltx" else 16)
+    check_folder_facts(model, folder)
     kinds = {site.kind for site in model.sites}
     assert kinds == ({"joint"} if family == "cogvideox" else {"self", "cross"})
     assert all(site.keeps_processor or site.kind for site in model.sites)

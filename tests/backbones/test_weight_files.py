@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flow_folders import make_flow_folder, sd3_pipeline
+from huggingface_hub import constants
 from model_hub import COMMIT, REPOSITORY, hub
 from safetensors.torch import load_file, save_file
 
+from trainer.backbones import weights_here
 from trainer.backbones.pipeline_folder import pipeline_folder, weights_to_fetch
 from trainer.backbones.small_files import small_files
 from trainer.backbones.spec import BackboneSpec
@@ -62,8 +65,6 @@ def connected(
     root: Path, cache: Path, patch: pytest.MonkeyPatch, **refusing: Any
 ) -> Iterator[list[str]]:
     """The hub's client, with a hub on this machine and a cache of its own."""
-    from huggingface_hub import constants
-
     with hub(root, **refusing) as (address, asked):
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "ENDPOINT", address)
@@ -97,7 +98,7 @@ def test_a_checkpoint_with_halves_alone_is_fetched_once(
     (root / "text_encoder" / "pytorch_model.bin").write_bytes(b"x")
     spec = BackboneSpec(hub=REPOSITORY, revision=COMMIT)
     with connected(root, tmp_path / "cache", monkeypatch) as asked:
-        folder = pipeline_folder(spec, "mine", PARTS)
+        folder = pipeline_folder(spec, "mine")
         fetched = sorted(name for name in asked if name.endswith((".safetensors", ".bin")))
         assert fetched == [
             "text_encoder/model.safetensors",
@@ -108,10 +109,10 @@ def test_a_checkpoint_with_halves_alone_is_fetched_once(
         for name in ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json"):
             assert (folder.path / name).read_bytes() == (root / name).read_bytes()
         asked.clear()
-        assert pipeline_folder(spec, "mine", PARTS).path == folder.path
+        assert pipeline_folder(spec, "mine").path == folder.path
         assert asked == []
     # the hub is gone, and what was fetched stays
-    assert pipeline_folder(spec, "mine", PARTS).path == folder.path
+    assert pipeline_folder(spec, "mine").path == folder.path
 
 
 def test_a_download_that_was_interrupted_is_finished(
@@ -125,12 +126,48 @@ def test_a_download_that_was_interrupted_is_finished(
         as_half(root, part, keep=False)
     spec = BackboneSpec(hub=REPOSITORY, revision=COMMIT)
     with connected(root, tmp_path / "cache", monkeypatch) as asked:
-        folder = pipeline_folder(spec, "mine", PARTS).path
+        folder = pipeline_folder(spec, "mine").path
         (folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()
         asked.clear()
-        assert pipeline_folder(spec, "mine", PARTS).path == folder
+        assert pipeline_folder(spec, "mine").path == folder
         assert (folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").is_file()
     assert next(open_folder(folder).parameters()).shape
+
+
+def test_a_part_from_elsewhere_is_neither_fetched_nor_missed(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are here without those of the part that is not read from the hub."""
+    spec = BackboneSpec(hub=REPOSITORY, revision=COMMIT, parts={"vae": str(tiny_folder / "vae")})
+    with connected(tiny_folder, tmp_path / "cache", monkeypatch) as asked:
+        assert not weights_here(spec)
+        folder = pipeline_folder(spec, "mine").path
+    assert sorted(name for name in asked if name.endswith(".safetensors")) == [
+        "text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"
+    ]  # fmt: skip
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert weights_here(spec)
+    assert pipeline_folder(spec, "mine").path == folder
+    whole = BackboneSpec(hub=REPOSITORY, revision=COMMIT)
+    assert not weights_here(whole), "its VAE is missing"
+    made = whole.model_copy(update={"scratch": ("vae",)})
+    assert weights_here(made)
+
+
+def test_a_text_encoder_that_the_index_does_not_name_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, open_folder: Callable[..., Any]
+) -> None:
+    """Stable Diffusion 3 without T5, of which the repository even has a file."""
+    root = make_flow_folder(tmp_path / "hub", sd3_pipeline, t5=False)
+    shutil.copytree(root / "text_encoder", root / "text_encoder_3")
+    spec = BackboneSpec(family="sd3", hub=REPOSITORY, revision=COMMIT)
+    with connected(root, tmp_path / "cache", monkeypatch) as asked:
+        folder = pipeline_folder(spec, "mine").path
+        assert not [name for name in asked if name == "text_encoder_3/model.safetensors"]
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert weights_here(spec)
+    assert pipeline_folder(spec, "mine").path == folder
+    assert list(open_folder(folder).text_encoders) == ["text_encoder", "text_encoder_2"]
 
 
 def test_what_cannot_be_fetched_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +177,7 @@ def test_what_cannot_be_fetched_is_said(tmp_path: Path, monkeypatch: pytest.Monk
         connected(tmp_path / "hub", tmp_path / "cache", monkeypatch),
         pytest.raises(ValueError, match=r"someone/else could not be fetched .* backbone=<folder>"),
     ):
-        pipeline_folder(spec, "mine", PARTS)
+        pipeline_folder(spec, "mine")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +200,7 @@ def test_why_nothing_can_be_fetched_is_said_with_its_mend(
     spec = BackboneSpec(hub=REPOSITORY, revision=COMMIT)
     with connected(tiny_folder, tmp_path / "cache", monkeypatch, refuses=code, listed=listed):
         for fetch in (
-            lambda: pipeline_folder(spec, "mine", PARTS),
+            lambda: pipeline_folder(spec, "mine"),
             lambda: small_files(spec, "mine"),
         ):
             with pytest.raises(ValueError, match=rf"could not be fetched \(\w+\); {says}.*; or"):
@@ -181,5 +218,5 @@ def test_a_repository_of_pickles_alone_is_refused_before_anything_is_fetched(
     says = rf"{REPOSITORY}: unet has no safetensors file \(found diffusion_pytorch_model\.bin; pick"
     with connected(root, tmp_path / "cache", monkeypatch) as asked:
         with pytest.raises(ValueError, match=says):
-            pipeline_folder(spec, "mine", PARTS)
+            pipeline_folder(spec, "mine")
         assert asked == []

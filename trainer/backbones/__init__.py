@@ -35,9 +35,7 @@ def weights_here(spec: BackboneSpec) -> bool:
     """Whether a backbone's weights are on this machine, in a folder or in the hub's cache."""
     from trainer.backbones.pipeline_folder import kept_folder
 
-    family = find_family(spec.family)
-    parts = [family.denoiser, *family.text_encoders, "vae"]
-    return spec.folder is not None or kept_folder(spec, parts) is not None
+    return spec.folder is not None or kept_folder(spec) is not None
 
 
 def load_backbone(spec: BackboneSpec, name: str) -> Backbone:

@@ -65,7 +65,7 @@ class BackboneFacts(nn.Module):
     @property
     def patch(self) -> int:
         """Latents along an edge of an image token; 1 for a U-Net."""
-        return int(self.declared.traits.patch or self.denoiser.config.get("patch_size") or 1)
+        return self.declared.patch(self.denoiser.config)
 
     @property
     def layout(self) -> Layout:
@@ -75,11 +75,9 @@ class BackboneFacts(nn.Module):
     @property
     def resolution(self) -> int:
         """The side in pixels the backbone was trained at."""
-        config = self.denoiser.config
-        side = config.get("sample_size") or config.get("sample_height")
-        side = side or self.declared.sample_size
-        assert side is not None, "a family says so where a config does not"
-        return int(side) * self.divisor
+        size = self.declared.trained_at(self.denoiser.config)
+        assert size is not None, "a family says so where a config does not"
+        return size * self.divisor
 
     @property
     def latent_channels(self) -> int:

@@ -23,7 +23,6 @@ from trainer.backbones.flux1 import (
     FOLD,
     SINGLE,
     T5_LENGTH,
-    flux_levels,
     from_tokens,
     packed_channels,
     packed_inputs,
@@ -31,6 +30,7 @@ from trainer.backbones.flux1 import (
 )
 from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_widths
 from trainer.backbones.folder_contents import FolderContents
+from trainer.backbones.noise_levels import levels_by_tokens
 from trainer.backbones.spec import BackboneSpec
 from trainer.backbones.tool_names import Scripts, ToolNames, block_names
 
@@ -116,7 +116,7 @@ FAMILY = Family(
     output=from_tokens,
     channels=packed_channels,
     sample_size=128,  # of diffusers' pipeline
-    levels=flux_levels,
+    levels=levels_by_tokens,
     tool_names={
         "ChromaTransformer2DModel": ToolNames(
             BLOCKS | ENDS,

@@ -9,6 +9,7 @@ on a VP path whose noise levels are shifted.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from trainer.backbones.folder_check import (
     check_channels,
     check_classes,
     check_prediction,
-    check_width,
+    check_widths,
 )
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.latent_form import LatentForm
@@ -104,35 +105,24 @@ def check(facts: FolderContents) -> None:
             "choose CogVideoX-2b or -5b",
         )
     check_channels(facts, "transformer", default=16)
-    check_width(facts, "transformer", config.get("text_embed_dim", 4096))
+    check_widths(facts, "transformer", {"text_encoder": config.get("text_embed_dim", 4096)})
 
 
 def load(spec: BackboneSpec, name: str) -> Parts:
-    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision.
+    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision;
+    `load_parts` says what it raises."""
+    from trainer.backbones.load_parts import load_parts
 
-    Raises:
-        ValueError: the folder holds another pipeline or a model of other inputs, a part is missing,
-        or its weights are not safetensors.
-    """
-    import diffusers
-    from transformers import T5EncoderModel, T5Tokenizer
-
-    from trainer.backbones.folder_check import check_contents
-    from trainer.backbones.pipeline_folder import pipeline_folder
-
-    folder = pipeline_folder(spec, name, ["transformer", "text_encoder", "vae"])
-    check_contents(folder, name, FAMILY, made=False)
-    transformer = folder.load("transformer", diffusers.CogVideoXTransformer3DModel)
-    length = int(transformer.config.max_text_seq_length)
-    return Parts(
-        folder=folder.path,
-        denoiser=transformer,
-        text_encoders={"text_encoder": folder.load("text_encoder", T5EncoderModel)},
-        tokenizers={"text_encoder": folder.tokenizer(T5Tokenizer)},
-        vae=folder.load("vae", diffusers.AutoencoderKLCogVideoX),
-        scheduler=scheduler(folder.scheduler_config(), folder.of("scheduler")),
-        prompt_lengths={"text_encoder": length},
+    parts = load_parts(
+        spec,
+        name,
+        FAMILY,
+        denoiser="CogVideoXTransformer3DModel",
+        text={"text_encoder": ("T5EncoderModel", "T5Tokenizer")},
+        scheduler=scheduler,
     )
+    length = int(parts.denoiser.config.max_text_seq_length)
+    return replace(parts, prompt_lengths={"text_encoder": length})
 
 
 def scheduler(config: Mapping[str, Any], where: Path) -> Any:

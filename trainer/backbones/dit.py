@@ -55,7 +55,7 @@ def condition_shape(backbone: Backbone) -> Mapping[str, tuple[int, ...]]:
 def pipeline(backbone: Backbone) -> Any:
     from diffusers import DiTPipeline
 
-    labels = dict(backbone.options[LABELS])
+    labels = dict(backbone.options.get(LABELS) or {})
     made: Any = DiTPipeline(
         transformer=backbone.denoiser, vae=backbone.vae, scheduler=backbone.scheduler(),
         id2label=labels,
@@ -66,31 +66,22 @@ def pipeline(backbone: Backbone) -> Any:
 
 
 def load(spec: BackboneSpec, name: str) -> Parts:
-    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision.
-
-    Raises:
-        ValueError: the folder holds another pipeline, a part is missing, or its weights are not
-        safetensors.
-    """
-    import diffusers
-
-    from trainer.backbones.folder_check import check_contents
-    from trainer.backbones.pipeline_folder import pipeline_folder
+    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision;
+    `load_parts` says what it raises."""
+    from trainer.backbones.load_parts import load_parts
     from trainer.backbones.schedulers import vp_scheduler
 
-    folder = pipeline_folder(spec, name, ["transformer", "vae"])
-    facts = check_contents(folder, name, FAMILY, made=False)
-    transformer = folder.load("transformer", diffusers.DiTTransformer2DModel)
-    keep_labels(transformer)
-    return Parts(
-        folder=folder.path,
-        denoiser=transformer,
-        text_encoders={},
-        tokenizers={},
-        vae=folder.load("vae", getattr(diffusers, facts.vae)),
-        scheduler=vp_scheduler(folder.scheduler_config(), folder.of("scheduler")),
-        options={LABELS: facts.index.get(LABELS) or {}},
+    parts = load_parts(
+        spec,
+        name,
+        FAMILY,
+        denoiser="DiTTransformer2DModel",
+        text={},
+        options=[LABELS],
+        scheduler=vp_scheduler,
     )
+    keep_labels(parts.denoiser)
+    return parts
 
 
 def keep_labels(transformer: Any) -> None:

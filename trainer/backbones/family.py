@@ -168,6 +168,17 @@ class Family:
     template: ChatTemplate | None = None
     rescale: Rescale | None = None
 
+    def patch(self, config: Mapping[str, Any]) -> int:
+        """Latents along an edge of an image token, by a denoiser's config; 1 for a U-Net."""
+        found = self.traits.patch or config.get("patch_size") or 1
+        return found if isinstance(found, int) else 1
+
+    def trained_at(self, config: Mapping[str, Any]) -> int | None:
+        """Latents along an edge that a denoiser was trained at, along the height where its config
+        tells two sides; None where neither that nor the family says."""
+        found = config.get("sample_size") or config.get("sample_height") or self.sample_size
+        return found if isinstance(found, int) else None
+
 
 def tokenizer_name(text_encoder: str) -> str:
     """The part of a pipeline folder that is a text encoder's tokenizer: `tokenizer_2` of

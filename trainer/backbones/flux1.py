@@ -18,7 +18,7 @@ from trainer.attention.denoiser_traits import DenoiserTraits, JointTraits
 from trainer.backbones.family import Family, Parts
 from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_widths
 from trainer.backbones.folder_contents import FolderContents
-from trainer.backbones.noise_levels import Extent, NoiseLevels, even_levels, shift_by_tokens
+from trainer.backbones.noise_levels import levels_by_tokens
 from trainer.backbones.spec import BackboneSpec
 from trainer.backbones.tool_names import Scripts, ToolNames, block_names
 
@@ -94,11 +94,6 @@ def from_tokens(backbone: Backbone, output: Any, x_t: Tensor) -> Tensor:
 
     latents: Tensor = FluxPipeline._unpack_latents(output, *x_t.shape[-2:], vae_scale_factor=1)
     return latents
-
-
-def flux_levels(backbone: Backbone, steps: int, extent: Extent) -> NoiseLevels:
-    tokens = backbone.image_tokens(extent)
-    return NoiseLevels(shift_by_tokens(backbone.scheduler_config, tokens), even_levels(steps))
 
 
 def packed_channels(config: Mapping[str, Any]) -> int:
@@ -206,7 +201,7 @@ FAMILY = Family(
     output=from_tokens,
     channels=packed_channels,
     sample_size=128,  # of diffusers' pipeline
-    levels=flux_levels,
+    levels=levels_by_tokens,
     embeds_guidance=embeds_guidance,
     distilled=_distilled,
     tool_names={

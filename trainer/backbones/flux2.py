@@ -120,7 +120,7 @@ def check(facts: FolderContents) -> None:
     check_classes(facts, TEXT)
     check_flow(facts)
     check_channels(facts, "transformer", default=128, fold=FOLD)
-    config, width = facts.configs["transformer"], facts.text_width
+    config, width = facts.configs["transformer"], facts.width_of("text_encoder")
     wanted = config.get("joint_attention_dim")
     if None not in (width, wanted) and len(LAYERS) * int(width or 0) != wanted:
         raise facts.refuse(

@@ -108,17 +108,6 @@ def check_channels(facts: FolderContents, part: str, default: int, fold: int = 1
     )
 
 
-def check_width(facts: FolderContents, part: str, wanted: Any) -> None:
-    """Checks that the text's features are as wide as a denoiser reads them; `wanted` is None where
-    its config does not say."""
-    if isinstance(wanted, int) and facts.text_width not in (None, wanted):
-        raise facts.refuse(
-            part,
-            f"reads text of width {wanted}, and its text_encoder gives {facts.text_width}; the "
-            "parts are of different models",
-        )
-
-
 def check_widths(facts: FolderContents, part: str, wanted: Mapping[str, Any]) -> None:
     """Checks that a denoiser reads text as wide as each text encoder gives it; `wanted` by their
     names, None where its config does not say."""
@@ -126,8 +115,8 @@ def check_widths(facts: FolderContents, part: str, wanted: Mapping[str, Any]) ->
         if isinstance(width, int) and facts.width_of(encoder) not in (None, width):
             raise facts.refuse(
                 part,
-                f"reads text of width {width} from {encoder}, which gives "
-                f"{facts.width_of(encoder)}; the parts are of different models",
+                f"reads text of width {width}, and its {encoder} gives {facts.width_of(encoder)}; "
+                "the parts are of different models",
             )
 
 

@@ -37,11 +37,6 @@ class FolderContents:
         config = self.configs["vae"]
         return int(config.get("latent_channels") or config.get("z_dim") or 4)
 
-    @property
-    def text_width(self) -> int | None:
-        """The width of the text's features, of one text encoder."""
-        return self.width_of("text_encoder")
-
     def width_of(self, part: str) -> int | None:
         """The width of a text encoder's features; None where its config does not say."""
         config = self.configs[part]

@@ -49,16 +49,17 @@ def facts_of(spec: BackboneSpec) -> FolderFacts | None:
     pixels = family.latents.pixels(vae)
     if pixels is None:
         return None
-    made = {} if spec.denoiser is None else spec.denoiser.model_dump()
-    patch = made.get("patch") or family.traits.patch or denoiser.get("patch_size") or 1
-    size = made.get("sample_size") or denoiser.get("sample_size") or family.sample_size
+    if spec.denoiser is not None:
+        made = spec.denoiser.model_dump()
+        denoiser = {"patch_size": made.get("patch"), "sample_size": made.get("sample_size")}
+    size = family.trained_at(denoiser)
     index = read_part(spec, "model_index.json") or {}
     return FolderFacts(
         is_flow(scheduler),
-        pixels * (patch if isinstance(patch, int) else 1),
+        pixels * family.patch(denoiser),
         frames=family.latents.frames(vae),
         divisor=pixels,
-        side=pixels * size if isinstance(size, int) else None,
+        side=None if size is None else pixels * size,
         distilled=family.distilled(denoiser, scheduler, index),
     )
 

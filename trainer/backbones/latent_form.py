@@ -28,6 +28,14 @@ def of_pictures(config: Mapping[str, Any]) -> ClipFrames:
     return ClipFrames()
 
 
+def channel_statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (c,) of the latents of a VAE whose config lists them."""
+    import torch
+
+    config = vae.config
+    return torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
+
+
 @dataclass(frozen=True)
 class LatentForm:
     """From the latents z of a VAE to those of the denoiser, x0:

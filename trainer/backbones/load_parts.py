@@ -1,9 +1,11 @@
-"""Loads the parts that most pipelines have: a transformer, text encoders with their tokenizers, a
-VAE and the scheduler of a flow. Importing this imports no torch."""
+"""Loads the parts that most pipelines have: a denoiser, text encoders with their tokenizers, a VAE
+and a scheduler, that of a flow if no other is given. Importing this imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from trainer.backbones.family import Family, Parts
@@ -11,6 +13,15 @@ from trainer.backbones.family import Family, Parts
 if TYPE_CHECKING:
     from trainer.backbones.pipeline_folder import PipelineFolder
     from trainer.backbones.spec import BackboneSpec
+
+Scheduler = Callable[[dict[str, Any], Path], Any]
+NO_LENGTHS: Mapping[str, int] = MappingProxyType({})
+
+
+def _flow(config: dict[str, Any], where: Path) -> Any:
+    from trainer.backbones.schedulers import flow_scheduler
+
+    return flow_scheduler(config)
 
 
 def load_parts(
@@ -20,14 +31,15 @@ def load_parts(
     *,
     denoiser: str,
     text: Mapping[str, tuple[str, str]],
-    lengths: Mapping[str, int],
+    lengths: Mapping[str, int] = NO_LENGTHS,
     options: Sequence[str] = (),
+    scheduler: Scheduler = _flow,
 ) -> Parts:
     """The parts of a folder in diffusers layout, or of the hub at a pinned revision.
 
     denoiser: its class in diffusers; text: by the name of a text encoder its class and that of its
-    tokenizer in transformers, those that the folder lacks are left out; lengths: as
-    `Parts.prompt_lengths`; options: keys of model_index.json that are kept.
+    tokenizer in transformers, those that the folder lacks are left out; lengths: as in `Parts`;
+    options: keys that model_index.json may have; scheduler: (its config, where) -> the scheduler.
 
     Raises:
         ValueError: the folder holds another pipeline or a model of other inputs, a part is missing,
@@ -37,21 +49,20 @@ def load_parts(
 
     from trainer.backbones.folder_check import check_contents
     from trainer.backbones.pipeline_folder import encoders_in, pipeline_folder
-    from trainer.backbones.schedulers import flow_scheduler
 
-    folder = pipeline_folder(spec, name, [family.denoiser, *text, "vae"])
+    folder = pipeline_folder(spec, name)
     facts = check_contents(folder, name, family, made=False)
-    present = encoders_in(facts.index, family)
-    encoders, tokenizers = _text(folder, {part: text[part] for part in present})
+    present = {part: text[part] for part in encoders_in(facts.index, family)}
+    encoders, tokenizers = _text(folder, present)
     return Parts(
         folder=folder.path,
         denoiser=folder.load(family.denoiser, getattr(diffusers, denoiser)),
         text_encoders=encoders,
         tokenizers=tokenizers,
         vae=folder.load("vae", getattr(diffusers, facts.vae)),
-        scheduler=flow_scheduler(folder.scheduler_config()),
+        scheduler=scheduler(folder.scheduler_config(), folder.of("scheduler")),
         prompt_lengths=lengths,
-        options={key: facts.index.get(key) for key in options},
+        options={key: facts.index[key] for key in options if key in facts.index},
     )
 
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from trainer.attention.denoiser_traits import DenoiserTraits
 from trainer.backbones.clip_frames import ClipFrames
 from trainer.backbones.family import Family, Parts, text_arguments
-from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_width
+from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_widths
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.latent_form import LatentForm
-from trainer.backbones.noise_levels import Extent, NoiseLevels, even_levels, shift_by_tokens
+from trainer.backbones.noise_levels import levels_by_tokens
 from trainer.backbones.spec import BackboneSpec
 from trainer.backbones.tool_names import ToolNames, same_names
 
@@ -102,12 +102,6 @@ def _scaled(config: Mapping[str, Any]) -> int:
     return int(2 ** sum(config.get("spatio_temporal_scaling") or (True, True, True, False)))
 
 
-def _levels(backbone: Backbone, steps: int, extent: Extent) -> NoiseLevels:
-    """As the stock pipeline asks for them."""
-    mu = shift_by_tokens(backbone.scheduler_config, backbone.image_tokens(extent))
-    return NoiseLevels(mu, even_levels(steps))
-
-
 def pipeline(backbone: Backbone) -> Any:
     from trainer.backbones.stock_pipeline import stock_pipeline
 
@@ -129,7 +123,7 @@ def check(facts: FolderContents) -> None:
             "choose version 0.9.0, or 0.9.5 and later",
         )
     check_channels(facts, "transformer", default=128)
-    check_width(facts, "transformer", config.get("caption_channels", 4096))
+    check_widths(facts, "transformer", {"text_encoder": config.get("caption_channels", 4096)})
 
 
 def load(spec: BackboneSpec, name: str) -> Parts:
@@ -181,7 +175,7 @@ FAMILY = Family(
         frames=_frames,
     ),
     sample_size=16,
-    levels=_levels,
+    levels=levels_by_tokens,
     tool_names={
         "LTXVideoTransformer3DModel": ToolNames(
             ORIGINAL, comfyui="original", parameters={name: name for name in TABLES}

@@ -41,6 +41,13 @@ def shift_by_tokens(config: Mapping[str, Any], tokens: int) -> float | None:
     return float(tokens * slope + (least - slope * low))
 
 
+def levels_by_tokens(backbone: Any, steps: int, extent: Extent) -> NoiseLevels:
+    """Even levels, shifted by the number of image tokens: what most pipelines of transformers ask
+    for, a `levels` of a `Family`."""
+    mu = shift_by_tokens(backbone.scheduler_config, backbone.image_tokens(extent))
+    return NoiseLevels(mu, even_levels(steps))
+
+
 def even_levels(steps: int) -> tuple[float, ...]:
     """1, 1 - 1/n, ..., 1/n for n steps, as most pipelines of transformers give them."""
     import numpy as np

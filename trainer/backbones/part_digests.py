@@ -4,6 +4,7 @@ part that has changed since can be named. No torch."""
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.backbones.families import find_family
@@ -19,11 +20,23 @@ LENGTH = 16  # letters of a hash that are kept
 def part_digests(spec: BackboneSpec) -> dict[str, str]:
     """The hash of each part of a backbone by the part's name, and of the adapters of the runs it is
     the result of. A checkpoint of the hub is its pinned commit."""
+    return _digests(spec, _folders(spec))
+
+
+def digests_in_use(spec: BackboneSpec) -> dict[str, str]:
+    """Those of `part_digests` on which training depends: a folder may hold a safety checker too,
+    which is not read."""
+    own = (find_family(spec.family).denoiser, "vae", "scheduler", "text_encoder", "tokenizer")
+    return _digests(spec, [part for part in _folders(spec) if part.name.startswith(own)])
+
+
+def _digests(spec: BackboneSpec, folders: Sequence[Path]) -> dict[str, str]:
+    """folders: of the parts of the pipeline folder that are hashed."""
     found: dict[str, str] = {}
     if spec.hub is not None:
         found["hub"] = f"{spec.hub}@{spec.revision}"
     # a part of the overlay replaces that of the folder
-    found |= {part.name: digest for part in _folders(spec) if (digest := _of_part(part))}
+    found |= {part.name: digest for part in folders if (digest := _of_part(part))}
     for part, folder in spec.parts.items():
         if digest := _of_part(Path(folder)):
             found[part] = digest
@@ -35,13 +48,6 @@ def part_digests(spec: BackboneSpec) -> dict[str, str]:
     for number, adapter in enumerate(spec.adapters, start=1):
         found[f"adapter {number}"] = file_digest(Path(adapter))
     return found
-
-
-def digests_in_use(spec: BackboneSpec) -> dict[str, str]:
-    """Those of `part_digests` on which training depends: a folder may hold a safety checker too."""
-    own = (find_family(spec.family).denoiser, "vae", "scheduler", "text_encoder", "tokenizer")
-    others = {part.name for part in _folders(spec) if not part.name.startswith(own)}
-    return {name: part for name, part in part_digests(spec).items() if name not in others}
 
 
 def _folders(spec: BackboneSpec) -> list[Path]:

@@ -240,27 +240,41 @@ def limit_length(tokenizer: Any, encoder: Any) -> None:
     tokenizer.model_max_length = min(known, default=UNLIMITED)
 
 
-def pipeline_folder(spec: BackboneSpec, name: str, parts: Sequence[str]) -> PipelineFolder:
-    """The folder a spec names, fetched first if it is on the hub; parts: those with weights."""
-    wanted = [part for part in parts if part not in spec.parts]
+def pipeline_folder(spec: BackboneSpec, name: str) -> PipelineFolder:
+    """The folder a spec names, fetched first if it is on the hub."""
     if spec.folder is None and WITHOUT_VALUES.get():
         return PipelineFolder.of_spec(spec, small_files(spec, name))
-    path = Path(spec.folder) if spec.folder else _download(spec, name, wanted)
+    path = Path(spec.folder) if spec.folder else _download(spec, name)
     return PipelineFolder.of_spec(spec, path)
 
 
-def _download(spec: BackboneSpec, name: str, parts: Sequence[str]) -> Path:
+def parts_to_read(spec: BackboneSpec, folder: Path | None = None) -> list[str]:
+    """The parts whose weights are read from the folder of a checkpoint of the hub: not those that
+    come from elsewhere or are made here, nor a text encoder that its index does not name. Without
+    the folder those of every checkpoint of the family."""
+    family = find_family(spec.family)
+    encoders = [part for part in family.text_encoders if part not in family.optional]
+    if folder is not None:
+        encoders = list(encoders_in(read_object(folder / "model_index.json"), family))
+    own = [family.denoiser] if spec.denoiser is None else []
+    others = (*spec.parts, *spec.scratch)
+    return [part for part in (*own, *encoders, "vae") if part not in others]
+
+
+def _download(spec: BackboneSpec, name: str) -> Path:
     """The folder of a checkpoint of the hub, from the cache where it is complete."""
     from huggingface_hub import HfApi, snapshot_download
 
     hub, revision = str(spec.hub), spec.revision
-    if (folder := kept_folder(spec, parts)) is not None:
-        return folder
+    if (kept := kept_folder(spec)) is not None:
+        return kept
     with _asking(spec, name):
         every = HfApi().list_repo_files(hub, revision=revision)
-    weights = weights_to_fetch(every, parts, hub=hub)
+    weights_to_fetch(every, parts_to_read(spec), hub=hub)  # refused before anything is fetched
     with _asking(spec, name):
         folder = fetch_small(hub, revision)  # before the weights, so that where these are, all is
+    weights = weights_to_fetch(every, parts_to_read(spec, folder), hub=hub)
+    with _asking(spec, name):
         if weights:
             snapshot_download(hub, revision=revision, allow_patterns=weights)
     return folder
@@ -279,13 +293,13 @@ def _asking(spec: BackboneSpec, name: str) -> Iterator[None]:
         ) from error
 
 
-def kept_folder(spec: BackboneSpec, parts: Sequence[str]) -> Path | None:
-    """The folder of a checkpoint of the hub in its cache; None if a file is missing. A pinned
-    commit never changes."""
+def kept_folder(spec: BackboneSpec) -> Path | None:
+    """The folder of a checkpoint of the hub in its cache; None if a file that is read is missing. A
+    pinned commit never changes."""
     if (folder := cached(spec)) is None:
         return None
     try:
-        for part in parts:
+        for part in parts_to_read(spec, folder):
             weight_files(folder / part)
     except ValueError:
         return None

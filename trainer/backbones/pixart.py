@@ -16,7 +16,7 @@ from trainer.backbones.folder_check import (
     check_channels,
     check_classes,
     check_flow_or_vp,
-    check_width,
+    check_widths,
 )
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.spec import BackboneSpec, TransformerSpec
@@ -98,8 +98,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     from trainer.backbones.schedulers import flow_or_vp
 
     made = spec.denoiser
-    own = ["transformer"] if made is None else []
-    folder = pipeline_folder(spec, name, [*own, "text_encoder", "vae"])
+    folder = pipeline_folder(spec, name)
     facts = check_contents(folder, name, FAMILY, made=made is not None)
     encoder, tokenizer = text_classes(facts.index)
     kind = str(facts.index[CLASS])
@@ -138,7 +137,11 @@ def check(facts: FolderContents) -> None:
     check_flow_or_vp(facts.scheduler, facts.where)
     if "transformer" in facts.configs:
         check_channels(facts, "transformer", default=4)
-        check_width(facts, "transformer", facts.configs["transformer"].get("caption_channels"))
+        check_widths(
+            facts,
+            "transformer",
+            {"text_encoder": facts.configs["transformer"].get("caption_channels")},
+        )
 
 
 def make(spec: TransformerSpec, channels: int, text_width: int) -> Any:

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.attention.denoiser_traits import DenoiserTraits, JointTraits
 from trainer.backbones.family import ChatTemplate, Family, Parts
-from trainer.backbones.flux1 import FOLD, flux_levels, packed_channels
+from trainer.backbones.flux1 import FOLD, packed_channels
 from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_widths
 from trainer.backbones.folder_contents import FolderContents
-from trainer.backbones.latent_form import LatentForm
+from trainer.backbones.latent_form import LatentForm, channel_statistics
+from trainer.backbones.noise_levels import levels_by_tokens
 from trainer.backbones.spec import BackboneSpec
 from trainer.backbones.tool_names import Scripts, ToolNames, same_names
 
@@ -98,12 +99,6 @@ def rescaled(output: Tensor, cond: Tensor) -> Tensor:
     return output * interpolate(lengths[0] / lengths[1], scale_factor=FOLD)
 
 
-def _statistics(vae: Any) -> tuple[Tensor, Tensor]:
-    import torch
-
-    return torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
-
-
 def _halvings(config: Mapping[str, Any]) -> int | None:
     stages = config.get("temperal_downsample")
     return len(stages) if isinstance(stages, (list, tuple)) else None
@@ -173,11 +168,14 @@ FAMILY = Family(
     check=check,
     output=_unpacked,
     latents=LatentForm(
-        vaes=("AutoencoderKLQwenImage",), statistics=_statistics, halvings=_halvings, clips=True
+        vaes=("AutoencoderKLQwenImage",),
+        statistics=channel_statistics,
+        halvings=_halvings,
+        clips=True,
     ),
     channels=packed_channels,
     sample_size=128,  # of diffusers' pipeline
-    levels=flux_levels,
+    levels=levels_by_tokens,
     template=TEMPLATE,
     rescale=rescaled,
     tool_names={

@@ -15,7 +15,7 @@ from trainer.backbones.folder_check import (
     check_channels,
     check_classes,
     check_flow_or_vp,
-    check_width,
+    check_widths,
 )
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.pixart import (
@@ -64,7 +64,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     from trainer.backbones.pipeline_folder import pipeline_folder
     from trainer.backbones.schedulers import flow_or_vp
 
-    folder = pipeline_folder(spec, name, ["transformer", "text_encoder", "vae"])
+    folder = pipeline_folder(spec, name)
     facts = check_contents(folder, name, FAMILY, made=False)
     encoder, tokenizer = text_classes(facts.index)
     transformer = folder.load("transformer", diffusers.SanaTransformer2DModel)
@@ -86,7 +86,9 @@ def check(facts: FolderContents) -> None:
     check_classes(facts, TEXT)
     check_flow_or_vp(facts.scheduler, facts.where)
     check_channels(facts, "transformer", default=32)
-    check_width(facts, "transformer", facts.configs["transformer"].get("caption_channels"))
+    check_widths(
+        facts, "transformer", {"text_encoder": facts.configs["transformer"].get("caption_channels")}
+    )
     if facts.configs["transformer"].get("guidance_embeds"):
         raise facts.refuse(
             "transformer",

@@ -12,7 +12,7 @@ from trainer.backbones.folder_check import (
     check_channels,
     check_classes,
     check_prediction,
-    check_width,
+    check_widths,
 )
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.spec import BackboneSpec, UNetSpec
@@ -71,7 +71,7 @@ def check(facts: FolderContents) -> None:
                 f"asks for more than text ({option}={config[option]}: {what}), which this family "
                 "does not give it",
             )
-    check_width(facts, "unet", config.get("cross_attention_dim"))
+    check_widths(facts, "unet", {"text_encoder": config.get("cross_attention_dim")})
 
 
 def load(spec: BackboneSpec, name: str) -> Parts:
@@ -90,8 +90,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     from trainer.backbones.schedulers import vp_scheduler
 
     made = spec.denoiser
-    own = ["unet"] if made is None else []
-    folder = pipeline_folder(spec, name, [*own, "text_encoder", "vae"])
+    folder = pipeline_folder(spec, name)
     facts = check_contents(folder, name, FAMILY, made=made is not None)
     if made is None:
         unet = folder.load("unet", UNet2DConditionModel)

@@ -151,35 +151,19 @@ def _check_widths(facts: FolderContents, config: Mapping[str, Any]) -> None:
 
 
 def load(spec: BackboneSpec, name: str) -> Parts:
-    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision.
-
-    Raises:
-        ValueError: the folder holds another pipeline, a part is missing, or its weights are not
-        safetensors.
-    """
-    import diffusers
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    from trainer.backbones.folder_check import check_contents
-    from trainer.backbones.load_parts import end_at
-    from trainer.backbones.pipeline_folder import pipeline_folder
+    """Loads the parts from a folder in diffusers layout, or from the hub at a pinned revision;
+    `load_parts` says what it raises."""
+    from trainer.backbones.load_parts import load_parts
     from trainer.backbones.schedulers import vp_scheduler
 
-    folder = pipeline_folder(spec, name, ["unet", *TEXT_ENCODERS, "vae"])
-    facts = check_contents(folder, name, FAMILY, made=False)
-    kinds = (CLIPTextModel, CLIPTextModelWithProjection)
-    encoders = {p: folder.load(p, k) for p, k in zip(TEXT_ENCODERS, kinds, strict=True)}
-    tokenizers = {part: folder.tokenizer(CLIPTokenizer, part) for part in TEXT_ENCODERS}
-    end_at(encoders[OPEN_CLIP], tokenizers[OPEN_CLIP].eos_token_id)
-    return Parts(
-        folder=folder.path,
-        denoiser=folder.load("unet", UNet2DConditionModel),
-        text_encoders=encoders,
-        tokenizers=tokenizers,
-        vae=folder.load("vae", getattr(diffusers, facts.vae)),
-        scheduler=vp_scheduler(folder.scheduler_config(), folder.of("scheduler")),
-        options={ZEROS: facts.index.get(ZEROS, True)},
+    return load_parts(
+        spec,
+        name,
+        FAMILY,
+        denoiser="UNet2DConditionModel",
+        text={part: (TEXT[part][0], "CLIPTokenizer") for part in TEXT_ENCODERS},
+        options=[ZEROS],
+        scheduler=vp_scheduler,
     )
 
 

@@ -97,7 +97,7 @@ def read_single_file(path: Path, layout: str | None = None) -> SingleFile:
         for kind, own in texts.items()
         if any(name.startswith(tuple(own.values())) for name in shapes)
     ]
-    kind = (kinds or [_by_width(shapes)])[0]
+    kind = kinds[0] if kinds else _by_width(path, shapes, layout)
     scheduler = _stated(shapes, metadata)
     if kind == "sd21" and layout is None:
         if not scheduler:
@@ -112,11 +112,19 @@ def read_single_file(path: Path, layout: str | None = None) -> SingleFile:
     )
 
 
-def _by_width(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The kind of a file without text encoders, by the width of the text that its U-Net reads."""
+def _by_width(path: Path, shapes: Mapping[str, tuple[int, ...]], layout: str | None) -> str:
+    """The kind of a file without text encoders, by the width of the text that its U-Net reads, or
+    as the user says."""
     ends = ".attn2.to_k.weight"
-    widths = {shape[1] for name, shape in shapes.items() if name.endswith(ends)}
-    return {768: "sd15", 1024: "sd21", 2048: "sdxl"}.get(max(widths, default=0), "sd15")
+    width = max((shape[1] for name, shape in shapes.items() if name.endswith(ends)), default=0)
+    kinds = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
+    if width not in kinds and layout is None:
+        reads = f"reads text of width {width}" if width else "reads no text"
+        raise ValueError(
+            f"{path}: it has no text encoders, and its network {reads}, as none of Stable "
+            "Diffusion 1, 2 and XL does; give parts.config=<a pipeline folder of its kind>"
+        )
+    return kinds.get(width, "sd15")
 
 
 def _stated(shapes: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -82,10 +82,13 @@ def _of_transformers(
 
 
 def _as(value: Tensor, wanted: Tensor | None) -> Tensor:
-    """Of a layer that one code has as a convolution and the other as linear, in its shape."""
-    same = wanted is not None and value.numel() == wanted.numel()
-    squeezed = same and wanted is not None and value.squeeze().shape == wanted.squeeze().shape
-    return value.view(wanted.shape) if squeezed and wanted is not None else value
+    """Of a layer that one code has as a convolution of 1x1, (o, i, 1, 1), and the other as linear,
+    (o, i), as it is wanted. `_check` refuses all other shapes."""
+    if wanted is None:
+        return value
+    own, other = tuple(value.shape), tuple(wanted.shape)
+    pointwise = other == (*own, 1, 1) or own == (*other, 1, 1)
+    return value.view(other) if pointwise else value
 
 
 def _check(file: Path, where: Path, *, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

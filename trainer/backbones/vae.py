@@ -64,23 +64,32 @@ def statistics_of(vae: Any, form: LatentForm, latents: Tensor) -> tuple[Tensor, 
 
 def decode_latents(vae: Any, latents: Tensor, form: LatentForm = PLAIN) -> Tensor:
     """What a denoiser gives, (b, c, h, w), to pixels (b, 3, H, W)."""
-    from torch.nn.functional import pixel_shuffle
-
-    z = unscale_latents(vae, latents, form)
-    z = z if form.fold == 1 else pixel_shuffle(z, form.fold)
+    z = unfold_rows(unscale_latents(vae, latents, form), form)
     pixels: Tensor = vae.decode(z[:, :, None] if form.clips else z).sample
     return pixels[:, :, 0] if form.clips else pixels
 
 
 def folded_moments(vae: Any, pixels: Tensor, form: LatentForm = PLAIN) -> Tensor:
     """Pixels (b, 3, H, W) to the posterior's mean and log-variance (b, 2c, h, w), folded."""
-    from torch.nn.functional import pixel_unshuffle
-
     if form.clips:
         moments = posterior_moments(vae, pixels[:, :, None])[:, :, 0]
     else:
         moments = posterior_moments(vae, pixels)
-    return moments if form.fold == 1 else pixel_unshuffle(moments, form.fold)
+    return fold_rows(moments, form)
+
+
+def fold_rows(rows: Tensor, form: LatentForm) -> Tensor:
+    """Latents or moments of a VAE (b, c, h, w) as the denoiser has them, see `LatentForm.fold`."""
+    from torch.nn.functional import pixel_unshuffle
+
+    return rows if form.fold == 1 else pixel_unshuffle(rows, form.fold)
+
+
+def unfold_rows(rows: Tensor, form: LatentForm) -> Tensor:
+    """The inverse of `fold_rows`."""
+    from torch.nn.functional import pixel_shuffle
+
+    return rows if form.fold == 1 else pixel_shuffle(rows, form.fold)
 
 
 def with_widths(vae: Any) -> Any:
@@ -117,7 +126,8 @@ def encoded(vae: Any, pixels: Tensor, form: LatentForm = PLAIN, *, frames: int =
     if not form.frames(vae.config).in_time:
         return in_slices(vae, partial(folded_moments, vae, form=form), pixels, pixels=size)
     clips, step = rows_to_clips(pixels, frames), partial(posterior_moments, vae)
-    return clips_to_rows(in_slices(vae, step, clips, pixels=size, frames=frames))
+    moments = clips_to_rows(in_slices(vae, step, clips, pixels=size, frames=frames))
+    return fold_rows(moments, form)
 
 
 def decoded(vae: Any, latents: Tensor, form: LatentForm = PLAIN, *, frames: int = 1) -> Tensor:
@@ -137,7 +147,7 @@ def decoded(vae: Any, latents: Tensor, form: LatentForm = PLAIN, *, frames: int 
         sample: Tensor = vae.decode(part, **_timed(vae, part)).sample
         return sample
 
-    clips = rows_to_clips(unscale_latents(vae, latents, form), frames)
+    clips = rows_to_clips(unfold_rows(unscale_latents(vae, latents, form), form), frames)
     return clips_to_rows(in_slices(vae, step, clips, pixels=size, frames=known.shown(frames)))
 
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from trainer.attention.denoiser_traits import DenoiserTraits
 from trainer.backbones.clip_frames import ClipFrames
 from trainer.backbones.family import Family, Parts
-from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_width
+from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_widths
 from trainer.backbones.folder_contents import FolderContents
-from trainer.backbones.latent_form import LatentForm
+from trainer.backbones.latent_form import LatentForm, channel_statistics
 from trainer.backbones.spec import BackboneSpec
 from trainer.backbones.tool_names import Scripts, ToolNames
 
@@ -44,14 +44,6 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tens
 
 def inputs(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
     return {"hidden_states": x_t, "timestep": t, "encoder_hidden_states": condition.tokens}
-
-
-def _statistics(vae: Any) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (c,) of the VAE's latents."""
-    import torch
-
-    config = vae.config
-    return torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
 
 
 def _halvings(config: Mapping[str, Any]) -> int:
@@ -85,7 +77,7 @@ def check(facts: FolderContents) -> None:
             "Wan 2.1",
         )
     check_channels(facts, "transformer", default=16)
-    check_width(facts, "transformer", config.get("text_dim", 4096))
+    check_widths(facts, "transformer", {"text_encoder": config.get("text_dim", 4096)})
 
 
 def load(spec: BackboneSpec, name: str) -> Parts:
@@ -131,7 +123,7 @@ FAMILY = Family(
     check=check,
     latents=LatentForm(
         vaes=("AutoencoderKLWan",),
-        statistics=_statistics,
+        statistics=channel_statistics,
         halvings=_halvings,
         clips=True,
         frames=_frames,

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.attention.denoiser_traits import DenoiserTraits, JointTraits
 from trainer.backbones.family import ChatTemplate, Family, Parts
-from trainer.backbones.flux1 import flux_levels
 from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_widths
 from trainer.backbones.folder_contents import FolderContents
+from trainer.backbones.noise_levels import levels_by_tokens
 from trainer.backbones.spec import BackboneSpec
 from trainer.backbones.tool_names import Scripts, ToolNames, block_names, same_names
 
@@ -173,7 +173,7 @@ FAMILY = Family(
     check=check,
     output=velocity,
     sample_size=128,  # 1024 pixels, the default of diffusers' pipeline
-    levels=flux_levels,
+    levels=levels_by_tokens,
     distilled=_distilled,
     template=TEMPLATE,
     tool_names={
