@@ -94,11 +94,10 @@ class OptimSpec(Section):
         description="adamw8bit keeps AdamW's moments in 8 bits (bitsandbytes), paged_adamw8bit "
         "also pages them from the GPU into main memory, paged_adamw32bit those of 32 bits "
         "(QLoRA's, arXiv 2305.14314); muon moves the matrices of blocks that hold attention (arXiv "
-        "2502.16982) and AdamW all else, for training from nothing; prodigy finds the learning "
-        "rate (arXiv 2306.06101); adafactor (arXiv 1804.04235) and came (arXiv 2307.02047) keep "
-        "rows and columns of the second moment; lion moves by signs (arXiv 2302.06675), lion8bit "
-        "with its moment in 8 bits; schedule_free_adamw averages weights instead of a schedule "
-        "(arXiv 2405.15682)",
+        "2502.16982) and AdamW all else, to train from nothing; prodigy finds the learning rate "
+        "(arXiv 2306.06101); adafactor (arXiv 1804.04235) and came (arXiv 2307.02047) keep sums of "
+        "the second moment; lion moves by signs (arXiv 2302.06675), lion8bit with its moment in 8 "
+        "bits; schedule_free_adamw averages weights, without a schedule (arXiv 2405.15682)",
     )  # fmt: skip
     lr: float = Field(
         1e-4,
