@@ -27,11 +27,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 from _common import Bars, parser_of  # noqa: E402
-from chat_folders import QWEN_IMAGE, Z_IMAGE, qwen_image_pipeline, z_image_pipeline  # noqa: E402
+from chat_folders import QWEN_IMAGE, Z_IMAGE, flux2_pipeline, qwen_image_pipeline, z_image_pipeline  # noqa: E402
 from flow_folders import (  # noqa: E402
     chroma_pipeline,
     flux1_pipeline,
-    flux2_pipeline,
     make_flow_folder,
     sd3_pipeline,
 )

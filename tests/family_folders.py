@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chat_folders import qwen_image_pipeline, z_image_pipeline
+from chat_folders import flux2_pipeline, qwen_image_pipeline, z_image_pipeline
 from flow_folders import (
     chroma_pipeline,
     flux1_pipeline,
-    flux2_pipeline,
     make_flow_folder,
     sd3_pipeline,
 )

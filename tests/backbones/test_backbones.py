@@ -243,13 +243,12 @@ def test_no_block_of_a_unet_is_left_uncompiled(tiny: Any, monkeypatch: pytest.Mo
     """Its blocks share functions, each with more shapes than torch compiles one for by default."""
     from torch._dynamo import config as dynamo
 
-    monkeypatch.setattr(dynamo, "recompile_limit", dynamo.recompile_limit)
-    monkeypatch.setattr(dynamo, "fail_on_recompile_limit_hit", True)
     plain = torch.nn.Module.compile  # traced as by inductor, without its minutes of C++
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **kw: plain(self, backend="eager", **kw)
     )
     assert len(tiny.sites) == 14
     text = tiny.encode_prompts(["a fox"])
-    tiny.compile_blocks()
-    tiny.predict(torch.randn(1, 8, 16, 16), torch.tensor([10]), text).mean().backward()
+    with dynamo.patch(recompile_limit=dynamo.recompile_limit, fail_on_recompile_limit_hit=True):
+        tiny.compile_blocks()
+        tiny.predict(torch.randn(1, 8, 16, 16), torch.tensor([10]), text).mean().backward()

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from chat_folders import qwen_image_pipeline, z_image_pipeline
-from flow_folders import flux1_pipeline, flux2_pipeline, make_flow_folder, sd3_pipeline
+from chat_folders import flux2_pipeline, qwen_image_pipeline, z_image_pipeline
+from flow_folders import flux1_pipeline, make_flow_folder, sd3_pipeline
 from pixart_folder import SIGMA, make_pixart_folder
 from safetensors.torch import load_file, save_file
 from sdxl_folder import make_sdxl_folder

@@ -59,7 +59,7 @@ PAPERS: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "selective",
-        {"sites": "cross", "projections": ("k", "v")},
+        {"sites": None, "projections": ("k", "v")},  # null is cross-attention where there is any
         "Custom Diffusion, arXiv 2212.04488, section 3.2",
     ),
     (

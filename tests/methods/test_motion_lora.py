@@ -92,6 +92,7 @@ def test_it_is_painted_with_and_judged(
     assert main(["evaluate", f"run={run}", f"judge={CLIP}", "images=3"]) == 0
     assert "direction right" in capsys.readouterr().out
     table = json.loads((run / "evaluation.json").read_text())
+    assert set(table.pop("pictures")) >= {"direction right", "object right"}
     assert set(table) == {"base", "adapted", "real"}
     assert table["base"].keys() == table["adapted"].keys() == table["real"].keys()
     for line in ("direction right", "object right", "frame consistency"):

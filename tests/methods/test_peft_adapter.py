@@ -13,6 +13,7 @@ import torch
 from peft.tuners.deft.layer import DeftLinear
 from torch import Tensor, nn
 
+from trainer.backbones.device import Placement, place
 from trainer.config.load import methods_of
 from trainer.config.schema import RecipeError
 from trainer.methods.apply import apply_methods, method_names
@@ -303,12 +304,12 @@ def test_deft_adds_nothing_at_the_start_and_what_peft_adds_later(
 def test_over_a_base_in_bf16_it_starts_there_too(
     kind: str, tiny: Any, predict: Callable[[Any], Tensor]
 ) -> None:
-    tiny.denoiser.to(torch.bfloat16)
-    tiny.text_encoder.to(torch.bfloat16)
+    """As a run has it: its layers are held in bf16 before and after the method is applied."""
+    where = Placement(torch.device("cpu"), "bf16")
     assert tiny.host.sites  # attention in half precision is another sum of the same products
-    base = predict(tiny)
-    apply_methods(tiny, methods_of(tree(kind)))
-    assert torch.equal(predict(tiny), base)
+    base = predict(place(tiny.requires_grad_(False), where))
+    plan = apply_methods(tiny, methods_of(tree(kind)))
+    assert torch.equal(predict(place(tiny, where, plan.stored)), base)
 
 
 @pytest.mark.parametrize("kind", KEPT)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from family_folders import MAKERS
+from PIL import Image
 
 from trainer.common.declared import header_of
 from trainer.common.paths import RECIPES
-from trainer.config.load import load_recipe
+from trainer.config.load import load_recipe, read_recipe
 from trainer.config.schema import Recipe
 from trainer.training.without_weights import refuse_unfit
 
@@ -50,18 +51,28 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     return make
 
 
-def read(recipe: str, *words: str) -> Recipe:
-    """The recipe, with what it needs of the user where it asks for photos of a concept."""
-    plain = load_recipe([f"recipe={recipe}"])
-    own = OWN if plain.tree.get("data", {}).get("source") == "concept" else []
-    return load_recipe([f"recipe={recipe}", *own, *words])
+@pytest.fixture(scope="module")
+def read(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recipe]:
+    """A recipe with what it needs of the user where it asks for photos."""
+    folder = tmp_path_factory.mktemp("pictures")
+    Image.new("RGB", (64, 64)).save(folder / "a.png")
+    (folder / "a.txt").write_text("a fox")
+    own = {"concept": OWN, "folder": [f"data.folder={folder}"]}
+
+    def load(recipe: str, *words: str) -> Recipe:
+        source = read_recipe(recipe).get("data", {}).get("source")
+        return load_recipe([f"recipe={recipe}", *own.get(source, []), *words])
+
+    return load
 
 
 @pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     ("recipe", "backbone"), [(recipe, name) for recipe in NAMES for name in named(recipe)]
 )
-def test_a_recipe_is_planned_on_the_backbones_it_names(recipe: str, backbone: str) -> None:
+def test_a_recipe_is_planned_on_the_backbones_it_names(
+    recipe: str, backbone: str, read: Callable[..., Recipe]
+) -> None:
     unknown = refuse_unfit(read(recipe, *([f"backbone={backbone}"] if backbone else [])))
     assert unknown is None or "reads the weights" in unknown
 
@@ -70,7 +81,10 @@ def test_a_recipe_is_planned_on_the_backbones_it_names(recipe: str, backbone: st
 @pytest.mark.parametrize("family", PICTURES)
 @pytest.mark.parametrize("recipe", EVERYWHERE)
 def test_what_people_look_for_is_planned_on_every_family(
-    recipe: str, family: str, folder_of: Callable[[str], Path]
+    recipe: str,
+    family: str,
+    folder_of: Callable[[str], Path],
+    read: Callable[..., Recipe],
 ) -> None:
     words = [f"backbone={folder_of(family)}", "run.resolution=32", *EVERYWHERE[recipe]]
     assert refuse_unfit(read(recipe, *words)) is None
@@ -80,7 +94,10 @@ def test_what_people_look_for_is_planned_on_every_family(
 @pytest.mark.parametrize("family", MAKERS)
 @pytest.mark.parametrize("recipe", NAMES)
 def test_every_recipe_is_planned_on_every_family_or_refused_by_name(
-    recipe: str, family: str, folder_of: Callable[[str], Path]
+    recipe: str,
+    family: str,
+    folder_of: Callable[[str], Path],
+    read: Callable[..., Recipe],
 ) -> None:
     try:
         unknown = refuse_unfit(read(recipe, f"backbone={folder_of(family)}"))
