@@ -57,7 +57,14 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recipe]:
     folder = tmp_path_factory.mktemp("pictures")
     Image.new("RGB", (64, 64)).save(folder / "a.png")
     (folder / "a.txt").write_text("a fox")
-    own = {"concept": OWN, "folder": [f"data.folder={folder}"]}
+    clips = tmp_path_factory.mktemp("clips")
+    (clips / "a").mkdir()
+    for number in range(24):
+        Image.new("RGB", (64, 64)).save(clips / "a" / f"{number:02}.png")
+    (clips / "a.txt").write_text("a fox")
+    own = {
+        "concept": OWN, "folder": [f"data.folder={folder}"], "video": [f"data.video={clips}"],
+    }  # fmt: skip
 
     def load(recipe: str, *words: str) -> Recipe:
         source = read_recipe(recipe).get("data", {}).get("source")
