@@ -13,7 +13,6 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
@@ -49,6 +48,9 @@ def _precise(part: Any, dtype: torch.dtype) -> list[str]:
     kept = list(getattr(part, "_keep_in_fp32_modules", None) or ())
     if dtype != FP8:
         return kept
+    # imported here, since it brings peft, and that the compiler of torch: a plan needs neither
+    from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
+
     own = getattr(part, "_skip_layerwise_casting_patterns", None) or ()
     return [*DEFAULT_SKIP_MODULES_PATTERN, *own, *kept]
 
