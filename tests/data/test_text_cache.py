@@ -47,9 +47,10 @@ def test_a_prompt_is_encoded_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["cut", "altered", "other", "moved"])
 def test_what_is_not_what_was_written_is_made_anew(damage: str, tmp_path: Path) -> None:
     encode = Encoder()
-    cache = TextCache(tmp_path / "key", encode)
+    folder = tmp_path / "key"
+    cache = TextCache(folder, encode)
     _ = cache["a fox"], cache["a cat"]
-    path, other = (cache._file(prompt) for prompt in ("a fox", "a cat"))
+    path, other = (text_cache._file(folder, prompt) for prompt in ("a fox", "a cat"))
     content = path.read_bytes()
     if damage == "cut":
         path.write_bytes(content[:-9])
@@ -57,7 +58,6 @@ def test_what_is_not_what_was_written_is_made_anew(damage: str, tmp_path: Path) 
         path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
     if damage == "other":
         path.write_bytes(other.read_bytes())
-    folder = tmp_path / "key"
     if damage == "moved":
         folder = folder.rename(tmp_path / "renamed")
     again = TextCache(folder, encode)
@@ -75,3 +75,13 @@ def test_memory_has_those_that_were_used_last(
         assert same(cache[prompt], prompt)
     assert list(cache.remembered) == ["fox 3", "fox 1", "fox 4"]
     assert same(cache["fox 2"], "fox 2") and cache.bytes <= 400
+
+
+def test_memory_alone_writes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    encode = Encoder()
+    cache = TextCache(None, encode)
+    assert "a fox" not in cache
+    assert all(same(cache[prompt], prompt) for prompt in ("a fox", "", "a fox"))
+    assert encode.asked == ["a fox", ""] and "a fox" in cache
+    assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ caption that a run brings, dropped and shuffled ones too; and not where somethin
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,15 @@ from trainer.backbones import device as placement
 from trainer.config.lineage import backbone_spec
 from trainer.config.load import load_recipe
 from trainer.data.loader import Planned
+from trainer.data.source import Needs
+from trainer.data.sources.shards import Shards
+from trainer.data.tars.write_shards import write_world
 from trainer.runs.adapter import load_base
+from trainer.training import coming_prompts
 from trainer.training.build import needs, step_plan, task_of
+from trainer.training.coming_prompts import coming
 from trainer.training.tasks.denoise import kept_captions, seeds_of
-from trainer.training.text_encodings import coming, text_encodings
+from trainer.training.text_encodings import encode_all, text_encodings
 
 WORDS = [
     "recipe=lora", "run.batch_size=2", "run.steps=4", "run.log_every=1", "run.checkpoint_every=0",
@@ -126,7 +132,7 @@ def test_another_encoder_or_word_has_another_place(tiny: Any, tmp_path: Path) ->
         if change == "length":
             tiny.max_tokens = 20
         texts = text_encodings(tiny, tmp_path)
-        assert texts is not None and texts.cache is not None
+        assert texts is not None
         keys.append(texts.cache.folder)
     assert len(set(keys)) == 4
 
@@ -158,26 +164,104 @@ def tagged(tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_caption_that_comes_is_known(tagged: Path, tiny_folder: Path) -> None:
-    words = ["recipe=lora_folder", f"backbone={tiny_folder}", f"data.folder={tagged}"]
-    words += [
-        "data.shuffle_tags=true",
-        "data.buckets=0",
-        "run.steps=20",
-        "objective.caption_dropout=0.3",
-    ]
-    recipe = load_recipe([*words, "run.batch_size=2"])
-    model = load_base(recipe.backbone, "tiny")
-    train, _ = recipe.data.open(needs(recipe, model))
-    items = Planned(train, step_plan(recipe, train), None, 0, 1)
-    task = task_of(recipe, model)
+def test_prompts_are_encoded_alike_where_they_are_not_known_before(
+    tiny_folder: Path,
+    tmp_path: Path,
+    cache: Path,
+    encoded: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    """Whether they are depends on the steps that are left: a resumed run must not notice."""
+    own = ("preview.every=0", "preview.prompts=[]")
+    first, losses = fit(tmp_path / "first", tiny_folder, *own)
+    shutil.rmtree(cache)
+    encoded.clear()
+    monkeypatch.setattr(coming_prompts, "MOST_BYTES", 1)
+    again, same = fit(tmp_path / "again", tiny_folder, *own)
+    assert set(encoded) == {1} and not cache.exists()
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "run.cache_text: more than 0 different prompts are to come" in said
+    assert losses == same
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+def test_memory_has_what_was_encoded_where_no_file_is(tiny: Any, encoded: list[int]) -> None:
+    tiny.requires_grad_(False)
+    texts = text_encodings(tiny, None)
+    assert texts is not None
+    found = [texts(tiny, ["a fox", "a star"])["tokens"], texts(tiny, ["a star", "a fox"])["tokens"]]
+    assert encoded == [1, 1] and torch.equal(found[0], found[1].flip(0))
+
+
+@pytest.fixture
+def items_of(tagged: Path, tiny_folder: Path) -> Callable[..., tuple[Any, Planned]]:
+    """The task and the batches of a run on `tagged`."""
+
+    def build(*words: str) -> tuple[Any, Planned]:
+        own = ["recipe=lora_folder", f"backbone={tiny_folder}", f"data.folder={tagged}"]
+        own += ["data.buckets=0", "run.steps=20", "objective.caption_dropout=0.3"]
+        recipe = load_recipe([*own, "run.batch_size=2", *words])
+        model = load_base(recipe.backbone, "tiny")
+        train, _ = recipe.data.open(needs(recipe, model))
+        return task_of(recipe, model), Planned(train, step_plan(recipe, train), None, 0, 1)
+
+    return build
+
+
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_every_caption_that_comes_is_known(
+    shuffled: bool, items_of: Callable[..., tuple[Any, Planned]]
+) -> None:
+    task, items = items_of(f"data.shuffle_tags={str(shuffled).lower()}")
     found = coming(task, items, range(5, 20))
     brought: set[str] = set()
     for step in range(5, 20):
         batch = items[step]
-        seeds = seeds_of(batch, recipe.run.seed, "train")
-        brought.update(kept_captions(batch.captions, seeds, recipe.objective.caption_dropout))
-    assert found == brought and "" in brought and len(brought) > 10
+        seeds = seeds_of(batch, task.seed, "train")
+        brought.update(kept_captions(batch.captions, seeds, task.caption_dropout))
+    assert found == brought and "" in brought
+    assert len(brought) > 10 if shuffled else len(brought) == 1 + len(items.dataset)
+
+
+def test_a_few_captions_are_known_however_long_the_run(
+    items_of: Callable[..., tuple[Any, Planned]],
+) -> None:
+    task, items = items_of("data.shuffle_tags=false")
+    assert len(coming(task, items, range(10**9))) == 1 + len(items.dataset)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "reason"),
+    [
+        ("MOST_BYTES", 10**5, r"more than \d+ different prompts are to come, whose encodings"),
+        ("MOST_CAPTIONS", 9, "the prompts of more than 9 captions would have to be looked at"),
+    ],
+)
+def test_why_prompts_are_not_known(
+    name: str,
+    limit: int,
+    reason: str,
+    items_of: Callable[..., tuple[Any, Planned]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(coming_prompts, name, limit)
+    task, items = items_of("data.shuffle_tags=true")
+    with pytest.raises(coming_prompts.UnknownPromptsError, match=reason):
+        coming(task, items, range(200))
+
+
+def test_captions_in_shards_are_not_known(
+    tmp_path: Path, items_of: Callable[..., tuple[Any, Planned]]
+) -> None:
+    write_world(tmp_path / "shards", 4)
+    asked = Needs(64, 4, lambda prompts, seed, how: (), tmp_path / "cache", lambda: "tiny")
+    train, _ = Shards(shards=tmp_path / "shards").open(asked)
+    task, items = items_of()
+    lines: list[str] = []
+    task.texts.folder = tmp_path
+    assert not encode_all(task, Planned(train, items.plan, None, 0, 1), range(9), say=lines.append)
+    assert len(lines) == 1 and "captions in shards are not known before" in lines[0]
 
 
 def test_text_encoders_and_vae_rest_while_the_denoiser_trains(

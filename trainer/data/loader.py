@@ -81,22 +81,22 @@ class Planned(TorchDataset[Batch]):
         self.rank, self.world_size, self.crops = rank, world_size, crops
 
     def __getitem__(self, step: int) -> Batch:
-        slots = self.plan.local(step, self.rank, self.world_size)
         return collate(
             self.dataset,
-            slots,
+            self.slots(step),
             step=step,
             seed=self.plan.seed,
             moments=self.moments,
             crops=self.crops,
         )
 
-    def captions(self, step: int) -> tuple[list[int], list[str]]:
-        """The places and captions of this rank's part of a batch, whose pictures are not read."""
-        slots = self.plan.local(step, self.rank, self.world_size)
-        pairs = zip(slots, _generators(slots, step, self.plan.seed), strict=True)
-        captions = [self.dataset.caption(slot.index, rng) for slot, rng in pairs]
-        return [slot.place for slot in slots], captions
+    def slots(self, step: int) -> list[Slot]:
+        """This rank's part of a batch, whose samples are not read."""
+        return self.plan.local(step, self.rank, self.world_size)
+
+    def generator(self, slot: Slot, step: int) -> np.random.Generator:
+        """What the sample of a slot draws its augmentation and its caption from."""
+        return _generator(slot, step, self.plan.seed)
 
 
 class Fixed(TorchDataset[Batch]):
@@ -161,7 +161,7 @@ def collate(
 ) -> Batch:
     """Reads the slots of one micro-batch; augmentation is seeded by (seed, step, place). moments:
     the cached latents of the data set, instead of its pictures; crops: as of `Planned`."""
-    pairs = list(zip(slots, _generators(slots, step, seed), strict=True))
+    pairs = [(slot, _generator(slot, step, seed)) for slot in slots]
     batch = Batch(
         step=step,
         positions=[slot.place for slot in slots],
@@ -190,9 +190,8 @@ def collate(
     return batch
 
 
-def _generators(slots: Sequence[Slot], step: int, seed: int) -> list[np.random.Generator]:
-    """What each sample draws its augmentation and its caption from."""
-    return [np.random.default_rng(seed_of(seed, "augment", step, slot.place)) for slot in slots]
+def _generator(slot: Slot, step: int, seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed_of(seed, "augment", step, slot.place))
 
 
 def _cached(dataset: Dataset, slots: Sequence[Slot], moments: Latents) -> Tensor:
