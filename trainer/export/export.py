@@ -17,6 +17,7 @@ from trainer.attention.host import Host
 from trainer.attention.insertion import insertions
 from trainer.backbones import load_backbone
 from trainer.backbones.device import CPU, Placement
+from trainer.common.atomic import beside
 from trainer.config import load as load_
 from trainer.config.header import read_header
 from trainer.config.lineage import spec_of
@@ -82,7 +83,7 @@ def export(
     job, proof = _prepare(path, called, request)
     if rank is not None:
         job, proof = _reduce_rank(job, proof, rank)
-    part = out.with_name(f".{out.name}.{os.getpid()}")
+    part = beside(out)
     try:
         proof = _write(job, proof, part, dtype=dtype)
         del job  # the adapted model, whose memory the proof needs

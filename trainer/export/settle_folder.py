@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.common.atomic import beside
+
 # entries of the libraries' JSON files that say where something was loaded from
 PLACES = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 
@@ -28,7 +30,7 @@ def settle(folder: Path, entries: Mapping[str, str]) -> None:
 def rewrite_header(path: Path, entries: Mapping[str, str]) -> None:
     """Adds entries to the header of a safetensors file, whose own stay, and sorts them:
     safetensors writes them in an order that changes from call to call."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = beside(path)
     with path.open("rb") as source:
         header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
         own = dict(entries) | header.pop("__metadata__", {})

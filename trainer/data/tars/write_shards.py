@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from trainer.common.atomic import beside
 from trainer.data.tars.manifest import KNOWN_FIELDS, MANIFEST, MASK, Manifest, index, save_manifest
 from trainer.data.world.scenes import Scene, draw_scene
 from trainer.data.world.sprites import SETS
@@ -84,7 +85,7 @@ def write_shards(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: exists and is not empty; give a new folder, or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    part = beside(folder)
     try:
         part.mkdir()
         paths = _write_all(part, records, per_shard=per_shard, stem=stem)
