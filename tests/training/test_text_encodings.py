@@ -14,6 +14,8 @@ import torch
 from chat_folders import qwen_image_pipeline, z_image_pipeline
 from far_device import FAR, Far, far_device
 from flow_folders import flux1_pipeline, make_flow_folder, sd3_pipeline
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors.torch import load_file
 from sdxl_folder import make_sdxl_folder
@@ -120,10 +122,15 @@ def test_prompts_apart_are_those_of_a_batch(family: str, tmp_path: Path) -> None
     assert len(list(tmp_path.glob("text/*/*/*.safetensors"))) == 3
 
 
-def test_another_encoder_or_word_has_another_place(tiny: Any, tmp_path: Path) -> None:
+def test_another_encoder_word_or_way_has_another_place(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = LoraConfig(target_modules=["q_proj"], r=2, lora_alpha=2, init_lora_weights=False)
+    inject_adapter_in_model(adapter, tiny.text_encoder)
     tiny.requires_grad_(False)
+    layers = [each for each in tiny.text_encoder.modules() if isinstance(each, LoraLayer)]
     keys = []
-    for change in (None, "weight", "word", "length"):
+    for change in (None, "weight", "word", "length", "scale", "code"):
         if change == "weight":
             with torch.no_grad():
                 next(tiny.text_encoder.parameters()).view(-1)[-1] += 1e-3
@@ -131,10 +138,16 @@ def test_another_encoder_or_word_has_another_place(tiny: Any, tmp_path: Path) ->
             tiny.tokenizer.add_tokens(["<new>"])
         if change == "length":
             tiny.max_tokens = 20
+        if change == "scale":
+            layers[-1].scaling["default"] *= 2
+        if change == "code":
+            monkeypatch.setattr("trainer.training.text_encodings.code", lambda: "other")
         texts = text_encodings(tiny, tmp_path)
-        assert texts is not None
+        again = text_encodings(tiny, tmp_path)
+        assert texts is not None and again is not None
+        assert texts.cache.folder == again.cache.folder
         keys.append(texts.cache.folder)
-    assert len(set(keys)) == 4
+    assert len(set(keys)) == 6
 
 
 def test_what_trains_is_encoded_anew(

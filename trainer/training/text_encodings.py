@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from trainer.backbones.backbone import Backbone
-from trainer.backbones.module_digests import exact_contents
+from trainer.backbones.module_digests import code, exact_contents, settings
 from trainer.backbones.resting import awake
 from trainer.common.long_work import long_work
 from trainer.common.version import name_and_version
@@ -87,13 +87,14 @@ class TextEncodings:
     def _key(self) -> str:
         """Of all that an encoding depends on beside the prompt."""
         backbone = self.backbone
-        parts = [exact_contents(encoder) for encoder in backbone.text_encoders.values()]
+        encoders = backbone.text_encoders.values()
+        parts = [(exact_contents(encoder), settings(encoder)) for encoder in encoders]
         words = [sorted(each.get_vocab().items()) for each in backbone.tokenizers.values()]
         facts = (
             backbone.family, backbone.max_tokens, sorted(backbone.prompt_lengths.items()),
             sorted(backbone.options.items(), key=str), backbone.computes_in, backbone.device.type,
             torch.get_num_threads(), torch.__version__, transformers.__version__,
-            name_and_version(),
+            name_and_version(), code(),
         )  # fmt: skip
         digest = hashlib.sha256(repr((parts, words, facts)).encode())
         return digest.hexdigest()[:24]
