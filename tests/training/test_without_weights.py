@@ -14,7 +14,7 @@ import torch
 from pixart_folder import SIGMA, make_pixart_folder
 from sdxl_folder import make_sdxl_folder
 
-from trainer.backbones.device import CPU, Placement
+from trainer.backbones.device import CPU, Placement, choose_placement
 from trainer.backbones.pipeline_folder import without_values
 from trainer.backbones.small_files import layout_of
 from trainer.backbones.spec import BackboneSpec
@@ -23,6 +23,7 @@ from trainer.common.main_memory import free_memory
 from trainer.config.lineage import backbone_names, read_backbone
 from trainer.config.load import load_recipe
 from trainer.config.schema import Recipe, RecipeError
+from trainer.data.tars.write_shards import write_world
 from trainer.runs.adapter import load_base
 from trainer.training import without_weights
 from trainer.training.adapt_backbone import adapt
@@ -223,7 +224,8 @@ def test_what_weights_are_stored_in_is_planned_with(folders: dict[str, Path]) ->
 
 
 def test_whether_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = Memory({"unet": 3 * 10**9, "vae": 10**9}, 5 * 10**8, saved=10**9, loading=8 * 10**9)
+    parts, less = {"unet": 3 * 10**9, "vae": 10**9}, ("run.precision=bf16", "methods.nf4={}")
+    memory = Memory(parts, 5 * 10**8, saved=10**9, loading=8 * 10**9, less=less)
     assert memory.peak == 5_500_000_000
     monkeypatch.setattr("trainer.training.memory_estimate.free_memory", lambda: 9 * 10**9)
     first, loading, fits = memory_lines(memory, CPU)
@@ -233,7 +235,7 @@ def test_whether_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.training.memory_estimate.free_memory", lambda: 7 * 10**9)
     *_, fits = memory_lines(memory, CPU)
     assert fits.startswith("this machine has 7.0 GB free, and 8.0 GB are needed: it does not fit;")
-    assert "run.gradient_checkpointing=true" in fits
+    assert fits.endswith("; it needs less with any of run.precision=bf16, methods.nf4={}")
 
 
 def test_parts_that_rest_are_not_on_the_device(
@@ -244,7 +246,7 @@ def test_parts_that_rest_are_not_on_the_device(
     memory = memory_of(recipe, *planned(recipe, CPU))
     assert memory.resting == ("text_encoder", "vae")
     weights, away = sum(memory.parts.values()), memory.parts["text_encoder"] + memory.parts["vae"]
-    assert memory.on_device == max(weights, memory.peak - away) < memory.peak
+    assert memory.on_device == max(weights + memory.state, memory.peak - away) < memory.peak
     assert memory.at(CPU.device) == memory.peak
     free = memory.on_device + 1
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, free))
@@ -280,3 +282,33 @@ def test_free_memory_is_what_the_system_says(
     (tmp_path / "MEMINFO").unlink()
     assert (free_memory() or 0) > 10**8
     assert size(5_120_000) == "5.1 MB"
+
+
+def test_parts_come_back_beside_the_gradients_and_moments() -> None:
+    parts, resting = {"unet": 10, "text_encoder": 8}, ("text_encoder",)
+    assert Memory(parts, state=30, saved=5, loading=0, resting=resting).on_device == 18 + 30
+    assert Memory(parts, state=30, saved=50, loading=0, resting=resting).on_device == 10 + 80
+
+
+def test_text_encoders_stay_for_captions_in_shards(tiny_folder: Path, tmp_path: Path) -> None:
+    write_world(tmp_path / "shards", 4)
+    own = ["recipe=lora_folder", "data.source=shards", f"data.shards={tmp_path / 'shards'}"]
+    recipe = load_recipe([*own, f"backbone={tiny_folder}", "data.buckets=0"])
+    assert memory_of(recipe, *planned(recipe, CPU)).resting == ("vae",)
+
+
+def test_only_what_can_be_set_is_said_to_need_less(tiny_folder: Path) -> None:
+    fp8, nf4 = "run.base_precision.denoiser=fp8", "methods.nf4={}"
+
+    def less(*words: str) -> tuple[str, ...]:
+        recipe = recipe_of(tiny_folder, *words)
+        place = choose_placement("cpu", recipe.run.precision, parts=recipe.run.base_precision)
+        return memory_of(recipe, *planned(recipe, place)).less
+
+    checkpoints, half = "run.gradient_checkpointing=true", "run.precision=bf16"
+    every = {checkpoints, half, "a smaller run.resolution", "a smaller run.batch_size", fp8, nf4}
+    assert set(less("run.precision=fp32")) == every
+    assert set(less(checkpoints, half)) == every - {checkpoints, half}
+    assert {fp8, nf4}.isdisjoint(less("run.base_precision={denoiser: fp8}"))
+    whole = ("methods.lora=null", "methods.new_token=null", "data.token=sks", "methods.full={}")
+    assert {fp8, nf4}.isdisjoint(less(*whole))

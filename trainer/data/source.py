@@ -155,6 +155,11 @@ class Source(BaseModel):
         """Whether it keeps samples back for the validation loss."""
         return bool(getattr(self, "validation", 0))
 
+    @property
+    def captions_inside(self) -> bool:
+        """Whether a caption is known when its sample is read, and not before."""
+        return False
+
     def captions(self) -> Iterable[Caption]:
         """Every caption that can be read without opening the data, or none."""
         return ()

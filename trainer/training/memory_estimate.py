@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +22,7 @@ from trainer.training.plan_report import size
 from trainer.training.step_memory import step_bytes
 
 FP32 = 4  # bytes of a value
-LESS = (
-    "it needs less with run.gradient_checkpointing=true, run.precision=bf16, a smaller "
-    "run.resolution or run.batch_size, run.base_precision.denoiser=fp8, or methods.nf4={}"
-)
+FP8_DENOISER = "run.base_precision.denoiser=fp8"
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,8 @@ class Memory:
     parts: the weights of each part of the pipeline, in the precision they are held in; state: the
     gradients, moments and EMA of what trains; saved: what a step calculates and keeps until it is
     used. loading: main memory while the weights are read; in_fp32: whether that is in fp32.
-    resting: the parts that leave a device with memory of its own, see `resting.py`.
+    resting: the parts that leave a device with memory of its own, see `resting.py`. less: options
+    with which the recipe needs less.
     """
 
     parts: Mapping[str, int]
@@ -44,6 +42,7 @@ class Memory:
     loading: int
     in_fp32: bool = True
     resting: tuple[str, ...] = ()
+    less: tuple[str, ...] = ()
 
     @property
     def peak(self) -> int:
@@ -52,9 +51,11 @@ class Memory:
 
     @property
     def on_device(self) -> int:
-        """Of a device with memory of its own, where all parts are before the first step."""
+        """Of a device with memory of its own: of a step without the parts that rest, or of a
+        preview, for which they come back beside the gradients and moments; the greater."""
+        weights = sum(self.parts.values())
         away = sum(self.parts.get(name, 0) for name in self.resting)
-        return max(sum(self.parts.values()), self.peak - away)
+        return max(weights + self.state, weights - away + self.state + self.saved)
 
     def at(self, device: torch.device) -> int:
         return self.peak if device.type in SAME_MEMORY else self.on_device
@@ -75,14 +76,33 @@ def memory_of(recipe: Recipe, backbone: Backbone, plan: Plan) -> Memory:
         loading=sum(_read(part, name in as_stored) for name, part in named.items()),
         in_fp32=not as_stored,
         resting=_resting(recipe, backbone),
+        less=tuple(_less(recipe, backbone)),
     )
 
 
 def _resting(recipe: Recipe, backbone: Backbone) -> tuple[str, ...]:
     """The parts that leave the device while the denoiser trains, as far as a recipe tells."""
-    text = recipe.run.cache_text and text_trains(recipe) is None
+    known = not recipe.data.captions_inside
+    text = recipe.run.cache_text and known and text_trains(recipe) is None
     pictures = recipe.run.cache_latents and pictures_change(recipe.data) is None
     return (*(backbone.text_encoders if text else ()), *(("vae",) if pictures else ()))
+
+
+def _less(recipe: Recipe, backbone: Backbone) -> Iterator[str]:
+    """What a user can set, and has not set, for less memory."""
+    if not recipe.run.gradient_checkpointing:
+        yield "run.gradient_checkpointing=true"
+    if backbone.computes_in == torch.float32:
+        yield "run.precision=bf16"
+    yield "a smaller run.resolution"
+    if recipe.run.batch_size > 1:
+        yield "a smaller run.batch_size"
+    layers = [each for each in backbone.denoiser.modules() if isinstance(each, LAYERS)]
+    held = {each.weight.dtype for each in layers if not each.weight.requires_grad}
+    small = any(dtype.itemsize == 1 for dtype in held)  # fp8, or nf4, which excludes the other
+    if not small and any(dtype.is_floating_point for dtype in held):
+        yield FP8_DENOISER
+        yield "methods.nf4={}"
 
 
 def _read_as_stored(recipe: Recipe, backbone: Backbone) -> list[str]:
@@ -132,15 +152,17 @@ def memory_lines(memory: Memory, placement: Placement) -> Iterator[str]:
 def _fits(memory: Memory, placement: Placement) -> Iterator[str]:
     main, on_cpu = free_memory(), placement.device.type != "cuda"
     needed = max(memory.loading, memory.peak) if on_cpu else memory.loading
+    refused = FP8_DENOISER if placement.device.type == "mps" else None
+    less = [option for option in memory.less if option != refused]
     if main is not None:
-        yield _verdict("this machine", main, needed, advice=on_cpu)
+        yield _verdict("this machine", main, needed, less=less if on_cpu else ())
     if not on_cpu:
         free = torch.cuda.mem_get_info(placement.device)[0]
-        yield _verdict(f"{placement.device}", free, memory.on_device, advice=True)
+        yield _verdict(f"{placement.device}", free, memory.on_device, less=less)
 
 
-def _verdict(what: str, free: int, needed: int, *, advice: bool) -> str:
+def _verdict(what: str, free: int, needed: int, *, less: Sequence[str]) -> str:
     if needed <= free:
         return f"{what} has {size(free)} free: it fits"
-    more = f"; {LESS}" if advice else ""
+    more = f"; it needs less with any of {', '.join(less)}" if less else ""
     return f"{what} has {size(free)} free, and {size(needed)} are needed: it does not fit{more}"

@@ -61,6 +61,10 @@ class Parquet(Source):
             f"{self.image_column}, captions: column {self._captions(paths[0])}"
         ]
 
+    @property
+    def captions_inside(self) -> bool:
+        return True
+
     def stored(self) -> int:
         return bytes_of(self._paths())
 

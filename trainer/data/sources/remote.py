@@ -82,6 +82,10 @@ class Remote(Source):
             found = tuple(listed[name] for name in wanted)
         return found
 
+    @property
+    def captions_inside(self) -> bool:
+        return True
+
     def epoch(self) -> int:
         samples = sum(len(shard.samples) for shard in self.listed)
         return max(0, samples - self.validation)

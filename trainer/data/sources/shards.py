@@ -70,6 +70,10 @@ class Shards(Source):
         """How many samples there are, by their manifest or the names of their members."""
         return count_samples(self.shards, self.ignore)
 
+    @property
+    def captions_inside(self) -> bool:
+        return True
+
     def stored(self) -> int:
         return bytes_of(tars_of(self.shards))
 
