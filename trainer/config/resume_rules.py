@@ -83,7 +83,7 @@ IN_SECTIONS: dict[str, dict[str, Rule]] = {
         "channels_last": FREE,
         "compile": FREE,
         "cache_latents": FREE,  # both round latents alike, see `data/latent_cache.py`
-        "cache_text": FREE,  # prompts are encoded alike, see `training/text_encodings.py`
+        "cache_text": FREE,  # each prompt is encoded by itself, see `training/text_encodings.py`
         "validate_every": FREE,
         "checkpoint_every": FREE,
         "checkpoint_keep": FREE,
