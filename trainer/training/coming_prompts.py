@@ -25,7 +25,7 @@ class UnknownPromptsError(Exception):
     """They cannot be listed before the first step; says why."""
 
 
-class Captions:
+class CaptionsToCome:
     """The captions of a rank's batches. fixed: those that are always the same, by sample; varied:
     the samples of the others."""
 
@@ -71,7 +71,11 @@ def coming(task: Denoise, batches: Planned, steps: Sequence[int]) -> set[str]:
     data = batches.dataset
     if any(isinstance(part, Tars) for part in (data.parts if isinstance(data, Mixed) else (data,))):
         raise UnknownPromptsError("captions in shards are not known before their pictures are read")
-    captions, most, dropout = Captions(batches), most_prompts(task.backbone), task.caption_dropout
+    captions, most, dropout = (
+        CaptionsToCome(batches),
+        most_prompts(task.backbone),
+        task.caption_dropout,
+    )
     found: set[str] = set()
     every: set[str] | None = None
     seen = 0
