@@ -29,6 +29,8 @@ from trainer.attention.insert import insert
 from trainer.attention.insertion import Item, insertions
 from trainer.attention.op import Traits
 from trainer.attention.sites import select
+from trainer.backbones.held_layers import FP8
+from trainer.backbones.layer_casting import cast_layers
 from trainer.ops.temporal import layers
 from trainer.ops.temporal.directed import Directed, DirectedAfter
 from trainer.ops.temporal.layers import from_pixel_sequences, pixel_sequences
@@ -247,6 +249,24 @@ def test_structure_is_another_channel_of_the_first_convolution() -> None:
     wanted = F.conv2d(torch.cat([x_t, channel], 1), weight, first.bias, padding=1)
     torch.testing.assert_close(block(first(x_t), x_t, ctx), wanted)
     assert torch.equal(block(first(x_t), x_t, CLIP), first(x_t))
+
+
+@pytest.mark.parametrize("held", [FP8, torch.bfloat16])
+def test_layers_that_are_cast_get_their_inputs_unrounded(held: torch.dtype) -> None:
+    """What is computed is that of the rounded weights."""
+    torch.manual_seed(0)
+    ctx = StepContext(0, 1, torch.zeros(()), frames=2, source=torch.randn(4, 4, 5, 5))
+    rate = layers.FrameRate(6, default=7.3)
+    structure = layers.Structure(nn.Conv2d(4, 6, 3, padding=1), 0).eval()
+    for block, shape in ((rate, (4, 6)), (structure, (4, 6, 5, 5))):
+        for weight in block.requires_grad_(False).parameters():
+            nn.init.normal_(weight)
+        exact, x = copy.deepcopy(block), torch.randn(shape)
+        assert cast_layers(block, held, ())
+        for each in exact.modules():
+            if isinstance(each, nn.Linear | nn.Conv2d):
+                each.weight.data = each.weight.data.to(held).float()
+        torch.testing.assert_close(block(x, x, ctx), exact(x, x, ctx))
 
 
 def test_inserted_attention_is_a_site_in_time(backbone: tuple[nn.Module, Call]) -> None:

@@ -189,7 +189,7 @@ class FrameRate(nn.Module):
         waves = get_timestep_embedding(
             fps.to(x.device), WAVES, flip_sin_to_cos=True, downscale_freq_shift=0
         )
-        rate = self.embedding(waves.to(self.embedding.linear_1.weight.dtype))
+        rate = self.embedding(waves.to(x.dtype))
         return x + rate.repeat_interleave(ctx.frames, 0).to(x.dtype)
 
 
@@ -219,7 +219,7 @@ class Structure(nn.Module):
             return untouched(x, self)
         level = int(torch.randint(self.level + 1, ())) if self.training else self.level
         s = halved(ctx.source.mean(1, keepdim=True), level)
-        return x + self.conv(s.to(self.conv.weight.dtype)).to(x.dtype)
+        return x + self.conv(s.to(x.dtype)).to(x.dtype)
 
 
 def halved(x: Tensor, times: int) -> Tensor:
