@@ -37,6 +37,7 @@ run.timeouts={preview: 60} -> preview.every=0 -> there are no previews
 run.cache_latents=true -> data.augment=true -> data.augment=true makes other pictures at every use
 run.cache_text=true -> -> methods.new_token trains words
 run.cache_text=true -> methods.new_token=null & methods.lora.text_encoder=[q] -> trains the text enc
+run.base_precision.text_encoders=bf16 -> backbone=dit_xl & methods.new_token=null & data.prior_weight=0 -> this backbone has no text encoder
 preview.prompts=[a fox] -> preview.every=0 -> preview.every=0 makes no previews
 preview.seed=3 -> preview.every=0 -> there are no previews
 preview.negative=a cat -> preview.every=0 -> there are no previews
@@ -101,7 +102,7 @@ OWN = {
     "optim.muon_lr", "optim.lrs", "continual.tokens", "continual.class_words", "continual.inits",
     "data.video.images", "data.video.stills", "data.world_clips.images", "methods.flashmask.seen",
     "text.max_tokens", "run.resolution", "objective.weighting", "data.folder.buckets",
-    "parts.config", "parts.text_encoder_2", "run.base_precision",
+    "parts.config", "parts.text_encoder_2",
 }  # fmt: skip
 # act whatever the others are
 ALONE = """
@@ -214,6 +215,7 @@ def test_every_option_is_decided() -> None:
     ["preview.prompts=[a fox]"],
     ["run.on_nonfinite=skip", "run.nonfinite_total=2"], ["optim.warmup=3", "run.steps=4"],
     ["objective.weighting=min_snr", "objective.min_snr_gamma=2"], ["evaluate.together=[]"],
+    ["run.base_precision.text_encoders=bf16"],
 ])  # fmt: skip
 def test_what_has_its_partner_or_was_not_given_passes(words: list[str]) -> None:
     """What a recipe says of its own is not refused where a user takes its partner away."""

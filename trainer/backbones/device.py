@@ -166,7 +166,8 @@ def _hold(model: Backbone, placement: Placement, own: Collection[int]) -> None:
                 raise ValueError(
                     f"run.base_precision.{kind}={dict(placement.parts)[kind]} is for layers that "
                     "do not train, and there are none: a method trains them all, as full does, or "
-                    "stores them otherwise; leave it out, or that method"
+                    "stores them otherwise; leave out this key, or choose a method that keeps "
+                    "layers frozen"
                 )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from trainer.backbones.families import find_family
 from trainer.config.schema import SECTIONS, Recipe, RecipeError
 from trainer.data.source import Source
 
@@ -83,6 +84,8 @@ def _of_run(recipe: Recipe) -> dict[str, str]:
         found["run.cache_latents"] = f"{reason} makes other pictures at every use"
     if reason := text_trains(recipe):
         found["run.cache_text"] = reason
+    if not find_family(recipe.backbone.family).text_encoders:
+        found["run.base_precision.text_encoders"] = "this backbone has no text encoder"
     if recipe.run.epochs is None:
         found["data.repeats"] = (
             "run.steps says how long the run is, and all photos are repeated alike; give run.epochs"

@@ -171,8 +171,8 @@ class RunSpec(Section):
     def _text_in_halves(self) -> RunSpec:
         if self.base_precision.get("text_encoders") == "fp8":
             raise ValueError(
-                "base_precision.text_encoders=fp8: layers of text encoders are cast by no library; "
-                "give bf16. run.cache_text takes them off the device while the denoiser trains"
+                "base_precision.text_encoders=fp8: fp8 is for the denoiser; give bf16. "
+                "run.cache_text takes text encoders off the device while the denoiser trains"
             )
         return self
 
