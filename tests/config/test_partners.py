@@ -37,7 +37,6 @@ run.timeouts={preview: 60} -> preview.every=0 -> there are no previews
 run.cache_latents=true -> data.augment=true -> data.augment=true makes other pictures at every use
 run.cache_text=true -> -> methods.new_token trains words
 run.cache_text=true -> methods.new_token=null & methods.lora.text_encoder=[q] -> trains the text enc
-run.base_precision.text_encoders=bf16 -> backbone=dit_xl & methods.new_token=null & data.prior_weight=0 -> this backbone has no text encoder
 preview.prompts=[a fox] -> preview.every=0 -> preview.every=0 makes no previews
 preview.seed=3 -> preview.every=0 -> there are no previews
 preview.negative=a cat -> preview.every=0 -> there are no previews
@@ -102,7 +101,7 @@ OWN = {
     "optim.muon_lr", "optim.lrs", "continual.tokens", "continual.class_words", "continual.inits",
     "data.video.images", "data.video.stills", "data.world_clips.images", "methods.flashmask.seen",
     "text.max_tokens", "run.resolution", "objective.weighting", "data.folder.buckets",
-    "parts.config", "parts.text_encoder_2",
+    "parts.config", "parts.text_encoder_2", "run.base_precision",
 }  # fmt: skip
 # act whatever the others are
 ALONE = """
@@ -235,6 +234,14 @@ def test_options_of_a_folder_of_photos(photos: Path) -> None:
     assert load_recipe([*words, "data.keep_tags=1", "data.shuffle_tags=true"])
     assert "run.steps says how long the run is" in refusal(*words, "data.repeats=2")
     assert load_recipe([*words, "data.repeats=2", "run.epochs=3"])
+
+
+def test_a_backbone_without_text_encoders_holds_none() -> None:
+    words = ["backbone=dit_xl", "methods.new_token=null", "data.prior_weight=0", "data.token=a"]
+    for option in ("run.base_precision.text_encoders=bf16", "run.base_precision={text_encoders: "
+                   "bf16, denoiser: fp8}"):  # fmt: skip
+        assert "has no effect: this backbone has no text encoder" in refusal(LORA, *words, option)
+    assert load_recipe([LORA, *words, "run.base_precision.denoiser=fp8"])
 
 
 def test_a_validation_loss_needs_samples_that_are_held_out(photos: Path) -> None:
