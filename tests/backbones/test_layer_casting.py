@@ -4,11 +4,13 @@ gradients of the rounded weights, and nothing kept for the backward but what is 
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from chat_folders import z_image_pipeline
 from flow_folders import flux1_pipeline, make_flow_folder
 from safetensors.torch import load_file, save_file
 from sdxl_folder import make_sdxl_folder
@@ -34,6 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "sdxl": make_sdxl_folder(root / "sdxl"),
         "flux1": make_flow_folder(root / "flux1", flux1_pipeline),
+        "z_image": make_flow_folder(root / "z_image", z_image_pipeline),
     }
 
 
@@ -129,19 +132,49 @@ def test_a_plan_knows_of_it_and_nothing_more_is_kept(folders: dict[str, Path]) -
     assert less < 1.1 * kept
 
 
-def test_half_precision_for_fp32_is_exact(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Of weights that are stored so: they take half the memory, and not a bit differs."""
-    import shutil
-
-    folder = Path(shutil.copytree(folders["sdxl"], tmp_path / "half"))
-    for path in folder.rglob("*.safetensors"):
+def in_halves(folder: Path, copy: Path) -> Path:
+    """A copy of a folder, its weights stored in bf16."""
+    shutil.copytree(folder, copy)
+    for path in copy.rglob("*.safetensors"):
         save_file({k: v.bfloat16() for k, v in load_file(path).items()}, path, {"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux1", "z_image"])
+def test_half_precision_for_fp32_is_exact(
+    family: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of weights that are stored so: they take half the memory, and not a bit differs."""
+    folder = in_halves(folders[family], tmp_path / "half")
     halves = Placement(CPU, "fp32", (("denoiser", "bf16"), ("text_encoders", "bf16")))
     spec = backbone_spec(str(folder))
     found = load_base(spec, "mine", halves, read_held=True)
-    assert found.unet.conv_in.weight.dtype == torch.bfloat16
+    kinds = [x.weight.dtype for x in found.denoiser.modules() if isinstance(x, nn.Linear)]
+    assert kinds.count(torch.bfloat16) > 0.5 * len(kinds)
     assert found.text_encoder.dtype is not None and found.computes_in == torch.float32
     assert torch.equal(predicted(found), predicted(load_base(spec, "mine")))
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux1", "z_image"])
+def test_weights_read_in_halves_are_cast_as_those_read_whole(
+    family: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Layers that are left out of fp8 then compute in fp32 all the same."""
+    spec = backbone_spec(str(in_halves(folders[family], tmp_path / "half")))
+    where = Placement(CPU, "fp32", DENOISER)
+    found = load_base(spec, "mine", where, read_held=True)
+    assert torch.equal(predicted(found), predicted(load_base(spec, "mine", where)))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_what_a_class_wants_uncast_stays_exact(dtype: str, folders: dict[str, Path]) -> None:
+    model = load_base(backbone_spec(str(folders["z_image"])), "mine")
+    exact = copy.deepcopy(model.denoiser.t_embedder)
+    place(model, Placement(CPU, "fp32", (("denoiser", dtype),)))
+    kept = dict(model.denoiser.t_embedder.named_parameters())
+    for name, value in exact.named_parameters():
+        assert torch.equal(kept[name], value)
+    assert model.denoiser.layers[0].attention.to_q.weight.element_size() < 4
 
 
 def test_it_is_refused_where_it_cannot_be(

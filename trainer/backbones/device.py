@@ -162,7 +162,8 @@ def _hold(model: Backbone, placement: Placement, own: Collection[int]) -> None:
         held = placement.held(kind, model.published)
         for part in parts:
             hold_layers(part, dtype if held.itemsize < dtype.itemsize else held, own)
-            if held.itemsize < dtype.itemsize and not cast_layers(part, held, own):
+            casts = held.itemsize < dtype.itemsize
+            if casts and not cast_layers(part, held, own, compute=dtype):
                 raise ValueError(
                     f"run.base_precision.{kind}={dict(placement.parts)[kind]} is for layers that "
                     "do not train, and there are none: a method trains them all, as full does, or "

@@ -17,16 +17,22 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
-from trainer.backbones.held_layers import FP8, rounded
+from trainer.backbones.held_layers import FP8, LAYERS, rounded
 
 CONV_INPUT = {1: conv1d_input, 2: conv2d_input, 3: conv3d_input}
 
 
-def cast_layers(part: nn.Module, dtype: torch.dtype, stored: Collection[int]) -> int:
+def cast_layers(
+    part: nn.Module,
+    dtype: torch.dtype,
+    stored: Collection[int],
+    *,
+    compute: torch.dtype = torch.float32,
+) -> int:
     """Holds the weights of a part's frozen layers in `dtype`; returns how many of them are. Biases
-    stay, and layers that the model's class wants in fp32; in fp8 those that diffusers leaves out
-    too: norms, positions, patches, and what the class names. stored: ids of parameters that
-    stay."""
+    stay, and layers that the model's class wants in fp32 or uncast; in fp8 norms, positions and
+    patches too, as in diffusers. stored: ids of parameters that stay. compute: what the part
+    computes in; layers that are not cast and were read in less are put back into it."""
     precise = _precise(part, dtype)
     count = 0
     for name, layer in part.named_modules():
@@ -40,19 +46,31 @@ def cast_layers(part: nn.Module, dtype: torch.dtype, stored: Collection[int]) ->
             weight.data = rounded(weight.data, dtype)
             layer.__class__ = kind
             count += 1
+    _widen(part, compute)
     return count
+
+
+def _widen(part: nn.Module, compute: torch.dtype) -> None:
+    """Layers that are not cast get weights that they can compute with; those in 4 bits, which are
+    integers, stay."""
+    for layer in part.modules():
+        if not isinstance(layer, LAYERS) or type(layer) in CASTING.values():
+            continue
+        for value in layer.parameters(recurse=False):
+            if value.is_floating_point() and value.element_size() < compute.itemsize:
+                value.data = rounded(value.data, compute)
 
 
 def _precise(part: Any, dtype: torch.dtype) -> list[str]:
     """What diffusers leaves out of a model, as regular expressions over the names of layers."""
-    kept = list(getattr(part, "_keep_in_fp32_modules", None) or ())
+    own = list(getattr(part, "_skip_layerwise_casting_patterns", None) or ())
+    own += getattr(part, "_keep_in_fp32_modules", None) or ()
     if dtype != FP8:
-        return kept
+        return own
     # imported here, since it brings peft, and that the compiler of torch: a plan needs neither
     from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 
-    own = getattr(part, "_skip_layerwise_casting_patterns", None) or ()
-    return [*DEFAULT_SKIP_MODULES_PATTERN, *own, *kept]
+    return [*DEFAULT_SKIP_MODULES_PATTERN, *own]
 
 
 def _plain(layer: Any) -> bool:
