@@ -131,6 +131,19 @@ def test_two_ranks_train_the_same_model(first: Path, tmp_path: Path, tiny_folder
     assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
 
 
+@pytest.mark.ddp
+def test_two_ranks_share_a_denoiser_in_fp8(tmp_path: Path, tiny_folder: Path) -> None:
+    """gloo, which connects ranks on CPUs, cannot send its weights, and has no need to."""
+    words = ["run.steps=2", "run.base_precision.denoiser=fp8", "run.precision=fp32"]
+    words += ["run.validate_every=2", "preview.every=0"]
+    for name, ranks in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        fit(tmp_path / name, tiny_folder, "run.id=a", *words, *["run.devices=2"] * (ranks - 1))
+    one, two = (tmp_path / name / "runs" / "custom_diffusion" / "a" for name in ("one", "two"))
+    assert _losses(two) == pytest.approx(_losses(one), abs=1e-5)
+    assert set(weights(one)) == set(weights(two))
+
+
 def test_resumed_run_is_the_same_run(first: Path, tmp_path: Path, tiny_folder: Path) -> None:
     """Stopped after two of four steps by a shorter recipe, then continued in its folder."""
     fit(tmp_path, tiny_folder, "run.id=half", "run.steps=2")

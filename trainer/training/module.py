@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trainer.attention.step_result import StepResult
 from trainer.backbones.backbone import Backbone
+from trainer.backbones.held_layers import FP8
 from trainer.backbones.resting import rest
 from trainer.common.seeds import seed_of
 from trainer.data.loader import Batch, Unread
@@ -54,6 +55,11 @@ class DiffusionModule(lightning.LightningModule):
         self.at_steps, self.seed = tuple(at_steps), seed
         self.val_losses: dict[int, list[float]] = {}
         self.resting: Sequence[str] = ()  # parts of the backbone that training has no need of
+        # parameters that DDP does not send from the first rank: every rank has read the same ones,
+        # and gloo cannot send floats of 8 bits
+        self._ddp_params_and_buffers_to_ignore = [
+            name for name, value in self.named_parameters() if value.dtype == FP8
+        ]
         self.val_problem: str | None = None  # why the present validation has failed
 
     def trainable(self) -> dict[str, nn.Parameter]:
