@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from trainer.__main__ import main
 from trainer.common.exit_codes import BAD_RECIPE
@@ -53,6 +54,19 @@ def check(words: list[str], capsys: Any) -> tuple[int, str]:
 def test_what_fit_would_refuse_is_refused(words: list[str], message: str, capsys: Any) -> None:
     code, text = check(["recipe=lora", *words], capsys)
     assert (code, message in text) == (BAD_RECIPE, True), text
+
+
+def test_fp8_where_fit_would_refuse_it_is_refused(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fp8 = "run.base_precision.denoiser=fp8"
+    lora = ["recipe=lora", "run.precision=fp32", fp8]
+    assert check(lora, capsys)[0] == 0
+    code, text = check(["recipe=full", fp8], capsys)
+    assert code == BAD_RECIPE and "denoiser=fp8 is for layers that do not train, and" in text
+    monkeypatch.setattr("trainer.backbones.device._device", lambda name, rank: torch.device("mps"))
+    code, text = check(lora, capsys)
+    assert code == BAD_RECIPE and "Apple's GPUs have no fp8; give bf16" in text
 
 
 def test_an_adapter_that_does_not_fit_is_refused(

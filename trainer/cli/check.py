@@ -61,10 +61,10 @@ def _check_machine(recipe: Recipe) -> None:
     """Refuses a device or precision that this machine has not, and concepts that no judge is there
     for. Where the recipe names none of them, torch is not needed."""
     run, continual = recipe.run, recipe.continual
-    if run.device != "auto" or run.precision not in ("auto", "fast"):
+    if run.device != "auto" or run.precision not in ("auto", "fast") or run.base_precision:
         from trainer.backbones.device import choose_placement
 
-        choose_placement(run.device, run.precision)
+        choose_placement(run.device, run.precision, parts=run.base_precision)
     if continual.concepts and continual.images:
         quiet_libraries()
         from trainer.continual import judge_of
@@ -98,7 +98,8 @@ def _show_plan(recipe: Recipe) -> None:
 def _unknown(recipe: Recipe) -> str | None:
     """Refuses what the recipe's methods cannot do to its backbone; returns why that is not known,
     or None. Recipes that ship are known to fit, which needs no torch."""
-    if recipe.name in recipe_names() and recipe.run.start_from is None:
+    run = recipe.run
+    if recipe.name in recipe_names() and run.start_from is None and not run.base_precision:
         try:
             shipped = load_recipe([f"recipe={recipe.name}"])
         except RecipeError:  # it needs data of the user's

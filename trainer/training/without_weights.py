@@ -8,7 +8,7 @@ import torch
 
 from trainer.backbones import weights_here
 from trainer.backbones.backbone import Backbone
-from trainer.backbones.device import PRECISIONS, Placement
+from trainer.backbones.device import PRECISIONS, Placement, choose_placement, place
 from trainer.backbones.pipeline_folder import without_values
 from trainer.backbones.retarget import retarget
 from trainer.backbones.small_files import cached, layout_of
@@ -48,6 +48,9 @@ def _check(recipe: Recipe, backbone: Backbone) -> None:
     plan = apply_methods(backbone, recipe.methods, recipe.run.seed, frozen=recipe.optim.frozen)
     if earlier is not None:
         check_names(file_of(earlier), backbone, plan)
+    if parts := recipe.run.base_precision:  # which needs layers that do not train
+        where = choose_placement(recipe.run.device, recipe.run.precision, parts=parts)
+        place(backbone, _on_cpu(where, backbone.published), plan.stored)
     if recipe.run.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     module = module_of(recipe, backbone, plan)
