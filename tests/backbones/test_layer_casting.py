@@ -20,8 +20,10 @@ from trainer.backbones.device import Placement, choose_placement, place
 from trainer.backbones.held_layers import FP8
 from trainer.config.lineage import backbone_spec
 from trainer.config.load import load_recipe, methods_of
+from trainer.data.source import Generation
 from trainer.methods.apply import apply_methods
 from trainer.runs.adapter import load_base
+from trainer.training.build import needs
 from trainer.training.memory_estimate import memory_of
 from trainer.training.step_memory import step_bytes
 from trainer.training.without_weights import planned
@@ -164,6 +166,24 @@ def test_weights_read_in_halves_are_cast_as_those_read_whole(
     where = Placement(CPU, "fp32", DENOISER)
     found = load_base(spec, "mine", where, read_held=True)
     assert torch.equal(predicted(found), predicted(load_base(spec, "mine", where)))
+
+
+def test_class_images_are_made_of_weights_read_in_halves(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Before the layers are cast: the same pictures as of weights read whole."""
+    folder = in_halves(folders["sdxl"], tmp_path / "half")
+    recipe = recipe_of(folder, "run.base_precision.denoiser=fp8", "run.precision=fp32")
+    found = []
+    for read_held in (True, False):
+        where = Placement(CPU, "fp32", DENOISER)
+        spec = backbone_spec(str(folder))
+        model = load_base(spec, "mine", where, hold=False, read_held=read_held)
+        how = Generation(steps=1, guidance=2.0, sampler=None)
+        found.append(needs(recipe, model).generate(["a fox"], 3, how)[0].tobytes())
+        own = {x.weight.dtype for x in model.denoiser.modules() if type(x) is nn.Linear}
+        assert own == {torch.bfloat16 if read_held else torch.float32}
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])

@@ -9,7 +9,8 @@ The backward casts again: nothing but W itself is kept for it, where autograd wo
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -108,6 +109,29 @@ CASTING: dict[type, Any] = {
     nn.Conv2d: CastConv2d,
     nn.Conv3d: CastConv3d,
 }
+
+
+@contextmanager
+def casting(parts: Iterable[nn.Module], compute: torch.dtype) -> Iterator[None]:
+    """Inside, frozen layers that were read in less than the parts compute in are cast at every
+    call; their weights stay as they are, for methods that are still to read them."""
+    narrow = [layer for part in parts for layer in part.modules() if _narrow(layer, compute)]
+    kinds = {cast: plain for plain, cast in CASTING.items()}
+    for layer in narrow:
+        layer.__class__ = CASTING[type(layer)]
+    try:
+        yield
+    finally:
+        for layer in narrow:
+            layer.__class__ = kinds[type(layer)]
+
+
+def _narrow(layer: Any, compute: torch.dtype) -> bool:
+    """Whether it is frozen, can be cast, and was read in less than `compute`."""
+    if type(layer) not in CASTING or not layer.weight.is_floating_point():
+        return False
+    less = layer.weight.element_size() < compute.itemsize
+    return less and not layer.weight.requires_grad and _plain(layer)
 
 
 def _cast(layer: Any, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import Placement, choose_placement, pictures_at_once
 from trainer.backbones.folder_facts import check_side
+from trainer.backbones.layer_casting import casting
 from trainer.backbones.schedulers import sampled_as
 from trainer.common.paths import cache_folder
 from trainer.config.backbone_limits import check_trainable, check_weighting
@@ -142,7 +143,9 @@ def needs(recipe: Recipe, backbone: Backbone) -> Needs:
     def generate(prompts: Sequence[str], seed: int, how: Generation) -> list[Image]:
         seeds = [seed + i for i in range(len(prompts))]
         settings = Sampling(how.steps, how.guidance, size=recipe.run.size, sampler=how.sampler)
-        pictures = sample_many(backbone, prompts, seeds, settings=settings)
+        parts = (backbone.denoiser, *backbone.text_encoders.values())
+        with casting(parts, backbone.computes_in):  # layers are held only after methods are applied
+            pictures = sample_many(backbone, prompts, seeds, settings=settings)
         return [
             with_facts(
                 to_pil(picture),
