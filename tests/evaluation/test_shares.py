@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
+from copy import copy, deepcopy
 from math import sqrt
 
 import pytest
@@ -49,3 +52,15 @@ def test_the_mean_of_equal_groups_is_the_share_of_all() -> None:
     assert isinstance(found, Share) and found == 0.75 and found.count == 64
     assert not isinstance(mean([Share(0.5, 32), 0.25]), Share)
     assert mean([Share(0.5, 32), None]) is None
+
+
+def test_the_mean_of_unequal_groups_is_no_share() -> None:
+    """0.75 is not the share of 40 pictures of which 24 are right."""
+    found = mean([Share(0.5, 32), Share(1.0, 8)])
+    assert found == 0.75 and not isinstance(found, Share)
+
+
+@pytest.mark.parametrize("again", [copy, deepcopy, lambda own: pickle.loads(pickle.dumps(own))])
+def test_a_share_is_copied_with_its_count(again: Callable[[Share], Share]) -> None:
+    found = again(Share(0.5, 32))
+    assert isinstance(found, Share) and found == 0.5 and found.count == 32

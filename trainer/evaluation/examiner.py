@@ -236,13 +236,14 @@ class Examiner:
 
 def mean(values: Sequence[float | None]) -> float | None:
     """The mean; None where a value is unknown (None) or there are no values. Of shares of equally
-    many pictures each it is the share of all of them."""
+    many pictures each it is the share of all of them; of others a mean that is no share."""
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return None
     found = sum(known) / len(known)
     counts = [value.count for value in known if isinstance(value, Share)]
-    return Share(found, sum(counts)) if len(counts) == len(known) else found
+    equal = len(counts) == len(known) and len(set(counts)) == 1
+    return Share(found, sum(counts)) if equal else found
 
 
 def means(listed: Sequence[Scores]) -> Scores:

@@ -19,6 +19,10 @@ class Share(float):
         made.count = count
         return made
 
+    def __getnewargs__(self) -> tuple[float, int]:  # type: ignore[override]
+        """What `copy` and `pickle` make it of."""
+        return float(self), self.count
+
     @property
     def interval(self) -> tuple[float, float]:
         """As `wilson`."""
