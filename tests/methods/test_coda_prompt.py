@@ -19,7 +19,7 @@ from trainer.config.schema import RecipeError
 from trainer.export.export import export
 from trainer.methods.apply import Plan, apply_methods
 from trainer.ops.coda_prompt import PromptPool, orthonormal_beside
-from trainer.runs.adapter import start_from
+from trainer.runs.adapter import load_adapted, start_from
 
 OPTIONS: dict[str, Any] = {"pool": 7, "length": 6, "num_tasks": 3}
 
@@ -279,9 +279,27 @@ def test_self_attention_is_refused(tiny: Any) -> None:
         apply(tiny, sites="all")
 
 
-def test_more_parts_than_can_be_orthogonal_are_refused(tiny: Any) -> None:
-    with pytest.raises(ValueError, match=r"pool=129: at .* no more than 128 parts"):
-        apply(tiny, pool=129, sites="cross & mid")
+def test_more_parts_than_can_be_orthogonal_are_refused_where_a_task_starts(tiny: Any) -> None:
+    prepare = apply(tiny, pool=129, sites="cross & mid").edits["coda_prompt"].prepare
+    assert prepare is not None
+    said = r"methods\.coda_prompt: pool=129: at .* no more than 128 parts"
+    with pytest.raises(ValueError, match=said):
+        prepare(lambda: pytest.fail("Gram-Schmidt looks at no data"))
+
+
+def test_an_adapter_with_more_parts_is_loaded(
+    tiny: Any, tiny_folder: Path, tmp_path: Path, save: Callable[..., dict[str, Tensor]]
+) -> None:
+    """As it was trained when parts were orthogonal within a task alone."""
+    options = {**OPTIONS, "pool": 150, "task": 2, "sites": "cross & mid"}
+    plan = apply(tiny, **options)
+    path = tmp_path / "adapter.safetensors"
+    stored = save(
+        path, tiny, plan, {"backbone": str(tiny_folder), "methods": {"coda_prompt": options}}
+    )
+    found = dict(load_adapted(path)[0].named_parameters())
+    assert len(stored) == 3 * 3
+    assert all(torch.equal(found[name], value) for name, value in stored.items())
 
 
 def test_only_the_direction_of_the_query_counts() -> None:

@@ -49,6 +49,7 @@ class PromptPool(nn.Module):
             Components(count, length=length, width=width, text=text) for count in counts
         )
         self.added = length // 2
+        self.room = min(text, length * width)  # so many parts can be orthogonal to each other
 
     def context(self, k_ctx: Tensor, v_ctx: Tensor, call: SiteCall) -> tuple[Tensor, Tensor]:
         call.scratch(self)["query"] = k_ctx.detach().mean(1)

@@ -16,7 +16,7 @@ default weight is 0; this is the paper's penalty.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
@@ -77,11 +77,6 @@ class CodaPrompt(Method):
         for site in sites:
             text = site.projection("k").in_features
             width = site.heads * site.head_dim
-            if self.pool > (room := min(text, self.length * width)):
-                raise ValueError(
-                    f"pool={self.pool}: at {site.name} no more than {room} parts can be orthogonal "
-                    "to each other; choose a smaller pool"
-                )
             pool = PromptPool(counts, self.length, width=width, text=text)
             model.host.install(pool, [site])
             pools.append(pool)
@@ -95,12 +90,20 @@ class CodaPrompt(Method):
             trains=tuple(trains),
             keeps=tuple(keeps),
             loss=self._penalty(pools) if self.ortho else None,
-            prepare=self._separate(pools),
+            prepare=self._separate(dict(zip([site.name for site in sites], pools, strict=True))),
         )
 
-    def _separate(self, pools: Sequence[PromptPool]) -> Callable[[Callable[[], None]], None]:
+    def _separate(self, pools: Mapping[str, PromptPool]) -> Callable[[Callable[[], None]], None]:
+        """pools: by the names of their sites."""
+
         def prepare(run: Callable[[], None]) -> None:
-            for pool in pools:  # here, since the earlier tasks' parts are loaded by now
+            for site, pool in pools.items():
+                if self.pool > pool.room:  # only a start needs the room; an adapter is loaded as is
+                    raise ValueError(
+                        f"methods.coda_prompt: pool={self.pool}: at {site} no more than "
+                        f"{pool.room} parts can be orthogonal to each other; choose a smaller pool"
+                    )
+            for pool in pools.values():  # here, since the earlier tasks' parts are loaded by now
                 pool.separate()
 
         return prepare
