@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -210,6 +211,16 @@ def groups_by_a_loop(x: Tensor, side: int, cell: int, ratio: float, step: int) -
     rest = [[i] for i in order if i not in goes]
     into = [[j, *(i for i in goes if targets[best[i]] == j)] for j in targets]
     return rest + into
+
+
+def test_a_site_of_unknown_grid_does_not_stand_for_the_finest(tiny: Any) -> None:
+    sites = tiny.host.sites
+    own = next(site for site in sites if site.kind == "self")
+    sites[:] = [replace(x, divisor=None if x is own else 2 * x.divisor) for x in sites]
+    add(tiny, agents="merged")
+    wanted = [site.name for site in tiny.sites if site.kind == "self" and site.divisor == 2]
+    assert wanted
+    assert [name for name, each in tiny.host.processors.items() if each.ops] == wanted
 
 
 @pytest.mark.parametrize(("step", "cell"), [(0, 4), (3, 4), (4, 2), (9, 2)])

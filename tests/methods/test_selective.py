@@ -80,6 +80,12 @@ def test_wrong_options_are_refused_by_key(options: dict[str, Any], message: str)
     assert message in str(error.value)
 
 
+def test_the_texts_own_layers_are_called_k_and_v_in_cross_attention(tiny: Any) -> None:
+    said = r"is cross-attention, .* called k and v; give projections=\[k,v\]$"
+    with pytest.raises(ValueError, match=said):
+        apply_methods(tiny, methods_of({"selective": {"projections": ["add_k", "add_v"]}}))
+
+
 def test_detaching_needs_a_cross_site(tiny: Any) -> None:
     method = Selective(sites="self", detach_first_token=True)
     with pytest.raises(ValueError, match=r"detach_first_token needs cross-attention"):

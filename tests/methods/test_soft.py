@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,6 +83,18 @@ def test_coarser_grids_have_the_same_number_of_landmarks(tiny: Any) -> None:
     found = ops(tiny)
     divisors = {site.name: site.divisor for site in tiny.sites}
     assert {(divisors[name], op.ratio) for name, op in found.items()} == {(1, 4), (2, 2)}
+
+
+def test_a_grid_that_is_unknown_makes_no_other_coarser(tiny: Any) -> None:
+    """Of the other sites the finest has the ratio that was asked for, whatever its divisor is."""
+    sites = tiny.host.sites
+    own = next(site for site in sites if site.kind == "self")
+    sites[:] = [replace(x, divisor=None if x is own else 2 * x.divisor) for x in sites]
+    add(tiny, ratio=4)
+    divisors = {site.name: site.divisor for site in tiny.sites}
+    assert {(divisors[name], op.ratio) for name, op in ops(tiny).items()} == {
+        (None, 4), (2, 4), (4, 2),
+    }  # fmt: skip
 
 
 def test_queries_and_keys_both_learn(tiny: Any, predict: Predict) -> None:

@@ -56,8 +56,9 @@ class Soft(Swap):
                 f"methods.soft: {other[0].name} is {other[0].kind} attention; soft has one "
                 "projection for queries and keys, on the grid of a picture: give sites=self"
             )
-        divisors = [site.divisor or 1 for site in sites]
-        ratios = [max(1, self.ratio * min(divisors) // divisor) for divisor in divisors]
+        least = min((site.divisor for site in sites if site.divisor), default=1)
+        divisors = [site.divisor or least for site in sites]  # an unknown grid is as the finest
+        ratios = [max(1, self.ratio * least // divisor) for divisor in divisors]
         return self.swap(
             model,
             lambda index, site: SoftOp(

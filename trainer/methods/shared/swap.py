@@ -73,13 +73,14 @@ class Swap(Method):
         )
 
     def _chosen(self, model: AttentionModel, finest: bool) -> list[Site]:
-        """The sites; ValueError where one of them cannot be distilled."""
+        """The sites; finest: of those whose grids are known the finest, or all where none is.
+        ValueError where one of them cannot be distilled."""
         from trainer.attention.sites import require
 
         sites = require(model.sites, self.sites, "sites")
         if finest:
-            least = min(site.divisor or 1 for site in sites)
-            sites = [site for site in sites if (site.divisor or 1) == least]
+            least = min((site.divisor for site in sites if site.divisor), default=None)
+            sites = [site for site in sites if site.divisor == least]
         for site in sites:
             if self.distill and site.keeps_processor:
                 raise ValueError(

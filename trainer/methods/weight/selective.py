@@ -90,7 +90,14 @@ class Selective(Method):
         Raises:
             ValueError: other layers are named, and no site.
         """
-        if self.sites is not None or site.kind == "cross":
+        if self.sites is None and site.kind == "cross":
+            if not all(site.has(role) for role in self.projections if role in OF_TEXT.values()):
+                raise ValueError(
+                    f"{site.name} is cross-attention, whose keys and values read the text alone "
+                    "and are called k and v; give projections=[k,v]"
+                )
+            return list(self.projections)
+        if self.sites is not None:
             return list(self.projections)
         own = site.has("add_k")
         roles = [OF_TEXT.get(role, role) if own else role for role in self.projections]
