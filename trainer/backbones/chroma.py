@@ -32,7 +32,7 @@ from trainer.backbones.folder_check import check_channels, check_classes, check_
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.noise_levels import levels_by_tokens
 from trainer.backbones.spec import BackboneSpec
-from trainer.backbones.tool_names import Scripts, ToolNames, block_names
+from trainer.backbones.tool_names import ModelNames, Scripts, ToolNames, block_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +125,7 @@ FAMILY = Family(
                 "sd-scripts",
                 BLOCKS,
                 module="networks.lora_flux",
-                architecture="chroma",
+                model=lambda config: ModelNames("chroma", "chroma"),
                 stock=published_width,
             ),
         )

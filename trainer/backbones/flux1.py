@@ -20,7 +20,7 @@ from trainer.backbones.folder_check import check_channels, check_classes, check_
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.noise_levels import levels_by_tokens
 from trainer.backbones.spec import BackboneSpec
-from trainer.backbones.tool_names import Scripts, ToolNames, block_names
+from trainer.backbones.tool_names import ModelNames, Scripts, ToolNames, block_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -185,6 +185,10 @@ def published_width(config: Mapping[str, Any]) -> bool:
     return int(config["num_attention_heads"]) * int(config["attention_head_dim"]) == 3072
 
 
+def _model_names(config: Mapping[str, Any]) -> ModelNames:
+    return ModelNames("flux1", "flux-1-dev" if config["guidance_embeds"] else "flux-1-schnell")
+
+
 FAMILY = Family(
     denoiser="transformer",
     pipelines=("FluxPipeline", "FluxImg2ImgPipeline"),
@@ -212,7 +216,7 @@ FAMILY = Family(
                 "sd-scripts",
                 BLOCKS,
                 module="networks.lora_flux",
-                architecture="flux-1-dev",
+                model=_model_names,
                 stock=published_width,
             ),
         )

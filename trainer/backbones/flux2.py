@@ -23,7 +23,7 @@ from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.latent_form import LatentForm
 from trainer.backbones.noise_levels import Extent, NoiseLevels, even_levels
 from trainer.backbones.spec import BackboneSpec
-from trainer.backbones.tool_names import Scripts, ToolNames, block_names
+from trainer.backbones.tool_names import ModelNames, Scripts, ToolNames, block_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,6 +168,13 @@ BLOCKS = block_names(
     {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
 )  # fmt: skip
 
+
+def _model_names(config: Mapping[str, Any]) -> ModelNames:
+    """klein 4B has 24 heads, 9B has 32."""
+    size = "4b" if int(config["num_attention_heads"]) <= 24 else "9b"
+    return ModelNames(f"flux_2_klein_{size}", f"Flux.2-klein-{size}")
+
+
 FAMILY = Family(
     denoiser="transformer",
     pipelines=("Flux2KleinPipeline",),
@@ -192,7 +199,7 @@ FAMILY = Family(
                 "musubi-tuner",
                 BLOCKS,
                 module="networks.lora_flux_2",
-                architecture="flux-2",
+                model=_model_names,
                 stock=lambda config: True,
             ),
         )

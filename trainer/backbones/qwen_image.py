@@ -23,7 +23,7 @@ from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.latent_form import LatentForm, channel_statistics
 from trainer.backbones.noise_levels import levels_by_tokens
 from trainer.backbones.spec import BackboneSpec
-from trainer.backbones.tool_names import Scripts, ToolNames, same_names
+from trainer.backbones.tool_names import ModelNames, Scripts, ToolNames, same_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -186,7 +186,7 @@ FAMILY = Family(
                 "musubi-tuner",
                 BLOCKS,
                 module="networks.lora_qwen_image",
-                architecture="qwen-image",
+                model=lambda config: ModelNames("qwen_image", "Qwen-Image"),
                 stock=lambda config: True,
             ),
         )

@@ -16,7 +16,7 @@ from trainer.backbones.family import Family, Parts
 from trainer.backbones.folder_check import check_channels, check_classes, check_flow
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.spec import BackboneSpec
-from trainer.backbones.tool_names import Scripts, ToolNames, block_names
+from trainer.backbones.tool_names import ModelNames, Scripts, ToolNames, block_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -157,6 +157,16 @@ ENDS = {
     "final_layer.linear": ("proj_out",),
 }
 
+
+def _model_names(config: Mapping[str, Any]) -> ModelNames:
+    """3 medium has no norms of queries and keys, and 3.5 medium alone attends twice in a block."""
+    if config["qk_norm"] is None:
+        version = "3-medium"
+    else:
+        version = "3-5-medium" if config["dual_attention_layers"] else "3-5-large"
+    return ModelNames(version, f"stable-diffusion-3-{version}")
+
+
 FAMILY = Family(
     denoiser="transformer",
     pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
@@ -173,9 +183,7 @@ FAMILY = Family(
         "SD3Transformer2DModel": ToolNames(
             BLOCKS | ENDS,
             comfyui="diffusers",
-            scripts=Scripts(
-                "sd-scripts", BLOCKS, module="networks.lora_sd3", architecture="stable-diffusion-3"
-            ),
+            scripts=Scripts("sd-scripts", BLOCKS, module="networks.lora_sd3", model=_model_names),
         )
     },
     traits=DenoiserTraits(

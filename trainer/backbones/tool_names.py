@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 # a name to the layers here that it stands for: several, in the order of its rows, where the other
 # code keeps them in one layer; `{}` in both is the number of a block
@@ -18,19 +18,28 @@ def _never(config: Mapping[str, Any]) -> bool:
     return False
 
 
+class ModelNames(NamedTuple):
+    """What the header of a file calls the model it is for: version, sd-scripts' and musubi-tuner's
+    own word (`ss_base_model_version`), and architecture, ModelSpec's."""
+
+    version: str
+    architecture: str
+
+
 @dataclass(frozen=True)
 class Scripts:
     """How sd-scripts or musubi-tuner, `trainer`, writes adapters of a transformer.
 
     layers: those it adapts, by the names it gives them before it joins them with underscores.
-    module, architecture: what the headers of its files call its code and the model. stock: (config
-    of the transformer) -> whether diffusers' own loader reads these files.
+    module: what the headers of its files call its code. model: (config of the transformer) -> what
+    they call the model. stock: (config of the transformer) -> whether diffusers' own loader reads
+    these files.
     """
 
     trainer: str
     layers: Table
     module: str
-    architecture: str
+    model: Callable[[Mapping[str, Any]], ModelNames]
     stock: Callable[[Mapping[str, Any]], bool] = _never
 
 

@@ -17,7 +17,7 @@ from trainer.backbones.folder_check import check_channels, check_classes, check_
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.latent_form import LatentForm, channel_statistics
 from trainer.backbones.spec import BackboneSpec
-from trainer.backbones.tool_names import Scripts, ToolNames
+from trainer.backbones.tool_names import ModelNames, Scripts, ToolNames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,7 +137,12 @@ FAMILY = Family(
                 "blocks.{}.modulation": "blocks.{}.scale_shift_table",
                 "head.modulation": "scale_shift_table",
             },
-            scripts=Scripts("musubi-tuner", BLOCKS, module="networks.lora_wan", architecture="wan"),
+            scripts=Scripts(
+                "musubi-tuner",
+                BLOCKS,
+                module="networks.lora_wan",
+                model=lambda config: ModelNames("wan", "wan2.1"),
+            ),
         )
     },
     traits=DenoiserTraits(

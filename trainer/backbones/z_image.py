@@ -21,7 +21,7 @@ from trainer.backbones.folder_check import check_channels, check_classes, check_
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.noise_levels import levels_by_tokens
 from trainer.backbones.spec import BackboneSpec
-from trainer.backbones.tool_names import Scripts, ToolNames, block_names, same_names
+from trainer.backbones.tool_names import ModelNames, Scripts, ToolNames, block_names, same_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -185,7 +185,7 @@ FAMILY = Family(
                 "musubi-tuner",
                 SCRIPTS,
                 module="networks.lora_zimage",
-                architecture="z-image",
+                model=lambda config: ModelNames("z_image", "Z-Image"),
                 stock=lambda config: True,
             ),
         )

@@ -13,6 +13,7 @@ import torch
 from diffusers.loaders import lora_conversion_utils as stock
 from flow_folders import clip_parts, t5_parts
 from joint_models import JOINT_MODELS
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -312,3 +313,35 @@ def test_layers_of_other_tools_are_found(name: str, key: str, bases: Any, tmp_pa
     bundle = found(tmp_path / "a.safetensors", base)
     whole = torch.cat([product(bundle.layers[path]) for path in paths])
     torch.testing.assert_close(whole, 0.5 * up @ down)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "version", "architecture"),
+    [
+        ("sd3", {"qk_norm": None}, "3-medium", "stable-diffusion-3-3-medium"),
+        ("sd3", {"qk_norm": "rms_norm", "dual_attention_layers": ()}, "3-5-large", None),
+        ("sd3", {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}, "3-5-medium", None),
+        ("flux", {"guidance_embeds": True}, "flux1", "flux-1-dev"),
+        ("flux", {"guidance_embeds": False}, "flux1", "flux-1-schnell"),
+        ("chroma", {}, "chroma", "chroma"),
+        ("flux2", {"num_attention_heads": 24}, "flux_2_klein_4b", "Flux.2-klein-4b"),
+        ("flux2", {"num_attention_heads": 32}, "flux_2_klein_9b", "Flux.2-klein-9b"),
+        ("qwen_image", {}, "qwen_image", "Qwen-Image"),
+        ("z_image", {}, "z_image", "Z-Image"),
+        ("wan", {}, "wan", "wan2.1"),
+    ],
+)
+def test_the_header_calls_the_model_what_its_tool_does(
+    name: str, config: dict[str, Any], version: str, architecture: str | None, tmp_path: Path
+) -> None:
+    """`ss_base_model_version` of sd-scripts (`MODEL_VERSION_FLUX_V1`, the `model_type` of SD3) and
+    of musubi-tuner (`ARCHITECTURE_..._FULL`), and `modelspec.architecture` of both."""
+    base = base_of(JOINT_MODELS[name].make())
+    base.denoiser.register_to_config(**config)
+    layers = lora(base, sorted(kohya(base))[:1])
+    written(base, "kohya", tmp_path, Bundle(layers, {}))
+    with safe_open(tmp_path / "lora.safetensors", "pt") as file:
+        header = file.metadata()
+    assert header["ss_base_model_version"] == version
+    wanted = architecture or f"stable-diffusion-3-{version}"
+    assert header["modelspec.architecture"] == f"{wanted}/lora"

@@ -166,8 +166,8 @@ def _header(
     default = (bare_name(str(job.base.name)), "stable-diffusion-v1", "512x512")
     version, architecture, resolution = VERSIONS.get(width, default)
     if scripts is not None:
-        module, version, architecture = scripts.module, scripts.architecture, scripts.architecture
-        resolution = "1024x1024"
+        version, architecture = scripts.model(job.base.denoiser.config)
+        module, resolution = scripts.module, "1024x1024"
     if (version, job.base.target) == ("sd_v2", "v"):
         version, architecture, resolution = (
             "sd_v2_768_v", "stable-diffusion-v2-768-v", "768x768",
