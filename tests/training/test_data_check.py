@@ -4,6 +4,7 @@ or says no word is refused by both, in the same sentence."""
 from __future__ import annotations
 
 import io
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from tars import pack
 
 from trainer.__main__ import main
+from trainer.data.sources import remote
 from trainer.media.write_video import encode_video
 from trainer.training import data_check
 
@@ -208,3 +210,32 @@ def test_no_class_image_is_generated(tmp_path: Path, capsys: Any) -> None:
     words = [*BASE, "data.source=concept", f"data.concept={folder}",
              "data.class_word=cup", "data.prior_images=3"]  # fmt: skip
     assert main(["check", *words]) == 0
+
+
+def listing(folder: Path) -> list[tuple[str, int]]:
+    return sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*"))
+
+
+def test_nothing_is_written_beside_the_data(tmp_path: Path, capsys: Any) -> None:
+    films = of_films_in_tars(tmp_path)
+    for words in (of_shards(tmp_path)[:-1], [*films[:-1], "data.validation=0"]):
+        before = listing(tmp_path)
+        assert main(["check", *BASE, *words]) == 0, capsys.readouterr().err
+        assert listing(tmp_path) == before
+
+
+def test_a_server_without_an_answer_is_a_remark(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`fit` needs the data, and refuses."""
+    monkeypatch.setattr(remote, "WAIT", 0.0)
+    with socket.socket() as taken:  # bound, and nothing listens
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/data"
+        words = [*BASE, *PLAIN, "data.source=remote", f"data.url={url}"]
+        assert main(["check", *words]) == 0
+        said = capsys.readouterr().out
+        assert "data: its server gives no answer now, so the data is not checked" in said
+        assert url in said
+        assert main(["fit", *words, f"run.out={tmp_path / 'runs'}"])
+        assert f"{url}/manifest.json: " in capsys.readouterr().err

@@ -106,6 +106,10 @@ class Generation:
     sampler: str | None = None
 
 
+class NoAnswerError(ValueError):
+    """The data is on another machine, which gives no answer now."""
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a source may ask of the run.
@@ -114,7 +118,8 @@ class Needs:
     makes class images from prompts, the seed of the first (the next has the next seed) and how.
     cache: the folder for what is kept between runs. generator: names the weights of `generate`; it
     reads all of them, so only who needs class images asks. at_once: pictures that `generate` should
-    make in one call. sampled: what else they depend on.
+    make in one call. sampled: what else they depend on. keeps: whether what is found out about the
+    data may be stored beside it.
     """
 
     resolution: int
@@ -124,6 +129,7 @@ class Needs:
     generator: Callable[[], str]
     at_once: int = 32
     sampled: str = ""
+    keeps: bool = True
 
 
 class Source(BaseModel):

@@ -1,6 +1,6 @@
 """Opens the data of a recipe as `fit` does, for `check`: so that too few samples for what is held
-out, damaged files and captions without the word they train are found before a run. Importing this
-imports no torch."""
+out, damaged files and captions without the word they train are found before a run. Nothing is
+written beside the data. Importing this imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.common.paths import cache_folder
 from trainer.config.load import task_recipe
 from trainer.config.schema import Recipe, RecipeError
 from trainer.data.found import found_when_opened
-from trainer.data.source import Needs
+from trainer.data.source import Needs, NoAnswerError
 from trainer.training.caption_check import check_captions
 
 MOST = 2**27  # bytes of files that are decoded; of photos about five seconds, of films a minute
@@ -45,7 +45,10 @@ def _check(recipe: Recipe, facts: FolderFacts) -> list[str]:
             f"data: {size / 1e6:.0f} MB of files are counted here and not decoded, which fit does "
             "before its first step"
         ]
-    train, _ = data.open(_needs(recipe, facts))
+    try:
+        train, _ = data.open(_needs(recipe, facts))
+    except NoAnswerError as error:
+        return [f"data: its server gives no answer now, so the data is not checked ({error})"]
     said = [*found_when_opened(data, train), *(f"skipped {each}" for each in train.skipped)]
     added = [word for method in recipe.methods.values() for word in method.words]
     reader = prompt_reader(recipe.backbone, added)
@@ -65,4 +68,5 @@ def _needs(recipe: Recipe, facts: FolderFacts) -> Needs:
         generate=generate,  # type: ignore[arg-type]
         cache=cache_folder(),
         generator=lambda: "",
+        keeps=False,
     )

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from trainer.data.source import Dataset, Needs, Source
+from trainer.data.source import Dataset, Needs, NoAnswerError, Source
 from trainer.data.source_options import Buckets, OnBad
 from trainer.data.tars.manifest import MANIFEST, Shard
 from trainer.data.tars.reader import Opening, check_usable, split
@@ -121,7 +121,8 @@ def get(url: str, offset: int, size: int) -> bytes:
     """At most `size` bytes from `offset` on. A failed request is repeated up to `TRIES` times.
 
     Raises:
-        ValueError: the server refuses, supports no ranges, or cannot be reached.
+        ValueError: the server refuses, or supports no ranges.
+        NoAnswerError: it cannot be reached, or is busy.
     """
     for attempt in range(TRIES):
         if attempt:
@@ -132,10 +133,14 @@ def get(url: str, offset: int, size: int) -> bytes:
             why = f"{error.code} {error.reason}"
             error.close()
             if error.code not in RETRIED:
-                break
+                raise ValueError(_failed(url, why)) from None
         except (OSError, HTTPException) as error:
             why = str(error) or type(error).__name__
-    raise ValueError(f"{url}: {why}; check the address and the connection, then resume with run=")
+    raise NoAnswerError(_failed(url, why))
+
+
+def _failed(url: str, why: str) -> str:
+    return f"{url}: {why}; check the address and the connection, then resume with run="
 
 
 def _get_once(url: str, offset: int, size: int) -> bytes:

@@ -88,7 +88,7 @@ class Shards(Source):
                 allowed.
             ImageError: samples that cannot be used, all in one message.
         """
-        found = load_manifest(self.shards, needs.cache, self.ignore)
+        found = load_manifest(self.shards, needs.cache, self.ignore, keep=needs.keeps)
         folder = self.shards if self.shards.is_dir() else self.shards.parent
         bad = check_usable(found, self.shards, self.on_bad)
         opening = Opening(folder=folder, skipped=bad, validation=self.validation, step=self.buckets)

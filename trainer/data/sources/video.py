@@ -271,7 +271,7 @@ class Video(Source):
 
     def _in_tars(self, needs: Needs) -> tuple[list[CaptionedVideo], list[str]]:
         """The usable videos of tars, and what is wrong with the others."""
-        found = load_manifest(self.video, needs.cache, self.ignore)
+        found = load_manifest(self.video, needs.cache, self.ignore, keep=needs.keeps)
         bad = [f"{shard.name}: {reason}" for shard in found for reason in shard.bad]
         rows = [(shard.name, entry) for shard in found for entry in shard.samples]
         folder = self.video if self.video.is_dir() else self.video.parent

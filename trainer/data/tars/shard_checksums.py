@@ -67,16 +67,20 @@ def _of_pattern(shards: Path) -> list[Path]:
     return paths
 
 
-def load_manifest(shards: Path, cache: Path, ignore: Collection[str] = ()) -> list[Shard]:
+def load_manifest(
+    shards: Path, cache: Path, ignore: Collection[str] = (), *, keep: bool = True
+) -> list[Shard]:
     """The shards with their samples, from the manifest beside them or in `cache`. A missing
-    manifest is made and stored.
+    manifest is made, and stored with `keep`.
 
     Raises:
         ValueError: a shard differs from the manifest; anything `index` refuses.
     """
     kept = kept_manifest(shards, cache)
     if kept is None:
-        return build_manifest(shards, cache, ignore)[1]
+        if keep:
+            return build_manifest(shards, cache, ignore)[1]
+        return index(tars_of(shards), ignore)
     paths, (place, listed) = tars_of(shards), kept
     if shards.is_dir():
         _check_names({path.name for path in paths}, listed.keys(), place)
