@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_examples import EXAMPLES, tree_of
 from torch import Tensor
 
 from trainer.attention.context import StepContext, use
@@ -35,55 +36,6 @@ from trainer.methods.shared.swap import Swap
 from trainer.ops.attention_maps import MapStore
 from trainer.runs.adapter import load_adapted, save_adapter
 
-# one row a method: options under which it trains something on the tiny backbone
-EXAMPLES: dict[str, dict[str, Any]] = {
-    "agent_attention": {"side": 2},
-    "animatediff": {"heads": 2},
-    "c_lora": {"rank": 2, "task": 1},
-    "coda_prompt": {"pool": 5, "length": 4, "task": 1, "num_tasks": 2},
-    "controls": {"sites": "up | block & self", "projections": ["q", "v"], "rank": 2},
-    "dora": {"sites": "cross", "projections": ["k", "v"], "rank": 2},
-    "flash": {},
-    "flashmask": {"size": 0.25},
-    "full": {},
-    "gated_linear": {"rank": 2, "scans": 2, "convolution": 3},
-    "gen1": {"heads": 2, "structure": 1},
-    "imagen_video": {"heads": 2},
-    "inflora": {"rank": 2, "task": 1, "num_tasks": 2},
-    "linear_attention": {"sites": "self", "distill": 1.0},
-    "lora": {
-        "sites": "cross | self & mid | self & block",
-        "rank": 2,
-        "text_encoder": ["v"],
-        "dropout": 0.1,
-    },
-    "longlora": {"rank": 2},
-    "magicvideo": {"heads": 2},
-    "make_a_video": {"heads": 2},
-    "new_token": {"tokens": ["<v1>"], "init": "fox"},
-    "nf4": {"min_size": 1024},
-    "peft_adapter": {"type": "loha", "options": {"r": 2}, "sites": "self & down | self & block"},
-    "pix2video": {"weight": 1},
-    "selective": {"sites": "cross", "projections": ["k", "v"], "detach_first_token": True},
-    "soft": {"ratio": 2},
-    "text2video_zero": {"motion": [0.25, 0], "alone": 0.5, "until": 0.5},
-    "tiled": {"rows": 16, "columns": 24},
-    "tlora": {"rank": 4, "layers": ["*ff.net.2"]},
-    "tune_a_video": {},
-    "vdm": {"heads": 2},
-    "videop2p": {},
-    "word_embedding": {"tokens": ["fox", "red"]},
-}
-# methods that train nothing by themselves, with one that trains beside them
-COMPANIONS: dict[str, str] = {
-    "flash": "lora",
-    "flashmask": "lora",
-    "linear_attention": "lora",
-    "nf4": "lora",
-    "pix2video": "lora",
-    "text2video_zero": "lora",
-    "tiled": "lora",
-}
 # methods whose paper does not start from the base model's own output
 NOT_EXACT_AT_START: set[str] = {
     "agent_attention",
@@ -163,16 +115,6 @@ def denoiser(request: pytest.FixtureRequest) -> str:
 def tiny_folder(denoiser: str, tiny_folder: Path, dit_folder: Path) -> Path:
     """Every method is held to the same on both kinds of denoiser."""
     return tiny_folder if denoiser == "unet" else dit_folder
-
-
-def tree_of(*names: str) -> dict[str, Any]:
-    for name in names:
-        if name not in EXAMPLES:
-            pytest.fail(
-                f"{name} has no example options: add a row for it to EXAMPLES in {__file__}"
-            )
-    needed = [COMPANIONS[names[0]]] if all(name in COMPANIONS for name in names) else []
-    return {name: EXAMPLES[name] for name in (*names, *needed)}
 
 
 def state(backbone: Any) -> dict[str, Tensor]:

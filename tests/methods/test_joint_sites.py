@@ -270,7 +270,7 @@ def test_layers_through_time_are_refused(method: str) -> None:
 @pytest.mark.parametrize("method", method_names())
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_every_method_runs_at_joint_sites_or_is_refused_by_name(name: str, method: str) -> None:
-    from methods.test_generic import COMPANIONS, EXAMPLES
+    from method_examples import COMPANIONS, EXAMPLES
 
     kind = find_method(method)
     options = {key: value for key, value in EXAMPLES[method].items() if key != "text_encoder"}

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import nn
 
 from trainer.attention.anatomy import refuse_joint
@@ -51,8 +52,9 @@ def insert(model: AttentionModel, items: Sequence[Item], owner: str, trains: boo
                 "backbone of images"
             )
     example = next(denoiser.parameters())
+    exact = torch.promote_types(example.dtype, torch.float32)  # half precision would round it
     for item in items:
-        item.block.to(example).train(denoiser.training)
+        item.block.to(example.device, exact).train(denoiser.training)
         if item.checkpoint:
             item.block.gradient_checkpointing = False  # type: ignore[assignment]  # diffusers' switch
         _register(denoiser, item.path, item.block)

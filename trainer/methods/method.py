@@ -110,8 +110,10 @@ class Method(BaseModel):
 
     @property
     def reads_weights(self) -> bool:
-        """Whether `apply` calculates with values of the base's layers, which are then in fp32."""
-        return True
+        """Whether `apply` calculates with values of the base's layers, which are then in fp32 and
+        take twice the memory of half precision; `tests/methods/test_half_precision_base.py` finds
+        a method that does and does not say it."""
+        return False
 
     @property
     def linear(self) -> bool:

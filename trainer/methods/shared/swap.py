@@ -36,6 +36,10 @@ class Swap(Method):
             {} if self.distill else {"distill_until": "distill=0 does not distill; give its weight"}
         )
 
+    @property
+    def reads_weights(self) -> bool:
+        return self.distill > 0
+
     def swap(
         self,
         model: AttentionModel,

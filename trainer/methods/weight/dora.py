@@ -32,6 +32,10 @@ class Dora(LowRank):
         "default", description="where A starts, as of lora; B starts at zero"
     )
 
+    @property
+    def reads_weights(self) -> bool:
+        return True
+
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.ops.adapters.inject import inject
 

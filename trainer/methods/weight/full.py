@@ -27,10 +27,6 @@ class Full(Method):
     text_encoder: bool = Field(False, description="train the text encoders")
 
     @property
-    def reads_weights(self) -> bool:
-        return False
-
-    @property
     def linear(self) -> bool:
         return True
 

@@ -70,10 +70,6 @@ class NewToken(Method):
         return () if self.task is None else self.tokens[self.task : self.task + 1]
 
     @property
-    def reads_weights(self) -> bool:
-        return False
-
-    @property
     def linear(self) -> bool:
         return True
 

@@ -42,10 +42,6 @@ class Nf4(Method):
     )
 
     @property
-    def reads_weights(self) -> bool:
-        return False
-
-    @property
     def linear(self) -> bool:
         return True
 

@@ -66,6 +66,8 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # those that leave W0 to the layer under them, which may then be in 4 bits
 OVER_4_BITS = ("oft", "ia3", "fourierft", "waveft", "miss", "hira", "road", "beft")
+# those whose start is calculated from W0
+READING = ("delora", "deft", "psoft", "supertuning")
 # frozen tensors of a layer that are stored, by type: what they come from does not fix them
 KEPT = {
     "psoft": ("_psoft_A_cache", "_psoft_B_cache"),
@@ -162,6 +164,10 @@ class PeftAdapter(Targeted):
     @property
     def linear(self) -> bool:
         return self.type in LINEAR
+
+    @property
+    def reads_weights(self) -> bool:
+        return self.type in READING
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.ops.adapters.inject import base_layer, inject, layer_of

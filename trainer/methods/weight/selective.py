@@ -54,10 +54,6 @@ class Selective(Method):
     )
 
     @property
-    def reads_weights(self) -> bool:
-        return False
-
-    @property
     def linear(self) -> bool:
         return True
 

@@ -70,6 +70,10 @@ class Tlora(LowRank):
             own |= dict.fromkeys(("power", "timesteps"), "min_share=1 leaves the rank as it is")
         return super().idle() | own
 
+    @property
+    def reads_weights(self) -> bool:
+        return self.init == "weight"
+
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.ops.adapters.inject import inject, layer_of
         from trainer.ops.adapters.tlora import RankSchedule, TimestepRank, install

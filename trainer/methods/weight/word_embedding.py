@@ -44,10 +44,6 @@ class WordEmbedding(Method):
         return self.tokens
 
     @property
-    def reads_weights(self) -> bool:
-        return False
-
-    @property
     def linear(self) -> bool:
         return True
 
