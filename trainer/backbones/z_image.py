@@ -134,10 +134,11 @@ def load(spec: BackboneSpec, name: str) -> Parts:
 
 # as the model's first code names its layers: one for q, k and v; musubi-tuner has the names here
 ATTENTION = ("attention.to_q", "attention.to_k", "attention.to_v")
+PARTS = ("layers", "noise_refiner", "context_refiner")
 REST = same_names(["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"])
 ORIGINAL = {
     name: layers
-    for part in ("layers", "noise_refiner", "context_refiner")
+    for part in PARTS
     for name, layers in block_names(
         part,
         part,
@@ -151,7 +152,6 @@ ORIGINAL = {
     "x_embedder": ("all_x_embedder.2-1",),
     **same_names(["cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2"]),
 }
-PARTS = ("layers", "noise_refiner", "context_refiner")
 SCRIPTS = {
     name: layers
     for part in PARTS

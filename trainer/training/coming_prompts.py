@@ -71,11 +71,8 @@ def coming(task: Denoise, batches: Planned, steps: Sequence[int]) -> set[str]:
     data = batches.dataset
     if any(isinstance(part, Tars) for part in (data.parts if isinstance(data, Mixed) else (data,))):
         raise UnknownPromptsError("captions in shards are not known before their pictures are read")
-    captions, most, dropout = (
-        CaptionsToCome(batches),
-        most_prompts(task.backbone),
-        task.caption_dropout,
-    )
+    captions, most = CaptionsToCome(batches), most_prompts(task.backbone)
+    dropout = task.caption_dropout
     found: set[str] = set()
     every: set[str] | None = None
     seen = 0
