@@ -69,6 +69,14 @@ def test_fp8_where_fit_would_refuse_it_is_refused(
     assert code == BAD_RECIPE and "Apple's GPUs have no fp8; give bf16" in text
 
 
+@pytest.mark.parametrize("plan", [[], ["plan=true"]], ids=["check", "plan"])
+def test_a_start_that_a_method_cannot_make_is_refused(plan: list[str], capsys: Any) -> None:
+    words = ["recipe=coda_prompt", "methods.coda_prompt.pool=129", "continual.images=0", *plan]
+    code, said = check(words, capsys)
+    assert "no more than 128 parts can be orthogonal" in said, said
+    assert code == BAD_RECIPE
+
+
 def test_an_adapter_that_does_not_fit_is_refused(
     tiny_folder: Path, save_trained_on: Callable[..., Path], capsys: Any
 ) -> None:

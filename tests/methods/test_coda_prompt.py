@@ -20,6 +20,7 @@ from trainer.export.export import export
 from trainer.methods.apply import Plan, apply_methods
 from trainer.ops.coda_prompt import PromptPool, orthonormal_beside
 from trainer.runs.adapter import load_adapted, start_from
+from trainer.training.build import prepare_methods
 
 OPTIONS: dict[str, Any] = {"pool": 7, "length": 6, "num_tasks": 3}
 
@@ -280,11 +281,10 @@ def test_self_attention_is_refused(tiny: Any) -> None:
 
 
 def test_more_parts_than_can_be_orthogonal_are_refused_where_a_task_starts(tiny: Any) -> None:
-    prepare = apply(tiny, pool=129, sites="cross & mid").edits["coda_prompt"].prepare
-    assert prepare is not None
+    plan = apply(tiny, pool=129, sites="cross & mid")
     said = r"methods\.coda_prompt: pool=129: at .* no more than 128 parts"
     with pytest.raises(ValueError, match=said):
-        prepare(lambda: pytest.fail("Gram-Schmidt looks at no data"))
+        prepare_methods(plan, lambda: pytest.fail("it is refused before any data is looked at"))
 
 
 def test_an_adapter_with_more_parts_is_loaded(

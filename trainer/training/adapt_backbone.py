@@ -32,3 +32,11 @@ def adapt(recipe: Recipe, backbone: Backbone, placement: Placement) -> Plan:
     if run.compile:
         backbone.compile_blocks()
     return plan
+
+
+def check_new_run(plan: Plan) -> None:
+    """Raises ValueError where methods cannot start a new run so; one that is resumed is not
+    asked."""
+    for edit in plan.edits.values():
+        if edit.check_new_run is not None:
+            edit.check_new_run()

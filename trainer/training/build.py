@@ -37,6 +37,7 @@ from trainer.media.images import to_pil
 from trainer.media.made_by import with_facts
 from trainer.methods.apply import Plan
 from trainer.training.adapt_backbone import adapt as adapt
+from trainer.training.adapt_backbone import check_new_run
 from trainer.training.module import DiffusionModule
 from trainer.training.optim import Optim
 from trainer.training.tasks.denoise import Denoise
@@ -72,7 +73,8 @@ def placement_of(run: RunSpec) -> Placement:
 
 
 def prepare_methods(plan: Plan, look: Callable[[], None]) -> None:
-    """The starts that depend on the data; look: see `looker`."""
+    """The start of a new run, as far as it depends on the data; look: see `looker`."""
+    check_new_run(plan)
     for edit in plan.edits.values():
         if edit.prepare is not None:
             edit.prepare(look)

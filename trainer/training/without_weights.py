@@ -16,7 +16,7 @@ from trainer.config.header import file_of
 from trainer.config.schema import Recipe
 from trainer.methods.apply import Plan, apply_methods
 from trainer.runs.adapter import check_names, check_start, load_base
-from trainer.training.adapt_backbone import adapt
+from trainer.training.adapt_backbone import adapt, check_new_run
 
 
 def refuse_unfit(recipe: Recipe) -> str | None:
@@ -46,6 +46,7 @@ def _check(recipe: Recipe, backbone: Backbone) -> None:
         check_start(file_of(earlier), backbone, chosen)
     retarget(backbone, chosen)
     plan = apply_methods(backbone, recipe.methods, recipe.run.seed, frozen=recipe.optim.frozen)
+    check_new_run(plan)
     if earlier is not None:
         check_names(file_of(earlier), backbone, plan)
     if parts := recipe.run.base_precision:  # which needs layers that do not train
@@ -69,7 +70,7 @@ def planned(recipe: Recipe, placement: Placement) -> tuple[Backbone, Plan]:
     try:
         with without_values():
             backbone = load_base(recipe.backbone, recipe.backbone_name, hold=False)
-            return backbone, adapt(recipe, backbone, _on_cpu(placement, backbone.published))
+            return backbone, _new(recipe, backbone, _on_cpu(placement, backbone.published))
     except RuntimeError as error:
         if not weights_here(recipe.backbone):
             raise ValueError(
@@ -78,7 +79,14 @@ def planned(recipe: Recipe, placement: Placement) -> tuple[Backbone, Plan]:
                 "start the run, which fetches them"
             ) from error
     backbone = load_base(recipe.backbone, recipe.backbone_name, placement, hold=False)
-    return backbone, adapt(recipe, backbone, placement)
+    return backbone, _new(recipe, backbone, placement)
+
+
+def _new(recipe: Recipe, backbone: Backbone, placement: Placement) -> Plan:
+    """The plan of a new run."""
+    plan = adapt(recipe, backbone, placement)
+    check_new_run(plan)
+    return plan
 
 
 def _on_cpu(placement: Placement, published: torch.dtype) -> Placement:

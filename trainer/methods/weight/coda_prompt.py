@@ -90,20 +90,26 @@ class CodaPrompt(Method):
             trains=tuple(trains),
             keeps=tuple(keeps),
             loss=self._penalty(pools) if self.ortho else None,
-            prepare=self._separate(dict(zip([site.name for site in sites], pools, strict=True))),
+            check_new_run=self._check_room({s.name: p for s, p in zip(sites, pools, strict=True)}),
+            prepare=self._separate(pools),
         )
 
-    def _separate(self, pools: Mapping[str, PromptPool]) -> Callable[[Callable[[], None]], None]:
+    def _check_room(self, pools: Mapping[str, PromptPool]) -> Callable[[], None]:
         """pools: by the names of their sites."""
 
-        def prepare(run: Callable[[], None]) -> None:
+        def check() -> None:
             for site, pool in pools.items():
-                if self.pool > pool.room:  # only a start needs the room; an adapter is loaded as is
+                if self.pool > pool.room:
                     raise ValueError(
                         f"methods.coda_prompt: pool={self.pool}: at {site} no more than "
                         f"{pool.room} parts can be orthogonal to each other; choose a smaller pool"
                     )
-            for pool in pools.values():  # here, since the earlier tasks' parts are loaded by now
+
+        return check
+
+    def _separate(self, pools: Sequence[PromptPool]) -> Callable[[Callable[[], None]], None]:
+        def prepare(run: Callable[[], None]) -> None:
+            for pool in pools:  # here, since the earlier tasks' parts are loaded by now
                 pool.separate()
 
         return prepare
