@@ -109,6 +109,20 @@ def test_they_take_no_more_room_than_allowed(tmp_path: Path, decodes: list[str])
     assert decodes == ["3.jpg"]
 
 
+def test_room_for_one_more_is_used_to_the_last_byte(tmp_path: Path, decodes: list[str]) -> None:
+    paths = [noise(tmp_path / f"{n}.jpg", seed=n) for n in range(2)]
+    for path in paths:
+        reader(tmp_path).cut(path, (16, 16))
+    both = sum(file.stat().st_size for file in kept(tmp_path))
+    for most, stay in ((both, 2), (both - 1, 1)):
+        for file in kept(tmp_path):
+            file.unlink()
+        photos = reader(tmp_path, most=most)
+        for path in paths:
+            photos.cut(path, (16, 16))
+        assert len(kept(tmp_path)) == stay
+
+
 def test_a_cache_nobody_may_write_costs_time_only(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     path = noise(tmp_path / "a.jpg")

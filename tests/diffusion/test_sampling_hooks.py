@@ -240,3 +240,17 @@ def test_a_method_without_hooks_keeps_none(tiny: Any) -> None:
     assert tiny.hooks == () and tiny.sampling_hooks == {}
     apply_methods(tiny, {"pix2video": Pix2Video()}, trains=False)
     assert len(tiny.hooks) == 1
+
+
+def test_a_hook_begins_elsewhere(tiny: Any) -> None:
+    """It is given the noise and the sampler; what it returns is where sampling goes on from."""
+    seen: list[tuple[tuple[int, ...], int]] = []
+
+    def begin(x_t: Tensor, sampler: Sampler) -> tuple[Tensor, int]:
+        seen.append((tuple(x_t.shape), sampler.steps))
+        return x_t, 2
+
+    apply_methods(tiny, {"hooked": Hooked(hooks=(SamplingHook(begin=begin),))}, trains=False)
+    drawn = latents(tiny)
+    assert seen == [((1, 8, 8, 8), 3)]
+    assert len(drawn) == 1  # of three steps

@@ -11,7 +11,12 @@ import pytest
 import torch
 
 from trainer.training import checkpoint_files as checkpoint
-from trainer.training.checkpoint_files import newest_checkpoint, read_checkpoint, write_checkpoint
+from trainer.training.checkpoint_files import (
+    newest_checkpoint,
+    read_checkpoint,
+    size_of,
+    write_checkpoint,
+)
 
 
 def alike(one: Any, other: Any) -> bool:
@@ -86,3 +91,9 @@ def test_all_is_on_the_disk_before_the_folder_has_its_name(
     part = tmp_path / f".step-000003.{os.getpid()}.part"
     names = {part / "weights.safetensors", part / "state.pt", part / "manifest.json", part}
     assert set(before) == names and last == tmp_path
+
+
+def test_the_room_that_is_needed_counts_every_tensor() -> None:
+    """In mappings, sequences and both; 4 bytes each of fp32, 2 of bf16."""
+    one, half = torch.zeros(3, 5), torch.zeros(7, dtype=torch.bfloat16)
+    assert size_of({"a": one, "b": [half, (one, {"c": half})], "d": "text", "e": 3}) == 148

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from trainer.common.exit_codes import TERMINATED, LeaveError
 from trainer.config.load import load_recipe
@@ -64,3 +65,19 @@ def test_what_is_measured_of_a_run(frames: tuple[int, ...], what: str) -> None:
     data: Any = SimpleNamespace(frames=frames)
     found = measured_of(recipe, data, None)
     assert (found.samples, found.what) == (8, what)
+
+
+@pytest.mark.parametrize(
+    ("words", "strategy"),
+    [
+        ((), SingleDeviceStrategy),
+        (("run.devices=2",), DDPStrategy),
+        (("run.nodes=2",), DDPStrategy),
+    ],
+)
+def test_several_processes_train_in_parallel(
+    words: tuple[str, ...], strategy: type, tmp_path: Path
+) -> None:
+    recipe = load_recipe(["recipe=lora", "tracker=none", *words])
+    trainer = make_trainer(recipe, tmp_path, torch.device("cpu"), mixed=None, callbacks=[])
+    assert type(trainer.strategy) is strategy

@@ -112,7 +112,8 @@ def with_class_words(words: Iterable[str], data: Mapping[str, Any]) -> list[str]
 
 
 def texts_of(value: Any) -> tuple[str, ...]:
-    """The texts that a value of a stored recipe is, one or a list."""
+    """The texts that a value of a stored recipe is, one or a list; none of any other value."""
     if isinstance(value, str):
         return (value,)
-    return tuple(each for each in value or () if isinstance(each, str))
+    listed = value if isinstance(value, list | tuple) else ()
+    return tuple(each for each in listed if isinstance(each, str))

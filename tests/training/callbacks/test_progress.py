@@ -64,3 +64,8 @@ def test_no_minute_without_a_line(clock: list[float]) -> None:
         bar.on_train_batch_end(state(step), None)  # type: ignore[arg-type]
     lines = [line.split("  ")[0] for line in said.getvalue().splitlines()]
     assert lines == ["step 3/50", "step 6/50"]
+
+
+def test_lines_go_to_stderr() -> None:
+    """stdout is for what a verb gives."""
+    assert progress.Bar(1, 1).console.stderr
