@@ -19,6 +19,7 @@ from trainer.config.load import load_recipe, task_recipe
 from trainer.config.schema import RecipeError
 from trainer.config.tree import merge_trees
 from trainer.continual import run_continual, summary
+from trainer.data.identity import sha256_of_file
 from trainer.evaluation.examiner import Examiner
 from trainer.runs.adapter import load_adapted
 from trainer.training.fit import fit
@@ -260,3 +261,28 @@ def test_fit_alone_refuses_several_concepts_and_the_command_trains_them(
     folder = train_recipe(load_recipe(words), tmp_path / "given")
     assert folder == tmp_path / "given"
     assert all((folder / f"task-{task}" / "adapter.safetensors").is_file() for task in range(2))
+
+
+def test_prompts_that_are_not_given_are_those_of_every_run(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    word = write(tmp_path, tiny_folder, METHODS["lora"])
+    path = Path(word.removeprefix("recipe="))
+    tree = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**tree, "evaluate": {"steps": 3}, "preview": {"steps": 2}}))
+    whole = load_recipe([word])
+    for number in range(2):
+        task = task_recipe(whole, number)
+        assert task.evaluate.alone and task.evaluate.alone == whole.evaluate.alone
+        assert task.preview.prompts == whole.preview.prompts
+
+
+def test_learned_concepts_are_not_learned_further(tmp_path: Path, tiny_folder: Path) -> None:
+    word = write(tmp_path, tiny_folder, METHODS["lora"], continual={"images": 0})
+    folder = run_continual(load_recipe([word, "run.steps=1"]))
+    before = [sha256_of_file(path) for path in sorted(folder.rglob("adapter.safetensors"))]
+    assert len(before) == 2
+    with pytest.raises(ValueError, match=r"concept 0 was learned in 1 steps.* run\.steps=1 to res"):
+        run_continual(load_recipe([word, "run.steps=2"]))
+    assert before == [sha256_of_file(path) for path in sorted(folder.rglob("adapter.safetensors"))]
+    assert run_continual(load_recipe([word, "run.steps=1"])) == folder

@@ -18,13 +18,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from trainer.config.header import read_header
 from trainer.config.load import task_recipe
 from trainer.config.schema import Recipe
 from trainer.evaluation.examiner import Examiner, mean
 from trainer.evaluation.judge import Judge, judge_folder
 from trainer.evaluation.shares import Share, percent
 from trainer.runs.adapter import load_adapted, load_base
-from trainer.runs.run_folder import folder_for, is_finished, made, note_event, write_text
+from trainer.runs.run_folder import (
+    folder_for,
+    is_finished,
+    made,
+    note_event,
+    steps_asked_of,
+    write_text,
+)
 from trainer.training.build import needs, placement_of
 from trainer.training.console import console, problem_of, say
 from trainer.training.fit import fit
@@ -42,9 +50,11 @@ def run_continual(recipe: Recipe, folder: Path | None = None) -> Path:
         that folder.
 
     Raises:
-        ValueError: the folder holds another sequence of concepts, or there is no judge.
+        ValueError: the folder holds another sequence of concepts, or one that was learned in
+            another number of steps; or there is no judge.
     """
     spec, folder = recipe.continual, made(folder or folder_for(recipe))
+    _check_steps(recipe, folder)
     rows = _read(folder / "continual.json", recipe)
     judge = Judge(judge_of(recipe), placement_of(recipe.run)) if spec.images else None
     examiners: list[Examiner] = []
@@ -69,6 +79,17 @@ def run_continual(recipe: Recipe, folder: Path | None = None) -> Path:
     if rows:
         show_continual(recipe, rows, console)
     return folder
+
+
+def _check_steps(recipe: Recipe, folder: Path) -> None:
+    """A concept that is learned is not learned further: the next one starts from its adapter."""
+    for number in range(len(recipe.continual.concepts)):
+        path = folder / f"task-{number}" / "adapter.safetensors"
+        if path.is_file() and (done := steps_asked_of(read_header(path)[0])) != recipe.run.steps:
+            raise ValueError(
+                f"{folder}: concept {number} was learned in {done} steps, and "
+                f"run.steps={recipe.run.steps}; give run.steps={done} to resume, or another run.id"
+            )
 
 
 def _judged(

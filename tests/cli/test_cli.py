@@ -125,6 +125,7 @@ def test_unknown_verb(verb: str, hint: str, capsys: Printed) -> None:
         (("export", "run=x"), "adapter=x: no such file"),
         (("export", "run=x", "out=y"), "adapter=x: no such file"),
         (("export", "out=x"), "give run=<run folder>, or adapter=<file>"),
+        (("export", "run=x", "adapter=y"), "give run or adapter, not both"),
         (("import", "file=x", "out=y"), "backbone is missing, as in backbone=sd15"),
         (("merge", "adapter=x", "out=y"), "adapter='x': a list is needed, as in adapter=[x]"),
         (("sample", PROMPT, "backbone=tiny", "start=sorce"), "start='sorce': source or noise is"),

@@ -299,3 +299,14 @@ def test_a_stranger_s_file_says_what_is_wrong(tiny_folder: Path, capsys: Printed
     Path("y.safetensors").write_bytes(b"\x80\x04.")
     assert "not a safetensors file" in refused(capsys, "adapter=y.safetensors", "prompt=a fox")
     assert "no such file" in refused(capsys, "adapter=z.safetensors", "prompt=a fox")
+
+
+def test_a_picture_from_a_picture_with_an_adapter_of_clips(tmp_path: Path, capsys: Printed) -> None:
+    """A clip of it would be one frame a seed."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    words = ["adapter=tiny_motion", f"image={tmp_path / 'a.png'}", "prompt=a fox", "sheet=false"]
+    found = made(capsys, *words, "count=2", "out=pictures")
+    assert [path.suffix for path in found] == [".png", ".png"]
+    assert all(facts_in(path).get("frames", 1) == 1 for path in found)
+    again = made(capsys, f"from={found[1]}", "out=again")
+    assert np.array_equal(pixels(again[0]), pixels(found[1]))

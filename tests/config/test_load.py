@@ -363,3 +363,25 @@ def test_an_lr_of_zero_keeps_what_an_earlier_run_left() -> None:
     assert resolve_recipe(name, tree, {}).optim.frozen == ("new_token",)
     assert load_recipe(words).optim.frozen == ("new_token",)
     assert load_recipe([*words, "methods.new_token=null", "data.token=sks"]).optim.frozen == ()
+
+
+def test_a_file_of_the_users_holds_over_its_bases_values_for_a_backbone(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "base: lora\noptim: {lr: 5.0e-4}\nrun: {steps: 50}\nmethods: {new_token: null}\n"
+        "preview: {prompts: [a fox], maps: null}\nevaluate: {alone: [a fox], beside: []}\n"
+        "data: {token: sks, class_word: dog}\n"
+    )
+    for backbone in ("tiny", "tiny_dit", "sd15"):
+        recipe = load_recipe([f"recipe={path}", f"backbone={backbone}", "data.concept=sprite:crab"])
+        assert (recipe.optim.lr, recipe.run.steps) == (5e-4, 50), backbone
+        assert list(recipe.methods) == ["lora"], backbone
+        assert recipe.data.class_word == "dog"  # type: ignore[attr-defined]
+        plain = load_recipe(["recipe=lora", f"backbone={backbone}", "data.class_word=dog",
+                             "data.concept=sprite:crab"])  # fmt: skip
+        assert recipe.optim.weight_decay == plain.optim.weight_decay
+    above = load_recipe([f"recipe={path}", "optim.lr=1", "data.concept=sprite:crab"])
+    assert above.optim.lr == 1  # the command line holds over both
+    own = tmp_path / "own.yaml"
+    own.write_text("base: ./mine.yaml\nbackbones: {tiny: {optim: {lr: 7.0e-4}}}\n")
+    assert load_recipe([f"recipe={own}", "data.concept=sprite:crab"]).optim.lr == 7e-4

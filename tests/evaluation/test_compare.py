@@ -232,3 +232,27 @@ def test_names_tell_runs_apart(tmp_path: Path) -> None:
     assert named("lora/one", "dora/one") == ["lora/one", "dora/one"]
     assert named("lora/base", "dora/one") == ["lora/base", "dora/one"]
     assert named("a/lora/one", "b/lora/one") == [f"{tmp_path}/{each}/lora/one" for each in "ab"]
+
+
+def test_losses_of_other_noise_are_not_compared_and_are_kept(
+    tmp_path: Path, tiny_folder: Path, photos: Path, capsys: Printed
+) -> None:
+    """The noise is drawn from run.seed. The first run's own loss stays in its file."""
+    words = [
+        "recipe=lora", f"backbone={tiny_folder}", f"data.concept={photos}", "data.class_word=car",
+        "data.prior_weight=0", "data.augment=false", "run.batch_size=1", "run.validate_every=0",
+        "preview.every=0", "tracker=none", "evaluate.steps=1", "evaluate.guidance=1",
+        "run.steps=1", "run.checkpoint_every=0",
+    ]  # fmt: skip
+    runs = [
+        fit(load_recipe([*words, f"run.seed={seed}"]), tmp_path / "lora" / f"seed{seed}")
+        for seed in (0, 1)
+    ]
+    both = f"runs=[{runs[0]},{runs[1]}]"
+    assert main(["evaluate", both, f"judge={CLIP}", "images=1"]) == 0
+    out = capsys.readouterr().out
+    assert "differ in run.seed" in " ".join(out.split())
+    assert "│ validation loss" not in out
+    found = [json.loads((run / "evaluation.json").read_text()) for run in runs]
+    assert all(found[0][column]["validation loss"] > 0 for column in ("base", "adapted"))
+    assert all("validation loss" not in found[1][column] for column in ("base", "adapted"))

@@ -551,3 +551,33 @@ def test_names_of_two_text_encoders(name: str, part: str, other: str, sdxl: Any,
     assert found in ((f"{part}.{own}",), (f"{part}.text_model.{own}",))
     if part == "text_encoder_2":  # a model with one has no such layer
         assert Names(tiny).find(spelled) is None
+
+
+def test_the_recipe_of_a_file_for_a_named_backbone_has_its_methods_alone(tmp_path: Path) -> None:
+    from trainer.config.load import load_recipe
+    from trainer.export.start_recipe import write_recipe
+
+    adapter = tmp_path / "mine.safetensors"
+    tree = {"backbone": "tiny", "methods": {"lora": {"sites": "cross", "rank": 3}}}
+    write_recipe(tmp_path / "my own.yaml", adapter, tree)
+    recipe = load_recipe([f"recipe={tmp_path / 'my own.yaml'}", "data.class_word=dog"])
+    assert list(recipe.methods) == ["lora"] and recipe.run.start_from == adapter
+    assert "my own.yaml' data.concept" in (tmp_path / "my own.yaml").read_text()  # can be pasted
+
+
+def test_a_recipe_that_cannot_be_written_leaves_nothing(
+    kohya_file: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer.export import import_ as module
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "no space left on device")
+
+    out = tmp_path / "made" / "mine.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_recipe", full)
+        with pytest.raises(OSError, match="no space"):
+            import_file(kohya_file, str(tiny_folder), out, say=quiet)
+    assert list(out.parent.iterdir()) == []
+    import_file(kohya_file, str(tiny_folder), out, say=quiet)
+    assert sorted(file.name for file in out.parent.iterdir()) == ["mine.safetensors", "mine.yaml"]

@@ -235,3 +235,38 @@ def test_a_network_made_from_nothing_is_made_again_below(tmp_path: Path) -> None
     assert again.denoiser.config.num_layers == 2
     parameters = dict(again.named_parameters())
     assert all(torch.equal(parameters[key], value) for key, value in tensors.items())
+
+
+EVA = {"lora": {"sites": "cross & mid", "rank": 2, "init": "eva"}}
+INFLORA = {"inflora": {"sites": "cross & mid", "rank": 2, "task": 0, "num_tasks": 2}}
+NEXT = {"inflora": {"sites": "cross & mid", "rank": 2, "task": 1, "num_tasks": 2}}
+CODA = {"coda_prompt": {"pool": 4, "length": 4, "num_tasks": 2, "task": 0}}
+
+
+@pytest.mark.parametrize(
+    ("earlier", "tree", "starts"),
+    [(EVA, EVA, False), (INFLORA, INFLORA, False), (INFLORA, NEXT, True), (CODA, CODA, False)],
+    ids=["eva", "inflora", "inflora, next task", "coda_prompt"],
+)
+def test_what_a_run_starts_from_is_not_started_again(
+    earlier: dict[str, Any], tree: dict[str, Any], starts: bool, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """A start that depends on the data would write over what was learned; a next task has one."""
+    model = opened(tiny_folder)
+    plan = apply_methods(model, methods_of(earlier))
+    assert next(iter(plan.edits.values())).prepare is not None
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    path = tmp_path / "adapter.safetensors"
+    tensors = {name: held[name] for name in plan.stored}
+    facts = {"backbone": str(tiny_folder), "methods": earlier}
+    save_adapter(path, tensors, tree=facts, identity=model.identity())
+    model = opened(tiny_folder)
+    plan = start_from(path, model, apply_methods(model, methods_of(tree)))
+    assert (next(iter(plan.edits.values())).prepare is not None) == starts
+
+
+def test_a_frozen_method_has_no_start(tiny_folder: Path) -> None:
+    model = opened(tiny_folder)
+    methods = methods_of({**EVA, "selective": {"sites": "self"}})
+    plan = apply_methods(model, methods, frozen=["lora"])
+    assert plan.edits["lora"].prepare is None

@@ -14,7 +14,14 @@ import torch
 from trainer.config.load import load_recipe
 from trainer.config.schema import Recipe
 from trainer.runs.adapter import save_adapter
-from trainer.runs.run_folder import folder_for, is_finished, locked, recipe_header
+from trainer.runs.run_folder import (
+    folder_for,
+    is_finished,
+    later_checkpoint,
+    locked,
+    recipe_header,
+    step_name,
+)
 
 ROOT = Path(__file__).parents[2]
 BASIC = ["recipe=lora", "data.token=<v1>"]
@@ -103,3 +110,25 @@ def test_of_two_processes_one_has_the_folder(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="is training there"), locked(tmp_path):
             pass
     assert not (tmp_path / ".holder").exists()
+
+
+def test_an_adapter_of_an_earlier_step_is_said(tmp_path: Path) -> None:
+    """Where the run has gone on since, and only there."""
+    finished(tmp_path, load_recipe([*BASIC, "run.steps=4"]))
+    adapter = tmp_path / "adapter.safetensors"
+    assert later_checkpoint(adapter) is None
+    for step in (2, 4):
+        (tmp_path / "checkpoints" / step_name(step)).mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".step-000009.gone").mkdir()
+    assert later_checkpoint(adapter) is None
+    (tmp_path / "checkpoints" / step_name(12)).mkdir()
+    said = later_checkpoint(adapter) or ""
+    assert "is that of step 4; of step 12" in said
+    assert said.endswith(f"adapter={tmp_path / 'checkpoints' / step_name(12)}")
+    assert later_checkpoint(tmp_path / "nothing.safetensors") is None
+
+
+def test_the_home_folder_is_meant_by_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/mine")
+    folder = folder_for(load_recipe([*BASIC, "run.out=~/runs", "run.id=x"]))
+    assert folder == Path("/home/mine/runs/lora/x")

@@ -111,7 +111,7 @@ def _clips(words: list[str]) -> int:
 
 
 def _written(write: Callable[..., list[Path]], options: WorldOptions) -> int:
-    for path in write(options.out, **options.model_dump(exclude={"out"})):
+    for path in write(options.out.expanduser(), **options.model_dump(exclude={"out"})):
         print(path)
     return 0
 
@@ -163,7 +163,7 @@ def _inspect(words: list[str]) -> int:
     quiet_libraries()
     from trainer.training.inspect import inspect
 
-    for line in inspect(loaded, options.count, step=options.step, out=options.out):
+    for line in inspect(loaded, options.count, step=options.step, out=options.out.expanduser()):
         print(line)
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -59,9 +60,14 @@ def run(words: list[str]) -> int:
     options = read_options(words, EvaluateOptions)
     quiet_libraries()
     from trainer.backbones.device import choose_placement
+    from trainer.config.header import file_of
     from trainer.evaluation.compare import evaluate_runs, evaluate_steps
     from trainer.evaluation.evaluate import Judging, evaluate
+    from trainer.runs.run_folder import later_checkpoint
 
+    for run in options.runs or (options.run,):
+        if run is not None and (later := later_checkpoint(file_of(run))) is not None:
+            print(later, file=sys.stderr)
     placement = choose_placement(options.device, options.precision)
     how = Judging(options.judges, options.images, options.batch, placement=placement)
     if options.run is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -48,6 +49,8 @@ class ExportOptions(Options):
     def _has_a_source(self) -> ExportOptions:
         if self.run is None and self.adapter is None:
             raise ValueError("give run=<run folder>, or adapter=<file>")
+        if self.run is not None and self.adapter is not None:
+            raise ValueError("give run or adapter, not both")
         return self
 
 
@@ -60,9 +63,12 @@ def run(words: list[str]) -> int:
     from trainer.config.header import file_of, read_header
     from trainer.export.export import export as write
     from trainer.export.out_path import settle_out
+    from trainer.runs.run_folder import later_checkpoint
 
     path = file_of(source.expanduser())
     recipe = str(read_header(path)[0].get("recipe", ""))
+    if (later := later_checkpoint(path)) is not None:
+        print(later, file=sys.stderr)
     given = None if options.out is None else options.out.expanduser()
     out, title = settle_out(given, path, recipe, format_name=options.format)
     print(

@@ -41,6 +41,7 @@ def given_adapter(name: Path, backbone: str | None, say: Say) -> GivenAdapter:
             tool cannot be read, or is given without a backbone.
     """
     from trainer.runs.adapter import adapter_facts
+    from trainer.runs.run_folder import later_checkpoint
 
     where = shipped(name)
     file = file_of(name)
@@ -53,6 +54,8 @@ def given_adapter(name: Path, backbone: str | None, say: Say) -> GivenAdapter:
             return _foreign(where, backbone, say)
     if file.is_file() and not _is_ours(file):
         return _foreign(file, backbone, say)
+    if (later := later_checkpoint(file)) is not None:
+        say(later)
     return GivenAdapter(file, adapter_facts(file) if file.is_file() else {})
 
 

@@ -131,7 +131,7 @@ class SampleOptions(Options):
         None,
         gt=0,
         description="frames a second, given to a model that was trained with them and to the "
-        "player; null plays 8",
+        "player; null takes data.fps of the adapter's recipe, or plays 8",
     )
     source: Path | None = Field(
         None, description="a video whose structure the clip keeps, see start"
@@ -283,7 +283,7 @@ def _job(
         seeds=range(options.seed, options.seed + options.count),
         settings=settings,
         out=options.out,
-        played=options.fps or PLAYED,
+        played=settings.fps or PLAYED,
         batch=options.batch,
         row=None if picture is None else picture.row,
         sheet=options.sheet,
@@ -295,6 +295,7 @@ def _job(
 
 def _settings(options: SampleOptions, tree: Mapping[str, Any], negative: str) -> Sampling:
     """As the options say, and else the recipe of the adapter."""
+    from trainer.data.source import frames_asked
     from trainer.diffusion.sampling_settings import Sampling
 
     previews, data, run = (tree.get(key) or {} for key in ("preview", "data", "run"))
@@ -305,8 +306,8 @@ def _settings(options: SampleOptions, tree: Mapping[str, Any], negative: str) ->
         float(previews.get("guidance", 5.0)) if guidance is None else guidance,
         negative,
         size=options.height_and_width or (None if side is None else (int(side), int(side))),
-        frames=options.frames or int(data.get("frames", 1)),
-        fps=options.fps,
+        frames=1 if options.image else options.frames or frames_asked(data),
+        fps=options.fps or data.get("fps"),
         sampler=options.scheduler or previews.get("scheduler"),
         true_guidance=float(previews.get("true_guidance", 1.0)) if true is None else true,
     )

@@ -17,6 +17,7 @@ FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4")
 
 def as_folder(out: Path) -> Path:
     """`out`; raises ValueError where it is a file, or is called as one."""
+    out = out.expanduser()
     if out.is_file():
         raise ValueError("this is a file; name the folder to write into")
     if out.suffix.lower() in FILES and not out.exists():

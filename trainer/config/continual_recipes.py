@@ -44,10 +44,11 @@ def task_overlay(recipe: Recipe, number: int) -> dict[str, Any]:
         "data": data,
         "methods": {name: _options(each, spec, number) for name, each in recipe.methods.items()},
         "preview": {
-            "prompts": named(previews.get("prompts", ())),
-            "maps": previews.get("maps") and previews["maps"].replace(old, token),
+            key: named(value) if key == "prompts" else value and value.replace(old, token)
+            for key, value in previews.items()
+            if key in ("prompts", "maps")
         },
-        "evaluate": {key: named(asked.get(key, ())) for key in ("alone", "beside")},
+        "evaluate": {key: named(asked[key]) for key in ("alone", "beside") if key in asked},
     }
 
 

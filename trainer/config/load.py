@@ -114,7 +114,7 @@ def _checked(recipe: Recipe) -> list[str]:
 
 def resolve_recipe(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Recipe:
     """Lays the backbone's own values and the overrides over a recipe's tree; checks the result."""
-    tree = _overlaid(tree, overrides)
+    tree = _overlaid(name, tree, overrides)
     _check_keys(tree)
     sections = {key: build_section(cls, tree.get(key), key) for key, cls in SECTIONS.items()}
     tracker = tree.get("tracker", "tensorboard")
@@ -154,8 +154,9 @@ def resolve_recipe(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]
     return recipe
 
 
-def _overlaid(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree under what its `backbones:` gives for the backbone, under the overrides."""
+def _overlaid(name: str, tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree under what its `backbones:` gives for the backbone, under what the user's own file
+    says, under the overrides."""
     tree = dict(tree)
     per_backbone = tree.pop("backbones", None) or {}
     _check_overlays(per_backbone)
@@ -166,6 +167,8 @@ def _overlaid(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
         )
     own = _own_values(per_backbone, lineage_of(backbone)[0])
     below = laid_over(tree, own)
+    if own:  # a base's values for a backbone do not replace what the file over it gives
+        below = laid_over(below, user_values(name, backbone))
     below["data"] = _of_source(below.get("data"), overrides.get("data"))
     return with_own_lr(laid_over(below, overrides) | {"backbone": backbone})
 

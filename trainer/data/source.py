@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median_low
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
@@ -94,6 +94,14 @@ class Repeated(Protocol):
 def shape_of_clips(data: Dataset) -> tuple[int, float | None]:
     """Frames of its clips, and the middle one of their frames a second; 1 and None for images."""
     return max(data.frames), median_low(data.rates) if data.rates else None
+
+
+def frames_asked(data: Mapping[str, Any]) -> int:
+    """Frames of the clips of a stored recipe's section `data`; 1 for pictures. Where the recipe
+    does not say it, the source's own default."""
+    known = Source.find(data["source"]).model_fields if data.get("source") in Source.names() else {}
+    found = data.get("frames", known["frames"].default if "frames" in known else None)
+    return int(found or 1)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from trainer.config.lineage import spec_of
 from trainer.evaluation.evaluate import Evaluation, Judging, evaluation_file, write_scores
 from trainer.evaluation.generated import SEED
 from trainer.evaluation.score_table import (
+    LOSS,
     Table,
     best_lines,
     better,
@@ -61,10 +62,13 @@ def evaluate_runs(runs: Sequence[Path], how: Judging) -> Table:
             table[name] = each.score(each.adapted(each.path))
     table = first.completed(table)
     notes = list(dict.fromkeys(note for each in own.values() for note in each.notes))
+    losses: dict[str, float | None] = {}
     if _unlike_losses(own):
-        notes.append("no validation loss: the runs hold out other samples or predict other targets")
-        for scores in table.values():
-            scores.pop("validation loss", None)
+        notes.append(
+            "no validation loss: the runs hold out other samples, predict other targets or differ "
+            "in run.seed, from which the noise is drawn"
+        )
+        losses = {name: scores.pop(LOSS, None) for name, scores in table.items()}
     # the base was asked with the first one's words
     alone = [name for name, each in own.items() if _prompts(each) != _prompts(first)]
     if alone:
@@ -74,6 +78,7 @@ def evaluate_runs(runs: Sequence[Path], how: Judging) -> Table:
         )
     show_evaluation(table, f"{len(own)} runs, {first.described}", console := Console())
     show_notes([*best_lines(table, list(own)), *notes], console)
+    _keep_losses(table, next(iter(own)), losses)
     for name in own.keys() - set(alone):
         write_scores(evaluation_file(own[name].path), with_counts(_of_one(table, name)))
     for each in own.values():
@@ -273,8 +278,17 @@ def _unlike_losses(own: Mapping[str, Evaluation]) -> bool:
     for each in own.values():
         held_out, objective = each.held_out, each.recipe.objective
         keys = [] if held_out is None else [held_out.key(i) for i in range(len(held_out))]
-        found.append((keys, objective.target, objective.path))
+        # the noise that is predicted is drawn from the seed
+        found.append((keys, objective.target, objective.path, each.recipe.run.seed))
     return any(each != found[0] for each in found)
+
+
+def _keep_losses(table: Table, first: str, losses: Mapping[str, float | None]) -> None:
+    """Puts the validation losses of the base and the first run back, which are of the same samples
+    and noise; they were left out beside those of other runs alone."""
+    for name in ("base", first):
+        if losses.get(name) is not None:
+            table[name][LOSS] = losses[name]
 
 
 def _of_one(table: Table, name: str) -> Table:

@@ -28,6 +28,7 @@ from trainer.evaluation.clip_scores import ClipScores
 from trainer.evaluation.examiner import Examiner, Scores
 from trainer.evaluation.open_judges import PictureJudge, open_judges, reader_of
 from trainer.evaluation.score_table import (
+    LOSS,
     Table,
     show_evaluation,
     show_notes,
@@ -154,7 +155,7 @@ class Evaluation:
                 model, self.clips.captions, frames=self.frames, fps=self.fps
             )
             scores |= self.clips.scores(generated)
-        scores["validation loss"] = validation_loss(self.recipe, model, self.held_out)
+        scores[LOSS] = validation_loss(self.recipe, model, self.held_out)
         # of a run that has diverged some are no numbers: they are not known
         known = {name: value for name, value in scores.items() if value is not None}
         return scores | {name: None for name, value in known.items() if not isfinite(value)}

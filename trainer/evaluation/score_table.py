@@ -20,7 +20,8 @@ SHARES = (  # the scores shown as percentages, beside every `concept accuracy`
 # how the names of scores begin of which more is better, and less
 MORE = ("concept accuracy", *SHARES, FIDELITY, SECOND, "CLIP-I", "DINO", "CLIP-T", "DIV")
 WIDEST = 1000  # letters of a line
-LESS = ("PRES", "prior drift", "KID", "validation loss")
+LOSS = "validation loss"
+LESS = ("PRES", "prior drift", "KID", LOSS)
 
 
 def better(line: str) -> int:

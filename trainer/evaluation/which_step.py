@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trainer.evaluation.examiner import Scores
+from trainer.evaluation.score_table import LOSS
 
 ALIKE, ALIGNED, DRIFT = 0.1, 0.05, 0.1  # the differences that count as one point
 
@@ -92,7 +93,7 @@ def _gain(term: RuleTerm, base: Scores, scores: Scores) -> float:
 
 
 def _by_loss(steps: Mapping[int, Scores]) -> Choice:
-    losses = {step: scores.get("validation loss") for step, scores in steps.items()}
+    losses = {step: scores.get(LOSS) for step, scores in steps.items()}
     known = {step: loss for step, loss in losses.items() if loss is not None}
     if not known:
         return Choice(None, "no score tells which step to keep; look at the pictures", {})

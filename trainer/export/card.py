@@ -14,6 +14,7 @@ from trainer.backbones.word_vectors import first_vectors
 from trainer.common.paths import bare_name
 from trainer.config.lineage import spec_of
 from trainer.data.caption_templates import texts_of, with_class_words
+from trainer.data.source import frames_asked
 
 SPEC = "1.0.1"
 
@@ -68,7 +69,7 @@ def card_of(title: str, tree: Mapping[str, Any], model: Any, *, words: Iterable[
         trained=tuple(map(_one_line, known)),
         phrase=_one_line(", ".join(with_class_words(first_vectors(known), data))),
         size=(int(side), int(side)),
-        frames=int(data.get("frames") or 1),
+        frames=frames_asked(data),
         methods=tuple(_one_line(n) for n, given in tree["methods"].items() if given is not None),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,11 @@ def import_file(
         save_adapter(part, tensors, tree=tree, identity=identity)
         largest = difference(probe(load_adapted(part)[0]), wanted)
         _refuse_difference(path, largest)
+    try:
         write_recipe(recipe, out, tree)
+    except BaseException:  # so that the same command can be given again
+        out.unlink()
+        raise
     for line in _told(found, bundle, largest, recipe=recipe):
         say(line)
     return out
@@ -77,8 +82,8 @@ def _told(found: str, bundle: Bundle, largest: float, *, recipe: Path) -> tuple[
     return (
         f"{found}: {_counted(bundle)}; the adapter's output differs from that of what was read by "
         f"at most {largest:.1e} (allowed {LIMIT:.0e})",
-        f"to start from it: {program()} fit recipe={recipe} data.concept=<folder of images> "
-        "data.class_word=<what they show, as in dog>",
+        f"to start from it: {program()} fit {shlex.quote(f'recipe={recipe}')} "
+        "data.concept=<folder of images> data.class_word=<what they show, as in dog>",
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from trainer.common.atomic import written_atomically
 from trainer.config.load import read_recipe
 
 BASE = "lora"  # data, optimiser and previews are this recipe's
@@ -27,7 +29,8 @@ def write_recipe(path: Path, adapter: Path, tree: Mapping[str, Any]) -> None:
     text = yaml.safe_dump(own, sort_keys=False, allow_unicode=True, width=100)
     head = (
         f"# Trains on from {adapter.name}, which was imported; data and optimiser are those of "
-        f"recipe={BASE}.\n#\n#     python -m trainer fit recipe={path} data.concept=./my_photos "
-        "data.class_word=dog\n"
+        f"recipe={BASE}.\n#\n#     python -m trainer fit {shlex.quote(f'recipe={path}')} "
+        "data.concept=./my_photos data.class_word=dog\n"
     )
-    path.write_text(head + text, encoding="utf-8")
+    with written_atomically(path) as part:
+        part.write_text(head + text, encoding="utf-8")

@@ -36,6 +36,17 @@ class Plan:
         """Names of the tensors an adapter holds: all that train, and all the base does not have."""
         return (*self.names, *self.keeps)
 
+    def started(self, tensors: Collection[str]) -> Plan:
+        """Where these tensors have values of an earlier run: an edit whose trained tensors are
+        among them has no `prepare`, nor a start to check."""
+        edits = {
+            name: replace(edit, prepare=None, check_new_run=None)
+            if edit.trains and set(edit.trains) <= set(tensors)
+            else edit
+            for name, edit in self.edits.items()
+        }
+        return replace(self, edits=edits)
+
 
 def method_names() -> list[str]:
     """Every method there is, by file name."""

@@ -63,7 +63,7 @@ class Edit:
 
     def frozen(self) -> Edit:
         """With all that trains kept as it is instead."""
-        return replace(self, trains=(), keeps=(*self.trains, *self.keeps))
+        return replace(self, trains=(), keeps=(*self.trains, *self.keeps), prepare=None)
 
 
 EditKind = Literal["structure", "attention", "storage", "adapt", "select"]

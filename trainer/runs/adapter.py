@@ -219,8 +219,11 @@ def check_start(path: Path, backbone: Backbone, objective: Mapping[str, Any]) ->
         )
 
 
-def check_names(path: Path, backbone: Backbone, plan: Plan) -> None:
+def check_names(path: Path, backbone: Backbone, plan: Plan) -> set[str]:
     """Checks that a model can start from an earlier adapter, without reading its tensors.
+
+    Returns:
+        the names of its tensors.
 
     Raises:
         ValueError: the file was trained on another backbone, or holds a tensor that this model
@@ -239,11 +242,16 @@ def check_names(path: Path, backbone: Backbone, plan: Plan) -> None:
         )
     for name, shape in shapes.items():
         check_shape(path, name, shape, own=tuple(own[name].shape))
+    return set(shapes)
 
 
-def start_from(path: Path, backbone: Backbone, plan: Plan) -> None:
+def start_from(path: Path, backbone: Backbone, plan: Plan) -> Plan:
     """Copies every tensor of an earlier adapter into a model that may have more; what the adapter
     does not hold keeps its initial values.
+
+    Returns:
+        the plan of the model as it is now: methods whose trained tensors have all come from the
+        adapter get no start from the data, which would write over what was learned.
 
     Raises:
         ValueError: as `check_names`, or a value is not finite.
@@ -253,6 +261,7 @@ def start_from(path: Path, backbone: Backbone, plan: Plan) -> None:
     wanted = {key: own[key] for key in tensors}
     check_tensors(path, tensors, wanted)
     _copy(tensors, wanted)
+    return plan.started(set(tensors))
 
 
 def _tensors(model: Backbone) -> dict[str, Tensor]:

@@ -87,6 +87,7 @@ def merge_concepts(
         raise ValueError(f"out={out} exists; give a file that does not, nothing is overwritten")
     if len(paths) < 2:
         raise ValueError("adapter: give at least two, as in adapter=[runs/a/1,runs/b/1]")
+    out.parent.mkdir(parents=True, exist_ok=True)
     concepts = _load(paths)
     first = concepts[0].tree
     tree = _merged_recipe(concepts)

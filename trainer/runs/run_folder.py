@@ -46,7 +46,7 @@ UNLISTED = (*(f"run.{key}" for key in WHERE), "run.steps")  # an adapter does no
 def folder_for(recipe: Recipe) -> Path:
     """`runs/<recipe>/<id>`, the same for every rank of a run."""
     name = recipe.run.id or os.environ.setdefault("TRAINER_RUN_ID", time.strftime("%Y%m%d-%H%M%S"))
-    return recipe.run.out / Path(recipe.name).stem / name
+    return recipe.run.out.expanduser() / Path(recipe.name).stem / name
 
 
 def made(folder: Path) -> Path:
@@ -86,6 +86,24 @@ def step_of_kept(path: Path) -> int | None:
     """The step of a file of `kept_adapters`; None for any other file."""
     found = KEPT_NAME.fullmatch(path.name)
     return int(found[1]) if found and path.absolute().parent.name == "adapters" else None
+
+
+def later_checkpoint(path: Path) -> str | None:
+    """What is to be said of a run's adapter where the run has gone on since and has checkpoints of
+    later steps; None where it has not, or where the adapter is of one step by its name."""
+    run = run_of_adapter(path)
+    if path.name != "adapter.safetensors" or not path.is_file():
+        return None
+    names = (each.name.removeprefix("step-") for each in (run / "checkpoints").glob("step-*"))
+    latest, done = max((int(name) for name in names if name.isdigit()), default=0), 0
+    with suppress(ValueError):  # what is wrong with its header is said when it is read
+        done = steps_asked_of(read_header(path)[0])
+    if not 0 < done < latest:
+        return None
+    return (
+        f"{run}: this run goes on, and its adapter is that of step {done}; of step {latest} there "
+        f"is a checkpoint, adapter={run / 'checkpoints' / step_name(latest)}"
+    )
 
 
 def run_of_adapter(path: Path) -> Path:

@@ -23,7 +23,7 @@ def adapt(recipe: Recipe, backbone: Backbone, placement: Placement) -> Plan:
     retarget(backbone, recipe.objective.model_dump())
     plan = apply_methods(backbone, recipe.methods, run.seed, frozen=recipe.optim.frozen)
     if run.start_from is not None:
-        start_from(file_of(run.start_from), backbone, plan)
+        plan = start_from(file_of(run.start_from), backbone, plan)
     place(backbone, placement, plan.stored)
     if run.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()

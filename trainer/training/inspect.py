@@ -77,7 +77,7 @@ def originals(data: Dataset) -> list[Size]:
     if isinstance(data, Photos):
         return [upright_size(row.path) for row in data.rows]
     if isinstance(data, ConceptData):
-        return [pair.image.size for pair in data.pairs]
+        return [pair.shape for pair in data.pairs]
     return []
 
 

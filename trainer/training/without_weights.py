@@ -16,6 +16,7 @@ from trainer.config.header import file_of
 from trainer.config.schema import Recipe
 from trainer.methods.apply import Plan, apply_methods
 from trainer.runs.adapter import check_names, check_start, load_base
+from trainer.runs.run_folder import folder_for
 from trainer.training.adapt_backbone import adapt, check_new_run
 
 
@@ -46,9 +47,9 @@ def _check(recipe: Recipe, backbone: Backbone) -> None:
         check_start(file_of(earlier), backbone, chosen)
     retarget(backbone, chosen)
     plan = apply_methods(backbone, recipe.methods, recipe.run.seed, frozen=recipe.optim.frozen)
-    check_new_run(plan)
     if earlier is not None:
-        check_names(file_of(earlier), backbone, plan)
+        plan = plan.started(check_names(file_of(earlier), backbone, plan))
+    _check_new(recipe, plan)
     if parts := recipe.run.base_precision:  # which needs layers that do not train
         where = choose_placement(recipe.run.device, recipe.run.precision, parts=parts)
         place(backbone, _on_cpu(where, backbone.published), plan.stored)
@@ -85,8 +86,14 @@ def planned(recipe: Recipe, placement: Placement) -> tuple[Backbone, Plan]:
 def _new(recipe: Recipe, backbone: Backbone, placement: Placement) -> Plan:
     """The plan of a new run."""
     plan = adapt(recipe, backbone, placement)
-    check_new_run(plan)
+    _check_new(recipe, plan)
     return plan
+
+
+def _check_new(recipe: Recipe, plan: Plan) -> None:
+    """As `fit` asks a run that has no checkpoint yet."""
+    if not any((folder_for(recipe) / "checkpoints").glob("step-*")):
+        check_new_run(plan)
 
 
 def _on_cpu(placement: Placement, published: torch.dtype) -> Placement:

@@ -99,7 +99,7 @@ INSTEAD = {
     "is made for tasks in a row too",
     "shadow": "trains a smaller copy of a whole network beside it; use methods.lora",
     "xlora": "mixes several finished LoRAs by the hidden states of a language model; use "
-    "`merge` to add finished ones up",
+    "`sample adapter=[a,b] scale=[0.8,0.5]`, which adds finished ones up",
     "poly": "mixes LoRAs by the number of a task, which no batch has here; use methods.lora",
     "ln_tuning": "trains norms, and this method is for linear layers; use methods.full, which "
     "trains norms too",
