@@ -304,7 +304,13 @@ def test_a_stranger_s_file_says_what_is_wrong(tiny_folder: Path, capsys: Printed
 def test_a_picture_from_a_picture_with_an_adapter_of_clips(tmp_path: Path, capsys: Printed) -> None:
     """A clip of it would be one frame a seed."""
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
-    words = ["adapter=tiny_motion", f"image={tmp_path / 'a.png'}", "prompt=a fox", "sheet=false"]
+    words = [
+        "adapter=tiny_motion",
+        f"image={tmp_path / 'a.png'}",
+        "prompt=a fox",
+        "sheet=false",
+        "strength=1",
+    ]
     found = made(capsys, *words, "count=2", "out=pictures")
     assert [path.suffix for path in found] == [".png", ".png"]
     assert all(facts_in(path).get("frames", 1) == 1 for path in found)

@@ -78,9 +78,10 @@ def evaluate_runs(runs: Sequence[Path], how: Judging) -> Table:
         )
     show_evaluation(table, f"{len(own)} runs, {first.described}", console := Console())
     show_notes([*best_lines(table, list(own)), *notes], console)
-    _keep_losses(table, next(iter(own)), losses)
     for name in own.keys() - set(alone):
-        write_scores(evaluation_file(own[name].path), with_counts(_of_one(table, name)))
+        # the losses of the base and the first run are of the same samples and noise
+        known = losses if own[name] is first else {}
+        write_scores(evaluation_file(own[name].path), with_counts(_of_one(table, name, known)))
     for each in own.values():
         each.finish()
     return table
@@ -283,14 +284,11 @@ def _unlike_losses(own: Mapping[str, Evaluation]) -> bool:
     return any(each != found[0] for each in found)
 
 
-def _keep_losses(table: Table, first: str, losses: Mapping[str, float | None]) -> None:
-    """Puts the validation losses of the base and the first run back, which are of the same samples
-    and noise; they were left out beside those of other runs alone."""
-    for name in ("base", first):
-        if losses.get(name) is not None:
-            table[name][LOSS] = losses[name]
-
-
-def _of_one(table: Table, name: str) -> Table:
-    own = {"base": table["base"], "adapted": table[name]}
-    return own | ({"real": table["real"]} if "real" in table else {})
+def _of_one(table: Table, name: str, losses: Mapping[str, float | None]) -> Table:
+    """The columns of one run; losses: validation losses by column that `table` has no more."""
+    columns = {"base": "base", "adapted": name, "real": "real"}
+    return {
+        column: table[own] | ({LOSS: losses[own]} if losses.get(own) is not None else {})
+        for column, own in columns.items()
+        if own in table
+    }
