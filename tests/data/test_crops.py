@@ -166,3 +166,16 @@ def test_no_scene_is_drawn_for_its_size(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(source, "image", refuse)
     mixed = Mixed(clips, scenes, 0.5)
     assert [mixed.crop(1), Stills(clips).crop(1), mixed.crop(3)] == wanted
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (80, 120)])
+def test_a_shards_picture_is_cut_from_its_middle(shape: tuple[int, int], tmp_path: Path) -> None:
+    file = io.BytesIO()
+    gradient(*shape).save(file, "PNG")
+    (tmp_path / "s").mkdir()
+    pack(tmp_path / "s" / "a.tar", ("0.png", file.getvalue()), ("0.txt", b"a"))
+    data, _ = Shards(shards=str(tmp_path / "s")).open(
+        Needs(64, 4, refuse, tmp_path / "cache", refuse)
+    )
+    assert isinstance(data, Cropped)
+    assert data.crop(0) == central(shape, (64, 64))

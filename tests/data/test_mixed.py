@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.data.mixed import Mixed
+from trainer.data.mixed import Mixed, Stills
 from trainer.data.source import Needs, shape_of_clips
 from trainer.data.sources.world import Scenes
 from trainer.data.sources.world_clips import WorldClips
@@ -46,3 +46,12 @@ def test_the_shape_is_that_of_the_clips(parts: tuple[Any, Any], tmp_path: Path) 
     assert shape_of_clips(Mixed(clips, stills, 0.25)) == (FRAMES, 8)
     assert shape_of_clips(clips) == (FRAMES, 8)
     assert shape_of_clips(stills) == (1, None)
+
+
+def test_stills_have_a_number_of_frames_for_each_group(parts: tuple[Any, Any]) -> None:
+    """As a data set of clips in several sizes has."""
+    clips, _ = parts
+    stilled = Stills(Mixed(clips, clips, 0.5))
+    assert [len(group) for group in stilled.groups] == [CLIPS, CLIPS]
+    assert list(stilled.frames) == [1, 1] and len(stilled) == 2 * CLIPS
+    assert stilled.image(0).equal(clips.image(0)[FRAMES // 2])

@@ -12,8 +12,10 @@ from PIL import Image
 
 from trainer.__main__ import main
 from trainer.common.exit_codes import BAD_RECIPE
+from trainer.data.video_clips import CaptionedVideo, VideoClips, Window
 from trainer.data.world.clips import draw_clip
 from trainer.diffusion.source_clip import source_latents
+from trainer.media.read_video import examine
 from trainer.media.write_video import encode_video, write_clip
 
 pytest.importorskip("av")
@@ -116,3 +118,18 @@ def test_what_is_written_reads_as_it_was(tmp_path: Path, tiny: Any) -> None:
 def test_refusals(words: list[str], says: str, tmp_path: Path, capsys: Any) -> None:
     assert main([*WORDS, *words, f"out={tmp_path / 'out'}"]) == BAD_RECIPE
     assert capsys.readouterr().err.startswith(f"error: {says}")
+
+
+def test_latents_of_a_video_are_the_means_of_the_vae(tiny: Any, tmp_path: Path) -> None:
+    """Without its noise, so that the same video has the same latents."""
+    film = tmp_path / "film.mp4"
+    frames = [np.full((32, 32, 3), 40 * n, np.uint8) for n in range(3)]
+    film.write_bytes(encode_video(frames, fps=8))
+    found = source_latents(tiny, film, frames=3, fps=None, data={})
+    video = CaptionedVideo("film.mp4", "", facts=examine(film, "film.mp4"), source=film)
+    window = Window(frames=3, stride=1, fps=None, start=0)
+    pixels = VideoClips([video], window, side=tiny.resolution, flip=False).image(0)
+    with torch.no_grad():
+        means = tiny.vae.encode(pixels).latent_dist.mean
+    shift = getattr(tiny.vae.config, "shift_factor", None) or 0
+    torch.testing.assert_close(found, (means - shift) * tiny.vae.config.scaling_factor)

@@ -93,3 +93,16 @@ def test_a_cell_says_what_became_of_the_caption(monkeypatch: pytest.MonkeyPatch)
     for index, caption in enumerate(["a fox", "", ""]):
         inspect._cell(batch, index, caption)
     assert shown == ["a fox", "(caption dropped)", "(no caption)"]
+
+
+@pytest.mark.parametrize("count", [1, 3, inspect.COLUMNS, inspect.COLUMNS + 1])
+def test_the_sheet_is_as_large_as_its_cells(count: int) -> None:
+    sizes = [(inspect.SIDE, inspect.SIDE + 7 * n) for n in range(count)]
+    cells = [Image.new("RGB", size, (10 * n + 5, 0, 0)) for n, size in enumerate(sizes)]
+    sheet = inspect._sheet(cells)
+    rows = [sizes[i : i + inspect.COLUMNS] for i in range(0, count, inspect.COLUMNS)]
+    height = inspect.PAD + sum(max(h for _, h in row) + inspect.PAD for row in rows)
+    columns = min(count, inspect.COLUMNS)
+    assert sheet.size == (inspect.PAD + columns * (inspect.SIDE + inspect.PAD), height)
+    seen = {red for _, (red, green, _) in sheet.getcolors(4 * 2**20) if green == 0}
+    assert seen == {10 * n + 5 for n in range(count)}  # none covers another

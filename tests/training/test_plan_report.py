@@ -15,7 +15,7 @@ from trainer.config.schema import Recipe
 from trainer.methods.apply import apply_methods
 from trainer.training import plan_report
 from trainer.training.memory_estimate import memory_of
-from trainer.training.plan_report import describe_plan, show_plan
+from trainer.training.plan_report import describe_plan, show_plan, size
 from trainer.training.step_memory import step_bytes
 
 
@@ -73,3 +73,12 @@ def test_the_table_names_methods_sites_and_counts(recipe: Recipe, tiny: Any) -> 
 )
 def test_sizes(count: int, text: str) -> None:
     assert plan_report.size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0.0 kB"), (99_900, "99.9 kB"), (100_000, "0.1 MB"), (140_000, "0.1 MB"),
+     (999_000_000, "999.0 MB"), (1_000_000_000, "1.0 GB")],
+)  # fmt: skip
+def test_bytes_in_readable_units(count: int, text: str) -> None:
+    assert size(count) == text

@@ -24,7 +24,9 @@ from trainer.config.lineage import backbone_names, read_backbone
 from trainer.config.load import load_recipe
 from trainer.config.schema import Recipe, RecipeError
 from trainer.data.tars.write_shards import write_world
-from trainer.runs.adapter import load_base
+from trainer.methods.apply import apply_methods
+from trainer.runs.adapter import load_base, save_adapter
+from trainer.runs.run_folder import recipe_header
 from trainer.training import without_weights
 from trainer.training.adapt_backbone import adapt
 from trainer.training.memory_estimate import Memory, memory_lines, memory_of
@@ -312,3 +314,19 @@ def test_only_what_can_be_set_is_said_to_need_less(tiny_folder: Path) -> None:
     assert {fp8, nf4}.isdisjoint(less("run.base_precision={denoiser: fp8}"))
     whole = ("methods.lora=null", "methods.new_token=null", "data.token=sks", "methods.full={}")
     assert {fp8, nf4}.isdisjoint(less(*whole))
+
+
+def test_a_start_that_predicts_something_else_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    """By `check` as by `fit`: the earlier network predicts v."""
+    words = ["recipe=lora", f"backbone={tiny_folder}", "data.class_word=bird", "tracker=none"]
+    plain = load_recipe(words)
+    path = tmp_path / "adapter.safetensors"
+    model = load_base(plain.backbone, plain.backbone_name)
+    plan = apply_methods(model, plain.methods)
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = {name: held[name] for name in plan.stored}
+    save_adapter(path, tensors, recipe_header(plain), model.identity())
+    assert refuse_unfit(load_recipe([*words, f"run.start_from={path}"])) is None
+    other = load_recipe([*words, f"run.start_from={path}", "objective.target=eps"])
+    with pytest.raises(ValueError, match=r"run\.start_from=.* predicts v.*, and this recipe's eps"):
+        refuse_unfit(other)

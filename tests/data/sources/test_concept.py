@@ -13,6 +13,7 @@ from PIL import Image
 from trainer.config.load import load_recipe
 from trainer.config.schema import RecipeError
 from trainer.config.value_errors import build_section
+from trainer.data.concept_photos import held_out_of
 from trainer.data.identity import sha256_of_file
 from trainer.data.loader import collate
 from trainer.data.plan import Slot, StepPlan
@@ -413,3 +414,11 @@ def test_large_class_images_are_kept_small_too(folders: list[Path], tmp_path: Pa
         tmp_path, concept=str(folders[0]), class_word="cup", prior_folder=prior, validation=0
     )
     assert [pair.image.size for pair in train.pairs] == [(40, 30)] * 3 + [(32, 32)]
+
+
+@pytest.mark.parametrize(
+    ("photos", "asked", "held_out"),
+    [(4, None, 0), (5, None, 1), (20, None, 1), (5, 0, 0), (4, 2, 2)],
+)
+def test_one_of_five_photos_is_held_out(photos: int, asked: int | None, held_out: int) -> None:
+    assert held_out_of(photos, asked) == held_out

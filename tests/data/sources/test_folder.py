@@ -321,3 +321,17 @@ def test_captions_are_read_once(
             texts, 1
         )
         read.clear()
+
+
+@pytest.mark.parametrize(("spare", "reads"), [(0, 1), (-1, 2)])
+def test_few_photos_are_kept_in_memory(
+    spare: int, reads: int, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as all of them fit: three colours of 8 bits a pixel."""
+    monkeypatch.setattr(folder_photos, "KEEP_BYTES", 3 * 16 * 16 * 3 + spare)
+    train, _ = open_folder(photos)
+    cut, seen = train.decoded.cut, []
+    monkeypatch.setattr(train.decoded, "cut", lambda *asked: seen.append(asked) or cut(*asked))
+    for _ in range(2):
+        train.sample(1, RNG)
+    assert len(seen) == reads

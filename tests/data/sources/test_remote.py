@@ -233,3 +233,9 @@ def test_a_pattern_chooses_shards_of_the_manifest(served: Any, tmp_path: Path) -
     assert one.sample(0, RNG).image.equal(every.sample(4, RNG).image)
     with pytest.raises(ValueError, match=r"does not list world-000002\.tar"):
         opened(Remote(url=f"{address}/world-{{000001..000002}}.tar"), tmp_path)
+
+
+@pytest.mark.parametrize("url", ["https://host/a-{0..", "https://host/a-{3..1}.tar"])
+def test_a_pattern_that_names_nothing_is_refused_before_a_run(url: str) -> None:
+    with pytest.raises(RecipeError, match=r"data\.url"):
+        build_section(Remote, {"url": url}, "data")

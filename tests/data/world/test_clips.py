@@ -17,6 +17,7 @@ from trainer.data.plan import StepPlan
 from trainer.data.source import Needs
 from trainer.data.sources.world import Scenes
 from trainer.data.sources.world_clips import WorldClips
+from trainer.data.world import clips as module
 from trainer.data.world.clips import (
     DIRECTIONS,
     STILL,
@@ -311,3 +312,21 @@ def test_held_out_clips_come_in_batches_of_as_many_frames() -> None:
     assert [len(batch.keys) for batch in batches] == [2, 2, 1]
     assert [batch.positions for batch in batches] == [[0, 1], [2, 3], [4]]
     assert len(Fixed(held_out, 2, None)) == 5  # one clip at least
+
+
+def test_two_objects_stay_in_their_halves() -> None:
+    """Across the direction of motion they are apart; each is seen whole at the start."""
+    rng, still = np.random.default_rng(0), 0
+    for _ in range(400):
+        tracks = module._pair(rng, ("fox", "cat"))
+        dx, _ = module.DIRECTIONS[tracks[0].motion]
+        own = [track.y if dx else track.x for track in tracks]
+        spans = [(at - t.size / 2, at + t.size / 2) for at, t in zip(own, tracks, strict=True)]
+        lower, upper = sorted(spans)
+        middle, side = module.SCENE_SIDE / 2, module.SCENE_SIDE
+        assert lower[0] >= 0 and lower[1] <= middle <= upper[0] and upper[1] <= side
+        if tracks[1].motion == module.STILL:
+            still += 1
+            at, half = (tracks[1].x if dx else tracks[1].y), tracks[1].size / 2
+            assert half <= at <= side - half
+    assert 90 < still < 180

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.__main__ import main
+from trainer.backbones.device import pictures_at_once
 from trainer.common.exit_codes import BAD_RECIPE
 from trainer.common.paths import slug
 from trainer.data.mixed import Mixed
@@ -308,3 +309,15 @@ preview: {every: 1, steps: 3, scheduler: ddpm, prompts: [a fox]}
         assert main(["sample", f"adapter={run}", "prompt=a fox", f"out={out}", *words]) == 0
         (made,) = out.rglob("*.png")
         assert facts_in(made)["sampler"] == wanted
+
+
+def test_previews_are_generated_in_batches_by_their_size(tiny: Any) -> None:
+    """Of few prompts and many pixels; of clips one at a time."""
+    made = preview.Preview.__new__(preview.Preview)
+    made.prompts, made.frames = ["a"] * 6, 1
+    for side, at_once in ((64, 6), (2048, pictures_at_once(6, 2048**2))):
+        made.settings = Sampling(steps=1, size=(side, side))
+        assert made._at_once(tiny) == at_once
+    assert at_once < 6
+    made.frames = 4
+    assert made._at_once(tiny) == 1

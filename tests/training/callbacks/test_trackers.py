@@ -15,7 +15,13 @@ from commands import command
 from lightning.pytorch.loggers import Logger
 from wandb_files import stored_in
 
-from trainer.training.callbacks.trackers import Steady, WandbTracker, make_trackers, shown_name
+from trainer.training.callbacks.trackers import (
+    Steady,
+    WandbTracker,
+    _logged_in,
+    make_trackers,
+    shown_name,
+)
 
 OWN = [
     "run.batch_size=2", "data.prior_weight=0", "data.augment=false", "run.validate_every=2",
@@ -154,3 +160,18 @@ def test_a_tracker_whose_end_is_broken_too_ends_no_run() -> None:
     steady.log_hyperparams({})
     steady.finalize("success")
     assert told == ["MemoryError"] and steady.trackers == []
+
+
+def test_a_login_is_found_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the file that NETRC names, and else in the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("NETRC", raising=False)
+    assert not _logged_in()
+    (tmp_path / "other").write_text("machine api.wandb.ai\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "other"))
+    assert _logged_in()
+    (tmp_path / "other").write_text("machine example.org\n")
+    assert not _logged_in()
+    monkeypatch.delenv("NETRC")
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai\n")
+    assert _logged_in()
