@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -211,3 +212,14 @@ def test_groups_are_called_by_their_methods(
     made = make_optimizer(Optim(1e-3, 5, name=name), named, lrs=lrs, blocks=["a."], device="cpu")
     assert group_names(made, named, owners=owners) == wanted
     assert group_names(made, named, owners={})[0].startswith("all")
+
+
+@pytest.mark.parametrize(("system", "used"), [("linux", 3 * 2**10), ("darwin", 3 * 2**20)])
+def test_the_memory_of_a_process_is_in_mib(
+    system: str, used: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux gives KiB and macOS bytes."""
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=used))
+    assert memory_so_far(torch.device("cpu")) == 3.0
