@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from trainer.data.world import scenes
+from trainer.data.world import scenes as module
 from trainer.data.world.scenes import (
     COLOURS,
     POSITIONS,
@@ -183,7 +183,7 @@ def _first(caption: str, word: str) -> int:
 
 def test_what_stands_still_has_no_speed() -> None:
     rng = np.random.default_rng(0)
-    texts = [scenes._one(rng, "fox", 64)[1] for _ in range(3000)]
-    fast = [text for text in texts if any(speed in text for speed in scenes.SPEEDS)]
+    texts = [module._one(rng, "fox", 64)[1] for _ in range(3000)]
+    fast = [text for text in texts if any(speed in text for speed in module.SPEEDS)]
     assert len(fast) > 50 and not any("still" in text for text in fast)
     assert any("still" in text for text in texts)
