@@ -101,3 +101,11 @@ def test_a_file_is_read_again_only_where_it_has_changed(
     path.write_bytes(b"two")
     os.utime(path, ns=(1, 1))
     assert file_digest(path) != first and len(reads) == 2
+
+
+def test_what_a_mac_leaves_beside_the_files_of_a_part_changes_nothing(folder: Path) -> None:
+    spec = backbone_spec(str(folder))
+    before = part_digests(spec)
+    for name in ("unet/._config.json", "tokenizer/._tokenizer.json", "vae/._x.safetensors"):
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    assert part_digests(spec) == before

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from pixart_folder import ALPHA, SIGMA, UNUSED, make_pixart_folder, sentencepiece_file
 from torch import Tensor
 
+from trainer.__main__ import main
 from trainer.backbones import load_backbone
 from trainer.config.lineage import backbone_names, backbone_spec
 from trainer.config.load import load_recipe, methods_of
@@ -190,6 +192,27 @@ def test_a_tokenizer_of_sentencepiece_alone_needs_the_package(
     monkeypatch.setattr("trainer.backbones.folder_check.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"spiece\.model is read by sentencepiece.*\[t5\]"):
         backbone_spec(str(copy))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sentencepiece") is None, reason="not installed")
+def test_captions_are_counted_by_check_with_a_tokenizer_of_sentencepiece_alone(
+    alpha_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A word behind the 120 tokens that are read would not train; `fit` refuses it too."""
+    copy, photos = _with_sentencepiece_alone(alpha_folder, tmp_path / "copy"), tmp_path / "photos"
+    photos.mkdir()
+    Image.effect_noise((64, 64), 40).convert("RGB").save(photos / "a.png")
+    words = [
+        "check", "recipe=lora", f"backbone={copy}", f"data.concept={photos}", "run.resolution=64",
+        "data.class_word=cat", "data.prior_weight=0", "methods.new_token.init=null",
+        "run.steps=9", "optim.warmup=0",
+    ]  # fmt: skip
+    (photos / "a.txt").write_text("a cat " * 19 + "<v1>")
+    assert main(words) == 0
+    assert "of 119 that are read" in capsys.readouterr().out
+    (photos / "a.txt").write_text("a cat " * 70 + "<v1>")
+    assert main(words) != 0
+    assert "of which 119 are read, and <v1> is beyond them" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sentencepiece") is None, reason="not installed")

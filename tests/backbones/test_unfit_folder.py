@@ -141,6 +141,10 @@ LOADED: dict[str, tuple[Spoil, str]] = {
     ),
     "word": (put("unet/config.json", layers_per_block="two"), "unet: no UNet2DCondition"),
     "text": (put("text_encoder/config.json", hidden_act="new"), "text_encoder: no CLIPText"),
+    "tokenizer": (
+        text("tokenizer/tokenizer.json", "{broken"),
+        r"/tokenizer: the files of the tokenizer cannot be read \(.*\); download them again",
+    ),
 }  # fmt: skip
 
 

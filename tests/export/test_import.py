@@ -23,7 +23,7 @@ from trainer.export.bundle import Bundle, FullDelta, LowRankDelta
 from trainer.export.bundle_methods import recipe_of
 from trainer.export.detect import detect
 from trainer.export.factor import exact, fitted, truncated
-from trainer.export.import_ import import_file
+from trainer.export.import_ import import_file, read_bundle
 from trainer.export.layer_names import ldm
 from trainer.export.read_layers import read_layers
 from trainer.export.read_names import Names
@@ -84,6 +84,17 @@ def test_a_run_starts_from_it(
 )
 def test_the_format_is_recognised(name: str, form: str, wanted: str, written: Any) -> None:
     assert detect(written(name, form)[0]) == wanted
+
+
+def test_what_a_mac_leaves_in_a_folder_is_no_file_of_weights(
+    kohya_file: Path, tiny: Any, tmp_path: Path
+) -> None:
+    shutil.copy(kohya_file, tmp_path / "lora.safetensors")
+    (tmp_path / "embeddings").mkdir()
+    for left in ("._lora.safetensors", "embeddings/._v1.safetensors"):
+        (tmp_path / left).write_bytes(b"\0\5\x16\7")
+    assert detect(tmp_path) == "kohya"
+    assert read_bundle("kohya", tmp_path, tiny).layers
 
 
 def test_an_embedding_alone(written: Any, tiny_folder: Path, tmp_path: Path) -> None:

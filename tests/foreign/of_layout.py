@@ -158,12 +158,15 @@ def beside(base: Any, folder: Path) -> Made:
     return writer.save(folder, {"<v1>": row})
 
 
-def embedding(tensors: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[Any, Path], Made]:
+def embedding(
+    tensors: Callable[[Tensor], dict[str, Tensor]], stem: str = "cat", word: str = "<cat>"
+) -> Callable[[Any, Path], Made]:
     def make(base: Any, folder: Path) -> Made:
         rows = Writer(base).random(2, base.text_encoder.config.hidden_size)
-        save_file(tensors(rows), folder / "cat.safetensors")
-        words = {"<cat>": rows[0], "<cat>_1": rows[1]}
-        return Made(folder / "cat.safetensors", weights(base), words)
+        path = folder / f"{stem}.safetensors"
+        save_file(tensors(rows), path)
+        words = {word: rows[0], f"{word}_1": rows[1]}
+        return Made(path, weights(base), words)
 
     return make
 
@@ -381,6 +384,18 @@ CASES = [
         "A1111",
         "embedding of two vectors (emb_params)",
         embedding(lambda rows: {"emb_params": rows}),
+        LAYOUT,
+    ),
+    Case(
+        "A1111",
+        "embedding whose file name has spaces",
+        embedding(lambda rows: {"emb_params": rows}, "my red cat", "<my-red-cat>"),
+        LAYOUT,
+    ),
+    Case(
+        "A1111",
+        "embedding whose file name has brackets",
+        embedding(lambda rows: {"emb_params": rows}, "<cat>"),
         LAYOUT,
     ),
     Case(

@@ -175,6 +175,18 @@ CASES = [
     Case("peft", "OLoRA", of_unet(config(init_lora_weights="olora")), REAL),
     Case(
         "peft",
+        "PiSSA of a higher rank than the layers have",
+        of_unet(config(init_lora_weights="pissa", r=64)),
+        REAL,
+    ),
+    Case(
+        "peft",
+        "OLoRA of a higher rank than the layers have, rsLoRA",
+        of_unet(config(init_lora_weights="olora", r=64, use_rslora=True)),
+        REAL,
+    ),
+    Case(
+        "peft",
         "PiSSA by a randomised SVD (pissa_niter_4)",
         of_unet(config(init_lora_weights="pissa_niter_4")),
         REAL,

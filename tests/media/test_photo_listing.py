@@ -33,6 +33,15 @@ def test_subfolders_are_read_on_request_in_natural_order(tmp_path: Path) -> None
     assert unread(list_photos(tmp_path, True)) == []
 
 
+@pytest.mark.parametrize(
+    "left", ["@eaDir/b.png", "#recycle/b.png", "$RECYCLE.BIN/b.png", "lost+found/b.png"]
+)
+def test_what_file_servers_and_windows_leave_is_no_photo(left: str, tmp_path: Path) -> None:
+    made(tmp_path, ["a.png", left])
+    assert names(tmp_path, True) == ["a.png"]
+    assert unread(list_photos(tmp_path)) == []
+
+
 def test_folders_with_a_number_are_read_by_themselves(tmp_path: Path) -> None:
     made(tmp_path, ["10_sks dog/1.png", "10_sks dog/2.png", "3_cat/1.png", "old/1.png"])
     listing = list_photos(tmp_path)
@@ -77,7 +86,8 @@ def test_a_link_to_a_folder_above_is_not_followed(tmp_path: Path) -> None:
 
 MADE = """
 cat-condlabel cat_depth cat_normal_map cat_canny_edges cat_openpose_image cat_seg_2 cat-cutout
-cat_nobg cat.lineart mask_cat depth-cat cat_mask_01 masks/cat conditioning_images/cat depth_map/cat
+cat_nobg cat.lineart catmask cat(mask) catdepth0 mask_cat depth-cat cat_mask_01 masks/cat
+conditioning_images/cat depth_map/cat
 """
 
 
@@ -93,5 +103,8 @@ def test_what_is_made_from_a_photo_is_said(name: str, tmp_path: Path) -> None:
 
 def test_names_that_say_nothing_are_not_said(tmp_path: Path) -> None:
     made(tmp_path, ["cat.jpg", "cat_2.jpg", "cat (1).jpg", "cat_beach.jpg", "pose.png", "mask.png"])
-    made(tmp_path, ["depth/deep.png", "day/cat.jpg", "posed_cat.png", "cat_maskara_off.jpg"])
+    made(
+        tmp_path,
+        ["depth/deep.png", "catalpha/x.png", "day/cat.jpg", "posed_cat.png", "cat_maskara_off.jpg"],
+    )
     assert unread(list_photos(tmp_path, True)) == []

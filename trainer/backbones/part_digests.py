@@ -11,6 +11,7 @@ from trainer.backbones.families import find_family
 from trainer.backbones.spec import BackboneSpec
 from trainer.backbones.weight_files import weight_files
 from trainer.common.atomic import written_atomically
+from trainer.common.left_by_systems import left_by_system
 from trainer.common.paths import cache_folder
 
 SMALL = (".json", ".txt", ".model")  # what a part has beside its weights
@@ -58,8 +59,9 @@ def _folders(spec: BackboneSpec) -> list[Path]:
 
 def _of_part(where: Path) -> str | None:
     """Of the small files of a part and the weights that are read; None where there are none."""
-    files = [path for path in where.iterdir() if path.suffix in SMALL and path.is_file()]
-    if any(where.glob("*.safetensors")):
+    own = [path for path in where.iterdir() if path.is_file() and not left_by_system(path.name)]
+    files = [path for path in own if path.suffix in SMALL]
+    if any(path.suffix == ".safetensors" for path in own):
         files += weight_files(where).files
     if not files:
         return None

@@ -134,11 +134,21 @@ class PipelineFolder:
         return as_read(model, held)
 
     def tokenizer(self, kind: Any, text_encoder: str = "text_encoder", **options: Any) -> Any:
-        """The tokenizer of a text encoder, of a class of transformers."""
+        """The tokenizer of a text encoder, of a class of transformers.
+
+        Raises:
+            ValueError: its files are damaged.
+        """
         where = self.of(tokenizer_name(text_encoder))
         if WITHOUT_VALUES.get() and not has_vocabulary(where):
             return unread_tokenizer(where, self.of(text_encoder))
-        return kind.from_pretrained(where, local_files_only=True, **options)
+        try:
+            return kind.from_pretrained(where, local_files_only=True, **options)
+        except Exception as error:  # tokenizers raises bare ones
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"{where}: the files of the tokenizer cannot be read ({said}); download them again"
+            ) from error
 
     def published(self, part: str) -> torch.dtype:
         """What the weights of a part are stored in; fp32 where it has none, as it starts from

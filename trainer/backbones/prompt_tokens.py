@@ -39,14 +39,18 @@ def lower_but(prompt: str, added: Collection[str]) -> str:
     return "".join(part if number % 2 else part.lower() for number, part in enumerate(parts))
 
 
-def prompt_reader(spec: BackboneSpec, words: Sequence[str] = ()) -> PromptReader | None:
+def prompt_reader(
+    spec: BackboneSpec, words: Sequence[str] = (), *, library: bool = False
+) -> PromptReader | None:
     """How the backbone of a folder reads prompts after `words` were added to its vocabulary; None
-    where the folder is not on this machine or has a tokenizer that only transformers reads."""
+    where the folder is not on this machine or has a tokenizer that cannot be read. library: ask
+    transformers too, which imports torch, for a tokenizer that only it reads, as a `spiece.model`.
+    """
     family = find_family(spec.family)
     if not family.text_encoders:
         names = class_names(spec, family.denoiser)
         return None if names is None else names.reader
-    tokenizer, length = _tokenizer(spec), prompt_length(spec)
+    tokenizer, length = _tokenizer(spec, library=library), prompt_length(spec)
     if tokenizer is None or length is None:
         return None
     from tokenizers import AddedToken
@@ -118,12 +122,13 @@ def vocabulary(spec: BackboneSpec) -> Collection[str]:
     return () if tokenizer is None else tokenizer.get_vocab(with_added_tokens=True).keys()
 
 
-def _tokenizer(spec: BackboneSpec) -> Tokenizer | None:
+def _tokenizer(spec: BackboneSpec, *, library: bool = False) -> Tokenizer | None:
     config = file_of_part(spec, f"{tokenizer_name(_reader(spec))}/tokenizer_config.json")
     if spec.folder is None or config is None:
         return None
     try:
-        return _read(config.parent)
+        found = _read(config.parent)
+        return _read_by_library(config.parent) if found is None and library else found
     except Exception:  # tokenizers raises bare ones; loading says what is wrong with the files
         return None
 
@@ -139,6 +144,14 @@ def _read(folder: Path) -> Tokenizer | None:
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return _clip(json.loads(_text(folder / "vocab.json")), folder)
     return None
+
+
+def _read_by_library(folder: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return Tokenizer.from_str(found.backend_tokenizer.to_str())
 
 
 def _clip(vocab: dict[str, int], folder: Path) -> Tokenizer:

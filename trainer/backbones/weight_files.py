@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.common import pickles
+from trainer.common.left_by_systems import own_files
 
 STEM = r"(?:diffusion_pytorch_model|model)"
 WHOLE = re.compile(rf"{STEM}(?:\.(?P<variant>[\w-]+))?\.safetensors")
@@ -86,17 +87,18 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 
 def _none_found(where: Path) -> str:
-    if shards := [path.name for path in where.glob("*.safetensors") if SHARD.fullmatch(path.name)]:
+    named = [path.name for path in own_files(where, ".safetensors")]
+    if shards := [name for name in named if SHARD.fullmatch(name)]:
         return (
             f"{where}: {shards[0]} is a shard, and the index that names all shards, "
             "a file that ends in .safetensors.index.json, is missing; download it too"
         )
-    if others := sorted(path.name for path in where.glob("*.safetensors")):
+    if named:
         return (
-            f"{where}: {others[0]} is not named as weights are; the libraries look for "
+            f"{where}: {named[0]} is not named as weights are; the libraries look for "
             "diffusion_pytorch_model.safetensors, and of a text encoder for model.safetensors"
         )
-    found = ", ".join(path.name for path in where.glob("*") if path.suffix in pickles.SUFFIXES)
+    found = ", ".join(path.name for path in own_files(where, *pickles.SUFFIXES))
     if not found:
         return f"{where}: no safetensors file; download the part again, with its weights"
     return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainer.common import pickles
+from trainer.common.left_by_systems import own_files
 from trainer.config.header import HEADER
 from trainer.export import tokens
 from trainer.export.formats.diffusers import FILE
@@ -70,11 +71,11 @@ def _detect_folder(path: Path) -> str:
         return "peft"
     if (path / FILE).is_file():  # motion modules may be in the same folder
         return detect(path / FILE)
-    weights = sorted(path.glob("*.safetensors"))
+    weights = own_files(path, ".safetensors")
     if not weights:
         if tokens.files(path):  # an export of nothing but words
             return "diffusers"
-        weights = sorted(item for item in path.iterdir() if item.suffix in pickles.SUFFIXES)
+        weights = own_files(path, *pickles.SUFFIXES)
     if len(weights) != 1:
         raise ValueError(f"file={path}: it holds {len(weights)} files of weights; give one of them")
     return detect(weights[0])

@@ -80,13 +80,16 @@ def _start(fields: Fields) -> str:
 
 def strength(fields: Fields, name: str, rank: int) -> float:
     """A layer's factor alpha / r by a peft configuration (alpha / sqrt(r) for rsLoRA); 1 if the
-    configuration has no alpha."""
+    configuration has no alpha. rank: of its matrices, which is r, but for those that were taken out
+    of a W0 with fewer directions than r."""
     given = fields.get("lora_alpha", fields.get("alpha"))
     if given is None:
         return 1.0
     patterns = fields.get("alpha_pattern") or {}
     module = name.partition(".")[2]
     alpha: Any = patterns.get(get_pattern_key(list(patterns), module), given)
+    if _start(fields) not in KEEPING:
+        rank = max(rank, rank_in(fields, name))
     return float(alpha) / (rank**0.5 if fields.get("use_rslora") else rank)
 
 

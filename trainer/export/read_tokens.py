@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.backbones.word_vectors import vector_names
+from trainer.common.left_by_systems import own_files
 from trainer.export.bundle import Bundle
 from trainer.export.tensor_files import load_tensors
 from trainer.ops.adapters.token_rows import known_id
@@ -46,7 +47,7 @@ def read_tokens(paths: Sequence[Path], base: Any) -> Bundle:
     for path in paths:
         tensors, metadata = load_tensors(path)
         try:
-            found |= _words(tensors, base, word=metadata.get(WORD), fallback=f"<{path.stem}>")
+            found |= _words(tensors, base, word=metadata.get(WORD), fallback=_as_word(path.stem))
         except ValueError as error:
             raise ValueError(f"file={path}: {error}") from None
     return found
@@ -56,7 +57,7 @@ def read_beside(path: Path, base: Any) -> Bundle:
     """The words in `embeddings/` of an export's folder, or of the folder that an adapter's file is
     in. Words beside a file that are not the backbone's are left out, with a note."""
     folder = path if path.is_dir() else path.parent
-    files = sorted((folder / EMBEDDINGS).glob("*.safetensors"))
+    files = own_files(folder / EMBEDDINGS, ".safetensors")
     if path.is_dir():
         return read_tokens(files, base)
     found = Bundle({}, {})
@@ -88,7 +89,7 @@ def bundled(tensors: Mapping[str, Tensor], base: Any) -> tuple[dict[str, Tensor]
             rest[key] = value
     found = Bundle({}, {})
     for word, own in words.items():
-        name = word if re.fullmatch(r"\W.*\W", word) else f"<{word}>"
+        name = _as_word(word)
         try:
             found |= _words(own, base, word=name, fallback=name)
         except ValueError as error:
@@ -97,6 +98,17 @@ def bundled(tensors: Mapping[str, Tensor], base: Any) -> tuple[dict[str, Tensor]
                 "embeddings; the rest can be read"
             ) from None
     return rest, found
+
+
+def _as_word(name: str) -> str:
+    """A word that is called as a file, or as a tool's list has it: <my-cat> for `my cat`."""
+    joined = _one_word(name)
+    return joined if re.fullmatch(r"\W.*\W", joined) else f"<{joined}>"
+
+
+def _one_word(name: str) -> str:
+    """A name as one word: a prompt's words end at spaces."""
+    return "-".join(name.split())
 
 
 def _words(tensors: Mapping[str, Tensor], base: Any, *, word: str | None, fallback: str) -> Bundle:
@@ -122,7 +134,7 @@ def _words(tensors: Mapping[str, Tensor], base: Any, *, word: str | None, fallba
             )
         part = encoders[number]
         unnamed = key in ENCODERS or key in UNNAMED
-        name = word or (fallback if unnamed else key)
+        name = word or (fallback if unnamed else _one_word(key))
         width = base.text_encoders[part].get_input_embeddings().embedding_dim
         if value.shape[-1] != width:
             raise ValueError(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trainer.backbones.word_vectors import first_vectors, following_vectors
+from trainer.common.left_by_systems import own_files
 from trainer.export.apply_bundle import add_to
 from trainer.export.bundle import Bundle
 from trainer.export.cannot_carry import CannotCarryError
@@ -73,7 +74,7 @@ def _joined(tokens: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Mapping[str
 
 def files(folder: Path) -> list[Path]:
     """The files of words in an export's folder."""
-    return sorted((folder / EMBEDDINGS).glob("*.safetensors"))
+    return own_files(folder / EMBEDDINGS, ".safetensors")
 
 
 def load_stock(folder: Path, base: Any) -> None:

@@ -9,15 +9,16 @@ from pathlib import Path
 
 from PIL import Image
 
+from trainer.common.left_by_systems import left_by_system
 from trainer.media.images import ImageError, read_image
-from trainer.media.photo_listing import LEFT_BY_SYSTEMS, READABLE_IMAGES, natural_order
+from trainer.media.photo_listing import READABLE_IMAGES, natural_order
 from trainer.media.read_video import SLACK, VideoFacts
 
 
 def frames_in(folder: Path) -> list[Path]:
     """The pictures of a folder in natural order, 2 before 10; none where it has none."""
     found = [path for path in folder.iterdir() if path.suffix.lower() in READABLE_IMAGES]
-    return sorted((path for path in found if not path.name.startswith(".")), key=natural_order)
+    return sorted((path for path in found if not left_by_system(path.name)), key=natural_order)
 
 
 def list_frame_folders(place: Path) -> list[Path]:
@@ -27,8 +28,7 @@ def list_frame_folders(place: Path) -> list[Path]:
         return []
     if frames_in(place):
         return [place]
-    named = [path for path in place.iterdir() if not path.name.startswith(".")]
-    below = [path for path in named if path.is_dir() and path.name not in LEFT_BY_SYSTEMS]
+    below = [p for p in place.iterdir() if p.is_dir() and not left_by_system(p.name)]
     return sorted((path for path in below if frames_in(path)), key=natural_order)
 
 

@@ -32,6 +32,7 @@ MADE = (
 MORE = r"(?:[-_. ]?(?:maps?|images?|imgs?|\d+))*"
 FOLDER = re.compile(rf"{MADE}{MORE}", re.IGNORECASE)
 BESIDE = re.compile(rf"(?:\w+[-_. ])?{MADE}(?:[-_. ][a-z]+)?{MORE}", re.IGNORECASE)
+GLUED = re.compile(r"(.+?)(?:masks?(?:label)?|depth|openpose|canny|alpha|matte)\d*", re.IGNORECASE)
 COLOURED = 48  # a difference of channels that no compression of grey makes
 FEW = 15  # up to here the values of a PNG number objects; in a JPEG they are noise of black
 DARK = 24  # the brightest channel of what counts as black in a coloured mask
@@ -70,8 +71,9 @@ def masks_among(paths: Iterable[Path]) -> dict[Path, Path]:
 
 def images_beside(paths: Iterable[Path]) -> list[Path]:
     """Images whose names, or those of their folders, say that they are neither photos nor masks,
-    but made from a photo that is there: cat-condlabel.png, cat_depth_map.png and mask_cat.png
-    beside cat.jpg, masks/cat.png and conditioning/cat.png with any cat.jpg."""
+    but made from a photo that is there: cat-condlabel.png, cat_depth_map.png, cat(mask).png,
+    catmask.png and mask_cat.png beside cat.jpg, masks/cat.png and conditioning/cat.png with any
+    cat.jpg."""
     images = [path for path in paths if not _owners(path)]
     places: dict[str, set[Path]] = {}
     for path in images:
@@ -82,12 +84,15 @@ def images_beside(paths: Iterable[Path]) -> list[Path]:
 def _is_made(path: Path, places: Mapping[str, set[Path]]) -> bool:
     """Whether a photo is there that an image is made from. places: the folders of each stem."""
     stem = path.stem.casefold()
-    for gap in re.finditer(r"[-_. ]", stem):
-        before, behind = stem[: gap.start()], stem[gap.end() :]
+    for gap in re.finditer(r"[-_. (\[]", stem):
+        before, behind = stem[: gap.start()], stem[gap.end() :].strip("()[]")
         if path.parent in places.get(before, ()) and BESIDE.fullmatch(behind):
             return True
         if path.parent in places.get(behind, ()) and FOLDER.fullmatch(before):
             return True
+    glued = GLUED.fullmatch(stem)
+    if glued and path.parent in places.get(glued[1], ()):
+        return True
     elsewhere = places[stem] - {path.parent}
     return bool(FOLDER.fullmatch(path.parent.name)) and any(
         not FOLDER.fullmatch(folder.name) for folder in elsewhere

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.common.left_by_systems import left_by_system
 from trainer.media.mask_files import images_beside, masks_among
 from trainer.media.other_formats import OTHER_IMAGES
 from trainer.media.read_caption import CAPTION_FILES
@@ -23,7 +24,6 @@ READABLE_IMAGES = WEB_IMAGES | OTHER_IMAGES
 # These are listed too, so that reading reports an error: a photo must not go unnoticed.
 ANIMATED_OR_WEB = (".gif", ".apng", ".avif", ".jxl", ".svg", ".ico", ".jfif")
 EDITED_OR_RAW = (".jp2", ".mpo", ".psd", ".dng", ".cr2", ".nef", ".arw")
-LEFT_BY_SYSTEMS = frozenset(("Thumbs.db", "desktop.ini", "Icon\r", "__MACOSX", "@eaDir"))
 LISTED_IMAGES = READABLE_IMAGES.union(ANIMATED_OR_WEB, EDITED_OR_RAW)
 METADATA = "metadata.jsonl"
 REPEATED = re.compile(r"([1-9][0-9]{0,2})_(.+)")  # more digits are a year or a date
@@ -69,7 +69,7 @@ def list_photos(folder: str | Path, recursive: bool = False) -> Listing:
     """Lists a folder of photos. recursive: its subfolders too.
 
     Files of image formats that cannot be read are listed as photos, so that reading them reports an
-    error. Hidden files are passed over.
+    error. Hidden files, and those that systems leave, are passed over.
 
     Raises:
         ValueError: the folder is missing, is a file, or holds no photo; see also `masks_among`.
@@ -141,7 +141,7 @@ def _tree(folder: Path, recursive: bool) -> list[Path]:
     """The files in a folder and, if `recursive`, in those below it; else its subfolders as well."""
     found: list[Path] = []
     for path in folder.iterdir():
-        if path.name.startswith(".") or path.name in LEFT_BY_SYSTEMS:
+        if left_by_system(path.name):
             continue
         if recursive and path.is_dir():
             # a link to a folder above would be read without end

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
+from trainer.common.left_by_systems import left_by_system
 from trainer.media.images import MAX_PIXELS, MIN_SIDE, ImageError
 from trainer.media.photo_listing import natural_order
 
@@ -72,7 +73,7 @@ def list_videos(place: str | Path, others: Sequence[Path] = ()) -> list[Path]:
     if not place.is_dir():
         return [place]
     found = [path for path in place.iterdir() if path.suffix.lower() in LISTED_VIDEOS]
-    found = [path for path in found if not path.name.startswith(".") and not path.is_dir()]
+    found = [path for path in found if not (left_by_system(path.name) or path.is_dir())]
     found += others
     if not found:
         raise ValueError(f"{place}: no video in this folder; {expected}, subfolders are not read")

@@ -51,7 +51,7 @@ def _check(recipe: Recipe, facts: FolderFacts) -> list[str]:
         return [f"data: its server gives no answer now, so the data is not checked ({error})"]
     said = [*found_when_opened(data, train), *(f"skipped {each}" for each in train.skipped)]
     added = [word for method in recipe.methods.values() for word in method.words]
-    reader = prompt_reader(recipe.backbone, added)
+    reader = prompt_reader(recipe.backbone, added, library=True)
     return said if reader is None else [*said, *check_captions(recipe, lambda: reader, train)]
 
 

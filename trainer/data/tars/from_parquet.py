@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.common.left_by_systems import own_files
 from trainer.common.long_work import long_work
 from trainer.data.tars.manifest import MANIFEST
 from trainer.data.tars.shard_checksums import Hashed
@@ -26,7 +27,7 @@ EXTENSIONS = ((b"\x89PNG", "png"), (b"RIFF", "webp"))  # any other picture is tr
 
 def _plain(folder: Path) -> list[Path]:
     """The .parquet files of a folder, but hidden ones, as a Mac leaves beside files it copies."""
-    return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+    return own_files(folder, ".parquet")
 
 
 def parquets_of(place: Path, split: str | None) -> list[Path]:

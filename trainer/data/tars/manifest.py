@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 from trainer.common.atomic import written_atomically
+from trainer.common.left_by_systems import left_by_system
 from trainer.media.images import DAMAGED_IMAGE, ImageError, decode_image
 from trainer.media.mask_files import weights_of
 from trainer.media.photo_listing import WEB_IMAGES
@@ -41,12 +42,6 @@ IMAGES = frozenset(suffix[1:] for suffix in WEB_IMAGES)
 CAPTION, METADATA, MASK, VIDEO = "txt", "json", "mask.png", "mp4"
 KNOWN_FIELDS = IMAGES | {CAPTION, METADATA, MASK, VIDEO}
 PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")  # webdataset's decoders would execute these
-# what systems and archivers leave beside a user's files, as any part of a member's name: hidden
-# files and folders (._0.jpg and .DS_Store of a Mac), and extended headers unpacked as files
-LEFT_BY_SYSTEMS = re.compile(
-    r"(^|/)(\.(?!\.?(/|$))[^/]*|__MACOSX|PaxHeaders?(\.\d+)?|Thumbs\.db|desktop\.ini|Icon\r)(/|$)",
-    re.IGNORECASE,
-)
 MASK_MODES = ("P", "L", "1")  # of Pillow: palette, grey, black and white
 MANIFEST = "manifest.json"
 
@@ -217,7 +212,7 @@ def members_of(
                 blocks = -(-info.size // 512) if info.isreg() else 0
                 end = info.offset_data + blocks * 512
                 key, extension = _split(info.name)
-                left = LEFT_BY_SYSTEMS.search(info.name)
+                left = left_by_system(info.name)
                 if info.isreg() and extension in KNOWN_FIELDS and not left:
                     yield key, extension, info
     except tarfile.TarError as error:
@@ -234,7 +229,7 @@ def _check_member(path: Path, info: tarfile.TarInfo, ignore: Collection[str]) ->
     reason = ""
     if name.startswith("/") or ".." in name.split("/") or re.search(r"\\|^[A-Za-z]:", name):
         reason = "an absolute or upward name; pack the files by plain names"
-    elif LEFT_BY_SYSTEMS.search(name) and info.size >= 0:  # one below 0 is refused, as any member
+    elif left_by_system(name) and info.size >= 0:  # one below 0 is refused, as any member
         return
     elif not name.isprintable():
         reason = "a name with control characters; rename the file"

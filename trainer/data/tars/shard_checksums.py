@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from trainer.common.atomic import written_atomically
+from trainer.common.left_by_systems import own_files
 from trainer.data.tars.manifest import (
     MANIFEST,
     Manifest,
@@ -51,7 +52,7 @@ def tars_of(shards: Path) -> list[Path]:
 
 
 def _tars_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+    return own_files(folder, ".tar")
 
 
 def _of_pattern(shards: Path) -> list[Path]:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from trainer.common.left_by_systems import own_files
 from trainer.common.paths import bare_name
 from trainer.export import tokens
 from trainer.export.apply_bundle import add_to
@@ -223,7 +224,7 @@ def file_in(folder: Path) -> Path | None:
     Raises:
         ValueError: there are several.
     """
-    found = sorted(folder.glob("*.safetensors"))
+    found = own_files(folder, ".safetensors")
     if len(found) > 1:
         raise ValueError(
             f"file={folder} holds {', '.join(path.name for path in found)}; give one of them"
