@@ -103,6 +103,28 @@ def test_a_file_is_read_again_only_where_it_has_changed(
     assert file_digest(path) != first and len(reads) == 2
 
 
+@pytest.mark.parametrize("harm", ["cut", "zeros", "exchanged", "empty"])
+def test_a_damaged_digest_in_the_cache_is_computed_anew(
+    harm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Believed, it would say that a backbone has changed."""
+    monkeypatch.setenv("TRAINER_CACHE", str(tmp_path / "cache"))
+    files = [tmp_path / "one", tmp_path / "two"]
+    for path in files:
+        path.write_text(path.name)
+    before = [file_digest(path) for path in files]
+    kept = sorted((tmp_path / "cache" / "digests").iterdir())
+    data = [path.read_bytes() for path in kept]
+    harmed = {
+        "cut": [part[:-1] for part in data], "zeros": [b"0" * len(part) for part in data],
+        "exchanged": data[::-1], "empty": [b"", b""],
+    }[harm]  # fmt: skip
+    for path, part in zip(kept, harmed, strict=True):
+        path.write_bytes(part)
+    assert [file_digest(path) for path in files] == before
+    assert [path.read_bytes() for path in kept] == data
+
+
 def test_what_a_mac_leaves_beside_the_files_of_a_part_changes_nothing(folder: Path) -> None:
     spec = backbone_spec(str(folder))
     before = part_digests(spec)

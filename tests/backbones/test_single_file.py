@@ -293,6 +293,26 @@ def test_the_cache_of_the_hub_has_a_vocabulary(
     assert reader is not None and len(reader.ids("a fox")) == 2 and reader.chunk == 75
 
 
+@pytest.mark.parametrize("name", ["merges.txt", "vocab.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_in_the_cache_is_written_anew(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merges that were cut would read every prompt as other tokens, and say nothing."""
+    monkeypatch.setenv("TRAINER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--openai--clip" / "snapshots" / "1234"
+    shutil.copytree(DATA / "tokenizer", snapshot)
+    file = stub(tmp_path / "a.safetensors", *XL, "first_stage_model.x")
+    backbone_spec(str(file))
+    kept = sorted((tmp_path / "cache" / "tokenizers").rglob(name))
+    before = [path.read_bytes() for path in kept]
+    assert kept
+    for path in kept:
+        path.write_bytes(path.read_bytes()[:-40])
+    backbone_spec(str(file))
+    assert [path.read_bytes() for path in kept] == before
+
+
 def test_parts_that_the_file_lacks(written: Any, tmp_path: Path) -> None:
     _, config, pipe = written["sdxl"]
     file = write_checkpoint(pipe, tmp_path / "a.safetensors", without=["first_stage_model."])

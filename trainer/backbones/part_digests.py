@@ -4,6 +4,7 @@ part that has changed since can be named. No torch."""
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,15 +72,24 @@ def _of_part(where: Path) -> str | None:
 
 def file_digest(path: Path) -> str:
     """The first letters of a file's sha256. That of a file whose size and time of change are as
-    they were is read from the cache, since weights are large."""
+    they were is read from the cache, since weights are large; what is damaged there, or was written
+    for another file, is computed anew."""
     facts = path.stat()
     key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
     kept = cache_folder() / "digests" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    if kept.is_file() and len(known := kept.read_text(encoding="utf-8")) == LENGTH:
-        return known
+    if kept.is_file():
+        known = kept.read_bytes()
+        digest = known[:LENGTH].decode("ascii", "replace")
+        if known == _kept(digest, key):
+            return digest
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:LENGTH]
     kept.parent.mkdir(parents=True, exist_ok=True)
     with written_atomically(kept) as part:
-        part.write_text(digest, encoding="utf-8")
+        part.write_bytes(_kept(digest, key))
     return digest
+
+
+def _kept(digest: str, key: str) -> bytes:
+    """A digest as the cache has it: behind it a checksum of it and of what it is kept for."""
+    return f"{digest} {zlib.crc32(f'{digest} {key}'.encode()):08x}".encode()

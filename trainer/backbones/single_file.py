@@ -193,10 +193,17 @@ def with_vocabulary(layout: Path, file: Path, given: str | None) -> Path | None:
         (made / own.name).mkdir(parents=True, exist_ok=True)
         more = {path.name: path.read_text(encoding="utf-8") for path in own.glob("*.json")}
         for name, text in (more | dict(zip(VOCABULARY, texts, strict=True))).items():
-            if name != "tokenizer.json" and not (made / own.name / name).is_file():
-                with written_atomically(made / own.name / name) as part:
-                    part.write_text(text, encoding="utf-8")
+            if name != "tokenizer.json":
+                _keep(made / own.name / name, text)
     return made
+
+
+def _keep(path: Path, text: str) -> None:
+    """Writes a file of the cache, unless it is there and whole."""
+    data = text.encode()
+    if not (path.is_file() and path.read_bytes() == data):
+        with written_atomically(path) as part:
+            part.write_bytes(data)
 
 
 def _vocabulary(place: Path) -> tuple[str, str] | None:
