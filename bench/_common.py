@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,16 @@ def chosen_of(text: str, known: Sequence[str], parser: argparse.ArgumentParser) 
     if unknown := sorted(set(chosen) - set(known)):
         parser.error(f"there is no {', '.join(unknown)}; there are: {', '.join(known)}")
     return chosen or list(known)
+
+
+def version_of(tool: str, checkout: Path | None) -> str:
+    """Of a tool that reads our files: the commit of its checkout and when it was made, or the
+    package's version where there is no checkout."""
+    if checkout is None:
+        return version(tool)
+    command = ["git", "-C", str(checkout), "log", "-1", "--format=%h %cs"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or "?"
 
 
 class Bars:

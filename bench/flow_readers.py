@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from _common import Bars, parser_of  # noqa: E402
+from _common import Bars, parser_of, version_of  # noqa: E402
 from chat_folders import QWEN_IMAGE, Z_IMAGE, flux2_pipeline, qwen_image_pipeline, z_image_pipeline  # noqa: E402
 from flow_folders import (  # noqa: E402
     chroma_pipeline,
@@ -121,6 +121,7 @@ def main() -> None:
                 cases = [case for name in networks for case in made[name].cases(tool)]
                 python = pythons.get(tool, sys.executable)
                 rows = _read(tool, checkout, cases, python=python)
+                bars.note(f"{tool}_version", version_of(tool, checkout))
                 _print(tool, rows, bars)
     bars.write()
 

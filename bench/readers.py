@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
-from _common import Bars, parser_of  # noqa: E402
+from _common import Bars, parser_of, version_of  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from trainer.backbones import load_backbone  # noqa: E402
@@ -92,7 +92,7 @@ def main() -> None:
             if checkout is None and tool in TOOLS:
                 continue
             found = _read(tool, checkout, made, python=pythons.get(tool, sys.executable))
-            rows += [(tool, _commit(tool, checkout), *row) for row in found]
+            rows += [(tool, version_of(tool, checkout), *row) for row in found]
     text, bars = _table(rows), Bars("readers", options.quick)
     print(f"\n{text}")
     _print_bars(rows, bars)
@@ -215,16 +215,6 @@ def _read(
         (each["kind"], each["what"], each["format"], answer)
         for each, answer in zip(asked, answers, strict=True)
     ]
-
-
-def _commit(tool: str, checkout: Path | None) -> str:
-    from importlib.metadata import version
-
-    if checkout is None:
-        return version(tool)
-    command = ["git", "-C", str(checkout), "log", "-1", "--format=%h %cs"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or "?"
 
 
 def _table(rows: list[Any]) -> str:

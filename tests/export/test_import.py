@@ -304,16 +304,37 @@ def test_a_pickle_is_never_opened_and_its_conversion_named(
     assert not (tmp_path / "back").exists()
 
 
-def test_the_named_conversion_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("held", "key", "form"),
+    [
+        (
+            {"a.to_k_custom_diffusion.weight": torch.ones(2, 2).T, "b": {}},
+            "a.to_k_custom_diffusion.weight",
+            "custom_diffusion",
+        ),
+        ({"state_dict": {"u.lora_A.weight": torch.ones(2)}}, "u.lora_A.weight", "diffusers"),
+        (
+            {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 8)}, "step": 9},
+            "*",
+            "embedding",
+        ),
+        ({"<cat>": torch.ones(8)}, "<cat>", "embedding"),
+    ],
+    ids=["top", "state_dict", "A1111", "diffusers"],
+)
+def test_the_named_conversion_works(
+    held: dict[str, Any], key: str, form: str, tmp_path: Path
+) -> None:
     import shlex
     import subprocess
 
-    torch.save({"a.to_k_custom_diffusion.weight": torch.ones(2, 2).T, "b": {}}, tmp_path / "x.bin")
+    torch.save(held, tmp_path / "x.bin")
     with pytest.raises(ValueError) as caught:
         detect(tmp_path / "x.bin")
     command = shlex.split(str(caught.value).partition("convert it once: ")[2])
     subprocess.run(command, cwd=tmp_path, check=True)
-    assert list(load_file(tmp_path / "x.safetensors")) == ["a.to_k_custom_diffusion.weight"]
+    assert list(load_file(tmp_path / "x.safetensors")) == [key]
+    assert detect(tmp_path / "x.safetensors") == form
 
 
 def test_paths_that_cannot_be_imported(trained: Any, tiny_folder: Path, tmp_path: Path) -> None:
