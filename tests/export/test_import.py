@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sdxl_folder import make_sdxl_folder
 from torch import Tensor
 
 from trainer.__main__ import main
@@ -146,6 +147,23 @@ def test_several_rows_under_one_word(tiny_folder: Path, tmp_path: Path) -> None:
     )
     words = read_header(back)[0]["methods"]["new_token"]["tokens"]
     assert words == ["<cat>", "<cat>_1"]
+
+
+@pytest.mark.parametrize(
+    ("key", "width", "has", "lacks"),
+    [("clip_l", 32, "text_encoder", "text_encoder_2"), ("clip_g", 48, "text_encoder_2", "text_en"),
+     ("emb_params", 32, "text_encoder", "text_encoder_2")],
+)  # fmt: skip
+def test_a_word_of_one_text_encoder_of_two_is_refused(
+    key: str, width: int, has: str, lacks: str, tmp_path: Path
+) -> None:
+    """The other one would get noise for it."""
+    base, file = make_sdxl_folder(tmp_path / "base"), tmp_path / "cat.safetensors"
+    save_file({key: torch.ones(2, width)}, file)
+    says = rf"holds the word <cat> for {has} alone, and this backbone's {lacks}.* reads it too"
+    with pytest.raises(ValueError, match=says):
+        import_file(file, str(base), tmp_path / "back", say=quiet)
+    assert not (tmp_path / "back").exists()
 
 
 def test_a_missing_alpha_is_the_rank_and_is_reported(

@@ -184,7 +184,11 @@ def _put_layers(tensors: dict[str, Tensor], bundle: Bundle) -> None:
 
 
 def _put_words(tensors: dict[str, Tensor], bundle: Bundle, model: Any) -> None:
-    """Puts a bundle's words into the tensors of an adapter; `model` has a row for each of them."""
+    """Puts a bundle's words into the tensors of an adapter; `model` has a row for each of them.
+
+    Raises:
+        ValueError: a new word has no row for a text encoder that reads it too.
+    """
     for part, encoder in model.text_encoders.items():
         names = {id(parameter): name for name, parameter in encoder.named_parameters()}
         table = encoder.get_input_embeddings()
@@ -194,3 +198,10 @@ def _put_words(tensors: dict[str, Tensor], bundle: Bundle, model: Any) -> None:
             for row, word in zip(rows, words, strict=bool(rows)):
                 if part in words[word]:
                     tensors[f"{part}.{names[id(row)]}"] = words[word][part]
+                elif rows is new:
+                    raise ValueError(
+                        f"the file holds the word {word} for {' and '.join(words[word])} alone, "
+                        f"and this backbone's {part} reads it too, where it would be noise; take "
+                        "a file with vectors for each text encoder, as one trained on this kind of "
+                        "model has"
+                    )
