@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from edited import edit
+from safetensors.torch import load_file, save_file
 
 from trainer.backbones import load_backbone
 from trainer.backbones.pipeline_folder import without_values
@@ -179,6 +180,39 @@ def test_weights_of_another_config_are_refused(
 ) -> None:
     put(f"{part}/config.json", **option)(copy)
     with pytest.raises(ValueError, match=f"{part}: .*{says}"):
+        load_backbone(backbone_spec(str(copy)), "mine")
+
+
+def lacking(part: str) -> Spoil:
+    """Its last weight left out, as of a file that was filtered."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / part / WEIGHTS
+        tensors = load_file(path)
+        del tensors[max(tensors)]
+        save_file(tensors, path, {"format": "pt"})
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("part", "spoil"),
+    [
+        ("unet", lacking("unet")),
+        ("vae", lacking("vae")),
+        ("unet", put("unet/config.json", block_out_channels=[64, 64])),
+        ("unet", put("unet/config.json", layers_per_block=3)),
+    ],
+)
+def test_weights_that_are_lacking_are_missed_without_reading_one(
+    part: str, spoil: Spoil, copy: Path
+) -> None:
+    """So that `check` refuses what `fit` would."""
+    spoil(copy)
+    says = f"{part}: the weights lack one of the shape .*config.json; download the part again"
+    with without_values(), pytest.raises(ValueError, match=says):
+        load_backbone(backbone_spec(str(copy)), "mine")
+    with pytest.raises(ValueError, match=part):
         load_backbone(backbone_spec(str(copy)), "mine")
 
 

@@ -25,6 +25,7 @@ from trainer.backbones.unfit_folder import (
 )
 from trainer.backbones.unread_tokenizer import has_vocabulary, unread_tokenizer
 from trainer.backbones.weight_files import names_to_fetch, weight_files
+from trainer.backbones.weight_shapes import check_shapes
 from trainer.common import pickles
 
 if TYPE_CHECKING:
@@ -114,7 +115,12 @@ class PipelineFolder:
         prefix = self.prefix(part)
         if part in self.scratch or WITHOUT_VALUES.get():
             with building(where, config, kind):
-                return kind.from_config(config) if part in self.scratch else _ones(kind, config)
+                if part in self.scratch:
+                    return kind.from_config(config)
+                model = _ones(kind, config)
+            if ours and prefix is None and "quantization_config" not in config:
+                check_shapes(where, model)
+            return model
         held = read_in(self, part)
         if prefix is not None and self.file is not None:
             from trainer.backbones.single_file_weights import load_part

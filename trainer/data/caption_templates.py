@@ -103,6 +103,22 @@ def fill(text: str, token: str | None, kind: str | None) -> str:
     return PLACE.sub(put, text)
 
 
+def check_words(text: str, *, kind: bool) -> None:
+    """Checks words of a user. kind: what kind of thing a concept is, which the texts above put an
+    article before.
+
+    Raises:
+        ValueError: they are blank, or such a kind has an article of its own.
+    """
+    if not text.strip():
+        raise ValueError("it is blank; write words, as in dog, or leave it out")
+    if kind and (own := re.match(r"(?:an?|the)\s+(.+)", text.strip(), re.IGNORECASE)):
+        raise ValueError(
+            f"{text!r} has an article, and captions put one before it, as in "
+            f"'a photo of a {TOKEN} {own[1]}'; write {own[1]} alone"
+        )
+
+
 def with_class_words(words: Iterable[str], data: Mapping[str, Any]) -> list[str]:
     """Each new word, followed by the class word it was trained with, as in "<v1> cat"; alone where
     it had none. data: the section of a recipe's tree, which a stranger may have written."""

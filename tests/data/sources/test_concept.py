@@ -132,6 +132,27 @@ def test_lists_that_do_not_agree_are_refused(changes: dict[str, Any], message: s
 
 
 @pytest.mark.parametrize(
+    ("word", "alone"),
+    [("a dog", "dog"), ("An old mug", "old mug"), ("the cat", "cat"), ([" A  dog", "cat"], "dog")],
+)
+def test_a_class_word_with_an_article_is_refused(word: str | list[str], alone: str) -> None:
+    """It would be learned as "a <v1> a dog"."""
+    tree: dict[str, Any] = {"concept": "sprite:penguin"}
+    if isinstance(word, list):
+        tree = {"concept": ["sprite:penguin", "sprite:owl"], "token": ["<v1>", "<v2>"]}
+    says = f"has an article.*'a photo of a <v1> {alone}'; write {alone} alone"
+    with pytest.raises(RecipeError, match=says):
+        build_section(Concept, {**tree, "class_word": word}, "data")
+    build_section(Concept, {"concept": "sprite:penguin", "class_word": "anthill"}, "data")
+    prompts = ["a fox", "the cat"]  # which are whole texts
+    build_section(
+        Concept,
+        {"concept": "sprite:penguin", "class_word": "cat", "prior_prompts": prompts},
+        "data",
+    )
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {"class_word": ""},
