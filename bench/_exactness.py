@@ -17,6 +17,7 @@ from _steps import Step
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from trainer.backbones import four_bits
 from trainer.config.load import load_recipe, methods_of
 from trainer.export.export import export
 from trainer.export.find_format import find_format, format_names
@@ -48,7 +49,7 @@ def storage(words: list[str]) -> dict[str, float]:
     for _ in range(3):
         step()
         finite &= all(p.grad is not None and bool(p.grad.isfinite().all()) for p in step.trained)
-    layers = [layer for layer in step.backbone.modules() if nf4.is_packed(layer)]
+    layers = [layer for layer in step.backbone.modules() if four_bits.is_packed(layer)]
     same = all(torch.equal(value, before[name]) for name, value in frozen.items())
     return {
         **{f"tiny_{key}": value for key, value in _bits(Counter(layers)).items()},
@@ -62,7 +63,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     """Parameters, buffers, and what 4-bit parameters are scaled with, by name."""
     found = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, value in list(found.items()):
-        found |= {f"{name}.{number}": part for number, part in enumerate(nf4.scales(value))}
+        found |= {f"{name}.{number}": part for number, part in enumerate(four_bits.scales(value))}
     return {name: value.detach() for name, value in found.items()}
 
 
@@ -73,16 +74,16 @@ def _sd15_linears() -> Counter[nn.Module]:
     sizes = Counter((layer.in_features, layer.out_features) for layer in chosen.values())
     return Counter(
         {
-            nf4.pack(nn.Linear(*size, bias=False), torch.float32): count
+            four_bits.pack(nn.Linear(*size, bias=False), torch.float32): count
             for size, count in sizes.items()
         }
     )
 
 
 def _bits(layers: Counter[Any]) -> dict[str, float]:
-    values = sum(count * nf4.numel(layer.weight) for layer, count in layers.items())
+    values = sum(count * four_bits.numel(layer.weight) for layer, count in layers.items())
     bits = sum(
-        count * nf4.numel(layer.weight) * nf4.bits_per_value(layer)
+        count * four_bits.numel(layer.weight) * nf4.bits_per_value(layer)
         for layer, count in layers.items()
     )
     state: Any = next(iter(layers)).weight.quant_state

@@ -86,7 +86,7 @@ def test_every_option_has_a_page(name: str, capsys: Printed) -> None:
             assert f"  {option} " in out or f".{option} " in out or f".{option}\n" in out, topic
 
 
-@pytest.mark.parametrize("key", [*KEYS, "base", "backbones", "data.source"])
+@pytest.mark.parametrize("key", [*KEYS, "base", "families", "backbones", "data.source"])
 def test_every_key_of_a_recipe_has_a_page(key: str, capsys: Printed) -> None:
     assert len(page(capsys, key)) > 40
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trainer.attention.context import StepContext, use
 from trainer.attention.host import Host
+from trainer.backbones.four_bits import is_packed
 from trainer.config.header import file_of
 from trainer.config.load import load_recipe, methods_of
 from trainer.config.schema import RecipeError
@@ -25,7 +26,6 @@ from trainer.diffusion.objective import add_noise, target_of
 from trainer.media.images import to_tensor
 from trainer.methods.apply import apply_methods
 from trainer.methods.feature.animatediff import AnimateDiff
-from trainer.ops.adapters.nf4 import is_packed
 from trainer.runs.adapter import load_adapted
 from trainer.training.build import objective
 from trainer.training.fit import fit

@@ -17,6 +17,7 @@ from commands import command
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from trainer.backbones import four_bits
 from trainer.backbones.device import Placement, place
 from trainer.config.load import load_recipe, methods_of
 from trainer.config.optimisers import UNPAGED
@@ -40,7 +41,7 @@ QLORA: dict[str, Any] = {"nf4": {"min_size": 1024}, "lora": {"rank": 2}}
 
 
 def packed(backbone: Any) -> dict[str, Any]:
-    return {name: layer for name, layer in backbone.named_modules() if nf4.is_packed(layer)}
+    return {name: layer for name, layer in backbone.named_modules() if four_bits.is_packed(layer)}
 
 
 def storage(backbone: Any) -> dict[str, list[Tensor]]:
@@ -48,7 +49,7 @@ def storage(backbone: Any) -> dict[str, list[Tensor]]:
     found = {}
     for name, layer in packed(backbone).items():
         state = layer.weight.quant_state
-        parts = (layer.weight.data, *nf4.scales(layer.weight), state.code, state.state2.code)
+        parts = (layer.weight.data, *four_bits.scales(layer.weight), state.code, state.state2.code)
         found[name] = [part.clone() for part in parts]
     return found
 
@@ -72,7 +73,7 @@ def test_each_value_is_the_nearest_of_sixteen_times_its_scale(shape: tuple[int, 
     codes = torch.tensor(CODES)
     nearest = codes[(blocks / largest - codes.view(-1, 1, 1)).abs().argmin(0)]
     naive = (nearest * largest).flatten()[: layer.weight.numel()].view(shape)
-    plain: Any = nf4.unpacked(nf4.pack(layer, torch.float32))
+    plain: Any = four_bits.unpacked(four_bits.pack(layer, torch.float32))
     # the scales themselves are rounded to 8 bits, to a share of their spread in a group of 256
     spread = float((largest - largest.mean()).abs().max())
     torch.testing.assert_close(plain.weight, naive, rtol=0, atol=0.03 * spread + 1e-6)
@@ -81,8 +82,8 @@ def test_each_value_is_the_nearest_of_sixteen_times_its_scale(shape: tuple[int, 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_it_computes_with_those_values_and_passes_gradients_on(bias: bool) -> None:
-    layer = nf4.pack(linear(48, 40, bias), torch.float32)
-    plain = nf4.unpacked(layer)
+    layer = four_bits.pack(linear(48, 40, bias), torch.float32)
+    plain = four_bits.unpacked(layer)
     x = torch.randn(3, 7, 40, generator=torch.Generator().manual_seed(1)).requires_grad_()
     own, wanted = layer(x), plain(x)
     torch.testing.assert_close(own, wanted)
@@ -92,12 +93,12 @@ def test_it_computes_with_those_values_and_passes_gradients_on(bias: bool) -> No
 
 
 def test_bf16_computes_in_bf16_and_answers_in_the_dtype_it_was_asked_in() -> None:
-    layer: Any = nf4.pack(linear(48, 40), torch.bfloat16)
+    layer: Any = four_bits.pack(linear(48, 40), torch.bfloat16)
     x = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
     bias = layer.bias.detach().clone()
     found = layer(x)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, nf4.unpacked(layer)(x), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(found, four_bits.unpacked(layer)(x), rtol=0.02, atol=0.02)
     assert torch.equal(layer.bias, bias)
 
 
@@ -188,7 +189,7 @@ def test_gradients_of_lora_are_those_over_the_same_values_unpacked(
     plain = copy.deepcopy(tiny)
     for name, layer in packed(plain).items():
         owner, _, last = name.rpartition(".")
-        setattr(plain.get_submodule(owner), last, nf4.unpacked(layer))
+        setattr(plain.get_submodule(owner), last, four_bits.unpacked(layer))
     grads = []
     for model in (tiny, plain):
         parameters = dict(model.named_parameters())

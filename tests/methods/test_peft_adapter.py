@@ -13,12 +13,12 @@ import torch
 from peft.tuners.deft.layer import DeftLinear
 from torch import Tensor, nn
 
+from trainer.backbones import four_bits
 from trainer.backbones.device import Placement, place
 from trainer.config.load import methods_of
 from trainer.config.schema import RecipeError
 from trainer.methods.apply import apply_methods, method_names
 from trainer.methods.weight.peft_adapter import INSTEAD, KEPT, OVER_4_BITS, TYPES
-from trainer.ops.adapters import nf4
 from trainer.ops.adapters.inject import fold
 from trainer.ops.adapters.peft_adapter import ExactDeft
 from trainer.runs.adapter import load_adapted
@@ -168,7 +168,7 @@ def test_over_4_bits_it_does_what_it_does_over_the_same_values(
     randomise(tiny, plan)
     randomise(plain, plan)
     torch.testing.assert_close(predict(tiny), predict(plain), rtol=1e-4, atol=1e-5)
-    assert any(nf4.is_packed(layer) for layer in tiny.modules())
+    assert any(four_bits.is_packed(layer) for layer in tiny.modules())
     live = predict(tiny)
     fold(tiny)
     torch.testing.assert_close(predict(tiny), live, rtol=1e-3, atol=1e-4)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer.backbones.four_bits import is_packed
 from trainer.config.load import methods_of
 from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling_settings import Sampling
 from trainer.methods.apply import apply_methods
-from trainer.ops.adapters.nf4 import is_packed
 from trainer.runs.adapter import load_adapted, save_adapter
 
 OWN: dict[str, dict[str, Any]] = {

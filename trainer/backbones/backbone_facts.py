@@ -31,6 +31,13 @@ class BackboneFacts(nn.Module):
     _encoder_names: tuple[str, ...]
     at_rest: set[str]  # parts that stay in main memory, see `resting.py`
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As of every module, by which it is moved; weights of parts at rest stay where they
+        are."""
+        resting = (self.get_submodule(part) for part in self.at_rest)
+        kept = {id(value) for part in resting for value in part.parameters()}
+        return super()._apply(lambda value: value if id(value) in kept else fn(value), recurse)
+
     @property
     def denoiser(self) -> Any:
         return getattr(self, self.denoiser_name)

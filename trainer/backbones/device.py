@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.backbones.held_layers import FP8, hold_layers
-from trainer.backbones.layer_casting import cast_layers
+from trainer.backbones.four_bits import pack_layers
+from trainer.backbones.held_layers import FP8, PACKED, hold_layers
+from trainer.backbones.layer_casting import cast_layers, cast_narrow
+from trainer.backbones.resting import rest_if_tight
 
 if TYPE_CHECKING:
     from trainer.backbones.backbone import Backbone
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HELD = {**PRECISIONS, "fp8": FP8}
+HELD = {**PRECISIONS, "fp8": FP8, "nf4": PACKED}
 PIXELS = 4 * 512 * 512  # of the pictures that a model generates at once, see `pictures_at_once`
 NONE: Mapping[str, str] = {}
 DEVICE_NAMES = "auto, cpu, mps, cuda, or one GPU of several as in cuda:1"
@@ -33,11 +35,17 @@ DEVICE_NAMES = "auto, cpu, mps, cuda, or one GPU of several as in cuda:1"
 class Placement:
     """A device, and the precision to compute in: fp32, bf16, fp16, auto, fast. Frozen layers are
     held in it too, or in that of `parts`: pairs of `denoiser` or `text_encoders` and a precision,
-    of which fp8 is one more."""
+    of which fp8 and nf4 are two more.
+
+    lean: of a model that nothing trains. Layers that are stored in less than it computes in stay so
+    and are cast at every call; and where a device has too little memory for all parts, text
+    encoders and VAE rest in main memory, see `resting.py`.
+    """
 
     device: torch.device
     precision: str = "auto"
     parts: tuple[tuple[str, str], ...] = ()
+    lean: bool = False
 
     def dtype(self, published: torch.dtype) -> torch.dtype:
         """auto is what the weights were `published` in, and fp32 on a CPU, and where Apple's GPU
@@ -55,6 +63,14 @@ class Placement:
         """What frozen layers of the denoiser, or of the text encoders, are held in."""
         own = dict(self.parts).get(kind)
         return self.dtype(published) if own is None else HELD[own]
+
+    def read_in(self, kind: str, published: torch.dtype, stored: torch.dtype) -> torch.dtype:
+        """What a part that is stored in half precision is read in: as it is stored where its layers
+        will be held so or in less, else in fp32. Not a value differs from one that was read in fp32
+        and then held."""
+        if self.lean or self.held(kind, published) in (stored, FP8, PACKED):
+            return stored
+        return torch.float32
 
 
 CPU = Placement(torch.device("cpu"))
@@ -88,10 +104,11 @@ def choose_placement(
     rank: int = 0,
     *,
     parts: Mapping[Any, str] = NONE,
+    lean: bool = False,
 ) -> Placement:
     """The placement that a user's words name. device: auto takes a CUDA GPU, then Apple's, then the
-    CPU; `cuda` is the GPU numbered `rank`, the number of this process on its machine. parts: as of
-    `Placement`.
+    CPU; `cuda` is the GPU numbered `rank`, the number of this process on its machine. parts, lean:
+    as of `Placement`.
 
     Raises:
         ValueError: no such precision or device, this machine has no such device, or the device
@@ -99,9 +116,9 @@ def choose_placement(
     """
     if precision not in ("auto", "fast", *PRECISIONS):
         raise ValueError(f"precision={precision}: there are auto, fast, {', '.join(PRECISIONS)}")
-    found = Placement(_device(device, rank), precision, tuple(sorted(parts.items())))
-    if "fp8" in parts.values() and found.device.type == "mps":
-        raise ValueError("run.base_precision: Apple's GPUs have no fp8; give bf16")
+    found = Placement(_device(device, rank), precision, tuple(sorted(parts.items())), lean)
+    if low := {"fp8", "nf4"}.intersection(parts.values() if found.device.type == "mps" else ()):
+        raise ValueError(f"run.base_precision: Apple's GPUs have no {min(low)}; give bf16")
     if precision == "bf16" and found.device.type == "mps" and not has_bf16(found.device):
         raise ValueError(
             "precision=bf16: Apple's GPUs know bf16 from macOS 14 on; give precision=fp16 or fp32"
@@ -146,6 +163,8 @@ def place(
     the model computes in the precision all the same.
     """
     dtype = placement.dtype(model.published)
+    if placement.lean:
+        rest_if_tight(model, placement.device)
     model.to(placement.device)
     model.computes_in = dtype
     if hold:
@@ -161,7 +180,13 @@ def _hold(model: Backbone, placement: Placement, own: Collection[int]) -> None:
     for kind, parts in kinds.items():
         held = placement.held(kind, model.published)
         for part in parts:
+            if held == PACKED:
+                pack_layers(part, dtype)
+                cast_narrow(part, dtype)
+                held = dtype
             hold_layers(part, dtype if held.itemsize < dtype.itemsize else held, own)
+            if placement.lean:
+                cast_narrow(part, dtype)
             casts = held.itemsize < dtype.itemsize
             if casts and not cast_layers(part, held, own, compute=dtype):
                 raise ValueError(
@@ -170,6 +195,14 @@ def _hold(model: Backbone, placement: Placement, own: Collection[int]) -> None:
                     "stores them otherwise; leave out this key, or choose a method that keeps "
                     "layers frozen"
                 )
+
+
+def cast_stored(model: Backbone) -> Backbone:
+    """Layers that were read in less than the model computes in are cast at every call; returns the
+    model. For one that no method is still to edit, and whose weights stay as they are stored."""
+    for part in (model.denoiser, *model.text_encoders.values()):
+        cast_narrow(part, model.computes_in)
+    return model
 
 
 def place_module(module: Any, placement: Placement) -> Any:

@@ -14,21 +14,22 @@ from trainer.kernels.softmax import HALF
 
 FP8 = torch.float8_e4m3fn
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what autocast computes in half precision
-# "denoiser" or "text_encoders", and what the denoiser is stored in, to what layers are held in
-HeldIn = Callable[[str, torch.dtype], torch.dtype]
-HELD_IN: ContextVar[HeldIn | None] = ContextVar("held", default=None)
+PACKED = torch.uint8  # in 4 bits, two values in a byte
+# "denoiser" or "text_encoders", what the denoiser is stored in, and the half precision that all of
+# the part is stored in, to what the part is read in
+ReadIn = Callable[[str, torch.dtype, torch.dtype], torch.dtype]
+READ_IN: ContextVar[ReadIn | None] = ContextVar("read", default=None)
 
 
 @contextmanager
-def read_as_held(held: HeldIn) -> Iterator[None]:
-    """Inside, a part whose weights are stored in what its layers will be held in, or that are to be
-    held in fp8, is read as it is stored, and never takes the memory of fp32. Not a value differs
-    from one that was read in fp32 and then held."""
-    token = HELD_IN.set(held)
+def reading(read_in: ReadIn) -> Iterator[None]:
+    """Inside, a part that is stored in half precision is read in what `read_in` says, see
+    `Placement.read_in`; outside in fp32, as all others."""
+    token = READ_IN.set(read_in)
     try:
         yield
     finally:
-        HELD_IN.reset(token)
+        READ_IN.reset(token)
 
 
 def hold_layers(part: nn.Module, dtype: torch.dtype, stored: Collection[int] = ()) -> None:
@@ -39,7 +40,8 @@ def hold_layers(part: nn.Module, dtype: torch.dtype, stored: Collection[int] = (
             continue
         for value in layer.parameters(recurse=False):
             frozen = not value.requires_grad and id(value) not in stored
-            if frozen and value.element_size() > dtype.itemsize:
+            other = value.dtype != dtype and value.element_size() >= dtype.itemsize
+            if frozen and other:
                 value.data = rounded(value.data, dtype)
 
 

@@ -9,7 +9,7 @@ The backward casts again: nothing but W itself is kept for it, where autograd wo
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +39,7 @@ def cast_layers(
     for name, layer in part.named_modules():
         count += type(layer) in CASTING.values() and layer.weight.dtype == dtype
         kind = CASTING.get(type(layer))
-        if kind is None or any(re.search(p, name.replace(".base_layer", "")) for p in precise):
+        if kind is None or _is_precise(name, precise):
             continue
         weight = layer.weight
         fits = weight.is_floating_point() and weight.element_size() >= dtype.itemsize
@@ -49,6 +49,21 @@ def cast_layers(
             count += 1
     _widen(part, compute)
     return count
+
+
+def cast_narrow(part: nn.Module, compute: torch.dtype) -> None:
+    """Layers that were read in less than the part computes in stay so and are cast at every call,
+    but those that the model's class wants uncast, which are put into it: not a value changes."""
+    precise = _precise(part, compute)
+    for name, layer in part.named_modules():
+        if _narrow(layer, compute) and not _is_precise(name, precise):
+            layer.__class__ = CASTING[type(layer)]
+    _widen(part, compute)
+
+
+def _is_precise(name: str, precise: Sequence[str]) -> bool:
+    """Whether a layer, which an adapter may have wrapped, is one that is not cast."""
+    return any(re.search(pattern, name.replace(".base_layer", "")) for pattern in precise)
 
 
 def _widen(part: nn.Module, compute: torch.dtype) -> None:

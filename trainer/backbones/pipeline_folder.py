@@ -102,7 +102,7 @@ class PipelineFolder:
         return index
 
     def load(self, part: str, kind: Any) -> Any:
-        """A part in fp32, or with its layers in half precision inside `read_as_held`; with new
+        """A part in fp32, or with its layers in half precision inside `reading`; with new
         random weights where it is to start from scratch."""
         from trainer.backbones.stored_in import as_read, read_in
 

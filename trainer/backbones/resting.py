@@ -12,16 +12,33 @@ from torch import Tensor, nn
 from trainer.backbones.backbone_facts import BackboneFacts
 
 SAME_MEMORY = ("cpu", "mps")  # devices that have no memory of their own
+ROOM = 0.75  # the share of a device's free memory that weights may take; the rest is to compute in
 
 
 def rest(model: BackboneFacts, parts: Iterable[str]) -> None:
     """Puts these parts, of which nothing trains, to rest, until `wake`. Backbones bring a part that
-    they use to the device for the time of the call."""
+    they use to the device for the time of the call; a backbone that is moved leaves them."""
     if model.device.type in SAME_MEMORY:
         return
     for part in parts:
         _move(model, part, torch.device("cpu"))
         model.at_rest.add(part)
+
+
+def rest_if_tight(model: BackboneFacts, device: torch.device) -> None:
+    """Marks the text encoders and the VAE of a frozen model as at rest where a device, on which it
+    is not yet, has too little memory for all parts; they are to stay where they are."""
+    if device.type in SAME_MEMORY or model.device == device:
+        return
+    free = free_on(device)
+    size = sum(value.numel() * value.element_size() for value in model.parameters())
+    if free is not None and size > ROOM * free:
+        model.at_rest.update(model.text_encoders, ["vae"])
+
+
+def free_on(device: torch.device) -> int | None:
+    """Bytes that a device still has; None where it does not say."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def wake(model: BackboneFacts) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from trainer.backbones.held_layers import FP8, HELD_IN, only_layers_in
+from trainer.backbones.held_layers import READ_IN, only_layers_in
 from trainer.backbones.unfit_folder import opened_weights
 from trainer.backbones.weight_files import weight_files
 
@@ -47,14 +47,15 @@ def stored_in(folder: StoredParts, part: str) -> Counter[torch.dtype]:
 
 def read_in(folder: StoredParts, part: str) -> torch.dtype:
     """What a part is read in: half precision where all of it is stored so and its layers will be
-    held so, or in fp8. VAEs compute in fp32."""
-    held_in, denoiser = HELD_IN.get(), folder.denoiser
-    if held_in is None or denoiser is None or part == "vae":
+    held so, or in less, see `held_layers.reading`. VAEs compute in fp32."""
+    read, denoiser = READ_IN.get(), folder.denoiser
+    if read is None or denoiser is None or part == "vae":
+        return torch.float32
+    stored = set(stored_in(folder, part))
+    if len(stored) != 1 or torch.float32 in stored:
         return torch.float32
     kind = "denoiser" if part == denoiser else "text_encoders"
-    held, stored = held_in(kind, folder.published(denoiser)), set(stored_in(folder, part))
-    fits = len(stored) == 1 and (held == FP8 or held in stored)
-    return stored.pop() if fits else torch.float32
+    return read(kind, folder.published(denoiser), stored.pop())
 
 
 def as_read(model: Any, dtype: torch.dtype) -> Any:

@@ -68,7 +68,7 @@ def run(words: list[str]) -> int:
     for run in options.runs or (options.run,):
         if run is not None and (later := later_checkpoint(file_of(run))) is not None:
             print(later, file=sys.stderr)
-    placement = choose_placement(options.device, options.precision)
+    placement = choose_placement(options.device, options.precision, lean=True)
     how = Judging(options.judges, options.images, options.batch, placement=placement)
     if options.run is None:
         evaluate_runs(options.runs, how)

@@ -83,7 +83,7 @@ def load_bare(name: str, chosen: Mapping[str, Method], placement: Placement) -> 
     from trainer.methods.apply import apply_methods
     from trainer.runs.adapter import load_base
 
-    backbone = load_base(backbone_spec(name), name, placement, hold=not chosen)
+    backbone = load_base(backbone_spec(name), name, placement, hold=not chosen, read_held=True)
     if chosen:
         apply_methods(backbone, chosen, trains=False)
         place(backbone, placement)

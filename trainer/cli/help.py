@@ -16,6 +16,7 @@ from trainer.cli.help_pages import (
     command_page,
     data_page,
     denoisers_page,
+    families_page,
     header_page,
     method_page,
     methods_page,
@@ -107,6 +108,7 @@ def _pages() -> dict[str, Page]:
         "data.source": data_page,
         "tracker": trackers_page,
         "base": base_page,
+        "families": families_page,
         "backbones": overlays_page,
     }
     for verb in VERBS:

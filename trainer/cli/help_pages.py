@@ -159,7 +159,8 @@ def recipe_keys_page() -> Iterator[str]:
         yield entry(name, _line(section.__doc__))
     yield entry("tracker", "where losses are logged")
     yield entry("denoiser", "the shape of a network made from nothing")
-    yield entry("backbones", "values of all these keys for single backbones, laid over the others")
+    yield entry("families", "values of all these keys for a family of backbones, over the others")
+    yield entry("backbones", "values of all these keys for single backbones, over those as well")
     yield ""
     yield "`help <key>` explains one, `help recipe.<name>` a recipe; `list recipes` prints all."
 
@@ -170,6 +171,19 @@ def base_page() -> Iterator[str]:
     yield from _paragraph(
         "It stands in a YAML file of your own, which then says only what differs, as in "
         "base: custom_diffusion. `list recipes` prints what there is."
+    )
+
+
+def families_page() -> Iterator[str]:
+    from trainer.backbones.families import family_names
+
+    yield "families: values for all backbones of a family, laid over a recipe's others"
+    yield ""
+    yield from _paragraph(
+        "It stands in a YAML file and maps names of families to keys of a recipe, as in "
+        "families: {sdxl: {run: {gradient_checkpointing: true}}}, for backbones of ours and for "
+        "folders of yours. Options of a method that the recipe has not are passed over; backbones "
+        f"comes above it. There are {', '.join(family_names())}."
     )
 
 

@@ -53,7 +53,8 @@ def recipes_of(method: str) -> list[str]:
 
 def _named(tree: Mapping[str, Any]) -> set[str]:
     """The methods that a recipe's own file adds, for all backbones or for one."""
-    parts = [tree, *(tree.get("backbones") or {}).values()]
+    tables = [tree.get(table) or {} for table in ("families", "backbones")]
+    parts = [tree, *(own for table in tables for own in table.values())]
     return {
         name
         for part in parts

@@ -267,7 +267,7 @@ def _job(
     if picture is not None:
         compare_parts(picture, parts)
     facts = {"backbone_parts": parts} | facts_of_given(given, options.scales) | _origin(options)
-    placement = choose_placement(options.device, options.precision)
+    placement = choose_placement(options.device, options.precision, lean=True)
     if given:
         backbone, tree = load_given(given, options.scales, options.backbone, placement=placement)
     else:

@@ -139,6 +139,13 @@ def _made_by(name: str) -> dict[str, Any] | None:
         raise RecipeError(f"backbone={name}: {error}; if it is a checkpoint, {TO_FOLDER}") from None
 
 
+def family_of_backbone(name: str, parts: PartsSpec = NO_PARTS) -> str:
+    """The family of what `backbone_spec` takes."""
+    root, first, adapters = lineage_of(name)
+    own = build_section(PartsSpec, first.get("parts"), "parts") if adapters else parts
+    return _named(root, own)[0].family
+
+
 def lineage_of(name: str) -> tuple[str, dict[str, Any], tuple[str, ...]]:
     """The backbone that a chain of runs began with, the first run's recipe, empty without a run,
     and the adapters of all of them, the first run's first."""

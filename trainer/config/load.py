@@ -10,20 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from trainer.backbones.spec import PartsSpec
 from trainer.common.paths import RECIPES
 from trainer.common.section import Section
 from trainer.common.suggest import nearest
 from trainer.config.backbone_limits import check_limits
 from trainer.config.captions import check_words
 from trainer.config.continual_recipes import check_tasks, task_overlay
-from trainer.config.lineage import backbone_names, lineage_of, spec_of
+from trainer.config.lineage import family_of_backbone, lineage_of, spec_of
 from trainer.config.optimiser_notes import check_optimiser
 from trainer.config.optimisers import with_own_lr
 from trainer.config.overrides import parse_words
+from trainer.config.own_values import TABLES, with_own_values
 from trainer.config.partners import check_partners, flat, idle_options, refuse_idle
 from trainer.config.prompts import check_texts, follow_data, unspelled, with_words, words_of
 from trainer.config.run_length import in_steps, laid_over, told_length
@@ -91,8 +94,8 @@ def user_values(name: str, backbone: str) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     while path.parent != RECIPES:
         own = read_yaml(path)
-        over = own.pop("backbones", None) or {}
-        tree = laid_over(laid_over(own, _own_values(over, lineage_of(backbone)[0])), tree)
+        family = partial(family_of_backbone, backbone)
+        tree = laid_over(with_own_values(own, lineage_of(backbone)[0], family), tree)
         base = tree.pop("base", None)
         if base is None:
             break
@@ -155,22 +158,26 @@ def resolve_recipe(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]
 
 
 def _overlaid(name: str, tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree under what its `backbones:` gives for the backbone, under what the user's own file
+    """The tree under what it says for the backbone and its family, under what the user's own file
     says, under the overrides."""
-    tree = dict(tree)
-    per_backbone = tree.pop("backbones", None) or {}
-    _check_overlays(per_backbone)
     backbone = overrides.get("backbone", tree.get("backbone", "tiny"))
     if not isinstance(backbone, str) or not backbone:
         raise RecipeError(
             f"backbone is {backbone!r}; it is a name or a folder, as in backbone=tiny"
         )
-    own = _own_values(per_backbone, lineage_of(backbone)[0])
-    below = laid_over(tree, own)
-    if own:  # a base's values for a backbone do not replace what the file over it gives
+    below = with_own_values(tree, lineage_of(backbone)[0], partial(_family, tree, overrides))
+    if any(tree.get(table) for table in TABLES):
+        # a base's values for a backbone do not replace what the file over it gives
         below = laid_over(below, user_values(name, backbone))
     below["data"] = _of_source(below.get("data"), overrides.get("data"))
     return with_own_lr(laid_over(below, overrides) | {"backbone": backbone})
+
+
+def _family(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> str:
+    """The family of the backbone that a recipe names under the overrides."""
+    chosen = merge_trees(tree, overrides)
+    parts = build_section(PartsSpec, chosen.get("parts"), "parts")
+    return family_of_backbone(chosen.get("backbone", "tiny"), parts)
 
 
 def _of_source(data: Any, given: Any) -> Any:
@@ -248,35 +255,6 @@ def _recipe_file(name: str, word: str, folder: Path) -> Path:
         what = "file" if path.suffix in (".yaml", ".yml") else "recipe"
         raise RecipeError(f"{word}: no such {what}{nearest(path.stem, recipe_names())}")
     return path
-
-
-def _check_overlays(tree: Any) -> None:
-    """`backbones:` of a recipe maps backbone names to the values that hold for each alone."""
-    if not isinstance(tree, dict):
-        raise RecipeError(f"backbones is {tree!r}; it maps backbone names to values for each")
-    for name, values in tree.items():
-        if name not in backbone_names() and "/" not in name:  # a folder has a slash
-            raise RecipeError(
-                f"backbones.{name}: no such backbone{nearest(name, backbone_names())}"
-            )
-        if not isinstance(values, dict):
-            raise RecipeError(f"backbones.{name} is {values!r}; it takes {', '.join(KEYS[2:])}")
-        refuse_unknown(values, ("base", *KEYS[2:]), f"backbones.{name}")
-        if "base" in values and values["base"] not in (free := _without_base(tree)):
-            raise RecipeError(
-                f"backbones.{name}.base is {values['base']!r}; it takes another of this table that "
-                f"has no base itself: {', '.join(free) or 'there is none'}"
-            )
-
-
-def _without_base(table: Mapping[str, Any]) -> list[str]:
-    return [name for name, own in table.items() if isinstance(own, dict) and "base" not in own]
-
-
-def _own_values(table: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The values of `backbones:` for one backbone, over those of the one it names as its `base`."""
-    values = dict(table.get(name) or {})
-    return laid_over(table.get(values.pop("base", None)) or {}, values)
 
 
 def _data(tree: Any) -> Source:

@@ -127,11 +127,12 @@ def for_another(low: Mapping[str, Any], high: Mapping[str, Any]) -> Mapping[str,
     if new is None or not (dropped := _dropped(old, new)):
         return low
     kept = _without(low, dropped)
-    if isinstance(each := low.get("backbones"), Mapping):
-        kept["backbones"] = {
-            name: _without(own, dropped) if isinstance(own, Mapping) else own
-            for name, own in each.items()
-        }
+    for table in ("families", "backbones"):
+        if isinstance(each := low.get(table), Mapping):
+            kept[table] = {
+                name: _without(own, dropped) if isinstance(own, Mapping) else own
+                for name, own in each.items()
+            }
     return kept
 
 

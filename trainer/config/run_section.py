@@ -25,7 +25,7 @@ Precision = Annotated[
         "has instructions for it, else fp32"
     ),
 ]
-Held = Literal["fp32", "bf16", "fp16", "fp8"]
+Held = Literal["fp32", "bf16", "fp16", "fp8", "nf4"]
 Seconds = Annotated[float, Field(ge=0)]
 
 
@@ -64,8 +64,8 @@ class RunSpec(Section):
         default_factory=dict,
         description="what frozen linear layers and convolutions are held in, as in {denoiser: "
         "fp8}: of run.precision where it is not given; lower ones are cast at every call. fp8 is "
-        "of the denoiser, with its norms, positions and patches left as they are; for 4 bits see "
-        "methods.nf4",
+        "of the denoiser, with its norms, positions and patches left as they are; nf4, 4 bits, of "
+        "the linear layers of text encoders, and of the denoiser's see methods.nf4",
     )
     workers: int = Field(
         0, ge=0, description="processes that load data for each device; 0 loads in the training one"
@@ -168,11 +168,16 @@ class RunSpec(Section):
         return values
 
     @model_validator(mode="after")
-    def _text_in_halves(self) -> RunSpec:
+    def _each_in_its_own(self) -> RunSpec:
         if self.base_precision.get("text_encoders") == "fp8":
             raise ValueError(
-                "base_precision.text_encoders=fp8: fp8 is for the denoiser; give bf16. "
+                "base_precision.text_encoders=fp8: fp8 is for the denoiser; give bf16 or nf4. "
                 "run.cache_text takes text encoders off the device while the denoiser trains"
+            )
+        if self.base_precision.get("denoiser") == "nf4":
+            raise ValueError(
+                "base_precision.denoiser=nf4: the denoiser in 4 bits is a method, which an adapter "
+                "remembers; give methods.nf4={}, as recipe=qlora does"
             )
         return self
 

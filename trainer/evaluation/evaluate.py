@@ -17,7 +17,8 @@ import torch
 from rich.console import Console
 
 from trainer.backbones.backbone import Backbone
-from trainer.backbones.device import CPU, Placement
+from trainer.backbones.device import CPU, Placement, cast_stored
+from trainer.backbones.spec import BackboneSpec
 from trainer.common.long_work import LongWork, long_work
 from trainer.config.header import file_of, read_header
 from trainer.config.load import resolve_recipe
@@ -108,9 +109,7 @@ class Evaluation:
         self.path, self.how = path, how
         self.recipe = resolve_recipe(tree.get("recipe", folder.parent.name), tree, {})
         spec, name = self.recipe.backbone, self.recipe.backbone_name
-        self.base: Backbone = (
-            beside.base if beside else load_base(spec, name, how.placement, hold=False)
-        )
+        self.base: Backbone = beside.base if beside else _base(spec, name, how.placement)
         self.judges: list[PictureJudge] = (
             beside.judges if beside else open_judges(how.judges, self.base.folder, how.placement)
         )
@@ -180,6 +179,12 @@ class Evaluation:
                 "CLIP folder, too"
             )
         return ClipScores.of(reader, self.held_out or self.train, self.how.images)
+
+
+def _base(spec: BackboneSpec, name: str, placement: Placement) -> Backbone:
+    """The plain base with its weights as they are stored, by which the class images that a run has
+    made with it are found again."""
+    return cast_stored(load_base(spec, name, placement, hold=False, read_held=True))
 
 
 @torch.no_grad()

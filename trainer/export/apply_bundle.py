@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.backbones.four_bits import unpacked
 from trainer.export.bundle import Bundle, Delta, DoRADelta, FullDelta, LowRankDelta
 from trainer.ops.adapters.inject import part_of
-from trainer.ops.adapters.nf4 import unpacked
 from trainer.ops.adapters.token_rows import extend, known_id
 
 

@@ -13,11 +13,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from trainer.attention.insertion import insertions
+from trainer.backbones.four_bits import unpacked
 from trainer.export.apply_bundle import layer_at, parts
 from trainer.export.bundle import Bundle, Delta, DoRADelta, Form, FullDelta, LowRankDelta
 from trainer.export.lycoris import of_layer
 from trainer.ops.adapters.inject import fold
-from trainer.ops.adapters.nf4 import unpacked
 from trainer.ops.adapters.token_rows import ExtendedEmbedding, relearned, relearned_words
 
 DORA = (DoraLinearVariant, DoraConv2dVariant)

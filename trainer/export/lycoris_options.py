@@ -14,10 +14,10 @@ from peft.tuners.loha import layer as loha
 from peft.tuners.lokr import layer as lokr
 from torch import Tensor, nn
 
+from trainer.backbones.four_bits import unpacked
 from trainer.export.apply_bundle import layer_at
 from trainer.export.bundle import Form
 from trainer.export.lycoris import rank_of
-from trainer.ops.adapters.nf4 import unpacked
 
 SCALED = ("hada_w2_b", "lokr_w1", "lokr_w1_b")  # one of these takes the rest of a layer's strength
 Shapes = dict[str, tuple[int, ...]]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.backbones.four_bits import unpacked
 from trainer.export.apply_bundle import layer_at
 from trainer.export.bundle import Bundle, Delta, DoRADelta, Form, FullDelta, LowRankDelta
 from trainer.export.layer_names import comfy_parameters
@@ -19,7 +20,6 @@ from trainer.export.peft_fields import Fields, rank_in, strength, without_start
 from trainer.export.read_names import Names
 from trainer.export.side_by_side import apart
 from trainer.export.tensor_kinds import MERGE, check_complete, kinds_by_layer
-from trainer.ops.adapters.nf4 import unpacked
 
 NOWHERE = (
     "either it was made for another kind of model, then give that as backbone, or by a tool whose "

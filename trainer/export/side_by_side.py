@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from trainer.backbones.four_bits import unpacked
 from trainer.export.apply_bundle import layer_at
 from trainer.export.bundle import DoRADelta, LowRankDelta
 from trainer.export.layer_names import kohya_fused
-from trainer.ops.adapters.nf4 import unpacked
 
 Pair = LowRankDelta | DoRADelta
 

@@ -165,7 +165,7 @@ def _planned(model: AttentionModel, edits: Mapping[str, Edit]) -> Plan:
     fp32 whatever its layer is held in: small steps would be lost in half precision."""
     import torch
 
-    from trainer.ops.adapters.nf4 import numel
+    from trainer.backbones.four_bits import numel
 
     trained = {parameter for edit in edits.values() for parameter in edit.trains}
     model.requires_grad_(False)

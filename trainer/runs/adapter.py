@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainer.backbones import load_backbone
 from trainer.backbones.device import CPU, Placement, place
-from trainer.backbones.held_layers import read_as_held
+from trainer.backbones.held_layers import reading
 from trainer.backbones.retarget import resolved, retarget
 from trainer.config import load
 from trainer.config.header import ADAPTER_FORMAT, HEADER, read_header
@@ -151,7 +151,8 @@ def load_adapted(
         ValueError: see `read_header`, `check_backbone`, `check_tensors` and `check_linear`.
     """
     tree, _ = read_header(path)
-    loaded = load_base(spec_of(tree, backbone), backbone or tree["backbone"], placement, hold=False)
+    spec, name = spec_of(tree, backbone), backbone or tree["backbone"]
+    loaded = load_base(spec, name, placement, hold=False, read_held=True)
     plan = _add(path, loaded, scale)
     place(loaded.eval().requires_grad_(False), placement, plan.stored)
     return loaded, tree
@@ -168,12 +169,12 @@ def load_base(
     earlier runs, their methods are applied and their tensors loaded.
 
     hold: as of `place`. read_held: parts that are stored in what their layers will be held in are
-    read so, see `read_as_held`; not for what is to be written in fp32.
+    read so, see `Placement.read_in`; not for what is to be written in fp32.
 
     Raises:
         ValueError: see `load_backbone` and `load_adapted`.
     """
-    with read_as_held(placement.held) if read_held else nullcontext():
+    with reading(placement.read_in) if read_held else nullcontext():
         loaded = place(load_backbone(spec, name), placement, hold=False)
     for path in map(Path, spec.adapters):
         plan = _add(path, loaded)

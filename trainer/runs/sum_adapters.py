@@ -18,13 +18,13 @@ from torch import Tensor
 
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import CPU, Placement, place
+from trainer.backbones.four_bits import is_packed
 from trainer.backbones.part_digests import part_digests
 from trainer.backbones.retarget import retarget
 from trainer.config import load
 from trainer.config.header import read_header
 from trainer.config.lineage import spec_of
 from trainer.ops.adapters.inject import base_layer
-from trainer.ops.adapters.nf4 import is_packed
 from trainer.ops.adapters.token_rows import ExtendedEmbedding, extend, relearned
 from trainer.runs.adapter import check_backbone, load_adapted, load_base
 from trainer.runs.merge_check import ALLOWED

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trainer.backbones.device import place
 from trainer.backbones.resting import wake
+from trainer.common.freed_memory import return_freed_memory
 from trainer.config.schema import Recipe
 from trainer.data.loader import Planned, loader
 from trainer.runs.adapter import load_base, save_adapter
@@ -85,6 +86,7 @@ def _fit(recipe: Recipe, folder: Path) -> None:
     """The run itself, from its last complete checkpoint on."""
     found, run = last_checkpoint(recipe, folder), recipe.run
     manifest = found.manifest if found else {}
+    return_freed_memory()
     settle_threads(ranks=run.devices, machines=run.nodes, manifest=manifest, say=say)
     seed_everything(run.seed)
     placement = placement_of(run)

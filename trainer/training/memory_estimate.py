@@ -10,6 +10,7 @@ from torch import nn
 
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import Placement
+from trainer.backbones.four_bits import numel, scales
 from trainer.backbones.held_layers import FP8, LAYERS
 from trainer.backbones.resting import SAME_MEMORY
 from trainer.common.main_memory import free_memory
@@ -17,7 +18,6 @@ from trainer.config.optimisers import OPTIMISERS
 from trainer.config.partners import pictures_change, text_trains
 from trainer.config.schema import Recipe
 from trainer.methods.apply import Plan
-from trainer.ops.adapters.nf4 import numel, scales
 from trainer.training.plan_report import size
 from trainer.training.step_memory import step_bytes
 
@@ -107,12 +107,18 @@ def _less(recipe: Recipe, backbone: Backbone) -> Iterator[str]:
 
 def _read_as_stored(recipe: Recipe, backbone: Backbone) -> list[str]:
     """The parts that are read as they are stored, text encoders in what the denoiser is: those
-    whose layers are held so or in fp8, unless a method calculates with weights."""
+    whose layers are held so or in less, unless a method calculates with weights."""
     stored = backbone.published
     if stored == torch.float32 or any(m.reads_weights for m in recipe.methods.values()):
         return []
     named = {backbone.denoiser_name: backbone.denoiser, **backbone.text_encoders}
-    return [name for name, part in named.items() if {stored, FP8} & _held_in(part)]
+    text = backbone.text_encoders if _in_four_bits(recipe) else ()
+    return [name for name, own in named.items() if name in text or {stored, FP8} & _held_in(own)]
+
+
+def _in_four_bits(recipe: Recipe) -> bool:
+    """Whether text encoders are packed after they are read."""
+    return recipe.run.base_precision.get("text_encoders") == "nf4"
 
 
 def _held_in(part: nn.Module) -> set[torch.dtype]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.backbones.four_bits import bitsandbytes
 from trainer.config.optimisers import OPTIMISERS, SCHEDULE_FREE, UNPAGED, missing_package
-from trainer.ops.adapters.nf4 import bitsandbytes
 from trainer.training.optimizer_packages import PACKAGED
 
 # optimisers of bitsandbytes (arXiv 2110.02861); in 8 bits, tensors below 4096 values have 32-bit

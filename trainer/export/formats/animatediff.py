@@ -25,6 +25,7 @@ import torch
 from diffusers import MotionAdapter
 from torch import Tensor
 
+from trainer.backbones.four_bits import unpacked
 from trainer.export import motion, tokens
 from trainer.export.apply_bundle import add_to, full_delta, layer_at
 from trainer.export.bundle import Bundle, Delta, DoRADelta
@@ -37,7 +38,6 @@ from trainer.export.read_tokens import read_tokens
 from trainer.export.tensor_files import load_tensors, save_tensors
 from trainer.export.tokens import refuse_unnamable, token_remark, write_tokens
 from trainer.export.usage import Usage, word_lines, word_text
-from trainer.ops.adapters.nf4 import unpacked
 from trainer.ops.temporal.motion_names import PLACES, ours, theirs
 
 HEADS = 8

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.backbones.four_bits import unpacked
 from trainer.export.apply_bundle import full_delta, layer_at
 from trainer.export.bundle import Delta, DoRADelta, Form, FullDelta, LowRankDelta
 from trainer.export.cannot_carry import CannotCarryError
@@ -22,7 +23,6 @@ from trainer.export.lycoris import file_tensors
 from trainer.export.tensor_files import load_tensors, save_tensors
 from trainer.export.tokens import load_stock, refuse_unnamable, token_remark, write_tokens
 from trainer.export.usage import Usage, word_text
-from trainer.ops.adapters.nf4 import unpacked
 
 OURS = ("transformer.", "diffusion_model.")  # how the names of a transformer's layers begin
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+from trainer.backbones.four_bits import unpacked
 from trainer.export.apply_bundle import full_delta, layer_at
 from trainer.export.formats import comfyui
 from trainer.export.formats.comfyui import refuse_unnamed, save
 from trainer.export.job import Job
 from trainer.export.tokens import refuse_unnamable, write_tokens
-from trainer.ops.adapters.nf4 import unpacked
 
 
 @torch.no_grad()

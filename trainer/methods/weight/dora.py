@@ -52,8 +52,8 @@ class Dora(LowRank):
 
 def _refuse_nothing(model: AttentionModel, targets: Sequence[Target]) -> None:
     """Raises ValueError where a row of W0 is zero: it has no direction."""
+    from trainer.backbones.four_bits import unpacked
     from trainer.ops.adapters.inject import base_layer, layer_of
-    from trainer.ops.adapters.nf4 import unpacked
 
     for target in targets:
         weight: Any = unpacked(base_layer(layer_of(model, target))).weight

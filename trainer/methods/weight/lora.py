@@ -78,8 +78,8 @@ class Lora(LowRank):
         """Raises ValueError where a layer has no matrix to start from."""
         from torch import nn
 
+        from trainer.backbones.four_bits import is_packed
         from trainer.ops.adapters.inject import base_layer, layer_of
-        from trainer.ops.adapters.nf4 import is_packed
 
         for target in targets:
             layer = base_layer(layer_of(model, target))

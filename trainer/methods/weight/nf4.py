@@ -48,7 +48,7 @@ class Nf4(Method):
     def apply(self, model: AttentionModel) -> Edit:
         import torch
 
-        from trainer.ops.adapters.nf4 import bitsandbytes, pack, share_tables
+        from trainer.backbones.four_bits import bitsandbytes, pack, share_tables
 
         bitsandbytes("4-bit storage")
         compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.compute]

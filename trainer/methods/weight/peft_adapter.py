@@ -170,8 +170,8 @@ class PeftAdapter(Targeted):
         return self.type in READING
 
     def apply(self, model: AttentionModel) -> Edit:
+        from trainer.backbones.four_bits import is_packed
         from trainer.ops.adapters.inject import base_layer, inject, layer_of
-        from trainer.ops.adapters.nf4 import is_packed
         from trainer.ops.adapters.peft_adapter import prepare_layers
 
         targets = self.targets(model)

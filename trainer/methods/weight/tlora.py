@@ -97,9 +97,9 @@ class Tlora(LowRank):
         Raises:
             ValueError: a layer in 4 bits has no W0 to start from.
         """
+        from trainer.backbones.four_bits import is_packed
         from trainer.ops.adapters import tlora
         from trainer.ops.adapters.inject import base_layer, layer_of, layer_sizes
-        from trainer.ops.adapters.nf4 import is_packed
 
         found: list[Any] = []
         values: dict[tuple[int, int], Any] = {}

@@ -24,9 +24,9 @@ from trainer.attention.errors import TakenError
 from trainer.attention.insertion import move_insertions
 from trainer.attention.projections import ALL_ROLES
 from trainer.attention.sites import require
+from trainer.backbones.four_bits import is_packed, unpacked
 from trainer.kernels.softmax import HALF
 from trainer.ops.adapters.fused_lora import quicken
-from trainer.ops.adapters.nf4 import is_packed, unpacked
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
