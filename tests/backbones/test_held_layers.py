@@ -185,4 +185,8 @@ def test_an_adapter_over_weights_as_they_are_stored(methods: str, tmp_path: Path
     for name in plan.stored:
         assert torch.equal(values(lean)[name], own[name])
     torch.testing.assert_close(predicted(lean), predicted(exact), rtol=1e-4, atol=1e-5)
-    assert torch.bfloat16 in layer_types(lean.text_encoder_2) or methods in ("pissa", "dora", "tlora")
+    assert torch.bfloat16 in layer_types(lean.text_encoder_2) or methods in (
+        "pissa",
+        "dora",
+        "tlora",
+    )

@@ -115,6 +115,7 @@ def test_gradients_are_those_of_the_rounded_weights(
 def recipe_of(folder: Path, *words: str) -> Any:
     own = ["recipe=lora", "data.concept=sprite:penguin", "data.prior_weight=0", "data.token=sks"]
     own += ["methods.new_token=null", "run.batch_size=1", "run.resolution=32", "run.device=cpu"]
+    own += ["run.gradient_checkpointing=false"]
     given = {word.split("=")[0] for word in words}
     own = [word for word in own if word.split("=")[0] not in given]
     return load_recipe([*own, f"backbone={folder}", *words])

@@ -17,8 +17,18 @@ from trainer.config.schema import RecipeError
 
 PHOTOS = ["data.concept=sprite:penguin", "data.prior_weight=0"]
 # the published models that the recipes have values for, as those who train them do
-LARGE = ("sdxl", "sd3", "sd35_large", "flux1_dev", "chroma", "flux2_klein", "qwen_image", "z_image",
-         "sana_1600m", "sana_600m")
+LARGE = (
+    "sdxl",
+    "sd3",
+    "sd35_large",
+    "flux1_dev",
+    "chroma",
+    "flux2_klein",
+    "qwen_image",
+    "z_image",
+    "sana_1600m",
+    "sana_600m",
+)
 
 
 def tree(**more: Any) -> dict[str, Any]:
@@ -105,7 +115,10 @@ def test_a_lora_of_a_large_model_is_as_those_who_train_it_have_it(backbone: str)
     assert recipe.optim.lr == {"sd3": 4e-4, "qwen_image": 2e-4}.get(backbone, 1e-4)
     dora = load_recipe(["recipe=dora", f"backbone={backbone}", *PHOTOS])
     ranks = {r.methods[n].model_dump()["rank"] for r, n in ((recipe, "lora"), (dora, "dora"))}
-    assert ranks == {8 if backbone[:4] in ("sdxl", "sana") else 16} and list(dora.methods)[-1] == "dora"
+    assert (
+        ranks == {8 if backbone[:4] in ("sdxl", "sana") else 16}
+        and list(dora.methods)[-1] == "dora"
+    )
 
 
 def test_shipped_recipes_are_as_before_on_the_small_backbones() -> None:

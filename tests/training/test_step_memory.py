@@ -58,3 +58,19 @@ def test_layers_that_are_calculated_again_are_not_kept(tiny: Any, tiny_folder: P
     plain, less = found
     assert 0.1 * plain < less < 0.8 * plain
     assert all(value.grad is None for value in tiny.parameters())
+
+
+def test_a_convolution_takes_copies_of_what_goes_in_and_comes_out() -> None:
+    """In a layout of the library's own, while it runs, forward and backward."""
+    x = torch.zeros(1, 8, 32, 32, requires_grad=True)
+    weight, bias = torch.zeros(4, 8, 3, 3), torch.zeros(4)
+    known = [value.untyped_storage() for value in (x, weight, bias)]
+    out = 4 * 4 * 32 * 32  # bytes
+    copies = x.nbytes + weight.nbytes + bias.nbytes + out
+    with _Living(known) as living:
+        y = torch.nn.functional.conv2d(x, weight, bias, padding=1)
+        assert living.now == out and living.peak == out + copies
+        y.sum().backward()
+    assert x.grad is not None
+    # beside y its gradient, of which every value is one number, and that of x
+    assert living.peak >= out + x.nbytes + out + x.nbytes + weight.nbytes + x.nbytes

@@ -178,14 +178,13 @@ def _hold(model: Backbone, placement: Placement, own: Collection[int]) -> None:
     dtype = placement.dtype(model.published)
     kinds = {"denoiser": [model.denoiser], "text_encoders": list(model.text_encoders.values())}
     for kind, parts in kinds.items():
-        held = placement.held(kind, model.published)
+        asked = placement.held(kind, model.published)
+        held = dtype if asked == PACKED else asked
         for part in parts:
-            if held == PACKED:
+            if asked == PACKED:
                 pack_layers(part, dtype)
-                cast_narrow(part, dtype)
-                held = dtype
             hold_layers(part, dtype if held.itemsize < dtype.itemsize else held, own)
-            if placement.lean:
+            if placement.lean or asked == PACKED:
                 cast_narrow(part, dtype)
             casts = held.itemsize < dtype.itemsize
             if casts and not cast_layers(part, held, own, compute=dtype):
