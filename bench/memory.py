@@ -2,6 +2,7 @@
 
     python bench/memory.py                          # SDXL: 10 GB of disk and of memory
     python bench/memory.py --only sdxl_512          # at 512 pixels alone, in a quarter of the time
+    python bench/memory.py --only narrow_1024       # a narrow SDXL: 3 GB, two minutes
     python bench/memory.py --quick                  # the shipped backbone
 
 Each is the published network, its layers in bf16, with random weights that are stored in bf16 in a
@@ -33,10 +34,21 @@ from _common import Bars, chosen_of, parser_of
 
 ROOT = Path(__file__).parents[1]
 LAYOUTS = ROOT / "data" / "layouts"
+# SDXL with half the channels, a transformer layer in each block, and text encoders of two layers
+NARROW: dict[str, dict[str, Any]] = {
+    "unet": {
+        "block_out_channels": [160, 320, 640],
+        "transformer_layers_per_block": [1, 1, 1],
+    },
+    "text_encoder": {"num_hidden_layers": 2},
+    "text_encoder_2": {"num_hidden_layers": 2},
+}
+CHANGED = {"narrow_1024": NARROW}
 # the layout, None for the backbone that ships, and the side of the pictures in pixels
 CASES: dict[str, tuple[str | None, int]] = {
     "sdxl_1024": ("sdxl", 1024),
     "sdxl_512": ("sdxl", 512),
+    "narrow_1024": ("sdxl", 1024),
     "sana_1600m_1024": ("sana_1600m", 1024),
     "pixart_sigma_512": ("pixart_sigma", 512),
     "tiny": (None, 64),
@@ -56,19 +68,25 @@ def words_of(name: str, folder: str) -> list[str]:
     return [*own, "run.precision=bf16", "run.device=cpu", "optim.ema=null"]
 
 
-def make_folder(layout: str, where: str) -> None:
-    """The pipeline of a layout with random weights in bf16 and the tokenizer that ships."""
+def make_folder(name: str, where: str) -> None:
+    """The pipeline of a case with random weights in bf16 and the tokenizer that ships."""
     from safetensors.torch import save_file
 
     from trainer.backbones.pipeline_folder import without_values
+    from trainer.backbones.spec import BackboneSpec
     from trainer.config.lineage import backbone_spec
     from trainer.runs.adapter import load_base
 
+    layout = str(CASES[name][0])
     folder = Path(shutil.copytree(LAYOUTS / layout, where))
+    for part, changes in CHANGED.get(name, {}).items():
+        file = folder / part / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     for tokenizer in folder.glob("tokenizer*"):
         shutil.copytree(ROOT / "data" / "tiny" / "tokenizer", tokenizer, dirs_exist_ok=True)
     with without_values():
-        model = load_base(backbone_spec(layout), layout, hold=False)
+        spec = BackboneSpec(folder=where, family=backbone_spec(layout).family)
+        model = load_base(spec, name, hold=False)
     block = (0.02 * torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))).bfloat16()
     parts = {model.denoiser_name: model.denoiser, **model.text_encoders, "vae": model.vae}
     for part, module in parts.items():
@@ -167,9 +185,10 @@ def steps_of(words: list[str], before: int) -> dict[str, Any]:
 
 def measure(bars: Bars, name: str, scratch: Path) -> None:
     layout, _ = CASES[name]
-    folder = ROOT / "data" / "tiny" if layout is None else scratch / layout
+    made = name if name in CHANGED else layout
+    folder = ROOT / "data" / "tiny" if made is None else scratch / made
     if layout is not None and not folder.exists():
-        _apart("make_folder", layout, str(folder))
+        _apart("make_folder", name, str(folder))
     words = words_of(name, "tiny" if layout is None else str(folder))
     found = _apart("estimated", words)
     free = _available()

@@ -116,7 +116,7 @@ def choose_placement(
     """
     if precision not in ("auto", "fast", *PRECISIONS):
         raise ValueError(f"precision={precision}: there are auto, fast, {', '.join(PRECISIONS)}")
-    found = Placement(_device(device, rank), precision, tuple(sorted(parts.items())), lean)
+    found = Placement(_device(device, rank), precision, tuple(sorted(parts.items())), lean=lean)
     if low := {"fp8", "nf4"}.intersection(parts.values() if found.device.type == "mps" else ()):
         raise ValueError(f"run.base_precision: Apple's GPUs have no {min(low)}; give bf16")
     if precision == "bf16" and found.device.type == "mps" and not has_bf16(found.device):

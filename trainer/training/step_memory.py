@@ -20,7 +20,6 @@ from trainer.backbones.four_bits import scales
 from trainer.backbones.held_layers import is_one_number
 from trainer.config.schema import Recipe
 
-
 # oneDNN copies what goes in and what comes out into a layout of its own, and back: 320 to 320
 # channels on 128 x 128 take 23 MB for an output of 10 MB, 640 to 640 take 70 MB for 21 MB
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
