@@ -31,9 +31,13 @@ def rest_if_tight(model: BackboneFacts, device: torch.device) -> None:
     if device.type in SAME_MEMORY or model.device == device:
         return
     free = free_on(device)
-    size = sum(value.numel() * value.element_size() for value in model.parameters())
-    if free is not None and size > ROOM * free:
+    if free is not None and held_bytes(model) > ROOM * free:
         model.at_rest.update(model.text_encoders, ["vae"])
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of its weights."""
+    return sum(value.numel() * value.element_size() for value in model.parameters())
 
 
 def free_on(device: torch.device) -> int | None:

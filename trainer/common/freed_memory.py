@@ -4,6 +4,7 @@ glibc takes blocks of up to 32 MB from one heap, of which only the end can go ba
 between pieces that are still in use stays with the process, in training often as much as a step
 needs at once. Blocks of `LARGE` bytes and more, as most activations of large models are, get pages
 of their own here, which go back when they are freed; smaller ones are taken from the heap as ever.
+New pages cost time, which is little beside what a large model calculates with them.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import ctypes
 import os
 from contextlib import suppress
 
-LARGE = 4 * 2**20  # bytes; at a step of small models few tensors have so many
+LARGE = 2**20  # bytes
 KEPT = 32 * 2**20  # free bytes at the end of the heap that stay for the next blocks
+WORTH = 10**9  # bytes of the weights of a model that is large
 TRIM, MMAP = -1, -3  # the names of these two settings in malloc.h
 USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 

@@ -8,8 +8,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from trainer.backbones.device import place
-from trainer.backbones.resting import wake
-from trainer.common.freed_memory import return_freed_memory
+from trainer.backbones.resting import held_bytes, wake
+from trainer.common.freed_memory import WORTH, return_freed_memory
 from trainer.config.schema import Recipe
 from trainer.data.loader import Planned, loader
 from trainer.runs.adapter import load_base, save_adapter
@@ -86,13 +86,14 @@ def _fit(recipe: Recipe, folder: Path) -> None:
     """The run itself, from its last complete checkpoint on."""
     found, run = last_checkpoint(recipe, folder), recipe.run
     manifest = found.manifest if found else {}
-    return_freed_memory()
     settle_threads(ranks=run.devices, machines=run.nodes, manifest=manifest, say=say)
     seed_everything(run.seed)
     placement = placement_of(run)
     backbone = load_base(
         recipe.backbone, recipe.backbone_name, placement, hold=False, read_held=True
     )
+    if backbone.device.type == "cpu" and held_bytes(backbone) > WORTH:
+        return_freed_memory()
     train, held_out = recipe.data.open(needs(recipe, backbone))
     facts = run_facts(
         recipe, folder, found=found, backbone=backbone, train=train, held_out=held_out
