@@ -162,6 +162,7 @@ class BoundCheckpoint:
             with self.holder.holding(ctx):
                 return function(*inputs, **options)
 
+        run.__wrapped__ = function  # type: ignore[attr-defined]  # for who asks which block it is
         return self.inner(run, *args, **kwargs)
 
 

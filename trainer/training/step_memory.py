@@ -4,7 +4,10 @@ no value is calculated, so that a step of a large model takes seconds and no mem
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from trainer.attention.condition import INTEGERS, Condition
 from trainer.backbones.backbone import Backbone
@@ -20,6 +23,7 @@ from trainer.backbones.four_bits import scales
 from trainer.backbones.held_layers import is_one_number
 from trainer.config.schema import Recipe
 
+CHECKPOINT = "_gradient_checkpointing_func"  # of modules of diffusers
 # oneDNN copies what goes in and what comes out into a layout of its own, and back: 320 to 320
 # channels on 128 x 128 take 23 MB for an output of 10 MB, 640 to 640 take 70 MB for 21 MB
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
@@ -54,10 +58,72 @@ class _Step(nn.Module):
         self.denoiser, self.backward = denoiser, backward
 
     def forward(self, **inputs: Any) -> None:
-        output = self.denoiser(**inputs)
-        if self.backward:
-            given = [each for each in tree_leaves(output.sample) if each.requires_grad]
-            torch.autograd.backward([each.float().sum() for each in given])
+        with self._again() if self.backward else nullcontext():
+            output = self.denoiser(**inputs)
+            if self.backward:
+                given = [each for each in tree_leaves(output.sample) if each.requires_grad]
+                torch.autograd.backward([each.float().sum() for each in given])
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """Blocks are calculated again by `_Again` inside."""
+        own = [each for each in self.denoiser.modules() if hasattr(each, CHECKPOINT)]
+        before = [getattr(each, CHECKPOINT) for each in own]
+        kinds: set[Any] = set()
+
+        def again(block: Any, *args: Any) -> Any:
+            if not any(map(_needs, (*tree_leaves(args), *unwrap(block).parameters()))):
+                return block(*args)
+            return _Again.apply(torch.empty(0, requires_grad=True), kinds, block, *args)
+
+        try:
+            for each in own:
+                setattr(each, CHECKPOINT, again)
+            yield
+        finally:
+            for each, function in zip(own, before, strict=True):
+                setattr(each, CHECKPOINT, function)
+
+
+class _Again(torch.autograd.Function):
+    """What checkpointing does with a block, once for each kind of block: for the last one, since
+    one before it has less beside it. Of the others the gradients alone are there."""
+
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, kinds: set[Any], block: Any, *args: Any) -> Any:
+        ctx.kinds, ctx.block, ctx.args = kinds, block, args
+        return block(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *given: Any) -> Any:
+        own, args = unwrap(ctx.block), tree_map(_leaf, ctx.args)
+        ctx.args = ()  # autograd keeps this until all is done
+        kind = type(own), *(value.shape for value in (*_tensors(args), *own.parameters()))
+        if kind not in ctx.kinds:
+            ctx.kinds.add(kind)
+            with torch.enable_grad():
+                pairs = zip(_tensors(ctx.block(*args)), given, strict=True)
+            needed = [pair for pair in pairs if _needs(pair[0])]
+            torch.autograd.backward([value for value, _ in needed], [grad for _, grad in needed])
+        for value in (*own.parameters(), *_tensors(args)):
+            if value.requires_grad and value.grad is None:
+                value.grad = torch.empty_like(value)
+        return None, None, None, *(value.grad if _needs(value) else None for value in args)
+
+
+def _needs(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _leaf(value: Any) -> Any:
+    """A tensor without the operations that made it."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().requires_grad_(value.requires_grad)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [each for each in tree_leaves(values) if isinstance(each, Tensor)]
 
 
 class _Living(TorchDispatchMode):
@@ -74,7 +140,7 @@ class _Living(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        made = _tensors(result)
         for value in made:
             self._made(value.untyped_storage())
         if func in CONVOLUTIONS:
