@@ -310,6 +310,7 @@ class JointBackbone:
         self.denoiser = self.case.make()
         self.extras = Extras()
         self.sampling_hooks: dict[str, Any] = {}
+        self.input_channels: dict[str, Any] = {}
         self.text_encoders: dict[str, Any] = {}
         self.tokenizers: dict[str, Any] = {}
 

@@ -40,7 +40,8 @@ class StepContext:
     where the VAE compresses time; `fps` (clips,) are its frames a second as a player shows them,
     None where that is unknown. `source` (rows, c, h, w) are the clean latents whose structure the
     output is to have: in training those that noise was added to, in sampling another clip's, or
-    None. `condition` is the condition of all rows, None where the caller gives
+    None. `channels` are the values (rows, n, h, w) of further input channels by name, see
+    `input_channels.py`. `condition` is the condition of all rows, None where the caller gives
     none. `text_tokens` is how many tokens of text the denoiser was called with, filled in from the
     call where it is None.
     """
@@ -54,6 +55,7 @@ class StepContext:
     latent_size: tuple[int, int] | None = None
     fps: Tensor | None = None
     source: Tensor | None = None
+    channels: Mapping[str, Tensor] = field(default_factory=dict)
     condition: Condition | None = None
     text_tokens: int | None = None
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from trainer.attention.extras import Extras
     from trainer.attention.hooks import SamplingHook
     from trainer.attention.host import Host
+    from trainer.attention.input_channels import InputChannels
     from trainer.attention.sites import Site
 
 
@@ -24,6 +25,8 @@ class AttentionModel(Protocol):
     extras: Extras
     # by method, in the order in which they were applied
     sampling_hooks: dict[str, tuple[SamplingHook, ...]]
+    # further channels of the denoiser's input by name, see `input_channels.py`
+    input_channels: dict[str, InputChannels]
 
     @property
     def denoiser(self) -> nn.Module: ...

@@ -20,6 +20,7 @@ from trainer.attention.context import StepContext, current, use
 from trainer.attention.extras import Extras
 from trainer.attention.hooks import SamplingHook
 from trainer.attention.host import Host
+from trainer.attention.input_channels import InputChannels
 from trainer.attention.sites import Site, scan
 from trainer.backbones import vae
 from trainer.backbones.backbone_facts import BackboneFacts
@@ -65,6 +66,7 @@ class Backbone(BackboneFacts):
         # kept here, since previews, `sample`, `evaluate` and a later run get the backbone alone
         self.extras = Extras()
         self.sampling_hooks: dict[str, tuple[SamplingHook, ...]] = {}
+        self.input_channels: dict[str, InputChannels] = {}
         self.at_rest = set()
         self.encoders: dict[str, Encoder] = dict(declared.encoders)
         self.scheduler_config = dict(parts.scheduler.config)

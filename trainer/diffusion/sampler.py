@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,6 +25,7 @@ def sample(
     *,
     settings: Sampling = DEFAULT,
     source: Tensor | None = None,
+    channels: Mapping[str, Tensor] | None = None,
     start: Tensor | None = None,
     image: InitialImage | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
@@ -32,9 +33,9 @@ def sample(
     """Pictures (b, 3, H, W) in [-1, 1], one for each prompt and seed, the same in any batch up to
     rounding; of more `settings.frames` than 1 clips (b * frames, 3, H, W), their frames adjacent.
 
-    source: clean latents (b * frames, c, h, w), whose structure is kept; start: latents of that
-    shape in place of noise, of `inversion.invert`; image: a picture to begin from; on_step: gets
-    each step's number and latents. Raises ValueError for what does not fit the backbone or methods.
+    source: clean latents (b f, c, h, w) whose structure is kept; channels: (b f, n, h, w) of more
+    input channels by name; start: latents in place of noise; image: a picture to begin from;
+    on_step: gets each step's number and latents. Raises ValueError for what does not fit.
     """
     settings = settings.on(embeds=backbone.embeds_guidance)
     check_hooks(backbone, settings, image)
@@ -48,16 +49,21 @@ def sample(
             settings=settings,
             given=not (start is None and image is None),
             source=source,
+            channels=channels or {},
             on_step=on_step,
             generators=generators,
         )
         if image is not None:
-            x_0 = denoising(*noised(denoising, image, generators), denoising.calls)
-        else:
-            x_t = noise_of(backbone, generators, settings) if start is None else start
-            x_0 = denoising.run(x_t.to(backbone.device))
-        clips = x_0.split(denoising.frames if settings.frames > 1 else len(x_0))
-        return torch.cat([backbone.decode(clip, denoising.frames) for clip in clips])
+            begun = noised(denoising, image, generators)
+            return _decoded(denoising, denoising(*begun, denoising.calls))
+        x_t = noise_of(backbone, generators, settings) if start is None else start
+        return _decoded(denoising, denoising.run(x_t.to(backbone.device)))
+
+
+def _decoded(denoising: Denoising, x_0: Tensor) -> Tensor:
+    """Clean latents (b f, c, h, w) as pixels (b * frames, 3, H, W), each clip by itself."""
+    clips = x_0.split(denoising.frames if denoising.settings.frames > 1 else len(x_0))
+    return torch.cat([denoising.backbone.decode(clip, denoising.frames) for clip in clips])
 
 
 def prompts_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -49,8 +49,8 @@ class Denoising:
     """A sampler at work on `clips` clips.
 
     text: a condition for each clip of each group in `settings.groups`; given: whether the latents
-    to start from were given; source, on_step: as of `sample`; generators: one for each clip, for
-    solvers that draw noise at every step.
+    to start from were given; source, channels, on_step: as of `sample`; generators: one for each
+    clip, for solvers that draw noise at every step.
     """
 
     backbone: Backbone
@@ -59,6 +59,7 @@ class Denoising:
     settings: Sampling
     given: bool = False
     source: Tensor | None = None
+    channels: Mapping[str, Tensor] = field(default_factory=dict)
     on_step: Callable[[int, Tensor], None] | None = None
     generators: Sequence[torch.Generator] = ()
 
@@ -185,12 +186,23 @@ class Denoising:
         rate = None
         if fps is not None:
             rate = torch.full((self.clips * len(rows.groups),), fps, device=x_t.device)
-        kept = None
-        if self.source is not None:  # of as many frames as these clips have
-            clips = self.source.to(x_t).unflatten(0, (self.clips, -1))[:, :frames].flatten(0, 1)
-            kept = rows.join({"target": clips})
+
+        def of_rows(values: Tensor) -> Tensor:
+            """Values of every frame of the clips for all rows: of as many frames as x_t has."""
+            clips = values.to(x_t).unflatten(0, (self.clips, -1))[:, :frames].flatten(0, 1)
+            return rows.join({"target": clips})
+
         unset = torch.zeros((), device=x_t.device)
-        return StepContext(0, self.steps, unset, frames=frames, groups=rows, fps=rate, source=kept)
+        return StepContext(
+            0,
+            self.steps,
+            unset,
+            frames=frames,
+            groups=rows,
+            fps=rate,
+            source=None if self.source is None else of_rows(self.source),
+            channels={name: of_rows(values) for name, values in self.channels.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -234,7 +246,14 @@ class Predictor:
         rows = self.ctx.rows(UNCOND)
         own = self.condition.rows(rows)
         alone = Rows.of((UNCOND,), len(scaled))
-        ctx = StepContext(self.ctx.step, self.ctx.num_steps, self.ctx.timestep, groups=alone)
+        channels = {name: values[rows] for name, values in self.ctx.channels.items()}
+        ctx = StepContext(
+            self.ctx.step,
+            self.ctx.num_steps,
+            self.ctx.timestep,
+            groups=alone,
+            channels=channels,
+        )
         return self._call({"target": scaled}, own, ctx)[UNCOND]
 
     def _scaled(self, x_t: Tensor) -> Tensor:

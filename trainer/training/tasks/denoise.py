@@ -7,14 +7,15 @@ A sample is an image or a clip, which has one text, timestep and seed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from trainer.attention.condition import Condition
 from trainer.attention.context import StepContext
+from trainer.attention.input_channels import ChannelInputs, values_of
 from trainer.attention.rows import Rows
 from trainer.attention.step_result import StepResult
 from trainer.backbones.backbone import Backbone
@@ -45,7 +46,8 @@ SAMPLED_STEPS = 50  # where the shift of a pipeline depends on the number of ste
 @dataclass(frozen=True, eq=False)
 class Encoded:
     """A batch in latents: x0, noise and x_t (b f, c, h, w) in fp32, the `frames` latent frames of a
-    clip adjacent; t (b,) of each sample; condition of each row."""
+    clip adjacent; t (b,) of each sample; condition of each row; channels: the values of further
+    input channels by name, see `attention/input_channels.py`."""
 
     batch: Batch
     x0: Tensor
@@ -54,6 +56,7 @@ class Encoded:
     t: Tensor
     condition: Condition
     frames: int = 1
+    channels: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def row_t(self) -> Tensor:
@@ -94,8 +97,16 @@ class Denoise:
         x_t = add_noise(self.objective, x0, noise, t=t.repeat_interleave(frames))
         dropout = self.caption_dropout if purpose == "train" else 0.0
         condition = self._condition(batch, kept_captions(batch.captions, seeds, dropout))
-        condition = condition.per_frame(frames)
-        return Encoded(batch, x0, noise=noise, x_t=x_t, t=t, condition=condition, frames=frames)
+        return Encoded(
+            batch,
+            x0,
+            noise=noise,
+            x_t=x_t,
+            t=t,
+            condition=condition.per_frame(frames),
+            frames=frames,
+            channels=self._channels(batch, x0, seeds),
+        )
 
     def loss(self, state: Encoded) -> StepResult:
         """The losses of one forward; a clip's is the mean over its frames."""
@@ -110,6 +121,7 @@ class Denoise:
             training=self.backbone.denoiser.training,
             fps=fps,
             source=state.x0,
+            channels=state.channels,
         )
         outputs = predict_groups(self.backbone, {"target": x_t}, condition=state.condition, ctx=ctx)
         output = outputs[COND]
@@ -167,6 +179,20 @@ class Denoise:
             return draw_timesteps(self.objective, u)
         shift = self.backbone.shift(SAMPLED_STEPS, extent)
         return draw_timesteps(replace(self.objective, shift=shift), u)
+
+    @torch.no_grad()
+    def _channels(self, batch: Batch, x0: Tensor, seeds: Sequence[Seed]) -> dict[str, Tensor]:
+        """The values of the backbone's further input channels, none where it has none."""
+        if not self.backbone.input_channels:
+            return {}
+        given = ChannelInputs(
+            (x0.shape[0], x0.shape[1], x0.shape[2], x0.shape[3]),
+            frames=len(x0) // len(seeds),
+            seeds=[seed_of(*seed, "channels") for seed in seeds],
+            inputs=batch.inputs,
+            x0=x0,
+        )
+        return values_of(self.backbone, given)
 
     def _condition(self, batch: Batch, captions: Sequence[str]) -> Condition:
         """Of each sample: the captions, and the extra inputs that the backbone has an encoder
