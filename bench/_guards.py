@@ -18,7 +18,7 @@ from trainer.backbones import load_backbone
 from trainer.config.load import load_recipe
 from trainer.data.loader import Planned, loader
 from trainer.methods.apply import apply_methods
-from trainer.training.build import latents, module_of, needs, reads_crops, step_plan
+from trainer.training.build import inputs_of, latents, module_of, needs, step_plan
 from trainer.training.callbacks.backend_report import BackendReport
 from trainer.training.callbacks.ema import EMA
 from trainer.training.callbacks.hang import HangGuard
@@ -71,7 +71,7 @@ class Loop:
         self.module = module_of(chosen, backbone, plan)
         self.items = Planned(
             data, step_plan(chosen, data), latents(chosen, backbone, data), rank=0, world_size=1,
-            crops=reads_crops(backbone),
+            reads=inputs_of(backbone),
         )  # fmt: skip
 
     def guarded(self, folder: Path) -> tuple[Clock, list[lightning.Callback]]:

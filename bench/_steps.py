@@ -16,7 +16,7 @@ from trainer.backbones import load_backbone
 from trainer.config.load import load_recipe, task_recipe
 from trainer.data.loader import Planned
 from trainer.methods.apply import apply_methods
-from trainer.training.build import latents, looker, module_of, needs, reads_crops, step_plan
+from trainer.training.build import inputs_of, latents, looker, module_of, needs, step_plan
 
 WARM = 2
 
@@ -38,8 +38,8 @@ class Step:
         if bare:
             self.module.trained = tuple(n for n in self.plan.names if n.split(".")[0] == "unet")
             self.backbone.text_encoder.requires_grad_(False)
-        kept, crops = latents(chosen, self.backbone, data), reads_crops(self.backbone)
-        batches = Planned(data, step_plan(chosen, data), kept, 0, 1, crops=crops)
+        kept, reads = latents(chosen, self.backbone, data), inputs_of(self.backbone)
+        batches = Planned(data, step_plan(chosen, data), kept, 0, 1, reads=reads)
         for edit in self.plan.edits.values():
             if edit.prepare is not None:
                 edit.prepare(looker(self.module, batches))

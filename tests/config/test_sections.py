@@ -46,6 +46,7 @@ BOUNDS: list[tuple[tuple[str, ...], str, str, str, tuple[str, ...]]] = [
     (CONCEPT, "preview.steps", "0", "1", ()),
     (CONCEPT, "preview.guidance", "-0.001", "0", ()),
     (CONCEPT, "preview.true_guidance", "-0.001", "0", ()),
+    (CONCEPT, "preview.temporal_guidance", "-0.001", "0", ("data.source=world_clips",)),
     (CONCEPT, "preview.seed", "-1", "0", ()),
     (CONCEPT, "preview.seed", "9223372036854775808", "9223372036854775807", ()),
     (CONCEPT, "run.steps", "0", "1", ()),
@@ -136,7 +137,7 @@ def test_a_method_with_an_lr_of_0_is_frozen() -> None:
             PreviewSpec,
             {
                 "prompts": (), "every": 100, "steps": 25, "guidance": 5.0, "seed": 0,
-                "true_guidance": 1.0,
+                "true_guidance": 1.0, "temporal_guidance": 1.0,
                 "negative": "", "maps": None,
             },
         ),

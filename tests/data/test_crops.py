@@ -39,7 +39,7 @@ def gradient(width: int, height: int) -> Image.Image:
 def told(data: Any, *indices: int, seed: int = 0) -> list[list[float]]:
     """What a backbone that is told so is told of these samples."""
     slots = [Slot(index, place, 1.0) for place, index in enumerate(indices)]
-    batch = collate(data, slots, step=0, seed=seed, moments=None, crops=True)
+    batch = collate(data, slots, step=0, seed=seed, moments=None, reads=["crop"])
     found: list[list[float]] = batch.inputs["crop"].tolist()
     return found
 
@@ -113,7 +113,8 @@ def test_latents_from_the_cache_are_told_the_same(tmp_path: Path) -> None:
     cached = moments(data, encode, "encoder", tmp_path / "cache")
     slots = [Slot(1, 0, 1.0), Slot(0, 1, 1.0)]
     plain, kept = (
-        collate(data, slots, step=0, seed=0, moments=each, crops=True) for each in (None, cached)
+        collate(data, slots, step=0, seed=0, moments=each, reads=["crop"])
+        for each in (None, cached)
     )
     assert plain.inputs["crop"].tolist() == [[160, 120, 11, 0, 64, 64], [200, 300, 0, 16, 64, 64]]
     assert torch.equal(plain.inputs["crop"], kept.inputs["crop"])

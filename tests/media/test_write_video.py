@@ -64,22 +64,15 @@ def test_without_pyav_the_gif_is_there_and_what_lacks_is_said(
     assert "no MP4 beside it: PyAV writes one" in capsys.readouterr().err
 
 
-def test_a_source_is_edited_or_only_its_structure_is_handed_on(
-    tiny_folder: Path, tmp_path: Path, video: Path
-) -> None:
+def test_a_source_is_edited(tiny_folder: Path, tmp_path: Path, video: Path) -> None:
     painted = {}
-    for name, more in (
-        ("edited", [f"source={video}"]),
-        ("noise", [f"source={video}", "start=noise"]),
-        ("plain", []),
-    ):
+    for name, more in (("edited", [f"source={video}"]), ("plain", [])):
         out = tmp_path / name
         words = [f"backbone={tiny_folder}", "frames=3", f"out={out}", *more]
         assert main([*WORDS, *words]) == 0
         with Image.open(out / "a-fox-0.gif") as film:
             painted[name] = np.asarray(film.convert("RGB"))
     assert not np.array_equal(painted["edited"], painted["plain"])
-    assert np.array_equal(painted["noise"], painted["plain"])  # it knows of no structure
 
 
 def test_one_picture_is_a_png(tmp_path: Path) -> None:
@@ -106,10 +99,9 @@ def test_what_is_written_reads_as_it_was(tmp_path: Path, tiny: Any) -> None:
     ("words", "says"),
     [
         (["adapter=x", "methods.pix2video={}"], "an adapter brings its methods along"),
-        (["backbone=tiny", "start=nose"], "start='nose': source or noise is needed"),
         (["backbone=tiny", "fps=0"], "fps=0: a number is needed, above 0"),
         (["backbone=tiny", "frames=0"], "frames=0: a whole number is needed, at least 1"),
-        (["backbone=tiny", "source=x.mp4", "count=2"], "start=source gives the same clip for"),
+        (["backbone=tiny", "source=x.mp4", "count=2"], "source= gives the same clip for"),
         (["backbone=tiny", "methods.pix2vid={}"], "methods.pix2vid: no such method; did you mean"),
         (["backbone=tiny", "methods.lora={}", "frames=2"], "methods.lora has weights to train"),
     ],

@@ -80,7 +80,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "animatediff": {"heads": 8},
     "coda_prompt": {"num_tasks": 5, "task": 0},
     "gated_linear": {"scans": 1, "convolution": 0},
-    "gen1": {"heads": 8, "kernel": 3, "max_frames": 32, "structure": 2},
+    "gen1": {"heads": 8, "kernel": 3, "max_frames": 32, "structure": 7},
     "imagen_video": {"heads": 8, "kernel": 3, "attention_from": 2, "reach": 32},
     "linear_attention": {"features": "relu", "num_features": 64, "seed": 0, "shortcut": 0},
     "lora": {"rank": 4, "sites": "all", "projections": ALL_ROLES},

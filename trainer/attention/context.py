@@ -38,12 +38,10 @@ class StepContext:
     `latent_size` is the (height, width) of the denoiser's input; left None it is filled in from the
     call. The rows are clips times `frames`, the frames of a clip adjacent: those of its latents,
     where the VAE compresses time; `fps` (clips,) are its frames a second as a player shows them,
-    None where that is unknown. `source` (rows, c, h, w) are the clean latents whose structure the
-    output is to have: in training those that noise was added to, in sampling another clip's, or
-    None. `channels` are the values (rows, n, h, w) of further input channels by name, see
-    `input_channels.py`. `condition` is the condition of all rows, None where the caller gives
-    none. `text_tokens` is how many tokens of text the denoiser was called with, filled in from the
-    call where it is None.
+    None where that is unknown. `channels` are the values (rows, n, h, w) of further input channels
+    by name, see `input_channels.py`. `condition` is the condition of all rows, None where the
+    caller gives none. `text_tokens` is how many tokens of text the denoiser was called with, filled
+    in from the call where it is None.
     """
 
     step: int
@@ -54,7 +52,6 @@ class StepContext:
     training: bool = False
     latent_size: tuple[int, int] | None = None
     fps: Tensor | None = None
-    source: Tensor | None = None
     channels: Mapping[str, Tensor] = field(default_factory=dict)
     condition: Condition | None = None
     text_tokens: int | None = None

@@ -44,7 +44,8 @@ class ChannelInputs:
     each of the b, from which all that is random is drawn; in training it differs at every step.
     inputs: each (b, ...), by the names that `InputChannels.reads` has, and those that a caller
     gives to fix what training draws. x0: the clean latents, of that shape; in training those that
-    noise was added to, in sampling those of a given clip, or None.
+    noise was added to, in sampling those of a given clip, or None. sampling: whether it is for
+    sampling, where what training draws has a fixed value unless `inputs` has one.
     """
 
     shape: tuple[int, int, int, int]
@@ -52,6 +53,7 @@ class ChannelInputs:
     seeds: Sequence[int]
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     x0: Tensor | None = None
+    sampling: bool = False
 
 
 @dataclass(frozen=True, eq=False)

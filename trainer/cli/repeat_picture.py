@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 # facts that are options as they are
 SAME = (
-    "prompt", "negative", "seed", "steps", "guidance", "true_guidance", "size", "fps", "scheduler",
-    "scale", "strength", "start", "methods", "batch",
+    "prompt", "negative", "seed", "steps", "guidance", "true_guidance", "temporal_guidance", "size",
+    "fps", "scheduler", "scale", "strength", "structure_level", "methods", "batch",
 )  # fmt: skip
+FILES = ("source", "image", "structure")  # facts that name files, with their hashes
 PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -34,7 +35,7 @@ class RepeatedPicture:
     @property
     def exactly(self) -> bool:
         """Whether nothing was given that changes the picture."""
-        return not self.given - {"out", "sheet", "adapter", "backbone", "source", "image"}
+        return not self.given - {"out", "sheet", "adapter", "backbone", *FILES}
 
     @property
     def row(self) -> int | None:
@@ -74,7 +75,13 @@ def read_picture(path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
         options["adapter"] = _adapters(found)
     if ("over" in facts or "adapter" not in facts) and not {"adapter", "backbone"} & set(given):
         options["backbone"] = _backbone(found)
-    for key in ("source", "image"):
+    if "read_from_data" in facts and "structure" not in given:
+        read = facts["read_from_data"]
+        raise ValueError(
+            f"from={path}: its {' and '.join(map(str, read))} came from the data of its run, which "
+            "the file does not hold; give structure=<clip>"
+        )
+    for key in FILES:
         if key in facts and key not in given:
             options[key] = _file(found, key)
     return options | dict(given), found

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -31,6 +32,7 @@ from trainer.cli.repeat_picture import (
 from trainer.cli.sample_files import SampleJob, check_fit, written
 from trainer.cli.sample_partners import as_folder, refuse_idle_options
 from trainer.cli.sample_source import VideoSource, file_facts, image_of, source_of
+from trainer.cli.sample_structure import structure_of
 from trainer.common.field_words import Called
 from trainer.common.paths import bare_name
 from trainer.config import load as recipes
@@ -38,6 +40,8 @@ from trainer.config.run_section import Device, Precision
 from trainer.methods.method import Method
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from trainer.backbones.backbone import Backbone
     from trainer.diffusion.sampling_settings import Sampling
 
@@ -106,6 +110,13 @@ class SampleOptions(Options):
         "classifier-free guidance beside it, in twice the time; null takes the adapter's recipe's, "
         "or 1 for none",
     )
+    temporal_guidance: float | None = Field(
+        None,
+        ge=0,
+        description="of clips: strength with which frames are guided away from what they would be "
+        "as pictures of their own, in half as much time again (Gen-1, arXiv 2302.03011); 1 for "
+        "none; null takes the preview.temporal_guidance of the adapter's recipe, or 1",
+    )
     negative: str = Field("", description="a prompt to move away from, in place of the empty one")
     size: Size | None = Field(
         None,
@@ -134,12 +145,21 @@ class SampleOptions(Options):
         "player; null takes data.fps of the adapter's recipe, or plays 8",
     )
     source: Path | None = Field(
-        None, description="a video whose structure the clip keeps, see start"
+        None,
+        description="a video that the prompt edits: the clip begins from the noise that DDIM "
+        "inversion finds for it",
     )
-    start: Literal["source", "noise"] = Field(
-        "source",
-        description="with source=: begin from the noise that DDIM inversion finds for the video "
-        "(the prompt then edits it), or from the seed's noise",
+    structure: Path | None = Field(
+        None,
+        description="a video whose structure the clip has, for models that read it, as those of "
+        "recipe=gen1; a grey one is read as depth, bright is near, and of others what differs from "
+        "the background is near",
+    )
+    structure_level: int = Field(
+        0,
+        ge=0,
+        description="with structure=: how often it is made half as fine, up to the "
+        "methods.gen1.structure of the adapter's recipe, which leaves next to nothing of it",
     )
     from_: Path | None = Field(
         None,
@@ -199,9 +219,8 @@ class SampleOptions(Options):
             )
 
     def _agree_on_starts(self) -> None:
-        inverted = self.source is not None and self.start == "source"
-        if inverted and (self.count > 1 or self.prompts is not None):
-            raise ValueError("start=source gives the same clip for every seed; leave count at 1")
+        if self.source is not None and (self.count > 1 or self.prompts is not None):
+            raise ValueError("source= gives the same clip for every seed; leave count at 1")
         if self.image is not None and (self.source is not None or (self.frames or 1) > 1):
             raise ValueError("image= begins a picture, and source= a clip; leave one out")
 
@@ -278,6 +297,10 @@ def _job(
     settings = _settings(options, tree, negative)
     check_fit(backbone, settings)
     check_hooks(backbone, settings)
+    data = tree.get("data") or {}
+    inputs = structure_of(
+        backbone, options.structure, options.structure_level, settings=settings, data=data
+    )
     job = SampleJob(
         prompts=prompts,
         seeds=range(options.seed, options.seed + options.count),
@@ -288,7 +311,8 @@ def _job(
         row=None if picture is None else picture.row,
         sheet=options.sheet,
         facts=facts,
-        **_starts(options, backbone, settings, data=tree.get("data") or {}),
+        inputs=inputs,
+        **_starts(options, backbone, settings, data=data, inputs=inputs),
     )
     return backbone, job
 
@@ -300,8 +324,8 @@ def _settings(options: SampleOptions, tree: Mapping[str, Any], negative: str) ->
 
     previews, data, run = (tree.get(key) or {} for key in ("preview", "data", "run"))
     guidance, side = options.guidance, run.get("resolution")
-    true = options.true_guidance
-    return Sampling(
+    true, in_time = options.true_guidance, options.temporal_guidance
+    found = Sampling(
         options.steps or int(previews.get("steps", 25)),
         float(previews.get("guidance", 5.0)) if guidance is None else guidance,
         negative,
@@ -311,30 +335,40 @@ def _settings(options: SampleOptions, tree: Mapping[str, Any], negative: str) ->
         sampler=options.scheduler or previews.get("scheduler"),
         true_guidance=float(previews.get("true_guidance", 1.0)) if true is None else true,
     )
+    if in_time is None and found.frames > 1 and found.guided:
+        in_time = float(previews.get("temporal_guidance", 1.0))
+    return found if in_time is None else replace(found, temporal_guidance=in_time)
 
 
 def _starts(
-    options: SampleOptions, backbone: Backbone, settings: Sampling, *, data: Mapping[str, Any]
+    options: SampleOptions,
+    backbone: Backbone,
+    settings: Sampling,
+    *,
+    data: Mapping[str, Any],
+    inputs: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """What sampling begins from other than noise, as fields of the job."""
+    from trainer.diffusion.channel_values import channels_for
+
     if options.image is not None:
         size = settings.size or (backbone.resolution, backbone.resolution)
         return {"image": image_of(options.image, size, options.strength)}
     if options.source is None:
         return {}
     model = (options.adapter, options.scale, options.backbone, options.methods)
-    video = VideoSource(options.source, options.start == "source", model)
-    source, start = source_of(backbone, video, settings, data=data)
-    return {"source": source, "start": start}
+    channels = channels_for(backbone, [options.seed], settings, inputs=inputs)
+    video = VideoSource(options.source, model)
+    return {"start": source_of(backbone, video, settings, data=data, channels=channels)}
 
 
 def _origin(options: SampleOptions) -> dict[str, Any]:
     """What else a picture is made of, as facts for its file."""
-    found: dict[str, Any] = file_facts("source", options.source) | file_facts(
-        "image", options.image
-    )
-    if options.source is not None:
-        found["start"] = options.start
+    found: dict[str, Any] = {}
+    for key in ("source", "image", "structure"):
+        found |= file_facts(key, getattr(options, key))
+    if options.structure is not None:
+        found["structure_level"] = options.structure_level
     if options.image is not None:
         found["strength"] = options.strength
     if options.adapters and options.backbone is not None:

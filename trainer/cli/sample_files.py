@@ -26,8 +26,8 @@ Pair = tuple[str, int]  # a prompt and a seed
 class SampleJob:
     """What is to be written. prompts: with every seed each; batch: pictures at once, None for a
     number that goes by their size; row: of a picture that is repeated, the row it had in its batch,
-    whose other rows are generated too and left out; facts: of all pictures; source, start, image:
-    as of `sampler.sample`, for one clip."""
+    whose other rows are generated too and left out; facts: of all pictures; start, image: as of
+    `sampler.sample`, for one clip; inputs: as of `channels_for`, likewise."""
 
     prompts: Sequence[str]
     seeds: range
@@ -38,7 +38,7 @@ class SampleJob:
     row: int | None = None
     sheet: bool = True
     facts: Mapping[str, Any] = field(default_factory=dict)
-    source: Tensor | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
     start: Tensor | None = None
     image: InitialImage | None = None
 
@@ -87,14 +87,19 @@ def written(backbone: Backbone, job: SampleJob) -> Iterator[Path]:
 
 
 def _generated(backbone: Backbone, job: SampleJob, part: Sequence[Pair]) -> Tensor:
+    import torch
+
+    from trainer.diffusion.channel_values import channels_for
     from trainer.diffusion.sampler import sample
 
+    seeds = [seed for _, seed in part]
+    inputs = {name: torch.cat([value] * len(part)) for name, value in job.inputs.items()}
     return sample(
         backbone,
         [prompt for prompt, _ in part],
-        [seed for _, seed in part],
+        seeds,
         settings=job.settings,
-        source=None if job.source is None else job.source.repeat((len(part), 1, 1, 1)),
+        channels=channels_for(backbone, seeds, job.settings, inputs=inputs),
         start=job.start,
         image=job.image,
     ).cpu()

@@ -9,7 +9,7 @@ from typing import Any
 
 NEEDED = {
     "strength": ("image", "it is how much of a picture changes; give image= too"),
-    "start": ("source", "it says how a clip of source= begins; give source= too"),
+    "structure_level": ("structure", "it is how coarse a structure is made; give structure= too"),
 }
 
 FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4")

@@ -1,5 +1,4 @@
-"""What `sample` begins from other than noise: a video, inverted or kept as structure, or a
-picture."""
+"""What `sample` begins from other than noise: a video that is inverted, or a picture."""
 
 from __future__ import annotations
 
@@ -24,19 +23,31 @@ INVERTING = 3  # calls of the network for each step of an inversion
 
 @dataclass(frozen=True)
 class VideoSource:
-    """path: the video; inverted: whether sampling begins from its inversion; model: what names the
-    model, for the steps that are kept of an inversion."""
+    """path: the video; model: what names the model, for the steps that are kept of an inversion."""
 
     path: Path
-    inverted: bool
     model: tuple[Any, ...]
 
 
+def square_side(settings: Sampling, key: str) -> int | None:
+    """The side of what is sampled, None for the backbone's own. key: of the option whose clip is
+    cut to it. Raises ValueError for a size that is no square."""
+    size = settings.size
+    if size is not None and size[0] != size[1]:
+        raise ValueError(f"size={size[1]}x{size[0]}: {key}= is cut to a square; give one side")
+    return None if size is None else size[0]
+
+
 def source_of(
-    backbone: Backbone, video: VideoSource, settings: Sampling, *, data: Mapping[str, Any]
-) -> tuple[Tensor, Tensor | None]:
-    """Clean latents (frames, c, h, w) of the source clip, and the noise that becomes them where
-    sampling begins from it. data: the section of the recipe that trained the model.
+    backbone: Backbone,
+    video: VideoSource,
+    settings: Sampling,
+    *,
+    data: Mapping[str, Any],
+    channels: Mapping[str, Tensor],
+) -> Tensor:
+    """The noise (frames, c, h, w) that becomes the source clip. data: the section of the recipe
+    that trained the model; channels: as of `sample`.
 
     Raises:
         ValueError: a size that is no square.
@@ -46,14 +57,12 @@ def source_of(
     from trainer.diffusion.inversion import invert
     from trainer.diffusion.source_clip import source_latents
 
-    steps, frames, fps, size = settings.steps, settings.frames, settings.fps, settings.size
-    if size is not None and size[0] != size[1]:
-        raise ValueError(f"size={size[1]}x{size[0]}: source= is cut to a square; give one side")
-    side = None if size is None else size[0]
+    steps, frames, fps = settings.steps, settings.frames, settings.fps
+    side = square_side(settings, "source")
     source = source_latents(backbone, video.path, frames=frames, fps=fps, data=data, side=side)
-    if not video.inverted:
-        return source, None
-    kept = KeptSteps(_inversion_folder(backbone, video, source, settings=settings))
+    kept = KeptSteps(
+        _inversion_folder(backbone, video, source, settings=settings, channels=channels)
+    )
     with long_work("inversion", steps, len(kept)) as advance:
         kept.stored = advance
         start = invert(
@@ -65,19 +74,27 @@ def source_of(
             fps=fps,
             iterations=INVERTING,
             known=kept,
+            channels=channels,
         )
     shutil.rmtree(kept.folder, ignore_errors=True)  # it is for an inversion that is interrupted
-    return source, start
+    return start
 
 
 def _inversion_folder(
-    backbone: Backbone, video: VideoSource, source: Tensor, *, settings: Sampling
+    backbone: Backbone,
+    video: VideoSource,
+    source: Tensor,
+    *,
+    settings: Sampling,
+    channels: Mapping[str, Tensor],
 ) -> Path:
     """Where the steps of an inversion are kept, by all they depend on."""
     from trainer.backbones.schedulers import sampled_as
     from trainer.common.paths import cache_folder
 
     digest = hashlib.sha256(source.cpu().numpy().tobytes())
+    for name, value in channels.items():
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
     facts = (backbone.fingerprint(), backbone.device.type, str(backbone.computes_in))
     own = (settings.steps, settings.fps, settings.frames, sampled_as(backbone))
     digest.update(repr((*facts, *own, *video.model)).encode())

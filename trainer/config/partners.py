@@ -14,6 +14,8 @@ from trainer.backbones.families import find_family
 from trainer.config.schema import SECTIONS, Recipe, RecipeError
 from trainer.data.source import Source
 
+PICTURES = "it guides the frames of clips, and this run has pictures"
+
 
 def check_partners(recipe: Recipe, parts: Iterable[Recipe], given: Mapping[str, Any]) -> None:
     """Raises RecipeError for an option that has no effect. parts: the recipes of single runs that a
@@ -138,6 +140,8 @@ def _of_preview(recipe: Recipe) -> dict[str, str]:
         found |= dict.fromkeys(("preview.seed", "preview.negative", "preview.maps"), why)
     elif preview.maps and preview.prompts and not _shown(preview.maps, preview.prompts):
         found["preview.maps"] = f"no prompt of the previews has {preview.maps}"
+    if getattr(recipe.data, "frames", 1) == 1:
+        found["preview.temporal_guidance"] = PICTURES
     return found
 
 
@@ -155,6 +159,8 @@ def _of_evaluate(recipe: Recipe) -> dict[str, str]:
         found["evaluate.beside"] = "it is for a concept, data.source=concept"
         if getattr(recipe.data, "frames", 1) > 1:
             found["evaluate.alone"] = "clips are generated for the captions of the data"
+    if getattr(recipe.data, "frames", 1) == 1:
+        found["evaluate.temporal_guidance"] = PICTURES
     return found
 
 

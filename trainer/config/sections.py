@@ -16,6 +16,10 @@ TRUE_GUIDANCE = (
     "of backbones as FLUX.1-dev, whose guidance is an input of the network: strength of "
     "classifier-free guidance beside it, in twice the time; 1 or less for none"
 )
+TEMPORAL_GUIDANCE = (
+    "of clips: strength with which frames are guided away from what they would be as pictures of "
+    "their own, in half as much time again (arXiv 2302.03011, section 3.4); 1 for none"
+)
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -215,6 +219,7 @@ class PreviewSpec(Section):
         5.0, ge=0, description="strength of classifier-free guidance, 1 or less for none"
     )
     true_guidance: float = Field(1.0, ge=0, description=TRUE_GUIDANCE)
+    temporal_guidance: float = Field(1.0, ge=0, description=TEMPORAL_GUIDANCE)
     seed: int = Field(
         0, ge=0, lt=2**63, description="of the first preview's noise; the next take the next seeds"
     )
@@ -239,6 +244,7 @@ class EvaluateSpec(Section):
         5.0, ge=0, description="strength of classifier-free guidance, 1 or less for none"
     )
     true_guidance: float = Field(1.0, ge=0, description=TRUE_GUIDANCE)
+    temporal_guidance: float = Field(1.0, ge=0, description=TEMPORAL_GUIDANCE)
     negative: str = Field("", description="a prompt to move away from, in place of the empty one")
 
     alone: tuple[str, ...] = Field(
@@ -317,4 +323,4 @@ def _unguided(section: PreviewSpec | EvaluateSpec, name: str) -> dict[str, str]:
     if max(section.guidance, section.true_guidance) > 1:
         return {}
     why = f"{name}.guidance={section.guidance:g} does not guide; it is for more than 1"
-    return {"negative": why}
+    return {"negative": why, "temporal_guidance": why}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from trainer.common.exit_codes import CODES
 from trainer.common.seeds import seed_of
 from trainer.common.threads import return_to_all
-from trainer.data.crops import CROP, Crop, Cropped, whole
+from trainer.data.extra_inputs import extra_inputs
 from trainer.data.latent_cache import Latents, frames_of, rows
 from trainer.data.loss_mask import Masked
 from trainer.data.plan import Cursor, Slot, StepPlan
@@ -35,8 +35,8 @@ class Batch:
     latent frames. masks (b, 1, h, w), of images only;
     weights (b,) of each sample in the loss; positions (b,) in the global micro-batch `step`, which
     seed the sample's noise; fps (b,) frames a second of each clip, None for images; u (b,) fixes
-    the timesteps, as shares of their range. inputs: further inputs by name, each (b, ...); `crop`
-    among them, see `crops.py`, where it was asked for and is known.
+    the timesteps, as shares of their range. inputs: further inputs by name, each (b, ...): those of
+    the samples, and those that were asked for and are known, see `extra_inputs.py`.
     """
 
     step: int
@@ -64,8 +64,8 @@ class Batch:
 
 
 class Planned(TorchDataset[Batch]):
-    """Item k is this rank's part of global micro-batch k. crops: whether batches say which part of
-    its picture each sample shows, which only some backbones are told."""
+    """Item k is this rank's part of global micro-batch k. reads: the names of further inputs that
+    batches are to have, as of `extra_inputs`."""
 
     def __init__(
         self,
@@ -75,10 +75,10 @@ class Planned(TorchDataset[Batch]):
         rank: int,
         world_size: int,
         *,
-        crops: bool = False,
+        reads: Collection[str] = (),
     ) -> None:
         self.dataset, self.plan, self.moments = dataset, plan, moments
-        self.rank, self.world_size, self.crops = rank, world_size, crops
+        self.rank, self.world_size, self.reads = rank, world_size, reads
 
     def __getitem__(self, step: int) -> Batch:
         return collate(
@@ -87,7 +87,7 @@ class Planned(TorchDataset[Batch]):
             step=step,
             seed=self.plan.seed,
             moments=self.moments,
-            crops=self.crops,
+            reads=self.reads,
         )
 
     def slots(self, step: int) -> list[Slot]:
@@ -103,14 +103,19 @@ class Fixed(TorchDataset[Batch]):
     """Held-out samples in order, each with the same noise in every pass.
 
     batch_size: images in a batch; of clips, as many as have that many frames, at least one. The
-    samples of a batch are of one group. crops: as of `Planned`.
+    samples of a batch are of one group. reads: as of `Planned`.
     """
 
     def __init__(
-        self, dataset: Dataset, batch_size: int, moments: Latents | None, *, crops: bool = False
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        moments: Latents | None,
+        *,
+        reads: Collection[str] = (),
     ) -> None:
         assert len(set(dataset.frames)) == 1, "held-out samples have one number of frames"
-        self.dataset, self.moments, self.crops = dataset, moments, crops
+        self.dataset, self.moments, self.reads = dataset, moments, reads
         most = max(1, batch_size // dataset.frames[0])
         self.batches = [
             range(start, min(start + most, group.stop))
@@ -123,7 +128,7 @@ class Fixed(TorchDataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         slots = [Slot(i, i, 1.0) for i in self.batches[number]]
-        return collate(self.dataset, slots, step=0, seed=0, moments=self.moments, crops=self.crops)
+        return collate(self.dataset, slots, step=0, seed=0, moments=self.moments, reads=self.reads)
 
 
 @dataclass(frozen=True)
@@ -157,10 +162,10 @@ def collate(
     step: int,
     seed: int,
     moments: Latents | None,
-    crops: bool = False,
+    reads: Collection[str] = (),
 ) -> Batch:
     """Reads the slots of one micro-batch; augmentation is seeded by (seed, step, place). moments:
-    the cached latents of the data set, instead of its pictures; crops: as of `Planned`."""
+    the cached latents of the data set, instead of its pictures; reads: as of `Planned`."""
     pairs = [(slot, _generator(slot, step, seed)) for slot in slots]
     batch = Batch(
         step=step,
@@ -177,16 +182,14 @@ def collate(
         batch.moments = _cached(dataset, slots, moments)
         batch.captions = [dataset.caption(slot.index, rng) for slot, rng in pairs]
         batch.keys = [dataset.key(slot.index) for slot in slots]
-        if crops and isinstance(dataset, Cropped):
-            batch.inputs[CROP] = torch.tensor([dataset.crop(slot.index) for slot in slots]).float()
         if isinstance(dataset, Masked):
             batch.masks = _stacked([dataset.loss_mask(slot.index) for slot in slots])
+        samples = None
     else:
         samples = [dataset.sample(slot.index, rng) for slot, rng in pairs]
         _fill(batch, samples)
-        if crops:
-            each = zip(slots, samples, strict=True)
-            batch.inputs[CROP] = torch.tensor([shown_by(dataset, *one) for one in each]).float()
+    missing = [name for name in reads if name not in batch.inputs]
+    batch.inputs |= extra_inputs(dataset, [slot.index for slot in slots], missing, samples)
     return batch
 
 
@@ -199,14 +202,6 @@ def _cached(dataset: Dataset, slots: Sequence[Slot], moments: Latents) -> Tensor
     shrinks = moments.shrinks if isinstance(moments, Latents) else 1
     spans = [rows(dataset, slot.index, shrinks) for slot in slots]
     return torch.from_numpy(np.concatenate([moments[span] for span in spans])).float()
-
-
-def shown_by(dataset: Dataset, slot: Slot, sample: Sample) -> Crop:
-    """Which part of its picture a sample shows: as augmentation drew it, as its dataset knows it,
-    or all of it."""
-    if sample.crop is not None:
-        return sample.crop
-    return dataset.crop(slot.index) if isinstance(dataset, Cropped) else whole(sample.image)
 
 
 def _fill(batch: Batch, samples: Sequence[Sample]) -> None:

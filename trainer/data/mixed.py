@@ -8,6 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from trainer.data.crops import Crop, Cropped, whole
+from trainer.data.depth import Layered
 from trainer.data.identity import by_name
 from trainer.data.loss_mask import Masked
 from trainer.data.source import Dataset, Repeated, Sample
@@ -60,6 +61,11 @@ class Mixed:
         """See `Cropped`."""
         part, own = self._part(index)
         return part.crop(own) if isinstance(part, Cropped) else whole(part.image(own))
+
+    def depth(self, index: int) -> Tensor | None:
+        """See `Layered`."""
+        part, own = self._part(index)
+        return part.depth(own) if isinstance(part, Layered) else None
 
     def key(self, index: int) -> str:
         part, own = self._part(index)

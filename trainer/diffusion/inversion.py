@@ -13,7 +13,7 @@ iteration puts the x_t just found into f, which makes the error smaller at any n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any, Protocol
@@ -52,6 +52,7 @@ def invert(
     fps: float | None = None,
     iterations: int = 1,
     known: StepLatents | None = None,
+    channels: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Clean latents (b * frames, c, h, w), fewer where the VAE compresses time, and one prompt for
     each picture or clip, to what `sample` takes as `start`: sampling from it with the same prompts,
@@ -59,6 +60,7 @@ def invert(
 
     iterations: calls of the network for each step. known: latents before each step, by its number:
     what an interrupted call has found is read from it, and every finished step is put there.
+    channels: as of `sample`.
 
     Raises:
         ValueError: fewer than one step or iteration, a number of latents that is not `frames` for
@@ -71,7 +73,10 @@ def invert(
     levels = backbone.noise_levels(steps, extent)
     set_levels(scheduler, steps, levels=levels, device=backbone.device)
     x = latents = latents.to(backbone.device)
-    ctx = _context(latents, frames=frames, steps=steps, fps=fps)
+    ctx = replace(
+        _context(latents, frames=frames, steps=steps, fps=fps),
+        channels={name: own.to(x) for name, own in (channels or {}).items()},
+    )
     with evaluating(backbone):
         condition = backbone.encode_prompts(prompts).per_frame(frames)
         inverse = Inverse(backbone, scheduler, condition=condition, iterations=iterations)
@@ -115,7 +120,6 @@ def _context(latents: Tensor, *, frames: int, steps: int, fps: float | None) -> 
         frames=frames,
         groups=Rows.of((GROUP,), len(latents)),
         fps=None if fps is None else torch.full((clips,), fps, device=device),
-        source=latents,
     )
 
 

@@ -35,7 +35,9 @@ def made_of(
         "steps": settings.steps,
         "guidance": settings.guidance,
         "true_guidance": settings.true_guidance if settings.true_guidance != 1 else None,
-        "temporal_guidance": settings.temporal_guidance if settings.frames > 1 else None,
+        "temporal_guidance": settings.temporal_guidance
+        if settings.temporal_guidance != 1
+        else None,
         "sampler": OWN.get(own, own) if solver is None else SOLVERS[solver].title,
         "size": f"{width}x{height}",
         "frames": settings.frames if settings.frames > 1 else None,

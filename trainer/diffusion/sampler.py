@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.solvers import check_solver
+from trainer.diffusion.channel_values import channels_for
 from trainer.diffusion.from_image import InitialImage, noised
 from trainer.diffusion.sampler_loop import Denoising, latent_extent
 from trainer.diffusion.sampling_settings import Sampling
@@ -24,7 +25,6 @@ def sample(
     seeds: Sequence[int],
     *,
     settings: Sampling = DEFAULT,
-    source: Tensor | None = None,
     channels: Mapping[str, Tensor] | None = None,
     start: Tensor | None = None,
     image: InitialImage | None = None,
@@ -33,9 +33,9 @@ def sample(
     """Pictures (b, 3, H, W) in [-1, 1], one for each prompt and seed, the same in any batch up to
     rounding; of more `settings.frames` than 1 clips (b * frames, 3, H, W), their frames adjacent.
 
-    source: clean latents (b f, c, h, w) whose structure is kept; channels: (b f, n, h, w) of more
-    input channels by name; start: latents in place of noise; image: a picture to begin from;
-    on_step: gets each step's number and latents. Raises ValueError for what does not fit.
+    channels: values (b f, n, h, w) of further input channels by name, see `channels_for`; start:
+    latents in place of noise; image: a picture to begin from; on_step: gets each step's number and
+    latents. Raises ValueError for what does not fit the backbone or methods.
     """
     settings = settings.on(embeds=backbone.embeds_guidance)
     check_hooks(backbone, settings, image)
@@ -48,7 +48,6 @@ def sample(
             clips=len(prompts),
             settings=settings,
             given=not (start is None and image is None),
-            source=source,
             channels=channels or {},
             on_step=on_step,
             generators=generators,
@@ -143,9 +142,14 @@ def sample_many(
     *,
     settings: Sampling = DEFAULT,
     batch_size: int = 32,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """`sample` in batches of at most `batch_size` pictures or clips: (n * frames, 3, H, W) on the
-    CPU."""
-    spans = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
-    parts = [sample(backbone, prompts[at], seeds[at], settings=settings).cpu() for at in spans]
+    CPU. inputs: of all n, as of `channels_for`."""
+    parts = []
+    for at in (slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)):
+        own = {name: value[at] for name, value in (inputs or {}).items()}
+        channels = channels_for(backbone, seeds[at], settings, inputs=own)
+        found = sample(backbone, prompts[at], seeds[at], settings=settings, channels=channels)
+        parts.append(found.cpu())
     return torch.cat(parts)

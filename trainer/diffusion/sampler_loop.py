@@ -49,7 +49,7 @@ class Denoising:
     """A sampler at work on `clips` clips.
 
     text: a condition for each clip of each group in `settings.groups`; given: whether the latents
-    to start from were given; source, channels, on_step: as of `sample`; generators: one for each
+    to start from were given; channels, on_step: as of `sample`; generators: one for each
     clip, for solvers that draw noise at every step.
     """
 
@@ -58,7 +58,6 @@ class Denoising:
     clips: int
     settings: Sampling
     given: bool = False
-    source: Tensor | None = None
     channels: Mapping[str, Tensor] = field(default_factory=dict)
     on_step: Callable[[int, Tensor], None] | None = None
     generators: Sequence[torch.Generator] = ()
@@ -200,7 +199,6 @@ class Denoising:
             frames=frames,
             groups=rows,
             fps=rate,
-            source=None if self.source is None else of_rows(self.source),
             channels={name: of_rows(values) for name, values in self.channels.items()},
         )
 

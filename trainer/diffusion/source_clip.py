@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trainer.backbones.backbone import Backbone
 
 
-def source_latents(
+def source_pixels(
     backbone: Backbone,
     path: Path,
     *,
@@ -25,9 +25,8 @@ def source_latents(
     data: Mapping[str, Any],
     side: int | None = None,
 ) -> Tensor:
-    """The latents (f, c, h, w) of a clip of `frames` frames, cut from a video as the data source
-    `video` cuts it: the mean of the VAE's posterior. f is `frames`, or less where the VAE
-    compresses time.
+    """A clip of `frames` frames (frames, 3, side, side) in [-1, 1], cut from a video as the data
+    source `video` cuts it.
 
     data: the section `data` of the recipe that trained the model; its stride, fps and start hold
     where `fps` is None. side: of the frames in pixels, None for the backbone's.
@@ -47,7 +46,21 @@ def source_latents(
     )
     path = path.expanduser()
     video = CaptionedVideo(path.name, "", facts=examine(path, path.name), source=path)
-    pixels = VideoClips([video], window, side=side or backbone.resolution, flip=False).image(0)
+    return VideoClips([video], window, side=side or backbone.resolution, flip=False).image(0)
+
+
+def source_latents(
+    backbone: Backbone,
+    path: Path,
+    *,
+    frames: int,
+    fps: float | None,
+    data: Mapping[str, Any],
+    side: int | None = None,
+) -> Tensor:
+    """The latents (f, c, h, w) of `source_pixels`, which has these arguments: the mean of the VAE's
+    posterior. f is `frames`, or less where the VAE compresses time."""
+    pixels = source_pixels(backbone, path, frames=frames, fps=fps, data=data, side=side)
     device = next(backbone.vae.parameters()).device
     moments = backbone.moments(pixels.to(device), frames)
     return backbone.latents(moments, torch.zeros_like(moments.chunk(2, 1)[0]))

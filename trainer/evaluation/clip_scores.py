@@ -3,8 +3,9 @@ caption, and how consistent the frames are."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from math import ceil
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.data.extra_inputs import extra_inputs
 from trainer.data.source import Dataset
 from trainer.data.world.clips import DIRECTIONS
 from trainer.data.world.sprites import ALL
@@ -130,11 +132,24 @@ def asked(caption: str) -> tuple[str | None, str | None]:
 class ClipScores:
     """Scores clips that were generated for `captions`.
 
-    real: the clips (n, f, 3, H, W) that the first n captions describe.
+    real: the clips (n, f, 3, H, W) that the first n captions describe; read: gives further inputs
+    of these clips by name, each (n, ...), for models that read some.
     """
 
-    def __init__(self, judge: Judge, captions: Sequence[str], real: Tensor) -> None:
+    def __init__(
+        self,
+        judge: Judge,
+        captions: Sequence[str],
+        real: Tensor,
+        read: Callable[[Sequence[str]], dict[str, Tensor]] = lambda names: {},
+    ) -> None:
         self.judge, self.captions, self.real = judge, list(captions), real
+        self.read = read
+
+    def inputs(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Further inputs of the clip of each caption, by name, each (captions, ...)."""
+        rows = [i % len(self.real) for i in range(len(self.captions))]
+        return {name: value[rows] for name, value in self.read(names).items()}
 
     @classmethod
     def of(cls, judge: Judge, data: Dataset, count: int) -> ClipScores:
@@ -143,7 +158,8 @@ class ClipScores:
         clips = data.groups[list(data.frames).index(frames)][:count]
         captions = [data.caption(index, np.random.default_rng(0)) for index in clips]
         real = torch.stack([data.image(index) for index in clips])
-        return cls(judge, [captions[i % len(captions)] for i in range(count)], real)
+        read = partial(extra_inputs, data, clips)
+        return cls(judge, [captions[i % len(captions)] for i in range(count)], real, read)
 
     def scores(self, clips: Tensor) -> dict[str, float | None]:
         """The scores of clips (n, f, 3, H, W) that were generated for the first n captions.

@@ -247,7 +247,7 @@ def _check_questions(own: Mapping[str, Evaluation], name: str) -> None:
 def _conditions(own: Evaluation) -> dict[str, object]:
     """How pictures are generated, by the keys that say so."""
     asked, run = own.recipe.evaluate, own.recipe.run
-    keys = ("steps", "guidance", "true_guidance", "negative")
+    keys = ("steps", "guidance", "true_guidance", "temporal_guidance", "negative")
     return {f"evaluate.{key}": getattr(asked, key) for key in keys} | {
         "run.resolution": run.resolution or own.base.resolution,
         "text.max_tokens": own.recipe.backbone.max_tokens,

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from trainer.attention.input_channels import inputs_read
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import CPU, Placement, cast_stored
 from trainer.backbones.spec import BackboneSpec
@@ -38,7 +39,7 @@ from trainer.evaluation.score_table import (
 )
 from trainer.runs.adapter import load_adapted, load_base
 from trainer.runs.run_folder import run_of_adapter, write_text
-from trainer.training.build import needs, reads_crops, task_of
+from trainer.training.build import inputs_of, needs, task_of
 from trainer.training.module import QUANTILES
 
 
@@ -151,7 +152,11 @@ class Evaluation:
         scores = self.examiner.examine(model)
         if self.clips is not None:
             generated = self.examiner.clips(
-                model, self.clips.captions, frames=self.frames, fps=self.fps
+                model,
+                self.clips.captions,
+                frames=self.frames,
+                fps=self.fps,
+                inputs=self.clips.inputs(inputs_read(model)),
             )
             scores |= self.clips.scores(generated)
         scores[LOSS] = validation_loss(self.recipe, model, self.held_out)
@@ -194,6 +199,6 @@ def validation_loss(recipe: Recipe, model: Backbone, held_out: Dataset | None) -
     if held_out is None:
         return None
     task = task_of(recipe, model)
-    fixed = Fixed(held_out, batch_size=16, moments=None, crops=reads_crops(model))
+    fixed = Fixed(held_out, batch_size=16, moments=None, reads=inputs_of(model))
     losses = [task.score(fixed[i].to(model.device), QUANTILES) for i in range(len(fixed))]
     return float(torch.cat(losses, dim=1).mean())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -218,20 +218,24 @@ class Examiner:
         return [judge.features(pictures) for judge in self.judges]
 
     def clips(
-        self, model: Backbone, prompts: Sequence[str], *, frames: int, fps: float | None
+        self,
+        model: Backbone,
+        prompts: Sequence[str],
+        *,
+        frames: int,
+        fps: float | None,
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """One clip for each prompt, (n, frames, 3, H, W)."""
-        pictures = self._sample(model, prompts, frames=frames, fps=fps)
+        """One clip for each prompt, (n, frames, 3, H, W). inputs: as of `PictureMaker.make`."""
+        pictures = self.maker.make(model, prompts, frames=frames, fps=fps, inputs=inputs)
         return pictures.unflatten(0, (-1, frames))
 
     def finish(self) -> None:
         """As `PictureMaker.finish`."""
         self.maker.finish()
 
-    def _sample(
-        self, model: Backbone, prompts: Sequence[str], *, frames: int = 1, fps: float | None = None
-    ) -> Tensor:
-        return self.maker.make(model, prompts, frames=frames, fps=fps)
+    def _sample(self, model: Backbone, prompts: Sequence[str]) -> Tensor:
+        return self.maker.make(model, prompts)
 
 
 def mean(values: Sequence[float | None]) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -49,10 +49,16 @@ class PictureMaker:
         self.weights: WeakKeyDictionary[Backbone, str] = WeakKeyDictionary()
 
     def make(
-        self, model: Backbone, prompts: Sequence[str], *, frames: int = 1, fps: float | None = None
+        self,
+        model: Backbone,
+        prompts: Sequence[str],
+        *,
+        frames: int = 1,
+        fps: float | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """A picture (n, 3, H, W) for each prompt, or the frames of a clip (n * frames, 3, H, W), in
-        8 bits a colour, each with a seed of its own."""
+        8 bits a colour, each with a seed of its own. inputs: each (n, ...), as of `sample_many`."""
         settings, side = self._settings(frames, fps), self.recipe.run.resolution or model.resolution
         seeds = [SEED + i for i in range(len(prompts))]
         most = max(1, self.batch_size // frames)
@@ -61,8 +67,9 @@ class PictureMaker:
         def make(batch: range) -> list[Image]:
             own = range(batch.start // frames, batch.stop // frames)
             texts, numbers = [prompts[i] for i in own], [seeds[i] for i in own]
+            read = {name: value[own.start : own.stop] for name, value in (inputs or {}).items()}
             pictures = sample_many(
-                model, texts, numbers, settings=settings, batch_size=batch_size
+                model, texts, numbers, settings=settings, batch_size=batch_size, inputs=read
             ).unflatten(0, (-1, frames))
             return [
                 self._signed(model, settings, frame, prompt=text, seed=seed)
@@ -73,6 +80,10 @@ class PictureMaker:
         how = (batch_size, settings.steps, settings.guidance, settings.negative)
         clip = (frames, fps) if frames > 1 else ()
         beside = (settings.true_guidance,) if settings.true_guidance != 1 else ()
+        if settings.temporal_guidance != 1:
+            beside = (*beside, "in time", settings.temporal_guidance)
+        if inputs:
+            beside = (*beside, *map(_digest, inputs.values()))
         folder = self._folder(
             model, (list(prompts), seeds, how, *clip, *(settings.size or ()), *beside)
         )
@@ -92,6 +103,7 @@ class PictureMaker:
         return Sampling(
             asked.steps, asked.guidance, asked.negative, size=size, frames=frames, fps=fps,
             true_guidance=asked.true_guidance,
+            temporal_guidance=asked.temporal_guidance if frames > 1 else 1.0,
         )  # fmt: skip
 
     def _signed(
@@ -122,3 +134,7 @@ class PictureMaker:
         if model is not self.base:
             self.unfinished.add(folder)
         return folder
+
+
+def _digest(value: Tensor) -> str:
+    return hashlib.sha256(value.numpy().tobytes()).hexdigest()

@@ -14,6 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from trainer.attention.input_channels import inputs_read
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import Placement, choose_placement, pictures_at_once
 from trainer.backbones.folder_facts import check_side
@@ -184,17 +185,18 @@ def step_plan(recipe: Recipe, data: Dataset) -> StepPlan:
     )
 
 
-def reads_crops(backbone: Backbone) -> bool:
-    """Whether a backbone is told which part of its picture a sample shows."""
-    return CROP in backbone.encoders
+def inputs_of(backbone: Backbone) -> tuple[str, ...]:
+    """The inputs of a batch, beside pictures and captions, that a backbone or its methods read:
+    which part of its picture a sample shows, and what further input channels are made of."""
+    crop = (CROP,) if CROP in backbone.encoders else ()
+    return (*crop, *inputs_read(backbone))
 
 
 def checks(recipe: Recipe, backbone: Backbone, held_out: Dataset | None) -> Any:
     """The batches of the validation loss, or None."""
     if held_out is None or not recipe.run.validate_every:
         return None
-    kept, crops = latents(recipe, backbone, held_out), reads_crops(backbone)
-    fixed = Fixed(held_out, 16, kept, crops=crops)
+    fixed = Fixed(held_out, 16, latents(recipe, backbone, held_out), reads=inputs_of(backbone))
     return DataLoader(Tried(fixed), batch_size=None)
 
 

@@ -25,13 +25,13 @@ from trainer.training.build import (
     adapt,
     checks,
     finish_methods,
+    inputs_of,
     latents,
     looker,
     module_of,
     needs,
     placement_of,
     prepare_methods,
-    reads_crops,
     seed_everything,
     step_plan,
 )
@@ -109,11 +109,11 @@ def _fit(recipe: Recipe, folder: Path) -> None:
     if launched.trainer.is_global_zero:
         announce(recipe, folder, backbone=backbone, plan=plan, train=train)
     cached, order = latents(recipe, backbone, train), step_plan(recipe, train)
-    crops = reads_crops(backbone)
-    look = looker(module, Planned(train, order, cached, rank=0, world_size=1, crops=crops))
+    reads = inputs_of(backbone)
+    look = looker(module, Planned(train, order, cached, rank=0, world_size=1, reads=reads))
     if found is None:
         prepare_methods(plan, look)
-    items = Planned(train, order, cached, rank=rank, world_size=ranks, crops=crops)
+    items = Planned(train, order, cached, rank=rank, world_size=ranks, reads=reads)
     start, total = found.micro_step if found else 0, run.steps * run.accumulate
     module.resting = unneeded(module, items, range(start, total))
     batches = loader(items, total, start=start, workers=run.workers)

@@ -27,6 +27,7 @@ from trainer.config.flat_settings import flat_settings
 from trainer.config.optimisers import SCHEDULE_FREE
 from trainer.config.schema import Recipe
 from trainer.config.sections import OptimSpec
+from trainer.data.extra_inputs import extra_inputs
 from trainer.data.found import found_when_opened
 from trainer.data.source import Dataset, shape_of_clips
 from trainer.diffusion.sampling_settings import Sampling
@@ -49,7 +50,7 @@ from trainer.training.callbacks.trackers import make_trackers
 from trainer.training.checkpoint_files import Checkpoint
 from trainer.training.console import console, first_rank, say
 from trainer.training.plan_report import describe_plan, report_backends, save_plan, show_plan
-from trainer.training.preview_prompts import preview_prompts
+from trainer.training.preview_prompts import preview_prompts, shown_samples
 
 
 @dataclass(frozen=True)
@@ -212,12 +213,14 @@ def previews(
                 fps=fps,
                 sampler=preview.scheduler,
                 true_guidance=preview.true_guidance,
+                temporal_guidance=preview.temporal_guidance,
             ),
             maps=preview.maps,
             average=average,
             hang=hang,
             side=side,
             parts=partial(part_digests, recipe.backbone),
+            inputs=partial(extra_inputs, train, shown_samples(train, prompts)),
         )
     ]
 

@@ -3,7 +3,7 @@ its data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -31,11 +31,27 @@ def preview_prompts(recipe: Recipe, train: Dataset, say: Callable[[str], None]) 
 
 def captions_of_clips(train: Dataset) -> tuple[str, ...]:
     """The first captions of clips that differ; none of data without clips."""
+    return tuple(_captioned(train))[:CAPTIONS]
+
+
+def shown_samples(train: Dataset, prompts: Sequence[str]) -> list[int]:
+    """The sample of the data whose further inputs, as its depth, each preview has: the one whose
+    caption the prompt is, or else the first clips in turn, or pictures of data without clips."""
+    most = max(train.frames)
+    own, captioned = train.groups[list(train.frames).index(most)], _captioned(train)
+    return [captioned.get(text, own[i % len(own)]) for i, text in enumerate(prompts)]
+
+
+def _captioned(train: Dataset) -> dict[str, int]:
+    """The captions of the first clips, each with the number of its sample."""
     clips = [
         number
         for group, frames in zip(train.groups, train.frames, strict=True)
         if frames > 1
         for number in group[:READ]
-    ]
-    texts = (train.caption(number, np.random.default_rng(0)).strip() for number in clips[:READ])
-    return tuple(text for text in dict.fromkeys(texts) if text)[:CAPTIONS]
+    ][:READ]
+    found: dict[str, int] = {}
+    for number in clips:
+        if text := train.caption(number, np.random.default_rng(0)).strip():
+            found.setdefault(text, number)
+    return found

@@ -25,6 +25,7 @@ from trainer.attention.call import SiteCall
 from trainer.attention.context import StepContext, use
 from trainer.attention.denoiser_traits import UNDECLARED
 from trainer.attention.host import Host
+from trainer.attention.input_channels import ChannelConv
 from trainer.attention.insert import insert
 from trainer.attention.insertion import Item, insertions
 from trainer.attention.op import Traits
@@ -236,29 +237,14 @@ def test_frame_rate_joins_the_time_of_every_frame() -> None:
         block(x, x, StepContext(0, 1, torch.zeros(()), frames=2, fps=torch.ones(3)))
 
 
-def test_structure_is_another_channel_of_the_first_convolution() -> None:
-    torch.manual_seed(0)
-    first = nn.Conv2d(4, 6, 3, padding=1)
-    block = layers.Structure(first, 1).eval()
-    nn.init.normal_(block.conv.weight)
-    x_t, source = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 5)
-    ctx = StepContext(0, 1, torch.zeros(()), frames=2, source=source)
-    small = F.adaptive_avg_pool2d(source.mean(1, keepdim=True), 2)
-    channel = F.interpolate(small, (5, 5), mode="bilinear", align_corners=False)
-    weight = torch.cat([first.weight, block.conv.weight], 1)
-    wanted = F.conv2d(torch.cat([x_t, channel], 1), weight, first.bias, padding=1)
-    torch.testing.assert_close(block(first(x_t), x_t, ctx), wanted)
-    assert torch.equal(block(first(x_t), x_t, CLIP), first(x_t))
-
-
 @pytest.mark.parametrize("held", [FP8, torch.bfloat16])
 def test_layers_that_are_cast_get_their_inputs_unrounded(held: torch.dtype) -> None:
     """What is computed is that of the rounded weights."""
     torch.manual_seed(0)
-    ctx = StepContext(0, 1, torch.zeros(()), frames=2, source=torch.randn(4, 4, 5, 5))
+    ctx = StepContext(0, 1, torch.zeros(()), frames=2, channels={"mask": torch.randn(4, 3, 5, 5)})
     rate = layers.FrameRate(6, default=7.3)
-    structure = layers.Structure(nn.Conv2d(4, 6, 3, padding=1), 0).eval()
-    for block, shape in ((rate, (4, 6)), (structure, (4, 6, 5, 5))):
+    mask = ChannelConv(nn.Conv2d(4, 6, 3, padding=1), "mask", 3)
+    for block, shape in ((rate, (4, 6)), (mask, (4, 6, 5, 5))):
         for weight in block.requires_grad_(False).parameters():
             nn.init.normal_(weight)
         exact, x = copy.deepcopy(block), torch.randn(shape)

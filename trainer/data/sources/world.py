@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from trainer.data.crops import Crop, square
+from trainer.data.depth import as_depth
 from trainer.data.source import Dataset, Needs, Sample, Source
 from trainer.data.source_options import Sprites, WorldSeed
 
@@ -81,6 +82,13 @@ class Scenes:
         scene = draw_scene(self.seed, index, self.names)
         image = resize_cover(Image.fromarray(scene.image), self.side)
         return to_tensor(image)
+
+    def depth(self, index: int) -> Tensor:
+        """See `Layered`."""
+        from trainer.data.world.scenes import draw_scene, nearness
+
+        scene = draw_scene(self.seed, index, self.names)
+        return as_depth(nearness(scene.objects)[None], self.side)
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         from trainer.data.world.scenes import draw_layout

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, field_validator, model_validator
 
 from trainer.data.crops import Crop, square
+from trainer.data.depth import as_depth
 from trainer.data.source import Dataset, Needs, Sample, Source
 from trainer.data.source_options import Sprites, WorldSeed
 from trainer.data.sources.world import HELD_OUT_SEED
@@ -15,6 +16,8 @@ from trainer.data.sources.world import HELD_OUT_SEED
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+    from trainer.data.world.clips import Clip
 
 
 class WorldClips(Source):
@@ -137,10 +140,25 @@ class DrawnClips:
         import torch
         from PIL import Image
 
-        from trainer.data.world.clips import draw_clip
         from trainer.media.images import resize_cover, to_tensor
 
-        clip = draw_clip(
+        drawn = self._clip(index).frames
+        frames = (resize_cover(Image.fromarray(frame), self.side) for frame in drawn)
+        return torch.stack([to_tensor(frame) for frame in frames])
+
+    def depth(self, index: int) -> Tensor:
+        """See `Layered`."""
+        import numpy as np
+
+        from trainer.data.world.scenes import nearness
+
+        objects = self._clip(index).objects
+        return as_depth(np.stack([nearness(shown) for shown in objects]), self.side)
+
+    def _clip(self, index: int) -> Clip:
+        from trainer.data.world.clips import draw_clip
+
+        return draw_clip(
             self.seed,
             index,
             names=self.names,
@@ -148,8 +166,6 @@ class DrawnClips:
             fps=self.fps,
             motion=self._motion(index),
         )
-        frames = (resize_cover(Image.fromarray(frame), self.side) for frame in clip.frames)
-        return torch.stack([to_tensor(frame) for frame in frames])
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         from trainer.data.world.clips import draw_plot

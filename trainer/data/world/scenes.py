@@ -134,6 +134,15 @@ def compose(spots: Sequence[Spot], canvas: np.ndarray) -> tuple[np.ndarray, tupl
     return (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8), placed
 
 
+def nearness(objects: Sequence[Placed]) -> np.ndarray:
+    """How near what each pixel shows is, (side, side) float32: 0 the background, 1 the object in
+    front, those behind it evenly between. objects: from back to front."""
+    near = np.zeros(objects[0].mask.shape, np.float32)
+    for number, placed in enumerate(objects, 1):
+        near[placed.mask] = number / len(objects)
+    return near
+
+
 @dataclass(frozen=True)
 class Layout:
     """A scene before it is drawn: spots from back to front, and what its caption says."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import (
     SinusoidalPositionalEmbedding,
@@ -19,8 +18,6 @@ from diffusers.models.embeddings import (
 )
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor, nn
-
-from trainer.attention.insertion import untouched
 
 if TYPE_CHECKING:
     from trainer.attention.context import StepContext
@@ -191,41 +188,3 @@ class FrameRate(nn.Module):
         )
         rate = self.embedding(waves.to(x.dtype))
         return x + rate.repeat_interleave(ctx.frames, 0).to(x.dtype)
-
-
-class Structure(nn.Module):
-    """y = x + conv(s), for x that the model's first convolution makes of the latent: what an input
-    channel s beside the latent's own would add, its weights zero.
-
-    s (rows, 1, h, w) is the mean over channels of the clean latent `ctx.source`, made `level` times
-    half as large; in training a random level up to `level` is used for each batch.
-    """
-
-    def __init__(self, first: nn.Conv2d, level: int) -> None:
-        super().__init__()
-        self.level = level
-        self.conv = nn.Conv2d(
-            1,
-            first.out_channels,
-            kernel_size=first.kernel_size,  # type: ignore[arg-type]
-            stride=first.stride,  # type: ignore[arg-type]
-            padding=first.padding,  # type: ignore[arg-type]
-            bias=False,
-        )
-        zeroed(self.conv)
-
-    def forward(self, x: Tensor, before: Tensor, ctx: StepContext) -> Tensor:
-        if ctx.source is None:
-            return untouched(x, self)
-        level = int(torch.randint(self.level + 1, ())) if self.training else self.level
-        s = halved(ctx.source.mean(1, keepdim=True), level)
-        return x + self.conv(s.to(x.dtype)).to(x.dtype)
-
-
-def halved(x: Tensor, times: int) -> Tensor:
-    """x (b, c, h, w) made 2 ** times smaller, to a pixel at least, and as large as it was again."""
-    if not times:
-        return x
-    height, width = (max(1, side >> times) for side in x.shape[-2:])
-    small = F.adaptive_avg_pool2d(x, (height, width))
-    return F.interpolate(small, x.shape[-2:], mode="bilinear", align_corners=False)

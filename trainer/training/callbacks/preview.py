@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from trainer.attention.input_channels import inputs_read
 from trainer.attention.sites import Site, select
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import pictures_at_once
 from trainer.diffusion.guidance import COND
 from trainer.diffusion.made_of import made_of
-from trainer.diffusion.sampler import sample
+from trainer.diffusion.sampler import sample_many
 from trainer.diffusion.sampling_settings import Sampling
 from trainer.media.grids import cell_side, grid, overlay_maps, stacked
 from trainer.media.made_by import png_bytes, with_facts
@@ -44,7 +45,8 @@ class Preview(lightning.Callback):
 
     every: steps between two previews; maps: a token whose attention maps are shown, too; average:
     has the weights that are used; side: is told of a preview that failed, after which there are no
-    more; parts: as of `PreviewFiles`. If `settings` has more than one frame, a preview has clips:
+    more; parts: as of `PreviewFiles`; inputs: gives the inputs of these names, each (prompts, ...),
+    for methods that read some. If `settings` has more than one frame, a preview has clips:
     `previews/step-000300.png` with a row for each prompt and a column for each frame, and
     `step-000300.gif` and `.mp4`, which show all clips side by side.
     """
@@ -62,11 +64,12 @@ class Preview(lightning.Callback):
         hang: HangGuard | None = None,
         side: SideWork | None = None,
         parts: Callable[[], Mapping[str, str]] | None = None,
+        inputs: Callable[[Sequence[str]], dict[str, Tensor]] = lambda names: {},
     ) -> None:
         self.folder, self.prompts, self.every = folder, list(prompts), every
         self.maps, self.average, self.hang, self.side = maps, average, hang, side
         self.files, self.failed = PreviewFiles(folder, parts), False
-        self.settings = settings
+        self.settings, self.inputs = settings, inputs
         self.frames, self.fps = settings.frames, settings.fps
         self.seeds = [seed + i for i in range(len(self.prompts))]
         self.rows: list[tuple[str, Tensor]] = []
@@ -200,14 +203,9 @@ class Preview(lightning.Callback):
         Clips are sampled one by one, because a clip is a batch of frames."""
         mapped = self.maps if map_sites(backbone) else None
         where = positions(backbone, self.prompts, mapped) if mapped else None
-        at_once = self._at_once(backbone)
+        at_once, inputs = self._at_once(backbone), self.inputs(inputs_read(backbone))
         parts = [
-            self._sample_part(
-                backbone,
-                self.prompts[i : i + at_once],
-                self.seeds[i : i + at_once],
-                where=where and where[i : i + at_once],
-            )
+            self._sample_part(backbone, slice(i, i + at_once), where=where, inputs=inputs)
             for i in range(0, len(self.prompts), at_once)
         ]
         maps = [maps for _, maps in parts if maps is not None]
@@ -223,20 +221,32 @@ class Preview(lightning.Callback):
     def _sample_part(
         self,
         backbone: Backbone,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
+        at: slice,
         *,
         where: list[list[int]] | None,
+        inputs: Mapping[str, Tensor],
     ) -> tuple[Tensor, Tensor | None]:
-        """As `_sample`, for some prompts. where: the position of the token in each prompt, none
-        where the prompt does not have it; its map is then 0."""
+        """As `_sample`, for some prompts. where: the position of the token in each of all prompts,
+        none where the prompt does not have it; its map is then 0. inputs: of all prompts."""
+
+        def pictures_of() -> Tensor:
+            return sample_many(
+                backbone,
+                self.prompts[at],
+                self.seeds[at],
+                settings=self.settings,
+                batch_size=len(self.prompts),
+                inputs={name: value[at] for name, value in inputs.items()},
+            )
+
         if where is None:
-            return sample(backbone, prompts, seeds, settings=self.settings).cpu(), None
+            return pictures_of(), None
+        where = where[at]
         rows = [each or [0] for each in where for _ in range(self.frames)]
         store = MapStore(rows, group=COND)
         backbone.host.install(store, map_sites(backbone))
         try:
-            pictures = sample(backbone, prompts, seeds, settings=self.settings).cpu()
+            pictures = pictures_of()
         finally:
             backbone.host.remove(store)
         maps = store.average(

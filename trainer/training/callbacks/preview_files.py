@@ -18,6 +18,7 @@ from typing import Any
 from PIL.Image import Image
 from torch import Tensor
 
+from trainer.attention.input_channels import inputs_read
 from trainer.backbones.backbone import Backbone
 from trainer.common.paths import slug
 from trainer.data.identity import LETTERS, sha256_of_file
@@ -61,6 +62,8 @@ class PreviewFiles:
         if self.hashes is None:
             self.hashes = {} if self.parts is None else {"backbone_parts": dict(self.parts())}
         made = last_bits(backbone, settings) | self.hashes
+        if read := inputs_read(backbone):
+            made["read_from_data"] = list(read)
         made |= adapter_after(self.folder.parent, step)
         for number, own in enumerate(shown):
             among = {"batch": own.batch, "row": own.row} if own.batch > 1 else {}

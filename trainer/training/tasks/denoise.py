@@ -120,7 +120,6 @@ class Denoise:
             groups=Rows.of((COND,), len(x_t)),
             training=self.backbone.denoiser.training,
             fps=fps,
-            source=state.x0,
             channels=state.channels,
         )
         outputs = predict_groups(self.backbone, {"target": x_t}, condition=state.condition, ctx=ctx)
