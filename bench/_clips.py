@@ -3,7 +3,7 @@ contact sheets of both."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import log10
@@ -61,11 +61,25 @@ class Model:
         self.base = load_backbone(self.recipe.backbone, self.recipe.backbone_name).eval()
         self.judge = Judge(self.base.folder / "clip")
 
-    def paint(self, model: Any, prompts: Sequence[str], frames: int = 1) -> Tensor:
-        """As the recipe's evaluation is: (n * frames, 3, H, W), by the seeds 0, 1, ..."""
+    def paint(
+        self,
+        model: Any,
+        prompts: Sequence[str],
+        frames: int = 1,
+        inputs: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """As the recipe's evaluation is: (n * frames, 3, H, W), by seeds 0, 1, ... inputs: as of
+        `sample_many`."""
         look, at_once = self.recipe.evaluate, max(1, AT_ONCE // frames)
         how = Sampling(look.steps, look.guidance, look.negative, frames=frames)
-        return sample_many(model, prompts, range(len(prompts)), settings=how, batch_size=at_once)
+        return sample_many(
+            model,
+            prompts,
+            range(len(prompts)),
+            settings=how,
+            batch_size=at_once,
+            inputs=inputs,
+        )
 
     def through_vae(self, clips: Tensor) -> Tensor:
         """(n, f, 3, H, W), encoded without noise and decoded."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from _common import Bars, chosen_of, parser_of, shares_of
 from _runs import Run, Runs
 from _steps import Step, facts, interleaved
+from _whole_structure import gen1, magicvideo
 
 from trainer.config.load import load_recipe
 
@@ -59,6 +60,8 @@ def longlora(bars: Bars, runs: Runs) -> None:
 PARTS: dict[str, Callable[[Bars, Runs], None]] = {
     "longlora_step": longlora_step,
     "longlora": longlora,
+    "gen1": gen1,
+    "magicvideo": magicvideo,
 }
 
 

@@ -278,10 +278,10 @@ def train(photos: Any) -> Train:
     from trainer.config.load import load_recipe
     from trainer.data.loader import Planned
     from trainer.data.plan import StepPlan
-    from trainer.training.build import module_of
+    from trainer.training.build import inputs_of, module_of
 
     groups = tuple((group.start, group.stop) for group in photos.groups)
-    batches = Planned(photos, StepPlan(groups, (1.0,), (1.0,), 2, 0), None, 0, 1)
+    plan_of_steps = StepPlan(groups, (1.0,), (1.0,), 2, 0)
     words = ["recipe=lora", "optim.lr=1e-2", "optim.weight_decay=0.1", "optim.schedule=constant"]
     words += ["methods.new_token=null", "data.token=sks", "objective.timesteps=uniform"]
 
@@ -289,14 +289,17 @@ def train(photos: Any) -> Train:
     def recipe(steps: int) -> Any:
         return load_recipe([*words, f"run.steps={steps}"])
 
-    def batch(step: int, frames: int) -> Any:
-        found = batches[step]
+    def batch(backbone: Any, step: int, frames: int) -> Any:
+        reads = inputs_of(backbone)
+        found = Planned(photos, plan_of_steps, None, 0, 1, reads=reads)[step]
         if frames == 1:
             return found
         own = {
             name: getattr(found, name)[:1] for name in ("positions", "captions", "keys", "weights")
         }
-        return replace(found, **own, frames=frames, fps=[8.0])
+        # the inputs of the two pictures are those of the frames of the clip
+        inputs = {name: value.flatten(0, 1)[None] for name, value in found.inputs.items()}
+        return replace(found, **own, frames=frames, fps=[8.0], inputs=inputs)
 
     def run(backbone: Any, plan: Any, steps: int = 2, frames: int = 1) -> list[float]:
         module = module_of(recipe(steps), backbone, plan)
@@ -307,7 +310,7 @@ def train(photos: Any) -> Train:
             optimizer.zero_grad()
             with warnings.catch_warnings():  # there is no `Trainer` to log to
                 warnings.filterwarnings("ignore", message=".*`self.log")
-                loss = module.training_step(batch(step, frames), step)
+                loss = module.training_step(batch(backbone, step, frames), step)
             loss.backward()
             optimizer.step()
             schedule.step()

@@ -41,6 +41,8 @@ preview.prompts=[a fox] -> preview.every=0 -> preview.every=0 makes no previews
 preview.seed=3 -> preview.every=0 -> there are no previews
 preview.negative=a cat -> preview.every=0 -> there are no previews
 preview.negative=a cat -> preview.guidance=1 -> preview.guidance=1 does not guide
+preview.temporal_guidance=2 -> -> it guides the frames of clips, and this run has pictures
+evaluate.temporal_guidance=2 -> -> it guides the frames of clips, and this run has pictures
 preview.maps=fox -> preview.prompts=[a <v1>] -> no prompt of the previews has fox
 evaluate.negative=a cat -> evaluate.guidance=1 -> evaluate.guidance=1 does not guide
 evaluate.together=['a {} by a {}'] -> -> it is for several concepts
@@ -304,6 +306,13 @@ def test_clips_and_folders(tmp_path: Path) -> None:
         assert "takes single frames" in refusal(*words, "data.frames=1", word)
     assert "it is for a concept" in refusal(*words, "evaluate.beside=[a fox by a cat]")
     assert "clips are generated for the captions" in refusal(*words, "evaluate.alone=[a fox]")
+    clips = ["recipe=animatediff", "preview.temporal_guidance=2", "evaluate.temporal_guidance=2"]
+    assert load_recipe(clips)
+    for name in ("preview", "evaluate"):
+        said = refusal(*clips, f"{name}.guidance=1")
+        assert (
+            said.startswith(f"{name}.temporal_guidance=2") and "guidance=1 does not guide" in said
+        )
     one = ["recipe=animatediff", "methods.animatediff=null", "data.frames=1", "data.fps=1"]
     assert "data.fps=1 has no effect: data.frames=1 takes single frames" in refusal(*one)
     Image.new("RGB", (32, 32)).save(tmp_path / "0.png")

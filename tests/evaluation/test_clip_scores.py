@@ -181,6 +181,16 @@ def test_a_dataset_of_few_clips_asks_again(judge: Judge, tmp_path: Path) -> None
     assert scores["direction right"] is None and scores["object right"] == 1
 
 
+def test_each_caption_has_the_inputs_of_its_clip(judge: Judge, tmp_path: Path) -> None:
+    needs = Needs(SIDE, 4, lambda *_: [], tmp_path, lambda: "tiny")
+    data, _ = WorldClips(count=2, frames=2, validation=0).open(needs)
+    scorer = ClipScores.of(judge, data, 3)
+    depth = scorer.inputs(("depth",))["depth"]
+    assert depth.shape == (3, 2, 1, SIDE, SIDE) and scorer.inputs(()) == {}
+    assert torch.equal(depth[0], depth[2]) and not torch.equal(depth[0], depth[1])
+    assert torch.equal(depth[1], data.depth(1))  # type: ignore[attr-defined]
+
+
 def test_nobody_is_asked_for_sprites_of_captions_without(judge: Judge) -> None:
     noise = torch.rand(2, 3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
     scores = ClipScores(judge, ["a man skiing", ""], noise).scores(noise)

@@ -31,7 +31,7 @@ from trainer.media.images import to_pil
 from trainer.media.made_by import facts_in
 from trainer.media.write_video import write_frames
 from trainer.training.callbacks import preview
-from trainer.training.preview_prompts import captions_of_clips
+from trainer.training.preview_prompts import captions_of_clips, shown_samples
 
 FRAMES, PROMPTS = 3, 2
 WORDS = [
@@ -277,6 +277,39 @@ def test_captions_are_those_of_clips_that_differ() -> None:
     assert captions_of_clips(stills) == ()
     one = DrawnClips(0, count=1, sprites="known", side=16, frames=2, fps=None, motions=())
     assert len(captions_of_clips(one)) == 1
+
+
+def test_a_preview_has_the_inputs_of_the_clip_that_its_prompt_describes() -> None:
+    clips = DrawnClips(0, count=40, sprites="known", side=16, frames=2, fps=None, motions=())
+    stills = Scenes(0, count=4, sprites="known", side=16)
+    third = clips.caption(3, np.random.default_rng(0))
+    assert shown_samples(clips, ["a fox", third, "a cow"]) == [0, 3, 2]
+    assert shown_samples(Mixed(clips, stills, 0.5), [third]) == [3]
+    assert shown_samples(stills, ["a"] * 6) == [0, 1, 2, 3, 0, 1]
+
+
+def test_previews_of_a_model_that_reads_depth_have_that_of_the_data(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such a preview cannot be made again from its file alone, and that is said."""
+    words = ["recipe=gen1", "methods.animatediff=null", "methods.gen1.heads=2", "optim.lr=0.1"]
+    plain = [word for word in WORDS if "animatediff" not in word]
+    run = tmp_path / "run"
+    more = ["preview.prompts=[a fox]", "run.steps=2", "preview.temporal_guidance=2"]
+    words = [*plain, *words, f"backbone={tiny_folder}", f"run={run}", *more]
+    given = {word.partition("=")[0]: word for word in words}
+    assert main(["fit", *given.values()]) == 0
+    shown = run / "previews" / "step-000002" / "00-a-fox.gif"
+    assert facts_in(shown)["temporal_guidance"] == 2
+    again = ["sample", f"adapter={run}", "prompt=a fox", f"out={tmp_path / 'out'}", "fps=4"]
+    assert main([*again, "steps=2"]) == 0  # without depth, it is another clip
+    own = facts_in(tmp_path / "out" / "a-fox-0.gif")
+    assert (
+        own["temporal_guidance"] == 2 and own["frames_sha256"] != facts_in(shown)["frames_sha256"]
+    )
+    capsys.readouterr()
+    assert main(["sample", f"from={shown}"]) == BAD_RECIPE
+    assert "its depth came from the data of its run" in capsys.readouterr().err
 
 
 def test_without_pyav_there_is_a_gif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
