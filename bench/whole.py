@@ -17,7 +17,7 @@ from pathlib import Path
 from _common import Bars, chosen_of, parser_of, shares_of
 from _runs import Run, Runs
 from _steps import Step, facts, interleaved
-from _whole_structure import gen1, magicvideo
+from _whole_structure import gen1, gen1_direction, magicvideo
 
 from trainer.config.load import load_recipe
 
@@ -61,6 +61,7 @@ PARTS: dict[str, Callable[[Bars, Runs], None]] = {
     "longlora_step": longlora_step,
     "longlora": longlora,
     "gen1": gen1,
+    "gen1_direction": gen1_direction,
     "magicvideo": magicvideo,
 }
 
