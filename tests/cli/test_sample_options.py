@@ -74,7 +74,7 @@ def test_size(word: str, size: tuple[int, int], tiny_folder: Path, capsys: Print
         (["prompts=x.txt"], "give prompt or prompts, not both"),
         (["strength=0.5"], "strength=0.5 has no effect: it is how much of a picture changes"),
         (["structure_level=2"], "structure_level=2 has no effect: it is how coarse a structure"),
-        (["structure=x.mp4"], "structure=x.mp4: this model reads no structure; give an adapter"),
+        (["structure=x.mp4"], "structure=x.mp4: no such file"),
         (["temporal_guidance=2"], "temporal_guidance=2 is for clips that are guided; give frames"),
         (["negative=red", "guidance=1"], "negative=red has no effect: guidance=1 does not guide"),
         (["strength=2", "image=a.png"], "strength=2: a number is needed, above 0 and at most 1"),

@@ -83,6 +83,12 @@ def test_a_level_that_was_not_trained_is_refused(adapter: Path, capsys: Any) -> 
     assert "structure_level=3: this model has learned levels from 0" in capsys.readouterr().err
 
 
+def test_a_model_that_reads_none_is_refused(tiny_folder: Path, capsys: Any) -> None:
+    words = [f"backbone={tiny_folder}", "frames=3", "prompt=a fox"]
+    assert main(["sample", *words, f"structure={clip('square', grey=False)}"]) == BAD_RECIPE
+    assert "square.gif: this model reads no structure; give an adapter" in capsys.readouterr().err
+
+
 def test_a_source_is_inverted_with_the_structure(adapter: Path) -> None:
     film, depth = clip("square", grey=False), clip("depth", grey=True)
     words = (f"adapter={adapter}", f"source={film}")

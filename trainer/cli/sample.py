@@ -40,8 +40,6 @@ from trainer.config.run_section import Device, Precision
 from trainer.methods.method import Method
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from trainer.backbones.backbone import Backbone
     from trainer.diffusion.sampling_settings import Sampling
 
@@ -297,10 +295,6 @@ def _job(
     settings = _settings(options, tree, negative)
     check_fit(backbone, settings)
     check_hooks(backbone, settings)
-    data = tree.get("data") or {}
-    inputs = structure_of(
-        backbone, options.structure, options.structure_level, settings=settings, data=data
-    )
     job = SampleJob(
         prompts=prompts,
         seeds=range(options.seed, options.seed + options.count),
@@ -311,8 +305,7 @@ def _job(
         row=None if picture is None else picture.row,
         sheet=options.sheet,
         facts=facts,
-        inputs=inputs,
-        **_starts(options, backbone, settings, data=data, inputs=inputs),
+        **_starts(options, backbone, settings, data=tree.get("data") or {}),
     )
     return backbone, job
 
@@ -341,25 +334,23 @@ def _settings(options: SampleOptions, tree: Mapping[str, Any], negative: str) ->
 
 
 def _starts(
-    options: SampleOptions,
-    backbone: Backbone,
-    settings: Sampling,
-    *,
-    data: Mapping[str, Any],
-    inputs: Mapping[str, Tensor],
+    options: SampleOptions, backbone: Backbone, settings: Sampling, *, data: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What sampling begins from other than noise, as fields of the job."""
+    """What sampling begins from other than noise, and reads beside, as fields of the job."""
     from trainer.diffusion.channel_values import channels_for
 
     if options.image is not None:
         size = settings.size or (backbone.resolution, backbone.resolution)
         return {"image": image_of(options.image, size, options.strength)}
+    level = options.structure_level
+    inputs = structure_of(backbone, options.structure, level, settings=settings, data=data)
     if options.source is None:
-        return {}
+        return {"inputs": inputs}
     model = (options.adapter, options.scale, options.backbone, options.methods)
     channels = channels_for(backbone, [options.seed], settings, inputs=inputs)
     video = VideoSource(options.source, model)
-    return {"start": source_of(backbone, video, settings, data=data, channels=channels)}
+    start = source_of(backbone, video, settings, data=data, channels=channels)
+    return {"inputs": inputs, "start": start}
 
 
 def _origin(options: SampleOptions) -> dict[str, Any]:

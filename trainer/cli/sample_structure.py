@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from trainer.diffusion.sampling_settings import Sampling
 
 
+GREY = "it is grey, and read as depth, bright is near"
+GUESSED = (
+    "depth is guessed, what differs from the background is near; give a grey clip for depth that "
+    "you have"
+)
+
+
 def structure_of(
     backbone: Backbone,
     path: Path | None,
@@ -51,14 +58,5 @@ def structure_of(
         data=data,
         side=square_side(settings, "structure"),
     )
-    print(
-        f"structure={path.name}: "
-        + (
-            "it is grey, and read as depth, bright is near"
-            if is_grey(frames)
-            else "depth is guessed, what differs from the background is near; give a grey clip for "
-            "depth that you have"
-        ),
-        file=sys.stderr,
-    )
+    print(f"structure={path.name}: {GREY if is_grey(frames) else GUESSED}", file=sys.stderr)
     return {DEPTH: depth_like(frames)[None], "structure_level": torch.tensor([level])}

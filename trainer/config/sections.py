@@ -9,17 +9,10 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
 from trainer.common.section import Section
+from trainer.config.guidance_texts import TEMPORAL_GUIDANCE, TRUE_GUIDANCE
 from trainer.config.optimisers import OPTIMISERS, unsuited
 from trainer.data.caption_templates import CONCEPT_PROMPTS
 
-TRUE_GUIDANCE = (
-    "of backbones as FLUX.1-dev, whose guidance is an input of the network: strength of "
-    "classifier-free guidance beside it, in twice the time; 1 or less for none"
-)
-TEMPORAL_GUIDANCE = (
-    "of clips: strength with which frames are guided away from what they would be as pictures of "
-    "their own, in half as much time again (arXiv 2302.03011, section 3.4); 1 for none"
-)
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 

@@ -189,7 +189,7 @@ def collate(
         samples = [dataset.sample(slot.index, rng) for slot, rng in pairs]
         _fill(batch, samples)
     missing = [name for name in reads if name not in batch.inputs]
-    batch.inputs |= extra_inputs(dataset, [slot.index for slot in slots], missing, samples)
+    batch.inputs |= extra_inputs(dataset, [slot.index for slot in slots], missing, samples=samples)
     return batch
 
 

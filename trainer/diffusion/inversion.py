@@ -60,11 +60,8 @@ def invert(
 
     iterations: calls of the network for each step. known: latents before each step, by its number:
     what an interrupted call has found is read from it, and every finished step is put there.
-    channels: as of `sample`.
-
-    Raises:
-        ValueError: fewer than one step or iteration, a number of latents that is not `frames` for
-        each prompt, or a sampler that clips its latents.
+    channels: as of `sample`. Raises ValueError for fewer than one step or iteration, a number of
+    latents that is not `frames` for each prompt, or a sampler that clips its latents.
     """
     scheduler, frames = backbone.scheduler(), backbone.clip_frames.latent(frames)
     _check_sampler(backbone, scheduler)
@@ -73,10 +70,7 @@ def invert(
     levels = backbone.noise_levels(steps, extent)
     set_levels(scheduler, steps, levels=levels, device=backbone.device)
     x = latents = latents.to(backbone.device)
-    ctx = replace(
-        _context(latents, frames=frames, steps=steps, fps=fps),
-        channels={name: own.to(x) for name, own in (channels or {}).items()},
-    )
+    ctx = _context(latents, frames=frames, steps=steps, fps=fps, channels=channels or {})
     with evaluating(backbone):
         condition = backbone.encode_prompts(prompts).per_frame(frames)
         inverse = Inverse(backbone, scheduler, condition=condition, iterations=iterations)
@@ -110,7 +104,14 @@ class Inverse:
         return found
 
 
-def _context(latents: Tensor, *, frames: int, steps: int, fps: float | None) -> StepContext:
+def _context(
+    latents: Tensor,
+    *,
+    frames: int,
+    steps: int,
+    fps: float | None,
+    channels: Mapping[str, Tensor],
+) -> StepContext:
     """What the calls of every step have in common."""
     clips, device = len(latents) // frames, latents.device
     return StepContext(
@@ -120,6 +121,7 @@ def _context(latents: Tensor, *, frames: int, steps: int, fps: float | None) -> 
         frames=frames,
         groups=Rows.of((GROUP,), len(latents)),
         fps=None if fps is None else torch.full((clips,), fps, device=device),
+        channels={name: own.to(latents) for name, own in channels.items()},
     )
 
 

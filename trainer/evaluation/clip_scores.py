@@ -159,7 +159,7 @@ class ClipScores:
         captions = [data.caption(index, np.random.default_rng(0)) for index in clips]
         real = torch.stack([data.image(index) for index in clips])
         read = partial(extra_inputs, data, clips)
-        return cls(judge, [captions[i % len(captions)] for i in range(count)], real, read)
+        return cls(judge, [captions[i % len(captions)] for i in range(count)], real=real, read=read)
 
     def scores(self, clips: Tensor) -> dict[str, float | None]:
         """The scores of clips (n, f, 3, H, W) that were generated for the first n captions.

@@ -61,8 +61,7 @@ class PictureMaker:
         8 bits a colour, each with a seed of its own. inputs: each (n, ...), as of `sample_many`."""
         settings, side = self._settings(frames, fps), self.recipe.run.resolution or model.resolution
         seeds = [SEED + i for i in range(len(prompts))]
-        most = max(1, self.batch_size // frames)
-        batch_size = pictures_at_once(most, frames * side**2)
+        batch_size = pictures_at_once(max(1, self.batch_size // frames), frames * side**2)
 
         def make(batch: range) -> list[Image]:
             own = range(batch.start // frames, batch.stop // frames)
@@ -77,16 +76,8 @@ class PictureMaker:
                 for frame in clip
             ]
 
-        how = (batch_size, settings.steps, settings.guidance, settings.negative)
-        clip = (frames, fps) if frames > 1 else ()
-        beside = (settings.true_guidance,) if settings.true_guidance != 1 else ()
-        if settings.temporal_guidance != 1:
-            beside = (*beside, "in time", settings.temporal_guidance)
-        if inputs:
-            beside = (*beside, *map(_digest, inputs.values()))
-        folder = self._folder(
-            model, (list(prompts), seeds, how, *clip, *(settings.size or ()), *beside)
-        )
+        how = _depends_on(settings, batch_size, inputs or {})
+        folder = self._folder(model, (list(prompts), seeds, *how))
         count, at_once = len(prompts) * frames, batch_size * frames
         if folder is None:
             batches = (range(i, min(i + at_once, count)) for i in range(0, count, at_once))
@@ -136,5 +127,16 @@ class PictureMaker:
         return folder
 
 
-def _digest(value: Tensor) -> str:
-    return hashlib.sha256(value.numpy().tobytes()).hexdigest()
+def _depends_on(
+    settings: Sampling, batch_size: int, inputs: Mapping[str, Tensor]
+) -> tuple[Any, ...]:
+    """What pictures depend on beside the model, the prompts and the seeds."""
+    found: list[Any] = [(batch_size, settings.steps, settings.guidance, settings.negative)]
+    if settings.frames > 1:
+        found += [settings.frames, settings.fps]
+    found += settings.size or ()
+    if settings.true_guidance != 1:
+        found.append(settings.true_guidance)
+    if settings.temporal_guidance != 1:
+        found += ["in time", settings.temporal_guidance]
+    return (*found, *(hashlib.sha256(own.numpy().tobytes()).hexdigest() for own in inputs.values()))
