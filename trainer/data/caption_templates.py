@@ -103,7 +103,7 @@ def fill(text: str, token: str | None, kind: str | None) -> str:
     return PLACE.sub(put, text)
 
 
-def check_words(text: str, *, kind: bool) -> None:
+def check_phrase(text: str, *, kind: bool) -> None:
     """Checks words of a user. kind: what kind of thing a concept is, which the texts above put an
     article before.
 

@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from trainer.data.augment import largest_scale
-from trainer.data.caption_templates import TOKEN, check_words, fill
+from trainer.data.caption_templates import TOKEN, check_phrase, fill
 from trainer.data.class_images import ClassFolder, Pair, class_images
 from trainer.data.concept_data import ConceptData, View
 from trainer.data.concept_idle import idle_of
@@ -195,7 +195,7 @@ class Concept(Source):
         cls, texts: Item | tuple[Item, ...] | None, info: ValidationInfo
     ) -> Item | tuple[Item, ...] | None:
         for text in _listed(texts):
-            check_words(str(text), kind=info.field_name == "class_word")
+            check_phrase(str(text), kind=info.field_name == "class_word")
         return texts
 
     @field_validator("prior_folder")
