@@ -52,9 +52,9 @@ def recipes_of(method: str) -> list[str]:
 
 
 def _named(tree: Mapping[str, Any]) -> set[str]:
-    """The methods that a recipe's own file adds, for all backbones or for one."""
-    tables = [tree.get(table) or {} for table in ("families", "backbones")]
-    parts = [tree, *(own for table in tables for own in table.values())]
+    """The methods that a recipe's own file adds, for all backbones or for one; `families` adds
+    none."""
+    parts = [tree, *(tree.get("backbones") or {}).values()]
     return {
         name
         for part in parts
