@@ -53,11 +53,11 @@ def pixels(clips: Sequence[Clip]) -> Tensor:
 
 class Model:
     """What a finished run has made of its backbone, the backbone, and the judge that goes with
-    it."""
+    it. adapter: a file in the place of the run's own, which then need not be there."""
 
-    def __init__(self, runs: Runs, run: Run) -> None:
+    def __init__(self, runs: Runs, run: Run, adapter: Path | None = None) -> None:
         self.recipe: Recipe = runs.recipe(run)
-        self.adapted, _ = load_adapted(runs.place(run) / "adapter.safetensors")
+        self.adapted, _ = load_adapted(adapter or runs.place(run) / "adapter.safetensors")
         self.base = load_backbone(self.recipe.backbone, self.recipe.backbone_name).eval()
         self.judge = Judge(self.base.folder / "clip")
 

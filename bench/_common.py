@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def version_of(tool: str, checkout: Path | None) -> str:
 
 
 class Bars:
-    """Prints `BAR <name> <measured> <bar> ok|short` for each bar and keeps them all in one JSON.
+    """Prints `BAR <name> <measured> <bar> ok|short` for each bar and keeps them all in one JSON,
+    with the commit, the date and the number of threads of each under `taken`.
 
     update: figures of an earlier run that this one does not take again stay in the file.
     """
@@ -66,10 +68,11 @@ class Bars:
     def __init__(self, name: str, quick: bool, update: bool = False) -> None:
         self.name, self.quick = name, quick
         self.path = RESULTS / f"{name}.json"
-        earlier = update and self.path.is_file()
-        self.found: dict[str, Any] = (
-            json.loads(self.path.read_text(encoding="utf-8"))["figures"] if earlier else {}
-        )
+        earlier: dict[str, Any] = {}
+        if update and self.path.is_file():
+            earlier = json.loads(self.path.read_text(encoding="utf-8"))
+        self.found: dict[str, Any] = earlier.get("figures", {})
+        self.taken: dict[str, str] = earlier.get("taken", {})
 
     def at_least(self, name: str, measured: float, bar: float) -> None:
         self._line(name, measured, f">={bar:.4g}", measured >= bar)
@@ -83,13 +86,17 @@ class Bars:
     def note(self, name: str, value: Any) -> None:
         """A figure without a bar, for reading the others by."""
         print(f"{name}: {percent(value) if isinstance(value, Share) else value}", flush=True)
-        self.found[name] = _with_intervals(value)
+        self._keep(name, _with_intervals(value))
 
     def note_when(self) -> None:
         """The commit that is measured, and when, in minutes of UTC."""
-        commit = ["git", "rev-parse", "--short", "HEAD"]
-        self.note("commit", subprocess.check_output(commit, cwd=RESULTS.parent, text=True).strip())
-        self.note("date", datetime.now(UTC).isoformat(timespec="minutes"))
+        self.note("commit", _commit())
+        self.note("date", _minute())
+
+    def _keep(self, name: str, value: Any) -> None:
+        self.found[name] = value
+        threads = torch.get_num_threads()
+        self.taken[name] = f"{_minute()}, commit {_commit()}, threads {threads}"
 
     def _line(self, name: str, measured: float, bar: str, reached: bool) -> None:
         verdict = "ok" if reached else "short"
@@ -97,8 +104,8 @@ class Bars:
         own = interval_of(measured)
         among = f", 95 % interval {own[0]:.4g} to {own[1]:.4g}" if own else ""
         print(f"BAR {name} {shown} {bar} {verdict}{among}", flush=True)
-        self.found[name] = {"measured": measured, "bar": bar, "verdict": verdict}
-        self.found[name] |= {"interval": own} if own else {}
+        kept: dict[str, Any] = {"measured": measured, "bar": bar, "verdict": verdict}
+        self._keep(name, kept | ({"interval": own} if own else {}))
 
     def write(self) -> None:
         """The full run's figures, with the machine they were taken on; a quick run writes
@@ -111,8 +118,19 @@ class Bars:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
-        text = json.dumps({"bench": self.name, **facts, "figures": self.found}, indent=1)
+        whole = {"bench": self.name, **facts, "figures": self.found, "taken": self.taken}
+        text = json.dumps(whole, indent=1)
         self.path.write_text(text + "\n", encoding="utf-8")
+
+
+@cache
+def _commit() -> str:
+    line = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.check_output(line, cwd=RESULTS.parent, text=True).strip()
+
+
+def _minute() -> str:
+    return datetime.now(UTC).isoformat(timespec="minutes")
 
 
 def shares_of(table: dict[str, Any], column: str) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from diffusers.models.attention_processor import Attention
 from PIL import Image
 from torch import Tensor
 
+from trainer.config.header import file_of
 from trainer.data.world.scenes import article
 from trainer.data.world.sprites import ALL, KNOWN
 from trainer.evaluation.clip_scores import ClipScores, asked
@@ -55,7 +56,7 @@ HEADS, HEAD_DIM = 8, 40  # as in SD 1.5 where it has most tokens
 SPARSE = ("first", "previous")
 CAPTIONS = 64
 MINUTES = 40  # of training, with all that it prepares
-WORDS = Run("domain_adapter", ("recipe=domain_adapter",), judged=False)
+WORDS = Run("motion_words", ("recipe=motion_words",), judged=False)
 MOTION = Run("animatediff", ("recipe=animatediff",), judged=False)
 ONE_SHOT = Run("tune_a_video", ("recipe=tune_a_video",), judged=False)
 FIRST_FRAME = Run("videop2p", ("recipe=videop2p",), judged=False)
@@ -235,6 +236,19 @@ def motion(job: Job) -> None:
     stills(bars, model)
 
 
+def shipped(job: Job) -> None:
+    """The file that ships, which is a run of `motion` rounded to half precision, on the same clips
+    and by the same settings."""
+    model = Model(job.runs, MOTION, file_of("tiny_motion"))
+    frames = model.recipe.data.frames  # type: ignore[attr-defined]
+    clips = shots(4 if job.bars.quick else CAPTIONS, frames)
+    captions = [clip.caption for clip in clips]
+    painted = model.paint(model.adapted, captions, frames).unflatten(0, (-1, frames))
+    found = ClipScores(model.judge, captions, pixels(clips)).scores(painted)
+    job.bars.note("shipped", {"captions": len(clips), **found})
+    job.learned("shipped_direction", found["direction right"] or 0.0, 0.75)
+
+
 def stills(bars: Bars, model: Model) -> None:
     """Images, which never meet the motion modules: with the LoRA off the image model's to the last
     bit; what the LoRA does to them, for reading."""
@@ -345,6 +359,7 @@ PARTS = {
     "sparse_causal": Part(sparse_causal),
     "temporal_cost": Part(temporal_cost),
     "motion": Part(motion, motion_runs),
+    "shipped": Part(shipped),
     "one_shot": Part(one_shot, lambda job: [ONE_SHOT]),
     "first_frame": Part(first_frame, lambda job: [FIRST_FRAME]),
     "real": Part(real, lambda job: [real_run(job)]),

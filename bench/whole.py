@@ -17,11 +17,12 @@ from pathlib import Path
 from _common import Bars, chosen_of, parser_of, shares_of
 from _runs import Run, Runs
 from _steps import Step, facts, interleaved
+from _whole_domain import domain, domain_control
 from _whole_structure import gen1, gen1_direction, magicvideo
+from _whole_zero import background
 
-from trainer.config.load import load_recipe
-
-QUICK = ("run.steps=2", "data.prior_weight=0", "evaluate.steps=2")
+QUICK = ("run.steps=2", "evaluate.steps=2")
+ALONE = "data.prior_weight=0"  # a batch of the concept alone: class images would have to be painted
 # class images of this side are painted once for both
 PRIOR = Run("prior_128", ("recipe=lora", "run.resolution=128", "run.steps=1"), judged=False)
 LONG = {  # 1,024 tokens each, after as many steps
@@ -32,8 +33,7 @@ LONG = {  # 1,024 tokens each, after as many steps
 
 def longlora_step(bars: Bars, runs: Runs) -> None:
     """Time of a training step at 1,024 tokens, LoRA and LongLoRA in turns."""
-    # a batch of the concept alone: class images would first have to be painted
-    every = {name: runs.words_of(run, "data.prior_weight=0") for name, run in LONG.items()}
+    every = {name: runs.words_of(run, ALONE) for name, run in LONG.items()}
     made = {name: Step(words) for name, words in every.items()}
     timed = interleaved(made, 5 if bars.quick else 31, "lora")
     bars.note("longlora_steps", {name: timed[name] | facts(made[name]) for name in made})
@@ -42,14 +42,18 @@ def longlora_step(bars: Bars, runs: Runs) -> None:
 
 def longlora(bars: Bars, runs: Runs) -> None:
     """How often the concept is right at 128 x 128, with LoRA and with LongLoRA."""
-    steps = {name: load_recipe(runs.words_of(run)).run.steps for name, run in LONG.items()}
+    alone = (ALONE,) if bars.quick else ()
+    every = {name: Run(run.name, (*run.words, *alone)) for name, run in LONG.items()}
+    steps = {name: runs.recipe(run).run.steps for name, run in every.items()}
     assert len(set(steps.values())) == 1, "both are to train as long"
-    runs.make(LONG.values())
+    if not bars.quick:
+        runs.make([PRIOR])
+    runs.make(every.values())
     found = {
-        name: shares_of(runs.read(run, "evaluation.json"), "adapted") for name, run in LONG.items()
+        name: shares_of(runs.read(run, "evaluation.json"), "adapted") for name, run in every.items()
     }
     for name, scores in found.items():
-        bars.note(f"longlora_128_{name}", {**scores, "minutes": runs.minutes(LONG[name])})
+        bars.note(f"longlora_128_{name}", {**scores, "minutes": runs.minutes(every[name])})
     lost = found["lora"]["concept accuracy"] - found["longlora"]["concept accuracy"]
     if bars.quick:
         bars.note("longlora_points_lost", 100 * lost)
@@ -63,6 +67,9 @@ PARTS: dict[str, Callable[[Bars, Runs], None]] = {
     "gen1": gen1,
     "gen1_direction": gen1_direction,
     "magicvideo": magicvideo,
+    "domain": domain,
+    "domain_control": domain_control,
+    "background": background,
 }
 
 
@@ -74,7 +81,7 @@ def main() -> None:
     words = (*(QUICK if options.quick else ()), *options.words)
     with tempfile.TemporaryDirectory() as scratch:
         folder, images = options.keep or Path(scratch), 4 if options.quick else 32
-        runs = Runs(folder, words, images, first=PRIOR)
+        runs = Runs(folder, words, images, first=None)
         for part in parts:
             PARTS[part](bars, runs)
             bars.write()

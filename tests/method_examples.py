@@ -13,6 +13,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "c_lora": {"rank": 2, "task": 1},
     "coda_prompt": {"pool": 5, "length": 4, "task": 1, "num_tasks": 2},
     "controls": {"sites": "up | block & self", "projections": ["q", "v"], "rank": 2},
+    "domain_adapter": {"sites": "cross & up | block & self", "rank": 2},
     "dora": {"sites": "cross", "projections": ["k", "v"], "rank": 2},
     "flash": {},
     "flashmask": {"size": 0.25},

@@ -48,6 +48,24 @@ def without(part: str) -> Spoil:
     return lambda folder: shutil.rmtree(folder / part)
 
 
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("StableDiffusionControlNetPipeline", "a control picture through a ControlNet"),
+        ("StableDiffusionInstructPix2PixPipeline", "takes a picture to edit beside the noise"),
+        ("StableDiffusionDepth2ImgPipeline", "takes a depth map beside the noise"),
+    ],
+)
+def test_a_pipeline_whose_denoiser_takes_more_than_noise_is_refused_by_name(
+    kind: str, says: str, copy: Path
+) -> None:
+    """Those of Text2Video-Zero's other forms, and Pix2Video's own backbone."""
+    edit(copy / INDEX, _class_name=kind)
+    wanted = rf"is a {kind}, .* {says}; only models that take noise alone .* text-to-image version"
+    with pytest.raises(RecipeError, match=wanted):
+        backbone_spec(str(copy))
+
+
 @pytest.mark.parametrize("file", JSON)
 @pytest.mark.parametrize(
     ("content", "says"),

@@ -149,7 +149,7 @@ def test_rows_of_the_page() -> None:
     assert lora[3] == "arXiv [2106.09685](https://arxiv.org/abs/2106.09685)"
     assert lora[4].startswith("[`lora`](../recipes/lora.yaml), ")
     assert lora[5].startswith("by `python bench/weight_level.py`")
-    assert lora[5].endswith("3.1 points of the known sprites are lost.")
+    assert lora[5].endswith("3.1 points of 128 pictures of known sprites are lost.")
     assert rows["tiled"].endswith("|  |  |")  # no recipe has it
 
 

@@ -71,6 +71,11 @@ def test_size(word: str, size: tuple[int, int], tiny_folder: Path, capsys: Print
         (["scheduler=eulr"], "scheduler=eulr: no such solver; did you mean euler?"),
         (["scheduler=lcm"], "scheduler=lcm is for networks distilled"),
         (["scale=0.5"], "scale is the strength of an adapter; give adapter= too"),
+        (
+            ["methods.text2video_zero.smoothing=0.4"],
+            "smoothing=0.4 has no effect: the background is",
+        ),
+        (["methods.pix2video.weight=0", "methods.pix2video.share=1"], "weight=0 pulls nothing"),
         (["prompts=x.txt"], "give prompt or prompts, not both"),
         (["strength=0.5"], "strength=0.5 has no effect: it is how much of a picture changes"),
         (["structure_level=2"], "structure_level=2 has no effect: it is how coarse a structure"),
@@ -194,8 +199,29 @@ def test_adapters_with_scales(tiny_folder: Path, save_trained_on: Save, capsys: 
     assert not np.array_equal(pixels(whole), pixels(path))
     says = refused(capsys, *words, "scale=[1,2,3]")
     assert "scale has 3 values for 2 adapters; give one each, or one for all" in says
+    says = refused(capsys, *words, "scale=[{lora: 0.5},1]")
+    assert "scale.<method> is for one adapter; of several, give a number for each" in says
     dora = save_trained_on(tiny_folder, {"dora": {"sites": "cross"}}, "dora")
     assert "methods.dora" in refused(capsys, f"adapter={dora}", "prompt=a", "scale=0.5")
+
+
+def test_one_method_of_an_adapter_at_a_scale(
+    tiny_folder: Path, save_trained_on: Save, capsys: Printed
+) -> None:
+    """What the other method does stays; the picture says the scale, and is made again with it."""
+    tree = {"lora": {"sites": "self"}, "dora": {"sites": "cross"}}
+    adapter = save_trained_on(tiny_folder, tree)
+    words = (f"adapter={adapter}", "prompt=a fox")
+    (whole,) = made(capsys, *words, "out=whole")
+    (some,) = made(capsys, *words, "scale.lora=0", "out=some")
+    assert not np.array_equal(pixels(whole), pixels(some))
+    assert facts_in(some)["scale"] == {"lora": 0}
+    (again,) = made(capsys, f"from={some}", "out=again")
+    assert again.read_bytes() == some.read_bytes()
+    says = refused(capsys, *words, "scale.loar=0")
+    assert "scale.loar: adapter=" in says and "it has dora, lora" in says
+    for wrong in ("scale.lora=much", "scale=much", "scale=[0.5,much]"):
+        assert "give a number, as in scale=0.5; one for a method" in refused(capsys, *words, wrong)
 
 
 def test_a_run_that_has_not_finished(

@@ -81,6 +81,8 @@ methods.linear_attention.redraw=5 -> methods.linear_attention.features=elu -> it
 methods.linear_attention.distill_until=0.5 -> methods.linear_attention.distill=0 -> distill=0
 methods.flashmask.size=9 -> methods.flashmask.mask=causal -> it is for sliding_window and windows
 methods.pix2video.share=0.4 -> methods.pix2video.weight=0 -> weight=0 pulls nothing together
+methods.text2video_zero.smoothing=0.4 -> methods.text2video_zero.until=0.2 -> is not smoothed
+methods.text2video_zero.threshold=0.4 -> methods.text2video_zero.until=0.2 -> is not smoothed
 methods.tlora.singular=middle -> methods.lora=null & methods.tlora.init=zero -> no singular values
 methods.tlora.power=2 -> methods.lora=null & methods.tlora.min_share=1 -> leaves the rank as it is
 methods.tlora.timesteps=9 -> methods.lora=null & methods.tlora.min_share=1 -> leaves the rank as it
@@ -102,6 +104,7 @@ ELSEWHERE = {
 OWN = {
     "optim.muon_lr", "optim.lrs", "continual.tokens", "continual.class_words", "continual.inits",
     "data.video.images", "data.video.stills", "data.world_clips.images", "methods.flashmask.seen",
+    "data.world_clips.any_moment",
     "text.max_tokens", "run.resolution", "objective.weighting", "data.folder.buckets",
     "parts.config", "parts.text_encoder_2", "run.base_precision",
 }  # fmt: skip
@@ -125,9 +128,9 @@ data.remote: url validation on_bad buckets
 data.shards: shards validation on_bad ignore buckets
 data.video: video prompt frames start flip validation on_bad
 data.world: count sprites seed validation
-data.world_clips: count frames sprites motion seed validation
+data.world_clips: count frames sprites motion defect seed validation
 methods.agent_attention: sites distill agents
-methods.animatediff: train weights heads max_frames mid
+methods.animatediff: train weights heads max_frames mid norm
 methods.coda_prompt: pool length sites ortho
 methods.flash: sites backend
 methods.flashmask: sites mask backend
@@ -142,7 +145,7 @@ methods.nf4: min_size skip compute
 methods.pix2video: sites weight
 methods.selective: sites projections detach_first_token
 methods.soft: sites distill ratio iterations shortcut
-methods.text2video_zero: sites motion alone until
+methods.text2video_zero: sites motion alone until object
 methods.tiled: sites rows columns
 methods.tlora: min_share
 methods.tune_a_video: train weights sites
@@ -153,7 +156,8 @@ methods.word_embedding: tokens
 LOW_RANK = "layers text_encoder text_layers rank alpha dropout ranks alphas rslora init group "
 LOW_RANK += "whole energy sites projections type options"
 LOW_RANKS = (
-    "c_lora", "controls", "dora", "inflora", "longlora", "lora", "peft_adapter", "tlora",
+    "c_lora", "controls", "domain_adapter", "dora", "inflora", "longlora", "lora",
+    "peft_adapter", "tlora",
 )  # fmt: skip
 
 
@@ -173,7 +177,7 @@ def refusal(*words: str) -> str:
 def recipe_for(key: str) -> str:
     """A recipe in which the option can stand: temporal ones are for clips."""
     names = ("imagen_video", "agent_attention", "linear_attention", "gated_linear", "flashmask",
-             "pix2video", "soft")  # fmt: skip
+             "pix2video", "soft", "text2video_zero")  # fmt: skip
     return WORLD if any(f".{name}." in key for name in names) else LORA
 
 

@@ -352,6 +352,22 @@ def test_the_difference_of_readers_that_normalise_each_frame_is_reported(
     assert float(said[0].rpartition(" ")[2]) == pytest.approx(apart, rel=0.05)
 
 
+def test_modules_that_normalise_each_frame_are_read_so_and_not_by_diffusers_format(
+    moving: Make, exported: Exported, tiny: Any, tmp_path: Path, answer: Callable[[Any], Tensor]
+) -> None:
+    """The proof is within its limit, the file says how its modules were trained, and `weights`
+    reads it there."""
+    tree = {"animatediff": {**MODULES["animatediff"], "norm": "frame"}}
+    out, said = exported(tree, "animatediff")
+    assert not any("normalise" in line for line in said)
+    adapted, _ = load_adapted(moving(tree))
+    apply_methods(tiny, methods_of({"animatediff": {"weights": str(out / "mine.safetensors")}}))
+    assert torch.equal(answer(tiny), answer(adapted))
+    assert difference(answer(load_adapted(moving(MODULES))[0]), answer(adapted)) > 1e-3
+    with pytest.raises(ValueError, match="format=diffusers cannot carry motion modules that norm"):
+        export(moving(tree), tmp_path / "other", "diffusers", say=quiet)
+
+
 def test_dora_on_the_image_layers_is_a_full_delta_beside_the_modules(
     moving: Make, tmp_path: Path
 ) -> None:
@@ -408,7 +424,7 @@ def test_a_checkpoint_of_animatediffs_own_trainer_is_read_once_it_is_converted(
     model = load_adapted(moving(MODULES))[0]
     wanted = answer(model)
     base = base_of(read_header(moving(MODULES))[0])
-    options = {"weights": str(tmp_path / "checkpoint.safetensors")}
+    options = {"weights": str(tmp_path / "checkpoint.safetensors"), "norm": "clip"}
     apply_methods(base, methods_of({"animatediff": options}))
     assert torch.equal(answer(base), wanted)
 

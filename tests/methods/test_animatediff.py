@@ -26,6 +26,8 @@ from trainer.diffusion.objective import add_noise, target_of
 from trainer.media.images import to_tensor
 from trainer.methods.apply import apply_methods
 from trainer.methods.feature.animatediff import AnimateDiff
+from trainer.ops.temporal.motion_names import theirs
+from trainer.ops.temporal.weights import NORM
 from trainer.runs.adapter import load_adapted
 from trainer.training.build import objective
 from trainer.training.fit import fit
@@ -97,6 +99,62 @@ def test_it_computes_what_diffusers_motion_unet_does(
         torch.testing.assert_close(own, wanted.transpose(1, 2).flatten(0, 1), rtol=1e-4, atol=1e-4)
         assert not torch.allclose(own, predict(plain, frames), atol=1e-2)
     assert torch.equal(predict(tiny, 1), predict(plain, 1))
+
+
+def test_each_frame_is_normalised_by_itself_as_in_the_released_code(
+    tiny: Any, open_folder: Callable[[Path], Any], tiny_folder: Path, randomise: Any
+) -> None:
+    """The reference is diffusers' motion U-Net whose norm is called once a frame."""
+    from diffusers import UNetMotionModel
+    from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
+
+    plain = open_folder(tiny_folder)
+    plan = apply_methods(tiny, {"animatediff": AnimateDiff(heads=2, norm="frame")})
+    randomise(tiny, plan, 0.2)
+    reference: Any = UNetMotionModel.from_unet2d(plain.unet, motion_adapter(tiny)).eval()
+    for module in reference.modules():
+        if isinstance(module, AnimateDiffTransformer3D):
+            own = module.norm.forward
+            module.norm.forward = lambda x, own=own: torch.stack(
+                [own(x[:, :, i]) for i in range(x.shape[2])], 2
+            )
+    x_t = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(3))
+    text = tiny.encode_prompts(["a fox moving left", "a fox", "a cat", ""])
+    clips = x_t.unflatten(0, (-1, 4)).transpose(1, 2)  # b c f h w
+    with torch.no_grad():
+        wanted = reference(clips, 300, text.tokens).sample
+    own = predict(tiny, 4)
+    torch.testing.assert_close(own, wanted.transpose(1, 2).flatten(0, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_are_normalised_as_they_were_trained(
+    tiny: Any, tmp_path: Path, save_trained_on: Callable[..., Path], tiny_folder: Path
+) -> None:
+    """Unless the recipe says otherwise: a file with the released code's names each frame, an
+    adapter as its recipe, or that of the modules it went on from, says."""
+    from safetensors.torch import save_file
+
+    apply_methods(tiny, {"animatediff": AnimateDiff(heads=2)})
+    motion_adapter(tiny).save_pretrained(tmp_path / "folder")
+    state = {k: v for k, v in tiny.unet.state_dict().items() if "motion_modules" in k}
+    released = {other: v.clone() for k, v in state.items() for other in theirs(k)}
+    save_file(released, tmp_path / "released.safetensors")
+    save_file(released, tmp_path / "ours.safetensors", {NORM: "clip"})
+    framed = save_trained_on(tiny_folder, {"animatediff": {"heads": 2, "norm": "frame"}}, "framed")
+    further = save_trained_on(
+        tiny_folder, {"animatediff": {"heads": 2, "weights": str(framed)}}, "further"
+    )
+    together = save_trained_on(tiny_folder, {"animatediff": {"heads": 2}}, "together")
+    for where, norm, wanted in (
+        (None, None, False), (None, "frame", True),
+        (tmp_path / "folder", None, False), (tmp_path / "folder", "frame", True),
+        (tmp_path / "released.safetensors", None, True),
+        (tmp_path / "released.safetensors", "clip", False),
+        (tmp_path / "ours.safetensors", None, False),
+        (framed, None, True), (further, None, True), (together, None, False),
+    ):  # fmt: skip
+        method = AnimateDiff(heads=2, norm=norm, weights=where and str(where))
+        assert method._per_frame() is wanted, (where, norm)
 
 
 SD15: dict[str, Any] = {"cross_attention_dim": 768, "sample_size": 64}

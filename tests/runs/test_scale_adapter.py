@@ -29,6 +29,7 @@ LINEAR: dict[str, dict[str, Any]] = {
     "full": {"full": {"text_encoder": True}},
     "words": {"word_embedding": {"tokens": ["fox", "red"]}},
     "custom": {"selective": {}, "new_token": {"tokens": ["<v1>"]}},
+    "domain": {"domain_adapter": {"rank": 3}},
     "both": {"lora": {"sites": "self"}, "selective": {"sites": "cross"}},
 }
 REFUSED: dict[str, dict[str, Any]] = {
@@ -97,6 +98,35 @@ def test_every_weight_moves_in_proportion(
     assert moved or kind == "words"
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.25])
+@pytest.mark.parametrize("chosen", ["lora", "selective"])
+def test_one_method_is_scaled_and_the_other_stays(
+    chosen: str, scale: float, tiny_folder: Path, save_trained_on: Save
+) -> None:
+    path = save_trained_on(tiny_folder, LINEAR["both"])
+    base, whole = weights(load_adapted(path, scale=0.0)[0]), weights(load_adapted(path)[0])
+    some = weights(load_adapted(path, scale={chosen: scale})[0])
+    kind = {"lora": ".attn1.", "selective": ".attn2."}[chosen]
+    for name, value in some.items():
+        wanted = whole[name]
+        if kind in name:
+            wanted = base[name] + scale * (whole[name] - base[name])
+        torch.testing.assert_close(value, wanted, rtol=0, atol=2e-6)
+    assert any(not torch.equal(whole[name], base[name]) for name in some if kind in name)
+
+
+def test_what_is_no_dw_stays_where_another_method_is_scaled(
+    tiny_folder: Path, save_trained_on: Save
+) -> None:
+    tree = {"dora": {"sites": "cross"}, "lora": {"sites": "self"}}
+    path = save_trained_on(tiny_folder, tree)
+    load_adapted(path, scale={"lora": 0.5})
+    with pytest.raises(ValueError, match=r"scale: adapter=\S+ has methods\.dora"):
+        load_adapted(path, scale={"dora": 0.5})
+    with pytest.raises(ValueError, match=r"scale\.loar: adapter=\S+ has no methods\.loar; it has"):
+        load_adapted(path, scale={"loar": 0.5})
+
+
 def test_a_known_word_moves_and_a_new_one_stays(tiny_folder: Path, save_trained_on: Save) -> None:
     methods = {"word_embedding": {"tokens": ["fox"]}, "new_token": {"tokens": ["<v1>"]}}
     path = save_trained_on(tiny_folder, methods)
@@ -139,8 +169,8 @@ def test_which_methods_are_linear() -> None:
             continue
         linear += [name] if method.linear else []
     assert linear == [
-        "c_lora", "full", "inflora", "lora", "new_token", "nf4", "peft_adapter", "selective",
-        "word_embedding",
+        "c_lora", "domain_adapter", "full", "inflora", "lora", "new_token", "nf4", "peft_adapter",
+        "selective", "word_embedding",
     ]  # fmt: skip
 
 

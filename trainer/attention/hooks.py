@@ -57,6 +57,11 @@ class Sampler(Protocol):
         """alpha and sigma of the latents before a step."""
         ...
 
+    def places(self, word: str) -> list[list[int]]:
+        """Where a word is among the tokens of each clip's prompt: its first token, each time it is
+        there."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Prediction:

@@ -20,6 +20,12 @@ from trainer.backbones.family import Family, tokenizer_name
 from trainer.backbones.spec import PartsSpec
 
 CLASS, SAVED_BY = "_class_name", "_diffusers_version"
+# what the denoisers of other pipelines take, by a part of the pipeline's name
+OTHER_INPUTS = {
+    "ControlNet": "which gives its denoiser a control picture through a ControlNet",
+    "InstructPix2Pix": "whose denoiser takes a picture to edit beside the noise",
+    "Depth2Img": "whose denoiser takes a depth map beside the noise",
+}
 OLDER_NAMES = ("Transformer2DModel",)  # of classes that have their own since
 POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has not fetched
 
@@ -60,6 +66,13 @@ def check_index(index: Mapping[str, Any], path: Path, *, name: str, family: Fami
                 f"{path}: it names no pipeline, under {CLASS}; take the model_index.json that "
                 "diffusers' save_pretrained writes"
             )
+        other = next((what for word, what in OTHER_INPUTS.items() if word in str(kind)), None)
+        if other is not None:
+            why = (
+                f"{other}; only models that take noise alone are loaded here, so choose the "
+                "text-to-image version"
+            )
+            raise ValueError(f"backbone {name}: {path.parent} is a {kind}, {why}")
         if kind in every:
             why = f"this family loads {' and '.join(loads)} folders"
         else:

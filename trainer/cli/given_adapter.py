@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.common.adapter_header import HEADER
 from trainer.common.paths import cache_folder, shipped
-from trainer.config.header import HEADER, file_of
+from trainer.config.header import file_of
 from trainer.data.identity import LETTERS, sha256_of_file
 from trainer.data.kept_file import kept_file
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
 Say = Callable[[str], None]
+Strength = float | dict[str, float]  # of an adapter, or by the names of its methods
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,21 @@ def given_adapter(name: Path, backbone: str | None, say: Say) -> GivenAdapter:
     return GivenAdapter(file, adapter_facts(file) if file.is_file() else {})
 
 
+def numbers_only(scale: Any) -> Any:
+    """What a user gives as scale; ValueError where it holds something else than numbers."""
+    own = scale if isinstance(scale, list | tuple) else [scale]
+    every = [x for one in own for x in (one.values() if isinstance(one, Mapping) else [one])]
+    if not all(isinstance(x, int | float) for x in every):
+        raise ValueError(
+            "give a number, as in scale=0.5; one for a method, as in scale.lora=0.5; or one for "
+            "each adapter, as in scale=[0.8,0.5]"
+        )
+    return scale
+
+
 def load_given(
     given: Sequence[GivenAdapter],
-    scales: Sequence[float],
+    scales: Sequence[Strength],
     backbone: str | None,
     *,
     placement: Placement,
@@ -73,7 +87,18 @@ def load_given(
     files = [own.file for own in given]
     if len(files) == 1:
         return load_adapted(files[0], backbone, placement, scale=scales[0])
-    return load_summed(files, scales, backbone, placement=placement)
+    return load_summed(files, _numbers(scales), backbone, placement=placement)
+
+
+def _numbers(scales: Sequence[Strength]) -> list[float]:
+    """Those of several adapters, whose changes are added as wholes."""
+    found = [scale for scale in scales if not isinstance(scale, dict)]
+    if len(found) < len(scales):
+        raise ValueError(
+            "scale.<method> is for one adapter; of several, give a number for each, as in "
+            "scale=[0.8,0.5]"
+        )
+    return found
 
 
 def load_bare(name: str, chosen: Mapping[str, Method], placement: Placement) -> Backbone:
@@ -102,7 +127,7 @@ def parts_of(given: Sequence[GivenAdapter], backbone: str | None) -> dict[str, s
     return part_digests(lineage.backbone_spec(backbone))
 
 
-def facts_of_given(given: Sequence[GivenAdapter], scales: Sequence[float]) -> dict[str, Any]:
+def facts_of_given(given: Sequence[GivenAdapter], scales: Sequence[Strength]) -> dict[str, Any]:
     """What a picture says of its adapters: of several a list for each fact."""
     if not given:
         return {}

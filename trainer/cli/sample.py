@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.cli.given_adapter import facts_of_given, given_adapter, load_bare, load_given, parts_of
+from trainer.cli.given_adapter import (
+    Strength,
+    facts_of_given,
+    given_adapter,
+    load_bare,
+    load_given,
+    numbers_only,
+    parts_of,
+)
 from trainer.cli.options import (
     Count,
     Options,
@@ -36,6 +44,7 @@ from trainer.cli.sample_structure import structure_of
 from trainer.common.field_words import Called
 from trainer.common.paths import bare_name
 from trainer.config import load as recipes
+from trainer.config.partners import idle_of_methods, refuse_idle
 from trainer.config.run_section import Device, Precision
 from trainer.methods.method import Method
 
@@ -58,9 +67,10 @@ class SampleOptions(Options):
         "or with backbone= the file of another tool; or several, as in [a,b], which add up",
         examples=["runs/custom_diffusion/<id>"],
     )
-    scale: float | tuple[float, ...] = Field(
+    scale: Strength | tuple[Strength, ...] = Field(
         1.0,
-        description="strength of what the adapter changes, 0 for the base and 1 as trained; of "
+        description="strength of what the adapter changes, 0 for the base and 1 as trained; of one "
+        "method of it, as in scale.domain_adapter=0, which leaves the others as trained; of "
         "several adapters one each, as in [0.8,0.5]",
     )
     backbone: str | None = Field(
@@ -184,6 +194,11 @@ class SampleOptions(Options):
             )
         return size
 
+    @field_validator("scale", mode="before")
+    @classmethod
+    def _numbers(cls, scale: Any) -> Any:
+        return numbers_only(scale)
+
     @field_validator("out")
     @classmethod
     def _is_a_folder(cls, out: Path) -> Path:
@@ -229,7 +244,7 @@ class SampleOptions(Options):
         return (self.adapter,)
 
     @property
-    def scales(self) -> tuple[float, ...]:
+    def scales(self) -> tuple[Strength, ...]:
         """Of each adapter."""
         return self.scale if isinstance(self.scale, tuple) else (self.scale,) * len(self.adapters)
 
@@ -251,6 +266,7 @@ def run(words: list[str]) -> int:
     if picture is None:
         refuse_idle_options(given)
     chosen = recipes.methods_of(options.methods) if options.methods else {}
+    refuse_idle(idle_of_methods(chosen), {"methods": options.methods or {}})
     quiet_libraries()
     found = []
     with as_then(picture):

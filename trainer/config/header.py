@@ -9,10 +9,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from trainer.common.adapter_header import HEADER
 from trainer.common.paths import shipped
 
 ADAPTER_FORMAT = "attention-trainer-adapter-1"
-HEADER = "attention_trainer"
 
 
 def file_of(name: str | Path) -> Path:

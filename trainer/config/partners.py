@@ -13,6 +13,7 @@ from typing import Any
 from trainer.backbones.families import find_family
 from trainer.config.schema import SECTIONS, Recipe, RecipeError
 from trainer.data.source import Source
+from trainer.methods.method import Method
 
 PICTURES = "it guides the frames of clips, and this run has pictures"
 
@@ -39,14 +40,22 @@ def idle_options(recipe: Recipe, parts: list[Recipe]) -> dict[str, str]:
         for key, why in getattr(last if name != "continual" else recipe, name).idle().items()
     }
     found |= {f"data.{key}": why for key, why in last.data.idle().items()}
-    for name, method in last.methods.items():
-        found |= {f"methods.{name}.{key}": why for key, why in method.idle().items()}
+    found |= idle_of_methods(last.methods)
     rules: tuple[Callable[[Recipe], Mapping[str, str]], ...] = (
         _of_optim, _of_run, _of_preview, _of_evaluate, _of_tasks,
     )  # fmt: skip
     for rule in rules:
         found |= rule(recipe)
     return found
+
+
+def idle_of_methods(methods: Mapping[str, Method]) -> dict[str, str]:
+    """The options of methods that have no effect beside their others, by their full keys."""
+    return {
+        f"methods.{name}.{key}": why
+        for name, method in methods.items()
+        for key, why in method.idle().items()
+    }
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

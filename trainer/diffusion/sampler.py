@@ -39,18 +39,18 @@ def sample(
     """
     settings = settings.on(embeds=backbone.embeds_guidance)
     check_hooks(backbone, settings, image)
-    generators = generators_of(seeds)
-    texts = [text for group in prompts_of(prompts, seeds, settings) for text in group]
+    generators, groups = generators_of(seeds), prompts_of(prompts, seeds, settings)
     with evaluating(backbone):
         denoising = Denoising(
             backbone,
-            settings.told(backbone.encode_prompts(texts)),
+            settings.told(backbone.encode_prompts([text for own in groups for text in own])),
             clips=len(prompts),
             settings=settings,
             given=not (start is None and image is None),
             channels=channels or {},
             on_step=on_step,
             generators=generators,
+            prompts=prompts,
         )
         if image is not None:
             begun = noised(denoising, image, generators)

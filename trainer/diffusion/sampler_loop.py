@@ -49,8 +49,8 @@ class Denoising:
     """A sampler at work on `clips` clips.
 
     text: a condition for each clip of each group in `settings.groups`; given: whether the latents
-    to start from were given; channels, on_step: as of `sample`; generators: one for each
-    clip, for solvers that draw noise at every step.
+    to start from were given; channels, on_step: as of `sample`; generators: one for each clip, for
+    solvers that draw noise at every step; prompts: one for each clip, as text.
     """
 
     backbone: Backbone
@@ -61,6 +61,7 @@ class Denoising:
     channels: Mapping[str, Tensor] = field(default_factory=dict)
     on_step: Callable[[int, Tensor], None] | None = None
     generators: Sequence[torch.Generator] = ()
+    prompts: Sequence[str] = ()
 
     @property
     def steps(self) -> int:
@@ -127,6 +128,10 @@ class Denoising:
         t = self.scheduler(0, CPU).timesteps[step]
         alpha, sigma = alpha_sigma(self.objective, t[None], 1)
         return float(alpha), float(sigma)
+
+    def places(self, word: str) -> list[list[int]]:
+        """Where a word is among the tokens of each clip's prompt."""
+        return [self.backbone.prompts.places(prompt, word) for prompt in self.prompts]
 
     def run(self, x_t: Tensor) -> Tensor:
         """Clean latents from noise, or from latents given in its place, (b f, c, h, w)."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainer.common import pickles
+from trainer.common.adapter_header import HEADER
 from trainer.common.left_by_systems import own_files
-from trainer.config.header import HEADER
 from trainer.export import tokens
 from trainer.export.formats.diffusers import FILE
 from trainer.export.other_files import refuse_others

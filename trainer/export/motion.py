@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import AnimateDiffPipeline, MotionAdapter
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor, nn
 
 from trainer.attention.anatomy import is_unet
@@ -72,31 +73,24 @@ def adapter(model: Any, dtype: torch.dtype = torch.float32) -> Any:
     return made
 
 
-class FrameNorm(nn.Module):
-    """Applies a motion module's group norm to each frame separately; x (b, c, f, n)."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows: Tensor = self.norm(x.transpose(1, 2).flatten(0, 1))
-        return rows.unflatten(0, (len(x), -1)).transpose(1, 2)
-
-
 @contextmanager
 def framewise(model: Any) -> Iterator[None]:
     """Inside the block, the motion modules normalise each frame separately instead of all frames of
     a clip together."""
-    found: list[Any] = list(modules(model).values())
-    norms = [module.norm for module in found]
+    found = list(modules(model).values())
+    before = [module.per_frame for module in found]
     for module in found:
-        module.norm = FrameNorm(module.norm)
+        module.per_frame = True
     try:
         yield
     finally:
-        for module, norm in zip(found, norms, strict=True):
-            module.norm = norm
+        for module, own in zip(found, before, strict=True):
+            module.per_frame = own
+
+
+def is_per_frame(model: Any) -> bool:
+    """Whether the model's motion modules normalise each frame separately."""
+    return any(module.per_frame for module in modules(model).values())
 
 
 class AnimateDiffModel:
@@ -139,3 +133,25 @@ class AnimateDiffModel:
         clips = x_t.unflatten(0, (-1, frames)).transpose(1, 2)  # b c f h w
         output: Tensor = self.pipeline.unet(clips, t[::frames], condition.tokens).sample
         return output.transpose(1, 2).flatten(0, 1)
+
+
+class FrameNorm(nn.Module):
+    """Applies the group norm of a motion module of diffusers to each frame separately, as
+    AnimateDiff's own code does; x (b, c, f, h, w)."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows: Tensor = self.norm(x.transpose(1, 2).flatten(0, 1))
+        return rows.unflatten(0, (len(x), -1)).transpose(1, 2)
+
+
+def as_released(pipeline: Any) -> None:
+    """Makes the motion modules of a pipeline of diffusers normalise as AnimateDiff's own code."""
+    found: list[Any] = [
+        module for module in pipeline.unet.modules() if isinstance(module, AnimateDiffTransformer3D)
+    ]
+    for module in found:
+        module.norm = FrameNorm(module.norm)

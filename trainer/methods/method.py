@@ -51,9 +51,14 @@ class Edit:
     sampling: tuple[SamplingHook, ...] = ()
     report: Callable[[], Mapping[str, Sequence[str]]] | None = None
 
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Names of the tensors that an adapter holds of it."""
+        return (*self.trains, *self.keeps)
+
     def renamed(self, names: Mapping[str, str]) -> Edit:
         """With new names of its tensors that a later method has moved, old name to new."""
-        own = {name: names.get(name, name) for name in (*self.trains, *self.keeps)}
+        own = {name: names.get(name, name) for name in self.stored}
         return replace(
             self,
             claims=tuple((own.get(thing, thing), aspect) for thing, aspect in self.claims),
@@ -63,7 +68,7 @@ class Edit:
 
     def frozen(self) -> Edit:
         """With all that trains kept as it is instead."""
-        return replace(self, trains=(), keeps=(*self.trains, *self.keeps), prepare=None)
+        return replace(self, trains=(), keeps=self.stored, prepare=None)
 
 
 EditKind = Literal["structure", "attention", "storage", "adapt", "select"]

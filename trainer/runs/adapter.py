@@ -21,13 +21,14 @@ from trainer.backbones import load_backbone
 from trainer.backbones.device import CPU, Placement, place
 from trainer.backbones.held_layers import reading
 from trainer.backbones.retarget import resolved, retarget
+from trainer.common.adapter_header import HEADER
 from trainer.config import load
-from trainer.config.header import ADAPTER_FORMAT, HEADER, read_header
+from trainer.config.header import ADAPTER_FORMAT, read_header
 from trainer.config.lineage import spec_of
 from trainer.data.identity import LETTERS, sha256_of_file
 from trainer.methods.apply import apply_methods
 from trainer.runs.run_folder import run_of_adapter, step_of_kept
-from trainer.runs.scale_adapter import check_linear, copy_scaled
+from trainer.runs.scale_adapter import Scale, copy_scaled, scale_by_method
 
 if TYPE_CHECKING:
     from trainer.backbones.backbone import Backbone
@@ -137,7 +138,7 @@ def check_shape(path: Path, name: str, stored: tuple[int, ...], *, own: tuple[in
 
 
 def load_adapted(
-    path: Path, backbone: str | None = None, placement: Placement = CPU, *, scale: float = 1.0
+    path: Path, backbone: str | None = None, placement: Placement = CPU, *, scale: Scale = 1.0
 ) -> tuple[Backbone, dict[str, Any]]:
     """The model that an adapter makes of its backbone, frozen, in eval mode and placed, and its
     recipe.
@@ -145,10 +146,11 @@ def load_adapted(
     Args:
         backbone: a name or folder to use instead of the recipe's own; it must have the same shapes.
         placement: where it runs, and in which precision.
-        scale: of what the adapter changes, see `scale_adapter`.
+        scale: of what the adapter changes, or of what some of its methods do, by their names; see
+            `scale_adapter`.
 
     Raises:
-        ValueError: see `read_header`, `check_backbone`, `check_tensors` and `check_linear`.
+        ValueError: see `read_header`, `check_backbone`, `check_tensors` and `scale_by_method`.
     """
     tree, _ = read_header(path)
     spec, name = spec_of(tree, backbone), backbone or tree["backbone"]
@@ -185,23 +187,23 @@ def load_base(
     return place(loaded.eval().requires_grad_(False), placement, hold=hold)
 
 
-def _add(path: Path, backbone: Backbone, scale: float = 1.0) -> Plan:
+def _add(path: Path, backbone: Backbone, scale: Scale = 1.0) -> Plan:
     """Applies an adapter's methods to a backbone and copies its tensors."""
     tree, stored = read_header(path)
     check_backbone(path, stored, backbone.identity())
     retarget(backbone, tree.get("objective") or {})
     methods = load.methods_of(tree["methods"])
-    if scale != 1:
-        check_linear(path, methods)
+    scales = scale_by_method(path, methods, scale)
     plan = apply_methods(backbone, methods)
     own = _tensors(backbone)
     wanted = {key: own[key] for key in plan.stored}
     tensors = load_file(path)
     check_tensors(path, tensors, wanted)
-    if scale == 1:
+    if set(scales.values()) <= {1}:
         _copy(tensors, wanted)
     else:
-        copy_scaled(backbone, tensors, wanted, scale=scale)
+        of_tensors = {key: scales[name] for name, edit in plan.edits.items() for key in edit.stored}
+        copy_scaled(backbone, tensors, wanted, scales=of_tensors)
     return plan
 
 

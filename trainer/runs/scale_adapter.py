@@ -2,8 +2,10 @@
 
     W = W0 + scale * dW    0 is the base and 1 the adapter, both to the last bit
 
-For methods whose change of the network is such a dW (`Method.linear`): a low-rank product, a whole
-matrix, the row of a known word. A new word has no row in the base, so it is there at every scale.
+One scale for all methods of the adapter, or one for some of them by their names; the others then
+stay as trained. For methods whose change of the network is such a dW (`Method.linear`): a low-rank
+product, a whole matrix, the row of a known word. A new word has no row in the base, so it is there
+at every scale.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from torch import Tensor
 from trainer.backbones.backbone import Backbone
 from trainer.methods.method import Method
 from trainer.ops.adapters.token_rows import ExtendedEmbedding
+
+Scale = float | Mapping[str, float]
 
 
 def check_linear(path: Path, methods: Mapping[str, Method], key: str = "scale") -> None:
@@ -37,22 +41,43 @@ def check_linear(path: Path, methods: Mapping[str, Method], key: str = "scale") 
             )
 
 
+def scale_by_method(path: Path, methods: Mapping[str, Method], scale: Scale) -> dict[str, float]:
+    """The scale of each method of an adapter.
+
+    Raises:
+        ValueError: it has no method of a name, or one that is scaled cannot be.
+    """
+    given = scale if isinstance(scale, Mapping) else dict.fromkeys(methods, scale)
+    for name in given:
+        if name not in methods:
+            raise ValueError(
+                f"scale.{name}: adapter={path} has no methods.{name}; it has {', '.join(methods)}"
+            )
+    check_linear(path, {name: methods[name] for name, own in given.items() if own != 1})
+    return {name: given.get(name, 1.0) for name in methods}
+
+
 @torch.no_grad()
 def copy_scaled(
-    model: Backbone, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, scale: float
+    model: Backbone,
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    *,
+    scales: Mapping[str, float],
 ) -> None:
     """Copies an adapter's tensors into a model to which its methods were just applied, so that it
-    is W0 + scale * dW. wanted: the model's own tensors of their names."""
+    is W0 + scale * dW. wanted: the model's own tensors of their names; scales: of each tensor, by
+    its name."""
     layers, words = tuner_layers(model), new_rows(model)
-    weakened: dict[str, set[str]] = {}
+    weakened: dict[str, dict[str, float]] = {}
     for name, own in wanted.items():
         path, adapter = owner_of(name, layers)
         if adapter is not None:
-            weakened.setdefault(path, set()).add(adapter)
-        whole = adapter is not None or path in layers or id(own) in words
-        own.copy_(tensors[name] if whole else between(own, tensors[name], scale))
+            weakened.setdefault(path, {})[adapter] = scales[name]
+        whole = adapter is not None or path in layers or id(own) in words or scales[name] == 1
+        own.copy_(tensors[name] if whole else between(own, tensors[name], scales[name]))
     for path, adapters in weakened.items():
-        _weaken(layers[path], adapters, scale)
+        _weaken(layers[path], adapters)
 
 
 def between(base: Tensor, learned: Tensor, scale: float) -> Tensor:
@@ -98,14 +123,14 @@ def owner_of(name: str, layers: Mapping[str, Any]) -> tuple[str, str | None]:
     return name, None
 
 
-def _weaken(layer: Any, adapters: set[str], scale: float) -> None:
-    """One layer's own adapters at a scale; at 0 they are left out, so that not a bit is added."""
-    if scale == 0:
-        rest = [name for name in layer.active_adapters if name not in adapters]
+def _weaken(layer: Any, adapters: Mapping[str, float]) -> None:
+    """One layer's own adapters, each at its scale; at 0 they are left out, so that not a bit is
+    added."""
+    for name, scale in adapters.items():
+        layer.scaling[name] *= scale
+    if 0 in adapters.values():
+        rest = [name for name in layer.active_adapters if adapters.get(name) != 0]
         if rest:
             layer.set_adapter(rest)
         else:
             layer.enable_adapters(False)
-        return
-    for name in adapters:
-        layer.scaling[name] *= scale

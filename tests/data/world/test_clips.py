@@ -29,6 +29,7 @@ from trainer.data.world.clips import (
 )
 from trainer.data.world.scenes import CROSSINGS, MOTIONS, SCENE_SIDE, SPEEDS
 from trainer.data.world.sprites import ALL, HELD_OUT, scaled, turned
+from trainer.data.world.watermark import mark_in
 
 TRAVEL = {"": (20, 28), "slowly": (8, 13), "quickly": (31, 38)}  # pixels in 8 frames
 RNG = np.random.default_rng(0)
@@ -330,3 +331,37 @@ def test_two_objects_stay_in_their_halves() -> None:
             at, half = (tracks[1].x if dx else tracks[1].y), tracks[1].size / 2
             assert half <= at <= side - half
     assert 90 < still < 180
+
+
+def test_a_defect_is_in_every_frame_and_in_no_caption() -> None:
+    plain, spoiled = (data(64, validation=2, defect=defect) for defect in (None, "watermark"))
+    for clean, marred in zip(plain, spoiled, strict=True):
+        for i in range(2):
+            assert clean.caption(i, RNG) == marred.caption(i, RNG)
+            shown = (marred.image(i) / 2 + 0.5).movedim(1, -1).numpy()
+            was = (clean.image(i) / 2 + 0.5).movedim(1, -1).numpy()
+            assert ((mark_in(shown) - mark_in(was)) > 0.5).all()
+        assert clean.fingerprint() != marred.fingerprint()
+
+
+def test_a_frame_of_any_moment_is_the_clips_own() -> None:
+    """Of the moment that its number gives: later than the first, and within the second."""
+    train, _ = data(64, frames=1, any_moment=True, motion="moving left")
+    still, _ = data(64, frames=1, motion="moving left")
+    begins = [train._begin(i) for i in range(6)]
+    assert len(set(begins)) == 6 and min(begins) > 0 and max(begins) < 1
+    for i, begin in enumerate(begins):
+        clip = draw_clip(0, i, frames=1, motion="moving left", begin=begin)
+        assert torch.equal(train.image(i), data_of(clip))
+        assert train.caption(i, RNG) == still.caption(i, RNG)
+        (track,) = clip.plot.tracks
+        (spot,) = clip.objects[0]
+        assert abs(spot.center[0] - (track.x + track.velocity[0] * begin)) <= 1.5
+    assert train.fingerprint() != still.fingerprint()
+    with pytest.raises(ValueError, match="any_moment=true takes one frame of a clip, and frames=3"):
+        WorldClips(frames=3, any_moment=True)
+
+
+def data_of(clip: Clip) -> torch.Tensor:
+    """(f, 3, side, side) in [-1, 1]"""
+    return torch.from_numpy(clip.frames).permute(0, 3, 1, 2).float() / 127.5 - 1

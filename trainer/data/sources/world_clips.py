@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -34,6 +34,15 @@ class WorldClips(Source):
         description="the motion of all clips, of one object each, as in moving left, or several "
         "motions that take turns; null for clips of every kind",
     )
+    any_moment: bool = Field(
+        False,
+        description="with frames=1: the frame is one of a random moment of its clip, not the first",
+    )
+    defect: Literal["watermark"] | None = Field(
+        None,
+        description="what spoils the frames of all clips and no caption says: watermark is a bar "
+        "of light and dark stripes across their lower part; null for nothing",
+    )
     seed: WorldSeed = 0
     images: float = Field(
         0.0, ge=0, lt=1, description="share of the batches that are scenes of the source world"
@@ -56,6 +65,10 @@ class WorldClips(Source):
         check_rate(self.frames, self.fps)
         if self.images and self.frames == 1:
             raise ValueError(f"images={self.images} of clips of one frame; set images=0")
+        if self.any_moment and self.frames > 1:
+            raise ValueError(
+                f"any_moment=true takes one frame of a clip, and frames={self.frames}; set frames=1"
+            )
         return self
 
     def idle(self) -> dict[str, str]:
@@ -78,6 +91,8 @@ class WorldClips(Source):
                 frames=self.frames,
                 fps=self.fps,
                 motions=_each(self.motion),
+                any_moment=self.any_moment,
+                defect=self.defect,
             )
 
         train: Dataset = clips(self.seed, self.count)
@@ -109,6 +124,8 @@ class DrawnClips:
         frames: int,
         fps: float | None,
         motions: Sequence[str] = (),
+        any_moment: bool = False,
+        defect: str | None = None,
     ) -> None:
         from trainer.data.world import sprites as table
         from trainer.data.world.clips import check_rate
@@ -116,6 +133,7 @@ class DrawnClips:
         self.seed, self.count, self.sprites, self.side = seed, count, sprites, side
         self.names = table.SETS[sprites]
         self.motions = tuple(motions)
+        self.any_moment, self.defect = any_moment, defect
         self.groups: Sequence[range] = (range(count),)
         self.fps = check_rate(frames, fps)
         self.frames: Sequence[int] = (frames,)
@@ -140,9 +158,11 @@ class DrawnClips:
         import torch
         from PIL import Image
 
+        from trainer.data.world.watermark import marked
         from trainer.media.images import resize_cover, to_tensor
 
-        drawn = self._clip(index).frames
+        clip = self._clip(index)
+        drawn = marked(clip.frames) if self.defect else clip.frames
         frames = (resize_cover(Image.fromarray(frame), self.side) for frame in drawn)
         return torch.stack([to_tensor(frame) for frame in frames])
 
@@ -165,6 +185,7 @@ class DrawnClips:
             frames=self.frames[0],
             fps=self.fps,
             motion=self._motion(index),
+            begin=self._begin(index),
         )
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
@@ -175,10 +196,19 @@ class DrawnClips:
     def _motion(self, index: int) -> str | None:
         return self.motions[index % len(self.motions)] if self.motions else None
 
+    def _begin(self, index: int) -> float:
+        """When the first frame is shown, in seconds."""
+        import numpy as np
+
+        if not self.any_moment:
+            return 0.0
+        return float(np.random.default_rng((self.seed, index, 3)).random())
+
     def fingerprint(self) -> str:
+        options = (*self.motions, *(["any"] if self.any_moment else []), self.defect)
         return (
             f"world-clips-1-{self.seed}-{self.count}-{self.sprites}-{self.side}-"
-            f"{self.frames[0]}-{self.fps!r}" + "".join(f"-{motion}" for motion in self.motions)
+            f"{self.frames[0]}-{self.fps!r}" + "".join(f"-{option}" for option in options if option)
         )
 
     def identity(self) -> dict[str, str]:

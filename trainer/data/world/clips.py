@@ -121,14 +121,19 @@ def draw_clip(
     frames: int = 8,
     fps: float | None = None,
     motion: str | None = None,
+    begin: float = 0.0,
 ) -> Clip:
     """Clip number `index` of the world `seed`; arguments and errors as for `draw_plot` and
     `render_clip`."""
-    return render_clip(draw_plot(seed, index, names, motion=motion), frames, fps)
+    story = draw_plot(seed, index, names, motion=motion)
+    return render_clip(story, frames, fps, begin=begin)
 
 
-def render_clip(story: Plot, frames: int = 8, fps: float | None = None) -> Clip:
-    """The frames of a plot at times 0, 1/fps, ...; fps None spreads them over the second.
+def render_clip(
+    story: Plot, frames: int = 8, fps: float | None = None, *, begin: float = 0.0
+) -> Clip:
+    """The frames of a plot at times begin, begin + 1/fps, ...; fps None spreads them over the
+    second.
 
     Raises:
         ValueError: no frame, or the frames take more than a second.
@@ -136,7 +141,8 @@ def render_clip(story: Plot, frames: int = 8, fps: float | None = None) -> Clip:
     fps = check_rate(frames, fps)
     canvas = background(story.background)
     drawn = [
-        compose([track.at(i / fps) for track in story.tracks], canvas.copy()) for i in range(frames)
+        compose([track.at(begin + i / fps) for track in story.tracks], canvas.copy())
+        for i in range(frames)
     ]
     images, objects = zip(*drawn, strict=True)
     return Clip(frames=np.stack(images), objects=objects, fps=fps, plot=story)

@@ -8,10 +8,11 @@ The keys determine the widths, the layers and the number of frame positions. For
 and of the norm's groups, every reader of such files assumes 8 and the U-Net's. LoRA inside the
 modules is folded in.
 
-The proof uses diffusers' reader. There, as in this toolkit, the modules normalise the frames of a
-clip together; AnimateDiff's own code normalises each frame separately, and so do ComfyUI's nodes
+The proof uses diffusers' reader. There the modules normalise the frames of a clip together;
+AnimateDiff's own code normalises each frame separately, and so do ComfyUI's nodes
 (AnimateDiff-Evolved), except for modules with 24 frame positions and no module in the middle block.
-The difference that this makes is measured and reported.
+Of modules that trained on whole clips the difference that this makes is measured and reported;
+those that trained frame by frame (`norm=frame`) are proven with diffusers' modules normalised so.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from trainer.export.tensor_files import load_tensors, save_tensors
 from trainer.export.tokens import refuse_unnamable, token_remark, write_tokens
 from trainer.export.usage import Usage, word_lines, word_text
 from trainer.ops.temporal.motion_names import PLACES, ours, theirs
+from trainer.ops.temporal.weights import NORM, trained_per_frame
 
 HEADS = 8
 LORAS = "loras"
@@ -65,7 +67,8 @@ def write(job: Job, folder: Path, dtype: torch.dtype) -> None:
     refuse(job)
     own = motion.tensors(job.adapted)
     renamed = {other: value.clone() for name, value in own.items() for other in theirs(name)}
-    save_tensors(renamed, folder / f"{job.title}.safetensors", dtype=dtype)
+    facts = {NORM: "frame" if motion.is_per_frame(job.adapted) else "clip"}
+    save_tensors(renamed, folder / f"{job.title}.safetensors", dtype=dtype, metadata=facts)
     made: Any = motion.adapter(job.adapted)
     made.save_config(folder)  # for diffusers, which would guess the widths
     layers = _image_layers(job)
@@ -78,6 +81,8 @@ def remark(adapted: Any, probe: Probe, output: Tensor) -> str | None:
     the trained words."""
     if not motion.modules(adapted):
         return None
+    if motion.is_per_frame(adapted):
+        return token_remark(adapted)
     with motion.framewise(adapted):
         found = difference(probe(adapted), output)
     norms = (
@@ -113,7 +118,10 @@ def _from_single_file(folder: Path, base: Any) -> Any:
             empty: Any = MotionAdapter(**_config(load_tensors(file)[0], base))
         empty.save_config(config)
         loaded = MotionAdapter.from_single_file(str(file), config=config)
-    return motion.AnimateDiffModel(base, loaded)
+    made = motion.AnimateDiffModel(base, loaded)
+    if trained_per_frame(str(file)):
+        motion.as_released(made.pipeline)
+    return made
 
 
 def _config(stored: dict[str, Tensor], base: Any) -> dict[str, Any]:
@@ -145,7 +153,9 @@ def usage(job: Job, folder: Path) -> Usage:
         "choose it as the motion model."
     ]
     lines: list[str] = []
-    imports, partial = ["from diffusers import MotionAdapter"], bool(job.bundle.known)
+    per_frame = motion.is_per_frame(job.adapted)
+    imports = ["from diffusers import MotionAdapter"]
+    partial = per_frame or bool(job.bundle.known)
     if not partial:
         lines, more = word_lines(folder, job.base.pipeline())
         imports += more
@@ -156,7 +166,12 @@ def usage(job: Job, folder: Path) -> Usage:
             partial = True
         else:
             lines.append(f'pipe.load_lora_weights(f"{{folder}}/{LORAS}", weight_name={file!r})')
-    if partial:
+    if per_frame:
+        text.append(
+            "The modules normalise each frame by itself, and diffusers all frames of a clip "
+            "together, so that its clips differ."
+        )
+    elif partial:
         text.append("diffusers reads the motion modules, and not all of the rest.")
     return Usage(
         text=(*text, *word_text(job.card, folder)),

@@ -47,6 +47,12 @@ MODULES = "diffusion_pytorch_model.safetensors"  # of a `MotionAdapter`
 
 def refuse(job: Job) -> None:
     layers = factored(job.bundle, "diffusers")
+    if motion.is_per_frame(job.adapted):
+        raise CannotCarryError(
+            "format=diffusers cannot carry motion modules that normalise each frame by itself "
+            "(methods.animatediff.norm=frame): diffusers normalises the frames of a clip together; "
+            "format=animatediff is for readers that do as these modules"
+        )
     _refuse_unloadable(job, layers)
     config(layers)
 

@@ -9,16 +9,17 @@ attention of the down and up blocks (the middle block too from version 2 on). W_
 start, so training starts at the image model. Images bypass the modules: the image model generates
 them unchanged, and the modules can be taken out again.
 
-The other two stages of the paper are LoRA: a domain adapter on spatial attention before (`lora`
-with `sites=all`), trained on stills, and MotionLoRA after (`lora` with `sites=temporal`, these
-modules with train=false). The paper's noise schedule is linear; here the backbone's own is kept.
-Parameters have the names and shapes of diffusers' MotionAdapter; `weights` may also be a
-safetensors file under the names of the released code (versions 1 and 3 with mid=false).
+The other two stages of the paper are LoRA: `domain_adapter` on the image model's attention before,
+and MotionLoRA after (`lora` with `sites=temporal`, these modules with train=false). The paper's
+noise schedule is linear; here the backbone's own is kept. The released code's group norm is over
+each frame by itself, diffusers' over all frames of a clip together: see `norm`. Parameters have the
+names and shapes of diffusers' MotionAdapter; `weights` may also be a safetensors file under the
+names of the released code (versions 1 and 3 with mid=false).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -42,13 +43,20 @@ class AnimateDiff(Attending):
         description="a motion module in the middle block of a U-Net too, as from version 2 of the "
         "released code on",
     )
+    norm: Literal["frame", "clip"] | None = Field(
+        None,
+        description="what the group norm that a module begins with is over: frame, each frame by "
+        "itself, as in the released code; clip, all frames of a clip together, as in diffusers; "
+        "null is as the modules of `weights` were trained, frame for a file with the released "
+        "code's names, and clip for new modules and a MotionAdapter",
+    )
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.anatomy import block_points, norm_groups
         from trainer.ops.temporal.layers import MotionModule
         from trainer.ops.temporal.motion_names import ours
 
-        items = []
+        items, per_frame = [], self._per_frame()
         for point in block_points(model.denoiser):
             if point.parent == "mid_block" and not self.mid:
                 continue
@@ -58,6 +66,14 @@ class AnimateDiff(Attending):
                 groups=norm_groups(model.denoiser, point.width),
                 max_frames=self.max_frames,
                 owner=self.name,
+                per_frame=per_frame,
             )
             items.append(item(point, "motion_modules", module))
         return self.inserted(model, items, spelling=ours)
+
+    def _per_frame(self) -> bool:
+        from trainer.ops.temporal.weights import trained_per_frame
+
+        if self.norm is None:
+            return self.weights is not None and trained_per_frame(self.weights)
+        return self.norm == "frame"

@@ -8,9 +8,10 @@ Ceylan et al., ICCV 2023, arXiv 2303.12688, section 3. The paper generates frame
 the features of the first and the previous frame of every step and layer in a bank. Here the frames
 of a clip are rows of one batch, so the features of other frames are at hand at each step and layer;
 the results are the same, since no frame reads a later one. The paper's backbone, Stable Diffusion
-2's for depth, has a depth map as a fifth input channel, which holds the shapes of the source; no
-such backbone is supported, so here the inverted noise and the other frames' features alone do. It
-has nothing to train:
+2's for depth, has a depth map as a fifth input channel, which holds the shapes of the source. No
+backbone with such a channel is supported: its folder is refused with a sentence that says so, and
+here the inverted noise and the other frames' features alone hold the shapes. It has nothing to
+train:
 
     python -m trainer sample backbone=sd15 methods.pix2video={} source=cat.mp4 frames=8 \\
         prompt="an origami cat"

@@ -8,6 +8,7 @@ x_t = alpha x0 + sigma noise, variance-preserving or flow.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from trainer.attention.context import StepContext
 from trainer.attention.hooks import Prediction, Sampler
+from trainer.ops.temporal.background import Background
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,15 @@ class GlobalMotion:
     under a global translation by k * (x, y), noised again to the level of the first frame.
 
     x, y: of what a frame shows to the left and up, in widths and heights of the picture a frame.
-    The noise is that from which frame k would have started.
+    The noise is that from which frame k would have started. background: how it is smoothed, None
+    for not at all; the clip is then sampled twice, once to find the object.
     """
 
     x: float
     y: float
     alone: float
     until: float
+    background: Background | None = None
 
     def begin(self, noise: Tensor, sampler: Sampler) -> tuple[Tensor, int]:
         """A hook of the sampler. Pictures, and clips from latents that are given, begin there."""
@@ -41,14 +45,22 @@ class GlobalMotion:
         clips = noise.unflatten(0, (-1, frames))  # b f c h w
         started = sampler(clips[:, 0], 0, first)
         shown = sampler(started, first, last)
-        height, width = shown.shape[-2:]
-        moved = [
-            translated(shown, round(k * self.y * height), round(k * self.x * width))
-            for k in range(1, frames)
-        ]
         levels = sampler.level(last), sampler.level(first)
-        others = noised_again(torch.stack(moved, 1), clips[:, 1:], *levels)
-        return torch.cat([started[:, None], others], 1).flatten(0, 1), first
+        others = noised_again(self.moved(shown, frames)[:, 1:], clips[:, 1:], *levels)
+        clips = torch.cat([started[:, None], others], 1)
+        if self.background is not None:
+            moved = partial(self.moved, frames=frames)
+            clips = self.background.smoothed(clips, sampler, first, moved=moved)
+        return clips.flatten(0, 1), first
+
+    def moved(self, x: Tensor, frames: int) -> Tensor:
+        """First frames (b, c, h, w) as all frames show them, (b, f, c, h, w)."""
+        height, width = x.shape[-2:]
+        shown = [
+            translated(x, round(k * self.y * height), round(k * self.x * width))
+            for k in range(frames)
+        ]
+        return torch.stack(shown, 1)
 
 
 def step_at(steps: int, share: float) -> int:

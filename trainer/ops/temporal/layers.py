@@ -56,13 +56,22 @@ def refuse_longer(frames: int, most: int, owner: str) -> None:
 class MotionModule(AnimateDiffTransformer3D):
     """AnimateDiff's motion module, diffusers' own class with its parameter names: group norm,
     proj_in, self-attention over frames twice, each with sines of the frame's number added to its
-    input, GEGLU feed-forward, proj_out; all of it a residual, whose proj_out is zero here.
+    input, GEGLU feed-forward, proj_out; all of it a residual, whose proj_out is zero here. The
+    group norm is over all frames of a clip together, or over each by itself with `per_frame`.
 
     The forward is our own: diffusers' takes no tokens, and names an argument of its linear layers
     that adapters and 4-bit layers name differently.
     """
 
-    def __init__(self, width: int, heads: int, groups: int, max_frames: int, owner: str) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        groups: int,
+        max_frames: int,
+        owner: str,
+        per_frame: bool = False,
+    ) -> None:
         super().__init__(
             num_attention_heads=heads,
             attention_head_dim=width // heads,
@@ -71,18 +80,25 @@ class MotionModule(AnimateDiffTransformer3D):
             positional_embeddings="sinusoidal",
             num_positional_embeddings=max_frames,
         )
-        self.max_frames, self.owner = max_frames, owner
+        self.max_frames, self.owner, self.per_frame = max_frames, owner, per_frame
         zeroed(self.proj_out)
 
     def forward(self, x: Tensor, before: Tensor, ctx: StepContext) -> Tensor:  # type: ignore[override]
         refuse_longer(ctx.frames, self.max_frames, self.owner)
         rows = x.flatten(2) if x.ndim == 4 else x.transpose(1, 2)  # (b f) c n
-        # a copy: channels last, PyTorch 2.13's group norm can crash in its backward on a CPU
-        clips = rows.unflatten(0, (-1, ctx.frames)).transpose(1, 2).contiguous()  # b c f n
-        z = self.proj_in(self.norm(clips).permute(0, 3, 2, 1).flatten(0, 1))  # (b n) f c
+        z = self.proj_in(self._normed(rows, ctx.frames))
         for block in self.transformer_blocks:
             z = block(z)
         return x + from_pixel_sequences(self.proj_out(z), x).to(x.dtype)
+
+    def _normed(self, rows: Tensor, frames: int) -> Tensor:
+        """(b f) c n -> (b n) f c"""
+        # copies: channels last, PyTorch 2.13's group norm can crash in its backward on a CPU
+        if self.per_frame:
+            clips = self.norm(rows.contiguous()).unflatten(0, (-1, frames)).transpose(1, 2)
+        else:
+            clips = self.norm(rows.unflatten(0, (-1, frames)).transpose(1, 2).contiguous())
+        return clips.permute(0, 3, 2, 1).flatten(0, 1)  # of b c f n
 
 
 class TemporalAttention(nn.Module):

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from trainer.common import pickles
+from trainer.common.adapter_header import HEADER
 from trainer.common.paths import shipped
+from trainer.ops.temporal.motion_names import MARK
 
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
 
 # the files of a folder of weights: a run of ours, diffusers' MotionAdapter
 FILES = ("adapter.safetensors", "diffusion_pytorch_model.safetensors")
+NORM = "motion_norm"  # of exported files: what the modules' group norm is over, frame or clip
 
 
 @torch.no_grad()
@@ -61,13 +66,40 @@ def read_weights(
         _copy(name, stored[name], into=parameter, where=where)
 
 
+def trained_per_frame(where: str) -> bool:
+    """Whether the group norm of the motion modules in a file was over each frame by itself when
+    they trained, and not over all frames of a clip: as the file says, or the recipe in its header,
+    or else where it has the names of AnimateDiff's released code.
+
+    Raises:
+        ValueError: there is no such file, or it is no safetensors.
+    """
+    with _opening(where) as path, safe_open(path, "pt") as file:
+        names, facts = list(file.keys()), file.metadata() or {}
+    if NORM in facts:
+        return bool(facts[NORM] == "frame")
+    if HEADER not in facts:
+        return any(MARK in name for name in names)
+    own: dict[str, Any] = json.loads(facts[HEADER])["recipe"]["methods"].get("animatediff") or {}
+    if own.get("norm") is None and own.get("weights") is not None:
+        return trained_per_frame(own["weights"])
+    return bool(own.get("norm") == "frame")
+
+
 def _stored(where: str) -> dict[str, Tensor]:
     """The tensors of the file, which must be safetensors."""
+    with _opening(where) as path:
+        return load_file(path)
+
+
+@contextmanager
+def _opening(where: str) -> Iterator[Path]:
+    """The file, which must be safetensors."""
     file = weights_file(where)
     if file.suffix in pickles.SUFFIXES:
         raise ValueError(f"weights={where}: {pickles.refusal(file)}")
     try:
-        return load_file(file)
+        yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"weights={where}: not a safetensors file ({error}); pickles are never loaded"
