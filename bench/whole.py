@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import _whole_blocks
 from _common import Bars, chosen_of, parser_of, shares_of
 from _runs import Run, Runs
 from _steps import Step, facts, interleaved
@@ -70,6 +71,7 @@ PARTS: dict[str, Callable[[Bars, Runs], None]] = {
     "domain": domain,
     "domain_control": domain_control,
     "background": background,
+    **_whole_blocks.PARTS,
 }
 
 

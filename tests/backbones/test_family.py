@@ -18,7 +18,7 @@ from trainer.attention.sites import scan
 from trainer.backbones.families import family_names, family_of, find_family
 
 # in files of their own
-ALONE = "chroma cogvideox flux1 flux2 ltx qwen_image sd3 sdxl wan z_image"
+ALONE = "chroma cogvideox flux1 flux2 ltx pixel_unet qwen_image sd3 sdxl wan z_image"
 DECLARED = [name for name in BACKBONES if name != "dit"]
 
 

@@ -17,12 +17,15 @@ hook that needs them, for the gradient of a loss on x0 say, enables them around 
         x = x_t.detach().requires_grad_()
         loss = distance(predict(x).x0)
     (slope,) = torch.autograd.grad(loss, x)
+
+Where `combine` itself takes them, by the x_t of the prediction it gets, its hook `differentiates`:
+each call of the denoiser then keeps what they need, and what the sampler gets of it is detached.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
@@ -68,18 +71,32 @@ class Prediction:
     """The output of the denoiser at one step.
 
     x_t (b f, c, h, w): its input; outputs: by the name of each group of rows, as in
-    `target/cond`; output: what guidance makes of them; convert: from an output and x_t to x0.
+    `target/cond`; output: what guidance makes of them; convert: from an output and x_t to x0;
+    revert: from x0 and x_t to the output that means it; level: alpha and sigma of x_t, each
+    (b f, 1, 1, 1).
     """
 
     x_t: Tensor
     outputs: Mapping[str, Tensor]
     output: Tensor
     convert: Callable[[Tensor, Tensor], Tensor] = field(repr=False)
+    revert: Callable[[Tensor, Tensor], Tensor] = field(repr=False)
+    level: tuple[Tensor, Tensor] = field(repr=False)
 
     @cached_property
     def x0(self) -> Tensor:
         """The clean latents (b f, c, h, w) that `output` means; computed when first asked for."""
         return self.convert(self.output, self.x_t)
+
+    def meaning(self, x0: Tensor) -> Tensor:
+        """The output that means these clean latents (b f, c, h, w)."""
+        return self.revert(x0, self.x_t)
+
+    def detached(self) -> Prediction:
+        """Without what gradients need."""
+        outputs = {name: output.detach() for name, output in self.outputs.items()}
+        x_t, output = self.x_t.detach(), self.output.detach()
+        return replace(self, x_t=x_t, outputs=outputs, output=output)
 
 
 Predict = Callable[["Tensor"], Prediction]
@@ -87,9 +104,11 @@ Predict = Callable[["Tensor"], Prediction]
 
 @dataclass(frozen=True)
 class SamplingHook:
-    """Any of the four functions at the top of this file."""
+    """Any of the four functions at the top of this file. differentiates: whether `combine` takes
+    gradients."""
 
     begin: Callable[[Tensor, Sampler], tuple[Tensor, int]] | None = None
     before_step: Callable[[Tensor, Predict, StepContext], Tensor] | None = None
     combine: Callable[[Prediction, StepContext], Tensor] | None = None
     after_step: Callable[[Tensor, Prediction, StepContext], Tensor] | None = None
+    differentiates: bool = False

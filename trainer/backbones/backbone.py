@@ -276,7 +276,17 @@ class Backbone(BackboneFacts):
         return found
 
     def pipeline(self) -> Any:
-        """The parts as a stock pipeline; they are shared, not copied."""
+        """The parts as a stock pipeline; they are shared, not copied.
+
+        Raises:
+            ValueError: diffusers has none of such parts.
+        """
+        if self.declared.pipeline is None:
+            raise ValueError(
+                f"backbone {self.name}: diffusers has no pipeline of the parts of the family "
+                f"{self.family}, so nothing could load exported files; generate with `python -m "
+                "trainer sample adapter=...`, and train on with backbone=<the run>"
+            )
         return self.declared.pipeline(self)
 
 

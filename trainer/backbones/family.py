@@ -112,7 +112,8 @@ class Family:
     folder holds something else. encoders: the name of an input, as in `text`, to the function that
     encodes it, (backbone, values) -> fields of the `Condition`. inputs: (backbone, x_t, t,
     condition) -> the denoiser's own arguments. pipeline: (backbone) -> its parts as a stock
-    pipeline, shared and not copied.
+    pipeline, shared and not copied; None where diffusers has no pipeline of such parts, so that
+    nothing can be exported.
 
     text_encoders: their names among the parts; each has a tokenizer, see `tokenizer_name`. shapes:
     (backbone) -> the shape of one row of every field of the `Condition` that text gives, None for
@@ -146,7 +147,7 @@ class Family:
     load: Callable[[BackboneSpec, str], Parts]
     encoders: Mapping[str, Encoder]
     inputs: Inputs
-    pipeline: Callable[[Any], Any]
+    pipeline: Callable[[Any], Any] | None
     text_encoders: tuple[str, ...] = ("text_encoder",)
     shapes: Callable[[Any], Mapping[str, tuple[int, ...]]] | None = None
     makes: type[DenoiserSpec] | None = None
@@ -167,6 +168,11 @@ class Family:
     distilled: Distilled = _not_distilled
     template: ChatTemplate | None = None
     rescale: Rescale | None = None
+
+    @property
+    def vae_parts(self) -> tuple[str, ...]:
+        """The parts of its folders that are a VAE: none where it works on pixels."""
+        return ("vae",) if self.latents.vaes else ()
 
     def patch(self, config: Mapping[str, Any]) -> int:
         """Latents along an edge of an image token, by a denoiser's config; 1 for a U-Net."""

@@ -36,7 +36,7 @@ def check_contents(folder: PipelineFolder, name: str, family: Family, made: bool
     index = folder.index(name, family)
     own = [] if made else [family.denoiser]
     encoders = encoders_in(index, family)
-    parts = [*own, *encoders, "vae"]
+    parts = [*own, *encoders, *family.vae_parts]
     for part in encoders:
         check_tokenizer(folder.of(tokenizer_name(part)))
     configs = {}
@@ -54,7 +54,8 @@ def check_contents(folder: PipelineFolder, name: str, family: Family, made: bool
         scheduler=folder.scheduler_config(),
         where=where,
     )
-    if facts.vae not in (known := family.latents.vaes):
+    known = family.latents.vaes
+    if known and facts.vae not in known:
         raise facts.refuse("vae", f"is a {facts.vae}; these are known: {', '.join(known)}")
     family.check(facts)
     return facts

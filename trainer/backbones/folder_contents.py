@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.backbones.latent_form import COLOURS
+
 
 @dataclass(frozen=True)
 class FolderContents:
     """What a folder says of itself.
 
     name: of the backbone; index: model_index.json; configs: of the denoiser, if it is not made from
-    nothing, the text encoders and the VAE; scheduler: its configuration, and where that is.
+    nothing, the text encoders and the VAE, where the family has one; scheduler: its configuration,
+    and where that is.
     """
 
     name: str
@@ -34,7 +37,7 @@ class FolderContents:
 
     @property
     def latent_channels(self) -> int:
-        config = self.configs["vae"]
+        config = self.configs.get("vae", {"latent_channels": COLOURS})
         return int(config.get("latent_channels") or config.get("z_dim") or 4)
 
     def width_of(self, part: str) -> int | None:

@@ -40,7 +40,8 @@ def facts_of(spec: BackboneSpec) -> FolderFacts | None:
     if spec.folder is None:
         return None
     family = find_family(spec.family)
-    vae, scheduler = read_part(spec, "vae/config.json"), read_part(spec, SCHEDULER_FILE)
+    vae = read_part(spec, "vae/config.json") if family.vae_parts else {}
+    scheduler = read_part(spec, SCHEDULER_FILE)
     denoiser = (
         {} if spec.denoiser is not None else read_part(spec, f"{family.denoiser}/config.json")
     )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WIDTHS = "encoder_block_out_channels"  # what AutoencoderDC calls block_out_channels
+COLOURS = 3  # channels of latents that are pixels
 VAES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AsymmetricAutoencoderKL")
 
 
@@ -21,6 +22,11 @@ def halvings(config: Mapping[str, Any]) -> int | None:
     not say."""
     widths = config.get(WIDTHS) or config.get("block_out_channels")
     return len(widths) - 1 if isinstance(widths, (list, tuple)) else None
+
+
+def no_halving(config: Mapping[str, Any]) -> int:
+    """Of pixels, which are what they are."""
+    return 0
 
 
 def of_pictures(config: Mapping[str, Any]) -> ClipFrames:
@@ -43,8 +49,10 @@ class LatentForm:
         x0 = (fold(z) - mean) / std           of each channel, or
         x0 = (fold(z) - shift_factor) * scaling_factor
 
-    vaes: the classes of VAE that a family takes. fold: latents of the VAE along an edge that are
-    one of the denoiser's, their values in its channels, in the order of `pixel_unshuffle`.
+    vaes: the classes of VAE that a family takes, none for one whose denoiser works on the pixels
+    themselves: x0 is then the picture, and its folders have no part `vae`. fold: latents of the VAE
+    along an edge that are one of the denoiser's, their values in its channels, in the order of
+    `pixel_unshuffle`.
     statistics: (vae) -> mean and std (c,) of the channels after folding; None for the two numbers
     of the VAE's config. halvings: (config of the VAE) -> how often it halves a picture. clips:
     whether the VAE takes clips (b, 3, f, H, W), so that a picture is a clip of one frame. frames:
@@ -63,3 +71,6 @@ class LatentForm:
         not say."""
         times = self.halvings(config)
         return None if times is None else int(2**times) * self.fold
+
+
+PIXELS = LatentForm(vaes=(), halvings=no_halving)  # of a family without a VAE

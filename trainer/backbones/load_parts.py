@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from trainer.backbones.family import Family, Parts
+from trainer.backbones.vae import load_vae
 
 if TYPE_CHECKING:
     from trainer.backbones.pipeline_folder import PipelineFolder
@@ -59,7 +60,7 @@ def load_parts(
         denoiser=folder.load(family.denoiser, getattr(diffusers, denoiser)),
         text_encoders=encoders,
         tokenizers=tokenizers,
-        vae=folder.load("vae", getattr(diffusers, facts.vae)),
+        vae=load_vae(folder, facts),
         scheduler=scheduler(folder.scheduler_config(), folder.of("scheduler")),
         prompt_lengths=lengths,
         options={key: facts.index[key] for key in options if key in facts.index},

@@ -28,7 +28,8 @@ def part_digests(spec: BackboneSpec) -> dict[str, str]:
 def digests_in_use(spec: BackboneSpec) -> dict[str, str]:
     """Those of `part_digests` on which training depends: a folder may hold a safety checker too,
     which is not read."""
-    own = (find_family(spec.family).denoiser, "vae", "scheduler", "text_encoder", "tokenizer")
+    family = find_family(spec.family)
+    own = (family.denoiser, *family.vae_parts, "scheduler", "text_encoder", "tokenizer")
     return _digests(spec, [part for part in _folders(spec) if part.name.startswith(own)])
 
 

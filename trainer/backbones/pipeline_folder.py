@@ -274,7 +274,7 @@ def parts_to_read(spec: BackboneSpec, folder: Path | None = None) -> list[str]:
         encoders = list(encoders_in(read_object(folder / "model_index.json"), family))
     own = [family.denoiser] if spec.denoiser is None else []
     others = (*spec.parts, *spec.scratch)
-    return [part for part in (*own, *encoders, "vae") if part not in others]
+    return [part for part in (*own, *encoders, *family.vae_parts) if part not in others]
 
 
 def _download(spec: BackboneSpec, name: str) -> Path:

@@ -90,12 +90,12 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         ValueError: the folder holds another pipeline or a text encoder of another kind, a part is
         missing, or its weights are not safetensors.
     """
-    import diffusers
     from diffusers import PixArtTransformer2DModel
 
     from trainer.backbones.folder_check import check_contents
     from trainer.backbones.pipeline_folder import pipeline_folder
     from trainer.backbones.schedulers import flow_or_vp
+    from trainer.backbones.vae import load_vae
 
     made = spec.denoiser
     folder = pipeline_folder(spec, name)
@@ -107,7 +107,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         if "transformer" in spec.scratch:
             initialise(transformer)
     text_encoder = folder.load("text_encoder", encoder)
-    vae = folder.load("vae", getattr(diffusers, facts.vae))
+    vae = load_vae(folder, facts)
     if isinstance(made, TransformerSpec):
         width = text_encoder.config.hidden_size
         transformer = make(made, vae.config.latent_channels, width)

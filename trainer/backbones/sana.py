@@ -63,6 +63,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
     from trainer.backbones.folder_check import check_contents
     from trainer.backbones.pipeline_folder import pipeline_folder
     from trainer.backbones.schedulers import flow_or_vp
+    from trainer.backbones.vae import load_vae
 
     folder = pipeline_folder(spec, name)
     facts = check_contents(folder, name, FAMILY, made=False)
@@ -76,7 +77,7 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         text_encoders={"text_encoder": folder.load("text_encoder", encoder)},
         # a tokenizer of Gemma pads on the left, and its pipeline on the right
         tokenizers={"text_encoder": folder.tokenizer(tokenizer, padding_side="right")},
-        vae=folder.load("vae", getattr(diffusers, facts.vae)),
+        vae=load_vae(folder, facts),
         scheduler=flow_or_vp(folder.scheduler_config(), folder.of("scheduler")),
         prompt_lengths={"text_encoder": PROMPT_LENGTH},
     )

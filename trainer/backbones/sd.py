@@ -81,21 +81,26 @@ def load(spec: BackboneSpec, name: str) -> Parts:
         ValueError: the folder holds another pipeline, a part is missing, or its weights are not
         safetensors.
     """
-    import diffusers
+    return load_unet(spec, name, FAMILY)
+
+
+def load_unet(spec: BackboneSpec, name: str, family: Family) -> Parts:
+    """`load` for a family of the same parts, with a VAE or on pixels."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from trainer.backbones.folder_check import check_contents
     from trainer.backbones.pipeline_folder import pipeline_folder
     from trainer.backbones.schedulers import vp_scheduler
+    from trainer.backbones.vae import load_vae
 
     made = spec.denoiser
     folder = pipeline_folder(spec, name)
-    facts = check_contents(folder, name, FAMILY, made=made is not None)
+    facts = check_contents(folder, name, family, made=made is not None)
     if made is None:
         unet = folder.load("unet", UNet2DConditionModel)
     text_encoder = folder.load("text_encoder", CLIPTextModel)
-    vae = folder.load("vae", getattr(diffusers, facts.vae))
+    vae = load_vae(folder, facts, family.latents)
     if isinstance(made, UNetSpec):
         unet = make(made, vae.config.latent_channels, text_encoder.config.hidden_size)
     return Parts(

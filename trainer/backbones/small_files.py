@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.backbones.families import find_family
 from trainer.backbones.single_file import LAYOUTS
 
 if TYPE_CHECKING:
@@ -82,8 +83,9 @@ def cached(spec: BackboneSpec) -> Path | None:
         folder = fetch_small(str(spec.hub), spec.revision, kept=True)
     except (OSError, ValueError):  # the library's own errors are of both kinds
         return None
-    needed = (folder / "model_index.json", folder / "vae" / "config.json")
-    return folder if all(map(Path.is_file, needed)) else None
+    parts = find_family(spec.family).vae_parts
+    needed = ("model_index.json", *(f"{part}/config.json" for part in parts))
+    return folder if all((folder / name).is_file() for name in needed) else None
 
 
 def layout_of(hub: str) -> Path | None:

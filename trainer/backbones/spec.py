@@ -29,7 +29,9 @@ class UNetSpec(DenoiserSpec):
     """A U-Net made from nothing, of diffusers' blocks: a level for each width, the finest first, on
     a grid half as wide as the one before."""
 
-    sample_size: int = Field(16, gt=0, description="latents along an edge")
+    sample_size: int = Field(
+        16, gt=0, description="latents along an edge, or pixels for a backbone without a VAE"
+    )
     width: tuple[PositiveInt, ...] = Field(
         (64, 128, 128), min_length=1, description="channels of each level, the finest first"
     )

@@ -11,12 +11,26 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from trainer.backbones.folder_contents import FolderContents
+    from trainer.backbones.pipeline_folder import PipelineFolder
+
 EXACT = -30.0  # a log-variance: noise of 3e-7
 SLICE = 512 * 512  # pixels that a VAE takes at once, at least one picture
 TILED = 1024 * 1024  # pixels of a picture above which it is computed in overlapping tiles
 PLAIN = LatentForm()
 TOGETHER = 8  # frames that a VAE of video holds at once, about
 TILED_CLIP = 2 * TILED  # pixels of so many frames above which all are computed in tiles
+
+
+def load_vae(folder: PipelineFolder, facts: FolderContents, form: LatentForm = PLAIN) -> Any:
+    """The VAE of a folder, or what stands in its place in a family that has none."""
+    if not form.vaes:
+        from trainer.backbones.pixel_latents import PixelLatents
+
+        return PixelLatents()
+    import diffusers
+
+    return folder.load("vae", getattr(diffusers, facts.vae))
 
 
 def in_slices(

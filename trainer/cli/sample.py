@@ -38,6 +38,7 @@ from trainer.cli.repeat_picture import (
     read_picture,
 )
 from trainer.cli.sample_files import SampleJob, check_fit, written
+from trainer.cli.sample_known import KnownVideo, check_known, known_of
 from trainer.cli.sample_partners import as_folder, refuse_idle_options
 from trainer.cli.sample_source import VideoSource, file_facts, image_of, source_of
 from trainer.cli.sample_structure import structure_of
@@ -46,6 +47,7 @@ from trainer.common.paths import bare_name
 from trainer.config import load as recipes
 from trainer.config.partners import idle_of_methods, refuse_idle
 from trainer.config.run_section import Device, Precision
+from trainer.diffusion.blocks import RECONSTRUCTION
 from trainer.methods.method import Method
 
 if TYPE_CHECKING:
@@ -169,6 +171,36 @@ class SampleOptions(Options):
         description="with structure=: how often it is made half as fine, up to the "
         "methods.gen1.structure of the adapter's recipe, which leaves next to nothing of it",
     )
+    block: Count | None = Field(
+        None,
+        description="frames that the model makes at once, of a clip of more frames: block after "
+        "block, each going on from the last frames of the one before (arXiv 2204.03458, section "
+        "3.1)",
+    )
+    overlap: Count | None = Field(
+        None, description="with block=: frames in common with the block before; null for half"
+    )
+    known: Path | None = Field(
+        None,
+        description="a video that is a part of the clip: its first frames (take=4), every n-th one "
+        "(every=4), or all of it in a smaller size (shrink=4)",
+    )
+    take: Count | None = Field(
+        None, description="with known=: frames of the video that are read; null for all that fit"
+    )
+    every: Count = Field(1, description="with known=: the clip's frames from one to the next")
+    shrink: Count = Field(
+        1, description="with known=: how many times larger the clip is, as latents that are means"
+    )
+    reconstruction: float = Field(
+        RECONSTRUCTION,
+        ge=0,
+        description="with block= or known=: weight of the gradient that draws the new frames to "
+        "the known ones (w_r of equation 7); 0 for the replacement method, which has none",
+    )
+    corrector: int = Field(
+        0, ge=0, description="with block= or known=: Langevin steps at each noise level"
+    )
     from_: Path | None = Field(
         None,
         alias="from",
@@ -236,6 +268,7 @@ class SampleOptions(Options):
             raise ValueError("source= gives the same clip for every seed; leave count at 1")
         if self.image is not None and (self.source is not None or (self.frames or 1) > 1):
             raise ValueError("image= begins a picture, and source= a clip; leave one out")
+        check_known(vars(self))
 
     @property
     def adapters(self) -> tuple[Path, ...]:
@@ -329,6 +362,7 @@ def _job(
 def _settings(options: SampleOptions, tree: Mapping[str, Any], negative: str) -> Sampling:
     """As the options say, and else the recipe of the adapter."""
     from trainer.data.source import frames_asked
+    from trainer.diffusion.blocks import Blocks
     from trainer.diffusion.sampling_settings import Sampling
 
     previews, data, run = (tree.get(key) or {} for key in ("preview", "data", "run"))
@@ -343,6 +377,9 @@ def _settings(options: SampleOptions, tree: Mapping[str, Any], negative: str) ->
         fps=options.fps or data.get("fps"),
         sampler=options.scheduler or previews.get("scheduler"),
         true_guidance=float(previews.get("true_guidance", 1.0)) if true is None else true,
+        blocks=None if options.block is None else Blocks.of(options.block, options.overlap),
+        reconstruction=options.reconstruction,
+        corrector=options.corrector,
     )
     if in_time is None and found.frames > 1 and found.guided:
         in_time = float(previews.get("temporal_guidance", 1.0))
@@ -360,6 +397,11 @@ def _starts(
         return {"image": image_of(options.image, size, options.strength)}
     level = options.structure_level
     inputs = structure_of(backbone, options.structure, level, settings=settings, data=data)
+    if options.known is not None:
+        shown = KnownVideo(
+            options.known, take=options.take, every=options.every, shrink=options.shrink
+        )
+        return {"inputs": inputs, "known": known_of(backbone, shown, settings)}
     if options.source is None:
         return {"inputs": inputs}
     model = (options.adapter, options.scale, options.backbone, options.methods)
@@ -372,10 +414,14 @@ def _starts(
 def _origin(options: SampleOptions) -> dict[str, Any]:
     """What else a picture is made of, as facts for its file."""
     found: dict[str, Any] = {}
-    for key in ("source", "image", "structure"):
+    for key in ("source", "image", "structure", "known"):
         found |= file_facts(key, getattr(options, key))
     if options.structure is not None:
         found["structure_level"] = options.structure_level
+    if options.known is not None:
+        found |= {name: getattr(options, name) for name in ("take", "every", "shrink")}
+    if options.known is not None or options.block is not None:
+        found |= {name: getattr(options, name) for name in ("reconstruction", "corrector")}
     if options.image is not None:
         found["strength"] = options.strength
     if options.adapters and options.backbone is not None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from trainer.backbones.backbone import Backbone
     from trainer.diffusion.from_image import InitialImage
+    from trainer.diffusion.known_frames import KnownFrames
     from trainer.diffusion.sampling_settings import Sampling
 
 AT_ONCE = 16  # pictures that one batch generates; at least one clip
@@ -26,8 +27,8 @@ Pair = tuple[str, int]  # a prompt and a seed
 class SampleJob:
     """What is to be written. prompts: with every seed each; batch: pictures at once, None for a
     number that goes by their size; row: of a picture that is repeated, the row it had in its batch,
-    whose other rows are generated too and left out; facts: of all pictures; start, image: as of
-    `sampler.sample`, for one clip; inputs: as of `channels_for`, likewise."""
+    whose other rows are generated too and left out; facts: of all pictures; start, image, known: as
+    of `sampler.sample`, for one clip; inputs: as of `channels_for`, likewise."""
 
     prompts: Sequence[str]
     seeds: range
@@ -41,6 +42,7 @@ class SampleJob:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     start: Tensor | None = None
     image: InitialImage | None = None
+    known: KnownFrames | None = None
 
 
 def check_fit(backbone: Backbone, settings: Sampling) -> None:
@@ -102,6 +104,7 @@ def _generated(backbone: Backbone, job: SampleJob, part: Sequence[Pair]) -> Tens
         channels=channels_for(backbone, seeds, job.settings, inputs=inputs),
         start=job.start,
         image=job.image,
+        known=job.known,
     ).cpu()
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.cli.sample_known import refuse_idle_known
+
 NEEDED = {
     "strength": ("image", "it is how much of a picture changes; give image= too"),
     "structure_level": ("structure", "it is how coarse a structure is made; give structure= too"),
@@ -34,6 +36,7 @@ def refuse_idle_options(given: Mapping[str, Any]) -> None:
     Raises:
         ValueError: an option has no effect; the message begins with it.
     """
+    refuse_idle_known(given)
     for name, (partner, why) in NEEDED.items():
         if name in given and given.get(partner) is None:
             raise ValueError(f"{name}={given[name]} has no effect: {why}")

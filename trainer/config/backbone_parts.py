@@ -30,8 +30,8 @@ def with_parts(spec: BackboneSpec, name: str, given: PartsSpec) -> BackboneSpec:
             "none; leave it out"
         )
     family, found = find_family(spec.family), {}
-    own = {"denoiser": family.denoiser, "vae": "vae"}
-    own |= {part: part for part in family.text_encoders}
+    own = {"denoiser": family.denoiser}
+    own |= {part: part for part in (*family.text_encoders, *family.vae_parts)}
     if spec.file is None and family.text_encoders:  # of one file it is in the overlay
         own["tokenizer"] = "tokenizer"
     for key, value in given.model_dump(exclude_none=True).items():

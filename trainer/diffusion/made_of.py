@@ -41,6 +41,8 @@ def made_of(
         "sampler": OWN.get(own, own) if solver is None else SOLVERS[solver].title,
         "size": f"{width}x{height}",
         "frames": settings.frames if settings.frames > 1 else None,
+        "block": settings.blocks.size if settings.blocks else None,
+        "overlap": settings.blocks.overlap if settings.blocks else None,
         "fps": settings.fps,
         "backbone": bare_name(backbone.name),
         "device": backbone.device.type,

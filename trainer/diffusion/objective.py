@@ -108,6 +108,14 @@ def to_x0(objective: Objective, output: Tensor, x_t: Tensor, t: Tensor) -> Tenso
     return (alpha * x_t - sigma * output) / (alpha.square() + sigma.square())
 
 
+def from_x0(objective: Objective, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The network output (b, ...) that means x0 at (x_t, t): the inverse of `to_x0`."""
+    if objective.target == "x0":
+        return x0
+    alpha, sigma = (part.to(x_t.dtype) for part in alpha_sigma(objective, t, x_t.ndim))
+    return target_of(objective, x0, (x_t - alpha * x0) / sigma, t=t)
+
+
 def to_noise(objective: Objective, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """The noise (b, ...) that a network output at (x_t, t) means; from the output itself where
     dividing would lose it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.solvers import check_solver
 from trainer.diffusion.channel_values import channels_for
+from trainer.diffusion.clip_completion import check_completion, completed_clips
 from trainer.diffusion.from_image import InitialImage, noised
+from trainer.diffusion.known_frames import KnownFrames
 from trainer.diffusion.sampler_loop import Denoising, latent_extent
 from trainer.diffusion.sampling_settings import Sampling
 
@@ -28,17 +31,20 @@ def sample(
     channels: Mapping[str, Tensor] | None = None,
     start: Tensor | None = None,
     image: InitialImage | None = None,
+    known: KnownFrames | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Pictures (b, 3, H, W) in [-1, 1], one for each prompt and seed, the same in any batch up to
     rounding; of more `settings.frames` than 1 clips (b * frames, 3, H, W), their frames adjacent.
 
     channels: values (b f, n, h, w) of further input channels by name, see `channels_for`; start:
-    latents in place of noise; image: a picture to begin from; on_step: gets each step's number and
-    latents. Raises ValueError for what does not fit the backbone or methods.
+    latents in place of noise; image: a picture to begin from; known: what is known of the clips;
+    on_step: gets each step's number and latents. Raises ValueError for what does not fit the
+    backbone or methods.
     """
     settings = settings.on(embeds=backbone.embeds_guidance)
     check_hooks(backbone, settings, image)
+    check_completion(backbone, settings, known)
     generators, groups = generators_of(seeds), prompts_of(prompts, seeds, settings)
     with evaluating(backbone):
         denoising = Denoising(
@@ -52,17 +58,45 @@ def sample(
             generators=generators,
             prompts=prompts,
         )
-        if image is not None:
-            begun = noised(denoising, image, generators)
-            return _decoded(denoising, denoising(*begun, denoising.calls))
-        x_t = noise_of(backbone, generators, settings) if start is None else start
-        return _decoded(denoising, denoising.run(x_t.to(backbone.device)))
+        x_0 = clean_latents(denoising, start=start, image=image, known=known)
+        return _decoded(denoising, x_0)
 
 
 def _decoded(denoising: Denoising, x_0: Tensor) -> Tensor:
     """Clean latents (b f, c, h, w) as pixels (b * frames, 3, H, W), each clip by itself."""
     clips = x_0.split(denoising.frames if denoising.settings.frames > 1 else len(x_0))
     return torch.cat([denoising.backbone.decode(clip, denoising.frames) for clip in clips])
+
+
+def clean_latents(
+    denoising: Denoising,
+    *,
+    start: Tensor | None,
+    image: InitialImage | None,
+    known: KnownFrames | None,
+) -> Tensor:
+    """What a sampler makes (b f, c, h, w) of noise, or of what `sample` is given beside it.
+
+    Raises:
+        ValueError: a start that a clip in blocks, or of which a part is known, does not have.
+    """
+    backbone, settings, drawn = denoising.backbone, denoising.settings, denoising.generators
+    if settings.blocks is not None or known is not None:
+        if denoising.given:
+            raise ValueError(
+                "clips in blocks, and those of which a part is known, begin from noise of their "
+                "own; leave out start and image, or blocks and known"
+            )
+        if settings.blocks is not None and denoising.channels:
+            raise ValueError(
+                f"block= does not go with the input channels {', '.join(denoising.channels)}, whose "
+                "values are of the whole clip; leave it out"
+            )
+        return completed_clips(denoising, known, partial(noise_of, backbone, drawn))
+    if image is not None:
+        return denoising(*noised(denoising, image, drawn), denoising.calls)
+    x_t = noise_of(backbone, drawn, settings) if start is None else start
+    return denoising.run(x_t.to(backbone.device))
 
 
 def prompts_of(

@@ -21,7 +21,7 @@ from trainer.backbones.noise_levels import Extent
 from trainer.backbones.schedulers import set_levels, with_solver
 from trainer.common.seeds import seed_of
 from trainer.diffusion.guidance import UNCOND, classifier_free, temporal
-from trainer.diffusion.objective import Objective, alpha_sigma, to_x0
+from trainer.diffusion.objective import Objective, alpha_sigma, from_x0, to_x0
 from trainer.diffusion.predict import predict_groups
 from trainer.diffusion.sampling_settings import Sampling
 
@@ -50,7 +50,8 @@ class Denoising:
 
     text: a condition for each clip of each group in `settings.groups`; given: whether the latents
     to start from were given; channels, on_step: as of `sample`; generators: one for each clip, for
-    solvers that draw noise at every step; prompts: one for each clip, as text.
+    solvers that draw noise at every step; prompts: one for each clip, as text; completing: hooks
+    after those of methods, of a clip of which a part is known.
     """
 
     backbone: Backbone
@@ -62,6 +63,7 @@ class Denoising:
     on_step: Callable[[int, Tensor], None] | None = None
     generators: Sequence[torch.Generator] = ()
     prompts: Sequence[str] = ()
+    completing: tuple[SamplingHook, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -74,7 +76,7 @@ class Denoising:
 
     @property
     def hooks(self) -> tuple[SamplingHook, ...]:
-        return self.backbone.hooks
+        return (*self.backbone.hooks, *self.completing)
 
     @cached_property
     def objective(self) -> Objective:
@@ -219,6 +221,14 @@ class Predictor:
 
     def __call__(self, x_t: Tensor) -> Prediction:
         """For latents x_t (b f, c, h, w)."""
+        if not any(hook.differentiates for hook in self.sampler.hooks):
+            return self._predicted(x_t)
+        own = torch.is_grad_enabled() and x_t.requires_grad  # of a hook that differentiates itself
+        with torch.enable_grad():
+            found = self._predicted(x_t if own else x_t.detach().requires_grad_())
+        return found if own else found.detached()
+
+    def _predicted(self, x_t: Tensor) -> Prediction:
         settings = self.sampler.settings
         scaled = self._scaled(x_t)
         outputs = self._call({"target": scaled}, self.condition, self.ctx)
@@ -232,7 +242,10 @@ class Predictor:
                 image=outputs[IMAGE],
                 scale=settings.temporal_guidance,
             )
-        prediction = Prediction(x_t, outputs, output, convert=self._to_x0)
+        t = self.ctx.timestep.expand(len(x_t))
+        level = alpha_sigma(self.sampler.objective, t, x_t.ndim)
+        convert, revert = self._to_x0, self._from_x0
+        prediction = Prediction(x_t, outputs, output, convert=convert, revert=revert, level=level)
         for hook in self.sampler.hooks:
             if hook.combine is not None:
                 output = hook.combine(prediction, self.ctx)
@@ -268,3 +281,7 @@ class Predictor:
     def _to_x0(self, output: Tensor, x_t: Tensor) -> Tensor:
         t = self.ctx.timestep.expand(len(x_t))
         return to_x0(self.sampler.objective, output, x_t, t=t)
+
+    def _from_x0(self, x0: Tensor, x_t: Tensor) -> Tensor:
+        t = self.ctx.timestep.expand(len(x_t))
+        return from_x0(self.sampler.objective, x0, x_t, t=t)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from trainer.diffusion.blocks import RECONSTRUCTION, Blocks
 from trainer.diffusion.guidance import COND, UNCOND
 
 if TYPE_CHECKING:
@@ -22,12 +23,15 @@ class Sampling:
     beside it, as `true_cfg_scale` of diffusers. negative: the prompt of the unconditional rows.
     size: height and width in pixels, multiples of the backbone's divisor; None for the size it was
     trained at. frames: of a clip as a player shows it, 1 for pictures; latents may have fewer, see
-    `ClipFrames`. fps: frames a second, for a model that has learned of them. temporal_guidance: of
-    clips, see `guidance.temporal`. sampler: one of `backbones.solvers.SOLVERS`, None for the
-    backbone's own.
+    `ClipFrames`. blocks: of a clip of more frames than the model makes at once. reconstruction: the
+    weight of the guidance by what is known of a clip, see `reconstruction.py`; 0 only replaces it.
+    corrector: Langevin steps at each noise level of such clips. fps: frames a second, for a model
+    that has learned of them. temporal_guidance: of clips, see `guidance.temporal`. sampler: one of
+    `backbones.solvers.SOLVERS`, None for the backbone's own.
 
     Raises:
-        ValueError: no step, no frame, or temporal guidance without guidance or without frames.
+        ValueError: no step, no frame, blocks that are not smaller than the clip, or temporal
+        guidance without guidance or without frames.
     """
 
     steps: int = 25
@@ -40,12 +44,20 @@ class Sampling:
     sampler: str | None = None
     true_guidance: float = 1.0
     embeds: bool = False
+    blocks: Blocks | None = None
+    reconstruction: float = RECONSTRUCTION
+    corrector: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: give at least 1")
         if self.frames < 1:
             raise ValueError(f"frames={self.frames}: give 1 for pictures, or more for clips")
+        if self.blocks is not None and self.frames <= self.blocks.size:
+            raise ValueError(
+                f"block={self.blocks.size} is for clips of more frames, and frames={self.frames}; "
+                "give more frames, or leave block out"
+            )
         if self.temporal_guidance != 1 and (self.frames == 1 or not self.guided):
             raise ValueError(
                 f"temporal_guidance={self.temporal_guidance:g} is for clips that are guided; give "

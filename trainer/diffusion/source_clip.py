@@ -61,6 +61,5 @@ def source_latents(
     """The latents (f, c, h, w) of `source_pixels`, which has these arguments: the mean of the VAE's
     posterior. f is `frames`, or less where the VAE compresses time."""
     pixels = source_pixels(backbone, path, frames=frames, fps=fps, data=data, side=side)
-    device = next(backbone.vae.parameters()).device
-    moments = backbone.moments(pixels.to(device), frames)
+    moments = backbone.moments(pixels.to(backbone.device), frames)
     return backbone.latents(moments, torch.zeros_like(moments.chunk(2, 1)[0]))

@@ -122,6 +122,7 @@ def _prepare(path: Path, title: str, request: Request) -> tuple[Job, Proof]:
     tree, _ = read_header(path)
     _refuse_runs(tree)
     adapted, _ = load_adapted(path)
+    adapted.pipeline()  # where there is none, nothing is written
     with safe_open(path, "pt") as file:
         stored = tuple(file.keys())
     make_base = partial(base_of, tree)

@@ -104,7 +104,8 @@ def at(step: int, frames: int) -> StepContext:
 
 def means(x0: Tensor) -> Prediction:
     """One whose x0 is this."""
-    return Prediction(x0, {}, x0, lambda output, x_t: output)
+    same = lambda output, x_t: output  # noqa: E731
+    return Prediction(x0, {}, x0, same, revert=same, level=(torch.ones(1), torch.zeros(1)))
 
 
 def test_guidance_is_the_gradient_of_a_distance() -> None:

@@ -14,6 +14,10 @@ frame in batches of their own, for which that holds without a mask: an image doe
 layer, whose v and W_o learn from it. With `images=bypass` images skip the layer, so training never
 changes them.
 
+The paper's longer clips, made block after block by reconstruction guidance, are a matter of
+sampling alone and go with other models too: `block=` and `known=` of `sample`, see
+`trainer/diffusion/reconstruction.py`.
+
 W_o and its bias start at zero, so training starts at the image model on every frame. The paper
 trains the complete network: add `full`.
 """
