@@ -88,9 +88,10 @@ def clean_latents(
                 "own; leave out start and image, or blocks and known"
             )
         if settings.blocks is not None and denoising.channels:
+            names = ", ".join(denoising.channels)
             raise ValueError(
-                f"block= does not go with the input channels {', '.join(denoising.channels)}, whose "
-                "values are of the whole clip; leave it out"
+                f"block= does not go with the input channels {names}, whose values are of the "
+                "whole clip; leave it out"
             )
         return completed_clips(denoising, known, partial(noise_of, backbone, drawn))
     if image is not None:
