@@ -18,6 +18,7 @@ import _whole_blocks
 from _common import Bars, chosen_of, parser_of, shares_of
 from _runs import Run, Runs
 from _steps import Step, facts, interleaved
+from _whole_between import imagen_video, interpolation, temporal_sr
 from _whole_domain import domain, domain_control
 from _whole_structure import gen1, gen1_direction, magicvideo
 from _whole_zero import background
@@ -72,6 +73,9 @@ PARTS: dict[str, Callable[[Bars, Runs], None]] = {
     "domain_control": domain_control,
     "background": background,
     **_whole_blocks.PARTS,
+    "imagen_video": imagen_video,
+    "interpolation": interpolation,
+    "temporal_sr": temporal_sr,
 }
 
 

@@ -311,6 +311,7 @@ class JointBackbone:
         self.extras = Extras()
         self.sampling_hooks: dict[str, Any] = {}
         self.input_channels: dict[str, Any] = {}
+        self.given_frames = None
         self.text_encoders: dict[str, Any] = {}
         self.tokenizers: dict[str, Any] = {}
 

@@ -11,12 +11,14 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "agent_attention": {"side": 2},
     "animatediff": {"heads": 2},
     "c_lora": {"rank": 2, "task": 1},
+    "cascade": {"time": 2},
     "coda_prompt": {"pool": 5, "length": 4, "task": 1, "num_tasks": 2},
     "controls": {"sites": "up | block & self", "projections": ["q", "v"], "rank": 2},
     "domain_adapter": {"sites": "cross & up | block & self", "rank": 2},
     "dora": {"sites": "cross", "projections": ["k", "v"], "rank": 2},
     "flash": {},
     "flashmask": {"size": 0.25},
+    "frame_interpolation": {"between": 1},
     "full": {},
     "gated_linear": {"rank": 2, "scans": 2, "convolution": 3},
     "gen1": {"heads": 2, "structure": 1},
@@ -46,10 +48,13 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "videop2p": {},
     "word_embedding": {"tokens": ["fox", "red"]},
 }
-# methods that train nothing by themselves, with one that trains beside them
+# methods that train nothing by themselves, or nothing that shows where no clip is given, with one
+# that trains beside them
 COMPANIONS: dict[str, str] = {
+    "cascade": "lora",
     "flash": "lora",
     "flashmask": "lora",
+    "frame_interpolation": "lora",
     "linear_attention": "lora",
     "nf4": "lora",
     "pix2video": "lora",

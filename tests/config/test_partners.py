@@ -128,12 +128,14 @@ data.remote: url validation on_bad buckets
 data.shards: shards validation on_bad ignore buckets
 data.video: video prompt frames start flip validation on_bad
 data.world: count sprites seed validation
-data.world_clips: count frames sprites motion defect seed validation
+data.world_clips: count frames sprites motion defect seed validation detail
 methods.agent_attention: sites distill agents
 methods.animatediff: train weights heads max_frames mid norm
+methods.cascade: train weights time space most level
 methods.coda_prompt: pool length sites ortho
 methods.flash: sites backend
 methods.flashmask: sites mask backend
+methods.frame_interpolation: train weights between extrapolate blank
 methods.full: denoiser text_encoder
 methods.gated_linear: sites distill rank tau scans convolution
 methods.gen1: train weights heads kernel max_frames structure

@@ -34,6 +34,11 @@ PAPERS: list[tuple[str, dict[str, Any], str]] = [
         {"pool": 100, "length": 8, "ortho": 0.1},
         "arXiv 2211.13218: 100 components of length 8, lambda 0.1",
     ),
+    (
+        "frame_interpolation",
+        {"between": 4},
+        "Make-A-Video, arXiv 2209.14792: 16 frames become 76",
+    ),
     ("gated_linear", {"rank": 16, "tau": 16.0}, "GLA, arXiv 2312.06635, section 4.4"),
     (
         "inflora",

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trainer.attention.extras import Extras
+    from trainer.attention.given_frames import GivenFrames
     from trainer.attention.hooks import SamplingHook
     from trainer.attention.host import Host
     from trainer.attention.input_channels import InputChannels
@@ -27,6 +28,8 @@ class AttentionModel(Protocol):
     sampling_hooks: dict[str, tuple[SamplingHook, ...]]
     # further channels of the denoiser's input by name, see `input_channels.py`
     input_channels: dict[str, InputChannels]
+    # where the frames of a clip are that it is given, and completes; None where it makes all
+    given_frames: GivenFrames | None
 
     @property
     def denoiser(self) -> nn.Module: ...

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trainer.attention.condition import Condition
 from trainer.attention.context import StepContext, current, use
 from trainer.attention.extras import Extras
+from trainer.attention.given_frames import GivenFrames
 from trainer.attention.hooks import SamplingHook
 from trainer.attention.host import Host
 from trainer.attention.input_channels import InputChannels
@@ -67,6 +68,7 @@ class Backbone(BackboneFacts):
         self.extras = Extras()
         self.sampling_hooks: dict[str, tuple[SamplingHook, ...]] = {}
         self.input_channels: dict[str, InputChannels] = {}
+        self.given_frames: GivenFrames | None = None
         self.at_rest = set()
         self.encoders: dict[str, Encoder] = dict(declared.encoders)
         self.scheduler_config = dict(parts.scheduler.config)

@@ -40,6 +40,7 @@ CHATTER = (
 )
 
 Count = Annotated[int, Field(ge=1)]
+Frames = Annotated[int, Field(ge=0)]
 SeedNumber = Annotated[int, Field(ge=0)]
 
 

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 # facts that are options as they are
 SAME = (
     "prompt", "negative", "seed", "steps", "guidance", "true_guidance", "temporal_guidance", "size",
-    "fps", "scheduler", "scale", "strength", "structure_level", "methods", "batch",
-    "block", "overlap", "take", "every", "shrink", "reconstruction", "corrector",
+    "fps", "scheduler", "scale", "strength", "structure_level", "methods", "batch", "before",
+    "between", "after", "block", "overlap", "take", "every", "shrink", "reconstruction",
+    "corrector",
 )  # fmt: skip
 FILES = ("source", "image", "structure", "known")  # facts that name files, with their hashes
 PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}

@@ -23,6 +23,7 @@ from trainer.cli.given_adapter import (
 )
 from trainer.cli.options import (
     Count,
+    Frames,
     Options,
     SeedNumber,
     build_options,
@@ -40,7 +41,14 @@ from trainer.cli.repeat_picture import (
 from trainer.cli.sample_files import SampleJob, check_fit, written
 from trainer.cli.sample_known import KnownVideo, check_known, known_of
 from trainer.cli.sample_partners import as_folder, refuse_idle_options
-from trainer.cli.sample_source import VideoSource, file_facts, image_of, source_of
+from trainer.cli.sample_source import (
+    VideoSource,
+    file_facts,
+    given_clip,
+    image_of,
+    placed_among,
+    source_of,
+)
 from trainer.cli.sample_structure import structure_of
 from trainer.common.field_words import Called
 from trainer.common.paths import bare_name
@@ -55,6 +63,8 @@ if TYPE_CHECKING:
     from trainer.diffusion.sampling_settings import Sampling
 
 Size = Annotated[int | str, Called("512, or 768x512")]
+PLACED = ("before", "between", "after")  # where the frames of a given clip are
+SAME_CLIP = "source= gives the same clip for every seed; leave count at 1"
 SIZE = re.compile(r"(\d+)(?:x(\d+))?")
 
 
@@ -157,7 +167,18 @@ class SampleOptions(Options):
     source: Path | None = Field(
         None,
         description="a video that the prompt edits: the clip begins from the noise that DDIM "
-        "inversion finds for it",
+        "inversion finds for it; or, for a model that completes a given clip, its first frames",
+    )
+    between: Frames | None = Field(
+        None,
+        description="with source=, for a model trained by frame_interpolation: frames to make "
+        "between two of the source; null takes as many as it was trained with at most",
+    )
+    before: Frames | None = Field(
+        None, description="likewise: frames to make before the first one of the source"
+    )
+    after: Frames | None = Field(
+        None, description="likewise: frames to make after the last one of the source, at least"
     )
     structure: Path | None = Field(
         None,
@@ -264,8 +285,9 @@ class SampleOptions(Options):
             )
 
     def _agree_on_starts(self) -> None:
-        if self.source is not None and (self.count > 1 or self.prompts is not None):
-            raise ValueError("source= gives the same clip for every seed; leave count at 1")
+        several = self.count > 1 or self.prompts is not None
+        if self.source is not None and several and not self.adapters:  # one may complete it
+            raise ValueError(SAME_CLIP)
         if self.image is not None and (self.source is not None or (self.frames or 1) > 1):
             raise ValueError("image= begins a picture, and source= a clip; leave one out")
         check_known(vars(self))
@@ -402,8 +424,14 @@ def _starts(
             options.known, take=options.take, every=options.every, shrink=options.shrink
         )
         return {"inputs": inputs, "known": known_of(backbone, shown, settings)}
+    placed = {key: getattr(options, key) for key in PLACED}
+    where = placed_among(backbone.given_frames, placed, options.source)
     if options.source is None:
         return {"inputs": inputs}
+    if where is not None:
+        return {"given": given_clip(backbone, options.source, settings, where=where)}
+    if options.count > 1 or options.prompts is not None:
+        raise ValueError(SAME_CLIP)
     model = (options.adapter, options.scale, options.backbone, options.methods)
     channels = channels_for(backbone, [options.seed], settings, inputs=inputs)
     video = VideoSource(options.source, model)
@@ -422,6 +450,7 @@ def _origin(options: SampleOptions) -> dict[str, Any]:
         found |= {name: getattr(options, name) for name in ("take", "every", "shrink")}
     if options.known is not None or options.block is not None:
         found |= {name: getattr(options, name) for name in ("reconstruction", "corrector")}
+    found |= {key: value for key in PLACED if (value := getattr(options, key)) is not None}
     if options.image is not None:
         found["strength"] = options.strength
     if options.adapters and options.backbone is not None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from trainer.backbones.backbone import Backbone
     from trainer.diffusion.from_image import InitialImage
+    from trainer.diffusion.given_clip import GivenClip
     from trainer.diffusion.known_frames import KnownFrames
     from trainer.diffusion.sampling_settings import Sampling
 
@@ -28,7 +29,8 @@ class SampleJob:
     """What is to be written. prompts: with every seed each; batch: pictures at once, None for a
     number that goes by their size; row: of a picture that is repeated, the row it had in its batch,
     whose other rows are generated too and left out; facts: of all pictures; start, image, known: as
-    of `sampler.sample`, for one clip; inputs: as of `channels_for`, likewise."""
+    of `sampler.sample`, for one clip; inputs: as of `channels_for`, likewise; given: a clip that
+    each completes."""
 
     prompts: Sequence[str]
     seeds: range
@@ -43,6 +45,7 @@ class SampleJob:
     start: Tensor | None = None
     image: InitialImage | None = None
     known: KnownFrames | None = None
+    given: GivenClip | None = None
 
 
 def check_fit(backbone: Backbone, settings: Sampling) -> None:
@@ -92,13 +95,16 @@ def _generated(backbone: Backbone, job: SampleJob, part: Sequence[Pair]) -> Tens
     import torch
 
     from trainer.diffusion.channel_values import channels_for
+    from trainer.diffusion.given_clip import complete
     from trainer.diffusion.sampler import sample
 
-    seeds = [seed for _, seed in part]
+    prompts, seeds = [prompt for prompt, _ in part], [seed for _, seed in part]
+    if job.given is not None:
+        return complete(backbone, prompts, seeds, given=job.given, settings=job.settings).cpu()
     inputs = {name: torch.cat([value] * len(part)) for name, value in job.inputs.items()}
     return sample(
         backbone,
-        [prompt for prompt, _ in part],
+        prompts,
         seeds,
         settings=job.settings,
         channels=channels_for(backbone, seeds, job.settings, inputs=inputs),

@@ -12,6 +12,9 @@ from trainer.cli.sample_known import refuse_idle_known
 NEEDED = {
     "strength": ("image", "it is how much of a picture changes; give image= too"),
     "structure_level": ("structure", "it is how coarse a structure is made; give structure= too"),
+    "before": ("source", "it is of the clip that source= gives; give source= too"),
+    "between": ("source", "it is of the clip that source= gives; give source= too"),
+    "after": ("source", "it is of the clip that source= gives; give source= too"),
 }
 
 FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4")

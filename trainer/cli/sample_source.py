@@ -1,11 +1,12 @@
-"""What `sample` begins from other than noise: a video that is inverted, or a picture."""
+"""What `sample` is given beside a prompt: a video that is inverted or completed, or a picture to
+begin from."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ from trainer.data.identity import LETTERS, sha256_of_file
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer.attention.given_frames import GivenFrames
     from trainer.backbones.backbone import Backbone
     from trainer.diffusion.from_image import InitialImage
+    from trainer.diffusion.given_clip import GivenClip
     from trainer.diffusion.sampling_settings import Sampling
 
 INVERTING = 3  # calls of the network for each step of an inversion
@@ -78,6 +81,61 @@ def source_of(
         )
     shutil.rmtree(kept.folder, ignore_errors=True)  # it is for an inversion that is interrupted
     return start
+
+
+def placed_among(
+    where: GivenFrames | None, given: Mapping[str, int | None], source: Path | None
+) -> GivenFrames | None:
+    """Where a model has the frames of a given clip, with what a user gives in the place of its own;
+    None for a model that completes no clips. given: `before`, `between` and `after`.
+
+    Raises:
+        ValueError: a number that it does not take, or no clip for a model that needs one.
+    """
+    if where is not None and where.fixed and source is None:
+        raise ValueError(
+            "this model completes a given clip and makes none by itself; give source=<a video>"
+        )
+    chosen = {key: value for key, value in given.items() if value is not None}
+    if not chosen:
+        return where
+    key, value = next(iter(chosen.items()))
+    if where is None:
+        raise ValueError(
+            f"{key}={value} is for a model that completes a given clip, which this one does not; "
+            "give an adapter of recipe=frame_interpolation, or leave it out"
+        )
+    if where.fixed:
+        raise ValueError(
+            f"{key}={value}: this model was trained for {where.between} new frames after each of "
+            "the given ones, and for nothing else; leave it out"
+        )
+    return replace(
+        where,
+        before=chosen.get("before", where.before),
+        between=chosen.get("between", where.between),
+        after=chosen.get("after", where.after),
+    )
+
+
+def given_clip(
+    backbone: Backbone, path: Path, settings: Sampling, *, where: GivenFrames
+) -> GivenClip:
+    """The first frames of a video, one after another, in their places among `settings.frames`: as
+    many as there are places.
+
+    Raises:
+        ImageError: the video cannot be read, or has fewer frames.
+        ValueError: a size that is no square, or no place for a frame.
+    """
+    from trainer.diffusion.given_clip import GivenClip
+    from trainer.diffusion.source_clip import source_latents
+
+    frames = len(where.places(settings.frames))
+    latents = source_latents(
+        backbone, path, frames=frames, fps=None, data={}, side=square_side(settings, "source")
+    )
+    return GivenClip.of(latents, where, settings.frames)
 
 
 def _inversion_folder(

@@ -27,7 +27,9 @@ from trainer.config.schema import Recipe
 from trainer.data.loader import Fixed
 from trainer.data.source import Dataset, shape_of_clips
 from trainer.evaluation.clip_scores import ClipScores
+from trainer.evaluation.completed_clips import complete_all, likeness
 from trainer.evaluation.examiner import Examiner, Scores
+from trainer.evaluation.generated import SEED
 from trainer.evaluation.open_judges import PictureJudge, open_judges, reader_of
 from trainer.evaluation.score_table import (
     LOSS,
@@ -151,18 +153,34 @@ class Evaluation:
         """Every score of a model, in the order of the table's lines."""
         scores = self.examiner.examine(model)
         if self.clips is not None:
-            generated = self.examiner.clips(
-                model,
-                self.clips.captions,
-                frames=self.frames,
-                fps=self.fps,
-                inputs=self.clips.inputs(inputs_read(model)),
-            )
-            scores |= self.clips.scores(generated)
+            scores |= self._of_clips(model, self.clips)
         scores[LOSS] = validation_loss(self.recipe, model, self.held_out)
         # of a run that has diverged some are no numbers: they are not known
         known = {name: value for name, value in scores.items() if value is not None}
         return scores | {name: None for name, value in known.items() if not isfinite(value)}
+
+    def _of_clips(self, model: Backbone, clips: ClipScores) -> Scores:
+        """Of clips by their captions; of a model that completes given clips, of real ones that it
+        completes."""
+        maker, where = self.examiner.maker, model.given_frames
+        if where is None:
+            made = self.examiner.clips(
+                model,
+                clips.captions,
+                frames=self.frames,
+                fps=self.fps,
+                inputs=clips.inputs(inputs_read(model)),
+            )
+            return clips.scores(made)
+        made = complete_all(
+            model,
+            clips.real,
+            clips.captions[: len(clips.real)],
+            settings=maker.settings(self.frames, self.fps),
+            seed=SEED,
+            advance=maker.work or (lambda count: None),
+        )
+        return clips.scores(made) | likeness(where, made, clips.real)
 
     def completed(self, table: Table) -> Table:
         """With what is known when all models are scored: prior drift, and the real clips."""

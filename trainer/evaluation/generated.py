@@ -59,7 +59,7 @@ class PictureMaker:
     ) -> Tensor:
         """A picture (n, 3, H, W) for each prompt, or the frames of a clip (n * frames, 3, H, W), in
         8 bits a colour, each with a seed of its own. inputs: each (n, ...), as of `sample_many`."""
-        settings, side = self._settings(frames, fps), self.recipe.run.resolution or model.resolution
+        settings, side = self.settings(frames, fps), self.recipe.run.resolution or model.resolution
         seeds = [SEED + i for i in range(len(prompts))]
         batch_size = pictures_at_once(max(1, self.batch_size // frames), frames * side**2)
 
@@ -89,7 +89,8 @@ class PictureMaker:
             )
         return torch.stack([to_tensor(picture) for picture in pictures])
 
-    def _settings(self, frames: int, fps: float | None) -> Sampling:
+    def settings(self, frames: int, fps: float | None) -> Sampling:
+        """How clips of so many frames, or pictures, are sampled."""
         asked, size = self.recipe.evaluate, self.recipe.run.size
         return Sampling(
             asked.steps, asked.guidance, asked.negative, size=size, frames=frames, fps=fps,

@@ -18,7 +18,7 @@ SHARES = (  # the scores shown as percentages, beside every `concept accuracy`
     "direction right", "object right",
 )  # fmt: skip
 # how the names of scores begin of which more is better, and less
-MORE = ("concept accuracy", *SHARES, FIDELITY, SECOND, "CLIP-I", "DINO", "CLIP-T", "DIV")
+MORE = ("concept accuracy", *SHARES, FIDELITY, SECOND, "CLIP-I", "DINO", "CLIP-T", "DIV", "PSNR")
 WIDEST = 1000  # letters of a line
 LOSS = "validation loss"
 LESS = ("PRES", "prior drift", "KID", LOSS)

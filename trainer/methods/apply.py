@@ -93,6 +93,7 @@ def apply_methods(
         if edit.sampling:
             of_earlier_runs = model.sampling_hooks.get(name, ())
             model.sampling_hooks[name] = (*of_earlier_runs, *edit.sampling)
+        model.given_frames = edit.given or model.given_frames
     edits |= {name: edits[name].frozen() for name in frozen}
     if trains:
         _check_something_trains(edits, frozen)

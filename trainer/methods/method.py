@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer.attention.given_frames import GivenFrames
     from trainer.attention.hooks import SamplingHook
     from trainer.attention.model import AttentionModel
     from trainer.attention.step_result import StepResult
@@ -34,8 +35,9 @@ class Edit:
     first step of a new run with a function that runs a few training batches forward, for starts
     that look at the data. finish: called with the same function once after the last step, before
     the adapter is stored, for what is kept about the data. sampling: what it does while pictures or
-    clips are sampled, in order; see `attention/hooks.py`. report: what really ran at each site so
-    far, by its name; asked once, after the first training batch.
+    clips are sampled, in order; see `attention/hooks.py`. given: where the frames of a clip are
+    that is given to the model, which makes the complete one. report: what really ran at each site
+    so far, by its name; asked once, after the first training batch.
     """
 
     sites: tuple[str, ...] = ()
@@ -49,6 +51,7 @@ class Edit:
     prepare: Callable[[Callable[[], None]], None] | None = None
     finish: Callable[[Callable[[], None]], None] | None = None
     sampling: tuple[SamplingHook, ...] = ()
+    given: GivenFrames | None = None
     report: Callable[[], Mapping[str, Sequence[str]]] | None = None
 
     @property

@@ -50,7 +50,7 @@ from trainer.training.callbacks.trackers import make_trackers
 from trainer.training.checkpoint_files import Checkpoint
 from trainer.training.console import console, first_rank, say
 from trainer.training.plan_report import describe_plan, report_backends, save_plan, show_plan
-from trainer.training.preview_prompts import preview_prompts, shown_samples
+from trainer.training.preview_prompts import captions_of_clips, preview_prompts, shown_samples
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,8 @@ def callbacks(
     first: list[lightning.Callback] = [average] if average else []
     kept = keeper(recipe, folder, average=average, hang=hang)
     side = SideWork(saver, partial(say, style="red"))
-    shown = previews(recipe, folder, average, hang=hang, train=train, side=side)
+    given = any(edit.given for edit in plan.edits.values()) if plan else False
+    shown = previews(recipe, folder, average, hang=hang, train=train, side=side, completes=given)
     return [*first, bar, metrics, saver, watch, *kept, side, *shown, hang]
 
 
@@ -192,37 +193,48 @@ def previews(
     hang: HangGuard,
     train: Dataset,
     side: SideWork,
+    completes: bool = False,
 ) -> list[lightning.Callback]:
-    """The previews, if the recipe asks for some, or trains on clips."""
+    """The previews, if the recipe asks for some, or trains on clips. completes: whether the model
+    completes clips that are given: then clips of the data, by their captions."""
     preview, prompts = recipe.preview, preview_prompts(recipe, train, say)
     if not prompts:
         return []
-    frames, fps = shape_of_clips(train)
+    if completes:
+        prompts = captions_of_clips(train) or prompts
+    shown = shown_samples(train, prompts)
     return [
         Preview(
             folder / "previews",
             prompts,
             every=preview.every,
             seed=preview.seed,
-            settings=Sampling(
-                preview.steps,
-                preview.guidance,
-                preview.negative,
-                size=recipe.run.size,
-                frames=frames,
-                fps=fps,
-                sampler=preview.scheduler,
-                true_guidance=preview.true_guidance,
-                temporal_guidance=preview.temporal_guidance,
-            ),
+            settings=preview_settings(recipe, train),
             maps=preview.maps,
+            clips=[train.image(number) for number in shown] if completes else (),
             average=average,
             hang=hang,
             side=side,
             parts=partial(part_digests, recipe.backbone),
-            inputs=partial(extra_inputs, train, shown_samples(train, prompts)),
+            inputs=partial(extra_inputs, train, shown),
         )
     ]
+
+
+def preview_settings(recipe: Recipe, train: Dataset) -> Sampling:
+    """How the previews of a run are sampled."""
+    preview, (frames, fps) = recipe.preview, shape_of_clips(train)
+    return Sampling(
+        preview.steps,
+        preview.guidance,
+        preview.negative,
+        size=recipe.run.size,
+        frames=frames,
+        fps=fps,
+        sampler=preview.scheduler,
+        true_guidance=preview.true_guidance,
+        temporal_guidance=preview.temporal_guidance,
+    )
 
 
 def make_trainer(

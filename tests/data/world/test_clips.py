@@ -227,6 +227,21 @@ def test_the_source_gives_the_clips_of_its_seed() -> None:
     assert len({each.fingerprint() for each in variants}) == 4  # the second is `train`
 
 
+def test_detail_is_drawn_and_not_enlarged() -> None:
+    """The same scene at twice the side: what is drawn has edges that an enlarged one lacks."""
+    fine, coarse = data(128, detail=2)[0], data(128)[0]
+    own, enlarged = fine.image(1), coarse.image(1)
+    assert own.shape == enlarged.shape == (3, 3, 128, 128)
+    assert float((own - enlarged).abs().mean()) < 0.05
+    assert float(own.diff(dim=-1).abs().max()) > 1.2 * float(enlarged.diff(dim=-1).abs().max())
+    assert fine.caption(1, RNG) == coarse.caption(1, RNG)
+    assert len({fine.fingerprint(), coarse.fingerprint()}) == 2
+    clip = draw_clip(0, 1, frames=3, detail=2)
+    assert clip.frames.shape == (3, 128, 128, 3)
+    for one, two in zip(clip.objects[0], draw_clip(0, 1, frames=3).objects[0], strict=True):
+        assert np.abs(np.array(one.center) / 2 - np.array(two.center)).max() <= 1
+
+
 def test_frames_of_a_clip_are_adjacent_in_a_batch() -> None:
     train, _ = data()
     batch = Planned(train, steps(train), None, 0, 1)[1]

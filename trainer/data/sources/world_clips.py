@@ -43,6 +43,13 @@ class WorldClips(Source):
         description="what spoils the frames of all clips and no caption says: watermark is a bar "
         "of light and dark stripes across their lower part; null for nothing",
     )
+    detail: int = Field(
+        1,
+        gt=0,
+        le=4,
+        description="pixels that are drawn along an edge for each of the 64 of the world: 2 for as "
+        "fine a picture at run.resolution=128, which otherwise is enlarged",
+    )
     seed: WorldSeed = 0
     images: float = Field(
         0.0, ge=0, lt=1, description="share of the batches that are scenes of the source world"
@@ -93,6 +100,7 @@ class WorldClips(Source):
                 motions=_each(self.motion),
                 any_moment=self.any_moment,
                 defect=self.defect,
+                detail=self.detail,
             )
 
         train: Dataset = clips(self.seed, self.count)
@@ -126,13 +134,14 @@ class DrawnClips:
         motions: Sequence[str] = (),
         any_moment: bool = False,
         defect: str | None = None,
+        detail: int = 1,
     ) -> None:
         from trainer.data.world import sprites as table
         from trainer.data.world.clips import check_rate
 
         self.seed, self.count, self.sprites, self.side = seed, count, sprites, side
         self.names = table.SETS[sprites]
-        self.motions = tuple(motions)
+        self.motions, self.detail = tuple(motions), detail
         self.any_moment, self.defect = any_moment, defect
         self.groups: Sequence[range] = (range(count),)
         self.fps = check_rate(frames, fps)
@@ -186,6 +195,7 @@ class DrawnClips:
             fps=self.fps,
             motion=self._motion(index),
             begin=self._begin(index),
+            detail=self.detail,
         )
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
@@ -208,7 +218,9 @@ class DrawnClips:
         options = (*self.motions, *(["any"] if self.any_moment else []), self.defect)
         return (
             f"world-clips-1-{self.seed}-{self.count}-{self.sprites}-{self.side}-"
-            f"{self.frames[0]}-{self.fps!r}" + "".join(f"-{option}" for option in options if option)
+            f"{self.frames[0]}-{self.fps!r}"
+            + "".join(f"-{option}" for option in options if option)
+            + (f"-detail-{self.detail}" if self.detail > 1 else "")
         )
 
     def identity(self) -> dict[str, str]:

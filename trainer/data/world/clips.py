@@ -74,11 +74,11 @@ class Track:
     growth: float = 1.0
     turn: float = 0.0
 
-    def at(self, seconds: float) -> Spot:
-        """Where the sprite is at a time."""
+    def at(self, seconds: float, detail: int = 1) -> Spot:
+        """Where the sprite is at a time; detail: as of `render_clip`."""
         dx, dy = self.velocity
-        size = round(self.size * self.growth**seconds)
-        x, y = self.x + dx * seconds, self.y + dy * seconds
+        size = round(detail * self.size * self.growth**seconds)
+        x, y = detail * (self.x + dx * seconds), detail * (self.y + dy * seconds)
         return Spot(self.word, x=x, y=y, size=size, angle=round(self.turn * seconds))
 
     @property
@@ -122,26 +122,32 @@ def draw_clip(
     fps: float | None = None,
     motion: str | None = None,
     begin: float = 0.0,
+    detail: int = 1,
 ) -> Clip:
     """Clip number `index` of the world `seed`; arguments and errors as for `draw_plot` and
     `render_clip`."""
     story = draw_plot(seed, index, names, motion=motion)
-    return render_clip(story, frames, fps, begin=begin)
+    return render_clip(story, frames, fps, begin=begin, detail=detail)
 
 
 def render_clip(
-    story: Plot, frames: int = 8, fps: float | None = None, *, begin: float = 0.0
+    story: Plot,
+    frames: int = 8,
+    fps: float | None = None,
+    *,
+    begin: float = 0.0,
+    detail: int = 1,
 ) -> Clip:
     """The frames of a plot at times begin, begin + 1/fps, ...; fps None spreads them over the
-    second.
+    second. detail: pixels along an edge for each of the world's, which has `SCENE_SIDE`.
 
     Raises:
         ValueError: no frame, or the frames take more than a second.
     """
     fps = check_rate(frames, fps)
-    canvas = background(story.background)
+    canvas = background(story.background, SCENE_SIDE * detail)
     drawn = [
-        compose([track.at(begin + i / fps) for track in story.tracks], canvas.copy())
+        compose([track.at(begin + i / fps, detail) for track in story.tracks], canvas.copy())
         for i in range(frames)
     ]
     images, objects = zip(*drawn, strict=True)

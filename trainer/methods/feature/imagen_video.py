@@ -5,13 +5,15 @@ convolution over frames on fine grids, where attention would cost too much.
     x <- conv1d(x)               on fine ones, the identity at first
 
 Ho et al., arXiv 2210.02303, section 2.2: the base model is that of vdm, and its super-resolution
-models have convolutions in place of the temporal attention. Here both are in one network:
+models have convolutions in place of the temporal attention. Here both may be in one network:
 `attention_from` is the grid at which they change. The paper masks the attention for images, so that
 each attends to itself alone, and lets them bypass the convolution; clips of one frame do the same
-here. The paper predicts v (`objective.target=v`) with noise conditioning in a cascade of seven
-models; the cascade is not built here.
+here. The paper predicts v (`objective.target=v`), in a cascade of seven models. Three stages of it
+are recipes, the later ones with the method `cascade`:
 
-    python -m trainer fit recipe=make_a_video methods.make_a_video=null 'methods.imagen_video={}'
+    python -m trainer fit recipe=imagen_video
+    python -m trainer fit recipe=imagen_video_tsr        # more frames
+    python -m trainer fit recipe=imagen_video_ssr        # more pixels
 """
 
 from __future__ import annotations

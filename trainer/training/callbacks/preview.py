@@ -16,6 +16,7 @@ from trainer.attention.input_channels import inputs_read
 from trainer.attention.sites import Site, select
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import pictures_at_once
+from trainer.diffusion.given_clip import GivenClip, complete
 from trainer.diffusion.guidance import COND
 from trainer.diffusion.made_of import made_of
 from trainer.diffusion.sampler import sample_many
@@ -43,7 +44,8 @@ class Preview(lightning.Callback):
     a file of its own, see `preview_files.py`; logs each preview with every tracker. A resumed run
     keeps the rows it had.
 
-    every: steps between two previews; maps: a token whose attention maps are shown, too; average:
+    every: steps between two previews; maps: a token whose attention maps are shown, too; clips:
+    (frames, 3, H, W) for each prompt, which a model that completes given clips is given; average:
     has the weights that are used; side: is told of a preview that failed, after which there are no
     more; parts: as of `PreviewFiles`; inputs: gives the inputs of these names, each (prompts, ...),
     for methods that read some. If `settings` has more than one frame, a preview has clips:
@@ -60,6 +62,7 @@ class Preview(lightning.Callback):
         seed: int,
         settings: Sampling,
         maps: str | None = None,
+        clips: Sequence[Tensor] = (),
         average: Average | None = None,
         hang: HangGuard | None = None,
         side: SideWork | None = None,
@@ -68,6 +71,7 @@ class Preview(lightning.Callback):
     ) -> None:
         self.folder, self.prompts, self.every = folder, list(prompts), every
         self.maps, self.average, self.hang, self.side = maps, average, hang, side
+        self.clips = list(clips)
         self.files, self.failed = PreviewFiles(folder, parts), False
         self.settings, self.inputs = settings, inputs
         self.frames, self.fps = settings.frames, settings.fps
@@ -230,6 +234,8 @@ class Preview(lightning.Callback):
         none where the prompt does not have it; its map is then 0. inputs: of all prompts."""
 
         def pictures_of() -> Tensor:
+            if self.clips and backbone.given_frames is not None:
+                return self._completed(backbone, at)
             return sample_many(
                 backbone,
                 self.prompts[at],
@@ -254,6 +260,14 @@ class Preview(lightning.Callback):
         )
         has = torch.tensor([float(bool(each)) for each in where]).repeat_interleave(self.frames)
         return pictures, maps[:, 0] * has[:, None, None]
+
+    def _completed(self, backbone: Backbone, at: slice) -> Tensor:
+        """One clip of a model that completes given ones."""
+        where = backbone.given_frames
+        assert where is not None and at.stop == at.start + 1, "clips are sampled one by one"
+        given = GivenClip.of_pictures(backbone, self.clips[at.start], where)
+        prompts, seeds = self.prompts[at], self.seeds[at]
+        return complete(backbone, prompts, seeds, given=given, settings=self.settings).cpu()
 
 
 def map_sites(backbone: Backbone) -> list[Site]:
