@@ -141,18 +141,18 @@ def test_a_scheduler_of_scaled_noise_is_asked_for_its_scales(tiny: Any) -> None:
         torch.testing.assert_close(own, x, rtol=1e-4, atol=1e-2)
 
 
-def test_ops_are_told_of_the_source_of_their_rows(tiny: Any) -> None:
+def test_ops_are_told_of_the_channels_of_their_rows(tiny: Any) -> None:
     """Of each clip as many frames, the first ones, as the sampler is at work on."""
     watch = Watch()
     tiny.host.install(watch, select(tiny.sites, "cross")[:1])
     apply_methods(tiny, methods_of({"text2video_zero": {"alone": 0.4, "until": 0.4}}), trains=False)
     source = torch.randn(6, 8, 8, 8, generator=torch.Generator().manual_seed(5))
     settings = Sampling(steps=3, guidance=3.0, frames=3)
-    sample(tiny, PROMPTS[:2], SEEDS[:2], settings=settings, source=source)
+    sample(tiny, PROMPTS[:2], SEEDS[:2], settings=settings, channels={"clip": source})
     first, *_, last = watch.seen
     assert (first.frames, last.frames) == (1, 3)
-    assert torch.equal(first.source, torch.cat([source[::3]] * 2))  # type: ignore[arg-type]
-    assert torch.equal(last.source, torch.cat([source] * 2))  # type: ignore[arg-type]
+    assert torch.equal(first.channels["clip"], torch.cat([source[::3]] * 2))
+    assert torch.equal(last.channels["clip"], torch.cat([source] * 2))
 
 
 def test_guidance_and_negative_prompt_matter(tiny: Any) -> None:

@@ -72,8 +72,7 @@ class Prediction:
 
     x_t (b f, c, h, w): its input; outputs: by the name of each group of rows, as in
     `target/cond`; output: what guidance makes of them; convert: from an output and x_t to x0;
-    revert: from x0 and x_t to the output that means it; level: alpha and sigma of x_t, each
-    (b f, 1, 1, 1).
+    revert: from x0 and x_t to the output that means it; find_level: gives `level`.
     """
 
     x_t: Tensor
@@ -81,7 +80,12 @@ class Prediction:
     output: Tensor
     convert: Callable[[Tensor, Tensor], Tensor] = field(repr=False)
     revert: Callable[[Tensor, Tensor], Tensor] = field(repr=False)
-    level: tuple[Tensor, Tensor] = field(repr=False)
+    find_level: Callable[[], tuple[Tensor, Tensor]] = field(repr=False)
+
+    @cached_property
+    def level(self) -> tuple[Tensor, Tensor]:
+        """alpha and sigma of x_t, each (b f, 1, 1, 1)."""
+        return self.find_level()
 
     @cached_property
     def x0(self) -> Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -242,15 +242,22 @@ class Predictor:
                 image=outputs[IMAGE],
                 scale=settings.temporal_guidance,
             )
-        t = self.ctx.timestep.expand(len(x_t))
-        level = alpha_sigma(self.sampler.objective, t, x_t.ndim)
-        convert, revert = self._to_x0, self._from_x0
-        prediction = Prediction(x_t, outputs, output, convert=convert, revert=revert, level=level)
+        prediction = Prediction(
+            x_t,
+            outputs,
+            output,
+            convert=self._to_x0,
+            revert=self._from_x0,
+            find_level=partial(self._level, x_t),
+        )
         for hook in self.sampler.hooks:
             if hook.combine is not None:
                 output = hook.combine(prediction, self.ctx)
                 prediction = replace(prediction, output=output)
         return prediction
+
+    def _level(self, x_t: Tensor) -> tuple[Tensor, Tensor]:
+        return alpha_sigma(self.sampler.objective, self.ctx.timestep.expand(len(x_t)), x_t.ndim)
 
     def _call(
         self, x_t: Mapping[str, Tensor], condition: Condition, ctx: StepContext

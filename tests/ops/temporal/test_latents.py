@@ -105,7 +105,9 @@ def at(step: int, frames: int) -> StepContext:
 def means(x0: Tensor) -> Prediction:
     """One whose x0 is this."""
     same = lambda output, x_t: output  # noqa: E731
-    return Prediction(x0, {}, x0, same, revert=same, level=(torch.ones(1), torch.zeros(1)))
+    return Prediction(
+        x0, {}, x0, same, revert=same, find_level=lambda: (torch.ones(1), torch.zeros(1))
+    )
 
 
 def test_guidance_is_the_gradient_of_a_distance() -> None:
