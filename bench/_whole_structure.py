@@ -42,9 +42,10 @@ def coarsest(runs: Runs) -> int:
 def gen1(bars: Bars, runs: Runs) -> None:
     """At each level, how much the structure of a clip is kept with another object in it."""
     runs.make([GEN1])
-    most = coarsest(runs)
-    kept = {level: structure_kept(bars, runs, level) for level in (0, most // 2, most)}
-    facts = {"of": QUICK if bars.quick else EDITS, "minutes": runs.minutes(GEN1)}
+    model, most = Model(runs, GEN1), coarsest(runs)
+    clips = shots(QUICK if bars.quick else EDITS, model.recipe.data.frames)  # type: ignore[attr-defined]
+    kept = {level: structure_kept(model, clips, level) for level in (0, most // 2, most)}
+    facts = {"of": len(clips), "steps": model.recipe.run.steps, "minutes": runs.minutes(GEN1)}
     bars.note("gen1_structure_kept", {**facts, **{f"level {n}": own for n, own in kept.items()}})
     for name in ("track", "outline"):
         falls = [a[name] - b[name] for a, b in pairwise(kept.values())]
@@ -81,12 +82,10 @@ def structure_of(clips: list[Clip], level: int) -> dict[str, Tensor]:
     return {"depth": depth, "structure_level": torch.full((len(clips),), level)}
 
 
-def structure_kept(bars: Bars, runs: Runs, level: int) -> dict[str, float]:
+def structure_kept(model: Model, clips: list[Clip], level: int) -> dict[str, float]:
     """Of clips in which another object, by a prompt that says nothing of motion, has the structure
     of a clip: correlation of the two objects' tracks, and overlap of their outlines, both means."""
-    model = Model(runs, GEN1)
-    frames = model.recipe.data.frames  # type: ignore[attr-defined]
-    clips = shots(QUICK if bars.quick else EDITS, frames)
+    frames = len(clips[0].frames)
     words = [clip.plot.tracks[0].word for clip in clips]
     others = [KNOWN[(KNOWN.index(word) + 7) % len(KNOWN)] for word in words]
     prompts = [f"{article(word)} on a white background" for word in others]
