@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 
 from trainer.__main__ import main
 from trainer.common.exit_codes import BAD_RECIPE
+from trainer.config.load import load_recipe
 from trainer.evaluation import questions, sprite_scores
+from trainer.training.fit import fit as fit_here
 
 FRENCH = "preview.negative=flou et gâché"
 CLIP = Path(__file__).parents[2] / "data" / "tiny" / "clip"
@@ -270,3 +272,22 @@ def _losses(run: Path) -> list[float]:
     events = EventAccumulator(str(next((run / "tensorboard").glob("events*"))))
     events.Reload()
     return [event.value for event in events.Scalars("val/loss")]
+
+
+def test_freed_memory_goes_back_where_a_large_model_trains(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small model, whose steps new pages would slow, is left alone."""
+    asked: list[str] = []
+    given = {"data.prior_images", "data.prior_steps", "data.prior_prompts", "run.steps"}
+    given |= {"run.validate_every", "run.checkpoint_every"}
+    own = [word for word in RUN if word.split("=")[0] not in given and "preview." not in word]
+    words = ["recipe=custom_diffusion", f"backbone={tiny_folder}", *own, "data.prior_weight=0"]
+    words += ["run.steps=1", "run.validate_every=0", "run.checkpoint_every=0", "preview.every=0"]
+    for size, name in ((10**9, "small"), (0, "large")):
+        monkeypatch.setattr("trainer.training.fit.WORTH", size)
+        monkeypatch.setattr(
+            "trainer.training.fit.return_freed_memory", lambda own=name: asked.append(own)
+        )
+        fit_here(load_recipe(words), tmp_path / name)
+    assert asked == ["large"]
