@@ -21,6 +21,7 @@ from _steps import Step, facts, interleaved
 from _whole_between import imagen_video, interpolation, temporal_sr
 from _whole_domain import domain, domain_control
 from _whole_structure import gen1, gen1_direction, magicvideo
+from _whole_videop2p import videop2p, videop2p_beside, videop2p_two
 from _whole_zero import background
 
 QUICK = ("run.steps=2", "evaluate.steps=2")
@@ -76,6 +77,9 @@ PARTS: dict[str, Callable[[Bars, Runs], None]] = {
     "imagen_video": imagen_video,
     "interpolation": interpolation,
     "temporal_sr": temporal_sr,
+    "videop2p": videop2p,
+    "videop2p_beside": videop2p_beside,
+    "videop2p_two": videop2p_two,
 }
 
 

@@ -80,6 +80,14 @@ methods.linear_attention.seed=5 -> methods.linear_attention.features=elu -> it i
 methods.linear_attention.redraw=5 -> methods.linear_attention.features=elu -> it is for random
 methods.linear_attention.distill_until=0.5 -> methods.linear_attention.distill=0 -> distill=0
 methods.flashmask.size=9 -> methods.flashmask.mask=causal -> it is for sliding_window and windows
+methods.p2p.threshold=0.4 ->  -> blend=false makes no mask
+methods.p2p.blend_from=0.4 ->  -> blend=false makes no mask
+methods.p2p.blend_tokens=64 ->  -> blend=false makes no mask
+methods.p2p.self_tokens=64 -> methods.p2p.self_steps=null -> leaves self-attention as it is
+methods.videop2p.threshold=0.4 -> methods.videop2p.blend=false -> blend=false makes no mask
+methods.videop2p.blend_from=0.4 -> methods.videop2p.blend=false -> blend=false makes no mask
+methods.videop2p.blend_tokens=64 -> methods.videop2p.blend=false -> blend=false makes no mask
+methods.videop2p.self_tokens=64 -> methods.videop2p.self_steps=null -> leaves self-attention as it
 methods.pix2video.share=0.4 -> methods.pix2video.weight=0 -> weight=0 pulls nothing together
 methods.text2video_zero.smoothing=0.4 -> methods.text2video_zero.until=0.2 -> is not smoothed
 methods.text2video_zero.threshold=0.4 -> methods.text2video_zero.until=0.2 -> is not smoothed
@@ -144,6 +152,7 @@ methods.linear_attention: sites distill features shortcut
 methods.magicvideo: train weights heads max_frames renormalise fps
 methods.make_a_video: train weights heads kernel max_frames fps
 methods.nf4: min_size skip compute
+methods.p2p: source sites edit cross_steps word_steps self_steps word_weights blend null_text
 methods.pix2video: sites weight
 methods.selective: sites projections detach_first_token
 methods.soft: sites distill ratio iterations shortcut
@@ -152,7 +161,8 @@ methods.tiled: sites rows columns
 methods.tlora: min_share
 methods.tune_a_video: train weights sites
 methods.vdm: train weights heads relative reach images
-methods.videop2p: train weights sites
+methods.videop2p: train weights sites edit cross_steps word_steps self_steps word_weights blend
+ null_text
 methods.word_embedding: tokens
 """
 LOW_RANK = "layers text_encoder text_layers rank alpha dropout ranks alphas rslora init group "

@@ -98,7 +98,7 @@ def test_what_is_written_reads_as_it_was(tmp_path: Path, tiny: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["adapter=x", "methods.pix2video={}"], "an adapter brings its methods along"),
+        (["adapter=[x,y]", "methods.pix2video={}"], "methods go with one adapter, or with backb"),
         (["backbone=tiny", "fps=0"], "fps=0: a number is needed, above 0"),
         (["backbone=tiny", "frames=0"], "frames=0: a whole number is needed, at least 1"),
         (["backbone=tiny", "source=x.mp4", "count=2"], "source= gives the same clip for"),

@@ -73,7 +73,23 @@ PAPERS: list[tuple[str, dict[str, Any], str]] = [
         "arXiv 2303.13439's code: 12 of 512 pixels, steps 2 and 5 of 50",
     ),
     ("tune_a_video", {"sites": "self"}, "arXiv 2212.11565, section 3.2"),
+    (
+        "p2p",
+        {
+            "cross_steps": (0.0, 0.8), "self_steps": (0.0, 0.4), "self_tokens": 256,
+            "threshold": 0.3, "blend_from": 0.2, "blend_tokens": 256, "null_text": 10,
+        },
+        "arXiv 2208.01626's and 2211.09794's code",
+    ),
     ("videop2p", {"sites": "self"}, "arXiv 2303.04761, section 3.1"),
+    (
+        "videop2p",
+        {
+            "cross_steps": (0.0, 0.2), "self_steps": (0.0, 0.5), "self_tokens": 1024,
+            "threshold": 0.3, "blend_from": 0.2, "null_text": 10,
+        },
+        "arXiv 2303.04761's code",
+    ),
     (
         "vdm",
         {"images": "self", "relative": "vectors"},

@@ -61,10 +61,12 @@ REPRESENTATIVES: dict[str, str | None] = {
     "lora": "dora",
     "new_token": "word_embedding",
     "nf4": None,
+    "p2p": None,
     "pix2video": None,
     "text2video_zero": None,
     "tiled": "flash",
-    "tune_a_video": "videop2p",
+    "tune_a_video": None,
+    "videop2p": None,
 }
 DRAWN = 6  # pairs besides those of representatives
 SEED = os.environ["CASE_SEED"]  # tests/conftest.py draws it

@@ -10,6 +10,13 @@ and once, before the first step, for the one hook that has it:
 
     begin(x_t, sampler) -> x_t, step          where sampling starts, and before which step that is
 
+Around all of it, `open(sampler)` before and `close(sampler)` after, whatever happens: there a hook
+reads the prompts, or installs ops for this sampling alone.
+
+With a `SourceBranch`, rows of an edit's source run beside the others, in groups `source/uncond` and
+`source/cond`. They begin where the others do, and no hook changes them; `prediction.source` has
+their latents.
+
 Latents are (b f, c, h, w), the frames of a clip adjacent. The sampler runs without gradients; a
 hook that needs them, for the gradient of a loss on x0 say, enables them around its own calls:
 
@@ -24,7 +31,7 @@ each call of the denoiser then keeps what they need, and what the sampler gets o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -33,8 +40,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainer.attention.context import StepContext
+    from trainer.attention.host import Host
+    from trainer.attention.read_prompt import ReadPrompt
+    from trainer.attention.sites import Site
 
-START = "the start of sampling"  # the aspect that a hook with `begin` claims
+# the aspect that a hook with `begin`, or with a source branch, claims
+START = "the start of sampling"
 
 
 class Sampler(Protocol):
@@ -65,6 +76,28 @@ class Sampler(Protocol):
         there."""
         ...
 
+    @property
+    def sites(self) -> Sequence[Site]:
+        """Of the model that samples."""
+        ...
+
+    @property
+    def host(self) -> Host: ...
+
+    @property
+    def prompts(self) -> Sequence[str]:
+        """Of the pictures or clips that are generated, one each."""
+        ...
+
+    @property
+    def source_prompt(self) -> str | None:
+        """Of the source rows; None where there are none."""
+        ...
+
+    def read(self, prompt: str) -> ReadPrompt:
+        """The words of a prompt, and their tokens."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
@@ -72,7 +105,9 @@ class Prediction:
 
     x_t (b f, c, h, w): its input; outputs: by the name of each group of rows, as in
     `target/cond`; output: what guidance makes of them; convert: from an output and x_t to x0;
-    revert: from x0 and x_t to the output that means it; find_level: gives `level`.
+    revert: from x0 and x_t to the output that means it; find_level: gives `level`. source
+    (b f, c, h, w): the latents of the source rows, where there are some; for `after_step` those
+    after the step. source_output: what guidance makes of their outputs.
     """
 
     x_t: Tensor
@@ -81,6 +116,8 @@ class Prediction:
     convert: Callable[[Tensor, Tensor], Tensor] = field(repr=False)
     revert: Callable[[Tensor, Tensor], Tensor] = field(repr=False)
     find_level: Callable[[], tuple[Tensor, Tensor]] = field(repr=False)
+    source: Tensor | None = None
+    source_output: Tensor | None = None
 
     @cached_property
     def level(self) -> tuple[Tensor, Tensor]:
@@ -100,19 +137,34 @@ class Prediction:
         """Without what gradients need."""
         outputs = {name: output.detach() for name, output in self.outputs.items()}
         x_t, output = self.x_t.detach(), self.output.detach()
-        return replace(self, x_t=x_t, outputs=outputs, output=output)
+        beside = None if self.source_output is None else self.source_output.detach()
+        return replace(self, x_t=x_t, outputs=outputs, output=output, source_output=beside)
 
 
 Predict = Callable[["Tensor"], Prediction]
 
 
 @dataclass(frozen=True)
+class SourceBranch:
+    """That a method edits a source. prompt: of the source, None for what the sampler is given;
+    needed: whether there is no sampling without a source; null_text: steps by which the
+    unconditional embedding of every step is optimised for an inverted source, 0 for none."""
+
+    prompt: str | None = None
+    needed: bool = False
+    null_text: int = 0
+
+
+@dataclass(frozen=True)
 class SamplingHook:
-    """Any of the four functions at the top of this file. differentiates: whether `combine` takes
-    gradients."""
+    """Any of the functions at the top of this file, and whether the source of an edit runs along.
+    differentiates: whether `combine` takes gradients."""
 
     begin: Callable[[Tensor, Sampler], tuple[Tensor, int]] | None = None
     before_step: Callable[[Tensor, Predict, StepContext], Tensor] | None = None
     combine: Callable[[Prediction, StepContext], Tensor] | None = None
     after_step: Callable[[Tensor, Prediction, StepContext], Tensor] | None = None
     differentiates: bool = False
+    open: Callable[[Sampler], None] | None = None
+    close: Callable[[Sampler], None] | None = None
+    source: SourceBranch | None = None

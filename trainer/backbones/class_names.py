@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from trainer.attention.read_prompt import ReadPrompt
 from trainer.backbones.prompt_reader import PromptReader
 
 if TYPE_CHECKING:
@@ -90,6 +91,9 @@ class ClassPrompts:
 
     def places(self, prompt: str, word: str) -> list[int]:
         return []
+
+    def read(self, prompt: str) -> ReadPrompt:
+        return ReadPrompt(prompt, words=(), tokens=(), length=0)
 
     def as_read(self, text: str) -> str:
         return text

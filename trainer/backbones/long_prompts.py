@@ -10,15 +10,21 @@ ends). A text encoder without a limit of positions, as T5, takes a longer prompt
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
+from trainer.attention.read_prompt import ReadPrompt
 from trainer.backbones.family import ChatTemplate
 from trainer.backbones.prompt_reader import PromptReader
 from trainer.backbones.prompt_tokens import check_parts, lower_but
 from trainer.backbones.word_vectors import with_all_vectors
+
+# words of a text: one in pointed brackets as added to a vocabulary, letters and digits, punctuation
+WORDS = re.compile(r"<[^<>\s]+>|[\w'\u2019-]+|[^\w\s]+")
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,39 @@ class Prompts:
         if word not in added:
             forms += [self.ids(word), self.ids(f" {word}")]
         return [i for i in range(len(row)) if any(row[i : i + len(own)] == own for own in forms)]
+
+    def read(self, prompt: str) -> ReadPrompt:
+        """The words of a prompt, and which of the tokens that the denoiser gets each of them is.
+
+        Raises:
+            ValueError: the tokens of the text are not found again in what the text encoder reads.
+        """
+        found = list(WORDS.finditer(prompt))
+        # a tokenizer reads the beginning of a text as it does within the text
+        counts = [0, *(len(self.ids(prompt[: word.end()])) for word in found)]
+        places = self._places_in_row(prompt)
+        return ReadPrompt(
+            text=prompt,
+            words=tuple(word.group() for word in found),
+            tokens=tuple(tuple(places[first:last]) for first, last in pairwise(counts)),
+            length=self.length,
+        )
+
+    def _places_in_row(self, prompt: str) -> list[int]:
+        """Where the tokens of a text that are read are among those that the denoiser gets."""
+        ids = self.ids(prompt)[: self.reader.read]
+        if self.parts > 1:
+            chunk, begin = self.reader.chunk, len(self._marks[0])
+            part = self.length // self.parts
+            return [i // chunk * part + begin + i % chunk for i in range(len(ids))]
+        row = self.tokens([prompt]).input_ids[0].tolist()[self._dropped :]
+        starts = [at for at in range(len(row)) if row[at : at + len(ids)] == ids]
+        if ids and not starts:
+            raise ValueError(
+                f"the tokens of the prompt {prompt!r} are others within what this text encoder "
+                "reads around it, so its words cannot be told apart; choose another prompt"
+            )
+        return [starts[0] + i for i in range(len(ids))] if ids else []
 
     @property
     def template(self) -> ChatTemplate | None:

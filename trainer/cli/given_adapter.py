@@ -79,14 +79,16 @@ def load_given(
     backbone: str | None,
     *,
     placement: Placement,
+    methods: Mapping[str, Any],
 ) -> tuple[Backbone, dict[str, Any]]:
-    """The model of one adapter or of several, placed, and the recipe of the first."""
+    """The model of one adapter or of several, placed, and the recipe of the first. methods: for
+    sampling, beside one adapter, see `load_adapted`."""
     from trainer.runs.adapter import load_adapted
     from trainer.runs.sum_adapters import load_summed
 
     files = [own.file for own in given]
     if len(files) == 1:
-        return load_adapted(files[0], backbone, placement, scale=scales[0])
+        return load_adapted(files[0], backbone, placement, scale=scales[0], sampling=methods)
     return load_summed(files, _numbers(scales), backbone, placement=placement)
 
 

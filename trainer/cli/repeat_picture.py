@@ -20,7 +20,7 @@ SAME = (
     "prompt", "negative", "seed", "steps", "guidance", "true_guidance", "temporal_guidance", "size",
     "fps", "scheduler", "scale", "strength", "structure_level", "methods", "batch", "before",
     "between", "after", "block", "overlap", "take", "every", "shrink", "reconstruction",
-    "corrector",
+    "corrector", "source_prompt",
 )  # fmt: skip
 FILES = ("source", "image", "structure", "known")  # facts that name files, with their hashes
 PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -37,7 +37,7 @@ class RepeatedPicture:
     @property
     def exactly(self) -> bool:
         """Whether nothing was given that changes the picture."""
-        return not self.given - {"out", "sheet", "adapter", "backbone", *FILES}
+        return not self.given - {"out", "sheet", "adapter", "backbone", "null_text", *FILES}
 
     @property
     def row(self) -> int | None:
@@ -86,6 +86,8 @@ def read_picture(path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
     for key in FILES:
         if key in facts and key not in given:
             options[key] = _file(found, key)
+    if "null_text" not in given and (own := _beside(found, "null_text")) is not None:
+        options["null_text"] = own
     return options | dict(given), found
 
 
@@ -165,6 +167,13 @@ def _not_kept(name: str, step: int) -> str:
         f"a preview of {name} after step {step}, of which no checkpoint was kept "
         "(run.checkpoint_every); give adapter=<another>"
     )
+
+
+def _beside(picture: RepeatedPicture, key: str) -> str | None:
+    """A file of the picture's that can be made again where it is not here: then None."""
+    name, digest = str(picture.facts.get(key)), picture.facts.get(f"{key}_sha256")
+    there = (place for place in _near(picture, [name]) if given_digest(place) == digest)
+    return None if digest is None else next(map(str, there), None)
 
 
 def _file(picture: RepeatedPicture, key: str) -> str:

@@ -48,6 +48,7 @@ from trainer.cli.sample_source import (
     image_of,
     placed_among,
     source_of,
+    write_null_text,
 )
 from trainer.cli.sample_structure import structure_of
 from trainer.common.field_words import Called
@@ -60,6 +61,7 @@ from trainer.methods.method import Method
 
 if TYPE_CHECKING:
     from trainer.backbones.backbone import Backbone
+    from trainer.diffusion.edit_source import EditSource
     from trainer.diffusion.sampling_settings import Sampling
 
 Size = Annotated[int | str, Called("512, or 768x512")]
@@ -222,6 +224,16 @@ class SampleOptions(Options):
     corrector: int = Field(
         0, ge=0, description="with block= or known=: Langevin steps at each noise level"
     )
+    source_prompt: str | None = Field(
+        None,
+        description="what source= shows, or what is generated beside it: a method that edits "
+        "(p2p, or an adapter of videop2p) then changes that to the prompt",
+    )
+    null_text: Path | None = Field(
+        None,
+        description="with source= and source_prompt=: the file of embeddings that an earlier "
+        "sample of this clip wrote, in place of optimising them again",
+    )
     from_: Path | None = Field(
         None,
         alias="from",
@@ -234,7 +246,9 @@ class SampleOptions(Options):
     precision: Precision = "auto"
     methods: dict[str, Any] | None = Field(
         None,
-        description="with backbone=: methods that train nothing, as in methods.text2video_zero={}",
+        description="methods that train nothing, as in methods.text2video_zero={}; beside an "
+        "adapter also options of its own methods that are for sampling alone, as in "
+        "methods.videop2p.blend=[fox,cat]",
     )
 
     @field_validator("size")
@@ -268,8 +282,8 @@ class SampleOptions(Options):
             )
         if not self.adapters and self.backbone is None:
             raise ValueError("give adapter=<file or run folder>, or backbone=<name or folder>")
-        if self.adapters and self.methods:
-            raise ValueError("an adapter brings its methods along; methods go with backbone= alone")
+        if len(self.adapters) > 1 and self.methods:
+            raise ValueError("methods go with one adapter, or with backbone= alone")
         self._agree_on_strengths()
         self._agree_on_starts()
         return self
@@ -320,8 +334,9 @@ def run(words: list[str]) -> int:
     options = build_options(given, SampleOptions)
     if picture is None:
         refuse_idle_options(given)
-    chosen = recipes.methods_of(options.methods) if options.methods else {}
-    refuse_idle(idle_of_methods(chosen), {"methods": options.methods or {}})
+    bare = options.methods and not options.adapters
+    chosen = recipes.methods_of(options.methods) if bare else {}
+    refuse_idle(idle_of_methods(chosen), {"methods": options.methods or {}} if bare else {})
     quiet_libraries()
     found = []
     with as_then(picture):
@@ -357,15 +372,17 @@ def _job(
     facts = {"backbone_parts": parts} | facts_of_given(given, options.scales) | _origin(options)
     placement = choose_placement(options.device, options.precision, lean=True)
     if given:
-        backbone, tree = load_given(given, options.scales, options.backbone, placement=placement)
+        own: Any = {"placement": placement, "methods": options.methods or {}}
+        backbone, tree = load_given(given, options.scales, options.backbone, **own)
     else:
         backbone, tree = load_bare(str(options.backbone), chosen, placement), {}
     given_texts = [("prompt", options.prompt)] if options.prompt else read_prompts(options.prompts)
-    texts = [*given_texts, ("negative", options.negative)]
-    *prompts, negative = filled(texts, backbone, tree)
+    more = [("source_prompt", options.source_prompt or ""), ("negative", options.negative)]
+    *prompts, shown, negative = filled([*given_texts, *more], backbone, tree)
     settings = _settings(options, tree, negative)
     check_fit(backbone, settings)
     check_hooks(backbone, settings)
+    begun = _starts(options, backbone, settings, data=tree.get("data") or {}, shown=shown)
     job = SampleJob(
         prompts=prompts,
         seeds=range(options.seed, options.seed + options.count),
@@ -375,10 +392,19 @@ def _job(
         batch=options.batch,
         row=None if picture is None else picture.row,
         sheet=options.sheet,
-        facts=facts,
-        **_starts(options, backbone, settings, data=tree.get("data") or {}),
+        facts=facts | _embeddings(options, begun.get("edited")),
+        **begun,
     )
     return backbone, job
+
+
+def _embeddings(options: SampleOptions, edited: EditSource | None) -> dict[str, Any]:
+    """Facts of the file of the embeddings that were used, which is written now where they were
+    found now."""
+    if edited is None or edited.uncond is None or options.source is None:
+        return {}
+    path = options.null_text or write_null_text(edited.uncond, options.out, options.source)
+    return file_facts("null_text", path)
 
 
 def _settings(options: SampleOptions, tree: Mapping[str, Any], negative: str) -> Sampling:
@@ -409,34 +435,42 @@ def _settings(options: SampleOptions, tree: Mapping[str, Any], negative: str) ->
 
 
 def _starts(
-    options: SampleOptions, backbone: Backbone, settings: Sampling, *, data: Mapping[str, Any]
+    options: SampleOptions,
+    backbone: Backbone,
+    settings: Sampling,
+    *,
+    data: Mapping[str, Any],
+    shown: str,
 ) -> dict[str, Any]:
-    """What sampling begins from other than noise, and reads beside, as fields of the job."""
+    """What sampling begins from other than noise, what it reads beside, and what it edits, as
+    fields of the job. shown: the source prompt."""
     from trainer.diffusion.channel_values import channels_for
+    from trainer.diffusion.edit_source import EditSource
 
+    edited = None if options.source_prompt is None else EditSource(shown)
     if options.image is not None:
         size = settings.size or (backbone.resolution, backbone.resolution)
-        return {"image": image_of(options.image, size, options.strength)}
+        return {"image": image_of(options.image, size, options.strength), "edited": edited}
     level = options.structure_level
     inputs = structure_of(backbone, options.structure, level, settings=settings, data=data)
     if options.known is not None:
-        shown = KnownVideo(
+        video = KnownVideo(
             options.known, take=options.take, every=options.every, shrink=options.shrink
         )
-        return {"inputs": inputs, "known": known_of(backbone, shown, settings)}
+        return {"inputs": inputs, "known": known_of(backbone, video, settings), "edited": edited}
     placed = {key: getattr(options, key) for key in PLACED}
     where = placed_among(backbone.given_frames, placed, options.source)
     if options.source is None:
-        return {"inputs": inputs}
+        return {"inputs": inputs, "edited": edited}
     if where is not None:
         return {"given": given_clip(backbone, options.source, settings, where=where)}
     if options.count > 1 or options.prompts is not None:
         raise ValueError(SAME_CLIP)
     model = (options.adapter, options.scale, options.backbone, options.methods)
+    source = VideoSource(options.source, model, edited=edited, null_text=options.null_text)
     channels = channels_for(backbone, [options.seed], settings, inputs=inputs)
-    video = VideoSource(options.source, model)
-    start = source_of(backbone, video, settings, data=data, channels=channels)
-    return {"inputs": inputs, "start": start}
+    begun = source_of(backbone, source, settings, data=data, channels=channels)
+    return {"inputs": inputs, "start": begun.start, "edited": begun.edited}
 
 
 def _origin(options: SampleOptions) -> dict[str, Any]:
@@ -457,4 +491,6 @@ def _origin(options: SampleOptions) -> dict[str, Any]:
         found["over"] = bare_name(options.backbone)
     if options.methods:
         found["methods"] = options.methods
+    if options.source_prompt is not None:
+        found["source_prompt"] = options.source_prompt
     return found

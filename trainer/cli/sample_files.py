@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainer.backbones.backbone import Backbone
+    from trainer.diffusion.edit_source import EditSource
     from trainer.diffusion.from_image import InitialImage
     from trainer.diffusion.given_clip import GivenClip
     from trainer.diffusion.known_frames import KnownFrames
@@ -28,9 +29,9 @@ Pair = tuple[str, int]  # a prompt and a seed
 class SampleJob:
     """What is to be written. prompts: with every seed each; batch: pictures at once, None for a
     number that goes by their size; row: of a picture that is repeated, the row it had in its batch,
-    whose other rows are generated too and left out; facts: of all pictures; start, image, known: as
-    of `sampler.sample`, for one clip; inputs: as of `channels_for`, likewise; given: a clip that
-    each completes."""
+    whose other rows are generated too and left out; facts: of all pictures; start, image, known,
+    edited: as of `sampler.sample`, for one clip; inputs: as of `channels_for`, likewise; given: a
+    clip that each completes."""
 
     prompts: Sequence[str]
     seeds: range
@@ -46,6 +47,7 @@ class SampleJob:
     image: InitialImage | None = None
     known: KnownFrames | None = None
     given: GivenClip | None = None
+    edited: EditSource | None = None
 
 
 def check_fit(backbone: Backbone, settings: Sampling) -> None:
@@ -111,6 +113,7 @@ def _generated(backbone: Backbone, job: SampleJob, part: Sequence[Pair]) -> Tens
         start=job.start,
         image=job.image,
         known=job.known,
+        edited=job.edited,
     ).cpu()
 
 

@@ -15,6 +15,7 @@ NEEDED = {
     "before": ("source", "it is of the clip that source= gives; give source= too"),
     "between": ("source", "it is of the clip that source= gives; give source= too"),
     "after": ("source", "it is of the clip that source= gives; give source= too"),
+    "null_text": ("source", "it holds what was optimised for a clip; give source= too"),
 }
 
 FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4")

@@ -1,5 +1,5 @@
-"""What `sample` is given beside a prompt: a video that is inverted or completed, or a picture to
-begin from."""
+"""What `sample` is given beside a prompt: a video that is inverted, edited from its own prompt or
+completed, or a picture to begin from."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.common.atomic import written_atomically
+from trainer.common.paths import slug
 from trainer.data.identity import LETTERS, sha256_of_file
 
 if TYPE_CHECKING:
@@ -17,19 +19,35 @@ if TYPE_CHECKING:
 
     from trainer.attention.given_frames import GivenFrames
     from trainer.backbones.backbone import Backbone
+    from trainer.data.kept import KeptSteps
+    from trainer.diffusion.edit_source import EditSource
     from trainer.diffusion.from_image import InitialImage
     from trainer.diffusion.given_clip import GivenClip
     from trainer.diffusion.sampling_settings import Sampling
 
 INVERTING = 3  # calls of the network for each step of an inversion
+NULL_TEXT = ".null-text.safetensors"  # how files of embeddings end
 
 
 @dataclass(frozen=True)
 class VideoSource:
-    """path: the video; model: what names the model, for the steps that are kept of an inversion."""
+    """path: the video; model: what names the model, for the steps that are kept of an inversion;
+    edited: what the video shows, where a method edits it from that; null_text: a file of embeddings
+    that were optimised for it."""
 
     path: Path
     model: tuple[Any, ...]
+    edited: EditSource | None = None
+    null_text: Path | None = None
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What sampling begins from: start (frames, c, h, w), the noise that becomes the source clip;
+    edited, what the source's own rows are told."""
+
+    start: Tensor
+    edited: EditSource | None = None
 
 
 def square_side(settings: Sampling, key: str) -> int | None:
@@ -48,21 +66,40 @@ def source_of(
     *,
     data: Mapping[str, Any],
     channels: Mapping[str, Tensor],
-) -> Tensor:
-    """The noise (frames, c, h, w) that becomes the source clip. data: the section of the recipe
-    that trained the model; channels: as of `sample`.
+) -> Begun:
+    """data: the section of the recipe that trained the model; channels: as of `sample`.
 
     Raises:
-        ValueError: a size that is no square.
+        ValueError: a size that is no square, or embeddings without an edit.
     """
+    from trainer.diffusion.edit_source import edit_source
+    from trainer.diffusion.source_clip import source_latents
+
+    told = edit_source(backbone, video.edited, settings.steps)
+    if told is None and video.null_text is not None:
+        raise ValueError("null_text= is for an edit of source=; give source_prompt= too")
+    frames, fps = settings.frames, settings.fps
+    side = square_side(settings, "source")
+    source = source_latents(backbone, video.path, frames=frames, fps=fps, data=data, side=side)
+    return _inverted(
+        backbone, replace(video, edited=told), source, settings=settings, channels=channels
+    )
+
+
+def _inverted(
+    backbone: Backbone,
+    video: VideoSource,
+    source: Tensor,
+    *,
+    settings: Sampling,
+    channels: Mapping[str, Tensor],
+) -> Begun:
+    """The inversion of a source clip (frames, c, h, w) by what it shows."""
     from trainer.common.long_work import long_work
     from trainer.data.kept import KeptSteps
     from trainer.diffusion.inversion import invert
-    from trainer.diffusion.source_clip import source_latents
 
-    steps, frames, fps = settings.steps, settings.frames, settings.fps
-    side = square_side(settings, "source")
-    source = source_latents(backbone, video.path, frames=frames, fps=fps, data=data, side=side)
+    told, steps = video.edited, settings.steps
     kept = KeptSteps(
         _inversion_folder(backbone, video, source, settings=settings, channels=channels)
     )
@@ -71,16 +108,83 @@ def source_of(
         start = invert(
             backbone,
             source,
-            [""],
+            ["" if told is None else told.prompt],
             steps=steps,
-            frames=frames,
-            fps=fps,
+            frames=settings.frames,
+            fps=settings.fps,
             iterations=INVERTING,
             known=kept,
             channels=channels,
         )
+    if told is not None:
+        told = _with_null_text(backbone, video, told, source=source, kept=kept, settings=settings)
     shutil.rmtree(kept.folder, ignore_errors=True)  # it is for an inversion that is interrupted
-    return start
+    return Begun(start, told)
+
+
+def _with_null_text(
+    backbone: Backbone,
+    video: VideoSource,
+    told: EditSource,
+    *,
+    source: Tensor,
+    kept: KeptSteps,
+    settings: Sampling,
+) -> EditSource:
+    """With the embeddings of a file, or those found now; without any where the method wants none,
+    or the sampling is not guided."""
+    from trainer.common.long_work import long_work
+    from trainer.diffusion.edit_source import edit_source, source_branch
+    from trainer.diffusion.null_text import null_text
+
+    told = replace(told, inverted=True)
+    if video.null_text is not None:
+        told = replace(told, uncond=read_null_text(video.null_text))
+        checked = edit_source(backbone, told, settings.steps)
+        assert checked is not None
+        return checked
+    branch = source_branch(backbone)
+    assert branch is not None, "only a method with a source branch is told of a source"
+    if not branch[1].null_text or not settings.on(embeds=backbone.embeds_guidance).guided:
+        return told
+    with long_work("null-text embeddings", settings.steps) as advance:
+        found = null_text(
+            backbone,
+            source,
+            kept,
+            prompt=told.prompt,
+            settings=settings,
+            most=branch[1].null_text,
+            advance=advance,
+        )
+    return replace(told, uncond=found)
+
+
+def write_null_text(uncond: Tensor, folder: Path, video: Path) -> Path:
+    """Embeddings (steps, n, d) as a file in a folder, named by the video and by what is in it."""
+    from safetensors.torch import save
+
+    data = save({"uncond": uncond.cpu().contiguous()})
+    digest = hashlib.sha256(data).hexdigest()[:8]
+    path = folder / f"{slug(video.stem)}-{digest}{NULL_TEXT}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with written_atomically(path) as part:
+        part.write_bytes(data)
+    return path
+
+
+def read_null_text(path: Path) -> Tensor:
+    """What `write_null_text` wrote; raises ValueError for another file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path.expanduser())["uncond"]
+    except (SafetensorError, OSError, KeyError):
+        raise ValueError(
+            f"null_text={path} holds no embeddings; give the file that an earlier sample of the "
+            "same clip wrote, or leave it out"
+        ) from None
 
 
 def placed_among(
@@ -154,7 +258,8 @@ def _inversion_folder(
     for name, value in channels.items():
         digest.update(name.encode() + value.cpu().numpy().tobytes())
     facts = (backbone.fingerprint(), backbone.device.type, str(backbone.computes_in))
-    own = (settings.steps, settings.fps, settings.frames, sampled_as(backbone))
+    prompt = "" if video.edited is None else video.edited.prompt
+    own = (settings.steps, settings.fps, settings.frames, sampled_as(backbone), prompt)
     digest.update(repr((*facts, *own, *video.model)).encode())
     return cache_folder() / "inversion" / digest.hexdigest()[:24]
 

@@ -20,9 +20,14 @@ Noise = Callable[[Sampling], Tensor]
 
 
 def check_completion(
-    backbone: Backbone, settings: Sampling, known: KnownFrames | None = None
+    backbone: Backbone,
+    settings: Sampling,
+    known: KnownFrames | None = None,
+    *,
+    edits: bool = False,
 ) -> None:
-    """Checks that a clip can be made in blocks, or of what is known of it.
+    """Checks that a clip can be made in blocks, or of what is known of it. edits: whether a method
+    edits a source.
 
     Raises:
         ValueError: the backbone, a method of it, the solver or the clip does not go with that.
@@ -30,6 +35,8 @@ def check_completion(
     if settings.blocks is None and known is None:
         return
     asked = "known=" if settings.blocks is None else "block="
+    if edits:
+        raise ValueError(f"{asked} does not go with the edit of a source; leave one out")
     if backbone.clip_frames.in_time:
         raise ValueError(
             f"{asked} conditions on single frames, and latents of {backbone.name} hold several; "

@@ -13,13 +13,16 @@ def classifier_free(
     outputs: Mapping[str, Tensor],
     scale: float,
     rescale: Callable[[Tensor, Tensor], Tensor] | None = None,
+    *,
+    branch: str = "target",
 ) -> Tensor:
     """output = uncond + scale * (cond - uncond), arXiv 2207.12598, equation 6; each (b, c, h, w).
     Without an unconditional output, cond itself. rescale: (output, cond) -> what takes the place of
-    the output, of models whose pipeline changes it."""
-    if UNCOND not in outputs:
-        return outputs[COND]
-    uncond, cond = outputs[UNCOND], outputs[COND]
+    the output, of models whose pipeline changes it. branch: of the rows."""
+    names = f"{branch}/uncond", f"{branch}/cond"
+    if names[0] not in outputs:
+        return outputs[names[1]]
+    uncond, cond = (outputs[name] for name in names)
     output = uncond + scale * (cond - uncond)
     return output if rescale is None else rescale(output, cond)
 

@@ -13,7 +13,9 @@ from trainer.backbones.backbone import Backbone
 from trainer.backbones.solvers import check_solver
 from trainer.diffusion.channel_values import channels_for
 from trainer.diffusion.clip_completion import check_completion, completed_clips
+from trainer.diffusion.edit_source import SOURCE_COND, EditSource, edit_source, groups_of
 from trainer.diffusion.from_image import InitialImage, noised
+from trainer.diffusion.guidance import COND
 from trainer.diffusion.known_frames import KnownFrames
 from trainer.diffusion.sampler_loop import Denoising, latent_extent
 from trainer.diffusion.sampling_settings import Sampling
@@ -32,6 +34,7 @@ def sample(
     start: Tensor | None = None,
     image: InitialImage | None = None,
     known: KnownFrames | None = None,
+    edited: EditSource | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Pictures (b, 3, H, W) in [-1, 1], one for each prompt and seed, the same in any batch up to
@@ -39,17 +42,18 @@ def sample(
 
     channels: values (b f, n, h, w) of further input channels by name, see `channels_for`; start:
     latents in place of noise; image: a picture to begin from; known: what is known of the clips;
-    on_step: gets each step's number and latents. Raises ValueError for what does not fit the
-    backbone or methods.
+    edited: the source that a method edits; on_step: gets each step's number and latents. Raises
+    ValueError for what does not fit the backbone or methods.
     """
     settings = settings.on(embeds=backbone.embeds_guidance)
-    check_hooks(backbone, settings, image)
-    check_completion(backbone, settings, known)
-    generators, groups = generators_of(seeds), prompts_of(prompts, seeds, settings)
+    edited = edit_source(backbone, edited, settings.steps)
+    check_hooks(backbone, settings, image, edits=edited is not None)
+    check_completion(backbone, settings, known, edits=edited is not None)
+    texts, generators = prompts_of(prompts, seeds, settings, edited=edited), generators_of(seeds)
     with evaluating(backbone):
         denoising = Denoising(
             backbone,
-            settings.told(backbone.encode_prompts([text for own in groups for text in own])),
+            settings.told(backbone.encode_prompts(texts)),
             clips=len(prompts),
             settings=settings,
             given=not (start is None and image is None),
@@ -57,9 +61,9 @@ def sample(
             on_step=on_step,
             generators=generators,
             prompts=prompts,
+            edited=edited,
         )
-        x_0 = clean_latents(denoising, start=start, image=image, known=known)
-        return _decoded(denoising, x_0)
+        return _decoded(denoising, clean_latents(denoising, start=start, image=image, known=known))
 
 
 def _decoded(denoising: Denoising, x_0: Tensor) -> Tensor:
@@ -95,25 +99,39 @@ def clean_latents(
             )
         return completed_clips(denoising, known, partial(noise_of, backbone, drawn))
     if image is not None:
-        return denoising(*noised(denoising, image, drawn), denoising.calls)
+        return denoising.from_image(*noised(denoising, image, drawn))
     x_t = noise_of(backbone, drawn, settings) if start is None else start
     return denoising.run(x_t.to(backbone.device))
 
 
 def prompts_of(
-    prompts: Sequence[str], seeds: Sequence[int], settings: Sampling
-) -> list[Sequence[str]]:
-    """The texts of each group of rows, in the order of `settings.groups`."""
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: Sampling,
+    *,
+    edited: EditSource | None = None,
+) -> list[str]:
+    """The texts of all rows, those of a group adjacent, in the order of `groups_of`."""
     if len(prompts) != len(seeds):
         raise ValueError(
             f"{len(prompts)} prompts and {len(seeds)} seeds; give one seed to each prompt"
         )
-    return [[settings.negative] * len(prompts), prompts] if settings.guided else [prompts]
+    texts = {COND: list(prompts)}
+    if edited is not None:
+        texts[SOURCE_COND] = [edited.prompt] * len(prompts)
+    uncond = [settings.negative] * len(prompts)
+    return [text for group in groups_of(settings, edited) for text in texts.get(group, uncond)]
 
 
-def check_hooks(backbone: Backbone, settings: Sampling, image: InitialImage | None = None) -> None:
+def check_hooks(
+    backbone: Backbone,
+    settings: Sampling,
+    image: InitialImage | None = None,
+    *,
+    edits: bool = False,
+) -> None:
     """Checks that what methods do between the steps goes with a solver and an image, and guidance
-    with the backbone.
+    with the backbone. edits: whether a source is edited; a method for that alone does nothing else.
 
     Raises:
         ValueError: names the method or the option.
@@ -123,9 +141,14 @@ def check_hooks(backbone: Backbone, settings: Sampling, image: InitialImage | No
             f"temporal_guidance={settings.temporal_guidance:g} compares frames with pictures of "
             f"their own, and latents of {backbone.name} hold several frames; leave it out"
         )
-    if not backbone.sampling_hooks:
+    acting = [
+        name
+        for name, hooks in backbone.sampling_hooks.items()
+        if any(edits or hook.source is None or hook.source.needed for hook in hooks)
+    ]
+    if not acting:
         return
-    name, solver = next(iter(backbone.sampling_hooks)), settings.sampler
+    name, solver = acting[0], settings.sampler
     own = backbone.scheduler_class.__name__
     if solver is not None:
         chosen = check_solver(solver, backbone.alphas_cumprod is None, key="scheduler")

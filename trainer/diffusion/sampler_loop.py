@@ -4,9 +4,10 @@ guidance and the hooks of methods."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,18 +16,20 @@ from torch import Tensor
 from trainer.attention.condition import Condition
 from trainer.attention.context import StepContext
 from trainer.attention.hooks import Prediction, SamplingHook
+from trainer.attention.host import Host
+from trainer.attention.read_prompt import ReadPrompt
 from trainer.attention.rows import Rows
+from trainer.attention.sites import Site
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.noise_levels import Extent
 from trainer.backbones.schedulers import set_levels, with_solver
 from trainer.common.seeds import seed_of
-from trainer.diffusion.guidance import UNCOND, classifier_free, temporal
-from trainer.diffusion.objective import Objective, alpha_sigma, from_x0, to_x0
-from trainer.diffusion.predict import predict_groups
+from trainer.diffusion.edit_source import SOURCE, EditSource, groups_of
+from trainer.diffusion.objective import Objective, alpha_sigma
+from trainer.diffusion.predictor import Predictor
 from trainer.diffusion.sampling_settings import Sampling
 
 CPU = torch.device("cpu")
-IMAGE = "image"  # the unconditional output for frames that do not see each other
 
 
 def latent_extent(backbone: Backbone, settings: Sampling) -> Extent:
@@ -48,10 +51,11 @@ def latent_extent(backbone: Backbone, settings: Sampling) -> Extent:
 class Denoising:
     """A sampler at work on `clips` clips.
 
-    text: a condition for each clip of each group in `settings.groups`; given: whether the latents
-    to start from were given; channels, on_step: as of `sample`; generators: one for each clip, for
-    solvers that draw noise at every step; prompts: one for each clip, as text; completing: hooks
-    after those of methods, of a clip of which a part is known.
+    text: a condition for each clip of each group in `groups`; given: whether the latents to start
+    from were given; channels, on_step: as of `sample`; generators: one for each clip, for solvers
+    that draw noise at every step; prompts: one for each clip, as text; completing: hooks after
+    those of methods, of a clip of which a part is known; edited: the source of an edit, whose rows
+    run along.
     """
 
     backbone: Backbone
@@ -64,6 +68,27 @@ class Denoising:
     generators: Sequence[torch.Generator] = ()
     prompts: Sequence[str] = ()
     completing: tuple[SamplingHook, ...] = ()
+    edited: EditSource | None = None
+
+    @property
+    def sites(self) -> list[Site]:
+        return self.backbone.sites
+
+    @property
+    def host(self) -> Host:
+        return self.backbone.host
+
+    @property
+    def source_prompt(self) -> str | None:
+        return None if self.edited is None else self.edited.prompt
+
+    def read(self, prompt: str) -> ReadPrompt:
+        return self.backbone.prompts.read(prompt)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of rows of one call of the denoiser."""
+        return groups_of(self.settings, self.edited)
 
     @property
     def steps(self) -> int:
@@ -137,6 +162,30 @@ class Denoising:
 
     def run(self, x_t: Tensor) -> Tensor:
         """Clean latents from noise, or from latents given in its place, (b f, c, h, w)."""
+        with self._opened():
+            return self._run(x_t)
+
+    def from_image(self, x_t: Tensor, first: int) -> Tensor:
+        """Clean latents from those of a picture, noised to before step `first`."""
+        with self._opened():
+            return self(x_t, first, self.calls)
+
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        """Between the functions `open` and `close` of hooks."""
+        opened = []
+        try:
+            for hook in self.hooks:
+                opened.append(hook)
+                if hook.open is not None:
+                    hook.open(self)
+            yield
+        finally:
+            for hook in reversed(opened):
+                if hook.close is not None:
+                    hook.close(self)
+
+    def _run(self, x_t: Tensor) -> Tensor:
         step = 0
         if not self.given:
             x_t = x_t * self.noise_scale
@@ -152,20 +201,48 @@ class Denoising:
         scheduler = self.scheduler(first, x_t.device)
         ctx, condition = self._context(x_t), self.text.per_frame(len(x_t) // self.clips)
         drawing = self._drawing(scheduler, len(x_t) // self.clips)
+        x_s = None if self.edited is None else x_t
         for step, t in list(enumerate(scheduler.timesteps))[first:last]:
             at_step = replace(ctx, step=step, timestep=t)
-            predict = Predictor(self, scheduler, condition=condition, ctx=at_step)
+            told = condition
+            if self.edited is not None:
+                told = self.edited.told(condition, ctx.groups, step)
+            predict = Predictor(
+                self.backbone,
+                self.settings,
+                scheduler=scheduler,
+                condition=told,
+                ctx=at_step,
+                hooks=self.hooks,
+                source=x_s,
+            )
             for hook in self.hooks:
                 if hook.before_step is not None:
                     x_t = hook.before_step(x_t, predict, predict.ctx)
             prediction = predict(x_t)
-            x_t = scheduler.step(prediction.output, t, x_t, **drawing).prev_sample
+            x_t, x_s = self._stepped(scheduler, prediction, t=t, drawing=drawing)
+            prediction = replace(prediction, source=x_s)
             for hook in self.hooks:
                 if hook.after_step is not None:
                     x_t = hook.after_step(x_t, prediction, predict.ctx)
             if self.on_step is not None:
                 self.on_step(step, x_t)
         return self._checked(x_t)
+
+    def _stepped(
+        self, scheduler: Any, made: Prediction, *, t: Tensor, drawing: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The latents after the scheduler's step, and those of the source rows. Both in one call: a
+        scheduler counts its steps."""
+        if made.source is None or made.source_output is None:
+            return scheduler.step(made.output, t, made.x_t, **drawing).prev_sample, None
+        output, x = (
+            torch.cat(parts)
+            for parts in ((made.output, made.source_output), (made.x_t, made.source))
+        )
+        after: Tensor = scheduler.step(output, t, x, **drawing).prev_sample
+        x_t, x_s = after.split(len(made.x_t))
+        return x_t, x_s
 
     def _checked(self, x_t: Tensor) -> Tensor:
         """Raises ValueError for latents that a solver has made infinite or NaN: ancestral ones do
@@ -182,12 +259,13 @@ class Denoising:
         """What a step draws its noise from: a generator for each row."""
         if not self.generators or "generator" not in inspect.signature(scheduler.step).parameters:
             return {}
-        return {"generator": [own for own in self.generators for _ in range(frames)]}
+        every = [own for own in self.generators for _ in range(frames)]
+        return {"generator": every if self.edited is None else every * 2}
 
     def _context(self, x_t: Tensor) -> StepContext:
         """What the calls of every step have in common, for latents (b f, c, h, w)."""
         frames = len(x_t) // self.clips
-        rows = Rows.of(self.settings.groups, len(x_t))
+        rows = Rows.of(self.groups, len(x_t))
         fps = self.settings.fps
         rate = None
         if fps is not None:
@@ -196,7 +274,7 @@ class Denoising:
         def of_rows(values: Tensor) -> Tensor:
             """Values of every frame of the clips for all rows: of as many frames as x_t has."""
             clips = values.to(x_t).unflatten(0, (self.clips, -1))[:, :frames].flatten(0, 1)
-            return rows.join({"target": clips})
+            return rows.join({"target": clips, SOURCE: clips})
 
         unset = torch.zeros((), device=x_t.device)
         return StepContext(
@@ -208,87 +286,3 @@ class Denoising:
             fps=rate,
             channels={name: of_rows(values) for name, values in self.channels.items()},
         )
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """The denoiser at one step of a sampler, with guidance."""
-
-    sampler: Denoising
-    scheduler: Any
-    condition: Condition
-    ctx: StepContext
-
-    def __call__(self, x_t: Tensor) -> Prediction:
-        """For latents x_t (b f, c, h, w)."""
-        if not any(hook.differentiates for hook in self.sampler.hooks):
-            return self._predicted(x_t)
-        own = torch.is_grad_enabled() and x_t.requires_grad  # of a hook that differentiates itself
-        with torch.enable_grad():
-            found = self._predicted(x_t if own else x_t.detach().requires_grad_())
-        return found if own else found.detached()
-
-    def _predicted(self, x_t: Tensor) -> Prediction:
-        settings = self.sampler.settings
-        scaled = self._scaled(x_t)
-        outputs = self._call({"target": scaled}, self.condition, self.ctx)
-        rescale = self.sampler.backbone.declared.rescale
-        output = classifier_free(outputs, settings.cfg_scale, rescale)
-        if settings.temporal_guidance != 1 and self.ctx.frames > 1:
-            outputs[IMAGE] = self._as_images(scaled)
-            output = temporal(
-                output,
-                uncond=outputs[UNCOND],
-                image=outputs[IMAGE],
-                scale=settings.temporal_guidance,
-            )
-        prediction = Prediction(
-            x_t,
-            outputs,
-            output,
-            convert=self._to_x0,
-            revert=self._from_x0,
-            find_level=partial(self._level, x_t),
-        )
-        for hook in self.sampler.hooks:
-            if hook.combine is not None:
-                output = hook.combine(prediction, self.ctx)
-                prediction = replace(prediction, output=output)
-        return prediction
-
-    def _level(self, x_t: Tensor) -> tuple[Tensor, Tensor]:
-        return alpha_sigma(self.sampler.objective, self.ctx.timestep.expand(len(x_t)), x_t.ndim)
-
-    def _call(
-        self, x_t: Mapping[str, Tensor], condition: Condition, ctx: StepContext
-    ) -> dict[str, Tensor]:
-        return predict_groups(self.sampler.backbone, x_t, condition=condition, ctx=ctx)
-
-    def _as_images(self, scaled: Tensor) -> Tensor:
-        """The unconditional output where every frame is a picture of its own."""
-        rows = self.ctx.rows(UNCOND)
-        own = self.condition.rows(rows)
-        alone = Rows.of((UNCOND,), len(scaled))
-        channels = {name: values[rows] for name, values in self.ctx.channels.items()}
-        ctx = StepContext(
-            self.ctx.step,
-            self.ctx.num_steps,
-            self.ctx.timestep,
-            groups=alone,
-            channels=channels,
-        )
-        return self._call({"target": scaled}, own, ctx)[UNCOND]
-
-    def _scaled(self, x_t: Tensor) -> Tensor:
-        """As the scheduler wants the denoiser's input; not every one has a scale for it."""
-        scale = getattr(self.scheduler, "scale_model_input", None)
-        scaled: Tensor = x_t if scale is None else scale(x_t, self.ctx.timestep)
-        return scaled
-
-    def _to_x0(self, output: Tensor, x_t: Tensor) -> Tensor:
-        t = self.ctx.timestep.expand(len(x_t))
-        return to_x0(self.sampler.objective, output, x_t, t=t)
-
-    def _from_x0(self, x0: Tensor, x_t: Tensor) -> Tensor:
-        t = self.ctx.timestep.expand(len(x_t))
-        return from_x0(self.sampler.objective, x0, x_t, t=t)

@@ -62,13 +62,7 @@ def evaluate_runs(runs: Sequence[Path], how: Judging) -> Table:
             table[name] = each.score(each.adapted(each.path))
     table = first.completed(table)
     notes = list(dict.fromkeys(note for each in own.values() for note in each.notes))
-    losses: dict[str, float | None] = {}
-    if _unlike_losses(own):
-        notes.append(
-            "no validation loss: the runs hold out other samples, predict other targets or differ "
-            "in run.seed, from which the noise is drawn"
-        )
-        losses = {name: scores.pop(LOSS, None) for name, scores in table.items()}
+    losses = _unlike_losses_of(own, table, notes)
     # the base was asked with the first one's words
     alone = [name for name, each in own.items() if _prompts(each) != _prompts(first)]
     if alone:
@@ -271,6 +265,20 @@ def _photos(own: Evaluation) -> list[Tensor]:
     """What generated pictures or clips are compared with."""
     features = [photos for each in own.examiner.asked.alone for photos in each.subjects[0].photos]
     return [*features, *([] if own.clips is None else [own.clips.real])]
+
+
+def _unlike_losses_of(
+    own: Mapping[str, Evaluation], table: Table, notes: list[str]
+) -> dict[str, float | None]:
+    """The validation losses by column, taken out of the table, where those of the runs cannot be
+    compared, which is noted."""
+    if not _unlike_losses(own):
+        return {}
+    notes.append(
+        "no validation loss: the runs hold out other samples, predict other targets or differ in "
+        "run.seed, from which the noise is drawn"
+    )
+    return {name: scores.pop(LOSS, None) for name, scores in table.items()}
 
 
 def _unlike_losses(own: Mapping[str, Evaluation]) -> bool:

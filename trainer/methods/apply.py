@@ -71,12 +71,15 @@ def apply_methods(
     seed: int = 0,
     trains: bool = True,
     frozen: Collection[str] = (),
+    *,
+    over: Mapping[str, Edit] | None = None,
 ) -> Plan:
     """Freezes the model, applies the methods in the order of `ORDER`, and marks what trains.
 
     The random numbers of a method depend on `seed` and on its own name, not on the methods before
     it. trains: False for a model that is used as it is, where nothing may be left to train. frozen:
-    names of methods whose tensors stay as they are, and are stored.
+    names of methods whose tensors stay as they are, and are stored. over: edits that were applied
+    before, whose claims hold.
 
     Raises:
         ValueError: two methods claim the same thing, a method matches nothing, or nothing trains,
@@ -85,10 +88,10 @@ def apply_methods(
     edits: dict[str, Edit] = {}
     for name, method in in_order(methods).items():
         before = dict(model.named_parameters())
-        edit = _apply(model, name, method, seed=seed, earlier=edits)
+        edit = _apply(model, name, method, seed=seed, earlier={*(over or {}), *edits})
         if moved := _moved(before, model):
             edits = {other: earlier.renamed(moved) for other, earlier in edits.items()}
-        _check_claims(edits, name, edit)
+        _check_claims({**(over or {}), **edits}, name, edit)
         edits[name] = edit
         if edit.sampling:
             of_earlier_runs = model.sampling_hooks.get(name, ())
@@ -194,10 +197,10 @@ def _with_start(edit: Edit, model: AttentionModel) -> Edit:
     """
     from trainer.attention.hooks import START
 
-    if not any(hook.begin for hook in edit.sampling):
+    if not any(hook.begin or hook.source for hook in edit.sampling):
         return edit
     for owner, hooks in model.sampling_hooks.items():
-        if any(hook.begin for hook in hooks):
+        if any(hook.begin or hook.source for hook in hooks):
             raise TakenError(model.denoiser_name, START, owner)
     return replace(edit, claims=(*edit.claims, (model.denoiser_name, START)))
 

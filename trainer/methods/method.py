@@ -93,6 +93,8 @@ class Method(BaseModel):
     paper: ClassVar[str]
     adds_words: ClassVar[bool] = False  # to the vocabulary, as its option `tokens` names them
     inflates: ClassVar[bool] = False  # makes clips with a model of pictures, frames as its rows
+    # options of sampling alone, which `sample` takes anew beside a trained adapter
+    when_sampling: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def name(self) -> str:

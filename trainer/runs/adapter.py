@@ -28,12 +28,14 @@ from trainer.config.lineage import spec_of
 from trainer.data.identity import LETTERS, sha256_of_file
 from trainer.methods.apply import apply_methods
 from trainer.runs.run_folder import run_of_adapter, step_of_kept
+from trainer.runs.sampling_methods import sampling_methods
 from trainer.runs.scale_adapter import Scale, copy_scaled, scale_by_method
 
 if TYPE_CHECKING:
     from trainer.backbones.backbone import Backbone
     from trainer.backbones.spec import BackboneSpec
     from trainer.methods.apply import Plan
+    from trainer.methods.method import Method
 
 
 def save_adapter(
@@ -138,7 +140,12 @@ def check_shape(path: Path, name: str, stored: tuple[int, ...], *, own: tuple[in
 
 
 def load_adapted(
-    path: Path, backbone: str | None = None, placement: Placement = CPU, *, scale: Scale = 1.0
+    path: Path,
+    backbone: str | None = None,
+    placement: Placement = CPU,
+    *,
+    scale: Scale = 1.0,
+    sampling: Mapping[str, Any] | None = None,
 ) -> tuple[Backbone, dict[str, Any]]:
     """The model that an adapter makes of its backbone, frozen, in eval mode and placed, and its
     recipe.
@@ -148,14 +155,20 @@ def load_adapted(
         placement: where it runs, and in which precision.
         scale: of what the adapter changes, or of what some of its methods do, by their names; see
             `scale_adapter`.
+        sampling: by method, options of the adapter's methods that are for sampling alone, and
+            options of further methods, which train nothing.
 
     Raises:
-        ValueError: see `read_header`, `check_backbone`, `check_tensors` and `scale_by_method`.
+        ValueError: see `read_header`, `check_backbone`, `check_tensors`, `scale_by_method` and
+            `sampling_methods`.
     """
     tree, _ = read_header(path)
+    own, further = sampling_methods(tree["methods"], sampling or {})
     spec, name = spec_of(tree, backbone), backbone or tree["backbone"]
     loaded = load_base(spec, name, placement, hold=False, read_held=True)
-    plan = _add(path, loaded, scale)
+    plan = _add(path, loaded, scale, methods=own)
+    if further:
+        apply_methods(loaded, further, trains=False, over=plan.edits)
     place(loaded.eval().requires_grad_(False), placement, plan.stored)
     return loaded, tree
 
@@ -187,12 +200,19 @@ def load_base(
     return place(loaded.eval().requires_grad_(False), placement, hold=hold)
 
 
-def _add(path: Path, backbone: Backbone, scale: Scale = 1.0) -> Plan:
-    """Applies an adapter's methods to a backbone and copies its tensors."""
+def _add(
+    path: Path,
+    backbone: Backbone,
+    scale: Scale = 1.0,
+    *,
+    methods: Mapping[str, Method] | None = None,
+) -> Plan:
+    """Applies an adapter's methods to a backbone and copies its tensors. methods: in the place of
+    its own, where options of sampling are others."""
     tree, stored = read_header(path)
     check_backbone(path, stored, backbone.identity())
     retarget(backbone, tree.get("objective") or {})
-    methods = load.methods_of(tree["methods"])
+    methods = methods or load.methods_of(tree["methods"])
     scales = scale_by_method(path, methods, scale)
     plan = apply_methods(backbone, methods)
     own = _tensors(backbone)

@@ -1,0 +1,93 @@
+"""The source of an edit, whose rows run beside those that are generated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.attention.condition import Condition
+    from trainer.attention.hooks import SourceBranch
+    from trainer.attention.rows import Rows
+    from trainer.backbones.backbone import Backbone
+    from trainer.diffusion.sampling_settings import Sampling
+
+SOURCE, SOURCE_COND, SOURCE_UNCOND = "source", "source/cond", "source/uncond"
+
+
+@dataclass(frozen=True, eq=False)
+class EditSource:
+    """prompt: what the source shows. inverted: whether sampling begins from the source's inversion,
+    which is made without guidance. uncond (steps, n, d): what its unconditional rows are told at
+    each step in place of the negative prompt, as `null_text` finds it; those of the edit are told
+    the negative prompt all the same ("decoupled guidance", arXiv 2303.04761, section 3.2)."""
+
+    prompt: str
+    inverted: bool = False
+    uncond: Tensor | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether its rows are guided: guidance alone would lead away from what was inverted."""
+        return self.uncond is not None or not self.inverted
+
+    def told(self, condition: Condition, rows: Rows, step: int) -> Condition:
+        """The condition of all rows of `rows` at a step."""
+        if self.uncond is None or SOURCE_UNCOND not in rows.slices:
+            return condition
+        assert condition.tokens is not None
+        own = rows.find(SOURCE_UNCOND)
+        tokens = condition.tokens.clone()
+        tokens[own] = self.uncond[step].to(tokens)
+        return replace(condition, tokens=tokens)
+
+
+def groups_of(settings: Sampling, edited: EditSource | None) -> tuple[str, ...]:
+    """The groups of rows of one call of the denoiser: those of the settings, each after that of the
+    source."""
+    if edited is None:
+        return settings.groups
+    both = [f"{branch}/{group.rpartition('/')[2]}" for group in settings.groups
+            for branch in (SOURCE, "target")]  # fmt: skip
+    return tuple(name for name in both if edited.guided or name != SOURCE_UNCOND)
+
+
+def source_branch(backbone: Backbone) -> tuple[str, SourceBranch] | None:
+    """The method that edits a source, and what it says of it; None where none does."""
+    for name, hooks in backbone.sampling_hooks.items():
+        for hook in hooks:
+            if hook.source is not None:
+                return name, hook.source
+    return None
+
+
+def edit_source(backbone: Backbone, given: EditSource | None, steps: int) -> EditSource | None:
+    """The source of a sampling: the one given, or else that of a method; None for none.
+
+    Raises:
+        ValueError: no method edits a source, one that does has none, or embeddings of another
+        number of steps.
+    """
+    found = source_branch(backbone)
+    if found is None:
+        if given is None:
+            return None
+        raise ValueError(
+            f"source_prompt={given.prompt!r} is for a method that edits a source, and this model "
+            "has none; give methods.p2p={}, or an adapter of recipe=videop2p"
+        )
+    name, branch = found
+    if given is None and branch.prompt is not None:
+        given = EditSource(branch.prompt)
+    if given is None and branch.needed:
+        raise ValueError(
+            f"methods.{name} edits a source and is told of none; give source_prompt=<what it shows>"
+        )
+    if given is not None and given.uncond is not None and len(given.uncond) != steps:
+        raise ValueError(
+            f"the null-text embeddings are those of {len(given.uncond)} steps, and this sampling "
+            f"has {steps}; give steps={len(given.uncond)}, or optimise them anew"
+        )
+    return given

@@ -1,0 +1,1 @@
+"""What methods that edit pictures and clips have in common."""
