@@ -24,7 +24,7 @@ from two_steps import two_steps
 from trainer.backbones import load_backbone
 from trainer.backbones.families import family_of
 from trainer.config.lineage import backbone_spec
-from trainer.config.load import load_recipe
+from trainer.config.load import load_recipe, methods_of
 from trainer.config.schema import RecipeError
 from trainer.data.loader import Batch
 from trainer.diffusion.guidance import COND, UNCOND, classifier_free
@@ -32,6 +32,7 @@ from trainer.diffusion.objective import Objective
 from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling_settings import Sampling
 from trainer.export.export import export
+from trainer.methods.apply import apply_methods
 from trainer.runs.adapter import load_adapted
 from trainer.runs.sum_adapters import load_summed
 from trainer.training.tasks.denoise import Denoise
@@ -392,6 +393,25 @@ def test_a_recipe_trains_it(name: str, folders: dict[str, Path], tmp_path: Path)
     # text that comes out of the last block is read by nothing
     last = "transformer_blocks.1.attn"
     assert ups and all(f"{last}.add_q" in key or f"{last}.to_add_out" in key for key in dead)
+
+
+@FAMILIES
+def test_a_text_encoder_that_is_calculated_again_has_the_same_gradients(
+    name: str, folders: dict[str, Path], open_folder: Open
+) -> None:
+    """A language model keeps keys and values, which are not to be there twice."""
+    model = open_folder(folders[name])
+    plan = apply_methods(model.eval(), methods_of({"new_token": {"tokens": ["<v1>"]}}))
+    trained = [model.get_parameter(each) for each in plan.names]
+
+    def gradients() -> list[Tensor]:
+        tokens = model.encode_prompts(["a <v1>", "left"]).tokens
+        return list(torch.autograd.grad(tokens.square().sum(), trained))
+
+    wanted = gradients()
+    model.enable_gradient_checkpointing()
+    assert all(map(torch.equal, gradients(), wanted))
+    assert any(each.any() for each in wanted)
 
 
 def test_a_prompt_that_is_too_long_is_cut_as_in_the_stock_pipeline(

@@ -59,7 +59,7 @@ PLACES = {
     "data inspect recipe=lora data.sou": ["data.source="],
     "data world ": [f"{name}=" for name in COMMANDS["world"][1].model_fields],
     "list m": ["methods"],
-    "help methods.do": ["methods.dora", "methods.dora."],
+    "help methods.dor": ["methods.dora", "methods.dora."],
     "help optim.lr": ["optim.lr", "optim.lrs"],
     "completion ": ["bash", "zsh"],
     "import format=au": ["format=auto"],

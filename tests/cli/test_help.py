@@ -15,12 +15,11 @@ from trainer.backbones.spec import BackboneSpec, TransformerSpec, UNetSpec
 from trainer.cli.data import COMMANDS
 from trainer.cli.help import _pages
 from trainer.cli.help_pages import example_of
-from trainer.cli.options import Options, RecipeOptions, read_options, split_options
-from trainer.cli.sample import SampleOptions
+from trainer.cli.options import RecipeOptions, read_options, split_options
+from trainer.cli.sample_options import SampleOptions
 from trainer.cli.usage import LIGHT_VERBS, VERBS, verb_module
 from trainer.common.exit_codes import BAD_RECIPE
 from trainer.common.field_words import Called, default_of, needed, type_of
-from trainer.common.lookup import only_class
 from trainer.common.section import keys_of
 from trainer.config.load import load_recipe
 from trainer.config.schema import KEYS, SECTIONS
@@ -36,7 +35,7 @@ RECORDS: dict[str, type[BaseModel]] = {
     **{spec.__name__: spec for spec in (UNetSpec, TransformerSpec, BackboneSpec)},
     **{f"data {name}": options for name, (_, options) in COMMANDS.items()},
     **{
-        f"verb {verb}": only_class(verb_module(verb).__name__, Options)
+        f"verb {verb}": getattr(verb_module(verb), f"{verb.capitalize()}Options")
         for verb in VERBS
         if verb not in WITHOUT_OPTIONS
     },

@@ -194,6 +194,7 @@ class StandIn(nn.Module):
         self.stock, self.latent_channels = stock, channels
         self.text_encoders, self.tokenizers = {}, {}
         self.prompts = Prompts(self, "text_encoder")
+        self.given_frames = None
 
     @property
     def denoiser(self) -> Any:

@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+CACHES = ("past_key_values", "past_key_value")
+
 
 def checkpoint_layers(encoder: nn.Module) -> None:
     """Makes every layer of a text encoder of transformers keep its inputs only.
@@ -34,4 +36,7 @@ def checkpoint_layers(encoder: nn.Module) -> None:
 def _again(forward: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
+    # language models keep keys and values for the next token; the second time they would be added
+    # to those of the first
+    kwargs |= {name: None for name in CACHES if name in kwargs}
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)

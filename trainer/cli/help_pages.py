@@ -29,11 +29,9 @@ def verb_page(verb: str) -> Iterator[str]:
 def command_records() -> dict[str, type[BaseModel]]:
     """The options of each verb, and of each command of `data`."""
     from trainer.cli.data import COMMANDS
-    from trainer.cli.options import Options
-    from trainer.common.lookup import only_class
 
     verbs = [verb for verb in VERBS if verb not in (*LIGHT_VERBS, "data")]
-    found = {verb: only_class(verb_module(verb).__name__, Options) for verb in verbs}
+    found = {verb: getattr(verb_module(verb), f"{verb.capitalize()}Options") for verb in verbs}
     return found | {f"data {name}": options for name, (_, options) in COMMANDS.items()}
 
 
@@ -210,7 +208,7 @@ def denoisers_page() -> Iterator[str]:
     from trainer.config.lineage import backbone_names, read_backbone
 
     made = [name for name in backbone_names() if "denoiser" in read_backbone(name)]
-    yield f"denoiser: a network made from nothing, with backbone={' or backbone='.join(made)}"
+    yield f"denoiser: a network made from nothing, with backbone={' or '.join(made)}"
     for spec in denoiser_specs():
         yield ""
         yield from _paragraph(spec.__doc__)

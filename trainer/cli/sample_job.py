@@ -19,6 +19,7 @@ from trainer.cli.prompt_file import filled, read_prompts
 from trainer.cli.repeat_picture import RepeatedPicture, compare_parts
 from trainer.cli.sample_files import SampleJob, check_fit
 from trainer.cli.sample_known import KnownVideo, known_of
+from trainer.cli.sample_options import SAME_CLIP, SampleOptions
 from trainer.cli.sample_source import (
     VideoSource,
     file_facts,
@@ -33,13 +34,11 @@ from trainer.common.paths import bare_name
 
 if TYPE_CHECKING:
     from trainer.backbones.backbone import Backbone
-    from trainer.cli.sample import SampleOptions
     from trainer.diffusion.edit_source import EditSource
     from trainer.diffusion.sampling_settings import Sampling
     from trainer.methods.method import Method
 
 PLACED = ("before", "between", "after")  # where the frames of a given clip are
-SAME_CLIP = "source= gives the same clip for every seed; leave count at 1"
 
 
 def job_of(
