@@ -412,6 +412,7 @@ def test_a_run_on_clips_of_the_world(
         f"run.resolution={side}", "run.steps=3", "run.batch_size=2", "run.validate_every=3",
         "preview.every=3", "preview.steps=2", "preview.prompts=[a fox]", "preview.maps=null",
         "tracker=none", "optim.lr=1e-2", "optim.warmup=0", "run.checkpoint_every=0",
+        "methods.lora.rank=4",
     ]  # fmt: skip
     made = fit(load_recipe(words), tmp_path / "run")
     with safe_open(made / "adapter.safetensors", "pt") as file:

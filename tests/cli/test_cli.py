@@ -128,7 +128,6 @@ def test_unknown_verb(verb: str, hint: str, capsys: Printed) -> None:
         (("export", "run=x", "adapter=y"), "give run or adapter, not both"),
         (("import", "file=x", "out=y"), "backbone is missing, as in backbone=sd15"),
         (("merge", "adapter=x", "out=y"), "adapter='x': a list is needed, as in adapter=[x]"),
-        (("sample", PROMPT, "backbone=tiny", "start=sorce"), "start='sorce': source or noise is"),
         (("data", "verify"), "give shards=<folder or .tar>, or folder=<photos>, and not both"),
         (("data", "wrld"), "data world, clips, build, verify, inspect: 'wrld' is none of them"),
         (("data", "world"), "out is missing, as in out=./world"),

@@ -199,8 +199,8 @@ def impatient(patch: Patch, seconds: float) -> None:
 
 
 def preview(patch: Patch, error: str, call: int) -> None:
-    """The sampler of previews raises from its `call`-th call on."""
-    _raising(patch, preview_file, "sample", error=error, call=call)
+    """The sampling of previews raises from its `call`-th call on."""
+    _raising(patch, preview_file.Preview, "_sample", error=error, call=call)
 
 
 def validation(patch: Patch, error: str, call: int) -> None:

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from trainer.attention.context import current
 from trainer.config.load import load_recipe
 from trainer.data.loader import Batch, Planned
 from trainer.methods.apply import Plan, apply_methods
@@ -43,17 +42,23 @@ class Spy:
     """In the place of a backbone's `predict`."""
 
     backbone: Any
+    task: Any
     calls: list[Call] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.inner = self.backbone.predict
+        self.inner, self.encode = self.backbone.predict, self.task.encode
         self.backbone.predict = self
+        object.__setattr__(self.task, "encode", self.encoded)  # the task is a frozen record
+
+    def encoded(self, *batch: Any) -> Any:
+        """In the place of the task's `encode`, for the clean latents."""
+        found = self.encode(*batch)
+        self.x0 = found.x0
+        return found
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         output: Tensor = self.inner(x_t, t, condition)
-        ctx = current()
-        assert ctx is not None and ctx.source is not None
-        self.calls.append(Call(x_t, t, ctx.source, output.detach()))
+        self.calls.append(Call(x_t, t, self.x0, output.detach()))
         return output
 
 
@@ -83,7 +88,8 @@ def step(
     train, _ = chosen.data.open(needs(chosen, backbone))
     plan = apply_methods(backbone, chosen.methods)
     prepare(plan)
-    module, spy, losses = module_of(chosen, backbone, plan), Spy(backbone), Losses()
+    module, losses = module_of(chosen, backbone, plan), Losses()
+    spy = Spy(backbone, module.task)
     planned = Planned(train, step_plan(chosen, train), None, 0, 1)
     # one whose photos stand small on their canvas, so that the mask leaves latents out
     batch = next(b for b in map(planned.__getitem__, range(20)) if (masks_of(b) == 0).any())

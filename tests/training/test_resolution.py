@@ -36,7 +36,7 @@ def test_previews_class_images_and_sample_follow_it(
         return call
 
     monkeypatch.setenv("TRAINER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(preview, "sample", seen(preview.sample, shown))
+    monkeypatch.setattr(preview, "sample_many", seen(preview.sample_many, shown))
     monkeypatch.setattr(build, "sample_many", seen(build.sample_many, made))
     words = [*WORDS, f"backbone={tiny_folder}", f"run.out={tmp_path}"]
     assert main(["fit", *words, "data.prior_guidance=1", "data.prior_sampler=euler"]) == 0

@@ -78,7 +78,7 @@ def modes() -> Iterator[dict[str, set[bool]]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ScheduleFree, "on_fit_start", begin)
-        for owner, name in ((Denoise, "loss"), (Denoise, "score"), (preview, "sample")):
+        for owner, name in ((Denoise, "loss"), (Denoise, "score"), (preview, "sample_many")):
             patch.setattr(owner, name, noting(getattr(owner, name), running, seen[name]))
         yield seen
 

@@ -16,6 +16,7 @@ from trainer.data.loader import Batch
 from trainer.diffusion.objective import Objective, add_noise, alpha_sigma, loss_weight, target_of
 from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling_settings import Sampling
+from trainer.training.tasks import denoise as module
 from trainer.training.tasks.denoise import Denoise, mean_per_sample
 
 
@@ -51,6 +52,19 @@ class Spy:
         output: Tensor = self.predict(x_t, t, condition)
         self.outputs.append(output)
         return output
+
+
+@pytest.fixture
+def clean(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The clean latents that get noise, of each call."""
+    seen: list[Tensor] = []
+
+    def noted(objective: Objective, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        seen.append(x0)
+        return add_noise(objective, x0, noise, t)
+
+    monkeypatch.setattr(module, "add_noise", noted)
+    return seen
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.5])
@@ -89,15 +103,15 @@ def test_a_clip_has_one_text_one_timestep_and_noise_of_its_own(tiny: Any) -> Non
     assert losses.shape == t.shape == (3,)
     assert torch.equal(seen, t.repeat_interleave(4)) and len(set(t.tolist())) == 3
     assert (ctx.frames, ctx.fps.tolist()) == (4, [8.0, 12.0, 24.0])
-    assert ctx.source.shape == x_t.shape
+    assert state.x0.shape == x_t.shape
     for clip in range(3):
         own = text[4 * clip : 4 * clip + 4]
         assert (own == own[:1]).all()
     assert not torch.equal(text[0], text[4])
     alpha, sigma = alpha_sigma(objective, seen, 4)
-    noise = (x_t - alpha * ctx.source) / sigma
+    noise = (x_t - alpha * state.x0) / sigma
     assert len({round(float(frame.flatten()[0]), 3) for frame in noise}) == 12
-    error = (spy.outputs[0] - target_of(objective, ctx.source, noise, seen)).square()
+    error = (spy.outputs[0] - target_of(objective, state.x0, noise, seen)).square()
     wanted = error.unflatten(0, (3, 4)).mean(dim=(1, 2, 3, 4)) * loss_weight(objective, t)
     torch.testing.assert_close(losses, wanted, rtol=1e-3, atol=1e-4)
 
@@ -167,18 +181,20 @@ def test_captions_are_dropped_in_training_alone(tiny: Any) -> None:
     assert 6 <= dropped["train"] <= 18  # of 24
 
 
-def test_a_score_is_the_plain_loss_of_every_sample_at_every_level(tiny: Any) -> None:
+def test_a_score_is_the_plain_loss_of_every_sample_at_every_level(
+    tiny: Any, clean: list[Tensor]
+) -> None:
     task = Denoise(tiny, Objective(tiny.target, tiny.alphas_cumprod), caption_dropout=1.0)
     spy = Spy(tiny)
     batch = batch_of(2, 1, tiny.latent_channels)
     score = task.score(batch, [0.25, 0.75])
     assert score.shape == (2, 2) and not score.requires_grad
     noises = []
-    for call, output, found in zip(spy.calls, spy.outputs, score, strict=True):
-        x_t, t, _, ctx = call
+    for call, output, found, x0 in zip(spy.calls, spy.outputs, score, clean, strict=True):
+        x_t, t, *_ = call
         alpha, sigma = alpha_sigma(task.objective, t, 4)
-        noise = (x_t - alpha * ctx.source) / sigma
-        error = output - (alpha * noise - sigma * ctx.source)  # v
+        noise = (x_t - alpha * x0) / sigma
+        error = output - (alpha * noise - sigma * x0)  # v
         torch.testing.assert_close(found, error.square().mean(dim=(1, 2, 3)), rtol=1e-3, atol=1e-4)
         noises.append(noise)
     assert [call[1].tolist() for call in spy.calls] == [[250, 250], [750, 750]]
@@ -209,19 +225,21 @@ def test_recipes_are_scored_alike(changes: dict[str, Any], tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("target", ["eps", "x0"])
-def test_another_target_is_scored_in_the_backbones_units(target: str, tiny: Any) -> None:
+def test_another_target_is_scored_in_the_backbones_units(
+    target: str, tiny: Any, clean: list[Tensor]
+) -> None:
     """The tiny backbone was published to predict v. An output that is right but for an error in x0
     has that error's share of v, whatever it was asked for."""
     assert tiny.published_target == ("v", False)
     objective = Objective(target, tiny.alphas_cumprod)
     spy = Spy(tiny)
     score = Denoise(tiny, objective).score(batch_of(2, 1, tiny.latent_channels), [0.5])
-    (x_t, t, _, ctx), output = spy.calls[0], spy.outputs[0]
+    (x_t, t, *_), output, true = spy.calls[0], spy.outputs[0], clean[0]
     alpha, sigma = alpha_sigma(objective, t, 4)
     x0 = output if target == "x0" else (x_t - sigma * output) / alpha
     noise = output if target == "eps" else (x_t - alpha * output) / sigma
-    own_noise = (x_t - alpha * ctx.source) / sigma
-    error = (alpha * noise - sigma * x0) - (alpha * own_noise - sigma * ctx.source)
+    own_noise = (x_t - alpha * true) / sigma
+    error = (alpha * noise - sigma * x0) - (alpha * own_noise - sigma * true)
     torch.testing.assert_close(score[0], error.square().mean(dim=(1, 2, 3)), rtol=1e-3, atol=1e-4)
 
 
