@@ -16,6 +16,7 @@ import pytest
 import torch
 from edited import edit
 from flow_checks import check_folder_facts
+from method_examples import EXAMPLES
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -510,7 +511,7 @@ def test_what_makes_clips_of_pictures_is_refused(
         text = f"methods.{method}: it needs every frame of a clip as a row of the batch, and "
         why = f"{text}{network}.*Transformer3DModel has frames as tokens"
         with pytest.raises(ValueError, match=f"{why}, so it is a model of clips; choose a back"):
-            apply_methods(model, {method: find_method(method)()})
+            apply_methods(model, {method: find_method(method)(**EXAMPLES[method])})
 
 
 def test_guidance_between_frames_is_refused(folders: Any, open_folder: Open) -> None:

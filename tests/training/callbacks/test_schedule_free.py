@@ -68,7 +68,7 @@ def noting(
 @pytest.fixture(scope="module")
 def modes() -> Iterator[dict[str, set[bool]]]:
     """Whether the weights were those of training, wherever the model was run."""
-    seen: dict[str, set[bool]] = {"loss": set(), "score": set(), "sample": set()}
+    seen: dict[str, set[bool]] = {"loss": set(), "score": set(), "sample_many": set()}
     running: list[ScheduleFree] = []
     begun = ScheduleFree.on_fit_start
 
@@ -96,7 +96,7 @@ def test_training_has_y_and_all_that_looks_has_x(
     watched: Path, modes: dict[str, set[bool]]
 ) -> None:
     # `score` runs `loss`
-    assert modes == {"loss": {True, False}, "score": {False}, "sample": {False}}
+    assert modes == {"loss": {True, False}, "score": {False}, "sample_many": {False}}
     wanted, kept = average(watched), load_file(watched / "adapter.safetensors")
     weights, _ = state_of(watched)
     assert wanted.keys() <= kept.keys()
