@@ -50,7 +50,6 @@ CASES: dict[str, tuple[str | None, int]] = {
     "sdxl_512": ("sdxl", 512),
     "narrow_1024": ("sdxl", 1024),
     "sana_1600m_1024": ("sana_1600m", 1024),
-    "pixart_sigma_512": ("pixart_sigma", 512),
     "tiny": (None, 64),
 }
 PARTS, QUICK = ("sdxl_512", "sdxl_1024"), ("tiny",)
