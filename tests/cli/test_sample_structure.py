@@ -103,3 +103,10 @@ def test_guidance_in_time_changes_a_clip(adapter: Path) -> None:
         for scale in (1, 3)
     )
     assert not np.array_equal(plain, guided)
+
+
+def test_a_picture_has_no_structure_of_a_clip(adapter: Path, capsys: Any) -> None:
+    film = clip("square", grey=False)
+    words = [f"adapter={adapter}", "prompt=a fox", f"structure={film}", "image=a.png"]
+    assert main(["sample", *words]) == BAD_RECIPE
+    assert "image= begins a picture, and structure= is of a clip" in capsys.readouterr().err

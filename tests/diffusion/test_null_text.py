@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.attention.condition import Condition
-from trainer.attention.context import StepContext, use
+from trainer.attention.context import StepContext, current, use
 from trainer.diffusion.edit_source import EditSource
 from trainer.diffusion.inversion import invert
 from trainer.diffusion.null_text import enough, learning_rate, null_text
@@ -137,3 +137,14 @@ def test_refusals(tiny: Any) -> None:
         null_text(tiny, x, {}, prompt=PROMPT, settings=Sampling(steps=3, guidance=1))
     with pytest.raises(ValueError, match="has no latents before step 0; invert with as many"):
         null_text(tiny, x, {}, prompt=PROMPT, settings=how(1, 3))
+
+
+def test_further_input_channels_are_read(tiny: Any) -> None:
+    """By every call of the network, as while it is sampled."""
+    x, seen = clean(2), list[Any]()
+    trajectory = inverted(tiny, x, 2)
+    values = {"depth": torch.ones(2, 1, 8, 8)}
+    tiny.denoiser.register_forward_pre_hook(lambda *_: seen.append(current()))
+    null_text(tiny, x, trajectory, prompt=PROMPT, settings=how(2, 2), most=1, channels=values)
+    assert len(seen) >= 6
+    assert all(torch.equal(ctx.channels["depth"], values["depth"]) for ctx in seen)

@@ -170,6 +170,7 @@ def test_sample_completes_a_clip(adapter: Path, video: Path, tmp_path: Path, cap
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["source_prompt=a cat"], "source_prompt= is not read by a model that completes the clip"),
         (["before=4", "after=3"], "before=4 and after=3 leave none of 7 frames to be given"),
         (["between=0"], "clip.mp4: 4 frames at 8 a second are too short for 7 frames"),
         (["between=-1"], "between=-1: a whole number is needed, at least 0"),

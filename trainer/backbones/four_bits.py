@@ -37,6 +37,15 @@ def is_packed(layer: nn.Module) -> bool:
     return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
 
 
+def can_be_packed(layer: nn.Module, least: int) -> bool:
+    """Whether it is a plain linear layer of at least so many values, whose rows are whole blocks:
+    of others bitsandbytes reads wrong scales on a CPU
+    (`findings/bitsandbytes_cpu_rows_of_part_blocks.sh`)."""
+    if type(layer) is not nn.Linear:
+        return False
+    return layer.weight.numel() >= least and layer.in_features % BLOCK == 0
+
+
 def pack(layer: nn.Linear, compute: torch.dtype) -> nn.Module:
     """A linear layer in 4 bits with the same values, but for rounding; it computes in `compute`. Of
     one that was not read, whose values are one number, only the sizes are right."""
@@ -124,8 +133,9 @@ def scales(parameter: Tensor) -> tuple[Tensor, ...]:
 
 
 def pack_layers(part: Any, compute: torch.dtype) -> None:
-    """Stores the linear layers of a frozen text encoder in 4 bits, as far as they have `SMALLEST`
-    values or more and its class does not want them uncast (of a T5 those named `wo`).
+    """Stores the linear layers of a frozen text encoder in 4 bits, as far as they can be packed,
+    have `SMALLEST` values or more and its class does not want them uncast (of a T5 those named
+    `wo`).
 
     Raises:
         ValueError: something of it trains.
@@ -139,8 +149,7 @@ def pack_layers(part: Any, compute: torch.dtype) -> None:
     chosen = {
         name: layer
         for name, layer in part.named_modules()
-        if type(layer) is nn.Linear
-        and layer.weight.numel() >= SMALLEST
+        if can_be_packed(layer, SMALLEST)
         and not any(re.search(rf"\b{each}\b", name) for each in whole)
     }
     packed = [pack(layer, compute) for layer in chosen.values()]

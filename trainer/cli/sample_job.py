@@ -148,6 +148,7 @@ def _starts(
     if options.source is None:
         return {"inputs": inputs, "edited": edited}
     if where is not None:
+        _check_completes(options)
         return {"given": given_clip(backbone, options.source, settings, where=where)}
     if options.count > 1 or options.prompts is not None:
         raise ValueError(SAME_CLIP)
@@ -156,6 +157,15 @@ def _starts(
     channels = channels_for(backbone, [options.seed], settings, inputs=inputs)
     begun = source_of(backbone, source, settings, data=data, channels=channels)
     return {"inputs": inputs, "start": begun.start, "edited": begun.edited}
+
+
+def _check_completes(options: SampleOptions) -> None:
+    """Raises ValueError for what a model that completes a given clip does not read."""
+    for key in ("source_prompt", "structure"):
+        if getattr(options, key) is not None:
+            raise ValueError(
+                f"{key}= is not read by a model that completes the clip of source=; leave it out"
+            )
 
 
 def _origin(options: SampleOptions) -> dict[str, Any]:

@@ -100,13 +100,11 @@ def known_of(backbone: Backbone, video: KnownVideo, settings: Sampling) -> Known
         ImageError: the video cannot be read, or is too short.
         ValueError: it does not fit the clip.
     """
+    from trainer.cli.sample_source import square_side
     from trainer.diffusion.known_frames import KnownFrames
     from trainer.diffusion.source_clip import source_latents
 
-    at, size = video.numbers(settings.frames), settings.size
-    if size is not None and size[0] != size[1]:
-        raise ValueError(f"size={size[1]}x{size[0]}: known= is cut to a square; give one side")
-    side = None if size is None else size[0]
-    count = len(at)
-    latents = source_latents(backbone, video.path, frames=count, fps=None, data={}, side=side)
+    at = video.numbers(settings.frames)
+    side = square_side(settings, "known")
+    latents = source_latents(backbone, video.path, frames=len(at), fps=None, data={}, side=side)
     return KnownFrames.shrunk(latents[None], at, video.shrink)

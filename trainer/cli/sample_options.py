@@ -255,6 +255,8 @@ class SampleOptions(Options):
             raise ValueError(SAME_CLIP)
         if self.image is not None and (self.source is not None or (self.frames or 1) > 1):
             raise ValueError("image= begins a picture, and source= a clip; leave one out")
+        if self.image is not None and self.structure is not None:
+            raise ValueError("image= begins a picture, and structure= is of a clip; leave one out")
         check_known(vars(self))
 
     @property

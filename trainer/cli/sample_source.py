@@ -117,7 +117,9 @@ def _inverted(
             channels=channels,
         )
     if told is not None:
-        told = _with_null_text(backbone, video, told, source=source, kept=kept, settings=settings)
+        told = _with_null_text(
+            backbone, video, source, kept=kept, settings=settings, channels=channels
+        )
     shutil.rmtree(kept.folder, ignore_errors=True)  # it is for an inversion that is interrupted
     return Begun(start, told)
 
@@ -125,19 +127,20 @@ def _inverted(
 def _with_null_text(
     backbone: Backbone,
     video: VideoSource,
-    told: EditSource,
-    *,
     source: Tensor,
+    *,
     kept: KeptSteps,
     settings: Sampling,
+    channels: Mapping[str, Tensor],
 ) -> EditSource:
-    """With the embeddings of a file, or those found now; without any where the method wants none,
-    or the sampling is not guided."""
+    """What is edited with the embeddings of a file, or those found now; without any where the
+    method wants none, or the sampling is not guided."""
     from trainer.common.long_work import long_work
     from trainer.diffusion.edit_source import edit_source, source_branch
     from trainer.diffusion.null_text import null_text
 
-    told = replace(told, inverted=True)
+    assert video.edited is not None, "embeddings are those of an edit"
+    told = replace(video.edited, inverted=True)
     if video.null_text is not None:
         told = replace(told, uncond=read_null_text(video.null_text))
         checked = edit_source(backbone, told, settings.steps)
@@ -155,6 +158,7 @@ def _with_null_text(
             prompt=told.prompt,
             settings=settings,
             most=branch[1].null_text,
+            channels=channels,
             advance=advance,
         )
     return replace(told, uncond=found)

@@ -42,6 +42,7 @@ def structure_of(
     from trainer.cli.sample_source import square_side
     from trainer.data.depth import DEPTH, depth_like, is_grey
     from trainer.diffusion.source_clip import source_pixels
+    from trainer.ops.gen1 import LEVEL
 
     if path is None:
         return {}
@@ -59,4 +60,4 @@ def structure_of(
         side=square_side(settings, "structure"),
     )
     print(f"structure={path.name}: {GREY if is_grey(frames) else GUESSED}", file=sys.stderr)
-    return {DEPTH: depth_like(frames)[None], "structure_level": torch.tensor([level])}
+    return {DEPTH: depth_like(frames)[None], LEVEL: torch.tensor([level])}

@@ -15,6 +15,7 @@ from trainer.common.seeds import seed_of
 from trainer.diffusion.channel_values import channels_for
 from trainer.diffusion.sampler import DEFAULT, sample
 from trainer.diffusion.sampling_settings import Sampling
+from trainer.diffusion.source_clip import mean_latents
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +50,8 @@ class GivenClip:
     def of_pictures(cls, backbone: Backbone, clip: Tensor, where: GivenFrames) -> GivenClip:
         """Those frames of a complete clip (f, 3, H, W) in [-1, 1] that are to be given."""
         frames = len(clip)
-        shown = clip[list(where.places(frames))].to(backbone.device)
-        moments = backbone.moments(shown, len(shown))
-        latents = backbone.latents(moments, torch.zeros_like(moments.chunk(2, 1)[0]))
-        return cls.of(latents, where, frames)
+        shown = clip[list(where.places(frames))]
+        return cls.of(mean_latents(backbone, shown), where, frames)
 
     def channels(
         self, backbone: Backbone, seeds: Sequence[int], settings: Sampling

@@ -93,7 +93,7 @@ class Inverse:
 
     def __call__(self, x: Tensor, ctx: StepContext) -> Tensor:
         """Latents x (b f, c, h, w) after the step of `ctx` to those before it."""
-        objective = Objective(self.backbone.target, self.backbone.alphas_cumprod)
+        objective = Objective.of(self.backbone)
         a, b = step_of(objective, ctx.timestep, *below(self.scheduler, ctx.step))
         found = x
         for _ in range(self.iterations):

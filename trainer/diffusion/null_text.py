@@ -12,7 +12,7 @@ counted in its 50 steps, and is 50 / n times the number of a step of n.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,16 +54,15 @@ def null_text(
     prompt: str,
     settings: Sampling,
     most: int = 10,
+    channels: Mapping[str, Tensor] | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Tensor:
     """Embeddings (steps, n, d) for one picture or clip, clean latents (f, c, h, w).
 
     trajectory: the latents before each step, by its number, of inversion by `prompt`; settings: of
     the sampling, whose guidance and negative prompt, from which the first embedding begins; most:
-    steps of Adam for each; advance: told of each step of the sampler, with 1.
-
-    Raises:
-        ValueError: the sampling is not guided, or a step of the trajectory is missing.
+    steps of Adam for each; channels: as of `sample`; advance: told of each step with 1. Raises
+    ValueError where the sampling is not guided, or a step of the trajectory is missing.
     """
     settings = settings.on(embeds=backbone.embeds_guidance)
     if not settings.guided:
@@ -74,7 +73,7 @@ def null_text(
     scheduler = scheduler_for(backbone, latents, settings.steps)
     with evaluating(backbone):
         told = settings.told(backbone.encode_prompts([settings.negative, prompt]))
-        ctx = _context(latents.to(device), settings)
+        ctx = _context(latents.to(device), settings, channels or {})
         search = Search(backbone, scheduler, told=told, settings=settings, ctx=ctx, most=most)
         x = _known(trajectory, 0).to(device)
         assert told.tokens is not None
@@ -96,7 +95,7 @@ def scheduler_for(backbone: Backbone, latents: Tensor, steps: int) -> Any:
     return scheduler
 
 
-def _context(latents: Tensor, settings: Sampling) -> StepContext:
+def _context(latents: Tensor, settings: Sampling, channels: Mapping[str, Tensor]) -> StepContext:
     """What the calls of every step have in common."""
     fps, device = settings.fps, latents.device
     return StepContext(
@@ -105,6 +104,7 @@ def _context(latents: Tensor, settings: Sampling) -> StepContext:
         timestep=torch.zeros((), device=device),
         frames=len(latents),
         fps=None if fps is None else torch.full((1,), fps, device=device),
+        channels={name: own.to(latents) for name, own in channels.items()},
     )
 
 
@@ -160,7 +160,7 @@ class Search:
         }
         rescale = self.backbone.declared.rescale
         output = classifier_free(outputs, self.settings.cfg_scale, rescale, branch=SOURCE)
-        objective = Objective(self.backbone.target, self.backbone.alphas_cumprod)
+        objective = Objective.of(self.backbone)
         a, b = step_of(objective, ctx.timestep, *below(self.scheduler, ctx.step))
         return a * x + b * output
 

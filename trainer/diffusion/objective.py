@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trainer.backbones.noise_levels import shifted
+
+if TYPE_CHECKING:
+    from trainer.backbones.backbone import Backbone
 
 TARGETS = ("eps", "v", "x0", "flow")
 ALMOST_ONE = 1 - 2**-24  # the float32 below 1, to which a draw just under 1 may have been rounded
@@ -44,6 +48,11 @@ class Objective:
     min_snr_gamma: float = 5.0
     offset_noise: float = 0.0
     shift: float = 1.0
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> Objective:
+        """What a backbone's output means, and on which path."""
+        return cls(backbone.target, backbone.alphas_cumprod)
 
     @property
     def num_timesteps(self) -> int:

@@ -42,7 +42,7 @@ class Predictor:
 
     @property
     def objective(self) -> Objective:
-        return Objective(self.backbone.target, self.backbone.alphas_cumprod)
+        return Objective.of(self.backbone)
 
     def __call__(self, x_t: Tensor) -> Prediction:
         """For latents x_t (b f, c, h, w)."""

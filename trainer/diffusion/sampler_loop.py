@@ -105,7 +105,7 @@ class Denoising:
 
     @cached_property
     def objective(self) -> Objective:
-        return Objective(self.backbone.target, self.backbone.alphas_cumprod)
+        return Objective.of(self.backbone)
 
     @property
     def noise_scale(self) -> float:

@@ -61,5 +61,10 @@ def source_latents(
     """The latents (f, c, h, w) of `source_pixels`, which has these arguments: the mean of the VAE's
     posterior. f is `frames`, or less where the VAE compresses time."""
     pixels = source_pixels(backbone, path, frames=frames, fps=fps, data=data, side=side)
-    moments = backbone.moments(pixels.to(backbone.device), frames)
+    return mean_latents(backbone, pixels)
+
+
+def mean_latents(backbone: Backbone, clip: Tensor) -> Tensor:
+    """The mean of the VAE's posterior, (f, c, h, w), for a clip (frames, 3, H, W) in [-1, 1]."""
+    moments = backbone.moments(clip.to(backbone.device), len(clip))
     return backbone.latents(moments, torch.zeros_like(moments.chunk(2, 1)[0]))

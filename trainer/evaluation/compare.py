@@ -62,7 +62,7 @@ def evaluate_runs(runs: Sequence[Path], how: Judging) -> Table:
             table[name] = each.score(each.adapted(each.path))
     table = first.completed(table)
     notes = list(dict.fromkeys(note for each in own.values() for note in each.notes))
-    losses = _unlike_losses_of(own, table, notes)
+    losses = _without_unlike_losses(own, table, notes)
     # the base was asked with the first one's words
     alone = [name for name, each in own.items() if _prompts(each) != _prompts(first)]
     if alone:
@@ -267,7 +267,7 @@ def _photos(own: Evaluation) -> list[Tensor]:
     return [*features, *([] if own.clips is None else [own.clips.real])]
 
 
-def _unlike_losses_of(
+def _without_unlike_losses(
     own: Mapping[str, Evaluation], table: Table, notes: list[str]
 ) -> dict[str, float | None]:
     """The validation losses by column, taken out of the table, where those of the runs cannot be

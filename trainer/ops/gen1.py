@@ -8,8 +8,9 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from trainer.attention.input_channels import ChannelInputs
+from trainer.data.depth import DEPTH
 
-DEPTH, LEVEL = "depth", "structure_level"  # inputs
+LEVEL = "structure_level"  # an input, as `DEPTH` is
 WAVES = 4  # channels that tell the level
 
 

@@ -52,7 +52,8 @@ class Gen1(PseudoThreeD):
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.input_channels import InputChannels, channel_item
-        from trainer.ops.gen1 import DEPTH, WAVES, structure_channels
+        from trainer.data.depth import DEPTH
+        from trainer.ops.gen1 import WAVES, structure_channels
 
         items = []
         if self.structure is not None:

@@ -31,7 +31,12 @@ class Nf4(Method):
     systems: ClassVar[str] = "QLoRA"
     paper: ClassVar[str] = "arXiv 2305.14314"
 
-    min_size: int = Field(4096, gt=0, description="layers with fewer weights stay as they are")
+    min_size: int = Field(
+        4096,
+        gt=0,
+        description="layers with fewer weights stay as they are, as do those with a number of "
+        "inputs that is no multiple of 64",
+    )
     skip: tuple[str, ...] = Field(
         KEPT,
         description="globs over the names of layers that stay; by default those of time, norms and "
@@ -77,6 +82,7 @@ class Nf4(Method):
         from torch import nn
 
         from trainer.attention.insertion import trained_inside
+        from trainer.backbones.four_bits import can_be_packed
         from trainer.ops.adapters.nf4 import inside_ops
 
         training = trained_inside(denoiser) | inside_ops(denoiser)
@@ -94,12 +100,12 @@ class Nf4(Method):
         found = {
             name: layer
             for name, layer in linear.items()
-            if layer.weight.numel() >= self.min_size
+            if can_be_packed(layer, self.min_size)
             and not any(fnmatchcase(name, pattern) for pattern in self.skip)
         }
         if not found:
             raise ValueError(
-                f"no linear layer has min_size={self.min_size} weights and is in none of skip; "
-                "lower min_size, or skip less"
+                f"no linear layer has min_size={self.min_size} weights, rows of whole blocks of 64 "
+                "and is in none of skip; lower min_size, or skip less"
             )
         return found
