@@ -239,8 +239,9 @@ def test_motion_lora_trains_over_a_motion_adapter_in_4_bits(
         plan.names
     )
     packed = open_folder(tiny_folder)
-    apply_methods(packed, methods_of(tree | {"nf4": {"min_size": 256}}))
-    layer = packed.unet.mid_block.motion_modules[0].transformer_blocks[0].attn1.to_q.base_layer
+    wide = {**tree["lora"], "layers": ["*motion_modules.?.*ff.net.2"]}  # rows of whole blocks
+    apply_methods(packed, methods_of(tree | {"nf4": {"min_size": 256}, "lora": wide}))
+    layer = packed.unet.mid_block.motion_modules[0].transformer_blocks[0].ff.net[2].base_layer
     assert is_packed(layer)
     still = open_folder(tiny_folder)
     apply_methods(still, methods_of({"nf4": {"min_size": 256}, "lora": {"sites": "self"}}))
