@@ -3,12 +3,13 @@
     python bench/memory.py                          # SDXL: 10 GB of disk and of memory
     python bench/memory.py --only sdxl_512          # at 512 pixels alone, in a quarter of the time
     python bench/memory.py --only narrow_1024       # a narrow SDXL: 3 GB, two minutes
+    python bench/memory.py --only sana_1600m_1024,pixart_sigma_1024,sd35_medium_512
     python bench/memory.py --quick                  # the shipped backbone
 
 Each is the published network, its layers in bf16, with random weights that are stored in bf16 in a
 temporary folder: LoRA on all attention, batch 1, gradient checkpointing, two steps on the CPU in a
 process of its own, on latents that are noise, since a run encodes its pictures before its first
-step. Measured: the most memory that is resident during the steps, and while the weights are loaded,
+step. SD 3.5 medium is without its third text encoder, as many have it. Measured: the most memory that is resident during the steps, and while the weights are loaded,
 each less what the program takes before (Linux alone tells it), which is after a step of the shipped
 backbone, when all libraries are there. The weights are mapped from files; pages of them that were
 only read to be copied into fp32 are let go before the steps, as the system does where memory is
@@ -33,6 +34,7 @@ import torch
 from _common import Bars, chosen_of, parser_of
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
 LAYOUTS = ROOT / "data" / "layouts"
 # SDXL with half the channels, a transformer layer in each block, and text encoders of two layers
 NARROW: dict[str, dict[str, Any]] = {
@@ -44,12 +46,15 @@ NARROW: dict[str, dict[str, Any]] = {
     "text_encoder_2": {"num_hidden_layers": 2},
 }
 CHANGED = {"narrow_1024": NARROW}
+LEFT_OUT = {"sd35_medium_512": ("text_encoder_3", "tokenizer_3")}
 # the layout, None for the backbone that ships, and the side of the pictures in pixels
 CASES: dict[str, tuple[str | None, int]] = {
     "sdxl_1024": ("sdxl", 1024),
     "sdxl_512": ("sdxl", 512),
     "narrow_1024": ("sdxl", 1024),
     "sana_1600m_1024": ("sana_1600m", 1024),
+    "pixart_sigma_1024": ("pixart_sigma", 1024),
+    "sd35_medium_512": ("sd35_medium", 512),
     "tiny": (None, 64),
 }
 PARTS, QUICK = ("sdxl_512", "sdxl_1024"), ("tiny",)
@@ -68,7 +73,8 @@ def words_of(name: str, folder: str) -> list[str]:
 
 
 def make_folder(name: str, where: str) -> None:
-    """The pipeline of a case with random weights in bf16 and the tokenizer that ships."""
+    """The pipeline of a case with random weights in bf16, and tokenizers that know letters or the
+    words of the small backbone."""
     from safetensors.torch import save_file
 
     from trainer.backbones.pipeline_folder import without_values
@@ -81,8 +87,9 @@ def make_folder(name: str, where: str) -> None:
     for part, changes in CHANGED.get(name, {}).items():
         file = folder / part / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    _leave_out(folder, LEFT_OUT.get(name, ()))
     for tokenizer in folder.glob("tokenizer*"):
-        shutil.copytree(ROOT / "data" / "tiny" / "tokenizer", tokenizer, dirs_exist_ok=True)
+        _make_tokenizer(tokenizer)
     with without_values():
         spec = BackboneSpec(folder=where, family=backbone_spec(layout).family)
         model = load_base(spec, name, hold=False)
@@ -93,6 +100,25 @@ def make_folder(name: str, where: str) -> None:
         ours = part in (model.denoiser_name, "vae")
         file = "diffusion_pytorch_model.safetensors" if ours else "model.safetensors"
         save_file(tensors, folder / part / file, {"format": "pt"})
+
+
+def _leave_out(folder: Path, parts: tuple[str, ...]) -> None:
+    index = folder / "model_index.json"
+    content = json.loads(index.read_text())
+    for part in parts:
+        shutil.rmtree(folder / part)
+        content[part] = [None, None]
+    index.write_text(json.dumps(content))
+
+
+def _make_tokenizer(folder: Path) -> None:
+    from pixart_folder import t5_tokenizer
+
+    kind = json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
+    if kind.startswith("T5"):
+        t5_tokenizer().save_pretrained(folder)
+    else:
+        shutil.copytree(ROOT / "data" / "tiny" / "tokenizer", folder, dirs_exist_ok=True)
 
 
 def _filled(block: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

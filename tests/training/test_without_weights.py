@@ -35,7 +35,8 @@ from trainer.training.without_weights import planned, refuse_unfit
 
 WORDS = ["recipe=lora", "data.concept=sprite:penguin", "data.prior_weight=0", "run.batch_size=2"]
 # values of each part: of the U-Nets and CLIPs as is well known of these checkpoints; of PixArt and
-# Sana as their papers round them, 0.6 B, 0.6 B and 1.6 B; T5 XXL's encoder 4.8 B, Gemma 2 2.6 B
+# Sana as their papers round them, 0.6 B, 0.6 B and 1.6 B; T5 XXL's encoder 4.8 B, Gemma 2 2.6 B;
+# of SD 3 what is left of the published sums without their tables of positions
 COUNTS: dict[str, dict[str, int]] = {
     "sd15": {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863},
     "sd21": {"unet": 865_910_724, "text_encoder": 340_387_840, "vae": 83_653_863},
@@ -54,6 +55,15 @@ COUNTS: dict[str, dict[str, int]] = {
     },
     "sana_1600m": {
         "transformer": 1_604_462_752, "text_encoder": 2_614_341_888, "vae": 312_250_275
+    },
+    **{
+        name: {
+            "transformer": count, "text_encoder": 123_650_304, "text_encoder_2": 694_659_840,
+            "text_encoder_3": 4_762_310_656, "vae": 83_819_683,
+        }
+        for name, count in (
+            ("sd3", 2_028_328_000), ("sd35_medium", 2_243_171_520), ("sd35_large", 8_056_627_520)
+        )
     },
     "dit_xl": {"transformer": 749_826_464, "vae": 83_653_863},
 }  # fmt: skip
