@@ -9,11 +9,12 @@
 Each is the published network, its layers in bf16, with random weights that are stored in bf16 in a
 temporary folder: LoRA on all attention, batch 1, gradient checkpointing, two steps on the CPU in a
 process of its own, on latents that are noise, since a run encodes its pictures before its first
-step. SD 3.5 medium is without its third text encoder, as many have it. Measured: the most memory that is resident during the steps, and while the weights are loaded,
-each less what the program takes before (Linux alone tells it), which is after a step of the shipped
-backbone, when all libraries are there. The weights are mapped from files; pages of them that were
-only read to be copied into fp32 are let go before the steps, as the system does where memory is
-short. It refuses to begin where less is free than the estimate and 2 GB.
+step. SD 3.5 medium is without its third text encoder, as many have it. Measured: the most memory
+that is resident during the steps, and while the weights are loaded, each less what the program
+takes before (Linux alone tells it), which is after a step of the shipped backbone, when all
+libraries are there. The weights are mapped from files; pages of them that were only read to be
+copied into fp32 are let go before the steps, as the system does where memory is short. It refuses
+to begin where less is free than the estimate and 2 GB.
 """
 
 from __future__ import annotations
