@@ -143,7 +143,7 @@ methods.cascade: train weights time space most level
 methods.coda_prompt: pool length sites ortho
 methods.flash: sites backend
 methods.flashmask: sites mask backend
-methods.frame_interpolation: train weights between extrapolate blank
+methods.frame_interpolation: train weights between extrapolate blank fill
 methods.full: denoiser text_encoder
 methods.gated_linear: sites distill rank tau scans convolution
 methods.gen1: train weights heads kernel max_frames structure

@@ -27,7 +27,7 @@ from trainer.media.write_video import encode_video
 from trainer.methods.apply import apply_methods
 from trainer.methods.feature.frame_interpolation import FrameInterpolation
 from trainer.methods.feature.vdm import Vdm
-from trainer.ops.frame_interpolation import Masking, known_channels
+from trainer.ops.frame_interpolation import Masking, known_channels, neighbour_channels
 
 BOTH = {"vdm": {"heads": 2}, "frame_interpolation": {"between": 2}}
 
@@ -54,6 +54,29 @@ def test_the_channels_are_known_frames_and_their_mask() -> None:
     masking = Masking(between=2, extrapolate=0, blank=0)
     named = masking.channels(given_of(clips, [0, 1], **{KNOWN: known}))
     assert named is not None and torch.equal(named, found.flatten(0, 1))
+
+
+def test_the_channels_are_the_known_frames_before_and_after() -> None:
+    """Against a loop over frames: between known ones, before the first, after the last, and where
+    none is known."""
+    clips = torch.randn(3, 6, 2, 3, 5)
+    known = torch.tensor([[0, 1, 0, 0, 1, 0], [1, 0, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0]]).bool()
+    masking = Masking(between=3, extrapolate=0, blank=0, neighbours=True)
+    named = masking.channels(given_of(clips, [0, 1, 2], **{KNOWN: known}))
+    assert named is not None and named.shape[1] == masking.count(2) == 7
+    assert torch.equal(named, neighbour_channels(clips, known, 4))
+    found = named.unflatten(0, (3, 6))
+    assert not found[2].any()
+    for b in range(2):
+        places = [i for i in range(6) if known[b, i]]
+        for i in range(6):
+            before = [place for place in places if place <= i]
+            after = [place for place in places if place >= i]
+            p, n = (before or after[:1])[-1], (after or before[-1:])[0]
+            assert torch.equal(found[b, i, :2], clips[b, p])
+            assert torch.equal(found[b, i, 2:4], clips[b, n])
+            wanted = torch.tensor([(i - p) / 4, (n - i) / 4, float(i in places)])
+            assert torch.equal(found[b, i, 4:], wanted[:, None, None].expand(3, 3, 5))
 
 
 def test_what_is_known_is_drawn_for_each_clip() -> None:
@@ -93,10 +116,12 @@ def test_places() -> None:
         GivenFrames(before=2, after=2).places(4)
 
 
+@pytest.mark.parametrize("fill", ["zeros", "neighbours"])
 def test_every_other_frame_is_made_and_the_given_are_kept(
-    tiny: Any, randomise: Callable[..., None]
+    tiny: Any, fill: Any, randomise: Callable[..., None]
 ) -> None:
-    methods = {"vdm": Vdm(heads=2), "frame_interpolation": FrameInterpolation(between=1)}
+    method = FrameInterpolation(between=1, fill=fill)
+    methods = {"vdm": Vdm(heads=2), "frame_interpolation": method}
     randomise(tiny, apply_methods(tiny, methods), 0.2)
     assert tiny.given_frames == GivenFrames(between=1, kept=True)
     given = GivenClip.of(torch.randn(2, 8, 8, 8), tiny.given_frames, 4)

@@ -3,6 +3,7 @@ and makes the others.
 
     s_i = [m_i x0_i, m_i],    m_i = 1 for a known frame, else 0
     eps(x_t, t, s),           s as c + 1 further input channels, their weights zero at first
+    s_i = [x0_p, x0_n, (i - p) / k, (n - i) / k, m_i]        with fill=neighbours
 
 Make-A-Video (Singer et al., arXiv 2209.14792, section 3.3) masks the frames of a clip with zeros
 and gives them, and one channel that says which they are, beside the noisy ones: frames between two
@@ -10,6 +11,10 @@ known ones are interpolated, those after the last one or before the first one ar
 four frames between two known ones, as there, 16 frames become 76. MagicVideo (Zhou et al., arXiv
 2211.11018) has a network of its own that makes frames between keyframes, in the latent space as
 here; how it reads the keyframes there is not described here, and this is Make-A-Video's way.
+
+With fill=neighbours every frame is shown the known frames p before and n after it, where the paper
+has zeros for unknown ones: a small network need not learn first to fetch them through its layers
+over time. trainer/ops/frame_interpolation.py has the details.
 
 It goes with any method that relates frames to each other, as `make_a_video`, whose `fps` tells the
 network the rate at which frames are to follow each other, or `magicvideo`: without one, a frame
@@ -25,7 +30,7 @@ sampling, the known frames of the result are those of the source, as the VAE giv
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -58,6 +63,11 @@ class FrameInterpolation(Temporal):
     blank: float = Field(
         0.1, ge=0, le=1, description="share of the clips of which no frame is known"
     )
+    fill: Literal["zeros", "neighbours"] = Field(
+        "zeros",
+        description="what stands in the place of unknown frames: zeros, as in the paper, or the "
+        "known frames before and after each, with their distances, which is learned sooner",
+    )
 
     @model_validator(mode="after")
     def _are_shares(self) -> FrameInterpolation:
@@ -77,9 +87,9 @@ class FrameInterpolation(Temporal):
         from trainer.ops.frame_interpolation import Masking
 
         _, first = input_convolution(model.denoiser, model.host.traits)
-        masking = Masking(self.between, self.extrapolate, self.blank)
-        channels = InputChannels(
-            "known", self.name, count=first.in_channels + 1, make=masking.channels
-        )
+        shares = {"extrapolate": self.extrapolate, "blank": self.blank}
+        masking = Masking(self.between, **shares, neighbours=self.fill == "neighbours")
+        count = masking.count(first.in_channels)
+        channels = InputChannels("known", self.name, count=count, make=masking.channels)
         edit = self.inserted(model, [channel_item(model, channels)])
         return replace(edit, given=GivenFrames(between=self.between, kept=True))
