@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from family_folders import MAKERS
 
-from trainer.config.load import load_recipe
+from trainer.backbones import load_backbone
+from trainer.config.lineage import backbone_spec
+from trainer.config.load import load_recipe, methods_of
 from trainer.methods.apply import apply_methods
 from trainer.training.step_memory import _Living, step_bytes
 
@@ -76,3 +79,35 @@ def test_a_convolution_takes_copies_of_what_goes_in_and_comes_out() -> None:
     assert x.grad is not None
     # beside y its gradient, of which every value is one number, and that of x
     assert living.peak >= out + x.nbytes + out + x.nbytes + weight.nbytes + x.nbytes
+
+
+@pytest.mark.parametrize("family", sorted(MAKERS))
+def test_a_step_of_every_family_is_counted(family: str, tmp_path: Path, tiny_folder: Path) -> None:
+    """With and without checkpointing; also where a block gives nothing for one of its outputs, as
+    the last one of SD 3 does."""
+    folder = MAKERS[family](tmp_path / family)
+    model: Any = load_backbone(backbone_spec(str(folder)), str(folder))
+    words = [*WORDS, f"backbone={tiny_folder}", "run.resolution=32"]
+    apply_methods(model, methods_of({"lora": {"sites": "all", "rank": 2}}))
+    model.enable_gradient_checkpointing()
+    model.denoiser.train()
+    for again in (True, False):
+        recipe = load_recipe([*words, f"run.gradient_checkpointing={again}"])
+        one, two = (step_bytes(recipe, model, rows) for rows in (1, 2))
+        assert 1.3 * one < two < 2.7 * one
+
+
+@pytest.mark.parametrize(("family", "latent"), [(None, 5), ("wan", 2)])
+def test_all_frames_of_a_clip_are_counted(
+    family: str | None, latent: int, tiny: Any, tmp_path: Path
+) -> None:
+    """As rows, and as tokens of a VAE that makes one latent frame of four."""
+    model = tiny
+    if family is not None:
+        folder = MAKERS[family](tmp_path / family)
+        model = load_backbone(backbone_spec(str(folder)), str(folder))
+    words = ["recipe=tune_a_video", "run.resolution=128"]
+    still, clip = (
+        step_bytes(load_recipe([*words, f"data.frames={frames}"]), model, 1) for frames in (1, 5)
+    )
+    assert 0.7 * latent * still < clip < 1.3 * latent * still

@@ -196,3 +196,9 @@ def text_arguments(condition: Condition) -> dict[str, Tensor | None]:
     """The text as most denoisers of diffusers take it, the mask where there is one."""
     masked = {} if condition.mask is None else {"encoder_attention_mask": condition.mask}
     return {"encoder_hidden_states": condition.tokens, **masked}
+
+
+def masked_text_shapes(backbone: Any) -> Mapping[str, tuple[int, ...]]:
+    """`Family.shapes` of a family that reads the tokens of one text encoder and their mask."""
+    width, length = int(backbone.text_encoder.config.hidden_size), backbone.prompts.length
+    return {"tokens": (length, width), "mask": (length,)}

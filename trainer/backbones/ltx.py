@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.attention.denoiser_traits import DenoiserTraits
 from trainer.backbones.clip_frames import ClipFrames
-from trainer.backbones.family import Family, Parts, text_arguments
+from trainer.backbones.family import Family, Parts, masked_text_shapes, text_arguments
 from trainer.backbones.folder_check import check_channels, check_classes, check_flow, check_widths
 from trainer.backbones.folder_contents import FolderContents
 from trainer.backbones.latent_form import LatentForm
@@ -162,6 +162,7 @@ FAMILY = Family(
     blocks=("transformer_blocks",),
     load=load,
     encoders={"text": encode_prompts},
+    shapes=masked_text_shapes,
     inputs=inputs,
     pipeline=pipeline,
     prompt_lengths={"LTXPipeline": PROMPT_LENGTH},

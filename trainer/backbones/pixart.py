@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.attention.denoiser_traits import DenoiserTraits
-from trainer.backbones.family import Family, Parts, text_arguments
+from trainer.backbones.family import Family, Parts, masked_text_shapes, text_arguments
 from trainer.backbones.folder_check import (
     check_channels,
     check_classes,
@@ -242,6 +242,7 @@ FAMILY = Family(
     blocks=("transformer_blocks",),
     load=load,
     encoders={"text": encode_prompts},
+    shapes=masked_text_shapes,
     inputs=inputs,
     pipeline=pipeline,
     makes=TransformerSpec,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trainer.attention.denoiser_traits import DenoiserTraits, ProcessorTraits
-from trainer.backbones.family import Family, Parts, text_arguments
+from trainer.backbones.family import Family, Parts, masked_text_shapes, text_arguments
 from trainer.backbones.folder_check import (
     check_channels,
     check_classes,
@@ -132,6 +132,7 @@ FAMILY = Family(
     blocks=("transformer_blocks",),
     load=load,
     encoders={"text": encode_prompts},
+    shapes=masked_text_shapes,
     inputs=inputs,
     pipeline=pipeline,
     check=check,

@@ -18,10 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from trainer.attention.condition import INTEGERS, Condition
+from trainer.attention.context import StepContext, use
+from trainer.attention.rows import Rows
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.four_bits import scales
 from trainer.backbones.held_layers import is_one_number
 from trainer.config.schema import Recipe
+from trainer.diffusion.guidance import COND
 
 CHECKPOINT = "_gradient_checkpointing_func"  # of modules of diffusers
 # oneDNN copies what goes in and what comes out into a layout of its own, and back: 320 to 320
@@ -30,21 +33,23 @@ CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_b
 
 
 def step_bytes(recipe: Recipe, backbone: Backbone, rows: int) -> int:
-    """Bytes that a step of the denoiser with `rows` samples takes at its peak, beside its weights
-    and the gradients of what trains.
+    """Bytes that a step of the denoiser takes at its peak with `rows` samples, pictures or clips as
+    the data has them, beside its weights and the gradients of what trains.
 
     Without gradient checkpointing the peak is at the end of the forward, when all that the backward
     needs is there. With it a block calculates its own again in the backward, so that is run too.
     """
-    side = (recipe.run.resolution or backbone.resolution) // backbone.divisor
+    ctx, x_t = _context(recipe, backbone, rows)
     step = _Step(backbone.denoiser, backward=recipe.run.gradient_checkpointing)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = _fakes(mode, step)
-    with mode:
-        inputs = _empty_inputs(backbone, rows, side)
-        known = [value.untyped_storage() for value in fakes.values()]
-        with _Living(known) as living, backbone.computing():
-            functional_call(step, fakes, args=(), kwargs=inputs)
+    assert ctx.condition is not None
+    with use(ctx), backbone.calling(x_t, ctx.timestep):
+        inputs = backbone.inputs(x_t, ctx.timestep, ctx.condition)
+        known = [value.untyped_storage() for value in (*fakes.values(), *_tensors(inputs))]
+        with mode, _Living(known) as living, backbone.computing():
+            given = tree_map(lambda each: _faked(mode, each), inputs)
+            functional_call(step, fakes, args=(), kwargs=given)
             gradients = [value.grad for value in fakes.values() if value.grad is not None]
             return living.peak - sum(map(_bytes, gradients))
 
@@ -102,7 +107,7 @@ class _Again(torch.autograd.Function):
         if kind not in ctx.kinds:
             ctx.kinds.add(kind)
             with torch.enable_grad():
-                pairs = zip(_tensors(ctx.block(*args)), given, strict=True)
+                pairs = zip(tree_leaves(ctx.block(*args)), given, strict=True)  # None is one too
             needed = [pair for pair in pairs if _needs(pair[0])]
             torch.autograd.backward([value for value, _ in needed], [grad for _, grad in needed])
         for value in (*own.parameters(), *_tensors(args)):
@@ -183,18 +188,35 @@ def _fake(mode: FakeTensorMode, value: Tensor) -> Tensor:
     return mode.from_tensor(value)
 
 
-def _empty_inputs(backbone: Backbone, rows: int, side: int) -> Any:
-    """What the denoiser is called with, for `rows` latents of `side`; the values are arbitrary."""
+def _faked(mode: FakeTensorMode, value: Any) -> Any:
+    return mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+
+def _context(recipe: Recipe, backbone: Backbone, samples: int) -> tuple[StepContext, Tensor]:
+    """Of a step with so many samples, and their latents (b f, c, h, w). The values are arbitrary,
+    those of masks 1: a family may ask how many tokens there are, which a fake mask does not tell.
+    """
     device = backbone.device
-    x_t = torch.empty((rows, backbone.latent_channels, side, side), device=device)
-    t = torch.zeros(rows, device=device)
+    frames = backbone.clip_frames.latent(getattr(recipe.data, "frames", 1))
+    side = (recipe.run.resolution or backbone.resolution) // backbone.divisor
+    x_t = torch.zeros((samples * frames, backbone.latent_channels, side, side), device=device)
+    whole = (*INTEGERS, "mask")  # as tokenizers give it
     text = {
-        name: torch.zeros(
-            (rows, *shape), device=device, dtype=torch.long if name in INTEGERS else None
+        name: torch.ones(
+            (samples, *shape), device=device, dtype=torch.long if name in whole else None
         )
         for name, shape in backbone.text_shapes.items()
     }
-    return backbone.inputs(x_t, t, Condition(**text))
+    ctx = StepContext(
+        step=0,
+        num_steps=1,
+        timestep=torch.zeros(len(x_t), device=device),
+        frames=frames,
+        groups=Rows.of((COND,), len(x_t)),
+        training=True,
+        condition=Condition(**text).per_frame(frames),
+    )
+    return ctx, x_t
 
 
 def _bytes(value: Tensor) -> int:
