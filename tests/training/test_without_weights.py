@@ -101,7 +101,8 @@ def test_a_plan_is_that_of_the_loaded_backbone(
     assert (plan.trained, plan.total, plan.stored) == (wanted.trained, wanted.total, wanted.stored)
     own, other = memory_of(recipe, backbone, plan), memory_of(recipe, loaded, wanted)
     assert own == other
-    assert own.loading == 4 * sum(value.numel() for value in read.values())
+    tables = sum(value.nbytes for value in loaded.buffers())
+    assert own.loading == 4 * sum(value.numel() for value in read.values()) + tables
     assert describe_plan(recipe, backbone, plan, 0) == describe_plan(recipe, loaded, wanted, 0)
 
 
@@ -153,6 +154,15 @@ def test_check_plans_a_backbone_that_is_not_here(capsys: Any) -> None:
     assert "adapter: 65 tensors, as text_encoder.embeddings.token_embedding.rows.0" in said
     assert "memory: unet 3.4 GB, text_encoder 492.2 MB, vae 334.6 MB, gradients and" in said
     assert "loading takes 4.3 GB of main memory" in said
+
+
+def test_tables_of_positions_are_counted() -> None:
+    """That of SD 3.5 medium is 384 x 384 places of 1,536 numbers."""
+    recipe = recipe_of("sd35_medium", "run.resolution=256")
+    backbone, plan = planned(recipe, Placement(torch.device("cpu"), "bf16"))
+    memory = memory_of(recipe, backbone, plan)
+    table, own = 384 * 384 * 1536 * 4, COUNTS["sd35_medium"]["transformer"]
+    assert 2 * own + table < memory.parts["transformer"] < 2 * own + table + 100_000_000
 
 
 def test_check_says_that_weights_are_not_here(capsys: Any, tiny_folder: Path) -> None:

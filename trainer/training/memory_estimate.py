@@ -128,15 +128,21 @@ def _held_in(part: nn.Module) -> set[torch.dtype]:
 def _read(part: nn.Module, as_stored: bool) -> int:
     """Bytes of a part while it is read."""
     layers = {id(v) for x in part.modules() if isinstance(x, LAYERS) for v in x.parameters(False)}
-    return sum(
+    weights = sum(
         numel(value) * (FP32 // 2 if as_stored and id(value) in layers else FP32)
         for value in part.parameters()
     )
+    return weights + _tables(part)
 
 
 def _held(part: nn.Module) -> int:
     stored = [piece for value in part.parameters() for piece in (value, *scales(value))]
-    return sum(piece.numel() * piece.element_size() for piece in stored)
+    return sum(piece.numel() * piece.element_size() for piece in stored) + _tables(part)
+
+
+def _tables(part: nn.Module) -> int:
+    """Bytes of buffers, as the table of positions of SD 3.5 medium, 906 MB."""
+    return sum(value.numel() * value.element_size() for value in part.buffers())
 
 
 def memory_lines(memory: Memory, placement: Placement) -> Iterator[str]:
