@@ -33,14 +33,12 @@ def run(words: list[str]) -> int:
     loaded = load_recipe(rest)
     for line in loaded.said:
         print(line)
-    if loaded.run.id is not None and not loaded.continual.concepts:
-        check_folder(folder_for(loaded), loaded)
-    check_place(folder_for(loaded))
+    check_run_folder(loaded)
     _check_machine(loaded)
     for line in check_by_opening(loaded):
         print(line)
     if not options.plan:
-        unknown = _unknown(loaded)
+        unknown = fit_unknown(loaded)
         print(
             f"{loaded.name}: fine; backbone {loaded.backbone_name}, methods "
             f"{', '.join(loaded.methods)}"
@@ -55,6 +53,13 @@ def run(words: list[str]) -> int:
         return 0
     _show_plan(loaded)
     return 0
+
+
+def check_run_folder(recipe: Recipe) -> None:
+    """Raises ValueError where `fit` could not write its run folder, or go on with what is there."""
+    if recipe.run.id is not None and not recipe.continual.concepts:
+        check_folder(folder_for(recipe), recipe)
+    check_place(folder_for(recipe))
 
 
 def _check_machine(recipe: Recipe) -> None:
@@ -95,7 +100,7 @@ def _show_plan(recipe: Recipe) -> None:
         print(line)
 
 
-def _unknown(recipe: Recipe) -> str | None:
+def fit_unknown(recipe: Recipe) -> str | None:
     """Refuses what the recipe's methods cannot do to its backbone; returns why that is not known,
     or None. Recipes that ship are known to fit, which needs no torch."""
     run = recipe.run

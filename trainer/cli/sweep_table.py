@@ -1,0 +1,116 @@
+"""The table of a sweep: what each run has reached, and which one is best by what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+LINES = 10  # of the training loss, whose mean is shown: one batch says little
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of `metrics.jsonl`, and which value of it is the better one."""
+
+    name: str
+    better: Literal["lower", "higher"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run. values: of the swept keys; numbers: by the names of columns, without those that the
+    run has not logged."""
+
+    name: str
+    values: Mapping[str, Any]
+    state: str
+    numbers: Mapping[str, float]
+
+
+def row_of(
+    name: str,
+    values: Mapping[str, Any],
+    folder: Path,
+    *,
+    columns: Sequence[Column],
+    code: int | None,
+) -> Row:
+    """What a run folder says of itself. code: what its process has just ended with, if it ran."""
+    lines = _lines(folder / "metrics.jsonl")
+    finished = (folder / "adapter.safetensors").is_file() and not code
+    steps = [int(line["step"]) for line in lines if "step" in line]
+    stopped = f"stopped at step {max(steps)}" if steps else "not begun"
+    failed = f"failed with {code}" if code else stopped
+    found = {column.name: _number(lines, column.name) for column in columns}
+    numbers = {column: number for column, number in found.items() if number is not None}
+    return Row(name, values, "finished" if finished else failed, numbers)
+
+
+def best_of(rows: Sequence[Row], column: Column) -> Row | None:
+    """The best of the finished runs; None where none has logged that number."""
+    having = [row for row in rows if column.name in row.numbers and row.state == "finished"]
+    sign = 1 if column.better == "lower" else -1
+    return min(having, key=lambda row: sign * row.numbers[column.name], default=None)
+
+
+def table_facts(rows: Sequence[Row], columns: Sequence[Column]) -> dict[str, Any]:
+    """The table as plain values, for `sweep.json`."""
+    best = {column.name: found.name for column in columns if (found := best_of(rows, column))}
+    runs = [
+        {"run": row.name, "values": dict(row.values), "state": row.state, **row.numbers}
+        for row in rows
+    ]
+    return {"runs": runs, "best": best}
+
+
+def show_table(rows: Sequence[Row], columns: Sequence[Column]) -> None:
+    """Prints the table, the best number of each column with a star, and a line for each of them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    keys = list(rows[0].values)
+    table = Table(box=None, pad_edge=False)
+    for heading in (*keys, "state", *(column.name for column in columns)):
+        table.add_column(heading, overflow="fold")
+    best = {column.name: best_of(rows, column) for column in columns}
+    for row in rows:
+        numbers = [
+            f"{row.numbers[name]:.6g}" + (" *" if best[name] is row else "")
+            if name in row.numbers
+            else "-"
+            for name in best
+        ]
+        table.add_row(*(json.dumps(row.values[key]) for key in keys), row.state, *numbers)
+    Console(width=max(100, Console().width)).print(table)
+    for column in columns:
+        if (found := best[column.name]) is not None:
+            print(f"best by {column.name}: {found.name}, {found.numbers[column.name]:.6g}")
+        else:
+            print(f"best by {column.name}: no finished run has logged it")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics; a last one that was cut off in the writing is left out."""
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return [line for line in found if isinstance(line, dict)]
+
+
+def _number(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """The last number of that name; of the training loss the mean of the last `LINES`, each step
+    once, though a run that was killed has logged some of them twice."""
+    by_step = {line.get("step"): line[name] for line in lines if line.get(name) is not None}
+    values = [float(value) for value in by_step.values()]
+    if not values:
+        return None
+    last = values[-LINES:] if name == "train/loss" else values[-1:]
+    return sum(last) / len(last)
