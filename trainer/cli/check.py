@@ -104,7 +104,8 @@ def fit_unknown(recipe: Recipe) -> str | None:
     """Refuses what the recipe's methods cannot do to its backbone; returns why that is not known,
     or None. Recipes that ship are known to fit, which needs no torch."""
     run = recipe.run
-    if recipe.name in recipe_names() and run.start_from is None and not run.base_precision:
+    plain = run.start_from is None and not run.base_precision and not run.shards
+    if plain and recipe.name in recipe_names():
         try:
             shipped = load_recipe([f"recipe={recipe.name}"])
         except RecipeError:  # it needs data of the user's

@@ -12,7 +12,7 @@ from pydantic import Field
 from trainer.cli.check import check_run_folder, fit_unknown
 from trainer.cli.options import Count, RecipeOptions, split_options
 from trainer.cli.sweep_processes import Process, gpus_here, train_each
-from trainer.cli.sweep_table import Column, Row, row_of, show_table, table_facts
+from trainer.cli.sweep_table import Column, RunRow, row_of, show_table, table_facts
 from trainer.common.exit_codes import CODES, LeaveError
 from trainer.config.schema import RecipeError
 from trainer.config.sweep_cases import Case, cases_of, sweep_folder
@@ -66,7 +66,7 @@ def run(words: list[str]) -> int:
     return _code(rows, codes)
 
 
-def _row(case: Case, folder: Path, columns: Sequence[Column], *, code: int | None) -> Row:
+def _row(case: Case, folder: Path, columns: Sequence[Column], *, code: int | None) -> RunRow:
     return row_of(case.name, case.values, folder / case.name, columns=columns, code=code)
 
 
@@ -106,7 +106,9 @@ def _processes(cases: Sequence[Case], folder: Path, fixed: Sequence[str]) -> lis
             print(f"{case.name}: finished before")
             continue
         words = ("fit", *fixed, *case.words, f"run={own}")
-        found.append(Process(case.name, words, folder / f"{case.name}.log", _takes_gpu(case)))
+        found.append(
+            Process(case.name, words, log=folder / f"{case.name}.log", one_gpu=_takes_gpu(case))
+        )
     return found
 
 
@@ -116,7 +118,7 @@ def _takes_gpu(case: Case) -> bool:
     return run.device in ("auto", "cuda") and run.devices * run.nodes == 1
 
 
-def _code(rows: Sequence[Row], codes: dict[str, int]) -> int:
+def _code(rows: Sequence[RunRow], codes: dict[str, int]) -> int:
     """0 where every run is finished.
 
     Raises:

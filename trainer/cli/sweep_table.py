@@ -20,7 +20,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Row:
+class RunRow:
     """One run. values: of the swept keys; numbers: by the names of columns, without those that the
     run has not logged."""
 
@@ -37,7 +37,7 @@ def row_of(
     *,
     columns: Sequence[Column],
     code: int | None,
-) -> Row:
+) -> RunRow:
     """What a run folder says of itself. code: what its process has just ended with, if it ran."""
     lines = _lines(folder / "metrics.jsonl")
     finished = (folder / "adapter.safetensors").is_file() and not code
@@ -46,17 +46,17 @@ def row_of(
     failed = f"failed with {code}" if code else stopped
     found = {column.name: _number(lines, column.name) for column in columns}
     numbers = {column: number for column, number in found.items() if number is not None}
-    return Row(name, values, "finished" if finished else failed, numbers)
+    return RunRow(name, values, state="finished" if finished else failed, numbers=numbers)
 
 
-def best_of(rows: Sequence[Row], column: Column) -> Row | None:
+def best_of(rows: Sequence[RunRow], column: Column) -> RunRow | None:
     """The best of the finished runs; None where none has logged that number."""
     having = [row for row in rows if column.name in row.numbers and row.state == "finished"]
     sign = 1 if column.better == "lower" else -1
     return min(having, key=lambda row: sign * row.numbers[column.name], default=None)
 
 
-def table_facts(rows: Sequence[Row], columns: Sequence[Column]) -> dict[str, Any]:
+def table_facts(rows: Sequence[RunRow], columns: Sequence[Column]) -> dict[str, Any]:
     """The table as plain values, for `sweep.json`."""
     best = {column.name: found.name for column in columns if (found := best_of(rows, column))}
     runs = [
@@ -66,7 +66,7 @@ def table_facts(rows: Sequence[Row], columns: Sequence[Column]) -> dict[str, Any
     return {"runs": runs, "best": best}
 
 
-def show_table(rows: Sequence[Row], columns: Sequence[Column]) -> None:
+def show_table(rows: Sequence[RunRow], columns: Sequence[Column]) -> None:
     """Prints the table, the best number of each column with a star, and a line for each of them."""
     from rich.console import Console
     from rich.table import Table

@@ -112,7 +112,9 @@ def _checked(recipe: Recipe) -> list[str]:
     said = unspelled(recipe.data, recipe.methods, recipe.backbone)
     data = recipe.data
     said = [*data.found(), *told_length(recipe.run, data), *said, *data.remarks()]
-    return [*said, *check_words(recipe), *check_optimiser(recipe.optim, recipe.run.device)]
+    run = recipe.run
+    sharded = run.strategy if run.shards else None
+    return [*said, *check_words(recipe), *check_optimiser(recipe.optim, run.device, sharded)]
 
 
 def resolve_recipe(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Recipe:

@@ -10,20 +10,17 @@ from trainer.config.sections import OptimSpec
 SMALL = 0.1  # a factor below it is most likely a learning rate meant for AdamW
 
 
-def check_optimiser(optim: OptimSpec, device: str = "auto") -> list[str]:
-    """Lines about the optimiser of a recipe. device: `run.device`.
+def check_optimiser(
+    optim: OptimSpec, device: str = "auto", sharded: str | None = None
+) -> list[str]:
+    """Lines about the optimiser of a recipe. device: `run.device`; sharded: `run.strategy` where it
+    shards the model.
 
     Raises:
         RecipeError: its package is not installed, and the message has the line that installs it; or
-            the device has not what it needs.
+            the device has not what it needs; or it needs whole tensors and they are sharded.
     """
-    if missing := missing_package(optim.name):
-        raise RecipeError(missing)
-    if optim.name in UNPAGED and device in ("cpu", "mps"):
-        raise RecipeError(
-            f"optim.name={optim.name} pages between a CUDA GPU and main memory, and run.device is "
-            f"{device}; set optim.name={UNPAGED[optim.name]}"
-        )
+    _check_possible(optim, device, sharded)
     if optim.name == "prodigy":
         return [_of_prodigy(optim.lr)]
     if optim.name.startswith("lion"):
@@ -45,6 +42,22 @@ def check_optimiser(optim: OptimSpec, device: str = "auto") -> list[str]:
             "validation, previews and the adapter have the average; optim.warmup is its own warm-up"
         ]
     return []
+
+
+def _check_possible(optim: OptimSpec, device: str, sharded: str | None) -> None:
+    """Raises RecipeError as `check_optimiser`."""
+    if sharded is not None and optim.name != "adamw":
+        raise RecipeError(
+            f"optim.name={optim.name} looks at whole tensors, and run.strategy={sharded} shards "
+            "them; give optim.name=adamw, or run.strategy=ddp"
+        )
+    if missing := missing_package(optim.name):
+        raise RecipeError(missing)
+    if optim.name in UNPAGED and device in ("cpu", "mps"):
+        raise RecipeError(
+            f"optim.name={optim.name} pages between a CUDA GPU and main memory, and run.device is "
+            f"{device}; set optim.name={UNPAGED[optim.name]}"
+        )
 
 
 def _of_prodigy(lr: float) -> str:

@@ -76,6 +76,7 @@ IN_SECTIONS: dict[str, dict[str, Rule]] = {
         "accelerator": FREE,
         "devices": FREE,
         "nodes": FREE,
+        "strategy": FREE,
         "precision": REFUSED,
         "base_precision": REFUSED,
         "workers": FREE,

@@ -59,6 +59,12 @@ class RunSpec(Section):
     )
     devices: int = Field(1, gt=0, description="devices on each node, one process each")
     nodes: int = Field(1, gt=0, description="machines that train together; see slurm/")
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = Field(
+        "auto",
+        description="how several devices share the model. ddp, which auto is: each has all of it. "
+        "fsdp: the denoiser is sharded over all of them, frozen weights too. hsdp: over those of a "
+        "node, and every node has a copy",
+    )
     precision: Precision = "auto"
     base_precision: dict[Literal["denoiser", "text_encoders"], Held] = Field(
         default_factory=dict,
@@ -144,6 +150,11 @@ class RunSpec(Section):
         return dict.fromkeys(("nonfinite_in_a_row", "nonfinite_total"), why)
 
     @property
+    def shards(self) -> bool:
+        """Whether the denoiser is sharded over the devices."""
+        return self.strategy in ("fsdp", "hsdp")
+
+    @property
     def size(self) -> tuple[int, int] | None:
         """Height and width of the pictures, None for those of the backbone."""
         return None if self.resolution is None else (self.resolution, self.resolution)
@@ -196,6 +207,33 @@ class RunSpec(Section):
             raise ValueError(
                 f"device={self.device} is one GPU, and run.devices={self.devices}; give "
                 "run.devices=1, or run.device=cuda where there are several"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> RunSpec:
+        if not self.shards:
+            return self
+        if self.devices * self.nodes == 1:
+            raise ValueError(
+                f"strategy={self.strategy} shards over several devices, and this run has one; give "
+                "run.devices or run.nodes, or leave run.strategy out"
+            )
+        if self.strategy == "hsdp" and (self.devices == 1 or self.nodes == 1):
+            raise ValueError(
+                "strategy=hsdp shards over the devices of a node and copies over nodes, so it "
+                "needs several of both; give run.strategy=fsdp"
+            )
+        why = {
+            "precision=fp16": self.precision == "fp16",
+            "base_precision.denoiser": "denoiser" in self.base_precision,
+            "channels_last=true": self.channels_last,
+            "compile=true": self.compile,
+        }
+        if found := next((key for key, given in why.items() if given), None):
+            raise ValueError(
+                f"strategy={self.strategy} does not go with run.{found}; leave that out, or give "
+                "run.strategy=ddp"
             )
         return self
 

@@ -105,7 +105,7 @@ def _leaf(tree: Any) -> Any:
 
 def _case(fixed: Sequence[str], values: dict[str, Any]) -> Case:
     words = tuple(_word(key, value) for key, value in values.items())
-    return Case(_name(values), values, words, load_recipe([*fixed, *words]))
+    return Case(_name(values), values, words=words, recipe=load_recipe([*fixed, *words]))
 
 
 def _word(key: str, value: Any) -> str:

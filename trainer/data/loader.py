@@ -36,7 +36,8 @@ class Batch:
     weights (b,) of each sample in the loss; positions (b,) in the global micro-batch `step`, which
     seed the sample's noise; fps (b,) frames a second of each clip, None for images; u (b,) fixes
     the timesteps, as shares of their range. inputs: further inputs by name, each (b, ...): those of
-    the samples, and those that were asked for and are known, see `extra_inputs.py`.
+    the samples, and those that were asked for and are known, see `extra_inputs.py`. counts: False
+    for a batch of the validation that another rank counts.
     """
 
     step: int
@@ -51,6 +52,7 @@ class Batch:
     frames: int = 1
     fps: list[float] | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    counts: bool = True
 
     def to(self, device: torch.device) -> Batch:
         for name in ("weights", "pixels", "moments", "masks"):
@@ -153,6 +155,25 @@ class Tried(TorchDataset[Batch | Unread]):
             return self.batches[number]
         except Exception as error:
             return Unread(error)
+
+
+class RankShare(TorchDataset[Batch | Unread]):
+    """One rank's batches of the validation: every `world_size`-th of all. Each rank has as many,
+    as they wait for each other: where one is missing, a batch of another rank's that does not
+    count."""
+
+    def __init__(self, batches: Tried, rank: int, world_size: int) -> None:
+        self.batches, self.rank, self.world_size = batches, rank, world_size
+
+    def __len__(self) -> int:
+        return -(-len(self.batches) // self.world_size)
+
+    def __getitem__(self, number: int) -> Batch | Unread:
+        place = number * self.world_size + self.rank
+        found = self.batches[place % len(self.batches)]
+        if isinstance(found, Batch):
+            found.counts = place < len(self.batches)
+        return found
 
 
 def collate(

@@ -12,6 +12,7 @@ from trainer.config.header import file_of
 from trainer.config.schema import Recipe
 from trainer.methods.apply import Plan, apply_methods
 from trainer.runs.adapter import check_start, start_from
+from trainer.training.sharding import check_sharded
 
 
 def adapt(recipe: Recipe, backbone: Backbone, placement: Placement) -> Plan:
@@ -24,6 +25,8 @@ def adapt(recipe: Recipe, backbone: Backbone, placement: Placement) -> Plan:
     plan = apply_methods(backbone, recipe.methods, run.seed, frozen=recipe.optim.frozen)
     if run.start_from is not None:
         plan = start_from(file_of(run.start_from), backbone, plan)
+    dtype = placement.dtype(backbone.published)
+    check_sharded(run, recipe.methods, plan, dtype=dtype)
     place(backbone, placement, plan.stored)
     if run.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()

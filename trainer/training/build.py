@@ -27,7 +27,7 @@ from trainer.config.schema import Recipe
 from trainer.data import latent_cache
 from trainer.data.buckets import Bucketed
 from trainer.data.crops import CROP
-from trainer.data.loader import Fixed, Planned, Tried
+from trainer.data.loader import Fixed, Planned, RankShare, Tried
 from trainer.data.plan import StepPlan
 from trainer.data.source import Dataset, Generation, Needs, Repeated
 from trainer.diffusion.made_of import made_of
@@ -41,6 +41,7 @@ from trainer.training.adapt_backbone import adapt as adapt
 from trainer.training.adapt_backbone import check_new_run
 from trainer.training.module import DiffusionModule
 from trainer.training.optim import Optim
+from trainer.training.sharding import shard
 from trainer.training.tasks.denoise import Denoise
 from trainer.training.text_encodings import text_encodings
 
@@ -91,7 +92,7 @@ def finish_methods(plan: Plan, look: Callable[[], None]) -> None:
 def module_of(recipe: Recipe, backbone: Backbone, plan: Plan) -> DiffusionModule:
     """What trains: the backbone as its methods have left it, its task and the optimiser."""
     edits = plan.edits.values()
-    return DiffusionModule(
+    module = DiffusionModule(
         backbone,
         task_of(recipe, backbone),
         optim(recipe),
@@ -103,6 +104,9 @@ def module_of(recipe: Recipe, backbone: Backbone, plan: Plan) -> DiffusionModule
         at_steps=[edit.at_step for edit in edits if edit.at_step is not None],
         seed=recipe.run.seed,
     )
+    if recipe.run.shards:
+        module.shard = lambda: shard(backbone, recipe.run, trained=module.trainable())
+    return module
 
 
 def task_of(recipe: Recipe, backbone: Backbone) -> Denoise:
@@ -192,12 +196,14 @@ def inputs_of(backbone: Backbone) -> tuple[str, ...]:
     return (*crop, *inputs_read(backbone))
 
 
-def checks(recipe: Recipe, backbone: Backbone, held_out: Dataset | None) -> Any:
-    """The batches of the validation loss, or None."""
+def checks(
+    recipe: Recipe, backbone: Backbone, held_out: Dataset | None, *, rank: int, world_size: int
+) -> Any:
+    """This rank's batches of the validation loss, or None."""
     if held_out is None or not recipe.run.validate_every:
         return None
     fixed = Fixed(held_out, 16, latents(recipe, backbone, held_out), reads=inputs_of(backbone))
-    return DataLoader(Tried(fixed), batch_size=None)
+    return DataLoader(RankShare(Tried(fixed), rank, world_size), batch_size=None)
 
 
 def objective(recipe: Recipe, backbone: Backbone) -> Objective:

@@ -38,6 +38,7 @@ from trainer.training.build import (
 from trainer.training.callbacks.average import averaged
 from trainer.training.caption_check import check_captions
 from trainer.training.console import first_rank, say
+from trainer.training.distributed import whole_tree
 from trainer.training.launch import announce, ending, launch
 from trainer.training.module import DiffusionModule
 from trainer.training.resume import last_checkpoint, run_facts
@@ -118,14 +119,19 @@ def _fit(recipe: Recipe, folder: Path) -> None:
     module.resting = unneeded(module, items, range(start, total))
     batches = loader(items, total, start=start, workers=run.workers)
     with launched.signals, ending(launched.trainer, folder):
-        launched.trainer.fit(module, batches, checks(recipe, backbone, held_out))
-    if launched.trainer.is_global_zero:
+        held = checks(recipe, backbone, held_out, rank=rank, world_size=ranks)
+        launched.trainer.fit(module, batches, held)
+    path, first = folder / "adapter.safetensors", launched.trainer.is_global_zero
+    if first and not run.shards:
         wake(backbone)
         place(backbone, placement, plan.stored)  # Lightning leaves it on the CPU
-        path = folder / "adapter.safetensors"
-        with averaged(launched.average, module):
+    with averaged(launched.average, module):
+        if first and not run.shards:  # where a method has something to finish, nothing is sharded
             finish_methods(plan, look)
-            save_adapter(path, module.stored(), recipe_header(recipe), identity=backbone.identity())
+        tensors = whole_tree(module.stored(), keep=first)
+        if first:
+            save_adapter(path, tensors, recipe_header(recipe), identity=backbone.identity())
+    if first:
         for preview in launched.previews:
             preview.files.name_adapter(path)
         note_event(folder, "finished", step=run.steps)

@@ -17,7 +17,6 @@ import yaml
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.plugins.precision.amp import MixedPrecision
-from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import slow_precision
@@ -51,6 +50,7 @@ from trainer.training.checkpoint_files import Checkpoint
 from trainer.training.console import console, first_rank, say
 from trainer.training.plan_report import describe_plan, report_backends, save_plan, show_plan
 from trainer.training.preview_prompts import captions_of_clips, preview_prompts, shown_samples
+from trainer.training.strategy import mixed_precision, strategy_of
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def make_trainer(
         accelerator=device.type,
         devices=[device.index] if device.index is not None and run.devices == 1 else run.devices,
         num_nodes=run.nodes,
-        strategy="ddp" if run.devices * run.nodes > 1 else SingleDeviceStrategy(device),
+        strategy=strategy_of(run, device),
         max_steps=run.steps,
         accumulate_grad_batches=run.accumulate,
         val_check_interval=run.validate_every * run.accumulate if run.validate_every else None,
@@ -273,16 +273,6 @@ def make_trainer(
     )
     keep_lightning_out(trainer)
     return trainer
-
-
-def mixed_precision(dtype: torch.dtype, device: torch.device) -> MixedPrecision | None:
-    """Lightning's plugin for half precision; None for fp32. In fp16, whose small gradients would be
-    0, the loss is scaled, on a CPU too: there Lightning by itself would take bf16 instead."""
-    if dtype == torch.float32:
-        return None
-    if dtype == torch.bfloat16:
-        return MixedPrecision("bf16-mixed", device.type)
-    return MixedPrecision("16-mixed", device.type, torch.amp.GradScaler(device.type))
 
 
 @contextmanager

@@ -60,6 +60,7 @@ class DiffusionModule(lightning.LightningModule):
         self._ddp_params_and_buffers_to_ignore = [
             name for name, value in self.named_parameters() if value.dtype == FP8
         ]
+        self.shard: Callable[[], None] | None = None  # what shards the model over the ranks
         self.val_problem: str | None = None  # why the present validation has failed
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -76,6 +77,11 @@ class DiffusionModule(lightning.LightningModule):
         module, _, own = name.rpartition(".")
         tensor: Tensor = getattr(self.backbone.get_submodule(module), own)
         return tensor
+
+    def configure_model(self) -> None:
+        """Lightning asks this once, on every rank, before there is an optimiser."""
+        if self.shard is not None:
+            self.shard()
 
     def on_train_start(self) -> None:
         rest(self.backbone, self.resting)  # Lightning has moved all of it to the device
@@ -106,6 +112,8 @@ class DiffusionModule(lightning.LightningModule):
         except Exception as error:
             self.val_problem = problem_of(error)
             return
+        if not batch.counts:
+            return
         for level, own in zip(QUANTILES, losses, strict=True):
             self.val_losses.setdefault(round(level * 1000), []).extend(own)
 
@@ -118,9 +126,13 @@ class DiffusionModule(lightning.LightningModule):
             self.val_problem = failed[0]
             self.val_losses.clear()
             return
-        for level, losses in sorted(self.val_losses.items()):
+        parts = gather_values(self.val_losses)
+        found = {
+            level: [loss for part in parts for loss in part.get(level, ())] for level in parts[0]
+        }
+        for level, losses in sorted(found.items()):
             self._note(f"val/loss_t{level:03d}", sum(losses) / len(losses))
-        every = [loss for losses in self.val_losses.values() for loss in losses]
+        every = [loss for losses in found.values() for loss in losses]
         if every:
             self._note("val/loss", sum(every) / len(every))
         self.val_losses.clear()

@@ -18,6 +18,7 @@ from trainer.methods.apply import Plan, apply_methods
 from trainer.runs.adapter import check_names, check_start, load_base
 from trainer.runs.run_folder import folder_for
 from trainer.training.adapt_backbone import adapt, check_new_run
+from trainer.training.sharding import check_sharded
 
 
 def refuse_unfit(recipe: Recipe) -> str | None:
@@ -50,6 +51,7 @@ def _check(recipe: Recipe, backbone: Backbone) -> None:
     if earlier is not None:
         plan = plan.started(check_names(file_of(earlier), backbone, plan))
     _check_new(recipe, plan)
+    check_sharded(recipe.run, recipe.methods, plan)
     if parts := recipe.run.base_precision:  # which needs layers that do not train
         where = choose_placement(recipe.run.device, recipe.run.precision, parts=parts)
         place(backbone, _on_cpu(where, backbone.published), plan.stored)

@@ -12,6 +12,7 @@ import lightning
 import torch
 from torch import Tensor
 
+from trainer.training.distributed import as_sharded, local_part
 from trainer.training.module import DiffusionModule
 
 
@@ -39,8 +40,8 @@ class EMA(lightning.Callback):
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         own = _module(pl_module).trainable()
         torch._foreach_lerp_(
-            list(self.averaged.values()),
-            [own[name].detach().float() for name in self.averaged],
+            [local_part(value) for value in self.averaged.values()],
+            [local_part(own[name].detach()).float() for name in self.averaged],
             1 - decay,
         )
 
@@ -57,7 +58,7 @@ class EMA(lightning.Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "steps": self.steps,
-            "averaged": {name: value.cpu() for name, value in self.averaged.items()},
+            "averaged": dict(self.averaged),
         }
 
     @torch.no_grad()
@@ -66,7 +67,7 @@ class EMA(lightning.Callback):
         self.steps, stored = state_dict["steps"], state_dict["averaged"]
         assert stored.keys() == self.averaged.keys()
         for name, value in self.averaged.items():
-            value.copy_(stored[name])
+            value.copy_(as_sharded(stored[name], value))
 
     @torch.no_grad()
     def give(self, module: DiffusionModule) -> None:

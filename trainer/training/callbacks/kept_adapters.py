@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning
+from torch import Tensor
 
 from trainer.common.exit_codes import DISK, LeaveError
 from trainer.runs.adapter import save_adapter
 from trainer.runs.run_folder import kept_adapter, note_event
 from trainer.training.callbacks.average import Average, averaged
 from trainer.training.callbacks.hang import HangGuard
-from trainer.training.distributed import value_of_first
+from trainer.training.distributed import value_of_first, whole_tree
 from trainer.training.module import DiffusionModule
 
 
@@ -66,21 +67,24 @@ class KeptAdapters(lightning.Callback):
         assert isinstance(pl_module, DiffusionModule)
         problem = None
         with self.hang.inside("save"):
-            if trainer.is_global_zero:
-                problem = self._write(pl_module, step)
+            with averaged(self.average, pl_module):
+                tensors = whole_tree(pl_module.stored(), keep=trainer.is_global_zero)
+                if trainer.is_global_zero:
+                    problem = self._write(pl_module, tensors, step)
             problem = value_of_first(problem)
         if problem is not None and self.on_full == "stop":
             raise LeaveError(
                 DISK, f"{problem}\nThe last checkpoint is kept; make room and start again"
             )
 
-    def _write(self, module: DiffusionModule, step: int) -> str | None:
+    def _write(
+        self, module: DiffusionModule, tensors: Mapping[str, Tensor], step: int
+    ) -> str | None:
         """Returns None, or what went wrong."""
         path, identity = kept_adapter(self.folder, step), module.backbone.identity()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with averaged(self.average, module):
-                save_adapter(path, module.stored(), self.tree, identity=identity)
+            save_adapter(path, tensors, self.tree, identity=identity)
         except OSError as error:
             text = f"the adapter of step {step} was not kept: {error}"
             self.say(text)

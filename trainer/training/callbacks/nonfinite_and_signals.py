@@ -21,7 +21,7 @@ from trainer.data.loader import Batch
 from trainer.runs.run_folder import note_event
 from trainer.training.callbacks.save_and_restore import Checkpoints
 from trainer.training.callbacks.signal_recorder import Signals
-from trainer.training.distributed import gather_values, largest
+from trainer.training.distributed import clip_gradients, gather_values, largest, total_norm
 
 Policy = Literal["raise", "skip", "rollback"]
 SIGNALS = {TERMINATED: "SIGTERM", INTERRUPTED: "SIGINT", REQUEUE: "SIGUSR1"}
@@ -83,7 +83,7 @@ class StepChecks(lightning.Callback):
     ) -> None:
         values = [value for group in optimizer.param_groups for value in group["params"]]
         gradients = [value.grad for value in values if value.grad is not None]
-        self.norm = norm = torch.nn.utils.get_total_norm(gradients)
+        self.norm = norm = total_norm(gradients)
         loss = torch.stack(self.losses).float().sum()
         self.stop, bad_loss, bad_norm = self._agree(trainer, loss, norm.to(loss))
         if bad_norm and not bad_loss and self.scaler is not None and self.scaler.get_scale() > 1:
@@ -93,7 +93,7 @@ class StepChecks(lightning.Callback):
         else:
             self.row = 0
             if self.clip is not None:  # here, because the norm is known already
-                torch.nn.utils.clip_grads_with_norm_(values, self.clip, norm)
+                clip_gradients(values, self.clip, norm)
         self.batches.clear()
         self.losses.clear()
 

@@ -118,7 +118,8 @@ class Preview(lightning.Callback):
         problem = None
         # the other ranks wait inside, too
         with self.hang.inside("preview") if self.hang else nullcontext():
-            if trainer.is_global_zero:
+            sharded = isinstance(pl_module, DiffusionModule) and pl_module.shard is not None
+            if trainer.is_global_zero or sharded:  # of a sharded model each rank has a part
                 try:
                     self._show(trainer, pl_module, label)
                 except Exception as error:
@@ -136,6 +137,8 @@ class Preview(lightning.Callback):
         assert isinstance(pl_module, DiffusionModule)
         with averaged(self.average, pl_module):
             pictures, maps = self._sample(pl_module.backbone)
+            if not trainer.is_global_zero:
+                return
             self._write(pl_module.backbone, pictures, trainer=trainer)
         rows = [(label, pictures)]
         if maps is not None and label != "base":

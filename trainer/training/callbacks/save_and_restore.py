@@ -8,14 +8,12 @@ software, number of ranks and devices are the same.
 from __future__ import annotations
 
 import errno
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import lightning
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,9 +29,16 @@ from trainer.training.checkpoint_files import (
     read_checkpoint,
     write_checkpoint,
 )
-from trainer.training.distributed import gather_values, value_of_first
+from trainer.training.distributed import (
+    as_sharded,
+    gather_values,
+    shard_state,
+    value_of_first,
+    whole_tree,
+)
 from trainer.training.module import DiffusionModule
 from trainer.training.optim import order_of, restore_moments, restore_schedule
+from trainer.training.rng_states import get_rng_states, set_rng_states
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -141,10 +146,12 @@ class Checkpoints(lightning.Callback):
         if self.average is not None:
             self.average.take_back(pl_module)  # during validation the model has averaged weights
         with self.hang.inside("save"):
-            rng = gather_values(self.end.rng)
+            rng, first = gather_values(self.end.rng), trainer.is_global_zero
+            weights = whole_tree(pl_module.stored(), keep=first)
+            state = whole_tree(self._state(trainer), keep=first) | {"rng": rng}
             problem = None
-            if trainer.is_global_zero:
-                problem = self._write(trainer, pl_module, end=self.end, rng=rng)
+            if first:
+                problem = self._write(trainer, pl_module, weights=weights, state=state)
             problem = value_of_first(problem)
         if problem is None:
             self.saved, self.parent = self.end.step, step_name(self.end.step)
@@ -177,7 +184,7 @@ class Checkpoints(lightning.Callback):
             step=trainer.global_step,
             micro_step=micro_step,
             loops=loops,
-            rng=get_rng_states(trainer),
+            rng=get_rng_states(trainer.strategy.root_device),
         )
 
     def _load(
@@ -199,6 +206,7 @@ class Checkpoints(lightning.Callback):
             before=state.get("order"),
             now=order_of(optimizer, pl_module.trainable()),
         )
+        shard_state(optimizer)
         if set(state["parts"]) != set(self.parts):
             raise ValueError(
                 f"{found.folder} holds the state of {sorted(state['parts'])}, and this run has "
@@ -213,11 +221,13 @@ class Checkpoints(lightning.Callback):
         self,
         trainer: lightning.Trainer,
         module: DiffusionModule,
-        end: StepEnd,
-        rng: list[dict[str, Any]],
+        *,
+        weights: Mapping[str, Tensor],
+        state: Mapping[str, Any],
     ) -> tuple[int, str] | None:
         """Returns None, or what went wrong: an exit code and a sentence."""
-        weights = module.stored()
+        end = self.end
+        assert end is not None
         if nonfinite := _not_finite(weights):
             return NONFINITE, (
                 f"{nonfinite[0]} holds values that are not finite after step {end.step}, "
@@ -225,7 +235,7 @@ class Checkpoints(lightning.Callback):
             )
         optimizer = trainer.optimizers[0]
         order = order_of(optimizer, module.trainable())
-        state = {"loops": end.loops, "rng": rng, "order": order, **self._state(trainer)}
+        state = {"loops": end.loops, "order": order, **state}
         facts = {
             "step": end.step,
             "micro_step": end.micro_step,
@@ -261,32 +271,6 @@ def _schedule(trainer: lightning.Trainer) -> torch.optim.lr_scheduler.LambdaLR:
     return found
 
 
-def get_rng_states(trainer: lightning.Trainer) -> dict[str, Any]:
-    """The states of this rank's random number generators, in types that `torch.load` reads with
-    weights_only."""
-    found = np.random.get_state(legacy=False)
-    inner = {**found["state"], "key": torch.from_numpy(found["state"]["key"].astype(np.int64))}
-    states = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": {**found, "state": inner},
-    }
-    device = trainer.strategy.root_device
-    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_rng_states(states: Mapping[str, Any]) -> None:
-    """The inverse of `get_rng_states`."""
-    torch.set_rng_state(states["torch"])
-    version, numbers, gauss = states["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    inner = states["numpy"]["state"]
-    inner = {**inner, "key": inner["key"].numpy().astype(np.uint32)}
-    np.random.set_state({**states["numpy"], "state": inner})
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-
-
 def _validates(trainer: lightning.Trainer) -> bool:
     """Whether validation runs after this micro-batch."""
     interval = trainer.val_check_batch
@@ -317,4 +301,4 @@ def _fill(own: Mapping[str, Tensor], stored: Mapping[str, Tensor], folder: Path)
                 f"{folder} is a checkpoint of another recipe: {name} is "
                 f"{tuple(stored[name].shape)} there and {tuple(tensor.shape)} in this model"
             )
-        tensor.copy_(stored[name])
+        tensor.copy_(as_sharded(stored[name], tensor))

@@ -1,0 +1,165 @@
+"""A denoiser that is sharded over two ranks trains what one that is whole trains, and what comes of
+it is whole; what cannot be sharded is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from ranks import RANKS, on_two_ranks
+from safetensors.torch import load_file
+
+from trainer.config.load import load_recipe
+from trainer.config.schema import RecipeError
+from trainer.methods.apply import Plan
+from trainer.runs.run_folder import kept_adapters
+from trainer.training.checkpoint_files import every_checkpoint, read_checkpoint, verified
+from trainer.training.fit import fit
+from trainer.training.sharding import check_sharded
+from trainer.training.without_weights import refuse_unfit
+
+Run = Callable[..., Path]
+WITHIN = 1e-5
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"lora": {"sites": "self | cross", "rank": 3}},
+    # which trains rows of the text encoder too, whole on every rank
+    "text": {"lora": {"sites": "cross", "rank": 2}, "word_embedding": {"tokens": ["fox", "left"]}},
+    "dora": {"dora": {"sites": "cross", "rank": 2}, "selective": {"sites": "self"}},
+    "full": {"full": {}},
+    "temporal": {"animatediff": {}},  # on clips
+}
+SHARDED = ("run.strategy=fsdp", f"run.devices={RANKS}")
+
+
+@pytest.fixture(scope="module")
+def recipe_of(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """A recipe with some methods on scenes of the embedded world."""
+    folder = tmp_path_factory.mktemp("recipes")
+
+    def made(name: str) -> str:
+        source = {"source": "world_clips", "frames": 2} if name == "temporal" else {}
+        tree = {
+            "backbone": str(tiny_folder),
+            "data": {"source": "world", "count": 8, "validation": 5, **source},
+            "methods": METHODS[name],
+            "optim": {"lr": 1e-3, "clip": 0.05},
+            "run": {
+                "device": "cpu", "steps": 3, "batch_size": 4, "log_every": 1, "validate_every": 0,
+                "checkpoint_every": 0,
+            },
+            "preview": {"every": 0},
+            "tracker": "none",
+        }  # fmt: skip
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return f"recipe={path}"
+
+    return made
+
+
+def on_ranks(folder: Path, *words: str) -> Path:
+    ended = on_two_ranks(
+        "fit", *words, f"run={folder}", printed=folder.with_suffix(".printed"), cwd=folder.parent
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return folder
+
+
+def logged(folder: Path, name: str) -> torch.Tensor:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return torch.tensor([line[name] for line in lines if name in line], dtype=torch.float64)
+
+
+def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether they are equal, but for the order of sums, over which AdamW's first steps divide."""
+    assert one.keys() == other.keys()
+    return all(one[k].shape == other[k].shape and one[k].allclose(other[k], atol=5e-5) for k in one)
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("name", METHODS)
+def test_two_ranks_with_parts_train_what_one_trains(
+    name: str, recipe_of: Callable[..., str], tmp_path: Path
+) -> None:
+    whole = fit(load_recipe([recipe_of(name)]), tmp_path / "whole")
+    parts = on_ranks(tmp_path / "parts", recipe_of(name), *SHARDED)
+    for kind in ("train/loss", "train/grad_norm"):
+        one, two = logged(whole, kind), logged(parts, kind)
+        assert len(one) == 3 and (one - two).abs().max() < WITHIN * max(1, float(one.max())), kind
+    assert close(*(load_file(run / "adapter.safetensors") for run in (whole, parts)))
+
+
+@pytest.mark.ddp
+def test_all_that_surrounds_training_goes_with_parts(
+    recipe_of: Callable[..., str], tmp_path: Path
+) -> None:
+    """Accumulation, moving average, validation, previews, checkpoints, adapters along the way; and
+    one device goes on from what two have saved."""
+    words = (
+        recipe_of("lora"), "run.accumulate=2", "optim.ema=0.5", "run.validate_every=2",
+        "run.checkpoint_every=2", "run.keep_adapters=2", "preview.every=2", "preview.steps=1",
+        "preview.prompts=[a fox]",
+    )  # fmt: skip
+    whole = fit(load_recipe([*words, "run.steps=4"]), tmp_path / "whole")
+    parts = on_ranks(tmp_path / "parts", *words, *SHARDED, "run.steps=2")
+    fit(load_recipe([*words, "run.steps=4"]), parts)
+    for kind in ("train/loss", "val/loss"):
+        assert (logged(whole, kind) - logged(parts, kind)).abs().max() < WITHIN, kind
+    assert close(*(load_file(run / "adapter.safetensors") for run in (whole, parts)))
+    (kept,) = kept_adapters(whole).values()
+    assert close(load_file(kept), load_file(kept_adapters(parts)[2]))
+    saved = [verified(every_checkpoint(run / "checkpoints")[-1]) for run in (whole, parts)]
+    assert [each.manifest["world_size"] for each in saved] == [1, RANKS]
+    (weights, state), (own_weights, own_state) = map(read_checkpoint, saved)
+    assert close(weights, own_weights)
+    assert close(state["parts"]["ema"]["averaged"], own_state["parts"]["ema"]["averaged"])
+    for number, moments in state["optimizer"]["state"].items():
+        assert close(moments, own_state["optimizer"]["state"][number])
+    shown = [sorted(p.name for p in (run / "previews").iterdir()) for run in (whole, parts)]
+    assert shown[0] == shown[1] and "step-000002" in shown[0]
+
+
+REFUSED = {
+    "run.devices=1": "shards over several devices, and this run has one; give run.devices or",
+    "run.strategy=hsdp": "so it needs several of both; give run.strategy=fsdp",
+    "run.precision=fp16": "does not go with run.precision=fp16; leave that out",
+    "run.compile=true": "does not go with run.compile=true; leave that out",
+    "run.channels_last=true": "does not go with run.channels_last=true; leave that out",
+    "run.base_precision={denoiser: fp8}": "does not go with run.base_precision.denoiser",
+    "optim.name=muon": "optim.name=muon looks at whole tensors, and run.strategy=fsdp shards them",
+}
+
+
+@pytest.mark.parametrize("word", REFUSED)
+def test_what_needs_whole_tensors_is_refused(word: str, recipe_of: Callable[..., str]) -> None:
+    own = {each.partition("=")[0]: each for each in (*SHARDED, word)}
+    with pytest.raises(RecipeError) as refused:
+        load_recipe([recipe_of("lora"), *own.values()])
+    assert REFUSED[word] in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "why"),
+    [
+        ("nf4", "{}", "stores weights in a form whose parts do not stand alone"),
+        ("linear_attention", "{sites: self, distill: 1.0}", "adds a loss of its own"),
+    ],
+)
+def test_a_method_that_needs_a_whole_model_is_refused_by_name(
+    name: str, options: str, why: str, recipe_of: Callable[..., str]
+) -> None:
+    recipe = load_recipe([recipe_of("lora"), *SHARDED, f"methods.{name}={options}"])
+    with pytest.raises(ValueError, match=r"give run\.strategy=ddp") as refused:
+        refuse_unfit(recipe)
+    assert f"run.strategy=fsdp does not go with methods.{name}, which {why}" in str(refused.value)
+
+
+def test_a_backbone_in_fp16_is_refused(recipe_of: Callable[..., str]) -> None:
+    recipe = load_recipe([recipe_of("lora"), *SHARDED])
+    with pytest.raises(ValueError, match=r"give run\.precision=bf16 or fp32"):
+        check_sharded(recipe.run, recipe.methods, Plan({}, 0, 0, 0), dtype=torch.float16)
