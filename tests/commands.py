@@ -64,15 +64,25 @@ def command(
 
 def take_rank(environment: Mapping[str, str]) -> None:
     """Tells Lightning the rank, for which it has looked when it was imported."""
-    if "RANK" in environment:
+    rank = environment.get("RANK", environment.get("SLURM_PROCID"))
+    if rank is not None:
         from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-        rank_zero_only.rank = int(environment["RANK"])
+        rank_zero_only.rank = int(rank)
 
 
 def _run(
     words: Sequence[str], cwd: str, environment: Mapping[str, str], printed: Sequence[Path]
 ) -> None:
+    for number, path in enumerate(printed, start=1):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, number)
+        os.close(file)
+    sys.exit(become(words, cwd, environment))
+
+
+def become(words: Sequence[str], cwd: str, environment: Mapping[str, str]) -> int:
+    """What the program does with these words, in this process; its exit code."""
     assert "imported" in sys.modules, "it takes seconds to import all in each process"
     from trainer.__main__ import main
 
@@ -81,8 +91,4 @@ def _run(
     os.environ.update(environment)
     sys.argv = ["trainer", *words]
     take_rank(environment)
-    for number, path in enumerate(printed, start=1):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT)
-        os.dup2(file, number)
-        os.close(file)
-    sys.exit(main(list(words)))
+    return main(list(words))

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from commands import command
+from forking_python import forking_python
 from ranks import on_two_ranks
 from safetensors.torch import load_file
 from slurm_cluster import Cluster, missing_for_slurm, running_cluster
@@ -48,20 +48,24 @@ class Job:
     folder: Path
     log: Path
 
+    def ranks(self, node: str) -> list[int]:
+        """Its processes that train on a node."""
+        clients = self.cluster.processes(self.number, node)
+        return list(filter(None, map(self.cluster.python.fork_of, clients)))
+
     def steps(self) -> int:
         """The optimiser steps that its run has logged."""
         path = self.folder / "metrics.jsonl"
         return len(path.read_text().splitlines()) if path.is_file() else 0
 
-    def freeze(self, node: str) -> list[int]:
+    def freeze(self, node: str) -> None:
         """Stops its rank on a node in the middle of the run; the other one waits for it."""
         begun = self.steps()
         self.cluster.wait(lambda: self.steps() > begun + 5, 120)
-        found = self.cluster.processes(self.number, node)
+        found = self.ranks(node)
         for pid in found:
             os.kill(pid, signal.SIGSTOP)
         assert found and self.steps() < STEPS
-        return found
 
     def is_in(self, *states: str) -> bool:
         return self.cluster.state(self.number)["JobState"] in states
@@ -95,13 +99,9 @@ def two_nodes(cluster: Cluster, folder: Path, partition: str) -> Job:
 def time_limit(cluster: Cluster, folder: Path) -> Job:
     """A job whose time is nearly up in the middle of its run."""
     job = two_nodes(cluster, folder, "first")
-    frozen = job.freeze("n2")
+    job.freeze("n2")
     cluster.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=1")
-    sent = re.compile(rf"[Ww]arning signal 10 to JobId={job.number}\b")
-    cluster.wait(lambda: sent.search((cluster.folder / "slurmctld.log").read_text()))
-    time.sleep(1)  # until both nodes have passed it on
-    for pid in frozen:
-        os.kill(pid, signal.SIGCONT)
+    # before its signal Slurm sends another one, by which what is stopped goes on
     cluster.wait(lambda: cluster.state(job.number)["Restarts"] == "1")
     cluster.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")
     job.finish()
@@ -129,11 +129,9 @@ def sweep(cluster: Cluster, folder: Path) -> list[Job]:
         log = folder / f"slurm-lora-{number}_{task}.log"
         jobs.append(Job(cluster, f"{number}_{task}", folder / "sweep" / f"lr_{rate}", log))
     last = jobs[-1]
-    cluster.wait(lambda: last.steps() > 5, 120)
+    cluster.wait(lambda: last.steps() > 0, 120)
     shown = cluster.state(last.number)
-    own = Job(cluster, shown["JobId"], last.folder, last.log)
-    for pid in cluster.processes(own.number, shown["NodeList"]):
-        os.kill(pid, signal.SIGSTOP)
+    Job(cluster, shown["JobId"], last.folder, last.log).freeze(shown["NodeList"])
     cluster.ask("scancel", last.number)  # which first lets it go on
     for job in jobs[:-1]:
         job.finish()
@@ -151,7 +149,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[A
     root = tmp_path_factory.mktemp("slurm")
     (root / "daemons").mkdir()
     with (
-        running_cluster(root / "daemons") as cluster,
+        forking_python(root / "python") as python,
+        running_cluster(root / "daemons", python) as cluster,
         ThreadPoolExecutor(len(SCENARIOS)) as pool,
     ):
         found = {}
