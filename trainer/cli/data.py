@@ -47,11 +47,19 @@ class ClipsOptions(WorldOptions):
     )
 
 
-class BuildOptions(Options):
+class BuildOptions(RecipeOptions):
     """Reads every shard once and writes the manifest beside them; a manifest that is already there
-    is never replaced, because it may be the only record of what the shards once held."""
+    is never replaced, because it may be the only record of what the shards once held. With
+    recipe= and out= it writes the latents of the recipe's pictures as shards instead, which
+    data.source=stream reads; every key of the recipe can then be given as well."""
 
-    shards: str = Field(description="a folder of .tar files, or one of them", examples=["./shards"])
+    shards: str | None = Field(
+        None, description="a folder of .tar files, or one of them", examples=["./shards"]
+    )
+    out: Path | None = Field(
+        None, description="with recipe=: the folder of latents to write; it must not exist"
+    )
+    per_shard: Count = Field(10_000, description="with recipe=: samples in each .tar file")
     ignore: tuple[str, ...] = Field(
         (), description="extensions of members to leave out, as in [cls,npy]"
     )
@@ -117,7 +125,14 @@ def _written(write: Callable[..., list[Path]], options: WorldOptions) -> int:
 
 
 def _build(words: list[str]) -> int:
-    options = read_options(words, BuildOptions)
+    options, rest = split_options(words, BuildOptions)
+    if options.out is not None or rest:
+        return _build_latents(options, rest)
+    if options.shards is None:
+        raise RecipeError(
+            "shards is missing, as in shards=./shards; or give recipe= and out= for shards of "
+            "latents"
+        )
     source = _shards(options.shards, options.ignore)
     from trainer.common.paths import cache_folder
     from trainer.data.tars.shard_checksums import build_manifest, kept_manifest
@@ -133,6 +148,23 @@ def _build(words: list[str]) -> int:
             print(f"cannot be used: {shard.name}: {reason}", file=sys.stderr)
     samples, size = sum(len(each.samples) for each in made), sum(each.size for each in made)
     print(f"{place}: {len(made)} shards, {samples} samples, {size:,} bytes")
+    return 0
+
+
+def _build_latents(options: BuildOptions, words: list[str]) -> int:
+    if options.out is None or options.shards is not None or options.ignore:
+        raise RecipeError(
+            "data build recipe=... out=./latents writes latents, without shards= and ignore=; data "
+            "build shards=./shards writes a manifest, without keys of a recipe"
+        )
+    loaded = load_recipe(words)
+    for line in loaded.said:
+        print(line)
+    quiet_libraries()
+    from trainer.training.latent_shards import write_latents
+
+    for path in write_latents(loaded, options.out.expanduser(), options.per_shard):
+        print(path)
     return 0
 
 

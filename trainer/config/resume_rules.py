@@ -144,6 +144,7 @@ IN_DATA: dict[str, dict[str, Rule]] = {
     "parquet": {"parquet": PLACE, "on_bad": FREE},
     "remote": {"url": PLACE, "on_bad": FREE},
     "shards": {"shards": PLACE, "on_bad": FREE},
+    "stream": {"urls": PLACE},
     "video": {"video": PLACE, "stills": PLACE, "on_bad": FREE},
 }
 

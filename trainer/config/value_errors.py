@@ -13,6 +13,7 @@ from trainer.common.section import keys_of
 from trainer.config.optimisers import CALLED
 from trainer.config.schema import RecipeError
 from trainer.config.unknown_keys import refuse_unknown
+from trainer.data.source import Source
 
 # pydantic's names for values of a wrong type or out of range
 PLAIN_KINDS = (
@@ -32,6 +33,9 @@ def build_section(cls: type[T], values: Any, key: str) -> T:
     values, fields = {} if values is None else values, keys_of(cls)
     if not isinstance(values, dict):
         raise RecipeError(f"{key} is {values!r}; it takes {', '.join(fields)}")
+    lacks = cls.lacks() if issubclass(cls, Source) else {}
+    for name in values.keys() & lacks.keys():
+        raise RecipeError(f"{_joined(key, name)}: {lacks[name]}")
     refuse_unknown(values, fields, key)
     for name, value in values.items():
         field = fields[name]

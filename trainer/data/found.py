@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.data.source import Dataset, Source
+from trainer.data.source import Dataset, Ordered, Source
 from trainer.data.tars.manifest import CAPTION, MASK
 from trainer.data.tars.reader import Tars
 
@@ -18,4 +18,8 @@ def found_when_opened(source: Source, train: Dataset) -> list[str]:
         told = ", ".join(f"{count} from {name}" for name, count in kinds.items() if count)
         masks = sum(MASK in entry.members for _, entry in train.rows)
         said += f"; captions: {told}; masks: {masks or 'none'}"
+    if isinstance(train, Ordered):
+        said += (
+            f" in {train.shards} shards, an epoch; pictures and captions are read when they come"
+        )
     return [said]

@@ -19,9 +19,10 @@ from trainer.common.seeds import seed_of
 from trainer.common.threads import return_to_all
 from trainer.data.extra_inputs import extra_inputs
 from trainer.data.latent_cache import Latents, frames_of, rows
+from trainer.data.latent_store import LatentStore
 from trainer.data.loss_mask import Masked
 from trainer.data.plan import Cursor, Slot, StepPlan
-from trainer.data.source import Dataset, Sample
+from trainer.data.source import Dataset, HasContents, HoldsLatents, Sample
 
 SPARED = 30  # seconds for which a data worker continues after a SIGTERM
 
@@ -37,7 +38,8 @@ class Batch:
     seed the sample's noise; fps (b,) frames a second of each clip, None for images; u (b,) fixes
     the timesteps, as shares of their range. inputs: further inputs by name, each (b, ...): those of
     the samples, and those that were asked for and are known, see `extra_inputs.py`. counts: False
-    for a batch of the validation that another rank counts.
+    for a batch of the validation that another rank counts. contents: what the latents of each
+    sample are kept by, empty where they are not.
     """
 
     step: int
@@ -53,6 +55,7 @@ class Batch:
     fps: list[float] | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict)
     counts: bool = True
+    contents: list[str] = field(default_factory=list)
 
     def to(self, device: torch.device) -> Batch:
         for name in ("weights", "pixels", "moments", "masks"):
@@ -67,7 +70,8 @@ class Batch:
 
 class Planned(TorchDataset[Batch]):
     """Item k is this rank's part of global micro-batch k. reads: the names of further inputs that
-    batches are to have, as of `extra_inputs`."""
+    batches are to have, as of `extra_inputs`; store: latents by content, of data
+    that has contents."""
 
     def __init__(
         self,
@@ -78,8 +82,9 @@ class Planned(TorchDataset[Batch]):
         world_size: int,
         *,
         reads: Collection[str] = (),
+        store: LatentStore | None = None,
     ) -> None:
-        self.dataset, self.plan, self.moments = dataset, plan, moments
+        self.dataset, self.plan, self.moments, self.store = dataset, plan, moments, store
         self.rank, self.world_size, self.reads = rank, world_size, reads
 
     def __getitem__(self, step: int) -> Batch:
@@ -90,6 +95,7 @@ class Planned(TorchDataset[Batch]):
             seed=self.plan.seed,
             moments=self.moments,
             reads=self.reads,
+            store=self.store,
         )
 
     def slots(self, step: int) -> list[Slot]:
@@ -184,9 +190,10 @@ def collate(
     seed: int,
     moments: Latents | None,
     reads: Collection[str] = (),
+    store: LatentStore | None = None,
 ) -> Batch:
     """Reads the slots of one micro-batch; augmentation is seeded by (seed, step, place). moments:
-    the cached latents of the data set, instead of its pictures; reads: as of `Planned`."""
+    the cached latents of the data set, instead of its pictures; reads, store: as of `Planned`."""
     pairs = [(slot, _generator(slot, step, seed)) for slot in slots]
     batch = Batch(
         step=step,
@@ -195,12 +202,15 @@ def collate(
         keys=[],
         weights=torch.tensor([slot.weight for slot in slots], dtype=torch.float32),
     )
-    first = rows(dataset, slots[0].index)
+    first = rows(dataset, slots[0].index % len(dataset))
     batch.frames = first.stop - first.start
     if batch.frames > 1:
         batch.fps = [dataset.rates[slot.index] for slot in slots]
-    if moments is not None:
-        batch.moments = _cached(dataset, slots, moments)
+    if store is not None and isinstance(dataset, HasContents):
+        batch.contents = [dataset.content(slot.index) for slot in slots]
+    stored = None if store is None else store.all(batch.contents)
+    batch.moments = _moments(dataset, slots, moments, stored=stored)
+    if batch.moments is not None:
         batch.captions = [dataset.caption(slot.index, rng) for slot, rng in pairs]
         batch.keys = [dataset.key(slot.index) for slot in slots]
         if isinstance(dataset, Masked):
@@ -216,6 +226,25 @@ def collate(
 
 def _generator(slot: Slot, step: int, seed: int) -> np.random.Generator:
     return np.random.default_rng(seed_of(seed, "augment", step, slot.place))
+
+
+def _moments(
+    dataset: Dataset, slots: Sequence[Slot], moments: Latents | None, *, stored: Tensor | None
+) -> Tensor | None:
+    """What is there already of a batch's latents, in fp32; None where pictures are to be read."""
+    if moments is not None:
+        return _cached(dataset, slots, moments)
+    if isinstance(dataset, HoldsLatents):
+        held = [dataset.moments(slot.index) for slot in slots]
+        found = [each for each in held if each is not None]
+        if found and len(found) < len(held):
+            raise ValueError(
+                "shards of latents and of pictures are in one batch; train on one kind, or make "
+                "latents of all by `data build recipe=... out=...`"
+            )
+        if found:
+            return torch.cat(found)
+    return stored
 
 
 def _cached(dataset: Dataset, slots: Sequence[Slot], moments: Latents) -> Tensor:

@@ -12,6 +12,10 @@ from functools import lru_cache
 
 import numpy as np
 
+from trainer.data.far_shuffle import far_key, far_place
+
+# samples of an epoch above which its order is calculated and not stored: 8 MB of numbers
+STORED = 2**20
 CYCLE = 100  # batches in which every kind gets its share of batches, if the groups have no sizes
 
 
@@ -35,6 +39,9 @@ class StepPlan:
 
     repeats: how often each sample is in an epoch, empty for once.
 
+    in_order: the data shuffle themselves: the samples of epoch e are in their order, as indices to
+    which e times the number of all samples is added, see `Ordered`.
+
     frames, sizes: of the samples of each group, empty if they are all the same. Samples that differ
     in them are a different kind and are never in one batch: the kinds take turns, and a kind makes
     as many batches as its share says. With sizes, turns are planned for an epoch of all samples;
@@ -49,10 +56,11 @@ class StepPlan:
     frames: tuple[int, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
     repeats: tuple[int, ...] = ()
+    in_order: bool = False
 
     def counts(self) -> list[int]:
-        """How many samples of each group a batch of all groups has, see `_counts`."""
-        return _counts(self.shares, self.batch_size)
+        """How many samples of each group a batch of all groups has, see `rows_of`."""
+        return rows_of(self.shares, self.batch_size)
 
     def turn(self, step: int) -> tuple[list[int], int]:
         """The groups that make batch `step`, and how many batches they made before it."""
@@ -80,22 +88,34 @@ class StepPlan:
     def batch(self, step: int) -> list[Slot]:
         """The global micro-batch number `step`. Groups are interleaved, so that every rank gets a
         part of each."""
-        slots: list[tuple[float, int, float]] = []
+        return self.local(step, rank=0, world_size=1)
+
+    def local(self, step: int, rank: int, world_size: int) -> list[Slot]:
+        """Rank `rank`'s part of the global micro-batch; the other parts are not looked at."""
+        first, end = (self.batch_size * part // world_size for part in (rank, rank + 1))
         groups, turn = self.turn(step)
         shares = [self.shares[group] for group in groups]
         if len(groups) < len(self.groups):  # these groups fill the complete batch
             shares = [share / sum(shares) for share in shares]
-        counts = _counts(shares, self.batch_size)
-        for group, count in zip(groups, counts, strict=True):
-            epoch_of, weight = self._epoch(group), self.weights[group]
-            size = len(epoch_of)
-            for i in range(count):
-                epoch, position = divmod(turn * count + i, size)
-                order = _permutation(seed=self.seed, group=group, epoch=epoch, size=size)
-                index = int(epoch_of[int(order[position])])
-                slots.append(((i + 0.5) / count, index, weight * self.batch_size / count))
-        slots.sort(key=lambda slot: slot[0])
-        return [Slot(index, place, weight) for place, (_, index, weight) in enumerate(slots)]
+        counts = rows_of(shares, self.batch_size)
+        slots = []
+        for place, (which, i) in enumerate(_interleaved(tuple(counts))[first:end], first):
+            group, count = groups[which], counts[which]
+            index = self._index(group, turn * count + i)
+            slots.append(Slot(index, place, self.weights[group] * self.batch_size / count))
+        return slots
+
+    def _index(self, group: int, position: int) -> int:
+        """The sample at a position of a group's epochs, one after another."""
+        epoch_of = self._epoch(group)
+        epoch, place = divmod(position, len(epoch_of))
+        if self.in_order:
+            return int(epoch_of[place]) + epoch * self.groups[-1][1]
+        size = len(epoch_of)
+        if size > STORED:
+            return int(epoch_of[far_place(place, size, far_key(self.seed, group, epoch))])
+        order = _permutation(seed=self.seed, group=group, epoch=epoch, size=size)
+        return int(epoch_of[int(order[place])])
 
     def _epoch(self, group: int) -> range | np.ndarray:
         """The samples of one epoch of a group, in their own order, each as often as it repeats."""
@@ -108,13 +128,8 @@ class StepPlan:
         sizes = self.sizes or ((0, 0),) * len(self.groups)
         return list(zip(frames, sizes, strict=True))
 
-    def local(self, step: int, rank: int, world_size: int) -> list[Slot]:
-        """Rank `rank`'s part of the global micro-batch."""
-        first, end = (self.batch_size * part // world_size for part in (rank, rank + 1))
-        return self.batch(step)[first:end]
 
-
-def _counts(shares: Sequence[float], total: int) -> list[int]:
+def rows_of(shares: Sequence[float], total: int) -> list[int]:
     """`total` divided by shares, rounded, at least one for each share.
 
     Raises:
@@ -129,6 +144,16 @@ def _counts(shares: Sequence[float], total: int) -> list[int]:
     while sum(counts) != total:  # the largest group gets the rest from rounding
         counts[counts.index(max(counts))] += 1 if sum(counts) < total else -1
     return counts
+
+
+@lru_cache(maxsize=16)
+def _interleaved(counts: tuple[int, ...]) -> Sequence[tuple[int, int]]:
+    """The rows of a batch: which of the groups each is of, and its number among that group's; the
+    rows of every group are spread over the batch."""
+    if len(counts) == 1:
+        return [(0, i) for i in range(counts[0])]
+    rows = [(which, i) for which, count in enumerate(counts) for i in range(count)]
+    return sorted(rows, key=lambda row: (row[1] + 0.5) / counts[row[0]])
 
 
 def _turns(rate: float, cycles: int) -> int:

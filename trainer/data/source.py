@@ -91,6 +91,33 @@ class Repeated(Protocol):
     repeats: Sequence[int]
 
 
+@runtime_checkable
+class Ordered(Protocol):
+    """A dataset that has an order of its own in every epoch, in which it is quick to read: sample
+    `index + epoch * len(dataset)` is the one at that place of a later epoch. shards: how many files
+    it is read from."""
+
+    shards: int
+
+
+@runtime_checkable
+class HoldsLatents(Protocol):
+    """A dataset whose pictures may be stored as latents."""
+
+    def moments(self, index: int) -> Tensor | None:
+        """The moments (frames, 2c, h, w) of sample `index`; None of a picture."""
+        ...
+
+
+@runtime_checkable
+class HasContents(Protocol):
+    """A dataset that knows what a sample's latents depend on, beside the encoder."""
+
+    def content(self, index: int) -> str:
+        """A digest of the bytes of its picture and of how they are cut."""
+        ...
+
+
 def shape_of_clips(data: Dataset) -> tuple[int, float | None]:
     """Frames of its clips, and the middle one of their frames a second; 1 and None for images."""
     return max(data.frames), median_low(data.rates) if data.rates else None
@@ -138,6 +165,9 @@ class Needs:
     at_once: int = 32
     sampled: str = ""
     keeps: bool = True
+    batch: int = 1
+    seed: int = 0
+    encoder: Callable[[], str] | None = None
 
 
 class Source(BaseModel):
@@ -205,6 +235,11 @@ class Source(BaseModel):
         """The training samples, and the held-out ones for the validation loss where the source has
         some."""
         raise NotImplementedError
+
+    @classmethod
+    def lacks(cls) -> Mapping[str, str]:
+        """Options of other sources that this one cannot have, each with the reason."""
+        return {}
 
     @staticmethod
     def names() -> list[str]:

@@ -4,23 +4,15 @@ another one's place is made anew."""
 
 from __future__ import annotations
 
-import hashlib
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.common.atomic import written_atomically
-from trainer.data.latent_cache import checksum
+from trainer.data.kept_tensors import read_tensors, write_tensors
 
 REMEMBERED = 2**29  # bytes in memory, of the prompts that were used last
-SUM = "sum"  # the entry of a file's header that holds its checksum
 
 Encoding = Mapping[str, Tensor]
 
@@ -51,7 +43,7 @@ class TextCache:
         if found is None:
             found = {name: value.detach().cpu() for name, value in self.encode(prompt).items()}
             if self.folder is not None:
-                self._write(self.folder, prompt, found)
+                write_tensors(self.folder, prompt, found)
         self._remember(prompt, found)
         return found
 
@@ -63,42 +55,8 @@ class TextCache:
         while self.bytes > REMEMBERED and len(self.remembered) > 1:
             self.bytes -= _bytes(self.remembered.popitem(last=False)[1])
 
-    def _write(self, folder: Path, prompt: str, found: Encoding) -> None:
-        path = _file(folder, prompt)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_atomically(path) as part:
-            own = {name: value.contiguous() for name, value in found.items()}
-            save_file(own, part, {SUM: _sum(folder, prompt, found)})
-
     def _read(self, prompt: str) -> Encoding | None:
-        """None where there is no file, or not the one that was written for this prompt."""
-        if self.folder is None:
-            return None
-        try:
-            with safe_open(_file(self.folder, prompt), "pt") as file:
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                same = (file.metadata() or {}).get(SUM) == _sum(self.folder, prompt, found)
-        except (OSError, SafetensorError):
-            return None
-        return found if same else None
-
-
-def _file(folder: Path, prompt: str) -> Path:
-    name = hashlib.sha256(prompt.encode()).hexdigest()[:32]
-    return folder / name[:2] / f"{name}.safetensors"
-
-
-def _sum(folder: Path, prompt: str, found: Encoding) -> str:
-    """A CRC-32 of the folder's name, the prompt, and every tensor."""
-    total = zlib.crc32(f"{folder.name} {prompt}".encode())
-    for name, value in sorted(found.items()):
-        total = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), total)
-        total = checksum(_raw(value), total)
-    return f"{total:08x}"
-
-
-def _raw(value: Tensor) -> np.ndarray:
-    return value.contiguous().flatten().view(torch.uint8).numpy()
+        return None if self.folder is None else read_tensors(self.folder, prompt)
 
 
 def _bytes(found: Encoding) -> int:

@@ -27,9 +27,10 @@ from trainer.config.schema import Recipe
 from trainer.data import latent_cache
 from trainer.data.buckets import Bucketed
 from trainer.data.crops import CROP
+from trainer.data.latent_store import LatentStore
 from trainer.data.loader import Fixed, Planned, RankShare, Tried
 from trainer.data.plan import StepPlan
-from trainer.data.source import Dataset, Generation, Needs, Repeated
+from trainer.data.source import Dataset, Generation, HasContents, Needs, Ordered, Repeated
 from trainer.diffusion.made_of import made_of
 from trainer.diffusion.objective import Objective
 from trainer.diffusion.sampler import evaluating, sample_many
@@ -89,12 +90,15 @@ def finish_methods(plan: Plan, look: Callable[[], None]) -> None:
             edit.finish(look)
 
 
-def module_of(recipe: Recipe, backbone: Backbone, plan: Plan) -> DiffusionModule:
-    """What trains: the backbone as its methods have left it, its task and the optimiser."""
+def module_of(
+    recipe: Recipe, backbone: Backbone, plan: Plan, store: LatentStore | None = None
+) -> DiffusionModule:
+    """What trains: the backbone as its methods have left it, its task and the optimiser. store:
+    where the latents of its batches are kept."""
     edits = plan.edits.values()
     module = DiffusionModule(
         backbone,
-        task_of(recipe, backbone),
+        task_of(recipe, backbone, store),
         optim(recipe),
         trained=plan.names,
         kept=plan.keeps,
@@ -109,8 +113,8 @@ def module_of(recipe: Recipe, backbone: Backbone, plan: Plan) -> DiffusionModule
     return module
 
 
-def task_of(recipe: Recipe, backbone: Backbone) -> Denoise:
-    """What a batch of this recipe is asked for."""
+def task_of(recipe: Recipe, backbone: Backbone, store: LatentStore | None = None) -> Denoise:
+    """What a batch of this recipe is asked for; store: as of `module_of`."""
     return Denoise(
         backbone,
         objective(recipe, backbone),
@@ -118,6 +122,7 @@ def task_of(recipe: Recipe, backbone: Backbone) -> Denoise:
         caption_dropout=recipe.objective.caption_dropout,
         as_sampled=recipe.objective.shift == "sampling",
         texts=text_encodings(backbone, cache_folder() if recipe.run.cache_text else None),
+        store=store,
     )
 
 
@@ -169,6 +174,9 @@ def needs(recipe: Recipe, backbone: Backbone) -> Needs:
         generator=backbone.fingerprint,
         sampled=sampled_as(backbone),
         at_once=pictures_at_once(CLASS_IMAGES, side * side),
+        batch=recipe.run.batch_size,
+        seed=recipe.run.seed,
+        encoder=lambda: encoder_of(recipe, backbone),
     )
 
 
@@ -186,6 +194,7 @@ def step_plan(recipe: Recipe, data: Dataset) -> StepPlan:
         frames=frames,
         sizes=sizes,
         repeats=repeats if any(times != 1 for times in repeats) else (),
+        in_order=isinstance(data, Ordered),
     )
 
 
@@ -251,14 +260,24 @@ def lrs(recipe: Recipe, plan: Plan) -> dict[str, float]:
     }
 
 
+def encoder_of(recipe: Recipe, backbone: Backbone) -> str:
+    """What latents depend on beside their pictures: the VAE, and the side of a picture."""
+    return f"{backbone.vae_fingerprint()}-{recipe.run.resolution or backbone.resolution}"
+
+
+def latent_store(recipe: Recipe, backbone: Backbone, data: Dataset) -> LatentStore | None:
+    """Where latents are kept by content, of data that is not read as a whole before it trains."""
+    if not (recipe.run.cache_latents and isinstance(data, HasContents) and not data.fixed):
+        return None
+    return LatentStore(cache_folder(), encoder_of(recipe, backbone))
+
+
 def latents(recipe: Recipe, backbone: Backbone, data: Dataset) -> latent_cache.Latents | None:
     """Cached VAE posteriors where the images never change and the recipe wants them."""
     if not (recipe.run.cache_latents and data.fixed):
         return None
     if data.sample(0, np.random.default_rng(0)).inputs:  # a cache of latents has no place for them
         return None
-    side = recipe.run.resolution or backbone.resolution
-
     in_time = backbone.clip_frames.in_time
 
     def encode(pixels: Tensor) -> Tensor:  # one clip at a time where the VAE compresses time
@@ -267,7 +286,7 @@ def latents(recipe: Recipe, backbone: Backbone, data: Dataset) -> latent_cache.L
     return latent_cache.moments(
         data,
         encode,
-        f"{backbone.vae_fingerprint()}-{side}",
+        encoder_of(recipe, backbone),
         folder=cache_folder(),
         shrinks=backbone.clip_frames.per_latent,
     )

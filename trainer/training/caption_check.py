@@ -20,6 +20,7 @@ from trainer.config.captions import (
 from trainer.config.schema import Recipe
 from trainer.data.mixed import Mixed
 from trainer.data.source import Caption, Dataset
+from trainer.data.streams.stream_data import StreamData
 from trainer.data.tars.reader import Tars, read_local
 from trainer.data.video_clips import VideoClips
 
@@ -66,6 +67,13 @@ def _inside(train: Dataset, *, every: bool, known: Collection[str]) -> tuple[lis
             inside = [video for video in part.videos if video.digest is not None]
             own = [(each.key, each.caption, None) for each in inside if each.caption not in known]
             found, total = [*found, *own], total + len(own)
+        elif isinstance(part, StreamData):
+            rng = np.random.default_rng(0)
+            first = part.first_captions(FROM_SERVER, rng)
+            found, total = (
+                [*found, *((name, text, None) for name, text in first)],
+                total + len(part),
+            )
         elif isinstance(part, Tars):
             here = len(part) if every else FROM_HERE
             most = here if part.read is read_local else FROM_SERVER

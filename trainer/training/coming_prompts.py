@@ -14,6 +14,7 @@ from trainer.backbones.backbone import Backbone
 from trainer.data.loader import Planned
 from trainer.data.mixed import Mixed
 from trainer.data.plan import Slot
+from trainer.data.source import Ordered
 from trainer.data.tars.reader import Tars
 from trainer.training.tasks.denoise import Denoise, kept_captions
 
@@ -69,7 +70,10 @@ def coming(task: Denoise, batches: Planned, steps: Sequence[int]) -> set[str]:
             be kept, or the captions more than are looked at.
     """
     data = batches.dataset
-    if any(isinstance(part, Tars) for part in (data.parts if isinstance(data, Mixed) else (data,))):
+    if any(
+        isinstance(part, Tars | Ordered)
+        for part in (data.parts if isinstance(data, Mixed) else (data,))
+    ):
         raise UnknownPromptsError("captions in shards are not known before their pictures are read")
     captions, most = CaptionsToCome(batches), most_prompts(task.backbone)
     dropout = task.caption_dropout

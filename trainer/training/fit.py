@@ -26,6 +26,7 @@ from trainer.training.build import (
     checks,
     finish_methods,
     inputs_of,
+    latent_store,
     latents,
     looker,
     module_of,
@@ -102,7 +103,8 @@ def _fit(recipe: Recipe, folder: Path) -> None:
     plan = adapt(recipe, backbone, placement)
     for line in check_captions(recipe, lambda: backbone.prompts.reader, train):
         say(line)
-    module = module_of(recipe, backbone, plan)
+    store = latent_store(recipe, backbone, train)
+    module = module_of(recipe, backbone, plan, store)
     launched = launch(
         recipe, folder, found=found, plan=plan, train=train, backbone=backbone, facts=facts
     )
@@ -114,7 +116,9 @@ def _fit(recipe: Recipe, folder: Path) -> None:
     look = looker(module, Planned(train, order, cached, rank=0, world_size=1, reads=reads))
     if found is None:
         prepare_methods(plan, look)
-    items = Planned(train, order, cached, rank=rank, world_size=ranks, reads=reads)
+    items = Planned(
+        train, order, cached, rank=rank, world_size=ranks, reads=reads, store=store
+    )  # fmt: skip
     start, total = found.micro_step if found else 0, run.steps * run.accumulate
     module.resting = unneeded(module, items, range(start, total))
     batches = loader(items, total, start=start, workers=run.workers)

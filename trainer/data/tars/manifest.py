@@ -40,7 +40,8 @@ from trainer.media.read_video import VideoFacts, examine
 MAX_MEMBER = 64 * 2**20
 IMAGES = frozenset(suffix[1:] for suffix in WEB_IMAGES)
 CAPTION, METADATA, MASK, VIDEO = "txt", "json", "mask.png", "mp4"
-KNOWN_FIELDS = IMAGES | {CAPTION, METADATA, MASK, VIDEO}
+LATENT, CELLS = "latent.npy", "cells.npy"  # what a VAE made of a picture, and of its mask
+KNOWN_FIELDS = IMAGES | {CAPTION, METADATA, MASK, VIDEO, LATENT, CELLS}
 PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")  # webdataset's decoders would execute these
 MASK_MODES = ("P", "L", "1")  # of Pillow: palette, grey, black and white
 MANIFEST = "manifest.json"
@@ -200,7 +201,7 @@ def _index_one(path: Path, seen: dict[str, str], ignore: Collection[str]) -> Sha
 
 
 def members_of(
-    path: Path, file: BinaryIO, ignore: Collection[str]
+    path: Path | str, file: BinaryIO, ignore: Collection[str]
 ) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """Key, extension and header of each file; raises ValueError unless the tar has its end mark."""
     end = 0
@@ -215,6 +216,7 @@ def members_of(
                 left = left_by_system(info.name)
                 if info.isreg() and extension in KNOWN_FIELDS and not left:
                     yield key, extension, info
+                archive.members = []  # type: ignore[attr-defined] # it keeps every header
     except tarfile.TarError as error:
         raise _cut(path, str(error)) from error
     file.seek(end)
@@ -224,7 +226,7 @@ def members_of(
         raise _cut(path, f"no end mark after byte {end}")
 
 
-def _check_member(path: Path, info: tarfile.TarInfo, ignore: Collection[str]) -> None:
+def _check_member(path: Path | str, info: tarfile.TarInfo, ignore: Collection[str]) -> None:
     name = info.name
     reason = ""
     if name.startswith("/") or ".." in name.split("/") or re.search(r"\\|^[A-Za-z]:", name):
@@ -285,7 +287,7 @@ def _entry(
     )
 
 
-def _cut(path: Path, why: str) -> ValueError:
+def _cut(path: Path | str, why: str) -> ValueError:
     return ValueError(
         f"{path}: truncated, damaged or compressed ({why}); copy it again as a plain .tar"
     )

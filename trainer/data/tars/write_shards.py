@@ -17,7 +17,8 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -80,23 +81,38 @@ def write_shards(
             or an extension, or a sample cannot be read back (see `manifest.index`).
     """
     folder = Path(folder)
-    if per_shard < 1:
-        raise ValueError(f"per_shard={per_shard}: put at least one sample into a shard")
+    with _new_folder(folder) as part:
+        paths = _write_all(part, records, per_shard=per_shard, stem=stem)
+        found = index(paths)
+        if not keep_bad:
+            _refuse_bad([f"{shard.name}: {reason}" for shard in found for reason in shard.bad])
+        save_manifest(Manifest(shards=tuple(found)), part / MANIFEST)
+    return [folder / path.name for path in paths]
+
+
+def write_unlisted(
+    folder: Path, records: Iterable[Record], *, per_shard: int, stem: str
+) -> list[Path]:
+    """The same without a manifest and without reading anything back; raises as `write_shards`."""
+    with _new_folder(folder) as part:
+        paths = _write_all(part, records, per_shard=per_shard, stem=stem)
+    return [folder / path.name for path in paths]
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write into, which gets its name when the block ends without an error;
+    ValueError where that name is taken."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: exists and is not empty; give a new folder, or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = beside(folder)
     try:
         part.mkdir()
-        paths = _write_all(part, records, per_shard=per_shard, stem=stem)
-        found = index(paths)
-        if not keep_bad:
-            _refuse_bad([f"{shard.name}: {reason}" for shard in found for reason in shard.bad])
-        save_manifest(Manifest(shards=tuple(found)), part / MANIFEST)
+        yield part
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return [folder / path.name for path in paths]
 
 
 def scene_record(scene: Scene, key: str) -> Record:
@@ -122,6 +138,9 @@ def scene_record(scene: Scene, key: str) -> Record:
 
 
 def _write_all(folder: Path, records: Iterable[Record], *, per_shard: int, stem: str) -> list[Path]:
+    """Samples, in order, as `<stem>-000000.tar`, ... in a folder that is there."""
+    if per_shard < 1:
+        raise ValueError(f"per_shard={per_shard}: put at least one sample into a shard")
     remaining = iter(records)
     paths: list[Path] = []
     while batch := list(islice(remaining, per_shard)):

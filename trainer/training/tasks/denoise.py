@@ -23,6 +23,7 @@ from trainer.backbones.family import Encoder
 from trainer.backbones.noise_levels import Extent
 from trainer.common.seeds import seed_of
 from trainer.data.latent_cache import as_stored
+from trainer.data.latent_store import LatentStore
 from trainer.data.loader import Batch
 from trainer.diffusion.guidance import COND
 from trainer.diffusion.objective import (
@@ -69,7 +70,7 @@ class Denoise:
     """The default task. seed: of the run; caption_dropout: the share of captions that are left
     empty in training; as_sampled: timesteps are shifted as those of a sampler in `SAMPLED_STEPS`
     steps at the size of each batch, in place of the objective's shift; texts: what encodes captions
-    in place of the backbone's own encoder."""
+    in place of the backbone's own encoder; store: where latents of pictures are kept by content."""
 
     backbone: Backbone
     objective: Objective
@@ -77,6 +78,7 @@ class Denoise:
     caption_dropout: float = 0.0
     as_sampled: bool = False
     texts: Encoder | None = None
+    store: LatentStore | None = None
 
     def encode(self, batch: Batch, purpose: Purpose = "train") -> Encoded:
         """Latents, noise, timesteps and text; random numbers depend on the seed, the purpose and
@@ -86,6 +88,8 @@ class Denoise:
         if moments is None:
             assert batch.pixels is not None, "a batch has pixels or moments"
             moments = as_stored(self.backbone.moments(batch.pixels, batch.frames))
+            if self.store is not None and batch.contents:
+                self.store.keep(batch.contents, moments)
         frames = self.backbone.clip_frames.latent(batch.frames)
         shape = (frames, moments.shape[1] // 2, *moments.shape[2:])
         normals = torch.stack([three_normals(seed_of(*seed), shape) for seed in seeds], 1)

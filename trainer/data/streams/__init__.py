@@ -1,0 +1,1 @@
+"""Shards that are read as a stream, from a disk or a server."""
