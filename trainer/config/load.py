@@ -269,6 +269,9 @@ def _data(tree: Any) -> Source:
     cls = Source.find(source)
     # null removes an option that a base recipe set for another source
     values = {k: value for k, value in values.items() if value is not None or k in cls.model_fields}
+    for name, why in cls.lacks().items():
+        if name in values:
+            raise RecipeError(f"data.{name}: {why}")
     refuse_unknown(values, ("source", *cls.model_fields), "data")
     return build_section(cls, values, "data")
 

@@ -13,7 +13,6 @@ from trainer.common.section import keys_of
 from trainer.config.optimisers import CALLED
 from trainer.config.schema import RecipeError
 from trainer.config.unknown_keys import refuse_unknown
-from trainer.data.source import Source
 
 # pydantic's names for values of a wrong type or out of range
 PLAIN_KINDS = (
@@ -33,9 +32,6 @@ def build_section(cls: type[T], values: Any, key: str) -> T:
     values, fields = {} if values is None else values, keys_of(cls)
     if not isinstance(values, dict):
         raise RecipeError(f"{key} is {values!r}; it takes {', '.join(fields)}")
-    lacks = cls.lacks() if issubclass(cls, Source) else {}
-    for name in values.keys() & lacks.keys():
-        raise RecipeError(f"{_joined(key, name)}: {lacks[name]}")
     refuse_unknown(values, fields, key)
     for name, value in values.items():
         field = fields[name]
@@ -93,6 +89,8 @@ def _reason(error: Any, where: str, message: str, wanted: str | None) -> str:
         meant = CALLED.get(str(given).lower())
         near = [meant] if meant in words else difflib.get_close_matches(str(given), words, n=1)
         return (wanted or message) + (f"; did you mean {near[0]}?" if near else "")
+    if kind == "extra_forbidden":
+        return "no such key"
     if kind == "finite_number":
         return "a finite number is needed"
     return wanted if wanted and kind in PLAIN_KINDS else message

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from trainer.data.crops import CROP, Crop, Cropped, whole
 from trainer.data.depth import DEPTH, Layered, depth_like
 from trainer.data.latent_cache import frames_of
+from trainer.media.images import in_range
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +59,8 @@ def _depth(dataset: Dataset, index: int, sample: Sample | None) -> Tensor:
     known = dataset.depth(index) if isinstance(dataset, Layered) else None
     if known is not None:
         return known
-    return depth_like(frames_of(dataset.image(index) if sample is None else sample.image))
+    image = dataset.image(index) if sample is None else sample.image
+    return depth_like(frames_of(image if image.is_floating_point() else in_range(image)))
 
 
 Reader = Callable[["Dataset", int, "Sample | None"], "Tensor | None"]

@@ -23,6 +23,7 @@ from trainer.data.latent_store import LatentStore
 from trainer.data.loss_mask import Masked
 from trainer.data.plan import Cursor, Slot, StepPlan
 from trainer.data.source import Dataset, HasContents, HoldsLatents, Sample
+from trainer.media.images import in_range
 
 SPARED = 30  # seconds for which a data worker continues after a SIGTERM
 
@@ -31,8 +32,8 @@ SPARED = 30  # seconds for which a data worker continues after a SIGTERM
 class Batch:
     """One rank's part of a global micro-batch.
 
-    pixels (b * frames, 3, H, W) in [-1, 1] or moments (b * latent frames, 2c, h, w), never both,
-    the frames of a clip adjacent; images are clips of one frame, and only some VAEs make fewer
+    pixels (b * frames, 3, H, W) in [-1, 1], or uint8 until `to` is called; or moments
+    (b * latent frames, 2c, h, w), never both; the frames of a clip adjacent; images are clips of one frame, and only some VAEs make fewer
     latent frames. masks (b, 1, h, w), of images only;
     weights (b,) of each sample in the loss; positions (b,) in the global micro-batch `step`, which
     seed the sample's noise; fps (b,) frames a second of each clip, None for images; u (b,) fixes
@@ -62,6 +63,8 @@ class Batch:
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, value.to(device, non_blocking=True))
+        if self.pixels is not None and self.pixels.dtype == torch.uint8:
+            self.pixels = in_range(self.pixels)
         self.inputs = {
             name: value.to(device, non_blocking=True) for name, value in self.inputs.items()
         }

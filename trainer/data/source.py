@@ -26,7 +26,8 @@ Caption = tuple[str, str, str | None]
 
 @dataclass(frozen=True)
 class Sample:
-    """image (3, H, W) float32 in [-1, 1], of a clip (frames, 3, H, W); mask (1, H/f, W/f) of an
+    """image (3, H, W) float32 in [-1, 1], or uint8 as its file has it; of a clip (frames, 3, H, W);
+    mask (1, H/f, W/f) of an
     image's latents that count, or None for all; key names it. inputs: further inputs by name, as
     in a depth map or a reference picture, each of one shape in all samples of a data set. crop:
     which part of its picture it shows, where augmentation drew it; else see `crops.Cropped`."""

@@ -114,12 +114,22 @@ def to_tensor(image: Image.Image) -> Tensor:
     Raises:
         ValueError: the image is not RGB; a conversion here could silently clip a 16-bit image.
     """
+    return in_range(to_bytes(image))
+
+
+def to_bytes(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 (3, height, width), a fourth of the bytes, its channels adjacent as in
+    the image; raises as `to_tensor`."""
     import torch
 
     if image.mode != "RGB":
         raise ValueError(f"to_tensor takes an RGB image, got mode {image.mode}; use read_image")
-    pixels = torch.from_numpy(np.array(image))  # h w 3
-    return (pixels.permute(2, 0, 1).float() / 127.5 - 1.0).contiguous()
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def in_range(pixels: Tensor) -> Tensor:
+    """uint8 (..., 3, height, width) as float32 in [-1, 1]."""
+    return (pixels.float() / 127.5 - 1.0).contiguous()
 
 
 def to_pil(tensor: Tensor) -> Image.Image:
@@ -141,7 +151,7 @@ def to_pil(tensor: Tensor) -> Image.Image:
 def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Scales the picture until it covers `size`, width and height (Lanczos), and cuts out the
     centre. Only the part that is kept is computed, so a very long image needs no more memory."""
-    return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
 
 def resize_cover(image: Image.Image, size: int) -> Image.Image:
@@ -180,7 +190,8 @@ def _decode(
             image = Image.open(source, formats=formats)
         with image:
             _check_header(name, image, rules)
-            return _to_rgb(ImageOps.exif_transpose(image), rules.background)
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image, rules.background)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -232,7 +243,7 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
         image = _to_srgb(image, profile)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:

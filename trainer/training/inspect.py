@@ -44,7 +44,12 @@ def inspect(recipe: Recipe, count: int, step: int, out: Path) -> Iterator[str]:
     cells: list[Image.Image] = []
     keys: list[str] = []
     while len(cells) < count:
-        batch = batches[step]
+        batch = batches[step].to(torch.device("cpu"))
+        if batch.pixels is None:
+            raise ValueError(
+                "this data is stored as latents, without pictures to draw; inspect the data that "
+                "the latents were made of"
+            )
         captions = seen_captions(recipe, batch)
         cells += [_cell(batch, i, captions[i]) for i in range(len(batch.keys))]
         keys += batch.keys

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -36,7 +37,7 @@ from trainer.data.streams.addresses import check_address, shards_at
 from trainer.data.streams.lanes import Lanes
 from trainer.data.streams.raw_sample import Reading
 from trainer.data.streams.server_file import ShardFile, facts_of
-from trainer.data.streams.shard_counts import AT_ONCE, counts_of
+from trainer.data.streams.shard_counts import AT_ONCE, Counted, counts_of
 from trainer.data.streams.shard_samples import Raw, samples_of
 from trainer.data.streams.stream_data import Flow, HeldRecords, StreamData
 from trainer.data.streams.stream_order import StreamOrder
@@ -148,9 +149,14 @@ class Stream(Source):
             }
 
     @cached_property
+    def counted(self) -> dict[str, list[Counted]]:
+        """The samples and the marks of each shard, by stream; raises as `files` does."""
+        return {name: self._count(files) for name, files in self.files.items()}
+
+    @property
     def counts(self) -> dict[str, list[int]]:
         """How many samples each shard has, by stream."""
-        return {name: self._count(files) for name, files in self.files.items()}
+        return {name: [count for count, _ in each] for name, each in self.counted.items()}
 
     @property
     def captions_inside(self) -> bool:
@@ -180,7 +186,7 @@ class Stream(Source):
                 tuple(used[name]), own, self.for_ranks, workers=self.for_workers, seed=needs.seed
             )
             order = StreamOrder(
-                self.files[name],
+                self._marked(name),
                 lanes,
                 whole=self._whole(name),
                 buffer=self.shuffle,
@@ -195,11 +201,18 @@ class Stream(Source):
             encoder=needs.encoder() if needs.encoder is not None else None,
             files={file.address: file for files in self.files.values() for file in files},
         )
-        return StreamData(flows, reading), self._held(used, reading)
+        return StreamData(flows, reading, keep=needs.batch), self._held(used, reading)
 
-    def _count(self, files: Sequence[ShardFile]) -> list[int]:
+    def _marked(self, name: str) -> list[ShardFile]:
+        """The shards of a stream, with their marks."""
+        return [
+            replace(file, marks=tuple(marks))
+            for file, (_, marks) in zip(self.files[name], self.counted[name], strict=True)
+        ]
+
+    def _count(self, files: Sequence[ShardFile]) -> list[Counted]:
         if self.per_shard is not None:
-            return [self.per_shard] * len(files)
+            return [(self.per_shard, [])] * len(files)
         return counts_of(files, cache_folder(), self.ignore)
 
     def _whole(self, name: str) -> list[int | None]:
@@ -222,7 +235,7 @@ class Stream(Source):
         """The samples that no training uses, read into memory."""
         name, rows = next(iter(used)), list[Raw]()
         for file, first, end in zip(
-            self.files[name], used[name], self.counts[name], strict=True
+            self._marked(name), used[name], self.counts[name], strict=True
         ):  # fmt: skip
             if first < end:
                 count = end if self.per_shard is None else None

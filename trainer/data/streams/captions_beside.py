@@ -26,9 +26,9 @@ def captions_beside(file: ShardFile, column: str) -> dict[str, str]:
     table = _table(file, (column,))
     if table is None:
         raise ValueError(
-            f"{_beside(file)}: there is no such file that may be read, and data.caption_key={column} is to be read "
-            "from it where the samples have no .json; leave data.caption_key out for captions in "
-            ".txt"
+            f"{_beside(file)}: there is no such file that may be read, where "
+            f"data.caption_key={column} is looked for if samples have no .json; leave "
+            "data.caption_key out for captions in .txt"
         )
     if column not in table.column_names:
         raise ValueError(

@@ -29,7 +29,7 @@ from trainer.data.tars.manifest import (
     loss_weights_of,
     metadata_of,
 )
-from trainer.media.images import TURNED, ImageError, cover, decode_image, to_tensor
+from trainer.media.images import TURNED, ImageError, cover, decode_image, to_bytes
 from trainer.media.read_caption import decode_caption
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def caption_in(raw: Raw, reading: Reading, rng: np.random.Generator) -> str:
 
 
 def picture_in(raw: Raw, reading: Reading) -> tuple[Tensor, Crop]:
-    """The picture (3, side, side) in [-1, 1], and which part of it that is; ImageError where it
+    """The picture, uint8 (3, side, side), and which part of it that is; ImageError where it
     cannot be used, or is stored as latents."""
     if raw.picture == LATENT:
         raise ImageError(
@@ -119,7 +119,7 @@ def picture_in(raw: Raw, reading: Reading) -> tuple[Tensor, Crop]:
         )
     name = f"{raw.name}.{raw.picture}"
     image, size = decode_image(raw.members[raw.picture], name), (reading.side, reading.side)
-    return to_tensor(cover(image, size)), central(image.size, size)
+    return to_bytes(cover(image, size)), central(image.size, size)
 
 
 def crop_in(raw: Raw, reading: Reading) -> Crop:

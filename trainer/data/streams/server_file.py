@@ -32,11 +32,13 @@ class RefusedError(ValueError):
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A shard: its size in bytes, and what changes when its bytes do, as far as that is known."""
+    """A shard: its size in bytes, and what changes when its bytes do, as far as that is known.
+    marks: where every so many-th sample begins, as far as that was found out."""
 
     address: str
     size: int
     tag: str
+    marks: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:

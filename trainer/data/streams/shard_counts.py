@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter
+
 from trainer.common.atomic import written_atomically
 from trainer.common.long_work import long_work
 from trainer.data.streams.captions_beside import rows_beside
@@ -24,59 +26,59 @@ from trainer.data.streams.shard_samples import count_samples_in
 from trainer.data.tars.manifest import MANIFEST
 from trainer.data.tars.shard_checksums import parse_manifest
 
+KEPT = TypeAdapter(list[tuple[PositiveInt, list[NonNegativeInt]]])
 AT_ONCE = 16  # shards that are asked about at the same time
 
 
+Counted = tuple[int, list[int]]  # the samples of a shard, and its marks, see `ShardFile`
+
+
 def counts_of(
-    files: Sequence[ShardFile], cache: Path | None, ignore: Collection[str] = ()
-) -> list[int]:
-    """The samples of each shard. cache: where counts are kept, None to keep none.
+    files: Sequence[ShardFile], cache: Path, ignore: Collection[str] = ()
+) -> list[Counted]:
+    """The samples and the marks of each shard. cache: the folder for what is kept between runs.
 
     Raises:
         ValueError: a shard cannot be read, as `members_of` says, or it holds no sample.
         NoAnswerError: the server gives no answer.
     """
-    place = None if cache is None else cache / "counted" / f"{_key(files, ignore)}.json"
+    place = cache / "counted" / f"{_key(files, ignore)}.json"
     kept = _kept(place, files)
     if kept is not None:
         return kept
     folders = {file.address.rpartition("/")[0] for file in files}
     manifests = {folder: _manifest(folder) for folder in folders}
 
-    def count(file: ShardFile) -> int:
+    def count(file: ShardFile) -> Counted:
         folder = file.address.rpartition("/")[0]
-        said = manifests[folder].get((file.name, file.size))
-        found = said or _said_beside(file) or count_samples_in(file, ignore)
-        if not found:
+        said = manifests[folder].get((file.name, file.size)) or _said_beside(file)
+        found = (said, []) if said else count_samples_in(file, ignore)
+        if not found[0]:
             raise ValueError(f"{file.address}: this shard has no sample; leave it out")
         return found
 
-    found = []
+    found: list[Counted] = []
     with long_work("shards counted", len(files)) as advance, ThreadPoolExecutor(AT_ONCE) as pool:
         for number in pool.map(count, files):
             found.append(number)
             advance(1)
-    if place is not None:
-        with suppress(OSError):  # they are counted again
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with written_atomically(place) as part:
-                part.write_text(json.dumps(found), encoding="utf-8")
+    with suppress(OSError):  # they are counted again
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with written_atomically(place) as part:
+            part.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 
 def _key(files: Sequence[ShardFile], ignore: Collection[str]) -> str:
     every = [(file.address, file.size, file.tag) for file in files]
-    return hashlib.sha256(repr(("counts-1", every, sorted(ignore))).encode()).hexdigest()[:24]
+    return hashlib.sha256(repr(("counts-2", every, sorted(ignore))).encode()).hexdigest()[:24]
 
 
-def _kept(place: Path | None, files: Sequence[ShardFile]) -> list[int] | None:
-    if place is None:
-        return None
+def _kept(place: Path, files: Sequence[ShardFile]) -> list[Counted] | None:
     with suppress(OSError, ValueError):
-        found = json.loads(place.read_text(encoding="utf-8"))
-        whole = isinstance(found, list) and len(found) == len(files)
-        if whole and all(type(number) is int and number > 0 for number in found):
-            return found
+        found = KEPT.validate_json(place.read_bytes())
+        if len(found) == len(files):
+            return [(count, list(marks)) for count, marks in found]
     return None
 
 

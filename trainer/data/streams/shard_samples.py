@@ -15,6 +15,8 @@ from trainer.data.streams.server_file import ShardFile, opened_shard
 from trainer.data.tars.manifest import IMAGES, KNOWN_FIELDS, LATENT, members_of
 from trainer.media.images import ImageError
 
+EVERY = 32  # samples from one mark to the next
+
 
 @dataclass(frozen=True)
 class Raw:
@@ -43,9 +45,10 @@ def samples_of(
         ImageError: a sample without one picture.
     """
     with opened_shard(file) as tar:
-        groups = _groups(file, tar, ignore)
-        number = first
-        for group in islice(groups, first, end):
+        at = min(first // EVERY, len(file.marks) - 1)
+        groups = _groups(file, tar, ignore, start=file.marks[at] if at > 0 else 0)
+        passed, number = max(0, at) * EVERY, first
+        for group in islice(groups, first - passed, end - passed):
             yield _read(file, tar, group)
             number += 1
         more = next(groups, None) if number == end == count else None
@@ -57,21 +60,29 @@ def samples_of(
         )
 
 
-def count_samples_in(file: ShardFile, ignore: Collection[str] = ()) -> int:
-    """How many samples a shard holds, by the names of its members.
+def count_samples_in(file: ShardFile, ignore: Collection[str] = ()) -> tuple[int, list[int]]:
+    """How many samples a shard holds, by the names of its members, and its marks.
 
     Raises:
         ValueError, ImageError: as `samples_of`.
     """
+    count, marks = 0, list[int]()
     with opened_shard(file) as tar:
-        return sum(bool(_picture(file, group)) for group in _groups(file, tar, ignore))
+        for group in _groups(file, tar, ignore):
+            _picture(file, group)
+            if count % EVERY == 0:
+                marks.append(min(group[name].offset for name in group.keys() & KNOWN_FIELDS))
+            count += 1
+    return count, marks
 
 
-def _groups(file: ShardFile, tar: BinaryIO, ignore: Collection[str]) -> Iterator[dict[str, Any]]:
-    """Each sample as its members' headers by extension, with `__key__`."""
+def _groups(
+    file: ShardFile, tar: BinaryIO, ignore: Collection[str], start: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Each sample from the byte `start` on as its members' headers by extension, with `__key__`."""
     members = (
         {"fname": info.name, "data": info, "__url__": file.address}
-        for _, _, info in members_of(file.address, tar, ignore)
+        for _, _, info in members_of(file.address, tar, ignore, start)
     )
     seen: set[str] = set()
     try:

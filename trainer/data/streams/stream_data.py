@@ -8,9 +8,10 @@ read ahead.
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.data.crops import Crop
 from trainer.data.identity import by_name, digest_of
@@ -20,6 +21,7 @@ from trainer.data.streams.server_file import ShardFile
 from trainer.data.streams.shard_samples import Raw, samples_of
 from trainer.data.streams.stream_order import StreamOrder
 from trainer.data.tars.manifest import LATENT
+from trainer.media.images import in_range
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,7 +68,8 @@ class Records:
         )
 
     def image(self, index: int) -> Tensor:
-        return picture_in(self.raw(index), self.reading)[0]
+        """Float32 (3, side, side) in [-1, 1]; raises as `sample`."""
+        return in_range(picture_in(self.raw(index), self.reading)[0])
 
     def crop(self, index: int) -> Crop:
         """See `Cropped`."""
@@ -103,8 +106,11 @@ class StreamData(Records):
 
     fixed = False  # no index of all pictures, so no array of all latents
 
-    def __init__(self, flows: Sequence[Flow], reading: Reading) -> None:
-        self.flows, self.reading = flows, reading
+    def __init__(self, flows: Sequence[Flow], reading: Reading, keep: int = 1) -> None:
+        """keep: samples of a batch, which is asked for its latents first, say, and then for its
+        captions."""
+        self.flows, self.reading, self.keep = flows, reading, keep
+        self.kept: OrderedDict[int, Raw] = OrderedDict()
         self.total = sum(map(len, flows))
         self.groups: Sequence[range] = [range(flow.start, flow.start + len(flow)) for flow in flows]
         whole = sum(flow.weight for flow in flows)
@@ -117,9 +123,16 @@ class StreamData(Records):
         return self.total
 
     def raw(self, index: int) -> Raw:
-        epoch, inside = divmod(index, self.total)
-        flow = next(flow for flow in reversed(self.flows) if flow.start <= inside)
-        return flow.order[epoch * len(flow) + inside - flow.start]
+        if index not in self.kept:
+            epoch, inside = divmod(index, self.total)
+            flow = next(flow for flow in reversed(self.flows) if flow.start <= inside)
+            self.kept[index] = flow.order[epoch * len(flow) + inside - flow.start]
+            if len(self.kept) > self.keep:
+                self.kept.popitem(last=False)
+        return self.kept[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": OrderedDict()}
 
     def first_captions(self, most: int, rng: np.random.Generator) -> list[tuple[str, str]]:
         """Name and caption of the first samples of the first shard."""

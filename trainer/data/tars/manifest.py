@@ -201,11 +201,12 @@ def _index_one(path: Path, seen: dict[str, str], ignore: Collection[str]) -> Sha
 
 
 def members_of(
-    path: Path | str, file: BinaryIO, ignore: Collection[str]
+    path: Path | str, file: BinaryIO, ignore: Collection[str], start: int = 0
 ) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Key, extension and header of each file; raises ValueError unless the tar has its end mark."""
-    end = 0
-    file.seek(0)
+    """Key, extension and header of each file from the byte `start` on, where one begins; raises
+    ValueError unless the tar has its end mark."""
+    end = start
+    file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for info in archive:
