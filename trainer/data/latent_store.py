@@ -24,14 +24,14 @@ class LatentStore:
         self.folder = cache / "pictures" / key
 
     def all(self, contents: Sequence[str]) -> Tensor | None:
-        """The moments (b, 2c, h, w) in fp32 of pictures by content; None unless each is there."""
+        """The moments (b, 2c, h, w) in fp16 of pictures by content; None unless each is there."""
         found = []
         for content in contents:
             kept = read_tensors(self.folder, content)
             if kept is None:
                 return None
             found.append(kept[MOMENTS])
-        return torch.cat(found).float() if found else None
+        return torch.cat(found) if found else None
 
     def keep(self, contents: Sequence[str], moments: Tensor) -> None:
         """Stores the moments (b, 2c, h, w) of pictures, which `as_stored` has rounded.

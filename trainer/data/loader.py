@@ -32,9 +32,10 @@ SPARED = 30  # seconds for which a data worker continues after a SIGTERM
 class Batch:
     """One rank's part of a global micro-batch.
 
-    pixels (b * frames, 3, H, W) in [-1, 1], or uint8 until `to` is called; or moments
-    (b * latent frames, 2c, h, w), never both; the frames of a clip adjacent; images are clips of one frame, and only some VAEs make fewer
-    latent frames. masks (b, 1, h, w), of images only;
+    pixels (b * frames, 3, H, W) in [-1, 1], or moments (b * latent frames, 2c, h, w), never both:
+    in fp32 after `to`, before it perhaps uint8 and fp16. The frames of a clip are adjacent; images
+    are clips of one frame, and only some VAEs make fewer latent frames. masks (b, 1, h, w), of
+    images only;
     weights (b,) of each sample in the loss; positions (b,) in the global micro-batch `step`, which
     seed the sample's noise; fps (b,) frames a second of each clip, None for images; u (b,) fixes
     the timesteps, as shares of their range. inputs: further inputs by name, each (b, ...): those of
@@ -65,6 +66,8 @@ class Batch:
                 setattr(self, name, value.to(device, non_blocking=True))
         if self.pixels is not None and self.pixels.dtype == torch.uint8:
             self.pixels = in_range(self.pixels)
+        if self.moments is not None:
+            self.moments = self.moments.float()
         self.inputs = {
             name: value.to(device, non_blocking=True) for name, value in self.inputs.items()
         }
@@ -234,7 +237,7 @@ def _generator(slot: Slot, step: int, seed: int) -> np.random.Generator:
 def _moments(
     dataset: Dataset, slots: Sequence[Slot], moments: Latents | None, *, stored: Tensor | None
 ) -> Tensor | None:
-    """What is there already of a batch's latents, in fp32; None where pictures are to be read."""
+    """What is there already of a batch's latents; None where pictures are to be read."""
     if moments is not None:
         return _cached(dataset, slots, moments)
     if isinstance(dataset, HoldsLatents):
@@ -259,7 +262,7 @@ def _cached(dataset: Dataset, slots: Sequence[Slot], moments: Latents) -> Tensor
 
 def _fill(batch: Batch, samples: Sequence[Sample]) -> None:
     """Puts the samples' pictures, captions, masks and extra inputs into the batch."""
-    batch.pixels = torch.cat([frames_of(sample.image) for sample in samples])
+    batch.pixels = _together([sample.image for sample in samples])
     batch.captions = [sample.caption for sample in samples]
     batch.keys = [sample.key for sample in samples]
     batch.masks = _stacked([sample.mask for sample in samples])
@@ -273,6 +276,18 @@ def _fill(batch: Batch, samples: Sequence[Sample]) -> None:
     batch.inputs = {
         name: torch.stack([sample.inputs[name] for sample in samples]) for name in first.inputs
     }
+
+
+def _together(images: Sequence[Tensor]) -> Tensor:
+    """Images and clips one behind another (b * frames, 3, H, W). Of bytes the channels stay
+    adjacent, as they are in a picture: to bring them apart here would take as long as to decode."""
+    if images[0].dtype != torch.uint8:
+        return torch.cat([frames_of(image) for image in images])
+    _, height, width = images[0].shape
+    found = torch.empty((len(images), height, width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    for place, image in enumerate(images):
+        found[place] = image
+    return found
 
 
 def _stacked(masks: Sequence[Tensor | None]) -> Tensor | None:

@@ -106,7 +106,7 @@ class HoldsLatents(Protocol):
     """A dataset whose pictures may be stored as latents."""
 
     def moments(self, index: int) -> Tensor | None:
-        """The moments (frames, 2c, h, w) of sample `index`; None of a picture."""
+        """The moments (frames, 2c, h, w) of sample `index`, fp16 or fp32; None of a picture."""
         ...
 
 

@@ -119,12 +119,14 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def to_bytes(image: Image.Image) -> Tensor:
     """An RGB image as uint8 (3, height, width), a fourth of the bytes, its channels adjacent as in
-    the image; raises as `to_tensor`."""
+    the image. It is for reading alone: no copy is made. Raises as `to_tensor`."""
     import torch
 
     if image.mode != "RGB":
         raise ValueError(f"to_tensor takes an RGB image, got mode {image.mode}; use read_image")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(np.asarray(image)).permute(2, 0, 1)  # of h w 3
 
 
 def in_range(pixels: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def latents_of(data: bytes, name: str) -> Tensor:
-    """The moments (1, 2c, h, w) in fp32."""
+    """The moments (1, 2c, h, w) in fp16."""
     import torch
 
     found = _array(data, name)
@@ -28,7 +28,7 @@ def latents_of(data: bytes, name: str) -> Tensor:
         raise ImageError(
             f"{name}: {found.dtype} of {found.ndim} axes is not the latents of one picture"
         )
-    return torch.from_numpy(found.astype(np.float32))[None]
+    return torch.from_numpy(found.copy())[None]
 
 
 def cells_of(data: bytes, name: str) -> Tensor:
