@@ -34,6 +34,7 @@ from trainer.data.tars.write_shards import write_unlisted
 
 BATCH, RANKS, WORKERS = 8, 2, 2
 SIZES = (31, 12, 40, 25, 8, 33, 19, 27, 36, 9)  # samples of ten shards
+SHARDS = 16  # of what the loader reads
 TURNS = 7  # of two loops that are compared
 
 
@@ -112,7 +113,7 @@ def _differing(one: Sequence[object], other: Sequence[object]) -> int:
 
 def loader_latents(bars: Bars) -> None:
     """Latents of 512 x 512 pixels from a stream, decoded into batches, beside a loop over the
-    members of the same tar that loads each array."""
+    members of the same tars that loads each array."""
     count = 256 if bars.quick else 2048
     with scratch() as folder:
         rng = np.random.default_rng(0)
@@ -122,18 +123,14 @@ def loader_latents(bars: Bars) -> None:
             crop = (512, 512, 0, 0, 512, 512)
             facts = facts_json(latent, "x", crop, captions=["a photo of a sprite"])
             records.append((f"{number:06d}", {LATENT: latent, METADATA: facts}))
-        path = write_unlisted(folder / "latents", records, per_shard=count, stem="latents")[0]
-        items = planned(str(path), 32, 0, ranks=1, side=512)
+        paths = write_unlisted(folder / "shards", records, per_shard=count // SHARDS, stem="x")
+        items = planned(str(folder / "shards"), 32, 0, ranks=1, side=512)
         steps = count // 32
 
         def bare() -> None:
-            with tarfile.open(path) as archive:
-                for info in archive:
-                    file = archive.extractfile(info)
-                    assert file is not None
-                    data = file.read()
-                    if info.name.endswith(".npy"):
-                        np.load(io.BytesIO(data)).astype(np.float32)
+            for name, data in _members(paths):
+                if name.endswith(".npy"):
+                    np.load(io.BytesIO(data))
 
         done = iter(range(10**9))
 
@@ -146,27 +143,38 @@ def loader_latents(bars: Bars) -> None:
 
 def loader_jpeg(bars: Bars) -> None:
     """JPEGs of 512 x 512 pixels from a stream as batches of tensors, by one process, beside PIL
-    decoding the same bytes to arrays."""
-    count = 32 if bars.quick else 128
+    decoding the same members of the same tars to arrays."""
+    count = 128 if bars.quick else 512
     with scratch() as folder:
         pictures = [_jpeg(number) for number in range(count)]
         records = [
             (f"{number:06d}", {"jpg": data, "txt": b"a photo"})
             for number, data in enumerate(pictures)
         ]
-        path = write_unlisted(folder / "jpeg", records, per_shard=count, stem="photos")[0]
-        items = planned(str(path), 16, 0, ranks=1, side=512)
+        paths = write_unlisted(folder / "shards", records, per_shard=count // SHARDS, stem="x")
+        items = planned(str(folder / "shards"), 16, 0, ranks=1, side=512)
         steps, done = count // 16, iter(range(10**9))
 
         def bare() -> None:
-            for data in pictures:
-                np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+            for name, data in _members(paths):
+                if name.endswith(".jpg"):
+                    np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
         def ours() -> None:
             for _ in range(steps):
                 items[next(done)]
 
         _compared(bars, "loader_jpeg_of_bare_decoding", bare, ours, count=count, bar=0.95)
+
+
+def _members(paths: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+    """Every member of tars, as a plain loop reads them."""
+    for path in paths:
+        with tarfile.open(path) as archive:
+            for info in archive:
+                file = archive.extractfile(info)
+                assert file is not None
+                yield info.name, file.read()
 
 
 def _compared(

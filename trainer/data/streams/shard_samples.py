@@ -49,15 +49,19 @@ def samples_of(
         groups = _groups(file, tar, ignore, start=file.marks[at] if at > 0 else 0)
         passed, number = max(0, at) * EVERY, first
         for group in islice(groups, first - passed, end - passed):
-            yield _read(file, tar, group)
             number += 1
-        more = next(groups, None) if number == end == count else None
-    if number < end or more is not None:
-        than = "fewer" if number < end else "more"
-        raise ValueError(
-            f"{file.address}: it holds {than} samples than {count or end}, which was counted or is "
-            "said beside it or by data.per_shard; copy the shard and the files beside it again"
-        )
+            if number == end == count and next(groups, None) is not None:
+                raise _miscounted(file, "more", count)
+            yield _read(file, tar, group)
+    if number < end:
+        raise _miscounted(file, "fewer", count or end)
+
+
+def _miscounted(file: ShardFile, than: str, count: int) -> ValueError:
+    return ValueError(
+        f"{file.address}: it holds {than} samples than {count}, which was counted or is said "
+        "beside it or by data.per_shard; copy the shard and the files beside it again"
+    )
 
 
 def count_samples_in(file: ShardFile, ignore: Collection[str] = ()) -> tuple[int, list[int]]:
