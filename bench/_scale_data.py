@@ -27,7 +27,7 @@ from PIL import Image
 
 from trainer.data.plan import StepPlan
 from trainer.data.streams.lanes import Lanes
-from trainer.data.streams.latent_form import npy_bytes
+from trainer.data.streams.latent_member import npy_bytes
 from trainer.data.streams.raw_sample import facts_json
 from trainer.data.tars.manifest import LATENT, METADATA
 from trainer.data.tars.write_shards import write_unlisted

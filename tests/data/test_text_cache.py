@@ -50,7 +50,7 @@ def test_what_is_not_what_was_written_is_made_anew(damage: str, tmp_path: Path) 
     folder = tmp_path / "key"
     cache = TextCache(folder, encode)
     _ = cache["a fox"], cache["a cat"]
-    path, other = (kept_tensors.file_of(folder, prompt) for prompt in ("a fox", "a cat"))
+    path, other = (kept_tensors.tensors_file(folder, prompt) for prompt in ("a fox", "a cat"))
     content = path.read_bytes()
     if damage == "cut":
         path.write_bytes(content[:-9])

@@ -22,7 +22,7 @@ SUM = "sum"  # the entry of a file's header that holds its checksum
 
 def write_tensors(folder: Path, text: str, tensors: Mapping[str, Tensor]) -> None:
     """folder: named after all that the tensors depend on beside the text."""
-    path = file_of(folder, text)
+    path = tensors_file(folder, text)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_atomically(path) as part:
         own = {name: value.contiguous() for name, value in tensors.items()}
@@ -32,7 +32,7 @@ def write_tensors(folder: Path, text: str, tensors: Mapping[str, Tensor]) -> Non
 def read_tensors(folder: Path, text: str) -> Mapping[str, Tensor] | None:
     """None where there is no file, or not the one that was written for this text."""
     try:
-        with safe_open(file_of(folder, text), "pt") as file:
+        with safe_open(tensors_file(folder, text), "pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             same = (file.metadata() or {}).get(SUM) == _sum(folder, text, found)
     except (OSError, SafetensorError):
@@ -40,7 +40,7 @@ def read_tensors(folder: Path, text: str) -> Mapping[str, Tensor] | None:
     return found if same else None
 
 
-def file_of(folder: Path, text: str) -> Path:
+def tensors_file(folder: Path, text: str) -> Path:
     name = hashlib.sha256(text.encode()).hexdigest()[:32]
     return folder / name[:2] / f"{name}.safetensors"
 

@@ -104,7 +104,7 @@ def _fit(recipe: Recipe, folder: Path) -> None:
     for line in check_captions(recipe, lambda: backbone.prompts.reader, train):
         say(line)
     store = latent_store(recipe, backbone, train)
-    module = module_of(recipe, backbone, plan, store)
+    module = module_of(recipe, backbone, plan, store=store)
     launched = launch(
         recipe, folder, found=found, plan=plan, train=train, backbone=backbone, facts=facts
     )

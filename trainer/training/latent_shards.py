@@ -16,7 +16,7 @@ from trainer.data.crops import Cropped, whole
 from trainer.data.latent_cache import as_stored
 from trainer.data.loss_mask import Masked
 from trainer.data.source import Dataset, Ordered
-from trainer.data.streams.latent_form import npy_bytes
+from trainer.data.streams.latent_member import npy_bytes
 from trainer.data.streams.raw_sample import facts_json
 from trainer.data.streams.stream_data import Records
 from trainer.data.tars.manifest import CELLS, LATENT, METADATA

@@ -24,7 +24,7 @@ from trainer.data.loader import Batch, Planned, loader
 from trainer.data.source import Needs
 from trainer.data.sources.shards import Shards
 from trainer.data.sources.stream import Stream
-from trainer.data.streams.latent_form import npy_bytes
+from trainer.data.streams.latent_member import npy_bytes
 from trainer.data.streams.raw_sample import facts_json
 from trainer.data.streams.stream_data import StreamData
 from trainer.media.images import ImageError
@@ -263,8 +263,8 @@ def test_a_number_for_each_shard_counts_none(ten: Path, tmp_path: Path, cache: P
     assert len(data) == 12 and not cache.exists()
     first = {0, 1, 2, 5, 6, 7, 8, 9, 10, 20, 21, 22}
     assert {int(data.sample(i, RNG).key[1:]) for i in range(12)} == first
+    few = opened(Stream(urls=(str(ten),), per_shard=2), tmp_path)
     with pytest.raises(ValueError, match=r"003.tar: it holds fewer samples than 2, .*per_shard"):
-        few = opened(Stream(urls=(str(ten),), per_shard=2), tmp_path)
         [few.sample(i, RNG) for i in range(len(few))]
 
 

@@ -36,7 +36,7 @@ from trainer.data.source_options import CaptionLines
 from trainer.data.streams.addresses import check_address, shards_at
 from trainer.data.streams.lanes import Lanes
 from trainer.data.streams.raw_sample import Reading
-from trainer.data.streams.server_file import ShardFile, facts_of
+from trainer.data.streams.server_file import ShardFile, shard_file
 from trainer.data.streams.shard_counts import AT_ONCE, Counted, counts_of
 from trainer.data.streams.shard_samples import Raw, samples_of
 from trainer.data.streams.stream_data import Flow, HeldRecords, StreamData
@@ -144,7 +144,7 @@ class Stream(Source):
         """The shards of each stream; raises ValueError or NoAnswerError."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return {
-                name: list(pool.map(facts_of, shards_at(patterns)))
+                name: list(pool.map(shard_file, shards_at(patterns)))
                 for name, patterns in self.patterns.items()
             }
 

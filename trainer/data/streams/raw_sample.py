@@ -15,7 +15,7 @@ from PIL import Image
 from trainer.data.crops import Crop, central
 from trainer.data.loss_mask import checked_cells
 from trainer.data.streams.captions_beside import captions_beside
-from trainer.data.streams.latent_form import cells_of, check_encoder, checksum_of, latents_of
+from trainer.data.streams.latent_member import cells_of, check_encoder, checksum_of, latents_of
 from trainer.data.streams.server_file import ShardFile
 from trainer.data.streams.shard_samples import Raw
 from trainer.data.tags import drawn

@@ -53,7 +53,7 @@ def local_path(address: str) -> Path:
     return Path(address).expanduser()
 
 
-def facts_of(address: str) -> ShardFile:
+def shard_file(address: str) -> ShardFile:
     """Size and tag of a file.
 
     Raises:
@@ -113,7 +113,7 @@ def read_whole(address: str) -> bytes | None:
 
 @contextlib.contextmanager
 def opened_shard(file: ShardFile) -> Iterator[BinaryIO]:
-    """A shard to read from and seek in; raises as `facts_of` does, at any read."""
+    """A shard to read from and seek in; raises as `shard_file` does, at any read."""
     if not is_local(file.address):
         yield cast(BinaryIO, RangeFile(file))
         return

@@ -86,7 +86,7 @@ def _groups(
     """Each sample from the byte `start` on as its members' headers by extension, with `__key__`."""
     members = (
         {"fname": info.name, "data": info, "__url__": file.address}
-        for _, _, info in members_of(file.address, tar, ignore, start)
+        for _, _, info in members_of(file.address, tar, ignore, start=start)
     )
     seen: set[str] = set()
     try:
@@ -126,4 +126,4 @@ def _read(file: ShardFile, tar: BinaryIO, group: Mapping[str, Any]) -> Raw:
         found[name] = tar.read(info.size)
         if len(found[name]) != info.size:
             raise ValueError(f"{file.address}: the file ends within {info.name}; copy it again")
-    return Raw(file.address, group["__key__"], picture, found)
+    return Raw(file.address, group["__key__"], picture, members=found)

@@ -25,7 +25,7 @@ BUFFERS = 16
 
 
 @dataclass
-class Cursor:
+class LanePlace:
     """Where a lane is: the sample at `place` of its run in `epoch` was read last."""
 
     epoch: int
@@ -54,7 +54,7 @@ class StreamOrder:
     ) -> None:
         self.files, self.lanes, self.whole, self.ignore = files, lanes, whole, ignore
         self.buffer = -(-buffer // lanes.number)
-        self.cursors: dict[int, Cursor] = {}
+        self.cursors: dict[int, LanePlace] = {}
 
     def __getitem__(self, position: int) -> Raw:
         """Raises ValueError, ImageError or NoAnswerError as `samples_of`."""
@@ -71,7 +71,7 @@ class StreamOrder:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "cursors": {}}
 
-    def _cursor(self, lane: int, epoch: int, place: int) -> Cursor:
+    def _cursor(self, lane: int, epoch: int, place: int) -> LanePlace:
         """The cursor of a lane, at a place or before it in the same block."""
         size = BUFFERS * max(1, self.buffer)
         found = self.cursors.get(lane)
@@ -79,7 +79,7 @@ class StreamOrder:
             return found
         block = place // size
         rest = self._blocks(lane, epoch, block=block, size=size)
-        self.cursors[lane] = Cursor(epoch, block * size - 1, rest)
+        self.cursors[lane] = LanePlace(epoch, block * size - 1, rest)
         return self.cursors[lane]
 
     def _blocks(self, lane: int, epoch: int, *, block: int, size: int) -> Iterator[Raw]:
