@@ -64,7 +64,10 @@ class Lanes:
 
     def before(self, lane: int, position: int) -> int:
         """How many samples a lane gives before a position."""
-        return int(self._before(np.asarray([lane]), position)[0])
+        size = self.rows // self.parts
+        turn, rest = divmod(position, self.rows * self.workers)
+        start = lane // self.parts * self.rows + lane % self.parts * size
+        return turn * size + min(max(rest - start, 0), size)
 
     def run(self, lane: int, epoch: int) -> tuple[int, int]:
         """The first and the end of a lane's run in the shuffled samples of an epoch."""
@@ -82,20 +85,15 @@ class Lanes:
                 yield Piece(shard, first - start, stop - start)
             first, at = max(first, stop), at + 1
 
-    def _before(self, lanes: np.ndarray, position: int) -> np.ndarray:
-        size = self.rows // self.parts
-        turn, rest = divmod(position, self.rows * self.workers)
-        starts = lanes // self.parts * self.rows + lanes % self.parts * size
-        found: np.ndarray = turn * size + np.clip(rest - starts, 0, size)
-        return found
-
 
 @lru_cache(maxsize=32)
 def _runs(lanes: Lanes, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """Where the run of each lane begins in an epoch, and where it ends; which lane is whose
     neighbour is drawn anew, so that no sample stays in one lane."""
-    every = np.arange(lanes.number)
-    start, stop = (lanes._before(every, at * lanes.total) for at in (epoch, epoch + 1))
+    start, stop = (
+        np.array([lanes.before(lane, at * lanes.total) for lane in range(lanes.number)])
+        for at in (epoch, epoch + 1)
+    )
     sizes = stop - start
     drawn = np.random.default_rng((lanes.seed, epoch, 1)).permutation(lanes.number)
     ends = np.empty_like(sizes)

@@ -27,7 +27,6 @@ from trainer.data.tars.manifest import (
     METADATA,
     caption_of,
     loss_weights_of,
-    metadata_of,
 )
 from trainer.media.images import TURNED, ImageError, cover, decode_image, to_bytes
 from trainer.media.read_caption import decode_caption
@@ -86,14 +85,13 @@ class Reading:
 
     def latents(self, raw: Raw) -> Tensor:
         """The moments (1, 2c, h, w); raises ValueError where another encoder made them."""
-        facts = metadata_of(raw.members.get(METADATA, b"{}"), raw.name)
-        check_encoder(raw.name, facts, self.encoder)
-        if facts.get("crc32") != checksum_of(raw.members[LATENT]):
+        check_encoder(raw.name, raw.metadata, self.encoder)
+        if raw.metadata.get("crc32") != checksum_of(raw.members[LATENT]):
             raise ValueError(f"{raw.name}: its latents have changed; copy the shard again")
         return latents_of(raw.members[LATENT], raw.name)
 
     def _in_json(self, raw: Raw, name: str) -> Sequence[str]:
-        found = metadata_of(raw.members[METADATA], raw.name).get(name)
+        found = raw.metadata.get(name)
         listed = found if isinstance(found, list) else [found]
         texts = [text.strip() for text in listed if isinstance(text, str)]
         if not texts or len(texts) < len(listed):
@@ -125,7 +123,7 @@ def picture_in(raw: Raw, reading: Reading) -> tuple[Tensor, Crop]:
 def crop_in(raw: Raw, reading: Reading) -> Crop:
     """Which part of its picture a sample shows, by the header of its file."""
     if raw.picture == LATENT:
-        height, width, top, left, *size = metadata_of(raw.members[METADATA], raw.name)["crop"]
+        height, width, top, left, *size = raw.metadata["crop"]
         return int(height), int(width), int(top), int(left), int(size[0]), int(size[1])
     return central(_size(raw), (reading.side, reading.side))
 

@@ -6,13 +6,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any, BinaryIO
 
 from webdataset.tariterators import group_by_keys
 
 from trainer.data.streams.server_file import ShardFile, opened_shard
-from trainer.data.tars.manifest import IMAGES, KNOWN_FIELDS, LATENT, members_of
+from trainer.data.tars.manifest import (
+    IMAGES,
+    KNOWN_FIELDS,
+    LATENT,
+    METADATA,
+    members_of,
+    metadata_of,
+)
 from trainer.media.images import ImageError
 
 EVERY = 32  # samples from one mark to the next
@@ -31,6 +39,11 @@ class Raw:
     @property
     def name(self) -> str:
         return f"{self.shard}: {self.key}"
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """The object in its .json, empty without one; raises ImageError as `metadata_of`."""
+        return metadata_of(self.members[METADATA], self.name) if METADATA in self.members else {}
 
 
 def samples_of(

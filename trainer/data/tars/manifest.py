@@ -31,6 +31,7 @@ from pydantic import (
 
 from trainer.common.atomic import written_atomically
 from trainer.common.left_by_systems import left_by_system
+from trainer.data.tars.quick_headers import QuickInfo
 from trainer.media.images import DAMAGED_IMAGE, ImageError, decode_image
 from trainer.media.mask_files import weights_of
 from trainer.media.photo_listing import WEB_IMAGES
@@ -208,13 +209,13 @@ def members_of(
     end = start
     file.seek(start)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=QuickInfo) as archive:
             for info in archive:
-                _check_member(path, info, ignore)
-                blocks = -(-info.size // 512) if info.isreg() else 0
-                end = info.offset_data + blocks * 512
                 key, extension = _split(info.name)
                 left = left_by_system(info.name)
+                _check_member(path, info, ignore, extension=extension, left=left)
+                blocks = -(-info.size // 512) if info.isreg() else 0
+                end = info.offset_data + blocks * 512
                 if info.isreg() and extension in KNOWN_FIELDS and not left:
                     yield key, extension, info
                 archive.members = []  # type: ignore[attr-defined] # it keeps every header
@@ -227,12 +228,15 @@ def members_of(
         raise _cut(path, f"no end mark after byte {end}")
 
 
-def _check_member(path: Path | str, info: tarfile.TarInfo, ignore: Collection[str]) -> None:
+def _check_member(
+    path: Path | str, info: tarfile.TarInfo, ignore: Collection[str], *, extension: str, left: bool
+) -> None:
+    """extension, left: of its name, as of `_split` and `left_by_system`."""
     name = info.name
     reason = ""
     if name.startswith("/") or ".." in name.split("/") or re.search(r"\\|^[A-Za-z]:", name):
         reason = "an absolute or upward name; pack the files by plain names"
-    elif left_by_system(name) and info.size >= 0:  # one below 0 is refused, as any member
+    elif left and info.size >= 0:  # one below 0 is refused, as any member
         return
     elif not name.isprintable():
         reason = "a name with control characters; rename the file"
@@ -244,7 +248,7 @@ def _check_member(path: Path | str, info: tarfile.TarInfo, ignore: Collection[st
         reason = f"{info.size:,} bytes, the limit is {MAX_MEMBER:,}; store a smaller version"
     elif name.lower().rpartition(".")[2] in PICKLES:
         reason = "a pickle can run code when it is read; store .npy or safetensors elsewhere"
-    elif _split(name)[1] not in KNOWN_FIELDS.union(ignore, ("",)):
+    elif extension not in KNOWN_FIELDS and extension and extension not in ignore:
         known = ", ".join(sorted(KNOWN_FIELDS))
         reason = f"an unknown extension (known: {known}); list it in data.ignore to ignore it"
     if reason:
