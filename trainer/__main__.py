@@ -44,7 +44,7 @@ def _version() -> int:
 
 
 def _run(verb: str, words: list[str]) -> int:
-    if verb in LIGHT_VERBS:  # they import no torch, so there are no threads to limit
+    if verb in (*LIGHT_VERBS, "report"):  # they import no torch: there are no threads to limit
         return int(verb_module(verb).run(words))
     return_to_all()
     limit_threads()

@@ -7,10 +7,10 @@ import io
 import pytest
 from rich.console import Console
 
+from trainer.common.score_names import better
 from trainer.evaluation.score_table import (
     Table,
     best_lines,
-    better,
     show_evaluation,
     with_counts,
     with_drift,

@@ -63,7 +63,8 @@ def run(words: list[str]) -> int:
     from trainer.config.header import file_of
     from trainer.evaluation.compare import evaluate_runs, evaluate_steps
     from trainer.evaluation.evaluate import Judging, evaluate
-    from trainer.runs.run_folder import later_checkpoint
+    from trainer.runs.page.write_page import refresh_page
+    from trainer.runs.run_folder import later_checkpoint, run_of_adapter
 
     for run in options.runs or (options.run,):
         if run is not None and (later := later_checkpoint(file_of(run))) is not None:
@@ -76,4 +77,7 @@ def run(words: list[str]) -> int:
         evaluate_steps(options.run, how)
     else:
         evaluate(options.run, how)
+    for run in options.runs or (options.run,):
+        if run is not None and (problem := refresh_page(run_of_adapter(file_of(run)))) is not None:
+            print(problem, file=sys.stderr)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,6 +13,15 @@ MODULE = "python -m trainer"
 def program() -> str:
     """As this process was started: what it prints then names a command that works here too."""
     return NAME if Path(sys.argv[0]).stem == NAME else MODULE
+
+
+def command_line() -> str | None:
+    """The command that this process is, as it can be pasted into a shell; None where it is another
+    program that uses this one."""
+    place = Path(sys.argv[0])
+    if place.stem != NAME and place.parts[-2:] != ("trainer", "__main__.py"):
+        return None
+    return shlex.join([*program().split(), *sys.argv[1:]])
 
 
 def as_started(text: str) -> str:

@@ -13,17 +13,15 @@ from torch import Tensor
 
 from trainer.backbones.part_digests import part_digests
 from trainer.common.paths import shipped
+from trainer.common.score_names import LOSS, better, is_share
 from trainer.common.version import name_and_version
 from trainer.config.header import file_of, read_header
 from trainer.config.lineage import spec_of
 from trainer.evaluation.evaluate import Evaluation, Judging, evaluation_file, write_scores
 from trainer.evaluation.generated import SEED
 from trainer.evaluation.score_table import (
-    LOSS,
     Table,
     best_lines,
-    better,
-    is_share,
     lines_of,
     show_evaluation,
     show_notes,

@@ -21,6 +21,7 @@ from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import CPU, Placement, cast_stored
 from trainer.backbones.spec import BackboneSpec
 from trainer.common.long_work import LongWork, long_work
+from trainer.common.score_names import LOSS
 from trainer.config.header import file_of, read_header
 from trainer.config.load import resolve_recipe
 from trainer.config.schema import Recipe
@@ -32,7 +33,6 @@ from trainer.evaluation.examiner import Examiner, Scores
 from trainer.evaluation.generated import SEED
 from trainer.evaluation.open_judges import PictureJudge, open_judges, reader_of
 from trainer.evaluation.score_table import (
-    LOSS,
     Table,
     show_evaluation,
     show_notes,

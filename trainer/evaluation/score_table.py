@@ -8,26 +8,12 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table as Sheet
 
+from trainer.common.score_names import better, is_share
 from trainer.evaluation.examiner import Scores
 from trainer.evaluation.shares import Share, percent
-from trainer.evaluation.sprite_scores import FIDELITY, SECOND
 
 Table = dict[str, Scores]  # by column, then by score
-SHARES = (  # the scores shown as percentages, beside every `concept accuracy`
-    "concept beside another", "the other beside it", "two concepts together", "known sprites",
-    "direction right", "object right",
-)  # fmt: skip
-# how the names of scores begin of which more is better, and less
-MORE = ("concept accuracy", *SHARES, FIDELITY, SECOND, "CLIP-I", "DINO", "CLIP-T", "DIV", "PSNR")
 WIDEST = 1000  # letters of a line
-LOSS = "validation loss"
-LESS = ("PRES", "prior drift", "KID", LOSS)
-
-
-def better(line: str) -> int:
-    """1 where more of a score is better, -1 where less is, and 0 where neither is, as of how steady
-    frames are."""
-    return 1 if line.startswith(MORE) else -1 if line.startswith(LESS) else 0
 
 
 def with_drift(table: Table) -> Table:
@@ -90,11 +76,6 @@ def lines_of(table: Mapping[str, Scores]) -> list[str]:
 def show_notes(notes: Sequence[str], console: Console) -> None:
     for note in notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
-
-
-def is_share(line: str) -> bool:
-    """Whether a score is shown as a percentage."""
-    return line in SHARES or line.startswith(("concept accuracy", SECOND))
 
 
 def score_text(line: str, value: float | None) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.common.score_names import FIDELITY, SECOND
 from trainer.data.world.scenes import SCENE_SIDE
 from trainer.data.world.sprites import ALL
 from trainer.evaluation.judge import Judge
@@ -17,8 +18,7 @@ from trainer.evaluation.shares import Share, share
 from trainer.evaluation.sprite_fidelity import fidelity
 
 FOLDER = "second_judge"  # beside the folder of the first
-FIDELITY, KNOWN_FIDELITY = "fidelity", "fidelity of known sprites"
-SECOND = "second judge: "
+KNOWN_FIDELITY = "fidelity of known sprites"
 CLOSE = 32  # known sprites whose fidelity is measured, evenly over them; each takes a while
 
 Shares = dict[str, float]

@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from trainer.common.score_names import LOSS
 from trainer.evaluation.examiner import Scores
-from trainer.evaluation.score_table import LOSS
 
 ALIKE, ALIGNED, DRIFT = 0.1, 0.05, 0.1  # the differences that count as one point
 

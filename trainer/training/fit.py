@@ -139,4 +139,5 @@ def _fit(recipe: Recipe, folder: Path) -> None:
         for preview in launched.previews:
             preview.files.name_adapter(path)
         note_event(folder, "finished", step=run.steps)
+        launched.page.write()
         say(f"adapter: {path}")

@@ -41,6 +41,7 @@ from trainer.training.callbacks.metrics import Measured, Metrics
 from trainer.training.callbacks.nonfinite_and_signals import StepChecks
 from trainer.training.callbacks.preview import Preview
 from trainer.training.callbacks.progress import Bar
+from trainer.training.callbacks.run_page import RunPage
 from trainer.training.callbacks.save_and_restore import Checkpoints
 from trainer.training.callbacks.schedule_free import ScheduleFree
 from trainer.training.callbacks.side_work import SideWork
@@ -60,6 +61,7 @@ class Launch:
     trainer: lightning.Trainer
     signals: Signals
     average: Average | None
+    page: RunPage
     previews: tuple[Preview, ...] = ()
 
 
@@ -92,7 +94,8 @@ def launch(
     )
     trainer = make_trainer(recipe, folder, backbone.device, mixed=mixed, callbacks=[ran, *own])
     shown = tuple(each for each in own if isinstance(each, Preview))
-    return Launch(trainer, signals, average, previews=shown)
+    (page,) = [each for each in own if isinstance(each, RunPage)]
+    return Launch(trainer, signals, average, page=page, previews=shown)
 
 
 def average_of(optim: OptimSpec) -> EMA | ScheduleFree | None:
@@ -149,7 +152,8 @@ def callbacks(
     side = SideWork(saver, partial(say, style="red"))
     given = any(edit.given for edit in plan.edits.values()) if plan else False
     shown = previews(recipe, folder, average, hang=hang, train=train, side=side, completes=given)
-    return [*first, bar, metrics, saver, watch, *kept, side, *shown, hang]
+    page = RunPage(folder, partial(say, style="yellow"))
+    return [*first, bar, metrics, saver, watch, *kept, side, *shown, page, hang]
 
 
 def measured_of(recipe: Recipe, train: Dataset, plan: Plan | None) -> Measured:

@@ -9,6 +9,7 @@ from typing import Any
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import PRECISIONS
 from trainer.backbones.part_digests import digests_in_use
+from trainer.common.program import command_line
 from trainer.config.schema import Recipe
 from trainer.data.identity import identity_of
 from trainer.data.source import Dataset
@@ -48,8 +49,11 @@ def last_checkpoint(recipe: Recipe, folder: Path) -> Checkpoint | None:
     else:
         say(f"run folder: {folder}")
     if first_rank():
-        facts = {"step": found.step if found else 0, "steps": recipe.run.steps}
+        facts: dict[str, Any] = {"step": found.step if found else 0, "steps": recipe.run.steps}
         changed = {change.key: [change.before, change.now] for change in applied}
+        command = command_line()
+        if command is not None:
+            facts["command"] = command
         note_event(folder, "started", **facts, **({"changed": changed} if changed else {}))
     return found
 
