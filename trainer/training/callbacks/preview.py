@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.attention.input_channels import inputs_read
-from trainer.attention.sites import Site, select
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import pictures_at_once
 from trainer.diffusion.given_clip import GivenClip, complete
@@ -34,6 +33,7 @@ from trainer.training.callbacks.trackers import log_clip, log_pictures
 from trainer.training.console import problem_of
 from trainer.training.distributed import value_of_first
 from trainer.training.module import DiffusionModule
+from trainer.training.word_maps import WordPlaces, map_sites, word_places, write_word_maps
 
 GRID = "grid.png"
 CELL = 256  # pixels of a picture's longer side in the grid, at most
@@ -79,6 +79,7 @@ class Preview(lightning.Callback):
         self.rows: list[tuple[str, Tensor]] = []
         self.earlier: list[Image.Image] = []  # the sheet from before the run was resumed
         self.last = -1
+        self.places: WordPlaces | None = None  # of the words whose maps were made last
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -140,9 +141,10 @@ class Preview(lightning.Callback):
             if not trainer.is_global_zero:
                 return
             self._write(pl_module.backbone, pictures, trainer=trainer)
+            self._write_maps(pictures, maps, step=trainer.global_step)
         rows = [(label, pictures)]
         if maps is not None and label != "base":
-            rows.append((f"{self.maps}", overlay_maps(pictures, maps)))
+            rows.append((f"{self.maps}", overlay_maps(pictures, maps[:, 0])))
         if self.frames > 1:
             self._show_clips(trainer, rows, self._facts(pl_module.backbone, trainer.global_step))
             return
@@ -169,6 +171,12 @@ class Preview(lightning.Callback):
         step = trainer.global_step
         last = step == trainer.max_steps
         self.files.write(shown, step, backbone=backbone, settings=self.settings, last=last)
+
+    def _write_maps(self, pictures: Tensor, maps: Tensor | None, *, step: int) -> None:
+        """What each word of each prompt is attended to, of stills."""
+        if maps is not None and self.places is not None and self.frames == 1:
+            folder, words = self.folder / step_name(step), self.places.words
+            write_word_maps(folder, self.prompts, words, pictures=pictures, maps=maps[:, 1:])
 
     def _facts(self, backbone: Backbone, step: int) -> dict[str, Any]:
         """What the sheet at a step was made of; a row for each earlier one is above it."""
@@ -206,13 +214,14 @@ class Preview(lightning.Callback):
         log_clip(trainer, "preview", files)
 
     def _sample(self, backbone: Backbone) -> tuple[Tensor, Tensor | None]:
-        """Pictures of all prompts (n, 3, H, W), and attention maps (n, h, w) of `maps` or None.
-        Clips are sampled one by one, because a clip is a batch of frames."""
-        mapped = self.maps if map_sites(backbone) else None
-        where = positions(backbone, self.prompts, mapped) if mapped else None
+        """Pictures of all prompts (n, 3, H, W), and attention maps (n, 1 + words, h, w), of `maps`
+        first and then of the words of the prompts, or None. Clips are sampled one by one, because a
+        clip is a batch of frames."""
+        mapped, stills = self.maps if map_sites(backbone) else None, self.frames == 1
+        self.places = word_places(backbone, self.prompts, mapped, own=stills) if mapped else None
         at_once, inputs = self._at_once(backbone), self.inputs(inputs_read(backbone))
         parts = [
-            self._sample_part(backbone, slice(i, i + at_once), where=where, inputs=inputs)
+            self._sample_part(backbone, slice(i, i + at_once), where=self.places, inputs=inputs)
             for i in range(0, len(self.prompts), at_once)
         ]
         maps = [maps for _, maps in parts if maps is not None]
@@ -230,11 +239,11 @@ class Preview(lightning.Callback):
         backbone: Backbone,
         at: slice,
         *,
-        where: list[list[int]] | None,
+        where: WordPlaces | None,
         inputs: Mapping[str, Tensor],
     ) -> tuple[Tensor, Tensor | None]:
-        """As `_sample`, for some prompts. where: the position of the token in each of all prompts,
-        none where the prompt does not have it; its map is then 0. inputs: of all prompts."""
+        """As `_sample`, for some prompts. where: the words of all prompts; the map of one that a
+        prompt does not have is 0. inputs: of all prompts."""
 
         def pictures_of() -> Tensor:
             if self.clips and backbone.given_frames is not None:
@@ -250,8 +259,7 @@ class Preview(lightning.Callback):
 
         if where is None:
             return pictures_of(), None
-        where = where[at]
-        rows = [each or [0] for each in where for _ in range(self.frames)]
+        rows = [each for each in where.places[at] for _ in range(self.frames)]
         store = MapStore(rows, group=COND)
         backbone.host.install(store, map_sites(backbone))
         try:
@@ -261,8 +269,8 @@ class Preview(lightning.Callback):
         maps = store.average(
             (pictures.shape[-2] // backbone.divisor, pictures.shape[-1] // backbone.divisor)
         )
-        has = torch.tensor([float(bool(each)) for each in where]).repeat_interleave(self.frames)
-        return pictures, maps[:, 0] * has[:, None, None]
+        has = torch.tensor(where.known[at], dtype=torch.float32).repeat_interleave(self.frames, 0)
+        return pictures, maps * has[:, :, None, None]
 
     def _completed(self, backbone: Backbone, at: slice) -> Tensor:
         """One clip of a model that completes given ones."""
@@ -271,16 +279,3 @@ class Preview(lightning.Callback):
         given = GivenClip.of_pictures(backbone, self.clips[at.start], where)
         prompts, seeds = self.prompts[at], self.seeds[at]
         return complete(backbone, prompts, seeds, given=given, settings=self.settings).cpu()
-
-
-def map_sites(backbone: Backbone) -> list[Site]:
-    """The layers whose attention maps are shown: cross-attention on the two finest grids. None
-    where the text is in one sequence with the picture."""
-    return [site for site in select(backbone.sites, "cross") if site.divisor in (1, 2)]
-
-
-def positions(backbone: Backbone, prompts: Sequence[str], word: str) -> list[list[int]] | None:
-    """Where a word is among the tokens of each prompt, as one position, or none in a prompt that
-    does not have it; None if no prompt does."""
-    found = [backbone.prompts.places(prompt, word)[:1] for prompt in prompts]
-    return found if any(found) else None
