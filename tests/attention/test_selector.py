@@ -17,15 +17,16 @@ class Spot:
     kind: str
     place: str
     divisor: int | None
+    depth: float
 
 
 SPOTS = [
-    Spot("down_blocks.0.attn1", "self", "down", 1),
-    Spot("down_blocks.0.attn2", "cross", "down", 1),
-    Spot("down_blocks.0.motion", "temporal", "down", 1),
-    Spot("mid_block.attn2", "cross", "mid", 2),
-    Spot("up_blocks.0.attn1", "self", "up", 2),
-    Spot("odd.attn1", "self", "block", None),
+    Spot("down_blocks.0.attn1", "self", "down", 1, 0.0),
+    Spot("down_blocks.0.attn2", "cross", "down", 1, 0.2),
+    Spot("down_blocks.0.motion", "temporal", "down", 1, 0.4),
+    Spot("mid_block.attn2", "cross", "mid", 2, 0.6),
+    Spot("up_blocks.0.attn1", "self", "up", 2, 0.8),
+    Spot("odd.attn1", "self", "block", None, 1.0),
 ]
 
 
@@ -56,6 +57,8 @@ def chosen(text: str) -> list[str]:
         ("!temporal", [0, 1, 3, 4, 5]),
         ("temporal & up", []),
         ("! self & down", [1]),
+        ("depth>=0.6", [3, 4, 5]),
+        ("self & depth>= 0.81 | cross & !depth>=.3", [1, 5]),
     ],
 )
 def test_selector_chooses(text: str, expected: list[int]) -> None:
@@ -71,6 +74,9 @@ def test_selector_chooses(text: str, expected: list[int]) -> None:
         ("/x", "/x", None),
         ("/0", "/0", None),
         ("name:", "name:", None),
+        ("depth>=2", "depth>=2", None),
+        ("depth>=nan", "depth>=nan", None),
+        ("depth>0.5", "depth>0.5", "'depth>=0.5'"),
         ("Self", "Self", "'self'"),
     ],
 )

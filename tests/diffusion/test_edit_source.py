@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.attention.context import StepContext
+from trainer.attention.context import StepContext, current
 from trainer.attention.hooks import Prediction, Sampler, SamplingHook, SourceBranch
 from trainer.diffusion.edit_source import EditSource, edit_source, groups_of, source_branch
 from trainer.diffusion.sampler import prompts_of, sample
@@ -191,3 +191,70 @@ def test_other_solvers_go_with_a_method_that_edits_nothing_now(tiny: Any) -> Non
     sample(tiny, [PROMPT], [3], settings=how)
     with pytest.raises(ValueError, match=r"scheduler=euler does not go with methods\.edited"):
         sample(tiny, [PROMPT], [3], settings=how, edited=EditSource(SOURCE))
+
+
+def test_the_rows_of_a_replayed_source_are_its_trajectory(tiny: Any) -> None:
+    """At each step, and in what hooks and the one who watches get after it; others sample on."""
+    how, x = settings(), torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    known = {step: x + step for step in range(how.steps + 1)}
+    given: list[Tensor] = []
+    after: list[Tensor] = []
+    watched: list[Tensor] = []
+
+    def combine(prediction: Prediction, ctx: StepContext) -> Tensor:
+        assert prediction.source is not None
+        given.append(prediction.source.clone())
+        return prediction.output
+
+    def after_step(x_t: Tensor, prediction: Prediction, ctx: StepContext) -> Tensor:
+        assert prediction.source is not None
+        after.append(prediction.source.clone())
+        return x_t
+
+    edited(tiny, source=SourceBranch(replays=True), combine=combine, after_step=after_step)
+    source = EditSource(SOURCE, inverted=True, trajectory=known,
+                        watch=lambda step, x_s: watched.append(x_s.clone()))  # fmt: skip
+    latents(tiny, how, [PROMPT, "a tree"], edited=source)
+    for step in range(how.steps):
+        assert torch.equal(given[step], known[step].repeat(2, 1, 1, 1))
+        assert torch.equal(after[step], known[step + 1].repeat(2, 1, 1, 1))
+        assert torch.equal(watched[step], after[step])
+    tiny.sampling_hooks.clear()
+    given.clear()
+    edited(tiny, combine=combine)
+    latents(tiny, how, [PROMPT], edited=source)
+    assert not torch.allclose(given[1], known[1])
+
+
+def test_a_replay_runs_the_network_over_the_trajectory(tiny: Any) -> None:
+    how, x = settings(), torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    known = {step: x * (step + 1) for step in range(how.steps + 1)}
+    seen: list[tuple[int, tuple[str, ...], Tensor]] = []
+
+    def note(module: Any, args: Any) -> None:
+        ctx = current()
+        assert ctx is not None
+        seen.append((ctx.step, tuple(ctx.groups.slices), args[0].clone()))
+
+    def run(sampler: Sampler) -> None:
+        handle = tiny.denoiser.conv_in.register_forward_pre_hook(note)
+        sampler.replay([0, 2])
+        handle.remove()
+        assert sampler.trajectory is known and torch.equal(sampler.mask("source"), x)
+        assert sampler.mask("target") is None
+
+    edited(tiny, open=run)
+    source = EditSource(SOURCE, inverted=True, trajectory=known, masks={"source": x})
+    latents(tiny, how, [PROMPT], edited=source)
+    assert [(step, groups) for step, groups, _ in seen] == [(n, ("source/cond",)) for n in (0, 2)]
+    assert all(torch.equal(own, known[step]) for step, _, own in seen)
+    with pytest.raises(
+        ValueError, match=r"the source has no latents before step 0; invert it with"
+    ):
+        latents(tiny, how, [PROMPT], edited=EditSource(SOURCE))
+
+
+def test_a_method_that_reads_an_inversion_needs_one(tiny: Any) -> None:
+    edited(tiny, source=SourceBranch(inverts=True))
+    with pytest.raises(ValueError, match=r"methods\.edited reads the inversion of its source, and"):
+        edit_source(tiny, EditSource(SOURCE), 3)

@@ -14,8 +14,9 @@ Around all of it, `open(sampler)` before and `close(sampler)` after, whatever ha
 reads the prompts, or installs ops for this sampling alone.
 
 With a `SourceBranch`, rows of an edit's source run beside the others, in groups `source/uncond` and
-`source/cond`. They begin where the others do, and no hook changes them; `prediction.source` has
-their latents.
+`source/cond`. They begin where the others do, or are at each step what inversion passed
+(`replays`), and no hook changes them; `prediction.source` has their latents. `sampler.replay` runs
+the network over an inversion before the first step, for ops that keep what they see of it.
 
 Latents are (b f, c, h, w), the frames of a clip adjacent. The sampler runs without gradients; a
 hook that needs them, for the gradient of a loss on x0 say, enables them around its own calls:
@@ -94,8 +95,26 @@ class Sampler(Protocol):
         """Of the source rows; None where there are none."""
         ...
 
+    @property
+    def trajectory(self) -> Mapping[int, Tensor]:
+        """The latents (1, c, h, w) of an inverted source before each step, by its number, and by
+        the number of all steps the clean ones; empty where the source was generated."""
+        ...
+
+    def mask(self, name: str) -> Tensor | None:
+        """A mask (1, 1, H, W) of 0 to 1 that the user gave, of `source` or `target`."""
+        ...
+
     def read(self, prompt: str) -> ReadPrompt:
         """The words of a prompt, and their tokens."""
+        ...
+
+    def replay(self, steps: Sequence[int]) -> None:
+        """Runs the network over the inverted source at these steps, in rows `source/cond` alone.
+
+        Raises:
+            ValueError: the source was not inverted.
+        """
         ...
 
 
@@ -148,17 +167,22 @@ Predict = Callable[["Tensor"], Prediction]
 class SourceBranch:
     """That a method edits a source. prompt: of the source, None for what the sampler is given;
     needed: whether there is no sampling without a source; null_text: steps by which the
-    unconditional embedding of every step is optimised for an inverted source, 0 for none."""
+    unconditional embedding of every step is optimised for an inverted source, 0 for none; replays:
+    whether the rows of an inverted source are at each step the latents that inversion passed, not
+    what sampling makes of the first; inverts: whether the source must have been inverted."""
 
     prompt: str | None = None
     needed: bool = False
     null_text: int = 0
+    replays: bool = False
+    inverts: bool = False
 
 
 @dataclass(frozen=True)
 class SamplingHook:
     """Any of the functions at the top of this file, and whether the source of an edit runs along.
-    differentiates: whether `combine` takes gradients."""
+    differentiates: whether `combine` takes gradients. shown: the masks and maps (rows, h, w) of 0
+    to 1 that the last sampling used, by a name each."""
 
     begin: Callable[[Tensor, Sampler], tuple[Tensor, int]] | None = None
     before_step: Callable[[Tensor, Predict, StepContext], Tensor] | None = None
@@ -168,3 +192,4 @@ class SamplingHook:
     open: Callable[[Sampler], None] | None = None
     close: Callable[[Sampler], None] | None = None
     source: SourceBranch | None = None
+    shown: Callable[[], Mapping[str, Tensor]] | None = None

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-BRANCHES = ("target", "source")
+TARGET_BRANCH, SOURCE_BRANCH = "target", "source"
+BRANCHES = (TARGET_BRANCH, SOURCE_BRANCH)
 TEXTS = ("cond", "uncond")
 
 

@@ -2,10 +2,11 @@
 
     selector    = alternative { "|" alternative }
     alternative = term { "&" term }
-    term        = [ "!" ] ( kind | place | grid | "name:" glob )
+    term        = [ "!" ] ( kind | place | grid | "depth>=" share | "name:" glob )
     kind        = "self" | "cross" | "joint" | "temporal" | "all"
     place       = "down" | "mid" | "up" | "block"
     grid        = "/" divisor          token grid relative to the latent: /1 is its full resolution
+    share       = 0 to 1               place in forward order: 0 the first layer, 1 the last
 
 `joint` is attention of image and text to each other in one sequence; where some blocks have one
 stream of both, `name:single*` chooses these. Temporal sites match only alternatives that contain
@@ -23,7 +24,8 @@ from typing import Literal, Protocol
 
 KINDS = ("self", "cross", "joint", "temporal", "all")
 PLACES = ("down", "mid", "up", "block")
-FORMS = (*KINDS, *PLACES, "/1", "/2", "name:<glob>")
+FORMS = (*KINDS, *PLACES, "/1", "/2", "depth>=0.5", "name:<glob>")
+DEEP = "depth>="
 
 
 class Selectable(Protocol):
@@ -37,13 +39,15 @@ class Selectable(Protocol):
     def place(self) -> str: ...
     @property
     def divisor(self) -> int | None: ...
+    @property
+    def depth(self) -> float: ...
 
 
 @dataclass(frozen=True)
 class Term:
     """One condition on a site, e.g. `!mid`."""
 
-    aspect: Literal["kind", "place", "grid", "name"]
+    aspect: Literal["kind", "place", "grid", "depth", "name"]
     value: str
     negated: bool = False
 
@@ -62,6 +66,8 @@ class Term:
             return self.value == site.place
         if self.aspect == "grid":
             return site.divisor == int(self.value)
+        if self.aspect == "depth":
+            return site.depth >= float(self.value)
         return fnmatchcase(site.name, self.value)
 
 
@@ -100,9 +106,18 @@ def _parse_term(term: str, text: str) -> Term:
         return Term("place", word, negated)
     if word.startswith("/") and word[1:].isdecimal() and int(word[1:]) > 0:
         return Term("grid", word[1:], negated)
+    if word.startswith(DEEP) and _is_share(word.removeprefix(DEEP).strip()):
+        return Term("depth", word.removeprefix(DEEP).strip(), negated)
     if word.startswith("name:") and word[5:].strip():
         return Term("name", word[5:].strip(), negated)
     raise ValueError(_unknown(word, text))
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 <= float(text) <= 1
+    except ValueError:
+        return False
 
 
 def _unknown(word: str, text: str) -> str:

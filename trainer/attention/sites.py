@@ -131,9 +131,9 @@ def scan(model: nn.Module, traits: DenoiserTraits = UNDECLARED) -> list[Site]:
             name=name,
             module=module,
             kind=attention_kind(name, module, traits),
-            place=_place(name),
+            place=place_of(name),
             depth=index / last,
-            divisor=divisors.get(_unet_block(name), patch),
+            divisor=divisors.get(unet_block(name), patch),
             heads=heads,
             head_dim=head_dim,
             native=native or PLAIN,
@@ -169,11 +169,12 @@ def require(sites: Sequence[Site], selector: str | Selector, who: str) -> list[S
     return chosen
 
 
-def _place(name: str) -> Place:
+def place_of(name: str) -> Place:
+    """Where in a denoiser a layer of this name is."""
     return UNET_PLACES.get(name.split(".")[0], "block")
 
 
-def _unet_block(name: str) -> str:
+def unet_block(name: str) -> str:
     """`down_blocks.1` of `down_blocks.1.attentions.0...`."""
     first, *rest = name.split(".")
     return f"{first}.{rest[0]}" if first in ("down_blocks", "up_blocks") and rest else first
@@ -219,7 +220,7 @@ def _forward_key(name: str, rank: dict[str, int]) -> tuple[tuple[int, int], ...]
     them.
     """
     parts = name.split(".")
-    key = [(FORWARD_ORDER.index(_place(name)), 0)]
+    key = [(FORWARD_ORDER.index(place_of(name)), 0)]
     path = ""
     for part, following in zip(parts, [*parts[1:], ""], strict=True):
         path = f"{path}.{part}" if path else part

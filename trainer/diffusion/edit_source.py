@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,16 +23,37 @@ class EditSource:
     """prompt: what the source shows. inverted: whether sampling begins from the source's inversion,
     which is made without guidance. uncond (steps, n, d): what its unconditional rows are told at
     each step in place of the negative prompt, as `null_text` finds it; those of the edit are told
-    the negative prompt all the same ("decoupled guidance", arXiv 2303.04761, section 3.2)."""
+    the negative prompt all the same ("decoupled guidance", arXiv 2303.04761, section 3.2).
+    trajectory: the latents (1, c, h, w) of the inversion before each step, and after the last one;
+    replays: whether the rows of the source are these at each step. masks (1, 1, H, W): by `source`
+    and `target`. watch: gets each step's number and the source's latents after it."""
 
     prompt: str
     inverted: bool = False
     uncond: Tensor | None = None
+    trajectory: Mapping[int, Tensor] = field(default_factory=dict)
+    replays: bool = False
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    watch: Callable[[int, Tensor], None] | None = None
 
     @property
     def guided(self) -> bool:
         """Whether its rows are guided: guidance alone would lead away from what was inverted."""
         return self.uncond is not None or not self.inverted
+
+    def latents(self, step: int, made: Tensor) -> Tensor:
+        """Its latents (b f, c, h, w) before a step: those that sampling made, or of inversion."""
+        known = self.trajectory.get(step) if self.replays else None
+        if known is None:
+            return made
+        return known.to(made).repeat(len(made) // len(known), 1, 1, 1)
+
+    def after(self, step: int, made: Tensor) -> Tensor:
+        """Its latents after a step, which `watch` gets."""
+        found = self.latents(step + 1, made)
+        if self.watch is not None:
+            self.watch(step, found)
+        return found
 
     def told(self, condition: Condition, rows: Rows, step: int) -> Condition:
         """The condition of all rows of `rows` at a step."""
@@ -79,6 +101,11 @@ def edit_source(backbone: Backbone, given: EditSource | None, steps: int) -> Edi
             "has none; give methods.p2p={}, or an adapter of recipe=videop2p"
         )
     name, branch = found
+    if branch.inverts and (given is None or not given.trajectory):
+        raise ValueError(
+            f"methods.{name} reads the inversion of its source, and there is none; give image=<the "
+            "source> to `edit`"
+        )
     if given is None and branch.prompt is not None:
         given = EditSource(branch.prompt)
     if given is None and branch.needed:
@@ -90,4 +117,6 @@ def edit_source(backbone: Backbone, given: EditSource | None, steps: int) -> Edi
             f"the null-text embeddings are those of {len(given.uncond)} steps, and this sampling "
             f"has {steps}; give steps={len(given.uncond)}, or optimise them anew"
         )
+    if given is not None and branch.replays != given.replays:
+        return replace(given, replays=branch.replays)
     return given

@@ -27,6 +27,7 @@ from trainer.common.seeds import seed_of
 from trainer.diffusion.edit_source import SOURCE, EditSource, groups_of
 from trainer.diffusion.objective import Objective, alpha_sigma
 from trainer.diffusion.predictor import Predictor
+from trainer.diffusion.replay import replayed
 from trainer.diffusion.sampling_settings import Sampling
 
 CPU = torch.device("cpu")
@@ -82,8 +83,20 @@ class Denoising:
     def source_prompt(self) -> str | None:
         return None if self.edited is None else self.edited.prompt
 
+    @property
+    def trajectory(self) -> Mapping[int, Tensor]:
+        return {} if self.edited is None else self.edited.trajectory
+
+    def mask(self, name: str) -> Tensor | None:
+        return None if self.edited is None else self.edited.masks.get(name)
+
     def read(self, prompt: str) -> ReadPrompt:
         return self.backbone.prompts.read(prompt)
+
+    def replay(self, steps: Sequence[int]) -> None:
+        """Runs the network over the inverted source at these steps."""
+        assert self.edited is not None, "only a source that is edited is replayed"
+        replayed(self.backbone, self.edited, self.scheduler(0, self.backbone.device), steps=steps)
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -205,8 +218,9 @@ class Denoising:
         for step, t in list(enumerate(scheduler.timesteps))[first:last]:
             at_step = replace(ctx, step=step, timestep=t)
             told = condition
-            if self.edited is not None:
+            if self.edited is not None and x_s is not None:
                 told = self.edited.told(condition, ctx.groups, step)
+                x_s = self.edited.latents(step, x_s)
             predict = Predictor(
                 self.backbone,
                 self.settings,
@@ -221,6 +235,8 @@ class Denoising:
                     x_t = hook.before_step(x_t, predict, predict.ctx)
             prediction = predict(x_t)
             x_t, x_s = self._stepped(scheduler, prediction, t=t, drawing=drawing)
+            if self.edited is not None and x_s is not None:
+                x_s = self.edited.after(step, x_s)
             prediction = replace(prediction, source=x_s)
             for hook in self.hooks:
                 if hook.after_step is not None:

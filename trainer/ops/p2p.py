@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trainer.attention.op import Traits
 from trainer.attention.sites import require
+from trainer.ops.editing.step_window import Window, inside, refuse_empty
 from trainer.ops.editing.word_maps import WordMaps, word_mask
 from trainer.ops.editing.word_tools import (
     changed,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from trainer.attention.sites import Site
 
 SOURCE, TARGET = "source/cond", "target/cond"
-Window = tuple[float, float]  # shares of the steps: the first that is in, the first that is not
 NEVER: Window = (0.0, 0.0)
 ARTICLES = frozenset(("a", "an", "the"))  # their maps are all over the picture
 
@@ -120,7 +120,7 @@ class PromptToPrompt:
             return False
         if call.site.kind == "cross":
             return self._mapped(ctx) or self._blends(tokens)
-        return tokens <= self.edits.tokens and _inside(self.edits.own, ctx)
+        return tokens <= self.edits.tokens and inside(self.edits.own, ctx)
 
     @torch.compiler.disable  # it reads the step: compiled, every step would recompile
     def probs(self, probs: Tensor, call: SiteCall) -> Tensor:
@@ -153,7 +153,7 @@ class PromptToPrompt:
     def _mapped(self, ctx: StepContext) -> bool:
         """Whether a word has its source's maps at this step."""
         edits = self.edits
-        return any(_inside(window, ctx) for window in (edits.cross, *edits.words.values()))
+        return any(inside(window, ctx) for window in (edits.cross, *edits.words.values()))
 
     def _blends(self, tokens: int) -> bool:
         return self.edits.blend is not False and self.maps[SOURCE].takes(tokens)
@@ -175,12 +175,9 @@ class PromptToPrompt:
     def _keep(self, probs: Tensor, call: SiteCall) -> None:
         """Adds the maps of the words, before they are changed, to those of earlier steps."""
         assert self.told is not None
-        grid = call.grid(probs.shape[2], f"methods.{self.edits.owner}")
         for group, columns in self.told.columns.items():
-            own = probs[call.ctx.rows(group)].mean(1).float()  # r n m
-            weights = columns.repeat_interleave(len(own) // len(columns), 0).to(own)
-            maps = (own @ weights[..., None])[..., 0].unflatten(-1, grid)
-            self.maps[group].add(call.site.name, maps)
+            own = probs[call.ctx.rows(group)]
+            self.maps[group].add_words(own, columns, call=call, who=f"methods.{self.edits.owner}")
 
     def _check_keys(self, probs: Tensor, call: SiteCall) -> None:
         assert self.told is not None
@@ -191,10 +188,6 @@ class PromptToPrompt:
                 f"tokens, and {call.site.name!r} has {probs.shape[-1]} keys: another method adds "
                 "some; leave one of them out"
             )
-
-
-def _inside(window: Window | None, ctx: StepContext) -> bool:
-    return window is not None and window[0] <= ctx.step / ctx.num_steps < window[1]
 
 
 def mapped_sites(every: Sequence[Site], selector: str) -> list[Site]:
@@ -212,13 +205,7 @@ def mapped_sites(every: Sequence[Site], selector: str) -> list[Site]:
 def check_windows(edits: MapEdits, steps: int) -> None:
     """Raises ValueError for a window in which there is no step."""
     named = {"cross_steps": edits.cross, "self_steps": edits.own}
-    named |= {f"word_steps.{word}": window for word, window in edits.words.items()}
-    for name, window in named.items():
-        if window is not None and not any(window[0] <= i / steps < window[1] for i in range(steps)):
-            raise ValueError(
-                f"{name}=[{window[0]:g},{window[1]:g}] has none of {steps} steps; give a longer "
-                "window, or null for no step"
-            )
+    refuse_empty(named | {f"word_steps.{word}": own for word, own in edits.words.items()}, steps)
 
 
 def told_of(edits: MapEdits, source: ReadPrompt, targets: Sequence[ReadPrompt]) -> Told:

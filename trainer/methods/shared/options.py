@@ -19,7 +19,7 @@ def _parses(text: str) -> str:
 SiteSelector = Annotated[str, AfterValidator(_parses), Called("site selector")]
 SELECTOR = (
     "a selector is made of self, cross, joint, temporal, all; down, mid, up, block; /2 for a "
-    "grid; and name:<glob>, joined by &, | and !, as in cross & up"
+    "grid; depth>=0.5 for the later layers; and name:<glob>, joined by &, | and !, as in cross & up"
 )
 
 

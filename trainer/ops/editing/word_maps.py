@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from trainer.attention.call import SiteCall
 
 
 class WordMaps:
@@ -24,6 +29,15 @@ class WordMaps:
     def add(self, name: str, maps: Tensor) -> None:
         """maps (rows, h, w) of a site at one step."""
         self.sums[name] = self.sums[name] + maps if name in self.sums else maps
+
+    def add_words(self, probs: Tensor, columns: Tensor, *, call: SiteCall, who: str) -> None:
+        """Of attention maps (rows, heads, n, m) the sum over the columns of words, as a mean over
+        heads. columns (b, m): 1 for tokens of the words, of b clips whose frames are the rows; who:
+        asks, for refusals."""
+        grid = call.grid(probs.shape[2], who)
+        own = probs.mean(1).float()  # rows n m
+        weights = columns.repeat_interleave(len(own) // len(columns), 0).to(own)
+        self.add(call.site.name, (own @ weights[..., None])[..., 0].unflatten(-1, grid))
 
     def average(self) -> Tensor:
         """(rows, h, w) over the sites of the finest grid; of each step the same share.
@@ -50,3 +64,17 @@ def word_mask(maps: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
     large = F.interpolate(grown, size=size)
     most = large.amax((-2, -1), keepdim=True)
     return large > threshold * most
+
+
+def scaled(maps: Tensor) -> Tensor:
+    """Maps (rows, ..) with the smallest value of each row at 0 and its largest at 1; a row of equal
+    values becomes 0."""
+    flat = maps.flatten(1)
+    least, most = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
+    return ((flat - least) / (most - least).clamp_min(1e-12)).unflatten(1, maps.shape[1:])
+
+
+def mask_above(maps: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
+    """Maps (rows, h, w) to masks (rows, 1, *size): `scaled`, by nearest neighbours, above
+    `threshold` (MasaCtrl, arXiv 2304.08465, section 3.3). A row of equal values is empty."""
+    return F.interpolate(scaled(maps)[:, None], size=size) > threshold

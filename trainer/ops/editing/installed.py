@@ -1,0 +1,63 @@
+"""Ops that are at their sites while an edit is sampled, and not otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from trainer.attention.hooks import SamplingHook, SourceBranch
+from trainer.attention.op import label
+
+if TYPE_CHECKING:
+    from trainer.attention.hooks import Sampler
+    from trainer.attention.op import Op
+    from trainer.attention.sites import Site
+
+
+class Editor(Protocol):
+    """What edits one sampling after another."""
+
+    def begin(self, sampler: Sampler) -> Mapping[Op, Sequence[Site]]:
+        """Prepares for a sampling; the ops to install, and where. Raises ValueError for words,
+        windows, masks and sites that do not fit."""
+        ...
+
+    def end(self) -> None:
+        """Forgets what it was told, and what it kept."""
+        ...
+
+
+def editing_hook(
+    owner: str, editor: Editor, source: SourceBranch | None, **functions: Any
+) -> SamplingHook:
+    """The hook of a method that edits: the ops of `begin` are installed before the first step and
+    removed after the last one. owner: the method, which refusals name; source: None for one that
+    edits without; functions: further ones of the hook, as `after_step`."""
+    installed: list[Op] = []
+
+    def open_sampling(sampler: Sampler) -> None:
+        if source is not None and sampler.source_prompt is None:
+            return
+        try:
+            for op, sites in editor.begin(sampler).items():
+                sampler.host.install(op, sites)
+                installed.append(op)
+        except ValueError as error:
+            raise ValueError(f"methods.{owner}: {error}") from error
+
+    def close_sampling(sampler: Sampler) -> None:
+        while installed:
+            sampler.host.remove(installed.pop())
+        editor.end()
+
+    return SamplingHook(open=open_sampling, close=close_sampling, source=source, **functions)
+
+
+def refuse_kinds(sites: Sequence[Site], kinds: Sequence[str], op: Op) -> None:
+    """Raises ValueError for a site of another kind than these."""
+    for site in sites:
+        if site.kind not in kinds:
+            raise ValueError(
+                f"{label(op)} edits {' and '.join(kinds)} attention, and {site.name} is "
+                f"{site.kind}; choose other sites, as in sites={kinds[0]}"
+            )
