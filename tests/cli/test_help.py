@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from trainer.__main__ import main
 from trainer.backbones.spec import BackboneSpec, TransformerSpec, UNetSpec
 from trainer.cli.data import COMMANDS
+from trainer.cli.edit_options import with_recipe
 from trainer.cli.help import _pages
 from trainer.cli.help_pages import example_of
 from trainer.cli.options import RecipeOptions, read_options, split_options
@@ -21,7 +22,8 @@ from trainer.cli.usage import LIGHT_VERBS, VERBS, verb_module
 from trainer.common.exit_codes import BAD_RECIPE
 from trainer.common.field_words import Called, default_of, needed, type_of
 from trainer.common.section import keys_of
-from trainer.config.load import load_recipe
+from trainer.config.load import load_recipe, methods_of
+from trainer.config.overrides import parse_words
 from trainer.config.schema import KEYS, SECTIONS
 from trainer.data.source import Source
 from trainer.methods.apply import find_method, method_names
@@ -198,6 +200,10 @@ def test_the_example_of_a_method_can_be_run(name: str) -> None:
     if verb == "sample":
         options = read_options([w for w in words if not w.startswith("source=")], SampleOptions)
         assert name in (options.methods or {})
+        return
+    if verb == "edit":
+        given = with_recipe(parse_words(words))
+        assert name in methods_of(given["methods"])
         return
     assert verb == "fit"
     _, rest = split_options(words, RecipeOptions)

@@ -107,7 +107,7 @@ def test_list_of_methods_gives_level_kind_and_paper(capsys: Printed) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["method"], "list method: there are recipes, backbones, methods, data"),
+        (["method"], "list method: there are recipes, edits, backbones, methods, data"),
         (["data", "format=markdown"], "format=markdown is for list methods or list backbones"),
         (["format=markdown"], "format=markdown is for list methods or list backbones"),
     ],
@@ -146,10 +146,11 @@ def test_rows_of_the_page() -> None:
     )
     lora = [cell.strip() for cell in rows["lora"].strip("|").split("|")]
     assert lora[0] == "LoRA, MotionLoRA"
-    assert lora[3] == "arXiv [2106.09685](https://arxiv.org/abs/2106.09685)"
-    assert lora[4].startswith("[`lora`](../recipes/lora.yaml), ")
-    assert lora[5].startswith("by `python bench/weight_level.py`")
-    assert lora[5].endswith("3.1 points of 128 pictures of known sprites are lost.")
+    assert lora[3] == "train"
+    assert lora[4] == "arXiv [2106.09685](https://arxiv.org/abs/2106.09685)"
+    assert lora[5].startswith("[`lora`](../recipes/lora.yaml), ")
+    assert lora[6].startswith("by `python bench/weight_level.py`")
+    assert lora[6].endswith("3.1 points of 128 pictures of known sprites are lost.")
     assert rows["tiled"].endswith("|  |  |")  # no recipe has it
 
 

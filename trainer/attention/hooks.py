@@ -169,13 +169,15 @@ class SourceBranch:
     needed: whether there is no sampling without a source; null_text: steps by which the
     unconditional embedding of every step is optimised for an inverted source, 0 for none; replays:
     whether the rows of an inverted source are at each step the latents that inversion passed, not
-    what sampling makes of the first; inverts: whether the source must have been inverted."""
+    what sampling makes of the first; inverts: whether the source must have been inverted; masked:
+    whether it reads masks of the user's."""
 
     prompt: str | None = None
     needed: bool = False
     null_text: int = 0
     replays: bool = False
     inverts: bool = False
+    masked: bool = False
 
 
 @dataclass(frozen=True)

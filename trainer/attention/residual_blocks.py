@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainer.attention.selector import parse_selector
-from trainer.attention.sites import FORWARD_ORDER, place_of, unet_block, unet_divisors
+from trainer.attention.sites import FORWARD_ORDER, unet_block, unet_divisors, unet_place
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,10 +49,16 @@ def residual_blocks(denoiser: nn.Module, selector: str) -> list[ResidualBlock]:
             f"{type(denoiser).__name__} has no residual blocks, as U-Nets have; leave their "
             "features out, or choose another backbone"
         )
-    names = sorted(found, key=lambda name: FORWARD_ORDER.index(place_of(name)))
+    names = sorted(found, key=lambda name: FORWARD_ORDER.index(unet_place(name)))
     last = max(len(names) - 1, 1)
     every = [
-        ResidualBlock(name, found[name], place_of(name), at / last, divisors.get(unet_block(name)))
+        ResidualBlock(
+            name=name,
+            module=found[name],
+            place=unet_place(name),
+            depth=at / last,
+            divisor=divisors.get(unet_block(name)),
+        )
         for at, name in enumerate(names)
     ]
     chosen = [block for block in every if parse_selector(selector).matches(block)]

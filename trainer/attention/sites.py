@@ -131,7 +131,7 @@ def scan(model: nn.Module, traits: DenoiserTraits = UNDECLARED) -> list[Site]:
             name=name,
             module=module,
             kind=attention_kind(name, module, traits),
-            place=place_of(name),
+            place=unet_place(name),
             depth=index / last,
             divisor=divisors.get(unet_block(name), patch),
             heads=heads,
@@ -169,7 +169,7 @@ def require(sites: Sequence[Site], selector: str | Selector, who: str) -> list[S
     return chosen
 
 
-def place_of(name: str) -> Place:
+def unet_place(name: str) -> Place:
     """Where in a denoiser a layer of this name is."""
     return UNET_PLACES.get(name.split(".")[0], "block")
 
@@ -220,7 +220,7 @@ def _forward_key(name: str, rank: dict[str, int]) -> tuple[tuple[int, int], ...]
     them.
     """
     parts = name.split(".")
-    key = [(FORWARD_ORDER.index(place_of(name)), 0)]
+    key = [(FORWARD_ORDER.index(unet_place(name)), 0)]
     path = ""
     for part, following in zip(parts, [*parts[1:], ""], strict=True):
         path = f"{path}.{part}" if path else part

@@ -22,8 +22,9 @@ MARKDOWN = "format=markdown"
 
 
 def run(words: list[str]) -> int:
-    """`python -m trainer list [recipes|backbones|methods|data]` prints what there is; `list methods
-    format=markdown` prints docs/methods.md, `list backbones format=markdown` docs/backbones.md."""
+    """`python -m trainer list [recipes|edits|backbones|methods|data]` prints what there is; `list
+    methods format=markdown` prints docs/methods.md, `list backbones format=markdown`
+    docs/backbones.md."""
     wanted = [word for word in words if word != MARKDOWN]
     if unknown := [word for word in wanted if word not in TABLES]:
         print(f"error: list {unknown[0]}: there are {', '.join(TABLES)}", file=sys.stderr)
@@ -68,7 +69,8 @@ def entry(name: str, text: str, indent: int = INDENT) -> str:
 def sentence_of(method: Declared) -> str:
     """What it is, then its level, its kind and where it is described."""
     paper = f" ({method.paper})" if method.paper else ""
-    return f"{method.summary} A method of the {method.level} level, kind {method.kind}{paper}."
+    use = "" if method.use == "train" else f", to {method.use} with"
+    return f"{method.summary} A method of the {method.level} level, kind {method.kind}{use}{paper}."
 
 
 def _methods() -> Iterable[tuple[str, str]]:
@@ -115,6 +117,7 @@ TABULAR: dict[str, Callable[[], tuple[Sequence[str], list[Sequence[str]]]]] = {
 }
 TABLES: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
     "recipes": _headers(RECIPES),
+    "edits": _headers(RECIPES / "edit"),
     "backbones": _headers(BACKBONES),
     "methods": _methods,
     "data": _sources,

@@ -23,8 +23,9 @@ from what each method's file and each recipe's header say; change those, not thi
 
 Kinds are applied in this order: structure inserts layers, attention replaces what sites compute,
 storage packs frozen weights, adapt puts adapters on layers, select unfreezes weights of the base.
+Use says whether a method is trained, optimises something of each picture, or acts while sampling.
 """
-COLUMNS = ("system", "method", "kind", "paper", "recipes", "measured")
+COLUMNS = ("system", "method", "kind", "use", "paper", "recipes", "measured")
 
 
 def methods_table() -> str:
@@ -40,14 +41,17 @@ def methods_table() -> str:
 
 
 def recipes_of(method: str) -> list[str]:
-    """The recipes whose own file names the method: the one of its name first, then those with the
-    fewest methods."""
+    """The recipes whose own file names the method, those of `edit` as edit/<name>: the one of its
+    name first, then those with the fewest methods."""
     found = []
     for path in sorted(RECIPES.glob("*.yaml")):
         if method in _named(read_yaml(path)):
             used = read_recipe(path.stem)["methods"]
             count = sum(values is not None for values in used.values())
             found.append((path.stem != method, count, path.stem))
+    for path in sorted((RECIPES / "edit").glob("*.yaml")):
+        if method in _named(own := read_yaml(path)):
+            found.append((path.stem != method, len(own["methods"]), f"edit/{path.stem}"))
     return [name for _, _, name in sorted(found)]
 
 
@@ -69,7 +73,7 @@ def _row(method: Declared) -> list[str]:
     measured = next(filter(None, sentences), "").removeprefix("Measured ")
     code = f"[`{method.name}`](../trainer/methods/{method.level}/{method.name}.py)"
     named = ", ".join(f"[`{name}`](../recipes/{name}.yaml)" for name in recipes)
-    return [method.systems, code, method.kind, _linked(method.paper), named, measured]
+    return [method.systems, code, method.kind, method.use, _linked(method.paper), named, measured]
 
 
 def _linked(paper: str) -> str:

@@ -7,12 +7,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-FACTS = ("kind", "systems", "paper")  # class variables of a method, see `methods/method.py`
+FACTS = ("kind", "systems", "paper", "use")  # class variables of a method, see `methods/method.py`
 
 
 @dataclass(frozen=True)
 class Declared:
-    """A method as its file declares it. `systems` and `paper` as the file has them."""
+    """A method as its file declares it. `systems`, `paper` and `use` as the file has them."""
 
     name: str
     level: str
@@ -20,6 +20,7 @@ class Declared:
     systems: str
     paper: str
     summary: str
+    use: str = "train"
 
 
 def declared(path: Path) -> Declared:

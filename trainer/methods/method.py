@@ -74,6 +74,7 @@ class Edit:
         return replace(self, trains=(), keeps=self.stored, prepare=None)
 
 
+Use = Literal["train", "optimise", "sample"]
 EditKind = Literal["structure", "attention", "storage", "adapt", "select"]
 
 
@@ -83,14 +84,18 @@ class Method(BaseModel):
 
     Each file declares beside its options what `list` and `help` print of it: kind, when it is
     applied, see `ORDER`; systems, the published systems it makes, by their names; paper, where it
-    is described, empty for none. The first sentence of the file is its summary. `list` reads all
-    of it as text (`trainer/common/declared.py`), so they are plain strings.
+    is described, empty for none; use, where it is not for training. The first sentence
+    of the file is its summary. `list` reads all of it as text (`trainer/common/declared.py`), so
+    they are plain strings.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     kind: ClassVar[EditKind]
     systems: ClassVar[str]
     paper: ClassVar[str]
+    # train: it takes part in training; sample: it acts while pictures are sampled alone; optimise:
+    # it optimises something of each picture while that is sampled
+    use: ClassVar[Use] = "train"
     adds_words: ClassVar[bool] = False  # to the vocabulary, as its option `tokens` names them
     inflates: ClassVar[bool] = False  # makes clips with a model of pictures, frames as its rows
     # options of sampling alone, which `sample` takes anew beside a trained adapter

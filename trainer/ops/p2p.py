@@ -20,14 +20,14 @@ from torch import Tensor
 
 from trainer.attention.op import Traits
 from trainer.attention.sites import require
-from trainer.ops.editing.step_window import Window, inside, refuse_empty
+from trainer.ops.editing.step_window import Window, is_inside, refuse_empty
 from trainer.ops.editing.word_maps import WordMaps, word_mask
 from trainer.ops.editing.word_tools import (
-    changed,
     factors,
     places_of_word,
     refinement,
     replacement,
+    word_columns,
 )
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 SOURCE, TARGET = "source/cond", "target/cond"
 NEVER: Window = (0.0, 0.0)
-ARTICLES = frozenset(("a", "an", "the"))  # their maps are all over the picture
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class PromptToPrompt:
             return False
         if call.site.kind == "cross":
             return self._mapped(ctx) or self._blends(tokens)
-        return tokens <= self.edits.tokens and inside(self.edits.own, ctx)
+        return tokens <= self.edits.tokens and is_inside(self.edits.own, ctx)
 
     @torch.compiler.disable  # it reads the step: compiled, every step would recompile
     def probs(self, probs: Tensor, call: SiteCall) -> Tensor:
@@ -153,7 +152,7 @@ class PromptToPrompt:
     def _mapped(self, ctx: StepContext) -> bool:
         """Whether a word has its source's maps at this step."""
         edits = self.edits
-        return any(inside(window, ctx) for window in (edits.cross, *edits.words.values()))
+        return any(is_inside(window, ctx) for window in (edits.cross, *edits.words.values()))
 
     def _blends(self, tokens: int) -> bool:
         return self.edits.blend is not False and self.maps[SOURCE].takes(tokens)
@@ -225,7 +224,7 @@ def told_of(edits: MapEdits, source: ReadPrompt, targets: Sequence[ReadPrompt]) 
         mappings.append(mapping)
         alphas.append(alpha)
     windows = torch.stack([_windows(edits, target) for target in targets])
-    masked = [_masked(edits, source, target) for target in targets]
+    masked = [_columns(edits, source, target) for target in targets]
     return Told(
         torch.stack(mappings),
         torch.stack(alphas),
@@ -247,20 +246,8 @@ def _windows(edits: MapEdits, target: ReadPrompt) -> Tensor:
     return found
 
 
-def _masked(edits: MapEdits, source: ReadPrompt, target: ReadPrompt) -> tuple[Tensor, Tensor]:
+def _columns(edits: MapEdits, source: ReadPrompt, target: ReadPrompt) -> tuple[Tensor, Tensor]:
     """(m,) of the source and of the prompt, 1 for the tokens whose maps make the mask."""
-    both = torch.zeros(source.length), torch.zeros(target.length)
-    if edits.blend is True:
-        for prompt, numbers, columns in zip(
-            (source, target), changed(source, target), both, strict=True
-        ):
-            words = [n for n in numbers if prompt.words[n].lower() not in ARTICLES]
-            columns[prompt.places(words)] = 1
-    for word in [] if isinstance(edits.blend, bool) else edits.blend:
-        there = [prompt.find(word.split()) != [] for prompt in (source, target)]
-        if not any(there):
-            places_of_word(target, word)  # raises, naming its words
-        for prompt, has, columns in zip((source, target), there, both, strict=True):
-            if has:
-                columns[places_of_word(prompt, word)] = 1
-    return both
+    if edits.blend is False:
+        return torch.zeros(source.length), torch.zeros(target.length)
+    return word_columns(source, target, None if edits.blend is True else edits.blend)

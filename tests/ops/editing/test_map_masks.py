@@ -1,4 +1,4 @@
-"""Masks from maps: scaled, cut at a threshold, in clusters of self-attention."""
+"""Masks from maps: to_unit, cut at a threshold, in clusters of self-attention."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from trainer.ops.editing.map_clusters import clusters, segments_of_words
-from trainer.ops.editing.word_maps import mask_above, scaled
+from trainer.ops.editing.word_maps import mask_above, to_unit
 
 
 def test_each_row_is_scaled_to_its_own_range() -> None:
     maps = torch.tensor([[[1.0, 3.0], [2.0, 5.0]], [[7.0, 7.0], [7.0, 7.0]]])
-    assert scaled(maps).tolist() == [[[0.0, 0.5], [0.25, 1.0]], [[0.0, 0.0], [0.0, 0.0]]]
+    assert to_unit(maps).tolist() == [[[0.0, 0.5], [0.25, 1.0]], [[0.0, 0.0], [0.0, 0.0]]]
 
 
 def test_a_mask_is_what_lies_above_the_threshold_at_every_size() -> None:

@@ -8,7 +8,7 @@ import torch
 from trainer.attention.context import StepContext
 from trainer.attention.rows import Rows
 from trainer.ops.editing.source_rows import halves
-from trainer.ops.editing.step_window import inside, refuse_empty
+from trainer.ops.editing.step_window import is_inside, refuse_empty
 
 
 def context(*groups: str, step: int = 0) -> StepContext:
@@ -34,8 +34,13 @@ def test_each_half_has_its_source(groups: tuple[str, ...], expected: object) -> 
 
 
 def test_a_window_begins_with_its_first_share_and_ends_before_its_last() -> None:
-    assert [inside((0.25, 0.75), context(step=n)) for n in range(4)] == [False, True, True, False]
-    assert not inside(None, context())
+    assert [is_inside((0.25, 0.75), context(step=n)) for n in range(4)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert not is_inside(None, context())
 
 
 def test_a_window_without_a_step_is_refused_by_name() -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainer.methods.method import Edit, EditKind, Method
+from trainer.methods.method import Edit, EditKind, Method, Use
 from trainer.methods.shared.aligned import GUIDANCE, align
 from trainer.methods.shared.options import SELECTOR, SiteSelector
 
@@ -36,6 +36,7 @@ class Pix2Video(Method):
     """Which attention reads other frames, and how strongly frames are pulled together."""
 
     kind: ClassVar[EditKind] = "attention"
+    use: ClassVar[Use] = "sample"
     systems: ClassVar[str] = "Pix2Video"
     paper: ClassVar[str] = "arXiv 2303.12688"
     inflates: ClassVar[bool] = True

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
-from trainer.methods.method import Edit, EditKind, Method
+from trainer.methods.method import Edit, EditKind, Method, Use
 from trainer.methods.shared.aligned import align
 from trainer.methods.shared.options import SELECTOR, SiteSelector
 
@@ -34,6 +34,7 @@ class Text2VideoZero(Method):
     """Which attention reads the first frame, and how the latents move."""
 
     kind: ClassVar[EditKind] = "attention"
+    use: ClassVar[Use] = "sample"
     systems: ClassVar[str] = "Text2Video-Zero"
     paper: ClassVar[str] = "arXiv 2303.13439"
     inflates: ClassVar[bool] = True

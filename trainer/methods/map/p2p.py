@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from trainer.methods.method import Edit, EditKind
+from trainer.methods.method import Edit, EditKind, Use
 from trainer.methods.shared.editing import Editing
 from trainer.methods.shared.options import SELECTOR, SiteSelector
 
@@ -35,6 +35,7 @@ class P2P(Editing):
     """The source, and how far its attention maps are the edit's."""
 
     kind: ClassVar[EditKind] = "attention"
+    use: ClassVar[Use] = "sample"
     systems: ClassVar[str] = "Prompt-to-Prompt (P2P), Null-text Inversion"
     paper: ClassVar[str] = "arXiv 2208.01626, 2211.09794"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trainer.ops.editing.word_maps import scaled
+from trainer.ops.editing.word_maps import to_unit
 
 
 def clusters(features: Tensor, count: int, iterations: int = 20) -> Tensor:
@@ -40,10 +40,10 @@ def clusters(features: Tensor, count: int, iterations: int = 20) -> Tensor:
 
 
 def segments_of_words(labels: Tensor, maps: Tensor, threshold: float) -> Tensor:
-    """True at the tokens (n,) of each cluster in which a word's map (n,), `scaled`, is above
+    """True at the tokens (n,) of each cluster in which a word's map (n,), `to_unit`, is above
     `threshold` on average. labels (n,): of `clusters`. Localizing Object-level Shape Variations,
     arXiv 2303.11306, section 4.3."""
-    own = scaled(maps[None])[0]
+    own = to_unit(maps[None])[0]
     found = torch.zeros_like(labels, dtype=torch.bool)
     for number in labels.unique():
         inside = labels == number

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 Window = tuple[float, float]  # the share at which it begins, and that at which it has ended
 
 
-def inside(window: Window | None, ctx: StepContext) -> bool:
+def is_inside(window: Window | None, ctx: StepContext) -> bool:
     """Whether a step is in a window; None is a window without a step."""
     return window is not None and window[0] <= ctx.step / ctx.num_steps < window[1]
 

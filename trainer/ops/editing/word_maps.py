@@ -66,7 +66,7 @@ def word_mask(maps: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
     return large > threshold * most
 
 
-def scaled(maps: Tensor) -> Tensor:
+def to_unit(maps: Tensor) -> Tensor:
     """Maps (rows, ..) with the smallest value of each row at 0 and its largest at 1; a row of equal
     values becomes 0."""
     flat = maps.flatten(1)
@@ -75,6 +75,6 @@ def scaled(maps: Tensor) -> Tensor:
 
 
 def mask_above(maps: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
-    """Maps (rows, h, w) to masks (rows, 1, *size): `scaled`, by nearest neighbours, above
+    """Maps (rows, h, w) to masks (rows, 1, *size): `to_unit`, by nearest neighbours, above
     `threshold` (MasaCtrl, arXiv 2304.08465, section 3.3). A row of equal values is empty."""
-    return F.interpolate(scaled(maps)[:, None], size=size) > threshold
+    return F.interpolate(to_unit(maps)[:, None], size=size) > threshold

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from trainer.attention.read_prompt import ReadPrompt
 
+ARTICLES = frozenset(("a", "an", "the"))  # their maps are all over the picture
+
 
 def replacement(source: ReadPrompt, target: ReadPrompt) -> Tensor:
     """R (m, m) of `A_source R`, the source's maps given to the words in the same place of a prompt
@@ -125,3 +127,29 @@ def places_of_word(prompt: ReadPrompt, phrase: str) -> list[int]:
             f"{', '.join(prompt.words) or 'none'}"
         )
     return prompt.places(numbers)
+
+
+def word_columns(
+    source: ReadPrompt, target: ReadPrompt, words: Sequence[str] | None
+) -> tuple[Tensor, Tensor]:
+    """(m,) of a source's prompt and of its edit's, 1 for the tokens of words, of which each is in
+    one of them at least; None for the words that differ, without articles.
+
+    Raises:
+        ValueError: a word is in neither prompt.
+    """
+    both = torch.zeros(source.length), torch.zeros(target.length)
+    if words is None:
+        for prompt, numbers, columns in zip(
+            (source, target), changed(source, target), both, strict=True
+        ):
+            own = [n for n in numbers if prompt.words[n].lower() not in ARTICLES]
+            columns[prompt.places(own)] = 1
+    for word in words or ():
+        there = [prompt.find(word.split()) != [] for prompt in (source, target)]
+        if not any(there):
+            places_of_word(target, word)  # raises, naming its words
+        for prompt, has, columns in zip((source, target), there, both, strict=True):
+            if has:
+                columns[places_of_word(prompt, word)] = 1
+    return both
