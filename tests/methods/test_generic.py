@@ -61,7 +61,7 @@ REPRESENTATIVES: dict[str, str | None] = {
     "lora": "dora",
     "new_token": "word_embedding",
     "nf4": None,
-    "p2p": None,
+    "p2p": "masactrl",
     "pix2video": None,
     "text2video_zero": None,
     "tiled": "flash",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
 from trainer.common.field_words import Called
-from trainer.methods.method import Method
+from trainer.methods.method import Edit, Method, Use
 
 if TYPE_CHECKING:
     from trainer.attention.hooks import SamplingHook
+    from trainer.attention.sites import Site
+    from trainer.ops.editing.installed import Editor
 
 
 def _has_length(window: tuple[float, float]) -> tuple[float, float]:
@@ -28,6 +31,28 @@ Window = Annotated[
     AfterValidator(_has_length),
     Called("list of 2 shares of the steps, as in [0,0.8]"),
 ]
+
+
+class SourceEdit(Method):
+    """An edit whose source is generated or inverted beside it."""
+
+    use: ClassVar[Use] = "sample"
+
+    source: str | None = Field(
+        None, description="the source's prompt; null takes the source_prompt of the sampling"
+    )
+
+    def edit_by(
+        self, editor: Editor, sites: Sequence[Site], *, branch: Mapping[str, bool], **functions: Any
+    ) -> Edit:
+        """The edit of an editor whose source runs beside it. branch: of the `SourceBranch`;
+        functions: of the hook."""
+        from trainer.attention.hooks import SourceBranch
+        from trainer.ops.editing.installed import editing_hook
+
+        source = SourceBranch(self.source, needed=True, **branch)
+        hook = editing_hook(self.name, editor, source, **functions)
+        return Edit(tuple(site.name for site in sites), sampling=(hook,))
 
 
 class Editing(Method):

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainer.attention.hooks import SamplingHook, SourceBranch
-from trainer.attention.op import label
+from trainer.attention.op import has_stage, label
+from trainer.attention.sites import require
 
 if TYPE_CHECKING:
     from trainer.attention.hooks import Sampler
@@ -53,11 +54,36 @@ def editing_hook(
     return SamplingHook(open=open_sampling, close=close_sampling, source=source, **functions)
 
 
-def refuse_kinds(sites: Sequence[Site], kinds: Sequence[str], op: Op) -> None:
-    """Raises ValueError for a site of another kind than these."""
+def sites_of(sampler: Sampler, selector: str, *, kinds: Sequence[str], op: Op) -> list[Site]:
+    """The sites that a selector chooses, of the model that samples; ValueError as `refuse_kinds`,
+    or where there is none."""
+    return refuse_kinds(require(sampler.sites, selector, "sites"), kinds, op)
+
+
+def refuse_kinds(sites: list[Site], kinds: Sequence[str], op: Op) -> list[Site]:
+    """The sites; ValueError for one of another kind than these, or whose attention is linear."""
     for site in sites:
+        if site.native.linear:
+            raise ValueError(
+                f"{label(op)} edits softmax attention, and that of {site.name!r} is linear; choose "
+                "other sites"
+            )
         if site.kind not in kinds:
             raise ValueError(
                 f"{label(op)} edits {' and '.join(kinds)} attention, and {site.name} is "
                 f"{site.kind}; choose other sites, as in sites={kinds[0]}"
             )
+    return sites
+
+
+def refuse_kernels(sampler: Sampler, sites: Sequence[Site], op: Op) -> None:
+    """Raises ValueError for a site whose softmax attention another method replaces: ops that
+    attend once more would compute another attention than the site does."""
+    for site in sites:
+        hosted = sampler.host.processors.get(site.name)
+        for other in () if hosted is None else hosted.ops:
+            if has_stage(other, "kernel"):
+                raise ValueError(
+                    f"{label(op)} computes softmax attention beside {site.name!r}, where the "
+                    f"kernel of {label(other)} computes another; choose other sites for one"
+                )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from trainer.attention.rows import SOURCE_BRANCH, TARGET_BRANCH, TEXTS
 
@@ -22,4 +25,12 @@ def halves(ctx: StepContext) -> list[Half]:
         source = slices.get(f"{SOURCE_BRANCH}/{text}", slices.get(f"{SOURCE_BRANCH}/cond"))
         if own is not None and source is not None:
             found.append((source, own))
+    return found
+
+
+def with_source(x: Tensor, pairs: Sequence[Half], tokens: slice) -> Tensor:
+    """x (rows, heads, n, d) with the source's values in the edit's rows, at these tokens."""
+    found = x.clone()
+    for source, own in pairs:
+        found[own, :, tokens] = x[source, :, tokens]
     return found

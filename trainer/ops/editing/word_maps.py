@@ -17,10 +17,11 @@ class WordMaps:
 
     most: grids of more tokens are left out; of the others, the finest makes the mask. In Stable
     Diffusion at 512 pixels these are the sites of 16x16 tokens, as in the code of Prompt-to-Prompt.
+    option: what a user gives for it, for refusals.
     """
 
-    def __init__(self, most: int = 16 * 16) -> None:
-        self.most = most
+    def __init__(self, most: int = 16 * 16, option: str = "blend_tokens") -> None:
+        self.most, self.option = most, option
         self.sums: dict[str, Tensor] = {}
 
     def takes(self, tokens: int) -> bool:
@@ -48,7 +49,7 @@ class WordMaps:
         if not self.sums:
             raise ValueError(
                 f"no site of cross-attention has at most {self.most} tokens, of whose maps the "
-                "mask would be made; give more blend_tokens"
+                f"mask would be made; give more {self.option}"
             )
         finest = max(maps[0].numel() for maps in self.sums.values())
         chosen = [maps for maps in self.sums.values() if maps[0].numel() == finest]

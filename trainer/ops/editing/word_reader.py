@@ -37,7 +37,7 @@ class WordReader:
         self.name = f"{owner or 'shown'}_words"
         self.traits = Traits(owner=owner, scores=True)
         self.columns, self.last = columns, last
-        self.maps = {group: WordMaps(most) for group in columns}
+        self.maps = {group: WordMaps(most, "mask_tokens") for group in columns}
         self.step = -1
 
     def gate(self, q: Tensor, call: SiteCall) -> bool:
@@ -49,7 +49,8 @@ class WordReader:
         groups: Rows = call.ctx.groups
         call.spans(probs.shape[-1], keys=True)  # refuses keys of which it is not known
         if self.last and call.ctx.step != self.step:
-            self.maps = {group: WordMaps(own.most) for group, own in self.maps.items()}
+            for group, own in self.maps.items():
+                self.maps[group] = WordMaps(own.most, own.option)
             self.step = call.ctx.step
         for group, columns in self.columns.items():
             if group in groups.slices:
