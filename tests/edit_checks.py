@@ -14,13 +14,14 @@ from torch import Tensor
 from trainer.attention.call import SiteCall
 from trainer.attention.context import StepContext
 from trainer.attention.denoiser_traits import JointTraits
+from trainer.attention.hooks import Prediction
 from trainer.attention.op import by_stage
 from trainer.attention.rows import Rows
 from trainer.attention.spans import Lengths
 from trainer.attention.stages import run_stages
 from trainer.config.load import methods_of
 from trainer.diffusion.edit_source import EditSource
-from trainer.diffusion.image_edit import EditedPictures, EditJob, Inverted, edit_pictures
+from trainer.diffusion.image_edit import EditedPictures, EditJob, edit_pictures
 from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling_settings import Sampling
 from trainer.kernels.softmax import eager
@@ -115,11 +116,6 @@ def some_trajectory(model: Any, steps: int = HOW.steps) -> dict[int, Tensor]:
     return {step: start * (1 - 0.1 * step) for step in range(steps + 1)}
 
 
-def some_inverted(model: Any, prompt: str) -> Inverted:
-    known = some_trajectory(model)
-    return Inverted(prompt, known[0], known)
-
-
 def pictures(model: Any, methods: Mapping[str, Mapping[str, Any]], job: EditJob) -> EditedPictures:
     apply_methods(model, methods_of(methods), trains=False)
     try:
@@ -130,3 +126,13 @@ def pictures(model: Any, methods: Mapping[str, Mapping[str, Any]], job: EditJob)
 
 def apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
+
+
+def predicted(x_t: Tensor, x_s: Tensor) -> Prediction:
+    """After a step, of a denoiser that gives its input back; x_s: the source's latents."""
+
+    def same(output: Tensor, x: Tensor) -> Tensor:
+        return x
+
+    level = (torch.ones(()), torch.zeros(()))
+    return Prediction(x_t, {}, x_t, convert=same, revert=same, find_level=lambda: level, source=x_s)

@@ -17,6 +17,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "masactrl union": {"sites": "self", "share": "union"},
     "masactrl auto": {"sites": "self", "share": "mask-auto"},
     "pnp": {"sites": "self", "features": "up & /1"},
+    "object_shape_variations": {"keep_steps": (0.0, 0.5), "mix_steps": (0.0, 0.6)},
+    "object_shape_variations words": {
+        "keep_words": ["background"],
+        "keep_threshold": 0.02,
+        "mix_steps": (0.0, 0.6),
+        "background_at": None,
+    },
+    "fec": {"steps": (0.0, 0.5)},
+    "infusion": {"sites": "self", "features": "up & /1", "threshold": 0.9},
 }
 # equal to the source only where both are told alike and nothing is taken of another place
 NOT_THE_SOURCE = {"masactrl auto"}

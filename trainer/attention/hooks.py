@@ -126,7 +126,8 @@ class Prediction:
     `target/cond`; output: what guidance makes of them; convert: from an output and x_t to x0;
     revert: from x0 and x_t to the output that means it; find_level: gives `level`. source
     (b f, c, h, w): the latents of the source rows, where there are some; for `after_step` those
-    after the step. source_output: what guidance makes of their outputs.
+    after the step. source_output: what guidance makes of their outputs. made_source: the latents
+    that the step made of the source's, where what inversion passed has taken their place.
     """
 
     x_t: Tensor
@@ -137,6 +138,7 @@ class Prediction:
     find_level: Callable[[], tuple[Tensor, Tensor]] = field(repr=False)
     source: Tensor | None = None
     source_output: Tensor | None = None
+    made_source: Tensor | None = None
 
     @cached_property
     def level(self) -> tuple[Tensor, Tensor]:
@@ -170,7 +172,7 @@ class SourceBranch:
     unconditional embedding of every step is optimised for an inverted source, 0 for none; replays:
     whether the rows of an inverted source are at each step the latents that inversion passed, not
     what sampling makes of the first; inverts: whether the source must have been inverted; masked:
-    whether it reads masks of the user's."""
+    whether it reads masks of the user's; guides: whether an inverted source is guided too."""
 
     prompt: str | None = None
     needed: bool = False
@@ -178,6 +180,7 @@ class SourceBranch:
     replays: bool = False
     inverts: bool = False
     masked: bool = False
+    guides: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ class EditSource:
     each step in place of the negative prompt, as `null_text` finds it; those of the edit are told
     the negative prompt all the same ("decoupled guidance", arXiv 2303.04761, section 3.2).
     trajectory: the latents (1, c, h, w) of the inversion before each step, and after the last one;
-    replays: whether the rows of the source are these at each step. masks (1, 1, H, W): by `source`
+    replays: whether the rows of the source are these at each step; guides: whether they are guided
+    all the same. masks (1, 1, H, W): by `source`
     and `target`. watch: gets each step's number and the source's latents after it."""
 
     prompt: str
@@ -33,13 +34,14 @@ class EditSource:
     uncond: Tensor | None = None
     trajectory: Mapping[int, Tensor] = field(default_factory=dict)
     replays: bool = False
+    guides: bool = False
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     watch: Callable[[int, Tensor], None] | None = None
 
     @property
     def guided(self) -> bool:
         """Whether its rows are guided: guidance alone would lead away from what was inverted."""
-        return self.uncond is not None or not self.inverted
+        return self.guides or self.uncond is not None or not self.inverted
 
     def latents(self, step: int, made: Tensor) -> Tensor:
         """Its latents (b f, c, h, w) before a step: those that sampling made, or of inversion."""
@@ -117,6 +119,7 @@ def edit_source(backbone: Backbone, given: EditSource | None, steps: int) -> Edi
             f"the null-text embeddings are those of {len(given.uncond)} steps, and this sampling "
             f"has {steps}; give steps={len(given.uncond)}, or optimise them anew"
         )
-    if given is not None and branch.replays != given.replays:
-        return replace(given, replays=branch.replays)
+    asked = {"replays": branch.replays, "guides": branch.guides}
+    if given is not None and any(getattr(given, name) != own for name, own in asked.items()):
+        return replace(given, replays=branch.replays, guides=branch.guides)
     return given

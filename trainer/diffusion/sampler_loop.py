@@ -235,9 +235,10 @@ class Denoising:
                     x_t = hook.before_step(x_t, predict, predict.ctx)
             prediction = predict(x_t)
             x_t, x_s = self._stepped(scheduler, prediction, t=t, drawing=drawing)
+            made = x_s
             if self.edited is not None and x_s is not None:
                 x_s = self.edited.after(step, x_s)
-            prediction = replace(prediction, source=x_s)
+            prediction = replace(prediction, source=x_s, made_source=made)
             for hook in self.hooks:
                 if hook.after_step is not None:
                     x_t = hook.after_step(x_t, prediction, predict.ctx)

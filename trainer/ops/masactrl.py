@@ -23,7 +23,7 @@ from torch import Tensor
 from trainer.attention.op import Op, Traits
 from trainer.kernels.softmax import softmax_attention
 from trainer.ops.editing.grid_masks import on_grid
-from trainer.ops.editing.installed import refuse_kernels, sites_of
+from trainer.ops.editing.installed import edited_sites, refuse_kernels
 from trainer.ops.editing.source_rows import Half, halves, with_source
 from trainer.ops.editing.step_window import Window, is_inside, refuse_empty
 from trainer.ops.editing.word_maps import mask_above
@@ -67,7 +67,7 @@ class MutualSelfAttention:
         told = self.told
         refuse_empty({"steps": told.steps}, sampler.steps)
         kinds = ("self",) if told.share in (MASK, AUTO) else ("self", "joint")
-        sites = sites_of(sampler, told.sites, kinds=kinds, op=self)
+        sites = edited_sites(sampler, told.sites, kinds=kinds, op=self)
         self.used = {}
         if told.share == MUTUAL:
             return {self: sites}
@@ -131,7 +131,7 @@ class MutualSelfAttention:
         inside, target = self._masks(len(q), call.grid(q.shape[2], f"methods.{self.told.owner}"))
         inside, target = inside.to(q.device), target.to(q.device)
         fore, back = (
-            softmax_attention(q, k_s, v_s, _not_empty(keys)[:, None, None], scale=call.scale)
+            softmax_attention(q, k_s, v_s, mask=_not_empty(keys)[:, None, None], scale=call.scale)
             for keys in (inside, ~inside)
         )
         return torch.where(target[:, None, :, None], fore, back)

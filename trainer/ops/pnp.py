@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainer.attention.op import Op, Traits
 from trainer.attention.residual_blocks import ResidualBlock, hook_residuals, residual_blocks
-from trainer.ops.editing.installed import sites_of
+from trainer.ops.editing.installed import edited_sites
 from trainer.ops.editing.source_rows import halves, with_source
 from trainer.ops.editing.step_window import Window, is_inside, refuse_empty
 
@@ -55,7 +55,7 @@ class PlugAndPlay:
     def begin(self, sampler: Sampler) -> Mapping[Op, Sequence[Site]]:
         told = self.told
         refuse_empty({"steps": told.steps, "feature_steps": told.feature_steps}, sampler.steps)
-        sites = sites_of(sampler, told.sites, kinds=("self", "joint"), op=self)
+        sites = edited_sites(sampler, told.sites, kinds=("self", "joint"), op=self)
         if told.feature_steps is not None:
             try:
                 blocks = residual_blocks(sampler.host.denoiser, told.features)

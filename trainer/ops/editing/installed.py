@@ -54,7 +54,7 @@ def editing_hook(
     return SamplingHook(open=open_sampling, close=close_sampling, source=source, **functions)
 
 
-def sites_of(sampler: Sampler, selector: str, *, kinds: Sequence[str], op: Op) -> list[Site]:
+def edited_sites(sampler: Sampler, selector: str, *, kinds: Sequence[str], op: Op) -> list[Site]:
     """The sites that a selector chooses, of the model that samples; ValueError as `refuse_kinds`,
     or where there is none."""
     return refuse_kinds(require(sampler.sites, selector, "sites"), kinds, op)

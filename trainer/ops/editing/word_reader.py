@@ -49,8 +49,8 @@ class WordReader:
         groups: Rows = call.ctx.groups
         call.spans(probs.shape[-1], keys=True)  # refuses keys of which it is not known
         if self.last and call.ctx.step != self.step:
-            for group, own in self.maps.items():
-                self.maps[group] = WordMaps(own.most, own.option)
+            for group, before in self.maps.items():
+                self.maps[group] = WordMaps(before.most, before.option)
             self.step = call.ctx.step
         for group, columns in self.columns.items():
             if group in groups.slices:
