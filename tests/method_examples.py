@@ -49,6 +49,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "text2video_zero": {"motion": [0.25, 0], "alone": 0.5, "until": 0.5},
     "tiled": {"rows": 16, "columns": 24},
     "tlora": {"rank": 4, "layers": ["*ff.net.2"]},
+    "toma": {"tile": 4},
+    "tome": {"ratio": 0.5},
     "tune_a_video": {},
     "vdm": {"heads": 2},
     "videop2p": {},
@@ -72,6 +74,8 @@ COMPANIONS: dict[str, str] = {
     "pnp": "lora",
     "text2video_zero": "lora",
     "tiled": "lora",
+    "toma": "lora",
+    "tome": "lora",
 }
 
 

@@ -8,18 +8,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.kernels.agent_attention import (
-    Grid,
     agent_attention,
     in_blocks,
+    pooled,
+)
+from trainer.kernels.token_merging import (
+    Grid,
+    joined_heads,
     match,
     num_merged,
-    pooled,
+    split_again,
 )
 from trainer.ops.grid_modules import AgentBias, Shortcut
 
 
 def merged(q: Tensor, x: Tensor, grid: Grid, *, cell: int, ratio: float, seed: int) -> Tensor:
-    return match(x, grid, cell=cell, seed=seed).merge(q, ratio)
+    groups = match(x, grid, cell=cell, seed=seed).groups(ratio)
+    return split_again(groups.merge(joined_heads(q)), q.shape[1])
 
 
 def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -201,7 +206,8 @@ def test_unmerging_gives_every_token_its_targets_mean(grid: tuple[int, int], rat
     (x,) = tensors((2, count, 6))
     q = torch.arange(2 * 3 * count * 4, dtype=torch.float64).view(2, 3, count, 4)
     found = match(x, grid, cell=2, seed=3)
-    back = found.unmerge(found.merge(q, ratio), ratio)
+    groups = found.groups(ratio)
+    back = split_again(groups.unmerge(groups.merge(joined_heads(q))), 3)
     cosines = torch.cosine_similarity(x[:, :, None], x[:, None], dim=-1)
     for row in range(2):
         targets = found.targets.tolist()

@@ -14,7 +14,7 @@ from trainer.attention.call import SiteCall
 from trainer.attention.context import StepContext, use
 from trainer.config.load import methods_of
 from trainer.config.schema import RecipeError
-from trainer.kernels.agent_attention import match
+from trainer.kernels.token_merging import match
 from trainer.methods.apply import Plan, apply_methods
 
 Predict = Callable[[Any], Tensor]

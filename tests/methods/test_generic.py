@@ -45,6 +45,8 @@ NOT_EXACT_AT_START: set[str] = {
     "linear_attention",
     "nf4",
     "soft",
+    "toma",
+    "tome",
 }
 # methods under which the frames of a clip read each other from the start, exact for images alone
 ALIGNED: set[str] = {"pix2video", "text2video_zero", "tune_a_video", "videop2p"}
@@ -65,6 +67,7 @@ REPRESENTATIVES: dict[str, str | None] = {
     "pix2video": None,
     "text2video_zero": None,
     "tiled": "flash",
+    "tome": "toma",
     "tune_a_video": None,
     "videop2p": None,
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 from joint_models import JointBackbone
 
+from trainer.attention.context import StepContext, use
 from trainer.methods.apply import apply_methods, find_method, method_names
 
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -282,7 +283,10 @@ def test_every_method_runs_at_joint_sites_or_is_refused_by_name(name: str, metho
     except ValueError as refusal:
         assert f"methods.{method}" in str(refusal) or "nothing would train" in str(refusal)
         return
-    output = backbone.output()
+    side = 4 * (backbone.sites[0].divisor or 1)
+    size = (side, side) if name == "flux" else None  # packed latents, whose size a backbone says
+    with use(StepContext(0, 1, torch.zeros(()), latent_size=size)):
+        output = backbone.output()
     assert output.isfinite().all()
     output.square().sum().backward()
     grads = {name: parameter.grad for name, parameter in backbone.named_parameters()}

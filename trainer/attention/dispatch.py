@@ -49,7 +49,7 @@ class HostedLayer:
         self.site = site
         self.holder = holder
         self.reached = False
-        self.hook: RemovableHandle | None = None  # of `after_block`, where an op has that stage
+        self.hooks: list[RemovableHandle] = []  # of the block around, where an op has its stages
         self.placed = False  # as the layer's forward, or inside what has replaced that since
         self.inner: Any = None  # another's replacement of the layer's forward, called by this one
         site.module.__dict__[HOSTED] = self

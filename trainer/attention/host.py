@@ -12,6 +12,7 @@ from torch import nn
 from trainer.attention.context import BoundCheckpoint, ContextHolder, bound, completed, current
 from trainer.attention.denoiser_traits import UNDECLARED, DenoiserTraits
 from trainer.attention.dispatch import HOSTED, HostedLayer
+from trainer.attention.feed_forward import FeedRun, feed_forward_of
 from trainer.attention.find_attention import is_classic
 from trainer.attention.insertion import insertions
 from trainer.attention.op import Op, has_stage, label
@@ -22,6 +23,7 @@ from trainer.attention.sites import Site, scan, unet_divisors
 __all__ = ["Host", "HostedProcessor", "Op"]
 
 _HOST = "_attention_host"
+FEEDS = ("feed", "fed")
 _CHECKPOINT = "_gradient_checkpointing_func"  # where diffusers keeps it on every block
 Hosted = HostedProcessor | HostedLayer
 
@@ -96,6 +98,8 @@ class Host:
             _refuse_name(op, processor)
             if has_stage(op, "block"):
                 self._block(processor.site, op)
+            if any(has_stage(op, stage) for stage in FEEDS):
+                self._feed_forward(processor.site, op)
         for processor in hosted:
             self._set_ops(processor, (*processor.ops, op))
             if isinstance(op, nn.Module):
@@ -173,14 +177,18 @@ class Host:
         return None
 
     def _set_ops(self, processor: Hosted, ops: tuple[Op, ...]) -> None:
-        """Sets them, and hooks the block around the site while one of them needs it."""
-        if processor.hook is not None:
-            processor.hook.remove()
-            processor.hook = None
+        """Sets them, and hooks the block around the site, and its feed-forward layer, while one of
+        them needs it."""
+        for hook in processor.hooks:
+            hook.remove()
+        processor.hooks = []
         processor.set_ops(ops)
+        if around := [op for stage in FEEDS for op in processor.stages[stage]]:
+            layer = self._feed_forward(processor.site, around[0])
+            processor.hooks += FeedRun(processor).hooks(layer)
         if after := processor.stages["block"]:
             block = self._block(processor.site, after[0])
-            processor.hook = block.register_forward_hook(processor.after_block)
+            processor.hooks.append(block.register_forward_hook(processor.after_block))
 
     def _block(self, site: Site, op: Op) -> nn.Module:
         """The module whose forward runs the site: its parent, unless that is only a list."""
@@ -191,6 +199,16 @@ class Host:
                 "none; choose sites inside transformer blocks"
             )
         return block
+
+    def _feed_forward(self, site: Site, op: Op) -> nn.Module:
+        """The feed-forward layer of the block whose forward runs the site."""
+        layer = feed_forward_of(self._block(site, op))
+        if layer is None:
+            raise ValueError(
+                f"op {op.name!r} acts around a feed-forward layer that computes every token by "
+                f"itself, and the block around {site.name!r} has none; choose other sites"
+            )
+        return layer
 
     def _hosted(self, site: Site) -> Hosted:
         processor = self.processors.get(site.name)

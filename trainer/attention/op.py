@@ -17,6 +17,9 @@ a `SiteCall`, the last argument of each:
     branch(o, q, call) -> o             b h n d  adds what the same queries find elsewhere
     output(o, call) -> o                b h n d  before to_out
     restore(y, call) -> y               b n c    after to_out, before the residual
+    feed(x, call) -> x                  b n c    the input of the feed-forward layer of the block
+                                                 around the site; may change n
+    fed(y, call) -> y                   b n c    its output; undoes `feed`
     block(x, call) -> x                 b n c    the output of the block around the site
 
 At a joint site, whose queries and keys are text and image, n and m count both from `kv` to `output`
@@ -24,10 +27,10 @@ At a joint site, whose queries and keys are text and image, n and m count both f
 and `project` what its layer gets, which may be both.
 
 Ops of one site run in the order in which they were installed, except that `restore`, which undoes
-`tokens`, runs in the reverse order. What two stages of one op share is kept in
-`call.scratch(self)`, never on the op. An op with `scores` or `probs` costs its sites the fused
-kernel; with a method `gate(q, call) -> bool` only where that returns True. An op that trains is an
-`nn.Module`; it is registered under its site as `name`. A stage counts only if the op's class
+`tokens`, and `fed`, which undoes `feed`, run in the reverse order. What two stages of one op share
+is kept in `call.scratch(self)`, never on the op. An op with `scores` or `probs` costs its sites the
+fused kernel; with a method `gate(q, call) -> bool` only where that returns True. An op that trains
+is an `nn.Module`; it is registered under its site as `name`. A stage counts only if the op's class
 defines it as a method: a submodule called `mask` is none.
 """
 
@@ -48,6 +51,8 @@ STAGES = (
     "branch",
     "output",
     "restore",
+    "feed",
+    "fed",
     "block",
 )
 GATE = "gate"
@@ -64,7 +69,8 @@ class Traits:
     gradients where a sampler would run without. frames: it needs every frame of a clip to be a row
     of the batch. grid: it takes all tokens of a site as the cells of one picture's grid, or as a
     line of neighbours, which they are not where text is among them. classic: it computes what the
-    layer computes from its projections alone, which holds for classic attention only.
+    layer computes from its projections alone, which holds for classic attention only. resizes: it
+    changes how many tokens the stages after it see.
     """
 
     owner: str | None = None
@@ -77,6 +83,7 @@ class Traits:
     frames: bool = False
     grid: bool = False
     classic: bool = False
+    resizes: bool = False
 
 
 class Op(Protocol):
@@ -98,7 +105,8 @@ def by_stage(ops: tuple[Op, ...]) -> dict[str, tuple[Any, ...]]:
     table: dict[str, tuple[Any, ...]] = {
         stage: tuple(op for op in ops if has_stage(op, stage)) for stage in (*STAGES, GATE)
     }
-    table["restore"] = table["restore"][::-1]
+    for undoes in ("restore", "fed"):
+        table[undoes] = table[undoes][::-1]
     return table
 
 

@@ -23,6 +23,7 @@ def refuse_conflicts(ops: tuple[Op, ...], site: Site) -> None:
     for op in ops:
         _refuse_undeclared(op)
         refuse_unavailable(op, site)
+        _refuse_resized(op, ops, site)
     kernels = by_stage(ops)["kernel"]
     if not kernels:
         if site.native.linear:
@@ -55,6 +56,18 @@ def _refuse_undeclared(op: Op) -> None:
         raise ValueError(
             f"op {op.name!r} has {'a' if reads else 'no'} stage for scores or probabilities, and "
             f"its traits say scores={op.traits.scores}; make them agree"
+        )
+
+
+def _refuse_resized(op: Op, ops: tuple[Op, ...], site: Site) -> None:
+    """Refuses what needs every token, beside an op after which there are fewer."""
+    first = next((other for other in ops if other.traits.resizes and other is not op), None)
+    if first is None:
+        return
+    if op.traits.grid or op.traits.scores or op.traits.resizes:
+        raise ValueError(
+            f"{label(op)} needs every token of {site.name!r}, and {label(first)} changes how many "
+            "there are; choose other sites for one of them"
         )
 
 

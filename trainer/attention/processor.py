@@ -42,7 +42,7 @@ class HostedProcessor:
         self.holder = holder
         self.previous = previous
         self.reached = False
-        self.hook: RemovableHandle | None = None  # of `after_block`, where an op has that stage
+        self.hooks: list[RemovableHandle] = []  # of the block around, where an op has its stages
         self.set_ops(())
 
     def set_ops(self, ops: tuple[Op, ...]) -> None:

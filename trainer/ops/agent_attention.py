@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from trainer.attention.op import Traits, label
 from trainer.attention.op_conflicts import refuse_mask, refuse_other_keys
-from trainer.kernels.agent_attention import agent_attention, match, num_merged, pooled
+from trainer.kernels.agent_attention import agent_attention, pooled
 from trainer.kernels.softmax import softmax_attention
+from trainer.kernels.token_merging import Groups, joined_heads, match, num_merged, split_again
 from trainer.ops.grid_modules import AgentBias, Shortcut
 
 if TYPE_CHECKING:
@@ -93,11 +94,13 @@ class MergedAgents:
         left = num_merged(grid, cell, self.merge)
         agents = None
         if early and 2 * num_merged(grid, cell, self.ratio) < left:
-            agents = found.merge(q, self.ratio)
+            agents = _merged(found.groups(self.ratio), q)
         if left == q.shape[2]:
             return self._attend((q, k, v), agents, call.scale)
-        merged = found.merge(q, self.merge), found.merge(k, self.merge), found.merge(v, self.merge)
-        return found.unmerge(self._attend(merged, agents, call.scale), self.merge)
+        groups = found.groups(self.merge)
+        merged = _merged(groups, q), _merged(groups, k), _merged(groups, v)
+        o = self._attend(merged, agents, call.scale)
+        return split_again(groups.unmerge(joined_heads(o)), q.shape[1])
 
     def _attend(
         self, qkv: tuple[Tensor, Tensor, Tensor], agents: Tensor | None, scale: float | None
@@ -111,3 +114,8 @@ class MergedAgents:
 
     def early(self, ctx: StepContext) -> bool:
         return ctx.num_steps > 1 and ctx.step < self.share * ctx.num_steps
+
+
+def _merged(groups: Groups, x: Tensor) -> Tensor:
+    """(b, h, n, d) to (b, h, m, d), the same groups in every head."""
+    return split_again(groups.merge(joined_heads(x)), x.shape[1])

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.kernels.agent_attention import Grid
+from trainer.kernels.token_merging import Grid
 
 BLOCK, LINE = 7, 32  # cells of the two parts of a bias, interpolated to the grid
 

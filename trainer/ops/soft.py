@@ -15,7 +15,7 @@ from trainer.ops.grid_modules import Shortcut
 if TYPE_CHECKING:
     from trainer.attention.call import SiteCall
     from trainer.attention.sites import Site
-    from trainer.kernels.agent_attention import Grid
+    from trainer.kernels.token_merging import Grid
 
 
 class Landmarks(nn.Module):

@@ -1,0 +1,1 @@
+"""Ops by which attention sees fewer tokens, or less of them."""
