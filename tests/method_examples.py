@@ -14,6 +14,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "cascade": {"time": 2},
     "coda_prompt": {"pool": 5, "length": 4, "task": 1, "num_tasks": 2},
     "controls": {"sites": "up | block & self", "projections": ["q", "v"], "rank": 2},
+    "ditfastattn": {"pattern": ("full", "half")},
     "domain_adapter": {"sites": "cross & up | block & self", "rank": 2},
     "dora": {"sites": "cross", "projections": ["k", "v"], "rank": 2},
     "fec": {"source": "a <v1> on a blue background"},
@@ -61,6 +62,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 COMPANIONS: dict[str, str] = {
     "cascade": "lora",
     "fec": "lora",
+    "ditfastattn": "lora",
     "flash": "lora",
     "flashmask": "lora",
     "frame_interpolation": "lora",

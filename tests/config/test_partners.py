@@ -73,6 +73,9 @@ methods.agent_attention.shortcut=0.5 -> methods.agent_attention.agents=pooled ->
 methods.agent_attention.merge=0.5 -> methods.agent_attention.agents=pooled -> it is for merged
 methods.agent_attention.later_cell=4 -> methods.agent_attention.agents=pooled -> it is for merged
 methods.agent_attention.distill_until=0.5 -> methods.agent_attention.agents=pooled -> distill=0 does
+methods.ditfastattn.pattern=[full] -> methods.ditfastattn.plan=p.json -> the plan says it
+methods.ditfastattn.window=0.5 -> methods.ditfastattn.plan=p.json -> the plan says it
+methods.ditfastattn.threshold=0.5 -> methods.ditfastattn.plan=p.json -> it is for `calibrate`
 methods.gated_linear.distill_until=0.5 -> methods.gated_linear.scans=2 -> distill=0 does not
 methods.soft.distill_until=0.5 -> methods.soft.ratio=2 -> distill=0 does not
 methods.linear_attention.num_features=5 -> methods.linear_attention.features=elu -> it is for random
@@ -141,6 +144,7 @@ methods.agent_attention: sites distill agents
 methods.animatediff: train weights heads max_frames mid norm
 methods.cascade: train weights time space most level
 methods.coda_prompt: pool length sites ortho
+methods.ditfastattn: sites plan
 methods.flash: sites backend
 methods.flashmask: sites mask backend
 methods.frame_interpolation: train weights between extrapolate blank fill
@@ -159,6 +163,8 @@ methods.soft: sites distill ratio iterations shortcut
 methods.text2video_zero: sites motion alone until object
 methods.tiled: sites rows columns
 methods.tlora: min_share
+methods.toma: sites ratio finest feed_forward proportional tile sharpness choose_every share_every
+methods.tome: sites ratio finest feed_forward proportional cell seed
 methods.tune_a_video: train weights sites
 methods.vdm: train weights heads relative reach images
 methods.videop2p: train weights sites edit cross_steps word_steps self_steps word_weights blend

@@ -4,6 +4,8 @@ it has.
 Stages in running order; b batch rows, h heads, n query tokens, m key tokens, d head_dim; `call` is
 a `SiteCall`, the last argument of each:
 
+    skip(x, call) -> y or None          b n c    what the layer gives, where the op has it already:
+                                                 no stage up to `restore` runs then
     tokens(x, call) -> x                b n c    inputs after the site's own norms; may change n
     context(k_ctx, v_ctx, call)         b m c'   what to_k and to_v get; in self attention x
         -> k_ctx, v_ctx
@@ -40,6 +42,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 STAGES = (
+    "skip",
     "tokens",
     "context",
     "project",
@@ -70,7 +73,7 @@ class Traits:
     of the batch. grid: it takes all tokens of a site as the cells of one picture's grid, or as a
     line of neighbours, which they are not where text is among them. classic: it computes what the
     layer computes from its projections alone, which holds for classic attention only. resizes: it
-    changes how many tokens the stages after it see.
+    changes how many tokens, or rows, the stages after it see.
     """
 
     owner: str | None = None

@@ -124,7 +124,7 @@ def refuse_unavailable(op: Op, site: Site) -> None:
             f"{label(op)} acts on whole batches, and {site.name!r} attends row by row; choose "
             "other sites, or another backbone"
         )
-    for stage in ("tokens", "context", "project", "restore", "block"):
+    for stage in ("skip", "tokens", "context", "project", "restore", "block"):
         if has_stage(op, stage) and (why := _why_not(stage, site)):
             raise ValueError(
                 f"{label(op)} has the stage {stage}, which {site.name!r} cannot give: {why}; "
@@ -135,6 +135,8 @@ def refuse_unavailable(op: Op, site: Site) -> None:
 def _why_not(stage: str, site: Site) -> str:
     """Why a layer that keeps its processor has no such stage; empty where it has."""
     module: Any = site.module
+    if stage == "skip":
+        return "it keeps its processor, which runs whatever is known"
     if stage == "block":
         return "the block around it returns image and text" if site.kind == "joint" else ""
     if stage in ("context", "project"):

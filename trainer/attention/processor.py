@@ -1,7 +1,7 @@
 """The hosted processor runs one attention layer as fixed stages; `op.py` lists them.
 
-    tokens -> context -> project q, k, v -> kv -> mask -> kernel -> branch -> output -> restore
-                                                (scores, probs: only where an op asks for them)
+    skip -> tokens -> context -> project q, k, v -> kv -> mask -> kernel -> branch -> output ->
+    restore                                          (scores, probs: only where an op asks)
 
 and `block` after the complete block around the layer.
 
@@ -69,6 +69,10 @@ class HostedProcessor:
         x, mask = _enter(
             attn, hidden_states, encoder=encoder_hidden_states, mask=attention_mask, temb=temb
         )
+        for op in stages["skip"]:
+            known = op.skip(x, call)
+            if known is not None:
+                return _leave(attn, known, hidden_states)
         for op in stages["tokens"]:
             x = op.tokens(x, call)
         q, k, v = self._project(attn, x, encoder=encoder_hidden_states, call=call)

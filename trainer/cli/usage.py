@@ -10,8 +10,8 @@ from trainer.common.declared import docstring_summary
 from trainer.common.paths import PACKAGE
 
 VERBS = (
-    "fit", "check", "slurm", "sweep", "sample", "edit", "evaluate", "report", "export", "import",
-    "merge", "data", "list", "completion", "help",
+    "fit", "check", "slurm", "sweep", "calibrate", "sample", "edit", "evaluate", "report", "export",
+    "import", "merge", "data", "list", "completion", "help",
 )  # fmt: skip
 LIGHT_VERBS = ("list", "completion", "help")  # they import no torch, and take no `key=value` words
 TOPICS = """

@@ -10,12 +10,24 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from trainer.attention.given_frames import GivenFrames
     from trainer.attention.hooks import SamplingHook
     from trainer.attention.model import AttentionModel
     from trainer.attention.step_result import StepResult
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a method finds, once for a backbone, what it is to do while sampling. hook: runs at each
+    step of a sampler on a few pictures; result: then writes what was found to a path and returns a
+    sentence about it."""
+
+    hook: SamplingHook
+    result: Callable[[Path], str]
 
 
 ORDER = ("structure", "attention", "storage", "adapt", "select")
@@ -37,7 +49,8 @@ class Edit:
     the adapter is stored, for what is kept about the data. sampling: what it does while pictures or
     clips are sampled, in order; see `attention/hooks.py`. given: where the frames of a clip are
     that is given to the model, which makes the complete one. report: what really ran at each site
-    so far, by its name; asked once, after the first training batch.
+    so far, by its name; asked once, after the first training batch. calibration: how
+    `calibrate` finds what the method reads from a file.
     """
 
     sites: tuple[str, ...] = ()
@@ -53,6 +66,7 @@ class Edit:
     sampling: tuple[SamplingHook, ...] = ()
     given: GivenFrames | None = None
     report: Callable[[], Mapping[str, Sequence[str]]] | None = None
+    calibration: Calibration | None = None
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -98,6 +112,7 @@ class Method(BaseModel):
     use: ClassVar[Use] = "train"
     adds_words: ClassVar[bool] = False  # to the vocabulary, as its option `tokens` names them
     inflates: ClassVar[bool] = False  # makes clips with a model of pictures, frames as its rows
+    calibrates: ClassVar[bool] = False  # `calibrate` finds what it does, see `Calibration`
     # options of sampling alone, which `sample` takes anew beside a trained adapter
     when_sampling: ClassVar[frozenset[str]] = frozenset()
 
