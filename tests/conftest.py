@@ -167,6 +167,13 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared(make_folder(tmp_path_factory.mktemp("backbone") / "tiny"))
 
 
+@pytest.fixture(scope="session")
+def stacked_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with two transformer blocks behind each other in every attention."""
+    folder = tmp_path_factory.mktemp("backbone") / "stacked"
+    return shared(make_folder(folder, transformer_layers_per_block=2))
+
+
 def make_dit_folder(folder: Path, **changes: Any) -> Path:
     """The shipped parts with a seeded random transformer, trained as a flow or so it says."""
     from diffusers import PixArtTransformer2DModel

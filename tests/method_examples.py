@@ -10,6 +10,7 @@ import pytest
 EXAMPLES: dict[str, dict[str, Any]] = {
     "agent_attention": {"side": 2},
     "animatediff": {"heads": 2},
+    "at_edm": {"ratio": 0.25},
     "c_lora": {"rank": 2, "task": 1},
     "cascade": {"time": 2},
     "coda_prompt": {"pool": 5, "length": 4, "task": 1, "num_tasks": 2},
@@ -52,6 +53,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "tlora": {"rank": 4, "layers": ["*ff.net.2"]},
     "toma": {"tile": 4},
     "tome": {"ratio": 0.5},
+    "tread": {"last": 0},
     "tune_a_video": {},
     "vdm": {"heads": 2},
     "videop2p": {},
@@ -60,6 +62,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 # methods that train nothing by themselves, or nothing that shows where no clip is given, with one
 # that trains beside them
 COMPANIONS: dict[str, str] = {
+    "at_edm": "lora",
     "cascade": "lora",
     "fec": "lora",
     "ditfastattn": "lora",
@@ -78,6 +81,7 @@ COMPANIONS: dict[str, str] = {
     "tiled": "lora",
     "toma": "lora",
     "tome": "lora",
+    "tread": "lora",
 }
 
 

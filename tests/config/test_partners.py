@@ -141,6 +141,7 @@ data.video: video prompt frames start flip validation on_bad
 data.world: count sprites seed validation
 data.world_clips: count frames sprites motion defect seed validation detail
 methods.agent_attention: sites distill agents
+methods.at_edm: sites ratio dense stride iterations
 methods.animatediff: train weights heads max_frames mid norm
 methods.cascade: train weights time space most level
 methods.coda_prompt: pool length sites ortho
@@ -165,6 +166,7 @@ methods.tiled: sites rows columns
 methods.tlora: min_share
 methods.toma: sites ratio finest feed_forward proportional tile sharpness choose_every share_every
 methods.tome: sites ratio finest feed_forward proportional cell seed
+methods.tread: sites ratio first last seed
 methods.tune_a_video: train weights sites
 methods.vdm: train weights heads relative reach images
 methods.videop2p: train weights sites edit cross_steps word_steps self_steps word_weights blend

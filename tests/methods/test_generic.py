@@ -39,6 +39,7 @@ from trainer.runs.adapter import load_adapted, save_adapter
 # methods whose paper does not start from the base model's own output
 NOT_EXACT_AT_START: set[str] = {
     "agent_attention",
+    "at_edm",
     "coda_prompt",
     "flashmask",
     "gated_linear",
@@ -50,6 +51,8 @@ NOT_EXACT_AT_START: set[str] = {
 }
 # methods under which the frames of a clip read each other from the start, exact for images alone
 ALIGNED: set[str] = {"pix2video", "text2video_zero", "tune_a_video", "videop2p"}
+# methods that need blocks which follow each other
+IN_STACKS: set[str] = {"at_edm", "tread"}
 # methods that compute the same in another order
 ROUNDED_AT_START: set[str] = {"tiled"}
 NAMES = method_names()
@@ -117,9 +120,15 @@ def denoiser(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def tiny_folder(denoiser: str, tiny_folder: Path, dit_folder: Path) -> Path:
+def tiny_folder(
+    denoiser: str, tiny_folder: Path, dit_folder: Path, request: pytest.FixtureRequest
+) -> Path:
     """Every method is held to the same on both kinds of denoiser."""
-    return tiny_folder if denoiser == "unet" else dit_folder
+    if denoiser == "dit":
+        return dit_folder
+    asked = request.node.callspec.params
+    stacked = IN_STACKS & {asked.get("name"), *asked.get("pair", ())}
+    return request.getfixturevalue("stacked_folder") if stacked else tiny_folder
 
 
 def state(backbone: Any) -> dict[str, Tensor]:

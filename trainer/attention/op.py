@@ -73,7 +73,8 @@ class Traits:
     of the batch. grid: it takes all tokens of a site as the cells of one picture's grid, or as a
     line of neighbours, which they are not where text is among them. classic: it computes what the
     layer computes from its projections alone, which holds for classic attention only. resizes: it
-    changes how many tokens, or rows, the stages after it see.
+    changes how many tokens, or rows, the stages after it see. softmax: it takes a map of softmax
+    attention by itself, which attention of another kind does not have.
     """
 
     owner: str | None = None
@@ -87,6 +88,7 @@ class Traits:
     grid: bool = False
     classic: bool = False
     resizes: bool = False
+    softmax: bool = False
 
 
 class Op(Protocol):

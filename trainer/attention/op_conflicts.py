@@ -25,6 +25,7 @@ def refuse_conflicts(ops: tuple[Op, ...], site: Site) -> None:
         refuse_unavailable(op, site)
         _refuse_resized(op, ops, site)
     kernels = by_stage(ops)["kernel"]
+    _refuse_without_map(ops, kernels, site)
     if not kernels:
         if site.native.linear:
             _refuse_on_linear(ops, site)
@@ -57,6 +58,18 @@ def _refuse_undeclared(op: Op) -> None:
             f"op {op.name!r} has {'a' if reads else 'no'} stage for scores or probabilities, and "
             f"its traits say scores={op.traits.scores}; make them agree"
         )
+
+
+def _refuse_without_map(ops: tuple[Op, ...], kernels: tuple[Op, ...], site: Site) -> None:
+    """Refuses what ranks by a map where attention has none."""
+    other = next((kernel for kernel in kernels if kernel.traits.swaps), None)
+    for op in ops:
+        if op.traits.softmax and (other is not None or site.native.linear):
+            why = "linear, as its model was trained" if other is None else f"that of {label(other)}"
+            raise ValueError(
+                f"{label(op)} needs the map of softmax attention, and the kernel of {site.name!r} "
+                f"is {why}; choose other sites"
+            )
 
 
 def _refuse_resized(op: Op, ops: tuple[Op, ...], site: Site) -> None:
