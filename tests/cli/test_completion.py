@@ -49,7 +49,7 @@ PLACES = {
     "fit recipe=lora run.": [f"run.{name}=" for name in RunSpec.model_fields],
     "fit recipe=lora methods.lora.": [f"methods.lora.{name}=" for name in Lora.model_fields],
     "fit recipe=lora methods.lor": ["methods.lora=", "methods.lora."],
-    "fit run.compile=": ["run.compile=true", "run.compile=false"],
+    "fit run.compile=": [f"run.compile={word}" for word in ("true", "false", "auto")],
     "fit optim.sch": ["optim.schedule="],
     "fit optim.schedule=co": ["optim.schedule=constant", "optim.schedule=cosine"],
     "check pl": ["plan="],

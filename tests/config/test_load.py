@@ -49,7 +49,9 @@ optim.betas=[0.9] -> optim.betas=[0.9]: adamw takes 2 numbers, as in [0.9, 0.999
 optim.betas=[0.9, 1.0] -> optim.betas.1=1.0: Input should be less than 1
 optim.ema=1 -> optim.ema=1: a number is needed, above 0 and below 1
 run.steps=1.5 -> run.steps=1.5: a whole number is needed, at least 1
-run.compile=maybe -> run.compile='maybe': true or false is needed
+run.compile=maybe -> run.compile='maybe': auto, true or false is needed
+run.channels_last=aut -> run.channels_last='aut': auto, true or false is needed; did you mean auto?
+run.compile=2 -> run.compile=2: auto, true or false is needed
 run.precision=bf15 -> run.precision='bf15': auto, fast, fp32, bf16 or fp16 is needed; did you mean
 run.device=gpu -> run.device='gpu': String should match pattern
 run.device=cuda:1 & run.devices=2 -> run.device=cuda:1 is one GPU, and run.devices=2; give run.devi

@@ -147,7 +147,7 @@ def test_a_method_with_an_lr_of_0_is_frozen() -> None:
             {
                 "steps": 1000, "batch_size": 4, "accumulate": 1, "seed": 0, "resolution": None,
                 "device": "auto", "devices": 1, "nodes": 1, "precision": "auto", "workers": 0,
-                "gradient_checkpointing": False, "channels_last": False, "compile": False,
+                "gradient_checkpointing": False, "channels_last": "auto", "compile": "auto",
                 "cache_latents": True, "cache_text": True, "validate_every": 200,
                 "checkpoint_every": 500,
                 "checkpoint_keep": 2, "on_disk_full": "stop", "on_nonfinite": "raise",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -144,3 +145,18 @@ def test_nothing_to_move_is_refused() -> None:
 def test_its_lr_is_refused_for_another_optimiser() -> None:
     with pytest.raises(RecipeError, match=r"muon_lr=0\.01 is for name=muon, and name is adamw"):
         load_recipe(["recipe=tiny_dit", "optim.name=adamw", "optim.muon_lr=0.01"])
+
+
+def test_adamw_is_fused_on_cuda_unless_the_loss_is_scaled() -> None:
+    """A fused step that undid the scale itself would come after the gradients are clipped."""
+    adamw = Optim(1e-3, 10)
+
+    def one(name: str, device: str, **more: bool) -> Any:
+        chosen = replace(adamw, name=name)
+        return make_optimizer(chosen, parameters(), lrs={}, blocks=BLOCKS, device=device, **more)
+
+    assert one("adamw", "cuda").defaults["fused"]
+    assert not one("adamw", "cuda", scaled=True).defaults["fused"]
+    assert not one("adamw", "cpu").defaults["fused"]
+    (_, beside_muon) = one("muon", "cuda").parts
+    assert beside_muon.defaults["fused"]

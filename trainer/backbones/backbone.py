@@ -254,8 +254,9 @@ class Backbone(BackboneFacts):
             if any(parameter.requires_grad for parameter in encoder.parameters()):
                 checkpoint_layers(encoder)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, required: bool = True) -> None:
         """torch.compile for each block of the denoiser separately; hooks on it stay Python.
+        required: False where a function that torch cannot compile runs as it is.
 
         Shapes are static: blocks share their code, and with dynamic shapes inductor fails on it. So
         a function that many blocks share is compiled once for each shape they have, more often than
@@ -266,6 +267,7 @@ class Backbone(BackboneFacts):
         blocks = self.blocks()
         limit = COMPILED_SHAPES * len(blocks)
         dynamo.recompile_limit = max(dynamo.recompile_limit, limit)
+        dynamo.suppress_errors = not required
         for block in blocks:
             block.compile(dynamic=False)
 

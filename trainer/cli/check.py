@@ -83,6 +83,7 @@ def _show_plan(recipe: Recipe) -> None:
     from rich.console import Console
 
     from trainer.backbones.device import choose_placement
+    from trainer.training.device_defaults import auto_lines
     from trainer.training.memory_estimate import memory_lines, memory_of
     from trainer.training.plan_report import describe_plan, show_plan
 
@@ -96,7 +97,8 @@ def _show_plan(recipe: Recipe) -> None:
     facts = describe_plan(recipe, backbone, plan, memory=memory.at(placement.device))
     show_plan(facts, recipe.methods, Console(width=max(100, Console().width)))
     print(f"adapter: {len(plan.stored)} tensors, as {plan.stored[0]}")
-    for line in memory_lines(memory, placement):
+    chosen = auto_lines(recipe, backbone, placement.device)
+    for line in (*memory_lines(memory, placement), *chosen):
         print(line)
 
 

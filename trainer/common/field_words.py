@@ -62,6 +62,8 @@ def needed(field: FieldInfo) -> str | None:
     lists and mappings, where the wrong part is inside."""
     kinds, _ = _branches(field.annotation)
     kind, metadata = _unwrapped(kinds[0], field)
+    if len(kinds) > 1 and words_of_choice(field):
+        return f"{_noun(field.annotation)} is needed"
     if len(kinds) != 1 or typing.get_origin(kind) not in (None, typing.Literal):
         return None
     noun, limits = _noun(kind, metadata), _bounds(metadata, kind)
@@ -95,6 +97,8 @@ def _noun(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         if isinstance(item, Called):
             return item.noun
     kinds, _ = _branches(annotation)
+    if len(kinds) > 1 and bool in kinds:  # at the end, as in `auto, true or false`
+        kinds = [kind for kind in kinds if kind is not bool] + [typing.Literal["true", "false"]]
     nouns = [
         noun
         for kind in kinds

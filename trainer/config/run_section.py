@@ -81,11 +81,15 @@ class RunSpec(Section):
         description="calculate activations again in the backward pass, which takes less memory and "
         "more time",
     )
-    channels_last: bool = Field(
-        False, description="memory layout in which convolutions are faster on GPUs"
+    channels_last: bool | Literal["auto"] = Field(
+        "auto",
+        description="memory layout in which convolutions are faster on GPUs. auto: on CUDA in half "
+        "precision, where the denoiser has convolutions",
     )
-    compile: bool = Field(
-        False, description="compile the denoiser with torch.compile; the first step takes minutes"
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="compile the denoiser's blocks with torch.compile; the first step takes "
+        "minutes. auto: on CUDA, in a run of one picture size that is long enough to pay for it",
     )
     cache_latents: bool = Field(
         True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -41,7 +42,18 @@ def build_section(cls: type[T], values: Any, key: str) -> T:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise RecipeError("; ".join(_sentence(item, cls, key) for item in error.errors())) from None
+        found = _one_of_a_choice(error.errors())
+        raise RecipeError("; ".join(_sentence(item, cls, key) for item in found)) from None
+
+
+def _one_of_a_choice(errors: Sequence[Any]) -> list[Any]:
+    """Without what pydantic says of true or false, where the field takes words too."""
+    words = {item["loc"][:1] for item in errors if item["type"] == "literal_error"}
+    return [
+        item
+        for item in errors
+        if not (item["type"].startswith("bool_") and item["loc"][:1] in words)
+    ]
 
 
 def _joined(*parts: str) -> str:

@@ -12,6 +12,7 @@ from trainer.config.header import file_of
 from trainer.config.schema import Recipe
 from trainer.methods.apply import Plan, apply_methods
 from trainer.runs.adapter import check_start, start_from
+from trainer.training.device_defaults import compiles, stores_channels_last
 from trainer.training.sharding import check_sharded
 
 
@@ -30,10 +31,10 @@ def adapt(recipe: Recipe, backbone: Backbone, placement: Placement) -> Plan:
     place(backbone, placement, plan.stored)
     if run.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
-    if run.channels_last:
+    if stores_channels_last(recipe, backbone, placement.device):
         backbone.denoiser.to(memory_format=torch.channels_last)
-    if run.compile:
-        backbone.compile_blocks()
+    if compiles(recipe, placement.device):
+        backbone.compile_blocks(required=run.compile != "auto")
     return plan
 
 

@@ -49,6 +49,7 @@ from trainer.training.callbacks.signal_recorder import Signals, keep_lightning_o
 from trainer.training.callbacks.trackers import make_trackers
 from trainer.training.checkpoint_files import Checkpoint
 from trainer.training.console import console, first_rank, say
+from trainer.training.device_defaults import auto_lines
 from trainer.training.plan_report import describe_plan, report_backends, save_plan, show_plan
 from trainer.training.preview_prompts import captions_of_clips, preview_prompts, shown_samples
 from trainer.training.strategy import mixed_precision, strategy_of
@@ -324,7 +325,8 @@ def announce(
         {"recipe": recipe.name, **recipe.tree}, sort_keys=False, allow_unicode=True
     )
     write_text(folder / "recipe.yaml", text)
-    for line in found_when_opened(recipe.data, train):
+    found = found_when_opened(recipe.data, train)
+    for line in (*found, *auto_lines(recipe, backbone, backbone.device)):
         say(line)
     slow = slow_precision(backbone)
     for line in [*([slow] if slow else []), *(f"skipped {each}" for each in train.skipped)]:

@@ -160,6 +160,7 @@ class DiffusionModule(lightning.LightningModule):
             lrs=self.lrs,
             blocks=self._blocks(),
             device=self.device.type,
+            scaled=self.backbone.computes_in == torch.float16,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.optim.factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
