@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from trainer.attention.condition import Condition
+from trainer.attention.kept_text import KeptText
 from trainer.attention.rows import Rows
 
 
@@ -126,6 +127,16 @@ class ContextHolder:
     def __init__(self) -> None:
         self.ctx = StepContext(0, 1, torch.zeros(()))
         self._made_of, self._made = self.ctx, dict[Hashable, Any]()
+        self.kept: KeptText | None = None  # while a sampler runs
+
+    @contextmanager
+    def keeping_text(self) -> Iterator[None]:
+        """Inside, keys and values of the text are made once for all steps."""
+        before, self.kept = self.kept, KeptText()
+        try:
+            yield
+        finally:
+            self.kept = before
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` returns, made once for all who ask for `key` under the context held. Compiled

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trainer.attention.call import SiteCall
 from trainer.attention.context import ContextHolder
+from trainer.attention.kept_text import Pair, keeps, same_every_step
 from trainer.attention.native import attend, split_heads
 from trainer.attention.op import Op, by_stage
 from trainer.attention.stages import run_block, run_stages
@@ -95,6 +96,9 @@ class HostedProcessor:
         self, attn: Attention, x: Tensor, *, encoder: Tensor | None, call: SiteCall
     ) -> tuple[Tensor, Tensor, Tensor]:
         q = attn.to_q(x)
+        kept = self._kept(attn, encoder)
+        if kept is not None and (found := kept.get(self.site.name)) is not None:
+            return split_heads(self.site, q=q, k=found[0], v=found[1])
         k_ctx = v_ctx = x if encoder is None else encoder
         for op in self.stages["context"]:
             k_ctx, v_ctx = op.context(k_ctx, v_ctx, call)
@@ -106,7 +110,22 @@ class HostedProcessor:
         for op in self.stages["project"]:
             k = op.project(k, k_ctx, role="k", call=call)
             v = op.project(v, v_ctx, role="v", call=call)
+        if kept is not None:
+            kept[self.site.name] = k, v
         return split_heads(self.site, q=q, k=k, v=v)
+
+    def _kept(self, attn: Attention, encoder: Tensor | None) -> dict[str, Pair] | None:
+        """Where keys and values of the text are kept from step to step; None where they may
+        differ."""
+        kept, condition = self.holder.kept, self.holder.ctx.condition
+        if kept is None or condition is None or not keeps(encoder, condition.tokens):
+            return None
+        if self.stages["context"] or self.stages["project"]:
+            return None
+        if not (same_every_step(attn.to_k) and same_every_step(attn.to_v)):
+            return None
+        assert encoder is not None
+        return kept.of(encoder)
 
 
 def _enter(

@@ -104,14 +104,20 @@ def share_tables(layers: Sequence[nn.Module]) -> None:
         state.code, state.state2.code = states[0].code, states[0].state2.code
 
 
+def values(layer: Any) -> Tensor:
+    """The matrix (out, in) that a 4-bit layer computes with, made anew at every call."""
+    weight, bnb = layer.weight, bitsandbytes("4-bit storage")
+    found: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    return found
+
+
 def unpacked(layer: nn.Module) -> nn.Module:
     """A plain linear layer with the values a 4-bit layer computes with; any other layer as it
     is."""
     if not is_packed(layer):
         return layer
-    bnb = bitsandbytes("4-bit storage")
     packed: Any = layer
-    weight = bnb.functional.dequantize_4bit(packed.weight.data, packed.weight.quant_state)
+    weight = values(layer)
     plain = nn.Linear(weight.shape[1], weight.shape[0], bias=packed.bias is not None)
     with torch.no_grad():
         plain.weight.copy_(weight)

@@ -19,6 +19,7 @@ from trainer.diffusion.guidance import COND
 from trainer.diffusion.known_frames import KnownFrames
 from trainer.diffusion.sampler_loop import Denoising, latent_extent
 from trainer.diffusion.sampling_settings import Sampling
+from trainer.diffusion.settled import settled
 
 DEFAULT = Sampling()
 
@@ -50,7 +51,7 @@ def sample(
     check_hooks(backbone, settings, image, edits=edited is not None)
     check_completion(backbone, settings, known, edits=edited is not None)
     texts, generators = prompts_of(prompts, seeds, settings, edited=edited), generators_of(seeds)
-    with evaluating(backbone):
+    with evaluating(backbone), settled(backbone):
         denoising = Denoising(
             backbone,
             settings.told(backbone.encode_prompts(texts)),

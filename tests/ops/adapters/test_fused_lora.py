@@ -11,6 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
+from trainer.backbones.four_bits import pack
 from trainer.ops.adapters.fused_lora import LowRankLinear, quicken
 
 ROWS = {"tall": (3, 9), "short": (2,), "one": (1,), "four axes": (2, 3, 5)}
@@ -150,3 +151,27 @@ def test_a_convolution_is_left_alone() -> None:
     kind = type(model[0])
     quicken(model[0])
     assert type(model[0]) is kind
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(3, 40), (2, 5)], ids=["tall", "short"])
+def test_over_four_bits_it_equals_peft(bias: bool, rows: tuple[int, ...]) -> None:
+    """Forward and every gradient; short inputs, and those under autocast, are left to peft."""
+    torch.manual_seed(0)
+    model = nn.Sequential(pack(nn.Linear(64, 96, bias=bias), torch.float32))
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft asks for it
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], init_lora_weights=False)
+    inject_adapter_in_model(config, model, adapter_name="own")
+    theirs: Any = model[0]
+    ours = copy.deepcopy(theirs)
+    quicken(ours)
+    assert type(ours).__name__ == "LowRankLinear4bit" and type(theirs).__name__ == "Linear4bit"
+    x = torch.randn(*rows, 64)
+    assert ours._plain(x) == (rows == (3, 40))
+    for own, other in zip(results(ours, x), results(theirs, x), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not ours._plain(x) and torch.equal(ours(x), theirs(x))
+    assert not ours._plain(x.double())
+    ours.train().lora_dropout["own"] = nn.Dropout(0.5)
+    assert not ours._plain(x) and ours.eval()._plain(x) == (rows == (3, 40))

@@ -10,6 +10,8 @@ never is for LoRA, because rounding to the precision of W0 would lose a small B 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,20 +20,30 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from trainer.backbones.four_bits import is_packed
 from trainer.kernels.softmax import HALF
+from trainer.ops.adapters.packed_lora import over_four_bits
+
+WORTH_FOLDING = 2**28  # bytes of the matrices that have adapters
 
 
 class LowRankLinear(Linear):
     """peft's layer with one LoRA or DoRA adapter; peft itself handles all other cases.
 
     Under autocast LoRA computes in autocast's precision, and DoRA is left to peft.
+
+    folded: W0 with what the adapter adds to it, while `adapters_folded` has it calculated.
     """
+
+    folded: Tensor | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not self._plain(x):
             found: Tensor = super().forward(x, *args, **kwargs)
             return found
         layer: Any = self.base_layer
+        if self.folded is not None and not torch.is_autocast_enabled(x.device.type):
+            return linear(x, self.folded, layer.bias)
         (name,) = self.active_adapters
         first: Any = self.lora_A[name]
         second: Any = self.lora_B[name]
@@ -49,8 +61,32 @@ class LowRankLinear(Linear):
         with torch.autocast(device, enabled=False):
             return _lora(x, weight, bias, a=a, b=b, scale=scale)
 
+    @property
+    def same_every_step(self) -> bool:
+        """Whether it makes the same of the same input at every step of a sampler."""
+        return self._alone()
+
+    def whole(self) -> Tensor | None:
+        """W0 with what the adapter adds to it, in float32 alone: half precision would lose a small
+        B A. None where a weight is not all that it does."""
+        layer: Any = self.base_layer
+        if not self._alone() or layer.weight.dtype != torch.float32:
+            return None
+        (name,) = self.active_adapters
+        a, b = (getattr(self, f"lora_{each}")[name].weight for each in "AB")
+        if a.dtype != torch.float32:
+            return None
+        found: Tensor = torch.addmm(layer.weight, b, a, alpha=self.scaling[name])
+        if name in self.lora_variant:
+            found *= (self.lora_magnitude_vector[name].weight / found.norm(dim=1))[:, None]
+        return found
+
     def _plain(self, x: Tensor) -> bool:
         """Whether one adapter acts on a frozen layer, without dropout and in one dtype."""
+        return self._alone() and self._one_dtype(x, self.active_adapters[0])
+
+    def _alone(self) -> bool:
+        """Whether one adapter acts on a frozen layer, without dropout."""
         layer: Any = self.base_layer
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return False
@@ -60,12 +96,11 @@ class LowRankLinear(Linear):
         if not isinstance(self.lora_variant.get(name), DoraLinearVariant | None):
             return False
         dropout = self.lora_dropout[name]
-        return (
+        return bool(
             (isinstance(dropout, nn.Identity) or not self.training)
             and type(layer) is nn.Linear  # others cast their weight themselves
             and not layer.weight.requires_grad
             and not (layer.bias is not None and layer.bias.requires_grad)
-            and self._one_dtype(x, name)
         )
 
     def _one_dtype(self, x: Tensor, name: str) -> bool:
@@ -88,9 +123,30 @@ def _lora(
 
 
 def quicken(layer: nn.Module) -> None:
-    """Turns peft's layer on a plain linear layer into a `LowRankLinear`; any other stays."""
+    """Turns peft's layer on a plain linear layer, or on one in 4 bits, into one with fewer
+    passes; any other stays."""
     if type(layer) is Linear and type(layer.base_layer) is nn.Linear:
         layer.__class__ = LowRankLinear
+    elif type(layer).__name__ == "Linear4bit" and is_packed(getattr(layer, "base_layer", layer)):
+        layer.__class__ = over_four_bits()
+
+
+@contextmanager
+def adapters_folded(model: nn.Module) -> Iterator[None]:
+    """Inside, adapters of which a weight is all that they do are added to a copy of the weight
+    once, not at every forward. For a model none of whose weights change meanwhile; one of large
+    matrices gains nothing, and its copies would take memory."""
+    layers: list[Any] = [each for each in model.modules() if isinstance(each, LowRankLinear)]
+    if sum(layer.get_base_layer().weight.nbytes for layer in layers) > WORTH_FOLDING:
+        layers = []
+    with torch.no_grad():
+        for layer in layers:
+            layer.folded = layer.whole()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.folded = None
 
 
 class _Lora(torch.autograd.Function):

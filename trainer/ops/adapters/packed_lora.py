@@ -1,0 +1,80 @@
+"""LoRA on a frozen linear layer in 4 bits in fewer passes over the tokens: peft's layer, parameters
+and equation, with our own backward.
+
+y = (W0 + s B A) x + b, with W0 the values of the layer (QLoRA, arXiv 2305.14314, equation 5, which
+adds s B A x to W0 x). The sum is computed in the forward and again in the backward, and never kept:
+the layer is in 4 bits to take less memory.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from trainer.backbones.four_bits import is_packed, values
+
+
+@cache
+def over_four_bits() -> Any:
+    """The class for layers in 4 bits; peft has its own only where bitsandbytes is installed."""
+    from peft.tuners.lora.bnb import Linear4bit
+
+    class LowRankLinear4bit(Linear4bit):
+        """peft's layer with one LoRA adapter over a layer in 4 bits; peft handles all other
+        cases."""
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if args or kwargs or not self._plain(x):
+                found: Tensor = super().forward(x, *args, **kwargs)
+                return found
+            layer: Any = self.base_layer
+            (name,) = self.active_adapters
+            a, b = self.lora_A[name].weight, self.lora_B[name].weight
+            result: Tensor = _LoraOverFourBits.apply(x, layer, layer.bias, a, b, self.scaling[name])
+            return result
+
+        def _plain(self, x: Tensor) -> bool:
+            """Whether one LoRA acts in float32, without dropout, on more rows than W0 has."""
+            if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+                return False
+            (name,) = self.active_adapters
+            if name not in self.lora_A or self.lora_bias[name] or name in self.lora_variant:
+                return False
+            layer: Any = self.base_layer
+            dropout = self.lora_dropout[name]
+            rows = x.numel() // x.shape[-1]
+            return bool(
+                is_packed(layer)
+                and (isinstance(dropout, nn.Identity) or not self.training)
+                and not torch.is_autocast_enabled(x.device.type)
+                and x.dtype == layer.compute_dtype == torch.float32
+                and rows >= max(layer.in_features, layer.out_features)
+            )
+
+    return LowRankLinear4bit
+
+
+class _LoraOverFourBits(torch.autograd.Function):
+    """x (..., c), layer the one in 4 bits that holds W0 (d, c), bias (d) or None, a (r, c),
+    b (d, r) -> (..., d)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layer: Any, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        ctx.layer, ctx.scale = layer, scale
+        ctx.save_for_backward(x, a, b)
+        return linear(x, values(layer).addmm_(b, a, alpha=scale), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b = ctx.saved_tensors
+        rows, on_x = grad.reshape(-1, grad.shape[-1]), None
+        if ctx.needs_input_grad[0]:
+            on_x = (rows @ values(ctx.layer).addmm_(b, a, alpha=ctx.scale)).view(x.shape)
+        on_whole = (rows.T @ x.reshape(-1, x.shape[-1])).mul_(ctx.scale)
+        return on_x, None, None, b.T @ on_whole, on_whole @ a.T, None
