@@ -32,6 +32,9 @@ optim.lr=1e-4 -> optim.lrs={lora: 1e-3, new_token: 1e-3} -> has a learning rate 
 run.keep_adapters=1 -> -> it is the run's own adapter
 run.nonfinite_in_a_row=2 -> -> run.on_nonfinite=raise ends the run at once
 run.nonfinite_total=2 -> -> run.on_nonfinite=raise ends the run at once
+run.recompute_every=2 -> -> run.gradient_checkpointing=false calculates no whole blocks again
+run.recompute_every=2 -> run.gradient_checkpointing=feed_forward -> calculates no whole blocks
+run.offload_activations=true -> -> run.gradient_checkpointing=false calculates nothing again
 run.timeouts.validate=60 -> run.validate_every=0 -> run.validate_every=0 never validates
 run.timeouts={preview: 60} -> preview.every=0 -> there are no previews
 run.cache_latents=true -> data.augment=true -> data.augment=true makes other pictures at every use

@@ -64,8 +64,8 @@ def test_sizes_and_a_missing_triton_keep_auto_from_compiling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
-    words = ["recipe=lora_folder", f"data.folder={tmp_path}", LONG]
-    found = device_defaults.why_uncompiled(load_recipe([*words, "data.buckets=2"]), CUDA)
+    words = ["recipe=lora_folder", f"data.folder={tmp_path}", "data.template=a fox", LONG]
+    found = device_defaults.why_uncompiled(load_recipe([*words, "data.buckets=4"]), CUDA)
     assert found is not None and "data.buckets" in found
     monkeypatch.setattr(device_defaults, "find_spec", lambda name: None)
     assert not compiles(recipe(LONG), CUDA) and compiles(recipe("run.compile=true"), CPU)

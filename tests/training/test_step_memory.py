@@ -10,10 +10,13 @@ import torch
 from family_folders import MAKERS
 
 from trainer.backbones import load_backbone
+from trainer.backbones.device import CPU
 from trainer.config.lineage import backbone_spec
 from trainer.config.load import load_recipe, methods_of
 from trainer.methods.apply import apply_methods
+from trainer.training.adapt_backbone import recompute_of
 from trainer.training.step_memory import _Living, step_bytes
+from trainer.training.without_weights import planned
 
 WORDS = ["recipe=lora", "data.prior_weight=0", "data.token=sks", "methods.new_token=null"]
 
@@ -25,27 +28,53 @@ def inputs_of(tiny: Any, rows: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "checkpointing",
+    [
+        {"gradient_checkpointing": False},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "recompute_every": 2},
+        {"gradient_checkpointing": "feed_forward"},
+    ],
+    ids=str,
+)
 def test_a_real_step_takes_what_a_fake_one_does(
-    checkpointing: bool, tiny: Any, tiny_folder: Path
+    checkpointing: dict[str, Any], tiny: Any, tiny_folder: Path
 ) -> None:
     words = [*WORDS, f"backbone={tiny_folder}", "run.resolution=64", "run.batch_size=4"]
-    recipe = load_recipe([*words, f"run.gradient_checkpointing={checkpointing}"])
+    recipe = load_recipe([*words, *(f"run.{key}={own}" for key, own in checkpointing.items())])
     apply_methods(tiny, recipe.methods)
-    if checkpointing:
-        tiny.enable_gradient_checkpointing()
+    if checkpointing["gradient_checkpointing"]:
+        tiny.enable_gradient_checkpointing(recompute_of(recipe.run))
     tiny.unet.train()
     estimated = step_bytes(recipe, tiny, 4)
     given = inputs_of(tiny, 4)
     known = [value.untyped_storage() for value in (*tiny.parameters(), *tiny.buffers())]
     with _Living([*known, *(v.untyped_storage() for v in given.values())]) as living:
         output = tiny.unet(**given).sample
-        if checkpointing:
+        if checkpointing["gradient_checkpointing"]:
             output.backward(torch.empty_like(output))
         grads = sum(p.grad.nbytes for p in tiny.unet.parameters() if p.grad is not None)
         real = living.peak - grads
     assert estimated == pytest.approx(real, rel=0.05)
     tiny.unet.zero_grad()
+
+
+def test_every_policy_takes_less_and_inputs_elsewhere_take_none() -> None:
+    """In the order in which they save; what waits in main memory is not on the device."""
+    policies = (
+        "false", "feed_forward", "true & run.recompute_every=2", "true",
+        "true & run.offload_activations=true",
+    )  # fmt: skip
+    found = []
+    for policy in policies:
+        recipe = load_recipe([*WORDS, *f"run.gradient_checkpointing={policy}".split(" & ")])
+        model, _ = planned(recipe, CPU)
+        model.denoiser.train()
+        found.append(step_bytes(recipe, model, 4))
+    whole, feed_forward, half, all_blocks, offloaded = found
+    assert whole > 1.1 * feed_forward and feed_forward > 1.1 * half
+    assert half > 1.5 * all_blocks and all_blocks > 1.1 * offloaded
 
 
 def test_layers_that_are_calculated_again_are_not_kept(tiny: Any, tiny_folder: Path) -> None:

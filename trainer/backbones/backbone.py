@@ -27,7 +27,11 @@ from trainer.backbones import vae
 from trainer.backbones.backbone_facts import BackboneFacts
 from trainer.backbones.family import Encoder, Family, Parts, tokenizer_name
 from trainer.backbones.folder_check import PREDICTION_TYPES
-from trainer.backbones.gradient_checkpointing import checkpoint_layers
+from trainer.backbones.gradient_checkpointing import (
+    Recompute,
+    checkpoint_denoiser,
+    checkpoint_layers,
+)
 from trainer.backbones.layout import clips_to_rows, rows_to_clips
 from trainer.backbones.long_prompts import Prompts
 from trainer.backbones.module_digests import contents, shapes
@@ -248,11 +252,14 @@ class Backbone(BackboneFacts):
             ).encode()
         ).hexdigest()[:16]
 
-    def enable_gradient_checkpointing(self) -> None:
-        self.denoiser.enable_gradient_checkpointing()
+    def enable_gradient_checkpointing(self, how: Recompute | None = None) -> None:
+        """In the denoiser, and in text encoders of which something trains. how: all blocks where it
+        is not given."""
+        how = how or Recompute()
+        checkpoint_denoiser(self.denoiser, how)
         for encoder in self.text_encoders.values():
             if any(parameter.requires_grad for parameter in encoder.parameters()):
-                checkpoint_layers(encoder)
+                checkpoint_layers(encoder, how)
 
     def compile_blocks(self, required: bool = True) -> None:
         """torch.compile for each block of the denoiser separately; hooks on it stay Python.

@@ -81,6 +81,8 @@ IN_SECTIONS: dict[str, dict[str, Rule]] = {
         "base_precision": REFUSED,
         "workers": FREE,
         "gradient_checkpointing": FREE,
+        "recompute_every": FREE,
+        "offload_activations": FREE,
         "channels_last": FREE,
         "compile": FREE,
         "cache_latents": FREE,  # both round latents alike, see `data/latent_cache.py`

@@ -76,10 +76,22 @@ class RunSpec(Section):
     workers: int = Field(
         0, ge=0, description="processes that load data for each device; 0 loads in the training one"
     )
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: bool | Literal["feed_forward"] = Field(
         False,
         description="calculate activations again in the backward pass, which takes less memory and "
-        "more time",
+        "more time: those of whole blocks, of the denoiser and of a text encoder that trains, or "
+        "of the denoiser those of the feed-forward parts alone, which takes less time",
+    )
+    recompute_every: int = Field(
+        1,
+        gt=0,
+        description="with gradient_checkpointing=true, calculate every so manieth block again: 2 "
+        "saves and costs half as much",
+    )
+    offload_activations: bool = Field(
+        False,
+        description="with gradient_checkpointing, keep the inputs of what is calculated again in "
+        "main memory, not on the GPU",
     )
     channels_last: bool | Literal["auto"] = Field(
         "auto",
@@ -148,10 +160,21 @@ class RunSpec(Section):
     )
 
     def idle(self) -> dict[str, str]:
-        if self.on_nonfinite != "raise":
-            return {}
-        why = "run.on_nonfinite=raise ends the run at once; it is for skip and rollback"
-        return dict.fromkeys(("nonfinite_in_a_row", "nonfinite_total"), why)
+        found = {}
+        if self.on_nonfinite == "raise":
+            why = "run.on_nonfinite=raise ends the run at once; it is for skip and rollback"
+            found = dict.fromkeys(("nonfinite_in_a_row", "nonfinite_total"), why)
+        if self.gradient_checkpointing is not True:
+            found["recompute_every"] = (
+                f"run.gradient_checkpointing={str(self.gradient_checkpointing).lower()} calculates "
+                "no whole blocks again; give run.gradient_checkpointing=true"
+            )
+        if not self.gradient_checkpointing:
+            found["offload_activations"] = (
+                "run.gradient_checkpointing=false calculates nothing again; give "
+                "run.gradient_checkpointing=true"
+            )
+        return found
 
     @property
     def shards(self) -> bool:

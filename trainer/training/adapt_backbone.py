@@ -7,8 +7,10 @@ import torch
 
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import Placement, place
+from trainer.backbones.gradient_checkpointing import Recompute
 from trainer.backbones.retarget import retarget
 from trainer.config.header import file_of
+from trainer.config.run_section import RunSpec
 from trainer.config.schema import Recipe
 from trainer.methods.apply import Plan, apply_methods
 from trainer.runs.adapter import check_start, start_from
@@ -30,12 +32,21 @@ def adapt(recipe: Recipe, backbone: Backbone, placement: Placement) -> Plan:
     check_sharded(run, recipe.methods, plan, dtype=dtype)
     place(backbone, placement, plan.stored)
     if run.gradient_checkpointing:
-        backbone.enable_gradient_checkpointing()
+        backbone.enable_gradient_checkpointing(recompute_of(run))
     if stores_channels_last(recipe, backbone, placement.device):
         backbone.denoiser.to(memory_format=torch.channels_last)
     if compiles(recipe, placement.device):
         backbone.compile_blocks(required=run.compile != "auto")
     return plan
+
+
+def recompute_of(run: RunSpec) -> Recompute:
+    """What a run with gradient checkpointing calculates again."""
+    return Recompute(
+        run.recompute_every,
+        feed_forward=run.gradient_checkpointing == "feed_forward",
+        offload=run.offload_activations,
+    )
 
 
 def check_new_run(plan: Plan) -> None:

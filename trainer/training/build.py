@@ -19,6 +19,7 @@ from trainer.backbones.backbone import Backbone
 from trainer.backbones.device import Placement, choose_placement, pictures_at_once
 from trainer.backbones.folder_facts import check_side
 from trainer.backbones.layer_casting import casting
+from trainer.backbones.resting import SAME_MEMORY
 from trainer.backbones.schedulers import sampled_as
 from trainer.common.paths import cache_folder
 from trainer.config.backbone_limits import check_trainable, check_weighting
@@ -67,6 +68,11 @@ def placement_of(run: RunSpec) -> Placement:
     own = SLURMEnvironment().local_rank() if SLURMEnvironment.detect() else None
     rank = int(os.environ.get("LOCAL_RANK", 0)) if own is None else own
     placement = choose_placement(run.device, run.precision, rank, parts=run.base_precision)
+    if run.offload_activations and placement.device.type in SAME_MEMORY:
+        raise ValueError(
+            "run.offload_activations=true: activations on this device are in main memory already; "
+            "leave it out"
+        )
     if placement.device.type == "mps" and run.devices * run.nodes > 1:
         raise ValueError(
             f"run.devices={run.devices}, run.nodes={run.nodes}: a Mac has one GPU, and PyTorch has "

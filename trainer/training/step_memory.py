@@ -6,8 +6,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from inspect import unwrap
 from typing import Any
 
 import torch
@@ -22,9 +22,11 @@ from trainer.attention.context import StepContext, use
 from trainer.attention.rows import Rows
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.four_bits import scales
+from trainer.backbones.gradient_checkpointing import Recompute, block_behind, feed_forward_parts
 from trainer.backbones.held_layers import is_one_number
 from trainer.config.schema import Recipe
 from trainer.diffusion.guidance import COND
+from trainer.training.adapt_backbone import recompute_of
 
 CHECKPOINT = "_gradient_checkpointing_func"  # of modules of diffusers
 # oneDNN copies what goes in and what comes out into a layout of its own, and back: 320 to 320
@@ -40,7 +42,9 @@ def step_bytes(recipe: Recipe, backbone: Backbone, rows: int) -> int:
     needs is there. With it a block calculates its own again in the backward, so that is run too.
     """
     ctx, x_t = _context(recipe, backbone, rows)
-    step = _Step(backbone.denoiser, backward=recipe.run.gradient_checkpointing)
+    run = recipe.run
+    how = recompute_of(run) if run.gradient_checkpointing else None
+    step = _Step(backbone.denoiser, how)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = _fakes(mode, step)
     assert ctx.condition is not None
@@ -58,36 +62,76 @@ class _Step(nn.Module):
     """A forward of the denoiser, and its backward; while that runs, the denoiser has the parameters
     that the forward had."""
 
-    def __init__(self, denoiser: nn.Module, *, backward: bool) -> None:
+    def __init__(self, denoiser: nn.Module, how: Recompute | None) -> None:
         super().__init__()
-        self.denoiser, self.backward = denoiser, backward
+        self.denoiser, self.how = denoiser, how
 
     def forward(self, **inputs: Any) -> None:
-        with self._again() if self.backward else nullcontext():
+        with nullcontext() if self.how is None else self._again(self.how):
             output = self.denoiser(**inputs)
-            if self.backward:
+            if self.how is not None:
                 given = [each for each in tree_leaves(output.sample) if each.requires_grad]
                 torch.autograd.backward([each.float().sum() for each in given])
 
     @contextmanager
-    def _again(self) -> Iterator[None]:
-        """Blocks are calculated again by `_Again` inside."""
-        own = [each for each in self.denoiser.modules() if hasattr(each, CHECKPOINT)]
-        before = [getattr(each, CHECKPOINT) for each in own]
+    def _again(self, how: Recompute) -> Iterator[None]:
+        """What `how` says is calculated again by `_Again` inside."""
         kinds: set[Any] = set()
 
         def again(block: Any, *args: Any) -> Any:
-            if not any(map(_needs, (*tree_leaves(args), *unwrap(block).parameters()))):
+            taken = how.feed_forward or how.takes(block)
+            own = (*tree_leaves(args), *block_behind(block).parameters())
+            if not taken or not any(map(_needs, own)):
                 return block(*args)
-            return _Again.apply(torch.empty(0, requires_grad=True), kinds, block, *args)
+            start = torch.empty(0, requires_grad=True)
+            return _Again.apply(start, (kinds, how.offload), block, *args)
 
+        changed: list[tuple[nn.Module, str, Any]]
+        if how.feed_forward:
+            parts = list(feed_forward_parts(self.denoiser))
+            changed = [(each, "forward", partial(again, _Plain(each))) for each in parts]
+        else:
+            having = [each for each in self.denoiser.modules() if hasattr(each, CHECKPOINT)]
+            changed = [(each, CHECKPOINT, again) for each in having]
+        before = [getattr(each, name) for each, name, _ in changed]
         try:
-            for each in own:
-                setattr(each, CHECKPOINT, again)
+            for each, name, function in changed:
+                setattr(each, name, function)
             yield
         finally:
-            for each, function in zip(own, before, strict=True):
-                setattr(each, CHECKPOINT, function)
+            for (each, name, _), function in zip(changed, before, strict=True):
+                setattr(each, name, function)
+
+
+class _Plain(nn.Module):
+    """A feed-forward part as it runs without checkpointing."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, *args: Any) -> Any:
+        return type(self.part).forward(self.part, *args)
+
+
+@dataclass(frozen=True)
+class _Elsewhere:
+    """A tensor that waits in main memory, as to its form."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    trains: bool
+
+    def back(self) -> Tensor:
+        made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
+        return made.requires_grad_(self.trains)
+
+
+def _moved(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return _Elsewhere(value.shape, value.stride(), dtype=value.dtype, trains=value.requires_grad)
 
 
 class _Again(torch.autograd.Function):
@@ -95,13 +139,14 @@ class _Again(torch.autograd.Function):
     one before it has less beside it. Of the others the gradients alone are there."""
 
     @staticmethod
-    def forward(ctx: Any, start: Tensor, kinds: set[Any], block: Any, *args: Any) -> Any:
-        ctx.kinds, ctx.block, ctx.args = kinds, block, args
+    def forward(ctx: Any, start: Tensor, how: tuple[set[Any], bool], block: Any, *args: Any) -> Any:
+        (ctx.kinds, offload), ctx.block = how, block
+        ctx.args = tree_map(_moved, args) if offload else args
         return block(*args)
 
     @staticmethod
     def backward(ctx: Any, *given: Any) -> Any:
-        own, args = unwrap(ctx.block), tree_map(_leaf, ctx.args)
+        own, args = block_behind(ctx.block), tree_map(_leaf, ctx.args)
         ctx.args = ()  # autograd keeps this until all is done
         kind = type(own), *(value.shape for value in (*_tensors(args), *own.parameters()))
         if kind not in ctx.kinds:
@@ -122,6 +167,8 @@ def _needs(value: Any) -> bool:
 
 def _leaf(value: Any) -> Any:
     """A tensor without the operations that made it."""
+    if isinstance(value, _Elsewhere):
+        return value.back()
     if not isinstance(value, Tensor):
         return value
     return value.detach().requires_grad_(value.requires_grad)

@@ -17,7 +17,7 @@ from trainer.config.schema import Recipe
 from trainer.methods.apply import Plan, apply_methods
 from trainer.runs.adapter import check_names, check_start, load_base
 from trainer.runs.run_folder import folder_for
-from trainer.training.adapt_backbone import adapt, check_new_run
+from trainer.training.adapt_backbone import adapt, check_new_run, recompute_of
 from trainer.training.sharding import check_sharded
 
 
@@ -56,7 +56,7 @@ def _check(recipe: Recipe, backbone: Backbone) -> None:
         where = choose_placement(recipe.run.device, recipe.run.precision, parts=parts)
         place(backbone, _on_cpu(where, backbone.published), plan.stored)
     if recipe.run.gradient_checkpointing:
-        backbone.enable_gradient_checkpointing()
+        backbone.enable_gradient_checkpointing(recompute_of(recipe.run))
     module = module_of(recipe, backbone, plan)
     if recipe.optim.name == "muon":  # which needs matrices
         module.configure_optimizers()
