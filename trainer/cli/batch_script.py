@@ -1,5 +1,5 @@
 """The text of a Slurm batch script. Its last part is that of `slurm/fit.sbatch`, which is the same
-script for a reader; `tests/cli/test_slurm.py` compares them."""
+script for a reader; `tests/cli/test_slurm_verb.py` compares them."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import Field
 
 from trainer.backbones import weights_here
@@ -38,7 +40,7 @@ def run(words: list[str]) -> int:
     for line in check_by_opening(loaded):
         print(line)
     if not options.plan:
-        unknown = fit_unknown(loaded)
+        unknown = _fit_unknown(loaded)
         print(
             f"{loaded.name}: fine; backbone {loaded.backbone_name}, methods "
             f"{', '.join(loaded.methods)}"
@@ -60,6 +62,26 @@ def check_run_folder(recipe: Recipe) -> None:
     if recipe.run.id is not None and not recipe.continual.concepts:
         check_folder(folder_for(recipe), recipe)
     check_place(folder_for(recipe))
+
+
+def check_together(recipes: Sequence[Recipe]) -> list[str]:
+    """Opens the data of recipes that are trained together, and sees whether their methods fit their
+    backbones; what several have alike, once. Returns what is to be said."""
+    lines: list[str] = []
+    opened: list[object] = []
+    fitted: list[object] = []
+    for recipe in recipes:
+        lines += recipe.said
+        data = (recipe.tree["data"], recipe.backbone_name, recipe.run.resolution)
+        if data not in opened:
+            opened.append(data)
+            lines += check_by_opening(recipe)
+        fits = (recipe.methods, recipe.backbone_name, recipe.objective, recipe.optim.name)
+        if fits not in fitted:
+            fitted.append(fits)
+            if unknown := _fit_unknown(recipe):
+                lines.append(f"whether the methods fit the backbone, the run finds out: {unknown}")
+    return list(dict.fromkeys(lines))
 
 
 def _check_machine(recipe: Recipe) -> None:
@@ -102,7 +124,7 @@ def _show_plan(recipe: Recipe) -> None:
         print(line)
 
 
-def fit_unknown(recipe: Recipe) -> str | None:
+def _fit_unknown(recipe: Recipe) -> str | None:
     """Refuses what the recipe's methods cannot do to its backbone; returns why that is not known,
     or None. Recipes that ship are known to fit, which needs no torch."""
     run = recipe.run

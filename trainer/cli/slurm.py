@@ -13,14 +13,13 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from trainer.cli.batch_script import BatchScript, Container
-from trainer.cli.check import check_run_folder, fit_unknown
+from trainer.cli.check import check_run_folder, check_together
 from trainer.cli.options import Count, RecipeOptions, split_options
 from trainer.common.exit_codes import LeaveError
 from trainer.common.program import program
 from trainer.config.load import load_recipe
 from trainer.config.schema import Recipe, RecipeError
 from trainer.config.sweep_cases import Case, cases_of, sweep_folder
-from trainer.training.data_check import check_by_opening
 
 EARLY = 60  # seconds by which Slurm may send its signal too early
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
@@ -166,7 +165,7 @@ def seconds_of(time: str) -> int:
     total = int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
     if match is None or total == 0:
         raise ValueError(
-            f"{time!r} is no time, as in 04:00:00 (hours), 2-00:00:00 (days), 90 (minutes)"
+            "no time above 0; give hours as in 04:00:00, days as in 2-00:00:00, or minutes as in 90"
         )
     return total
 
@@ -176,7 +175,9 @@ def run(words: list[str]) -> int:
     counts = _counts(options, rest)
     cases = cases_of([*rest, *counts]) if options.array else []
     recipes = [case.recipe for case in cases] or [load_recipe([*rest, *counts])]
-    for line in dict.fromkeys(line for recipe in recipes for line in _checked(recipe)):
+    if options.out is not None and (options.out.is_dir() or not options.out.parent.is_dir()):
+        raise RecipeError(f"out={options.out} is no file in a folder that exists; give another")
+    for line in _checked(recipes):
         print(line, file=sys.stderr)  # the script goes to stdout
     fixed = _without_counts(rest)
     made_by = shlex.join([*program().split(), "slurm", *words])
@@ -243,19 +244,17 @@ def _array(count: int, at_once: int | None) -> str:
     return f"0-{count - 1}" + (f"%{at_once}" if at_once else "")
 
 
-def _checked(recipe: Recipe) -> list[str]:
+def _checked(recipes: list[Recipe]) -> list[str]:
     """As `check`, but for what this machine has: the job runs on others. Returns what is to be
     said."""
-    device = recipe.run.device
-    if device == "mps" or ":" in device:
-        raise RecipeError(
-            f"run.device={device} is one GPU of one machine; give run.device=cuda, auto or cpu"
-        )
-    check_run_folder(recipe)
-    lines = [*recipe.said, *check_by_opening(recipe)]
-    if unknown := fit_unknown(recipe):
-        lines.append(f"whether the methods fit the backbone is found out by the run: {unknown}")
-    return lines
+    for recipe in recipes:
+        device = recipe.run.device
+        if device == "mps" or ":" in device:
+            raise RecipeError(
+                f"run.device={device} is one GPU of one machine; give run.device=cuda, auto or cpu"
+            )
+        check_run_folder(recipe)
+    return check_together(recipes)
 
 
 def _as_text(word: str) -> str:
@@ -280,8 +279,6 @@ def _without_counts(rest: list[str]) -> list[str]:
 
 
 def _write(path: Path, text: str) -> None:
-    if path.is_dir() or not path.parent.is_dir():
-        raise RecipeError(f"out={path} is no file in a folder that exists; give another name")
     if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
         raise RecipeError(f"out={path} exists, and is not written over; give another name")
     path.write_text(text, encoding="utf-8")

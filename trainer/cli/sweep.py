@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from trainer.cli.check import check_run_folder, fit_unknown
+from trainer.cli.check import check_run_folder, check_together
 from trainer.cli.options import Count, RecipeOptions, split_options
 from trainer.cli.sweep_processes import Process, gpus_here, train_each
 from trainer.cli.sweep_table import Column, RunRow, row_of, show_table, table_facts
@@ -17,7 +17,6 @@ from trainer.common.exit_codes import CODES, LeaveError
 from trainer.config.schema import RecipeError
 from trainer.config.sweep_cases import Case, cases_of, sweep_folder
 from trainer.runs.run_folder import is_finished, made, write_text
-from trainer.training.data_check import check_by_opening
 
 LOSSES = ("train/loss", "val/loss")
 
@@ -77,8 +76,6 @@ def _columns(options: SweepOptions) -> list[Column]:
 
 def _check(cases: Sequence[Case], folder: Path) -> None:
     """Checks every run of a sweep before the first one starts; data that several share, once."""
-    opened: list[object] = []
-    lines: list[str] = []
     for case in cases:
         recipe = case.recipe
         if recipe.continual.concepts:
@@ -88,12 +85,7 @@ def _check(cases: Sequence[Case], folder: Path) -> None:
             )
         check_run_folder(recipe)
         is_finished(folder / case.name, recipe)  # refuses the run of another recipe
-        fit_unknown(recipe)
-        data = (recipe.tree["data"], recipe.backbone_name, recipe.run.resolution)
-        if data not in opened:
-            opened.append(data)
-            lines += [*recipe.said, *check_by_opening(recipe)]
-    for line in dict.fromkeys(lines):
+    for line in check_together([case.recipe for case in cases]):
         print(line)
 
 

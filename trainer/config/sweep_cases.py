@@ -49,9 +49,7 @@ def cases_of(words: Sequence[str]) -> list[Case]:
         )
     swept = _swept(words)
     if not swept:
-        raise RecipeError(
-            "no key has several values, as in optim.lr=[1e-4,3e-4]; give one that has"
-        )
+        raise RecipeError("no key has several values; give some, as in optim.lr=[1e-4,3e-4]")
     for key, values in swept.items():
         texts = [json.dumps(value) for value in values]
         if twice := next((text for text in texts if texts.count(text) > 1), None):
