@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.common.exit_codes import CODES
+
 LINES = 10  # of the training loss, whose mean is shown: one batch says little
 
 
@@ -43,7 +45,7 @@ def row_of(
     finished = (folder / "adapter.safetensors").is_file() and not code
     steps = [int(line["step"]) for line in lines if "step" in line]
     stopped = f"stopped at step {max(steps)}" if steps else "not begun"
-    failed = f"failed with {code}" if code else stopped
+    failed = f"failed with {code}" if code and code not in CODES.values() else stopped
     found = {column.name: _number(lines, column.name) for column in columns}
     numbers = {column: number for column, number in found.items() if number is not None}
     return RunRow(name, values, state="finished" if finished else failed, numbers=numbers)

@@ -82,6 +82,7 @@ def _swept(words: Sequence[str]) -> dict[str, list[Any]]:
     lists = {word: value for word in words if isinstance(value := _leaf(tree[word]), list)}
     fixed = [word for word in words if word not in lists]
     found: dict[str, list[Any]] = {}
+    other: RecipeError | None = None
     for word, value in lists.items():
         key = word.partition("=")[0]
         try:
@@ -89,6 +90,10 @@ def _swept(words: Sequence[str]) -> dict[str, list[Any]]:
         except RecipeError as error:
             if key in str(error):
                 found[key] = value
+            else:
+                other = error
+    if other is not None and not found:
+        raise other
     if empty := next((key for key, value in found.items() if not value), None):
         raise RecipeError(f"{empty}=[] has no value to train with; give some, as in [1, 2]")
     return found
