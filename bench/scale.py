@@ -4,7 +4,8 @@
     python bench/scale.py --only stream_order,plan
     python bench/scale.py --quick
 
-The parts are `PARTS`. With --only the other figures stay as they are in the result file.
+The parts are `PARTS`. `slurm` needs root and Debian's packages slurm-wlm and munge, and is left out
+without them. With --only the other figures stay as they are in the result file.
 """
 
 from __future__ import annotations
@@ -13,8 +14,15 @@ from collections.abc import Callable
 
 import _scale_data
 from _common import Bars, chosen_of, parser_of
+from _scale_ranks import losses, sharded_bytes
+from _scale_slurm import slurm
 
-PARTS: dict[str, Callable[[Bars], None]] = {**_scale_data.PARTS}
+PARTS: dict[str, Callable[[Bars], None]] = {
+    **_scale_data.PARTS,
+    "losses": losses,
+    "sharded_bytes": sharded_bytes,
+    "slurm": slurm,
+}
 
 
 def main() -> None:

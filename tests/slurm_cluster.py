@@ -1,7 +1,7 @@
 """A real Slurm on this machine: munged, one slurmctld, and four slurmd on four ports, in two
 partitions of two nodes each.
 
-    with forking_python(own) as python, running_cluster(folder, python) as cluster:
+    with running_cluster(folder) as cluster:
         cluster.ask("sbatch", "job.sh")
 
 It needs Debian's packages slurm-wlm and munge, and root. Everything it writes is in `folder`.
@@ -20,8 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from forking_python import Python
 
 PARTITIONS = {"first": ("n1", "n2"), "second": ("n3", "n4")}
 NODES = tuple(node for nodes in PARTITIONS.values() for node in nodes)
@@ -74,11 +72,9 @@ def missing_for_slurm() -> str | None:
 
 @dataclass
 class Cluster:
-    """environment: of Slurm's commands; python: what jobs start by that name; nodes: the running
-    slurmd of each."""
+    """environment: of Slurm's commands; nodes: the running slurmd of each."""
 
     folder: Path
-    python: Python
     environment: dict[str, str]
     nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -136,17 +132,18 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running_cluster(folder: Path, python: Python) -> Iterator[Cluster]:
-    """A cluster whose two nodes are idle; its daemons and all that they started end with it."""
+def running_cluster(folder: Path, python: Path | None = None) -> Iterator[Cluster]:
+    """A cluster whose nodes are idle; its daemons and all that they started end with it. python: a
+    program that jobs start by that name, if not the usual one."""
     configuration = folder / "slurm.conf"
     configuration.write_text(_configuration(folder), encoding="utf-8")
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("SLURM")},
-        "PATH": os.pathsep.join([str(python.path.parent), _path()]),
+        "PATH": os.pathsep.join([*([str(python.parent)] if python else []), _path()]),
         "SLURM_CONF": str(configuration),
         "MASTER_ADDR": "127.0.0.1",  # the nodes have no names that the network knows
     }
-    cluster = Cluster(folder, python, environment)
+    cluster = Cluster(folder, environment)
     (folder / "state").mkdir()
     daemons = [_munge(cluster)]
     try:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from commands import command
-from forking_python import forking_python
+from forking_python import Python, forking_python
 from ranks import on_two_ranks
 from safetensors.torch import load_file
 from slurm_cluster import Cluster, missing_for_slurm, running_cluster
@@ -41,9 +41,11 @@ RATES = ("0.001", "0.002", "0.003")
 
 @dataclass
 class Job:
-    """A job that was submitted. folder: its run folder; log: what all of its ranks print."""
+    """A job that was submitted. python: which starts its ranks; folder: its run folder;
+    log: what all of its ranks print."""
 
     cluster: Cluster
+    python: Python
     number: str
     folder: Path
     log: Path
@@ -51,7 +53,7 @@ class Job:
     def ranks(self, node: str) -> list[int]:
         """Its processes that train on a node."""
         clients = self.cluster.processes(self.number, node)
-        return list(filter(None, map(self.cluster.python.fork_of, clients)))
+        return list(filter(None, map(self.python.fork_of, clients)))
 
     def steps(self) -> int:
         """The optimiser steps that its run has logged."""
@@ -90,15 +92,15 @@ def submitted(cluster: Cluster, folder: Path, *words: str) -> str:
     return found[1]
 
 
-def two_nodes(cluster: Cluster, folder: Path, partition: str) -> Job:
+def two_nodes(cluster: Cluster, python: Python, folder: Path, partition: str) -> Job:
     number = submitted(cluster, folder, "nodes=2", "time=10", "signal=60", f"partition={partition}")
     log = folder / f"slurm-lora-{number}.log"
-    return Job(cluster, number, folder / "runs" / "lora" / number, log)
+    return Job(cluster, python, number, folder / "runs" / "lora" / number, log)
 
 
-def time_limit(cluster: Cluster, folder: Path) -> Job:
+def time_limit(cluster: Cluster, python: Python, folder: Path) -> Job:
     """A job whose time is nearly up in the middle of its run."""
-    job = two_nodes(cluster, folder, "first")
+    job = two_nodes(cluster, python, folder, "first")
     job.freeze("n2")
     cluster.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=1")
     # before its signal Slurm sends another one, by which what is stopped goes on
@@ -108,9 +110,9 @@ def time_limit(cluster: Cluster, folder: Path) -> Job:
     return job
 
 
-def node_failure(cluster: Cluster, folder: Path) -> Job:
+def node_failure(cluster: Cluster, python: Python, folder: Path) -> Job:
     """A job one of whose nodes fails in the middle of its run, and comes back."""
-    job = two_nodes(cluster, folder, "second")
+    job = two_nodes(cluster, python, folder, "second")
     job.freeze("n4")
     cluster.kill_node("n4")
     cluster.wait(lambda: "down" in cluster.ask("sinfo", "-h", "-n", "n4", "-o", "%T"))
@@ -120,18 +122,18 @@ def node_failure(cluster: Cluster, folder: Path) -> Job:
     return job
 
 
-def sweep(cluster: Cluster, folder: Path) -> list[Job]:
+def sweep(cluster: Cluster, python: Python, folder: Path) -> list[Job]:
     """An array of three, the last of which is cancelled in the middle of its run."""
     rates = f"optim.lr=[{','.join(RATES)}]"
     number = submitted(cluster, folder, rates, "array=true", "partition=first", "sweep=sweep")
     jobs = []
     for task, rate in enumerate(RATES):
         log = folder / f"slurm-lora-{number}_{task}.log"
-        jobs.append(Job(cluster, f"{number}_{task}", folder / "sweep" / f"lr_{rate}", log))
+        jobs.append(Job(cluster, python, f"{number}_{task}", folder / "sweep" / f"lr_{rate}", log))
     last = jobs[-1]
     cluster.wait(lambda: last.steps() > 0, 120)
     shown = cluster.state(last.number)
-    Job(cluster, shown["JobId"], last.folder, last.log).freeze(shown["NodeList"])
+    Job(cluster, python, shown["JobId"], last.folder, last.log).freeze(shown["NodeList"])
     cluster.ask("scancel", last.number)  # which first lets it go on
     for job in jobs[:-1]:
         job.finish()
@@ -139,7 +141,7 @@ def sweep(cluster: Cluster, folder: Path) -> list[Job]:
     return jobs
 
 
-Scenario = Callable[[Cluster, Path], Any]
+Scenario = Callable[[Cluster, Python, Path], Any]
 SCENARIOS: tuple[Scenario, ...] = (time_limit, node_failure, sweep)
 
 
@@ -150,14 +152,14 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[A
     (root / "daemons").mkdir()
     with (
         forking_python(root / "python") as python,
-        running_cluster(root / "daemons", python) as cluster,
+        running_cluster(root / "daemons", python.path) as cluster,
         ThreadPoolExecutor(len(SCENARIOS)) as pool,
     ):
         found = {}
         for scenario in SCENARIOS:
             own = root / scenario.__name__
             own.mkdir()
-            found[scenario.__name__] = pool.submit(scenario, cluster, own)
+            found[scenario.__name__] = pool.submit(scenario, cluster, python, own)
         yield found
 
 
