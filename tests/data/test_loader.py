@@ -1,13 +1,17 @@
-"""Data workers and the processors they run on."""
+"""Data workers and the processors they run on; how ranks share a validation."""
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from trainer.data.loader import Batch, RankShare
 
 PROGRAM = """
 import os
@@ -36,3 +40,18 @@ def test_a_worker_runs_everywhere_while_training_is_gathered(tmp_path: Path) -> 
         text=True,
     )
     assert done.stdout.strip() == f"[{len(os.sched_getaffinity(0))}, 1]", done.stderr
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(5, 2), (4, 2), (1, 3)])
+def test_ranks_share_a_validation_and_count_each_batch_once(count: int, ranks: int) -> None:
+    """And each has as many, since they wait for each other."""
+    batches = [Batch(number, [], [], [], weights=torch.ones(0)) for number in range(count)]
+    shares = [RankShare(copy.deepcopy(batches), rank, ranks) for rank in range(ranks)]
+    assert {len(share) for share in shares} == {-(-count // ranks)}
+    counted = []
+    for share in shares:
+        for number in range(len(share)):
+            batch = share[number]
+            assert isinstance(batch, Batch)
+            counted += [batch.step] if batch.counts else []
+    assert sorted(counted) == list(range(count))

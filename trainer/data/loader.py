@@ -174,7 +174,9 @@ class RankShare(TorchDataset[Batch | Unread]):
     as they wait for each other: where one is missing, a batch of another rank's that does not
     count."""
 
-    def __init__(self, batches: Tried, rank: int, world_size: int) -> None:
+    def __init__(
+        self, batches: Sequence[Batch | Unread] | Tried, rank: int, world_size: int
+    ) -> None:
         self.batches, self.rank, self.world_size = batches, rank, world_size
 
     def __len__(self) -> int:
