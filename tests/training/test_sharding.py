@@ -15,13 +15,14 @@ import yaml
 from ranks import RANKS, on_two_ranks
 from safetensors.torch import load_file
 
-from trainer.config.load import load_recipe
+from trainer.config.load import load_recipe, methods_of
+from trainer.config.run_section import RunSpec
 from trainer.config.schema import RecipeError
-from trainer.methods.apply import Plan
+from trainer.methods.apply import Plan, apply_methods
 from trainer.runs.run_folder import kept_adapters
 from trainer.training.checkpoint_files import every_checkpoint, read_checkpoint, verified
 from trainer.training.fit import fit
-from trainer.training.sharding import check_sharded
+from trainer.training.sharding import check_sharded, shard
 from trainer.training.without_weights import refuse_unfit
 
 Run = Callable[..., Path]
@@ -184,3 +185,19 @@ def test_a_backbone_in_fp16_is_refused(recipe_of: Callable[..., str]) -> None:
     recipe = load_recipe([recipe_of("lora"), *SHARDED])
     with pytest.raises(ValueError, match=r"give run\.precision=bf16 or fp32"):
         check_sharded(recipe.run, recipe.methods, Plan({}, 0, 0, 0), dtype=torch.float16)
+
+
+def test_a_tensor_that_is_held_elsewhere_is_refused(tiny: Any, tmp_path: Path) -> None:
+    """It would go on with a copy that does not train."""
+    run = RunSpec(strategy="fsdp", devices=2)
+    plan = apply_methods(tiny, methods_of({"lora": {"sites": "cross"}}), 0)
+    held = tiny.get_parameter(plan.names[3])
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
+    )
+    try:
+        with pytest.raises(ValueError, match="is held outside of its module") as refused:
+            shard(tiny, run, trained={name: tiny.get_parameter(name) for name in plan.names})
+    finally:
+        torch.distributed.destroy_process_group()
+    assert plan.names[3] in str(refused.value) and held.numel()

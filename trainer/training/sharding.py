@@ -19,7 +19,7 @@ from trainer.backbones.backbone import Backbone
 from trainer.config.run_section import RunSpec
 from trainer.methods.apply import Plan
 from trainer.methods.method import Edit, Method
-from trainer.training.distributed import local_part, mean_of_ranks
+from trainer.training.distributed import local_part, mean_of_ranks, num_ranks
 
 BETWEEN = {
     "loss": "adds a loss of its own",
@@ -77,7 +77,7 @@ def shard(backbone: Backbone, run: RunSpec, *, trained: Mapping[str, nn.Paramete
     if run.strategy == "hsdp":
         mesh = init_device_mesh(kind, (run.nodes, run.devices), mesh_dim_names=("copy", "shard"))
     else:
-        mesh = init_device_mesh(kind, (run.nodes * run.devices,), mesh_dim_names=("shard",))
+        mesh = init_device_mesh(kind, (num_ranks(),), mesh_dim_names=("shard",))
     parts = {value for value in backbone.denoiser.parameters() if value.ndim}
     before = {name: weakref.ref(value) for name, value in trained.items() if value in parts}
     for name, value in trained.items():
