@@ -254,8 +254,8 @@ class RunSpec(Section):
         why = {
             "precision=fp16": self.precision == "fp16",
             "base_precision.denoiser": "denoiser" in self.base_precision,
-            "channels_last=true": self.channels_last,
-            "compile=true": self.compile,
+            "channels_last=true": self.channels_last is True,
+            "compile=true": self.compile is True,
         }
         if found := next((key for key, given in why.items() if given), None):
             raise ValueError(

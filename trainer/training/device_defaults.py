@@ -26,6 +26,8 @@ def stores_channels_last(recipe: Recipe, backbone: Backbone, device: torch.devic
     asked = recipe.run.channels_last
     if asked != "auto":
         return asked
+    if recipe.run.shards:
+        return False
     return device.type == "cuda" and backbone.computes_in in HALF and _convolves(backbone.denoiser)
 
 
@@ -46,6 +48,8 @@ def why_uncompiled(recipe: Recipe, device: torch.device) -> str | None:
     enough to get the time of compiling back and whose pictures have one size, since every size is
     compiled by itself."""
     run = recipe.run
+    if run.shards:
+        return f"run.strategy={run.strategy} shards what would be compiled"
     if device.type != "cuda":
         return "no CUDA GPU, and on a CPU compiling takes longer than most runs get back"
     if find_spec("triton") is None:

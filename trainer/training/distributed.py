@@ -4,11 +4,13 @@ one process, each function returns what it got."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+Kind = TypeVar("Kind", bound=Tensor)
 
 
 def num_ranks() -> int:
@@ -53,7 +55,7 @@ def mean_of_ranks(own: Tensor) -> Tensor:
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The norm of all gradients together, sharded ones or not; every rank must call this."""
-    kinds = [part for part in _by_kind(gradients) if part]
+    kinds = [part for part in by_kind(gradients) if part]
     if len(kinds) < 2:
         return whole_tensor(torch.nn.utils.get_total_norm(list(gradients)))
     norms = [whole_tensor(torch.nn.utils.get_total_norm(part)) for part in kinds]
@@ -62,11 +64,11 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 def clip_gradients(values: Sequence[Tensor], largest_norm: float, norm: Tensor) -> None:
     """Scales the gradients of parameters, sharded ones or not, whose norm together is `norm`."""
-    for part in filter(None, _by_kind(values)):
+    for part in filter(None, by_kind(values)):
         torch.nn.utils.clip_grads_with_norm_(part, largest_norm, norm)
 
 
-def _by_kind(values: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def by_kind(values: Sequence[Kind]) -> tuple[list[Kind], list[Kind]]:
     """Those that are not sharded, and those that are: no operation takes both."""
     plain = [value for value in values if not isinstance(value, DTensor)]
     return plain, [value for value in values if isinstance(value, DTensor)]

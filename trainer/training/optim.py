@@ -14,6 +14,7 @@ from torch import nn
 
 from trainer.backbones.four_bits import bitsandbytes
 from trainer.config.optimisers import OPTIMISERS, SCHEDULE_FREE, UNPAGED, missing_package
+from trainer.training.distributed import by_kind
 from trainer.training.optimizer_packages import PACKAGED
 
 # optimisers of bitsandbytes (arXiv 2110.02861); in 8 bits, tensors below 4096 values have 32-bit
@@ -93,7 +94,11 @@ def make_optimizer(
             "is trained; set optim.name=adamw"
         )
     if by_lr:
-        groups = [{"params": group, "lr": lr} for lr, group in by_lr.items()]
+        groups = [
+            {"params": part, "lr": lr}
+            for lr, group in by_lr.items()
+            for part in filter(None, by_kind(group))  # a fused step takes tensors of one kind
+        ]
         parts.append(_made(optim, groups, device, fused=device == "cuda" and not scaled))
     return Muon(parts) if matrices else parts[0]
 
