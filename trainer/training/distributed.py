@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 Kind = TypeVar("Kind", bound=Tensor)
@@ -72,6 +72,15 @@ def by_kind(values: Sequence[Kind]) -> tuple[list[Kind], list[Kind]]:
     """Those that are not sharded, and those that are: no operation takes both."""
     plain = [value for value in values if not isinstance(value, DTensor)]
     return plain, [value for value in values if isinstance(value, DTensor)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Leaves each rank its part of what is whole at the moment, of a model that is sharded."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def local_part(value: Tensor) -> Tensor:

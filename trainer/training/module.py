@@ -18,7 +18,7 @@ from trainer.common.seeds import seed_of
 from trainer.data.loader import Batch, Unread
 from trainer.data.plan import quantiles
 from trainer.training.console import problem_of
-from trainer.training.distributed import gather_values
+from trainer.training.distributed import gather_values, reshard
 from trainer.training.optim import Optim, make_optimizer
 from trainer.training.tasks.task import Task
 
@@ -65,12 +65,19 @@ class DiffusionModule(lightning.LightningModule):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by the names adapters use."""
+        self._settle()
         return {name: self.backbone.get_parameter(name) for name in self.trained}
 
     def stored(self) -> dict[str, Tensor]:
         """What the base cannot give back: the trained parameters and what methods keep beside
         them."""
+        self._settle()
         return {name: self._tensor(name) for name in (*self.trained, *self.kept)}
+
+    def _settle(self) -> None:
+        """After a forward without a backward some of a sharded model is whole still."""
+        if self.shard is not None:
+            reshard(self.backbone.denoiser)
 
     def _tensor(self, name: str) -> Tensor:
         """A parameter or a buffer; going there by name is many times faster than listing all."""

@@ -68,9 +68,14 @@ class LowRankLinear(Linear):
 
     def whole(self) -> Tensor | None:
         """W0 with what the adapter adds to it, in float32 alone: half precision would lose a small
-        B A. None where a weight is not all that it does."""
+        B A. None where a weight is not all that it does, and where it is sharded: it is whole
+        during the forward alone."""
+        from torch.distributed.tensor import DTensor
+
         layer: Any = self.base_layer
         if not self._alone() or layer.weight.dtype != torch.float32:
+            return None
+        if isinstance(layer.weight, DTensor):
             return None
         (name,) = self.active_adapters
         a, b = (getattr(self, f"lora_{each}")[name].weight for each in "AB")
