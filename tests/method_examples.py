@@ -84,6 +84,9 @@ COMPANIONS: dict[str, str] = {
     "tread": "lora",
 }
 
+# methods that need transformer blocks which follow each other
+IN_STACKS: set[str] = {"at_edm", "tread"}
+
 
 def tree_of(*names: str) -> dict[str, Any]:
     for name in names:

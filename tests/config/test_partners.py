@@ -79,13 +79,16 @@ methods.agent_attention.distill_until=0.5 -> methods.agent_attention.agents=pool
 methods.ditfastattn.pattern=[full] -> methods.ditfastattn.plan=p.json -> the plan says it
 methods.ditfastattn.window=0.5 -> methods.ditfastattn.plan=p.json -> the plan says it
 methods.ditfastattn.threshold=0.5 -> methods.ditfastattn.plan=p.json -> it is for `calibrate`
+methods.flashmask.tile=4 -> methods.flashmask.mask=causal -> it is for sliding_tiles and circle
+methods.flashmask.reach=2 -> methods.flashmask.mask=circle -> it is for sliding_tiles
+methods.flashmask.backend=dense -> methods.flashmask.mask=radial -> which has one
 methods.gated_linear.distill_until=0.5 -> methods.gated_linear.scans=2 -> distill=0 does not
 methods.soft.distill_until=0.5 -> methods.soft.ratio=2 -> distill=0 does not
 methods.linear_attention.num_features=5 -> methods.linear_attention.features=elu -> it is for random
 methods.linear_attention.seed=5 -> methods.linear_attention.features=elu -> it is for random
 methods.linear_attention.redraw=5 -> methods.linear_attention.features=elu -> it is for random
 methods.linear_attention.distill_until=0.5 -> methods.linear_attention.distill=0 -> distill=0
-methods.flashmask.size=9 -> methods.flashmask.mask=causal -> it is for sliding_window and windows
+methods.flashmask.size=9 -> methods.flashmask.mask=causal -> it is for sliding_window, windows
 methods.p2p.threshold=0.4 ->  -> blend=false makes no mask
 methods.p2p.blend_from=0.4 ->  -> blend=false makes no mask
 methods.p2p.blend_tokens=64 ->  -> blend=false makes no mask
@@ -150,7 +153,7 @@ methods.cascade: train weights time space most level
 methods.coda_prompt: pool length sites ortho
 methods.ditfastattn: sites plan
 methods.flash: sites backend
-methods.flashmask: sites mask backend
+methods.flashmask: sites mask
 methods.frame_interpolation: train weights between extrapolate blank fill
 methods.full: denoiser text_encoder
 methods.gated_linear: sites distill rank tau scans convolution

@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer.attention.call import SiteCall
+from trainer.attention.context import StepContext
 from trainer.attention.op import Traits
 from trainer.config.load import methods_of
 from trainer.config.schema import RecipeError
+from trainer.kernels.block_masks import radial
+from trainer.kernels.block_sparse import block_sparse
 from trainer.kernels.softmax import eager
 from trainer.methods.apply import apply_methods
 from trainer.methods.function.flashmask import Flashmask
@@ -109,10 +113,57 @@ def test_keys_appended_by_another_op_are_refused(
         ({"size": 0}, "methods.flashmask.size=0"),
         ({"size": 2.5}, "give a share of at most 1, or a whole number of tokens"),
         ({"mask": "windows", "seen": 4}, "seen=4 belongs to mask=sliding_window"),
-        ({"mask": "sliding"}, "did you mean sliding_window?"),
+        ({"mask": "sliding_windo"}, "did you mean sliding_window?"),
     ],
 )
 def test_refused_before_loading(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError) as error:
         methods_of({"flashmask": options})
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("mask", ["sliding_tiles", "circle"])
+def test_sites_attend_under_a_mask_by_blocks(
+    mask: Any, tiny: Any, predict: Callable[[Any], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against eager kernels under the mask written out, of both axes of the grid."""
+    method = Flashmask(mask=mask, tile=2, reach=0, size=2)
+    apply_methods(tiny, {"flashmask": method, "lora": Lora()})
+    own = predict(tiny)
+
+    def reference(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+        side = round(q.shape[2] ** 0.5)
+        y, x = torch.arange(side * side) // side, torch.arange(side * side) % side
+        down, across = y[:, None] - y, x[:, None] - x
+        near = down.square() + across.square() <= 4
+        if mask == "sliding_tiles":
+            near = (y[:, None] // 2 == y // 2) & (x[:, None] // 2 == x // 2)
+        return eager(q, k, v, near)
+
+    (op,) = {op for p in tiny.host.processors.values() for op in p.ops}
+    monkeypatch.setattr(type(op), "kernel", lambda self, *args, **_: reference(*args))
+    torch.testing.assert_close(own, predict(tiny), rtol=1e-4, atol=1e-4)
+
+
+def test_frames_of_a_clip_attend_radially(dit: Any) -> None:
+    """Where a model has all frames in one sequence, the site alone; pictures are refused."""
+    apply_methods(dit, {"flashmask": Flashmask(mask="radial", size=3), "lora": Lora()})
+    site = next(site for site in dit.sites if site.kind == "self")
+    (op,) = dit.host.processors[site.name].ops
+    q, k, v = torch.randn(3, 1, 2, 24, 4, generator=torch.Generator().manual_seed(0))
+    call = SiteCall(site, StepContext(0, 1, torch.tensor(0), frames=4))
+    own = op.kernel(q, k, v, mask=None, call=call)
+    mask = radial(4, 6, 3, size=6)
+    wanted = block_sparse(q, k, v, mask.chosen, call.scale)
+    torch.testing.assert_close(own, wanted)
+    still = SiteCall(site, StepContext(0, 1, torch.tensor(0)))
+    refused = r"methods\.flashmask: mask=radial needs the tokens of all"
+    with pytest.raises(ValueError, match=refused):
+        op.kernel(q, k, v, mask=None, call=still)
+
+
+def test_a_window_of_everything_is_attention(tiny: Any, predict: Callable[[Any], Tensor]) -> None:
+    base = predict(tiny)
+    method = Flashmask(mask="sliding_tiles", reach=8)
+    apply_methods(tiny, {"flashmask": method, "lora": Lora()})
+    assert torch.equal(predict(tiny), base)

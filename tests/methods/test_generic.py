@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_examples import EXAMPLES, tree_of
+from method_examples import EXAMPLES, IN_STACKS, tree_of
 from torch import Tensor
 
 from trainer.attention.context import StepContext, use
@@ -51,8 +51,6 @@ NOT_EXACT_AT_START: set[str] = {
 }
 # methods under which the frames of a clip read each other from the start, exact for images alone
 ALIGNED: set[str] = {"pix2video", "text2video_zero", "tune_a_video", "videop2p"}
-# methods that need blocks which follow each other
-IN_STACKS: set[str] = {"at_edm", "tread"}
 # methods that compute the same in another order
 ROUNDED_AT_START: set[str] = {"tiled"}
 NAMES = method_names()

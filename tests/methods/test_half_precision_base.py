@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_examples import EXAMPLES, tree_of
+from method_examples import EXAMPLES, IN_STACKS, tree_of
 from torch import Tensor
 
 from trainer.config.load import methods_of
@@ -73,9 +73,13 @@ def rounded(model: Any) -> Any:
 @pytest.mark.sampled(12)
 @pytest.mark.parametrize("tree", [*READING.values(), *OTHERS.values()], ids=[*READING, *OTHERS])
 def test_the_base_keeps_its_precision_unless_it_is_read(
-    tree: dict[str, Any], tiny_folder: Path, open_folder: Callable[[Path], Any]
+    tree: dict[str, Any],
+    tiny_folder: Path,
+    stacked_folder: Path,
+    open_folder: Callable[[Path], Any],
 ) -> None:
-    half, exact = (rounded(open_folder(tiny_folder)) for _ in range(2))
+    folder = stacked_folder if IN_STACKS & set(tree) else tiny_folder
+    half, exact = (rounded(open_folder(folder)) for _ in range(2))
     exact.denoiser.float()
     exact.text_encoder.float()
     before = {id(value) for value in half.parameters() if value.dtype == HALF}

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trainer.attention.op import Traits
-from trainer.attention.op_conflicts import refuse_other_keys
+from trainer.attention.op import Traits, label
+from trainer.attention.op_conflicts import refuse_mask, refuse_other_keys
+from trainer.kernels.block_masks import BlockMask
+from trainer.kernels.block_sparse import block_sparse
 from trainer.kernels.flashmask import BACK_ENDS, FEW, both
 from trainer.kernels.mask_spec import MaskSpec
-from trainer.kernels.softmax import sdpa
+from trainer.kernels.softmax import sdpa, softmax_attention
 
 if TYPE_CHECKING:
     from trainer.attention.call import SiteCall
@@ -50,3 +52,47 @@ class FlashMask:
         if key not in self.specs:
             self.specs[key] = self.make(q.shape[2], frames).to(q.device)
         return self.specs[key]
+
+
+class BlockMasked:
+    """A kernel op: attention under a mask by blocks of the token grid.
+
+    make: from the grid, and the frames of it that are in one sequence, to the mask. in_time:
+    whether the tokens are those of all frames of a clip.
+    """
+
+    name = "flashmask"
+    traits = Traits(owner="flashmask", masks=False, more_keys=False, grid=True)
+
+    def __init__(self, make: Callable[[tuple[int, int], int], BlockMask], in_time: bool) -> None:
+        self.make, self.in_time = make, in_time
+        self.made: dict[tuple[tuple[int, int], int, torch.device], BlockMask] = {}
+
+    @torch.compiler.disable
+    def kernel(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: SiteCall
+    ) -> Tensor:
+        refuse_mask(mask, self, call)
+        refuse_other_keys(q, k, op=self, call=call)
+        own = self._mask(q, call)
+        if own.shown == 1:
+            return softmax_attention(q, k, v, scale=call.scale)
+        if own.order is None:
+            return block_sparse(q, k, v, chosen=own.chosen, scale=call.scale)
+        q, k, v = (x.index_select(2, own.order) for x in (q, k, v))
+        o = block_sparse(q, k, v, chosen=own.chosen, scale=call.scale)
+        return torch.empty_like(o).index_copy(2, own.order, o)
+
+    def _mask(self, q: Tensor, call: SiteCall) -> BlockMask:
+        tokens, frames = q.shape[2], call.ctx.frames if self.in_time else 1
+        if self.in_time and (frames == 1 or tokens % frames):
+            raise ValueError(
+                f"{label(self)}: mask=radial needs the tokens of all frames of a clip in one "
+                f"sequence, and {call.site.name!r} has {tokens} tokens for {frames} frames; choose "
+                "a model of clips, and more frames than one"
+            )
+        grid = (1, tokens // frames) if self.in_time else call.grid(tokens, label(self))
+        key = (grid, frames, q.device)
+        if key not in self.made:
+            self.made[key] = self.make(grid, frames).to(q.device)
+        return self.made[key]
