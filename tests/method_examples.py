@@ -47,6 +47,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "pix2video": {"weight": 1},
     "selective": {"sites": "cross", "projections": ["k", "v"], "detach_first_token": True},
     "pnp": {"source": "a <v1> on a blue background", "feature_steps": None, "steps": (0.0, 1.0)},
+    "sla": {"sites": "self & /1 | self & block", "block": 4, "critical": 0.25},
     "soft": {"ratio": 2},
     "text2video_zero": {"motion": [0.25, 0], "alone": 0.5, "until": 0.5},
     "tiled": {"rows": 16, "columns": 24},

@@ -83,6 +83,7 @@ methods.flashmask.tile=4 -> methods.flashmask.mask=causal -> it is for sliding_t
 methods.flashmask.reach=2 -> methods.flashmask.mask=circle -> it is for sliding_tiles
 methods.flashmask.backend=dense -> methods.flashmask.mask=radial -> which has one
 methods.gated_linear.distill_until=0.5 -> methods.gated_linear.scans=2 -> distill=0 does not
+methods.sla.distill_until=0.5 -> methods.sla.block=8 -> distill=0 does not
 methods.soft.distill_until=0.5 -> methods.soft.ratio=2 -> distill=0 does not
 methods.linear_attention.num_features=5 -> methods.linear_attention.features=elu -> it is for random
 methods.linear_attention.seed=5 -> methods.linear_attention.features=elu -> it is for random
@@ -166,6 +167,7 @@ methods.nf4: min_size skip compute
 methods.p2p: source sites edit cross_steps word_steps self_steps word_weights blend null_text
 methods.pix2video: sites weight
 methods.selective: sites projections detach_first_token
+methods.sla: sites distill block critical negligible
 methods.soft: sites distill ratio iterations shortcut
 methods.text2video_zero: sites motion alone until object
 methods.tiled: sites rows columns
@@ -203,7 +205,7 @@ def refusal(*words: str) -> str:
 def recipe_for(key: str) -> str:
     """A recipe in which the option can stand: temporal ones are for clips."""
     names = ("imagen_video", "agent_attention", "linear_attention", "gated_linear", "flashmask",
-             "pix2video", "soft", "text2video_zero")  # fmt: skip
+             "pix2video", "sla", "soft", "text2video_zero")  # fmt: skip
     return WORLD if any(f".{name}." in key for name in names) else LORA
 
 

@@ -45,6 +45,7 @@ NOT_EXACT_AT_START: set[str] = {
     "gated_linear",
     "linear_attention",
     "nf4",
+    "sla",
     "soft",
     "toma",
     "tome",

@@ -76,7 +76,7 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, *sums = ctx.saved_tensors
         chosen, scale, tokens = ctx.work
-        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        d_q, d_k, d_v = torch.empty_like(q), k.new_zeros(k.shape), v.new_zeros(v.shape)
         for total, (part, index, mask) in zip(sums, _parts(chosen, q, tokens), strict=True):
             keys, values = _gathered([k, v], index)
             own = FUSED_BACKWARD(
