@@ -169,6 +169,7 @@ def test_pickle_for_the_weights_of_a_backbone(
         ["fit", "recipe=folder.yaml", "data.folder={}"],
         ["fit", "recipe=video.yaml", "data.video={}"],
         ["fit", "recipe=remote.yaml", "data.url={}"],
+        ["fit", "recipe=stream.yaml", "data.urls={}"],
         ["data", "build", "shards={}"],
         ["data", "verify", "shards={}"],
         ["data", "verify", "folder={}"],
@@ -187,7 +188,7 @@ def test_commands_and_other_schemes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for source in ("shards", "folder", "video", "remote"):
+    for source in ("shards", "folder", "video", "remote", "stream"):
         text = f"data: {{source: {source}}}\nmethods: {{selective: {{sites: cross}}}}\n"
         (tmp_path / f"{source}.yaml").write_text(text)
     before = sorted(tmp_path.iterdir())

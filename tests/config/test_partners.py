@@ -112,7 +112,7 @@ ELSEWHERE = {
     "preview.every", "run.validate_every", "data.folder.keep_tags", "data.folder.repeats",
     "data.concept.token", "data.concept.class_word", "data.concept.prior_folder",
     "data.video.stride", "data.video.fps", "data.video.ignore", "data.video.frame_rate",
-    "data.parquet.split",
+    "data.parquet.split", "data.stream.caption_lines",
     "data.world_clips.fps",
     "evaluate.beside", "evaluate.alone", "methods.new_token.tokens", "methods.new_token.init",
     *(f"methods.{name}.task" for name in ("coda_prompt", "inflora", "c_lora", "new_token")),
@@ -144,6 +144,7 @@ data.folder: folder template on_bad validation flip recursive caption_from capti
 data.parquet: parquet image_column caption_column validation on_bad buckets
 data.remote: url validation on_bad buckets
 data.shards: shards validation on_bad ignore buckets
+data.stream: urls mixture shuffle caption_key validation per_shard ignore for_ranks for_workers
 data.video: video prompt frames start flip validation on_bad
 data.world: count sprites seed validation
 data.world_clips: count frames sprites motion defect seed validation detail

@@ -19,7 +19,7 @@ BEGIN = "python -m trainer fit "
 PHOTOS = ("my_dog", "my_cat", "dog", "cup", "pictures", "dogs", "cups")
 CLIPS = ("clip", "skiing")  # files called so, .mp4
 # of things that a reader has, and which are long to make here
-ELSEWHERE = ("./model.safetensors", "./dataset", "./wide")
+ELSEWHERE = ("./model.safetensors", "./dataset", "./wide", "'./shards", "./latents")
 
 
 def printed() -> Iterator[str]:

@@ -357,6 +357,7 @@ def test_a_picture_that_is_damaged_is_named(tmp_path: Path) -> None:
         ("https://host/data", "a web server does not list its files; name every shard"),
         ("https://host/*.tar", "a web server does not list its files; name every shard"),
         ("./x-{9..1}.tar", "runs backwards"),
+        ("s3:bucket/x.tar", "no local path and no address; write it as in s3://"),
         ("s3://", "give the address of shards"),
     ],
 )
@@ -399,6 +400,12 @@ def test_what_is_not_there(ten: Path, tmp_path: Path, urls: str, says: str) -> N
 )
 def test_options_that_are_refused(words: list[str], says: str) -> None:
     with pytest.raises(RecipeError, match=says):
+        load_recipe(["recipe=lora_folder", "data.source=stream", *words])
+
+
+def test_lines_are_idle_where_captions_are_elsewhere(ten: Path) -> None:
+    words = [f"data.urls={ten}", "data.caption_key=alt", "data.caption_lines=true"]
+    with pytest.raises(RecipeError, match=r"data.caption_lines=True has no effect: data.caption_k"):
         load_recipe(["recipe=lora_folder", "data.source=stream", *words])
 
 

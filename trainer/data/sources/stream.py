@@ -36,7 +36,7 @@ from trainer.data.source_options import CaptionLines
 from trainer.data.streams.addresses import check_address, shards_at
 from trainer.data.streams.lanes import Lanes
 from trainer.data.streams.raw_sample import Reading
-from trainer.data.streams.server_file import ShardFile, shard_file
+from trainer.data.streams.server_file import ShardFile, is_local, shard_file
 from trainer.data.streams.shard_counts import AT_ONCE, Counted, counts_of
 from trainer.data.streams.shard_samples import Raw, samples_of
 from trainer.data.streams.stream_data import Flow, HeldRecords, StreamData
@@ -130,7 +130,14 @@ class Stream(Source):
                 raise ValueError(f"mixture.{name}.urls is empty; give the addresses of shards")
             for each in urls:
                 check_address(each)
+                if is_local(each):
+                    [shard_file(shard) for shard in shards_at((each,))]
         return self
+
+    def idle(self) -> dict[str, str]:
+        if self.caption_key is None:
+            return {}
+        return {"caption_lines": "data.caption_key takes captions from elsewhere than a .txt"}
 
     @property
     def patterns(self) -> dict[str, tuple[str, ...]]:

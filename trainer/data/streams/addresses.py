@@ -28,6 +28,10 @@ def check_address(address: str) -> str:
     scheme, _, rest = address.rpartition("://")
     if re.match(r"pipe:|[a-z][a-z0-9+.-]*::", address, re.IGNORECASE) or "::" in address:
         raise ValueError(f"{address}: commands and chained addresses are not read")
+    if not scheme and re.match(r"[a-z][a-z0-9+.-]+:", address, re.IGNORECASE):
+        raise ValueError(
+            f"{address}: no local path and no address; write it as in s3://bucket/a.tar"
+        )
     if scheme and scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise ValueError(f"{address}: {scheme}:// is not read; give a local path, or {known}")

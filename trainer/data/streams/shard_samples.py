@@ -10,8 +10,6 @@ from functools import cached_property
 from itertools import islice
 from typing import Any, BinaryIO
 
-from webdataset.tariterators import group_by_keys
-
 from trainer.data.streams.server_file import ShardFile, opened_shard
 from trainer.data.tars.manifest import (
     IMAGES,
@@ -97,6 +95,8 @@ def _groups(
     file: ShardFile, tar: BinaryIO, ignore: Collection[str], start: int = 0
 ) -> Iterator[dict[str, Any]]:
     """Each sample from the byte `start` on as its members' headers by extension, with `__key__`."""
+    from webdataset.tariterators import group_by_keys  # which imports torch
+
     members = (
         {"fname": info.name, "data": info, "__url__": file.address}
         for _, _, info in members_of(file.address, tar, ignore, start=start)

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from webdataset.filters import shuffle
-
 from trainer.common.seeds import seed_of
 from trainer.data.streams.lanes import Lanes
 from trainer.data.streams.server_file import ShardFile
@@ -84,6 +82,8 @@ class StreamOrder:
 
     def _blocks(self, lane: int, epoch: int, *, block: int, size: int) -> Iterator[Raw]:
         """The samples of a lane's run from a block on."""
+        from webdataset.filters import shuffle  # which imports torch
+
         first, end = self.lanes.run(lane, epoch)
         raw = self._in_order(epoch, first + block * size, end)
         for number in range(block, -(-(end - first) // size)):
