@@ -77,6 +77,12 @@ def test_memory_has_those_that_were_used_last(
     assert same(cache["fox 2"], "fox 2") and cache.bytes <= 400
 
 
+def test_files_end_where_their_room_does(tmp_path: Path) -> None:
+    limited = TextCache(tmp_path / "few", Encoder(), room=150)  # bytes; one of these takes 120
+    assert all(same(limited[prompt], prompt) for prompt in ("a fox", "a cat", "a fox"))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1 and "a cat" in limited
+
+
 def test_memory_alone_writes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     encode = Encoder()

@@ -55,6 +55,20 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every prompt that the text encoder reads."""
+    found: list[str] = []
+    encode = Backbone.encode_prompts
+
+    def note(self: Any, prompts: Any) -> Any:
+        found.extend(prompts)
+        return encode(self, prompts)
+
+    monkeypatch.setattr(Backbone, "encode_prompts", note)
+    return found
+
+
 def words_of(backbone: Path, urls: Path, *more: str) -> list[str]:
     return [*WORDS, f"backbone={backbone}", f"data.urls={urls}", *more]
 
@@ -67,16 +81,20 @@ def fit(folder: Path, words: list[str], *more: str) -> tuple[dict[str, Any], lis
 
 
 def test_latents_are_kept_by_content_and_change_nothing(
-    world: Path, tiny_folder: Path, tmp_path: Path, encoded: list[int], cache: Path
+    world: Path, tiny_folder: Path, tmp_path: Path, encoded: list[int], read: list[str], cache: Path
 ) -> None:
+    """Nor do texts, which are kept by content, too."""
     words = words_of(tiny_folder, world, "run.steps=4")
     first, losses = fit(tmp_path / "first", words)
     assert sum(encoded) == 6, "two of eight pictures were of the second epoch"
     assert len(list((cache / "pictures").rglob("*.safetensors"))) == 5
+    assert len(read) == len(set(read)) == len(list((cache / "text").rglob("*.safetensors")))
     encoded.clear()
+    read.clear()
     again, same = fit(tmp_path / "again", words)
-    assert not encoded, "all latents were there"
-    plain, without = fit(tmp_path / "plain", words, "run.cache_latents=false")
+    assert not encoded and not read, "all latents and texts were there"
+    off = ("run.cache_latents=false", "run.cache_text=false")
+    plain, without = fit(tmp_path / "plain", words, *off)
     assert sum(encoded) == 8 and losses == same == without
     for name, value in first.items():
         assert torch.equal(value, again[name]) and torch.equal(value, plain[name])

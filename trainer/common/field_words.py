@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 NOUNS: dict[Any, str] = {
@@ -136,6 +137,8 @@ def _named(kind: Any) -> str:
         return f"list of {_noun(inside[0])}"
     if origin in (dict, Mapping):
         return f"mapping of {_noun(inside[0])} to {_noun(inside[1])}"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return f"{{{', '.join(kind.model_fields)}}}"
     return NOUNS.get(kind) or str(getattr(kind, "__name__", kind))
 
 

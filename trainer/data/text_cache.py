@@ -4,6 +4,7 @@ another one's place is made anew."""
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,11 +22,13 @@ class TextCache:
     """`cache[prompt]` is what `encode` makes of a prompt: tensors by name, on the CPU.
 
     folder: of the files, named after all else that they depend on, None for memory alone; encode: a
-    prompt to tensors.
+    prompt to tensors; room: bytes that may be written, after which memory alone is used.
     """
 
-    def __init__(self, folder: Path | None, encode: Callable[[str], Encoding]) -> None:
-        self.folder, self.encode = folder, encode
+    def __init__(
+        self, folder: Path | None, encode: Callable[[str], Encoding], room: float = math.inf
+    ) -> None:
+        self.folder, self.encode, self.room = folder, encode, room
         self.remembered: OrderedDict[str, Encoding] = OrderedDict()
         self.bytes = 0
 
@@ -42,7 +45,8 @@ class TextCache:
         found = self.remembered.get(prompt) or self._read(prompt)
         if found is None:
             found = {name: value.detach().cpu() for name, value in self.encode(prompt).items()}
-            if self.folder is not None:
+            self.room -= _bytes(found)
+            if self.folder is not None and self.room >= 0:
                 write_tensors(self.folder, prompt, found)
         self._remember(prompt, found)
         return found

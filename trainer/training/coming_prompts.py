@@ -100,6 +100,11 @@ def coming(task: Denoise, batches: Planned, steps: Sequence[int]) -> set[str]:
     return found
 
 
+def room_of_files() -> int:
+    """Bytes of encodings that a run keeps in files where it does not know its prompts before."""
+    return MOST_BYTES
+
+
 def most_prompts(backbone: Backbone) -> int:
     """How many prompts may be kept, whose encodings take as much as they can."""
     shapes = backbone.text_shapes.values()

@@ -1,12 +1,13 @@
 """The text of training batches, encoded by text encoders that do not train: each prompt alone, by
 content, so that every caption of a sample, shuffled tags and the empty one of caption dropout have
-their own. What is encoded is kept in files where all prompts of a run can be known before its first
-step, and in memory as far as it has room.
+their own. What is encoded is kept in files, all of it where the prompts of a run can be known
+before its first step, else as much as `room_of_files`; and in memory as far as it has room.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from trainer.common.long_work import long_work
 from trainer.common.version import name_and_version
 from trainer.data.loader import Planned
 from trainer.data.text_cache import TextCache
-from trainer.training.coming_prompts import UnknownPromptsError, coming
+from trainer.training.coming_prompts import UnknownPromptsError, coming, room_of_files
 from trainer.training.tasks.denoise import Denoise
 
 
@@ -35,7 +36,7 @@ class TextEncodings:
     """
 
     def __init__(self, backbone: Backbone, folder: Path | None) -> None:
-        self.backbone, self.folder = backbone, folder
+        self.backbone, self.folder, self.room = backbone, folder, math.inf
 
     def __call__(self, backbone: Backbone, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Fields of the `Condition` of b prompts, as the backbone's own encoder gives them; prompts
@@ -51,11 +52,12 @@ class TextEncodings:
     @cached_property
     def cache(self) -> TextCache:
         folder = None if self.folder is None else self.folder / "text" / self._key()
-        return TextCache(folder, self._one)
+        return TextCache(folder, self._one, self.room)
 
-    def forget_files(self) -> None:
-        """Encodings are kept in memory alone from here on, those of the last prompts."""
-        self.folder = None
+    def limit_files(self, room: int) -> None:
+        """Only so many bytes are written from here on; further prompts are kept in memory alone,
+        the last ones."""
+        self.room = room
         self.__dict__.pop("cache", None)
 
     def prepare(self, prompts: Iterable[str]) -> None:
@@ -128,7 +130,7 @@ def encode_all(
             f"run.cache_text: {why}; prompts are encoded when they come, and the text encoders "
             "stay on the device"
         )
-        texts.forget_files()
+        texts.limit_files(room_of_files())
         return False
     texts.prepare(found)
     return True
