@@ -128,10 +128,11 @@ def test_mistake_in_an_override(words: str, says: str) -> None:
     assert "pydantic" not in message
 
 
-def test_a_tracker_whose_package_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    says = "tracker=wandb needs the package: pip install 'attention-trainer[wandb]'"
-    assert refusal(CUSTOM, "tracker=wandb") == says
+@pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])
+def test_a_tracker_whose_package_is_not_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    says = f"tracker={name} needs the package: pip install 'attention-trainer[{name}]'"
+    assert refusal(CUSTOM, f"tracker={name}") == says
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,11 @@ from trainer.__main__ import main
 from trainer.data.loader import Planned
 from trainer.training import checkpoint_files as checkpoint
 from trainer.training.callbacks import preview as preview_file
-from trainer.training.callbacks import save_and_restore, trackers
+from trainer.training.callbacks import save_and_restore
 from trainer.training.module import DiffusionModule
 from trainer.training.tasks import denoise as denoise_file
 from trainer.training.tasks.denoise import Denoise
+from trainer.training.trackers import wandb_runs
 
 Patch = Callable[[Any, str, Any], None]
 
@@ -183,10 +184,15 @@ def lead(patch: Patch) -> None:
     os.setpgid(0, 0)
 
 
-def kill(patch: Patch, pid: int, **where: int) -> None:
-    """Another process, such as a server that this one talks to, is gone."""
+def kill_server(patch: Patch, pid: int, **where: int) -> None:
+    """wandb's server is gone, once the run has begun there."""
 
     def act(module: DiffusionModule, loss: torch.Tensor) -> torch.Tensor:
+        import wandb
+
+        until = time.monotonic() + 60  # it begins in a thread of its own
+        while wandb.run is None and time.monotonic() < until:
+            time.sleep(0.05)
         os.kill(pid, signal.SIGKILL)
         return loss
 
@@ -195,7 +201,7 @@ def kill(patch: Patch, pid: int, **where: int) -> None:
 
 def impatient(patch: Patch, seconds: float) -> None:
     """The end of the run waits for wandb's uploads for so long."""
-    patch(trackers, "UPLOADS", seconds)
+    patch(wandb_runs, "UPLOADS", seconds)
 
 
 def preview(patch: Patch, error: str, call: int) -> None:

@@ -53,7 +53,7 @@ def test_a_server_that_goes_away(
         port = server.stdout.readline().strip()
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
-        faults = {"kill": {"pid": server.pid, "step": 1}, "impatient": {"seconds": 3}}
+        faults = {"kill_server": {"pid": server.pid, "step": 1}, "impatient": {"seconds": 3}}
         process = started(tmp_path / "run", faults, "tracker=wandb", *OWN)
         try:
             _, said = process.communicate(timeout=240)

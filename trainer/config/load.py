@@ -31,7 +31,7 @@ from trainer.config.partners import check_partners, flat, idle_options, refuse_i
 from trainer.config.prompts import check_texts, follow_data, unspelled, with_words, words_of
 from trainer.config.run_length import in_steps, laid_over, told_length
 from trainer.config.run_section import RunSpec
-from trainer.config.schema import KEYS, SECTIONS, TRACKERS, Recipe, RecipeError
+from trainer.config.schema import KEYS, SECTIONS, TRACKER_PACKAGES, TRACKERS, Recipe, RecipeError
 from trainer.config.sections import OptimSpec
 from trainer.config.tree import merge_trees, read_yaml
 from trainer.config.unknown_keys import refuse_unknown
@@ -107,14 +107,21 @@ def _checked(recipe: Recipe) -> list[str]:
     """What a user is told of a recipe of one run; raises RecipeError for what its backbone cannot
     do, or does not read."""
     check_limits(recipe)
-    if recipe.tracker == "wandb" and find_spec("wandb") is None:
-        raise RecipeError("tracker=wandb needs the package: pip install 'attention-trainer[wandb]'")
+    check_tracker(recipe.tracker)
     said = unspelled(recipe.data, recipe.methods, recipe.backbone)
     data = recipe.data
     said = [*data.found(), *told_length(recipe.run, data), *said, *data.remarks()]
     run = recipe.run
     sharded = run.strategy if run.shards else None
     return [*said, *check_words(recipe), *check_optimiser(recipe.optim, run.device, sharded)]
+
+
+def check_tracker(name: str) -> None:
+    """Raises RecipeError for a tracker whose package is not installed."""
+    if name in TRACKER_PACKAGES and find_spec(name) is None:
+        raise RecipeError(
+            f"tracker={name} needs the package: pip install 'attention-trainer[{name}]'"
+        )
 
 
 def resolve_recipe(name: str, tree: dict[str, Any], overrides: Mapping[str, Any]) -> Recipe:

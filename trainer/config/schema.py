@@ -24,7 +24,8 @@ class RecipeError(ValueError):
     """A mistake in a recipe or an override; the message names the full key and what to do."""
 
 
-TRACKERS = ("tensorboard", "wandb", "none")
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "none")
+TRACKER_PACKAGES = ("wandb", "trackio", "mlflow")
 SECTIONS: dict[str, type[Section]] = {
     "objective": ObjectiveSpec,
     "optim": OptimSpec,

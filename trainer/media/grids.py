@@ -15,9 +15,12 @@ SIDE = 96  # pixels of a cell, at least
 
 
 def grid(
-    rows: Sequence[tuple[str, Tensor]], titles: Sequence[str] = (), side: int = SIDE
+    rows: Sequence[tuple[str, Tensor | Sequence[Image.Image]]],
+    titles: Sequence[str] = (),
+    side: int = SIDE,
 ) -> Image.Image:
-    """Rows of (label, pictures (n, 3, H, W) in [-1, 1]) as one image, with titles above columns.
+    """Rows of (label, pictures (n, 3, H, W) in [-1, 1] or images) as one image, with titles above
+    columns.
 
     Each picture is in the middle of a square of `side` pixels, as large as fits. A label wider than
     that is broken into several lines. If `side` is even, the width is even, which video formats
@@ -40,7 +43,8 @@ def grid(
             middle = y + side // 2 - 6 + LABEL * number - LABEL * (len(label) - 1) // 2
             pen.text((2, middle), words, fill="black")
         for column, picture in enumerate(pictures):
-            cell = _scaled(to_pil(picture), side)
+            own = picture if isinstance(picture, Image.Image) else to_pil(picture)
+            cell = _scaled(own, side)
             x = left + column * (side + 2) + (side - cell.width) // 2
             sheet.paste(cell, (x, y + (side - cell.height) // 2))
     return sheet

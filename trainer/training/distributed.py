@@ -125,3 +125,11 @@ def shard_state(optimizer: torch.optim.Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, Tensor) and value.ndim:
                 state[name] = as_sharded(value, parameter)
+
+
+def summed(own: Tensor) -> Tensor:
+    """The elementwise sum over all ranks, on every rank; on the device the ranks talk through."""
+    if num_ranks() > 1:
+        own = own.clone()
+        torch.distributed.all_reduce(own, op=torch.distributed.ReduceOp.SUM)
+    return own

@@ -46,13 +46,13 @@ from trainer.training.callbacks.save_and_restore import Checkpoints
 from trainer.training.callbacks.schedule_free import ScheduleFree
 from trainer.training.callbacks.side_work import SideWork
 from trainer.training.callbacks.signal_recorder import Signals, keep_lightning_out
-from trainer.training.callbacks.trackers import make_trackers
 from trainer.training.checkpoint_files import Checkpoint
 from trainer.training.console import console, first_rank, say
 from trainer.training.device_defaults import auto_lines
 from trainer.training.plan_report import describe_plan, report_backends, save_plan, show_plan
 from trainer.training.preview_prompts import captions_of_clips, preview_prompts, shown_samples
 from trainer.training.strategy import mixed_precision, strategy_of
+from trainer.training.trackers.make_trackers import make_trackers
 
 
 @dataclass(frozen=True)

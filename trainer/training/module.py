@@ -54,6 +54,8 @@ class DiffusionModule(lightning.LightningModule):
         self.extra_losses, self.schedules = tuple(extra_losses), tuple(schedules)
         self.at_steps, self.seed = tuple(at_steps), seed
         self.val_losses: dict[int, list[float]] = {}
+        # of the last batch, of each sample, with the levels of `StepResult`
+        self.losses: tuple[Tensor, Tensor | None] | None = None
         self.resting: Sequence[str] = ()  # parts of the backbone that training has no need of
         # parameters that DDP does not send from the first rank: every rank has read the same ones,
         # and gloo cannot send floats of 8 bits
@@ -101,6 +103,7 @@ class DiffusionModule(lightning.LightningModule):
         for at_step in self.at_steps:
             at_step(self.global_step)
         result = self.task.loss(self.task.encode(batch))
+        self.losses = (result.losses.detach(), result.levels)
         loss = (result.losses * batch.weights).mean()
         for extra in self.extra_losses:
             loss = loss + extra(result)

@@ -20,9 +20,9 @@ from trainer.__main__ import main
 from trainer.training.callbacks import hang as hang_file
 from trainer.training.callbacks.hang import HangGuard
 from trainer.training.callbacks.metrics import Measured, Metrics, group_names, memory_so_far
-from trainer.training.callbacks.trackers import MetricsFile
 from trainer.training.module import DiffusionModule
 from trainer.training.optim import Optim, make_optimizer
+from trainer.training.trackers.tracker import MetricsFile
 
 RECIPE = """
 data: {source: world, count: 8, validation: 2}

@@ -96,8 +96,8 @@ def read_record(folder: Path) -> RunRecord:
         recipe,
         text,
         plan=_mapping(folder / "plan.json", problems),
-        curves=_curves(_lines(folder / "metrics.jsonl", problems)),
-        events=_lines(folder / "events.jsonl", problems),
+        curves=_curves(json_lines(folder / "metrics.jsonl", problems)),
+        events=json_lines(folder / "events.jsonl", problems),
         scores=_scores(_mapping(folder / "evaluation.json", problems)),
         problems=problems,
     )
@@ -133,8 +133,8 @@ def _folders(root: Path) -> Iterator[Path]:
         )
 
 
-def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """The JSON objects of a file with one a line."""
+def json_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """The JSON objects of a file with one a line; damaged lines are counted in `problems`."""
     found, wrong = [], 0
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

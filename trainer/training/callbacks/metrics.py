@@ -26,10 +26,10 @@ from torch import nn
 
 from trainer.training.callbacks.hang import HangGuard
 from trainer.training.callbacks.nonfinite_and_signals import StepChecks
-from trainer.training.callbacks.trackers import log_metrics, log_settings
 from trainer.training.distributed import largest
 from trainer.training.module import DiffusionModule
 from trainer.training.optim import effective_lr, lr_of_step
+from trainer.training.trackers.make_trackers import log_metrics, log_settings
 
 LOSSES = ("train/loss", "val/loss")
 

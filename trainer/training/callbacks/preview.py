@@ -29,10 +29,10 @@ from trainer.training.callbacks.average import Average, averaged
 from trainer.training.callbacks.hang import HangGuard
 from trainer.training.callbacks.preview_files import PreviewFiles, Shown
 from trainer.training.callbacks.side_work import SideWork
-from trainer.training.callbacks.trackers import log_clip, log_pictures
 from trainer.training.console import problem_of
 from trainer.training.distributed import value_of_first
 from trainer.training.module import DiffusionModule
+from trainer.training.trackers.make_trackers import log_clip, log_pictures
 from trainer.training.word_maps import WordPlaces, map_sites, word_places, write_word_maps
 
 GRID = "grid.png"

@@ -132,7 +132,15 @@ class Denoise:
         error = (output.float() - target.float()).square()
         weights = loss_weight(self.objective, state.t)
         losses = mean_per_sample(error, batch.masks, state.frames) * weights
-        return StepResult(losses, x_t=x_t, output=output, t=t, batch=batch, convert=self._to_x0)
+        return StepResult(
+            losses,
+            x_t=x_t,
+            output=output,
+            t=t,
+            batch=batch,
+            convert=self._to_x0,
+            levels=state.t / self.objective.num_timesteps,
+        )
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], settings: Sampling) -> Tensor:
         """Pictures (b, 3, H, W) in [-1, 1], or the frames of clips (b f, 3, H, W)."""

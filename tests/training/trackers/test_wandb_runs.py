@@ -12,16 +12,10 @@ from typing import Any
 
 import pytest
 from commands import command
-from lightning.pytorch.loggers import Logger
 from wandb_files import stored_in
 
-from trainer.training.callbacks.trackers import (
-    Steady,
-    WandbTracker,
-    _logged_in,
-    make_trackers,
-    shown_name,
-)
+from trainer.training.trackers.tracker import shown_name
+from trainer.training.trackers.wandb_runs import WandbTracker, logged_in, wandb_trackers
 
 OWN = [
     "run.batch_size=2", "data.prior_weight=0", "data.augment=false", "run.validate_every=2",
@@ -32,9 +26,8 @@ OWN = [
 
 def wandb_facts(folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
-    steady = make_trackers("wandb", folder, {}, print)[0]
-    assert isinstance(steady, Steady)
-    (found,) = {(t._wandb_init["id"], t._wandb_init["name"]) for t in steady.trackers}  # type: ignore[attr-defined]
+    made = wandb_trackers(folder, {}, say=print)
+    (found,) = {(each._wandb_init["id"], each._wandb_init["name"]) for each in made}
     return dict(zip(("id", "name"), found, strict=True))
 
 
@@ -87,6 +80,8 @@ def test_a_resumed_run_is_the_same_run_of_wandb(tiny_folder: Path, tmp_path: Pat
     assert having == {"train": [1, 3], "val": [2]}
     assert [row["_step"] for row in rows if "preview/captions" in row] == [0, 3]
     assert rows[0]["preview/captions"] == ["a <v1>"]
+    assert "after step 0" in config["lineage"]
+    assert stored_in(kept[1])[1]["lineage"].count("after step") == 2
     assert (config["optim.lr"], config["run.steps"], config["methods.lora.rank"]) == (1e-4, 3, 8)
     events = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
     assert [json.loads(line)["event"] for line in events] == ["started", "finished"] * 2
@@ -138,40 +133,16 @@ def test_steps_that_wandb_has_passed_are_kept_after_its_last(tmp_path: Path) -> 
     ]  # fmt: skip
 
 
-class Broken(Logger):
-    name = version = "broken"
-
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        raise MemoryError
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        raise AssertionError("it was left out")
-
-
-def test_a_tracker_whose_end_is_broken_too_ends_no_run() -> None:
-    told: list[str] = []
-
-    def failed(tracker: Logger, error: Exception) -> None:
-        told.append(type(error).__name__)
-        raise BrokenPipeError
-
-    steady = Steady([Broken()], failed)
-    steady.log_metrics({"loss": 1.0})
-    steady.log_hyperparams({})
-    steady.finalize("success")
-    assert told == ["MemoryError"] and steady.trackers == []
-
-
 def test_a_login_is_found_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the file that NETRC names, and else in the home folder."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("NETRC", raising=False)
-    assert not _logged_in()
+    assert not logged_in()
     (tmp_path / "other").write_text("machine api.wandb.ai\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "other"))
-    assert _logged_in()
+    assert logged_in()
     (tmp_path / "other").write_text("machine example.org\n")
-    assert not _logged_in()
+    assert not logged_in()
     monkeypatch.delenv("NETRC")
     (tmp_path / ".netrc").write_text("machine api.wandb.ai\n")
-    assert _logged_in()
+    assert logged_in()
