@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trainer.__main__ import main
-from trainer.common.program import as_started, program
+from trainer.common.program import as_started, command_line, program
 from trainer.common.version import LIBRARIES, own_version
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -105,3 +105,24 @@ def test_version_of_what_is_not_installed(
     monkeypatch.setattr("trainer.common.version.LIBRARIES", ("no_such_library",))
     assert main(["-V"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "no_such_library is not installed"
+
+
+@pytest.mark.parametrize(
+    ("started", "wanted"),
+    [
+        ("/x/trainer/__main__.py", "python -m trainer fit recipe=lora 'preview.prompts=[a fox]'"),
+        (
+            "/usr/bin/attention-trainer",
+            "attention-trainer fit recipe=lora 'preview.prompts=[a fox]'",
+        ),
+        ("/x/pytest/__main__.py", None),
+        ("notebook.py", None),
+        ("", None),
+    ],
+)
+def test_a_command_can_be_typed_again(
+    started: str, wanted: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["fit", "recipe=lora", "preview.prompts=[a fox]"]
+    monkeypatch.setattr(sys, "argv", [started, *words])
+    assert command_line() == wanted

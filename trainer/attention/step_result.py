@@ -19,8 +19,8 @@ class StepResult:
 
     losses (b,) of each sample before the batch's own weights. x_t, output (b f, c, h, w): the noisy
     latents and what the denoiser answered. t (b f,): the timestep of each row. maps: attention maps
-    by name, where a task keeps them. convert: from output, x_t and t to x0. levels (b,): the share of
-    the range of timesteps that each sample is at, in [0, 1), where a task has such a range.
+    by name, where a task keeps them. convert: from output, x_t and t to x0. levels (b,): at which
+    share of the range of timesteps each sample is, in [0, 1), where a task has such a range.
     """
 
     losses: Tensor

@@ -2,10 +2,10 @@
 the device's rate that they are (MFU, arXiv 2204.02311, appendix B).
 
 A matrix product of n multiply-adds has 2 n floating point operations: 2 n in the forward, 2 n for
-the gradient of its input, 2 n for that of its weight. Counted is what is calculated, so a frozen
-layer has no gradient of its weight, and a layer before the first that trains has no backward: for an
-adapter 4 n to 2 n in place of the 6 n of full training. What checkpointing calculates again is no
-work of the model and is left out.
+the gradient of its input, 2 n for that of its weight. Counted is what is calculated: a frozen layer
+has no gradient of its weight, and a layer before the first that trains has no backward. So a step
+of an adapter has 2 n to 4 n in place of the 6 n of full training. What checkpointing calculates
+again is no work of the model and is left out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
 
 
 def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+    return sdpa_backward_flop_count(*(each.shape for each in (grad, q, k, v)))
 
 
 FORMULAS: Mapping[Any, Callable[..., int]] = {
@@ -67,8 +67,8 @@ def calculated_again() -> bool:
     return torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
 
 
-# of one GPU with dense matrices, where Lightning's table has another: its H100 NVL is of a pair, and
-# its H200 rounded up; the rate of the data sheets, without sparsity
+# of the data sheets, for one GPU and dense matrices, where Lightning's table has another rate: that
+# of a pair for the H100 NVL, and that of sparse matrices for the H200
 DENSE: Mapping[str, Mapping[torch.dtype, float]] = {
     "h100 nvl": {torch.bfloat16: 835e12, torch.float16: 835e12},
     "h200 nvl": {torch.bfloat16: 835e12, torch.float16: 835e12},

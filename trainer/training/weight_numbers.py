@@ -25,8 +25,8 @@ def sampled(values: Mapping[str, Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def update_ratio(before: list[Tensor], now: Mapping[str, Tensor]) -> float | None:
-    """|w_after - w_before| / |w_before| over all of them, on the values of `sampled`; None where the
-    weights were 0."""
+    """|w_after - w_before| / |w_before| over all of them, of the values of `sampled`; None where
+    all were 0."""
     after = sampled(now)
     moved = _norm([b.float() - a.float() for a, b in zip(before, after, strict=True)])
     size = _norm(before)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from commands import command
@@ -19,7 +20,13 @@ from torch import nn
 from trainer.__main__ import main
 from trainer.training.callbacks import hang as hang_file
 from trainer.training.callbacks.hang import HangGuard
-from trainer.training.callbacks.metrics import Measured, Metrics, group_names, memory_so_far
+from trainer.training.callbacks.metrics import (
+    Measured,
+    Metrics,
+    group_names,
+    memory_so_far,
+    with_loss,
+)
 from trainer.training.module import DiffusionModule
 from trainer.training.optim import Optim, make_optimizer
 from trainer.training.trackers.tracker import MetricsFile
@@ -155,15 +162,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_speed_counts_the_time_of_steps_alone(clock: list[float], tmp_path: Path) -> None:
     """Batches of 6 clips: data and steps count, a preview, a save and a validation do not."""
-    hang, watch = HangGuard({}, tmp_path), SimpleNamespace(norm=torch.tensor(3.0))
-    metrics = Metrics(2, Measured(6, "clips"), hang=hang, watch=watch)  # type: ignore[arg-type]
+    hang, watch = HangGuard({}, tmp_path), SimpleNamespace(norm=torch.tensor(3.0), spent=2)
+    metrics = Metrics(2, Measured(6, "clips", 9), hang=hang, watch=watch)  # type: ignore[arg-type]
+    module = Nothing()
     record: Logger = MetricsFile(tmp_path)
 
     def after(step: int) -> Any:
         return SimpleNamespace(
             global_step=step, max_steps=5, is_global_zero=True, loggers=[record],
             strategy=SimpleNamespace(root_device=torch.device("cpu")),
-            callback_metrics={"train/loss": torch.tensor(0.5)},
+            callback_metrics={"train/loss": torch.tensor(0.5 * step)},
         )  # fmt: skip
 
     for step in (1, 2, 3, 4, 5):
@@ -171,8 +179,8 @@ def test_speed_counts_the_time_of_steps_alone(clock: list[float], tmp_path: Path
         clock[0] += 1
         hang.enter("step")
         clock[0] += step
-        metrics.on_train_batch_end(after(step - 1), None)  # type: ignore[arg-type]
-        metrics.on_train_batch_end(after(step), None)  # type: ignore[arg-type]
+        metrics.on_train_batch_end(after(step - 1), module)
+        metrics.on_train_batch_end(after(step), module)
         with hang.inside("preview"):
             clock[0] += 50
         hang.enter("validate")
@@ -182,6 +190,55 @@ def test_speed_counts_the_time_of_steps_alone(clock: list[float], tmp_path: Path
         (1, 6 / 2), (2, 6 / 3), (4, 12 / 9), (5, 6 / 6)
     ]  # fmt: skip
     assert {row["train/grad_norm"] for row in rows} == {3.0}
+    assert [row["time/data_ms"] for row in rows] == [1000.0] * 4
+    assert [row["data/samples"] for row in rows] == [6, 12, 24, 30]
+    assert [row["data/passes"] for row in rows] == pytest.approx([6 / 9, 12 / 9, 24 / 9, 30 / 9])
+    assert {row["data/skipped_steps"] for row in rows} == {2}
+    smooth = [0.5, 0.98 * 0.5 + 0.02 * 1.0]
+    for step in (3, 4, 5):
+        smooth.append(0.98 * smooth[-1] + 0.02 * 0.5 * step)
+    shown = [row["train/loss_smooth"] for row in rows]
+    assert shown == pytest.approx([smooth[0], smooth[1], smooth[3], smooth[4]])
+
+
+class Nothing(DiffusionModule):
+    """A module without parameters and without losses."""
+
+    def __init__(self) -> None:
+        lightning.LightningModule.__init__(self)
+        self.trained, self.losses = (), None
+
+
+def test_a_loss_that_is_not_finite_does_not_smooth() -> None:
+    before = torch.tensor(1.0)
+    assert with_loss(before, torch.tensor(float("nan"))) == 1.0
+    assert with_loss(None, torch.tensor(3.0)) == 3.0
+
+
+def test_what_a_run_logs_of_its_weights_and_its_work(resumed: tuple[Path, str]) -> None:
+    """Of LoRA and a word: norms by block, the parts of a step, and what was counted."""
+    run, _ = resumed
+    rows = [line for line in logged(run) if "train/loss" in line]
+    blocks = [name.removeprefix("weight_norm/") for name in rows[0] if "weight_norm/" in name]
+    assert {"unet.down_blocks.0", "unet.mid_block.attentions.0", "unet.up_blocks.1"} <= set(blocks)
+    assert any(block.startswith("text_encoder.") for block in blocks) and len(blocks) < 10
+    for row in rows:
+        assert 0 < row["train/update_ratio"] < 1
+        assert row["train/model_tflops"] > 0 and "train/mfu" not in row  # of a CPU it is not known
+        parts = [row[f"time/{part}_ms"] for part in ("data", "forward", "backward", "optimizer")]
+        assert all(part > 0 for part in parts)
+        whole = 1000 * 4 / row["train/images_per_second"]  # of a step, two batches of two
+        assert sum(parts) == pytest.approx(whole, rel=0.2)
+        assert any(re.fullmatch(r"train/loss_t\d{3}", name) for name in row)
+    assert [row["data/samples"] for row in rows] == [4, 8, 16, 20]
+    assert [row["data/passes"] for row in rows] == [0.5, 1, 2, 2.5]
+
+
+def test_a_run_has_its_page(resumed: tuple[Path, str]) -> None:
+    run, _ = resumed
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert "finished after 5 steps" in text and "Norm of the trained weights by block" in text
+    assert re.findall(r"each step|<h3>(a \w+)</h3>", text) == ["a fox", "a cat"]
 
 
 def test_memory_is_the_largest_resident_set() -> None:
@@ -189,7 +246,7 @@ def test_memory_is_the_largest_resident_set() -> None:
     if not status.is_file():
         pytest.skip("the system does not say")
     most = float(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0])
-    assert memory_so_far(torch.device("cpu")) == pytest.approx(most / 1024, rel=0.05)
+    assert memory_so_far(torch.device("cpu"))["peak"] == pytest.approx(most / 1024, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -222,4 +279,4 @@ def test_the_memory_of_a_process_is_in_mib(
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=used))
-    assert memory_so_far(torch.device("cpu")) == 3.0
+    assert memory_so_far(torch.device("cpu")) == {"peak": 3.0}

@@ -44,7 +44,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Chart:
+class PageChart:
     """Curves over common steps. note: what is not shown."""
 
     title: str
@@ -73,7 +73,7 @@ class Chart:
         }
 
 
-def charts_of(curves: Mapping[str, Curve]) -> list[Chart]:
+def charts_of(curves: Mapping[str, Curve]) -> list[PageChart]:
     """The charts of a run: those of `GROUPS`, and one for each number beside them."""
     left, found = dict(curves), []
     for title, unit, pattern in GROUPS:
@@ -86,7 +86,7 @@ def charts_of(curves: Mapping[str, Curve]) -> list[Chart]:
 
 def chart(
     title: str, curves: Mapping[str, Curve], unit: str = "", *, points: int = POINTS
-) -> Chart | None:
+) -> PageChart | None:
     """One chart of curves by name, each of so many points at most; None where no value is
     known."""
     known = {
@@ -100,7 +100,7 @@ def chart(
     steps = sorted({step for name in chosen for step in known[name]})
     lines = [Line(name, [_short(known[name].get(step)) for step in steps]) for name in chosen]
     note = f"{len(chosen)} of {len(known)} are shown" if len(chosen) < len(known) else ""
-    return Chart(title, unit, steps, lines=lines, note=note)
+    return PageChart(title, unit, steps, lines=lines, note=note)
 
 
 def spread(values: Sequence[Any], most: int) -> list[Any]:

@@ -96,7 +96,8 @@ def _prompts(places: Mapping[int, Path]) -> Iterator[Previewed]:
         heat = {step: small for step, path in drawn.items() if (small := _small(path))}
         if shown:
             last = own[max(shown)]
-            yield Previewed(_prompt(last), shown, heat, _words(drawn[max(heat)]) if heat else "")
+            words = _words(drawn[max(heat)]) if heat else ""
+            yield Previewed(_prompt(last), shown, heat, words=words)
 
 
 def _prompt(path: Path) -> str:

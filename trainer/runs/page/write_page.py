@@ -19,9 +19,9 @@ from markupsafe import Markup
 from trainer.common.score_names import is_share
 from trainer.common.version import name_and_version
 from trainer.runs.page.charts import charts_of
+from trainer.runs.page.comparison import beside_each_other
 from trainer.runs.page.record import RunRecord, read_record, records_in
 from trainer.runs.page.shown_previews import Previews, previews_of
-from trainer.runs.page.side_by_side import compared
 from trainer.runs.run_folder import write_text
 
 REPORT = "report.html"
@@ -89,7 +89,7 @@ def run_page(run: RunRecord) -> str:
 
 def comparison_page(root: Path, runs: Sequence[RunRecord], said: Sequence[str]) -> str:
     """The HTML of several runs."""
-    table = compared(runs)
+    table = beside_each_other(runs)
     data = {"charts": [each.data for each in table.charts], "best": table.best}
     title = f"{len(runs)} runs in {root.resolve().name}"
     return _rendered("compare.html.j2", data, title=title, table=table, said=said)

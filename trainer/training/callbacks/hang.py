@@ -37,20 +37,26 @@ class HangGuard(lightning.Callback):
     def __init__(self, limits: Mapping[str, float], folder: Path) -> None:
         self.limits, self.folder = {**LIMITS, **limits}, folder
         self.now = ("data", time.monotonic())  # the section, and since when
-        self._trained = 0.0  # seconds in sections of `TRAINING` that were left
+        self._spent = dict.fromkeys(TRAINING, 0.0)  # seconds in these, when they were left
         self._ended: threading.Event | None = None
 
     def enter(self, section: str) -> None:
         """Starts the clock of a section."""
-        self._trained = self.trained()
+        before, _ = self.now
+        if before in TRAINING:
+            self._spent[before] = self.spent(before)
         self.now = (section, time.monotonic())
 
     def trained(self) -> float:
         """The seconds that batches and steps have taken until now, without validation, saves and
         previews."""
-        section, since = self.now
-        present = time.monotonic() - since if section in TRAINING else 0.0
-        return self._trained + present
+        return sum(map(self.spent, TRAINING))
+
+    def spent(self, section: str) -> float:
+        """The seconds in one of `TRAINING` until now."""
+        now, since = self.now
+        present = time.monotonic() - since if now == section else 0.0
+        return self._spent[section] + present
 
     @contextmanager
     def inside(self, section: str) -> Iterator[None]:

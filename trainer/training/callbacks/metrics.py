@@ -2,12 +2,24 @@
 were done when it was measured, as in the names of checkpoints and previews.
 
     train/loss                 of the step's last batch, the mean over all ranks
+    train/loss_smooth          the same, smoothed over about 50 steps; anew after a resume
+    train/loss_t062 ...        of each eighth of the timesteps, since the line before, see
+                               `loss_bins.py`
     train/grad_norm            of all gradients together, before they are clipped
+    train/update_ratio         how far the step has moved the weights, as a share of them
+    weight_norm/<block>        of the weights that train, see `weight_numbers.py`
+    time/data_ms, forward_ms, backward_ms, optimizer_ms
+                               of a step, its mean since the line before
+    train/model_tflops         a second over all ranks, see `flops.py`; not of compiled models
+    train/mfu                  the share of the devices' rate that these are, where it is known
+    data/samples, passes       seen so far; passes over the data where they can be counted
+    data/skipped_steps         left out because something was not finite, so far
     train/images_per_second    over all ranks, since the line before; validation, saves and previews
                                are left out. clips_ or samples_ where the data are no pictures
     train/peak_memory_mib      at most so far: on CUDA what torch has allocated, elsewhere the
                                resident set of the process, except on Windows; the largest of all
                                ranks
+    train/reserved_memory_mib  on CUDA, what torch has taken from the device at most so far
     train/effective_lr         where the optimiser finds it, see `optim.effective_lr`
     lr/<methods>               of each group of parameters, in the step
     val/loss, val/loss_t062    see `DiffusionModule.on_validation_epoch_end`
@@ -22,28 +34,36 @@ from typing import Any
 
 import lightning
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.training.callbacks.hang import HangGuard
 from trainer.training.callbacks.nonfinite_and_signals import StepChecks
 from trainer.training.distributed import largest
+from trainer.training.flops import FlopCount, peak_rate
+from trainer.training.loss_bins import LossBins
 from trainer.training.module import DiffusionModule
 from trainer.training.optim import effective_lr, lr_of_step
+from trainer.training.step_clock import StepClock
 from trainer.training.trackers.make_trackers import log_metrics, log_settings
+from trainer.training.weight_numbers import block_norms, sampled, update_ratio
 
 LOSSES = ("train/loss", "val/loss")
+KEPT = 0.98  # of the smoothed loss, at each step
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What is measured of a run. samples: how many one optimiser step has, over all ranks; what:
-    their name, as in images; owners: the parameters that each method trains, by their names;
-    settings: of `flat_settings`."""
+    """What is measured of a run. samples: how many one optimiser step has, over all ranks; count:
+    how many the data have, None where that is not known; what: their name, as in images; owners:
+    the parameters that each method trains, by their names; settings: of `flat_settings`; counts:
+    whether operations are counted, which a compiled model does not allow."""
 
     samples: int
     what: str = "images"
+    count: int | None = None
     owners: Mapping[str, Sequence[str]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    counts: bool = True
 
 
 class Metrics(lightning.Callback):
@@ -60,18 +80,35 @@ class Metrics(lightning.Callback):
         self.lrs: list[float] = []
         self.effective: float | None = None
         self.seen = self.logged = 0
-        self.trained = 0.0
+        self.trained = self.waited = 0.0
+        self.bins = LossBins()
+        self.smooth: Tensor | None = None
+        self.clock = StepClock(cuda=False)
+        self.weights: list[Tensor] | None = None  # before a step that is logged
+        self.flops = StepFlops(measured.counts)
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         assert isinstance(pl_module, DiffusionModule)
         self.seen = self.logged = trainer.global_step
-        self.trained = self.hang.trained()
+        self.trained, self.waited = self.hang.trained(), self.hang.spent("data")
+        self.clock = StepClock(trainer.strategy.root_device.type == "cuda")
         named, owners = pl_module.trainable(), self.measured.owners
         self.names = group_names(trainer.optimizers[0], named, owners=owners)
         if trainer.is_global_zero:
             log_settings(trainer, self.measured.settings, LOSSES)
+
+    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
+        self.flops.begin()
+        self.clock.begin()
+
+    def on_before_backward(self, *_: Any, **__: Any) -> None:
+        self.clock.mark()
+
+    def on_after_backward(self, *_: Any, **__: Any) -> None:
+        self.clock.mark()
+        self.flops.end()
 
     def on_before_optimizer_step(
         self,
@@ -80,18 +117,32 @@ class Metrics(lightning.Callback):
         optimizer: torch.optim.Optimizer,
     ) -> None:
         """Right after the step the groups have the lr of the next one."""
+        assert isinstance(pl_module, DiffusionModule)
         self.lrs = [lr_of_step(group) for group in optimizer.param_groups]
         self.effective = effective_lr(optimizer)
+        if self._due(trainer, trainer.global_step + 1):
+            self.weights = sampled(pl_module.trainable())
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any, **__: Any
     ) -> None:
+        assert isinstance(pl_module, DiffusionModule)
+        self.clock.mark()
+        if pl_module.losses is not None and pl_module.losses[1] is not None:
+            self.bins.add(pl_module.losses[0], pl_module.losses[1])
         step = trainer.global_step
         if step == self.seen:
             return  # a micro-batch in the middle of an accumulated step
         self.seen = step
-        if step == 1 or step % self.every == 0 or step == trainer.max_steps:
-            log_metrics(trainer, self._measure(trainer))
+        self.smooth = with_loss(self.smooth, trainer.callback_metrics["train/loss"])
+        if self._due(trainer, step):
+            log_metrics(trainer, self._measure(trainer, pl_module))
+
+    def on_exception(self, *_: Any) -> None:
+        self.flops.end()  # it may have been in the middle of a batch
+
+    def _due(self, trainer: lightning.Trainer, step: int) -> bool:
+        return step == 1 or step % self.every == 0 or step == trainer.max_steps
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -104,24 +155,85 @@ class Metrics(lightning.Callback):
         if found and pl_module.val_problem is None:
             log_metrics(trainer, found)
 
-    def _measure(self, trainer: lightning.Trainer) -> dict[str, float]:
+    def _measure(self, trainer: lightning.Trainer, module: DiffusionModule) -> dict[str, float]:
         """The numbers of the step that was just done. Every rank must call this."""
         device, trained = trainer.strategy.root_device, self.hang.trained()
-        samples = (self.seen - self.logged) * self.measured.samples
-        found = {
-            "train/loss": float(trainer.callback_metrics["train/loss"]),
-            f"train/{self.measured.what}_per_second": samples / max(trained - self.trained, 1e-9),
-            **{f"lr/{name}": lr for name, lr in zip(self.names, self.lrs, strict=True)},
-        }
-        if (memory := memory_so_far(device)) is not None:
-            most = largest(torch.tensor(memory, device=device))
-            found["train/peak_memory_mib"] = float(most)
+        steps, seconds = self.seen - self.logged, max(trained - self.trained, 1e-9)
+        found = {"train/loss": float(trainer.callback_metrics["train/loss"])}
+        if self.smooth is not None:
+            found["train/loss_smooth"] = float(self.smooth)
+        found |= self.bins.take()
+        found[f"train/{self.measured.what}_per_second"] = steps * self.measured.samples / seconds
+        found |= {f"lr/{name}": lr for name, lr in zip(self.names, self.lrs, strict=True)}
+        found |= self._weights(module) | self._times(steps) | self._counts()
+        found |= self.flops.numbers(trainer, module, seconds / steps)
+        for name, own in memory_so_far(device).items():
+            found[f"train/{name}_memory_mib"] = float(largest(torch.tensor(own, device=device)))
         if self.watch.norm is not None:
             found["train/grad_norm"] = float(self.watch.norm)
         if self.effective is not None:
             found["train/effective_lr"] = self.effective
         self.logged, self.trained = self.seen, trained
         return found
+
+    def _weights(self, module: DiffusionModule) -> dict[str, float]:
+        named = module.trainable()
+        found = {f"weight_norm/{block}": norm for block, norm in block_norms(named).items()}
+        ratio = None if self.weights is None else update_ratio(self.weights, named)
+        self.weights = None
+        return found if ratio is None else {"train/update_ratio": ratio, **found}
+
+    def _times(self, steps: int) -> dict[str, float]:
+        waited = self.hang.spent("data")
+        parts = {"data": waited - self.waited, **self.clock.take()}
+        self.waited = waited
+        return {f"time/{part}_ms": 1000 * own / steps for part, own in parts.items()}
+
+    def _counts(self) -> dict[str, float]:
+        samples = self.seen * self.measured.samples
+        found = {"data/samples": float(samples), "data/skipped_steps": float(self.watch.spent)}
+        if self.measured.count:
+            found["data/passes"] = samples / self.measured.count
+        return found
+
+
+def with_loss(before: Tensor | None, loss: Tensor) -> Tensor:
+    """The moving average of losses with one more; one that is not finite changes nothing. It stays
+    on its device: nothing waits for it."""
+    own = loss.detach().float()
+    if before is None:
+        return own
+    return torch.where(torch.isfinite(own), before.lerp(own, 1 - KEPT), before)
+
+
+class StepFlops:
+    """The operations of the first batch of this process, and what follows from them for later
+    steps."""
+
+    def __init__(self, wanted: bool) -> None:
+        self.counting = FlopCount() if wanted else None
+        self.begun = False
+        self.batch: int | None = None  # operations of one batch of one rank
+
+    def begin(self) -> None:
+        if self.counting is not None and not self.begun:
+            self.begun = True
+            self.counting.begin()
+
+    def end(self) -> None:
+        if self.counting is not None and self.begun:
+            self.batch, self.counting = self.counting.end(), None
+
+    def numbers(
+        self, trainer: lightning.Trainer, module: DiffusionModule, seconds: float
+    ) -> dict[str, float]:
+        """seconds: of a step."""
+        if not self.batch:
+            return {}
+        rate = self.batch * trainer.accumulate_grad_batches / seconds  # of a rank
+        found = {"train/model_tflops": rate * trainer.world_size / 1e12}
+        peak = peak_rate(trainer.strategy.root_device, module.backbone.computes_in)
+        return found if peak is None else {**found, "train/mfu": rate / peak}
 
 
 def group_names(
@@ -146,14 +258,20 @@ def group_names(
     ]
 
 
-def memory_so_far(device: torch.device) -> float | None:
-    """In MiB, of this process so far: on CUDA what torch has allocated at most, elsewhere the
-    largest resident set; None where the system does not say."""
+def memory_so_far(device: torch.device) -> dict[str, float]:
+    """In MiB, of this process at most so far. On CUDA `peak`, what torch has allocated, and
+    `reserved`, what it has taken from the device; elsewhere `peak`, the resident set; nothing where
+    the system does not say."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        taken = {
+            "peak": torch.cuda.max_memory_allocated(device),
+            "reserved": torch.cuda.max_memory_reserved(device),
+        }
+        return {name: own / 2**20 for name, own in taken.items()}
     try:
         import resource
     except ImportError:  # on Windows
-        return None
+        return {}
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
+    # bytes on macOS, KiB elsewhere
+    return {"peak": used / (2**20 if sys.platform == "darwin" else 2**10)}

@@ -32,8 +32,8 @@ from trainer.training.callbacks.side_work import SideWork
 from trainer.training.console import problem_of
 from trainer.training.distributed import value_of_first
 from trainer.training.module import DiffusionModule
+from trainer.training.prompt_word_maps import WordPlaces, map_sites, word_places, write_word_maps
 from trainer.training.trackers.make_trackers import log_clip, log_pictures
-from trainer.training.word_maps import WordPlaces, map_sites, word_places, write_word_maps
 
 GRID = "grid.png"
 CELL = 256  # pixels of a picture's longer side in the grid, at most

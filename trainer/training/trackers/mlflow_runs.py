@@ -52,7 +52,9 @@ class MlflowTracker(PlainTracker):
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
-        own = [Metric(name, value, now, step or 0) for name, value in metrics.items()]
+        own = [
+            Metric(name, value, timestamp=now, step=step or 0) for name, value in metrics.items()
+        ]
         self.client.log_batch(self.experiment.info.run_id, metrics=own)
 
     def log_settings(self, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from trainer.diffusion.sampling_settings import Sampling
 from trainer.ops.attention_maps import MapStore
 from trainer.training.callbacks.preview import Preview
-from trainer.training.word_maps import SHOWN, map_sites, word_places, write_word_maps
+from trainer.training.prompt_word_maps import SHOWN, map_sites, word_places, write_word_maps
 
 PROMPTS = ["a fox on a blue background", "a cat"]
 

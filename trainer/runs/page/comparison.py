@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.common.score_names import better
-from trainer.runs.page.charts import POINTS, Chart, chart
+from trainer.runs.page.charts import POINTS, PageChart, chart
 from trainer.runs.page.record import RunRecord
 
 UNLIKE_ALWAYS = ("run.id", "run.out")
@@ -24,7 +24,7 @@ LONG = 80  # letters of a value in the table
 
 
 @dataclass(frozen=True)
-class Row:
+class RunRow:
     """One run in the table. values: the text of each column."""
 
     name: str
@@ -39,13 +39,13 @@ class Compared:
 
     names: Sequence[str]
     columns: Sequence[str]
-    runs: Sequence[Row]
+    runs: Sequence[RunRow]
     differences: Sequence[tuple[str, Sequence[str]]]
     best: Mapping[str, Sequence[tuple[str, float]]]
-    charts: Sequence[Chart]
+    charts: Sequence[PageChart]
 
 
-def compared(runs: Sequence[RunRecord]) -> Compared:
+def beside_each_other(runs: Sequence[RunRecord]) -> Compared:
     """What a page says of several runs."""
     names = short_names(runs)
     own = list(zip(names, runs, strict=True))
@@ -77,9 +77,9 @@ def short_names(runs: Sequence[RunRecord]) -> list[str]:
     return names
 
 
-def _row(name: str, run: RunRecord) -> Row:
+def _row(name: str, run: RunRecord) -> RunRow:
     trained = run.plan.get("trained")
-    return Row(
+    return RunRow(
         name,
         [
             run.state,
@@ -98,7 +98,7 @@ def _last(run: RunRecord, number: str) -> str:
 
 def last_values(run: RunRecord) -> dict[str, float]:
     """The last known value of each logged number, and the scores of the adapter."""
-    found = {}
+    found: dict[str, float] = {}
     for number, curve in run.curves.items():
         known = [value for value in curve.values() if value is not None]
         found |= {number: known[-1]} if known else {}
@@ -116,7 +116,7 @@ def way(number: str) -> int:
 def best_by(numbers: Mapping[str, Mapping[str, float]]) -> dict[str, list[tuple[str, float]]]:
     """The runs by each number that has a better way and that two of them know, the best first."""
     every = dict.fromkeys(number for own in numbers.values() for number in own)
-    found = {}
+    found: dict[str, list[tuple[str, float]]] = {}
     for number in filter(way, every):
         known = [(name, own[number]) for name, own in numbers.items() if number in own]
         if len(known) > 1:

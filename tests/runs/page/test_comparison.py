@@ -6,8 +6,8 @@ from pathlib import Path
 
 from made_runs import made_run
 
+from trainer.runs.page.comparison import beside_each_other, best_by, short_names, way
 from trainer.runs.page.record import read_record
-from trainer.runs.page.side_by_side import best_by, compared, short_names, way
 
 
 def test_the_best_is_the_first_by_the_way_of_each_number() -> None:
@@ -31,7 +31,7 @@ def test_what_differs_is_listed_and_nothing_else(tmp_path: Path) -> None:
     two = made_run(tmp_path / "dora" / "x", lr=1e-3, steps=20)
     text = (two / "recipe.yaml").read_text(encoding="utf-8")
     (two / "recipe.yaml").write_text(text.replace("rank: 4", "alpha: 2"), encoding="utf-8")
-    table = compared([read_record(one), read_record(two)])
+    table = beside_each_other([read_record(one), read_record(two)])
     assert list(table.differences) == [
         ("methods.lora.alpha", ["-", "2"]),
         ("methods.lora.rank", ["4", "-"]),
