@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import _scale_data
+import _scale_watching
 from _common import Bars, chosen_of, parser_of
 from _scale_ranks import losses, sharded_bytes
 from _scale_slurm import slurm
@@ -22,6 +23,7 @@ PARTS: dict[str, Callable[[Bars], None]] = {
     "losses": losses,
     "sharded_bytes": sharded_bytes,
     "slurm": slurm,
+    **_scale_watching.PARTS,
 }
 
 
