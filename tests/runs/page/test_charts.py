@@ -14,7 +14,7 @@ def test_numbers_stand_with_their_like() -> None:
     )  # fmt: skip
     made = charts_of({name: {1: 0.5} for name in names})
     assert [(each.title, [line.name for line in each.lines]) for each in made] == [
-        ("Loss", ["val/loss", "train/loss", "train/loss_smooth"]),
+        ("Loss", ["train/loss", "train/loss_smooth", "val/loss"]),
         ("Training loss by timestep", ["train/loss_t062"]),
         ("Held-out loss by timestep", ["val/loss_t062"]),
         ("Norm of the gradients", ["train/grad_norm"]),

@@ -77,7 +77,7 @@ def charts_of(curves: Mapping[str, Curve]) -> list[PageChart]:
     """The charts of a run: those of `GROUPS`, and one for each number beside them."""
     left, found = dict(curves), []
     for title, unit, pattern in GROUPS:
-        own = {name: left.pop(name) for name in list(left) if re.fullmatch(pattern, name)}
+        own = {name: left.pop(name) for name in sorted(left) if re.fullmatch(pattern, name)}
         if (made := chart(title, own, unit)) is not None:
             found.append(made)
     rest = (chart(name, {name: curve}) for name, curve in left.items())
