@@ -15,25 +15,27 @@ class LossBins:
     were last asked for. Nothing is copied from the device before that."""
 
     def __init__(self) -> None:
-        self.sums: Tensor | None = None
+        self.batches: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, losses: Tensor, levels: Tensor) -> None:
+        """Of one batch."""
+        self.batches.append((losses.detach(), levels))
 
     @torch.no_grad()
-    def add(self, losses: Tensor, levels: Tensor) -> None:
-        """Of one batch; those that are not finite are left out."""
-        if self.sums is None:
-            self.sums = torch.zeros((2, len(QUANTILES)), device=losses.device)
-        own, bins = losses.detach().float(), (levels * len(QUANTILES)).long()
-        bins = bins.clamp(0, len(QUANTILES) - 1).to(own.device)
-        good = torch.isfinite(own)
-        self.sums[0].index_add_(0, bins, torch.where(good, own, 0))
-        self.sums[1].index_add_(0, bins, good.float())
-
     def take(self) -> dict[str, float]:
-        """The means over all ranks, of the bins that had a sample. Every rank must call this."""
-        if self.sums is None:
+        """The means over all ranks, of the bins that had a sample; losses that are not finite are
+        left out. Every rank must call this."""
+        if not self.batches:
             return {}
-        totals, counts = summed(self.sums).tolist()
-        self.sums = None
+        losses = torch.cat([own.float() for own, _ in self.batches])
+        levels = torch.cat([own.to(losses) for _, own in self.batches])
+        self.batches = []
+        bins = (levels * len(QUANTILES)).long().clamp(0, len(QUANTILES) - 1)
+        good = torch.isfinite(losses)
+        sums = torch.zeros((2, len(QUANTILES)), device=losses.device)
+        sums[0].index_add_(0, bins, torch.where(good, losses, 0))
+        sums[1].index_add_(0, bins, good.float())
+        totals, counts = summed(sums).tolist()
         return {
             f"train/loss_t{round(level * 1000):03d}": total / count
             for level, total, count in zip(QUANTILES, totals, counts, strict=True)

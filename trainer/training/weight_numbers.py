@@ -28,6 +28,8 @@ def update_ratio(before: list[Tensor], now: Mapping[str, Tensor]) -> float | Non
     """|w_after - w_before| / |w_before| over all of them, of the values of `sampled`; None where
     all were 0."""
     after = sampled(now)
+    if not before:
+        return None
     moved = _norm([b.float() - a.float() for a, b in zip(before, after, strict=True)])
     size = _norm(before)
     return moved / size if size > 0 else None
@@ -36,10 +38,11 @@ def update_ratio(before: list[Tensor], now: Mapping[str, Tensor]) -> float | Non
 @torch.no_grad()
 def block_norms(values: Mapping[str, Tensor]) -> dict[str, float]:
     """The norm of all weights of each block."""
-    blocks: dict[str, list[Tensor]] = {}
-    for name, value in values.items():
-        blocks.setdefault(block_of(name), []).append(value.detach())
-    return {block: _norm(own) for block, own in blocks.items()}
+    squares: dict[str, float] = {}
+    for name, norm in zip(values, _norms(list(values.values())), strict=True):
+        block = block_of(name)
+        squares[block] = squares.get(block, 0.0) + norm**2
+    return {block: square**0.5 for block, square in squares.items()}
 
 
 def block_of(name: str) -> str:
@@ -49,6 +52,14 @@ def block_of(name: str) -> str:
     return found[1] if found else ".".join(name.split(".")[:2])
 
 
+def _norms(values: list[Tensor]) -> list[float]:
+    """Of each tensor, calculated together and read at once."""
+    if not values:
+        return []
+    norms = torch._foreach_norm([value.detach().float() for value in values])
+    return [float(norm) for norm in torch.stack(norms).tolist()]
+
+
 def _norm(values: list[Tensor]) -> float:
-    norms = [torch.linalg.vector_norm(value.float()) for value in values]
-    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+    """Of all tensors together."""
+    return sum(norm**2 for norm in _norms(values)) ** 0.5

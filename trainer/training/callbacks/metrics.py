@@ -76,6 +76,7 @@ class Metrics(lightning.Callback):
         self, every: int, measured: Measured, *, hang: HangGuard, watch: StepChecks
     ) -> None:
         self.every, self.measured, self.hang, self.watch = every, measured, hang, watch
+        self.named: Mapping[str, nn.Parameter] = {}  # what trains; finding it takes a while
         self.names: list[str] = []
         self.lrs: list[float] = []
         self.effective: float | None = None
@@ -94,8 +95,8 @@ class Metrics(lightning.Callback):
         self.seen = self.logged = trainer.global_step
         self.trained, self.waited = self.hang.trained(), self.hang.spent("data")
         self.clock = StepClock(trainer.strategy.root_device.type == "cuda")
-        named, owners = pl_module.trainable(), self.measured.owners
-        self.names = group_names(trainer.optimizers[0], named, owners=owners)
+        self.named, owners = pl_module.trainable(), self.measured.owners
+        self.names = group_names(trainer.optimizers[0], self.named, owners=owners)
         if trainer.is_global_zero:
             log_settings(trainer, self.measured.settings, LOSSES)
 
@@ -117,11 +118,10 @@ class Metrics(lightning.Callback):
         optimizer: torch.optim.Optimizer,
     ) -> None:
         """Right after the step the groups have the lr of the next one."""
-        assert isinstance(pl_module, DiffusionModule)
-        self.lrs = [lr_of_step(group) for group in optimizer.param_groups]
-        self.effective = effective_lr(optimizer)
         if self._due(trainer, trainer.global_step + 1):
-            self.weights = sampled(pl_module.trainable())
+            self.lrs = [lr_of_step(group) for group in optimizer.param_groups]
+            self.effective = effective_lr(optimizer)
+            self.weights = sampled(self.named)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any, **__: Any
@@ -165,7 +165,7 @@ class Metrics(lightning.Callback):
         found |= self.bins.take()
         found[f"train/{self.measured.what}_per_second"] = steps * self.measured.samples / seconds
         found |= {f"lr/{name}": lr for name, lr in zip(self.names, self.lrs, strict=True)}
-        found |= self._weights(module) | self._times(steps) | self._counts()
+        found |= self._weights() | self._times(steps) | self._counts()
         found |= self.flops.numbers(trainer, module, seconds / steps)
         for name, own in memory_so_far(device).items():
             found[f"train/{name}_memory_mib"] = float(largest(torch.tensor(own, device=device)))
@@ -176,10 +176,9 @@ class Metrics(lightning.Callback):
         self.logged, self.trained = self.seen, trained
         return found
 
-    def _weights(self, module: DiffusionModule) -> dict[str, float]:
-        named = module.trainable()
-        found = {f"weight_norm/{block}": norm for block, norm in block_norms(named).items()}
-        ratio = None if self.weights is None else update_ratio(self.weights, named)
+    def _weights(self) -> dict[str, float]:
+        found = {f"weight_norm/{block}": norm for block, norm in block_norms(self.named).items()}
+        ratio = None if self.weights is None else update_ratio(self.weights, self.named)
         self.weights = None
         return found if ratio is None else {"train/update_ratio": ratio, **found}
 
