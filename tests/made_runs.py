@@ -39,6 +39,7 @@ def made_run(folder: Path, *, lr: float = 1e-4, steps: int = 40, better_by: floa
         row = {"step": step, "train/loss": loss, "train/loss_smooth": loss, "lr/lora": lr}
         rows.append({**row, "train/images_per_second": 7.0, "train/loss_t062": loss / 2})
         rows += [{"step": step, "val/loss": loss + 0.1}] if step > 1 else []
+    rows[-1][HOSTILE] = 1.0  # its name is in the data of the scripts
     lines_of(folder / "metrics.jsonl", rows)
     command = f"python -m trainer fit recipe=lora 'optim.lr={lr}' 'data.caption={HOSTILE}'"
     lines_of(

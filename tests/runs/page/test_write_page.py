@@ -107,7 +107,7 @@ def test_a_browser_shows_a_run(runs: Path) -> None:
     what users wrote stays text."""
     page = write_run_page(runs / "lora" / "one")
     seen = asked(page, PROBE, "--window-size=380,800")
-    assert seen["charts"] == seen["drawn"] == 4
+    assert seen["charts"] == seen["drawn"] == 5
     assert seen["fetched"] == [] and seen["evil"] == [0, "undefined"] and seen["loaded"]
     assert seen["moved"] and seen["at"] == "20" and seen["said"] == "step 20"
     assert seen["alt"] == "a fox, adapted, step 20"
@@ -146,7 +146,7 @@ def test_a_browser_compares_runs(runs: Path) -> None:
     assert seen["keys"] == ["optim.lr"]
     assert seen["first"].split("\n") == ["two: -0.025", "one: 0.025"]  # of the training loss
     assert seen["then"].split("\n") == ["two: 0.075", "one: 0.125"]
-    assert seen["drawn"] == 5
+    assert seen["drawn"] == 6
 
 
 def test_a_page_is_written_anew_and_no_other_file(runs: Path, tmp_path: Path) -> None:
