@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from trainer.training import weight_numbers
 from trainer.training.weight_numbers import block_norms, block_of, sampled, update_ratio
@@ -45,3 +49,30 @@ def test_norms_are_summed_by_block() -> None:
         "transformer.transformer_blocks.7"
     )
     assert block_norms({}) == {}
+
+
+def test_of_sharded_weights_all_parts_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one rank, whose part is the whole: what would be summed over the ranks are the squares of
+    the sharded tensors alone."""
+    told: list[list[float]] = []
+
+    def summed(own: torch.Tensor) -> torch.Tensor:
+        told.append(own.tolist())
+        return 4 * own  # as of four ranks with parts like this one's
+
+    monkeypatch.setattr(weight_numbers, "summed", summed)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'ranks'}", rank=0, world_size=1
+    )
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        part = distribute_tensor(torch.tensor([3.0, 4.0]), mesh, [Shard(0)])
+        values = {"a.b.1.w": part, "a.b.2.w": torch.tensor([2.0])}
+        assert block_norms(values) == {"a.b.1": 10.0, "a.b.2": 2.0}
+        assert told == [[25.0, 4.0]]
+        before = [torch.zeros(2), torch.tensor([1.0])]
+        assert update_ratio(before, values) == pytest.approx((4 * 25 + 1) ** 0.5)
+    finally:
+        torch.distributed.destroy_process_group()

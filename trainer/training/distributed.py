@@ -83,6 +83,11 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def is_sharded(value: Tensor) -> bool:
+    """Whether this rank has only a part of it."""
+    return isinstance(value, DTensor)
+
+
 def local_part(value: Tensor) -> Tensor:
     """This rank's part of a tensor that may be sharded, which shares its memory."""
     found: Tensor = value.to_local() if isinstance(value, DTensor) else value
