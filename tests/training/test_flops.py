@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.training.flops import FlopCount, peak_rate
+from trainer.training.flops import FlopCount, is_compiled, peak_rate
 
 ROWS, WIDE = 3, 5
 N = ROWS * WIDE * WIDE  # multiply-adds of a layer
@@ -77,6 +77,13 @@ def test_attention_and_convolutions_count(trains: bool) -> None:
             out.sum().backward()
     one = 2 * 8 * 3 * 9 * side * side
     assert count.total == (2 if trains else 1) * one
+
+
+def test_a_compiled_part_is_known() -> None:
+    layers = stack(True, True)
+    assert not is_compiled(layers)
+    layers[1].compile()
+    assert is_compiled(layers)
 
 
 def test_counting_changes_no_value() -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -59,6 +60,11 @@ class FlopCount(TorchDispatchMode):
         if formula is not None and not calculated_again():
             self.total += int(formula(*args, **(kwargs or {}), out_val=out))
         return out
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a part of a model is compiled: then its operations cannot be counted."""
+    return any(part._compiled_call_impl is not None for part in model.modules())
 
 
 def calculated_again() -> bool:

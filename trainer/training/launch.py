@@ -168,7 +168,6 @@ def measured_of(recipe: Recipe, train: Dataset, plan: Plan | None) -> Measured:
         owners={method: edit.trains for method, edit in edits.items() if edit.trains},
         settings=flat_settings(recipe),
         count=len(train),
-        counts=not run.compile,
     )
 
 

@@ -24,7 +24,7 @@ LONG = 80  # letters of a value in the table
 
 
 @dataclass(frozen=True)
-class RunRow:
+class ComparedRun:
     """One run in the table. values: the text of each column."""
 
     name: str
@@ -39,7 +39,7 @@ class Compared:
 
     names: Sequence[str]
     columns: Sequence[str]
-    runs: Sequence[RunRow]
+    runs: Sequence[ComparedRun]
     differences: Sequence[tuple[str, Sequence[str]]]
     best: Mapping[str, Sequence[tuple[str, float]]]
     charts: Sequence[PageChart]
@@ -77,9 +77,9 @@ def short_names(runs: Sequence[RunRecord]) -> list[str]:
     return names
 
 
-def _row(name: str, run: RunRecord) -> RunRow:
+def _row(name: str, run: RunRecord) -> ComparedRun:
     trained = run.plan.get("trained")
-    return RunRow(
+    return ComparedRun(
         name,
         [
             run.state,

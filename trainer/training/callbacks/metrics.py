@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from trainer.training.callbacks.hang import HangGuard
 from trainer.training.callbacks.nonfinite_and_signals import StepChecks
 from trainer.training.distributed import largest
-from trainer.training.flops import FlopCount, peak_rate
+from trainer.training.flops import FlopCount, is_compiled, peak_rate
 from trainer.training.loss_bins import LossBins
 from trainer.training.module import DiffusionModule
 from trainer.training.optim import effective_lr, lr_of_step
@@ -55,15 +55,14 @@ KEPT = 0.98  # of the smoothed loss, at each step
 class Measured:
     """What is measured of a run. samples: how many one optimiser step has, over all ranks; count:
     how many the data have, None where that is not known; what: their name, as in images; owners:
-    the parameters that each method trains, by their names; settings: of `flat_settings`; counts:
-    whether operations are counted, which a compiled model does not allow."""
+    the parameters that each method trains, by their names; settings: of
+    `flat_settings`."""
 
     samples: int
     what: str = "images"
     count: int | None = None
     owners: Mapping[str, Sequence[str]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
-    counts: bool = True
 
 
 class Metrics(lightning.Callback):
@@ -86,7 +85,7 @@ class Metrics(lightning.Callback):
         self.smooth: Tensor | None = None
         self.clock = StepClock(cuda=False)
         self.weights: list[Tensor] | None = None  # before a step that is logged
-        self.flops = StepFlops(measured.counts)
+        self.flops = StepFlops(False)
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -94,6 +93,7 @@ class Metrics(lightning.Callback):
         assert isinstance(pl_module, DiffusionModule)
         self.seen = self.logged = trainer.global_step
         self.trained, self.waited = self.hang.trained(), self.hang.spent("data")
+        self.flops = StepFlops(not is_compiled(pl_module.backbone.denoiser))
         self.clock = StepClock(trainer.strategy.root_device.type == "cuda")
         self.named, owners = pl_module.trainable(), self.measured.owners
         self.names = group_names(trainer.optimizers[0], self.named, owners=owners)
