@@ -25,10 +25,12 @@ from method_examples import EXAMPLES, IN_STACKS, tree_of
 from torch import Tensor
 
 from trainer.attention.context import StepContext, use
+from trainer.attention.hooks import SourceBranch
 from trainer.attention.op import Traits
 from trainer.common.lookup import method_files
 from trainer.config.load import methods_of
 from trainer.config.schema import RecipeError
+from trainer.diffusion.edit_source import EditSource, source_branch
 from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling_settings import Sampling
 from trainer.methods.apply import Plan, apply_methods, find_method, method_names
@@ -61,6 +63,7 @@ REPRESENTATIVES: dict[str, str | None] = {
     "coda_prompt": None,
     "full": "selective",
     "gated_linear": "agent_attention",
+    "gaussctrl": "diffumask",
     "longlora": None,
     "lora": "dora",
     "new_token": "word_embedding",
@@ -158,11 +161,30 @@ def predictions(backbone: Any, frames: int = 1) -> Tensor:
 
 
 def painted(backbone: Any, frames: int = 1) -> Tensor:
+    branch = source_branch(backbone)
     return sample(
         backbone,
-        ["a <v1> on a red background"],
-        [3],
+        ["a <v1> on a red background", "a fox on a red background"],
+        [3, 4],
         settings=Sampling(steps=2, guidance=3, frames=frames),
+        edited=None if branch is None else source_for(backbone, branch[1]),
+    )
+
+
+def source_for(backbone: Any, branch: SourceBranch) -> EditSource | None:
+    """What a method that edits a source may ask a user for."""
+    if branch.prompt is None:
+        return None
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., :8, :8] = 1
+    x = torch.randn(1, backbone.latent_channels, 8, 8, generator=torch.Generator().manual_seed(2))
+    known = {step: x / (step + 1) for step in range(3)} if branch.inverts or branch.refers else {}
+    return EditSource(
+        branch.prompt,
+        inverted=bool(known),
+        trajectory=known,
+        reference=known,
+        masks={"source": mask, "target": mask},
     )
 
 

@@ -40,9 +40,11 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer.attention.condition import Condition
     from trainer.attention.context import StepContext
     from trainer.attention.host import Host
     from trainer.attention.read_prompt import ReadPrompt
+    from trainer.attention.rows import Rows
     from trainer.attention.sites import Site
 
 # the aspect that a hook with `begin`, or with a source branch, claims
@@ -105,15 +107,21 @@ class Sampler(Protocol):
         """A mask (1, 1, H, W) of 0 to 1 that the user gave, of `source` or `target`."""
         ...
 
+    @property
+    def reference(self) -> Mapping[int, Tensor]:
+        """As `trajectory`, of a second picture that was inverted; empty without one."""
+        ...
+
     def read(self, prompt: str) -> ReadPrompt:
         """The words of a prompt, and their tokens."""
         ...
 
-    def replay(self, steps: Sequence[int]) -> None:
-        """Runs the network over the inverted source at these steps, in rows `source/cond` alone.
+    def replay(self, steps: Sequence[int], reference: bool = False) -> None:
+        """Runs the network over the inverted source at these steps, or over the reference, in rows
+        `source/cond` alone.
 
         Raises:
-            ValueError: the source was not inverted.
+            ValueError: it was not inverted.
         """
         ...
 
@@ -172,7 +180,9 @@ class SourceBranch:
     unconditional embedding of every step is optimised for an inverted source, 0 for none; replays:
     whether the rows of an inverted source are at each step the latents that inversion passed, not
     what sampling makes of the first; inverts: whether the source must have been inverted; masked:
-    whether it reads masks of the user's; guides: whether an inverted source is guided too."""
+    whether it reads masks of the user's; guides: whether an inverted source is guided too;
+    refers: whether it reads a second picture, inverted too; tells: what the source's rows are told,
+    made of what their prompt is encoded to."""
 
     prompt: str | None = None
     needed: bool = False
@@ -181,13 +191,16 @@ class SourceBranch:
     inverts: bool = False
     masked: bool = False
     guides: bool = False
+    refers: bool = False
+    tells: Callable[[Condition], Condition] | None = None
 
 
 @dataclass(frozen=True)
 class SamplingHook:
     """Any of the functions at the top of this file, and whether the source of an edit runs along.
     differentiates: whether `combine` takes gradients. shown: the masks and maps (rows, h, w) of 0
-    to 1 that the last sampling used, by a name each."""
+    to 1 that the last sampling used, by a name each. tells: what all rows are told, one for each
+    clip of each group, made of what their prompts are encoded to."""
 
     begin: Callable[[Tensor, Sampler], tuple[Tensor, int]] | None = None
     before_step: Callable[[Tensor, Predict, StepContext], Tensor] | None = None
@@ -198,3 +211,4 @@ class SamplingHook:
     close: Callable[[Sampler], None] | None = None
     source: SourceBranch | None = None
     shown: Callable[[], Mapping[str, Tensor]] | None = None
+    tells: Callable[[Condition, Rows], Condition] | None = None

@@ -27,13 +27,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from trainer.attention.hooks import SourceBranch
     from trainer.backbones.backbone import Backbone
     from trainer.cli.edit_options import EditOptions
-    from trainer.diffusion.image_edit import EditedPictures, EditJob
+    from trainer.diffusion.image_edit import EditedPictures, EditJob, Inverted
     from trainer.diffusion.sampling_settings import Sampling
     from trainer.methods.method import Method
 
-FILES = ("image", "mask", "target_mask")
+FILES = ("image", "mask", "target_mask", "reference")
 
 
 def written_edits(
@@ -53,7 +54,7 @@ def written_edits(
     facts |= {
         "edits": [
             {"prompt": prompt, "pixels_sha256": hashlib.sha256(edit.tobytes()).hexdigest()}
-            for prompt, edit in zip(job.prompts, edits, strict=True)
+            for prompt, edit in zip(job.rows[0], edits, strict=True)
         ],
     }
     options.out.mkdir(parents=True, exist_ok=True)
@@ -123,9 +124,8 @@ def _job(
     given: Tensor | None,
 ) -> EditJob:
     """given (1, 3, H, W): the picture to edit."""
-    from trainer.common.long_work import long_work
     from trainer.diffusion.edit_source import source_branch
-    from trainer.diffusion.image_edit import EditJob, invert_picture
+    from trainer.diffusion.image_edit import EditJob
     from trainer.diffusion.sampler import check_hooks
 
     texts = [("prompt", text) for text in options.prompts]
@@ -135,35 +135,50 @@ def _job(
     settings = _settings(options, negative)
     check_fit(backbone, settings)
     branch = source_branch(backbone)
-    _check_source(None if branch is None else branch[0], options)
+    _check_source(branch, options)
     check_hooks(backbone, settings, edits=True)
     masks = _masks(backbone, options)
-    if masks and branch is not None and not branch[1].masked:
-        raise ValueError(f"mask= is not read by methods.{branch[0]}; leave it out")
-    inverted = None
-    if given is not None:
-        with long_work("inversion", settings.steps) as advance:
-            inverted = invert_picture(backbone, given, source, settings=settings, advance=advance)
+    other = None if options.reference is None else _picture(backbone, options, options.reference)
+    inverted = [
+        None if picture is None else _inverted(backbone, picture, text, settings=settings)
+        for picture, text in ((given, source), (other, ""))
+    ]
     return EditJob(
         prompts,
         source if branch is not None else None,
         seed=options.seed,
         settings=settings,
-        inverted=inverted,
+        inverted=inverted[0],
+        reference=inverted[1],
+        between=options.between or 0,
         masks=masks,
         maps=options.maps,
     )
 
 
-def _check_source(method: str | None, options: EditOptions) -> None:
-    """Raises ValueError for a source that no method edits, or a method that is given none."""
-    if method is None and (options.source or options.image):
-        key = "source" if options.source else "image"
-        names = ", ".join(options.methods or {})
-        raise ValueError(f"{key}= is what a method edits, and {names} edits none; leave it out")
-    if method is not None and options.source is None and options.image is None:
+def _inverted(backbone: Backbone, picture: Tensor, text: str, *, settings: Sampling) -> Inverted:
+    from trainer.common.long_work import long_work
+    from trainer.diffusion.image_edit import invert_picture
+
+    with long_work("inversion", settings.steps) as advance:
+        return invert_picture(backbone, picture, text, settings=settings, advance=advance)
+
+
+def _check_source(branch: tuple[str, SourceBranch] | None, options: EditOptions) -> None:
+    """Raises ValueError for what no method reads, or what one is not given."""
+    names = ", ".join(options.methods or {})
+    read = {
+        "source": branch is not None,
+        "image": branch is not None,
+        "mask": branch is not None and branch[1].masked,
+        "reference": branch is not None and branch[1].refers,
+    }
+    for key, reads in read.items():
+        if getattr(options, key) and not reads:
+            raise ValueError(f"{key}= is not read by methods.{names}; leave it out")
+    if branch is not None and options.source is None and options.image is None:
         raise ValueError(
-            f'methods.{method} edits a source; say what it shows, as in source="a cat" or '
+            f'methods.{branch[0]} edits a source; say what it shows, as in source="a cat" or '
             'prompt="a [cat->dog]", or give image=<a picture>'
         )
 
@@ -235,7 +250,7 @@ def _sheet(
     if first:
         pictures = [thumbnail(to_pil(own)) for own in first.values()]
         strips = [Strip(f"source: {job.source}", pictures, list(first))]
-    for number, (prompt, edit) in enumerate(zip(job.prompts, edits, strict=True)):
+    for number, (prompt, edit) in enumerate(zip(job.rows[0], edits, strict=True)):
         pictures, names = [thumbnail(edit)], ["edit"]
         for name, rows in made.shown.items():
             pictures.append(_grey(rows[min(number, len(rows) - 1)], pictures[0].size))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from trainer.cli.options import Count, Options, SeedNumber
 from trainer.cli.sample_partners import as_folder
+from trainer.common.field_words import Called
 from trainer.common.paths import RECIPES
 from trainer.common.section import keys_of
 from trainer.common.suggest import nearest
@@ -21,8 +22,17 @@ from trainer.config.unknown_keys import refuse_unknown
 
 EDITS = RECIPES / "edit"
 # what is edited: a recipe's own is an example, which another of the first three replaces whole
-SUBJECT = ("image", "source", "prompt", "mask", "target_mask")
+SUBJECT = ("image", "source", "prompt", "mask", "target_mask", "reference", "between")
 CHANGE = re.compile(r"\[([^][]*?)->([^][]*?)\]")  # [cat->dog], or [cat->dog|fox]
+
+
+def _is_there(path: Path) -> Path:
+    if not path.expanduser().is_file():
+        raise ValueError("no such file; give the path of a PNG, JPEG or WebP")
+    return path
+
+
+Picture = Annotated[Path, AfterValidator(_is_there), Called("path")]
 
 
 class EditOptions(Options):
@@ -37,7 +47,7 @@ class EditOptions(Options):
         examples=["p2p"],
     )
     method: str | None = Field(None, description="another word for recipe, as in method=masactrl")
-    image: Path | None = Field(
+    image: Picture | None = Field(
         None,
         description="a picture to edit, scaled and cut to size; null generates one from source",
     )
@@ -48,13 +58,19 @@ class EditOptions(Options):
         "and edit in one, as in a [cat->dog] or a [cat->dog|fox]",
         examples=['"a [cat->dog] on a red background"'],
     )
-    mask: Path | None = Field(
+    mask: Picture | None = Field(
         None,
         description="for methods that read one: a grey picture of image's size, white where the "
         "object is that is edited",
     )
-    target_mask: Path | None = Field(
+    target_mask: Picture | None = Field(
         None, description="likewise: where it is in the edit; null takes mask"
+    )
+    reference: Picture | None = Field(
+        None, description="for methods that put one into image: a second picture of that size"
+    )
+    between: Count | None = Field(
+        None, description="for methods that interpolate: pictures between the two of prompt"
     )
     seed: SeedNumber = Field(0, description="of the noise of a source that is generated")
     steps: Count = Field(50, description="of the sampler, and of the inversion")
@@ -91,19 +107,14 @@ class EditOptions(Options):
     def _is_a_folder(cls, out: Path) -> Path:
         return as_folder(out)
 
-    @field_validator("image", "mask", "target_mask")
-    @classmethod
-    def _is_a_file(cls, path: Path | None) -> Path | None:
-        if path is not None and not path.expanduser().is_file():
-            raise ValueError("no such file; give the path of a PNG, JPEG or WebP")
-        return path
-
     @model_validator(mode="after")
     def _agree(self) -> EditOptions:
         if not self.prompts:
             raise ValueError('prompt is missing, as in prompt="a [cat->dog] on a red background"')
         if self.target_mask is not None and self.mask is None:
             raise ValueError("target_mask= is beside mask=, which is of the source; give that too")
+        if self.between is not None and len(self.prompts) != 2:
+            raise ValueError("between= is for two prompts, as in prompt=['a fox', 'a cat']")
         if self.adapter is None and self.backbone is None:
             raise ValueError("give backbone=<name or folder>, or adapter=<file or run folder>")
         return self

@@ -12,7 +12,7 @@ from trainer.cli.given_adapter import given_digest
 from trainer.cli.repeat_picture import PRECISION, RepeatedPicture
 from trainer.common.paths import shipped
 
-FILES = ("image", "mask", "target_mask", "adapter")
+FILES = ("image", "mask", "target_mask", "reference", "adapter")
 
 
 def read_edit(path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], RepeatedPicture]:

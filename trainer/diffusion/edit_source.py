@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,8 @@ class EditSource:
     the negative prompt all the same ("decoupled guidance", arXiv 2303.04761, section 3.2).
     trajectory: the latents (1, c, h, w) of the inversion before each step, and after the last one;
     replays: whether the rows of the source are these at each step; guides: whether they are guided
-    all the same. masks (1, 1, H, W): by `source`
+    all the same; tells: makes what they are told of their prompt's condition. reference: as
+    trajectory, of a second picture. masks (1, 1, H, W): by `source`
     and `target`. watch: gets each step's number and the source's latents after it."""
 
     prompt: str
@@ -35,6 +36,8 @@ class EditSource:
     trajectory: Mapping[int, Tensor] = field(default_factory=dict)
     replays: bool = False
     guides: bool = False
+    tells: Callable[[Condition], Condition] | None = None
+    reference: Mapping[int, Tensor] = field(default_factory=dict)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     watch: Callable[[int, Tensor], None] | None = None
 
@@ -59,6 +62,13 @@ class EditSource:
 
     def told(self, condition: Condition, rows: Rows, step: int) -> Condition:
         """The condition of all rows of `rows` at a step."""
+        if self.tells is not None:
+            cond = rows.find(SOURCE_COND)
+            made = self.tells(condition.rows(cond)).tokens
+            assert condition.tokens is not None and made is not None, "only texts are told anew"
+            tokens = condition.tokens.clone()
+            tokens[cond] = made.to(tokens)
+            condition = replace(condition, tokens=tokens)
         if self.uncond is None or SOURCE_UNCOND not in rows.slices:
             return condition
         assert condition.tokens is not None
@@ -103,23 +113,33 @@ def edit_source(backbone: Backbone, given: EditSource | None, steps: int) -> Edi
             "has none; give methods.p2p={}, or an adapter of recipe=videop2p"
         )
     name, branch = found
-    if branch.inverts and (given is None or not given.trajectory):
-        raise ValueError(
-            f"methods.{name} reads the inversion of its source, and there is none; give image=<the "
-            "source> to `edit`"
-        )
     if given is None and branch.prompt is not None:
         given = EditSource(branch.prompt)
-    if given is None and branch.needed:
-        raise ValueError(
-            f"methods.{name} edits a source and is told of none; give source_prompt=<what it shows>"
-        )
+    _check_given(name, branch, given)
     if given is not None and given.uncond is not None and len(given.uncond) != steps:
         raise ValueError(
             f"the null-text embeddings are those of {len(given.uncond)} steps, and this sampling "
             f"has {steps}; give steps={len(given.uncond)}, or optimise them anew"
         )
-    asked = {"replays": branch.replays, "guides": branch.guides}
-    if given is not None and any(getattr(given, name) != own for name, own in asked.items()):
-        return replace(given, replays=branch.replays, guides=branch.guides)
+    asked: dict[str, Any] = {key: getattr(branch, key) for key in ("replays", "guides", "tells")}
+    if given is not None and any(getattr(given, key) != own for key, own in asked.items()):
+        return replace(given, **asked)
     return given
+
+
+def _check_given(name: str, branch: SourceBranch, given: EditSource | None) -> None:
+    """Raises ValueError for a method that is not given what it reads."""
+    if given is None and branch.needed:
+        raise ValueError(
+            f"methods.{name} edits a source and is told of none; give source_prompt=<what it shows>"
+        )
+    if branch.inverts and (given is None or not given.trajectory):
+        raise ValueError(
+            f"methods.{name} reads the inversion of its source, and there is none; give image=<the "
+            "source> to `edit`"
+        )
+    if branch.refers and (given is None or not given.reference):
+        raise ValueError(
+            f"methods.{name} puts a second picture into its source, and there is none; give "
+            "reference=<a picture> to `edit`"
+        )

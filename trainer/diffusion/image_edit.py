@@ -45,16 +45,29 @@ class Inverted:
 @dataclass(frozen=True, eq=False)
 class EditJob:
     """What is edited. prompts: of the edits, each with the seed; source: what the source shows,
-    None for a method without one; inverted: a real source; masks (1, 1, H, W): of the user, by
-    `source` and `target`; maps: whether the maps of the words that differ are read."""
+    None for a method without one; inverted: a real source; reference: a second picture; between:
+    how many pictures are made between two prompts, the last of which has the next seed; masks
+    (1, 1, H, W): of the user, by `source` and `target`; maps: whether the maps of the words that
+    differ are read."""
 
     prompts: Sequence[str]
     source: str | None
     seed: int
     settings: Sampling
     inverted: Inverted | None = None
+    reference: Inverted | None = None
+    between: int = 0
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     maps: bool = False
+
+    @property
+    def rows(self) -> tuple[list[str], list[int]]:
+        """The prompt and the seed of each picture."""
+        if not self.between:
+            return list(self.prompts), [self.seed] * len(self.prompts)
+        first, last = self.prompts
+        count = self.between + 1
+        return [first] * count + [last], [self.seed] * count + [self.seed + 1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,13 +92,19 @@ def invert_picture(
     """A picture (1, 3, H, W) in [-1, 1] as noise, in the steps of the settings; with null-text
     embeddings where a method of the model wants them, and the sampling is guided."""
     latents = mean_latents(backbone, picture)
-    counted = _Counted(advance)
+    counted, branch = _Counted(advance), source_branch(backbone)
+    tells = None if branch is None else branch[1].tells
     start = invert(
-        backbone, latents, [prompt], steps=settings.steps, iterations=ITERATIONS, known=counted
+        backbone,
+        latents,
+        [prompt],
+        steps=settings.steps,
+        iterations=ITERATIONS,
+        known=counted,
+        tells=tells or (lambda condition: condition),
     )
     known = {**counted, settings.steps: latents}
     found = Inverted(prompt, start, known)
-    branch = source_branch(backbone)
     wanted = 0 if branch is None or branch[1].replays else branch[1].null_text
     if not wanted or not settings.on(embeds=backbone.embeds_guidance).guided:
         return found
@@ -112,12 +131,13 @@ def edit_pictures(backbone: Backbone, job: EditJob) -> EditedPictures:
     source = _source(job, lambda step, x_s: seen.append(x_s))
     source = edit_source(backbone, source, job.settings.steps)
     start = None if job.inverted is None else job.inverted.start
-    count = len(job.prompts)
+    prompts, seeds = job.rows
+    count = len(prompts)
     with _reading(backbone, job.maps and source is not None):
         pictures = sample(
             backbone,
-            job.prompts,
-            [job.seed] * count,
+            prompts,
+            seeds,
             settings=job.settings,
             start=None if start is None else start.repeat(count, 1, 1, 1),
             edited=source,
@@ -154,6 +174,7 @@ def _source(job: EditJob, watch: Callable[[int, Tensor], None]) -> EditSource | 
         inverted=own is not None,
         uncond=None if own is None else own.uncond,
         trajectory={} if own is None else own.trajectory,
+        reference={} if job.reference is None else job.reference.trajectory,
         masks=job.masks,
         watch=watch,
     )

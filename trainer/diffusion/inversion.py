@@ -13,7 +13,7 @@ iteration puts the x_t just found into f, which makes the error smaller at any n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any, Protocol
@@ -53,6 +53,7 @@ def invert(
     iterations: int = 1,
     known: StepLatents | None = None,
     channels: Mapping[str, Tensor] | None = None,
+    tells: Callable[[Condition], Condition] = lambda condition: condition,
 ) -> Tensor:
     """Clean latents (b * frames, c, h, w), fewer where the VAE compresses time, and one prompt for
     each picture or clip, to what `sample` takes as `start`: sampling from it with the same prompts,
@@ -60,7 +61,8 @@ def invert(
 
     iterations: calls of the network for each step. known: latents before each step, by its number:
     what an interrupted call has found is read from it, and every finished step is put there.
-    channels: as of `sample`. Raises ValueError for fewer than one step or iteration, a number of
+    channels: as of `sample`; tells: makes what the network is told of what the prompts are encoded
+    to. Raises ValueError for fewer than one step or iteration, a number of
     latents that is not `frames` for each prompt, or a sampler that clips its latents.
     """
     scheduler, frames = backbone.scheduler(), backbone.clip_frames.latent(frames)
@@ -72,7 +74,7 @@ def invert(
     x = latents = latents.to(backbone.device)
     ctx = _context(latents, frames=frames, steps=steps, fps=fps, channels=channels or {})
     with evaluating(backbone):
-        condition = backbone.encode_prompts(prompts).per_frame(frames)
+        condition = tells(backbone.encode_prompts(prompts)).per_frame(frames)
         inverse = Inverse(backbone, scheduler, condition=condition, iterations=iterations)
         stages, x = _open_stages(scheduler.timesteps, known, x)
         for step, t in stages:

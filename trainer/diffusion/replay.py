@@ -27,6 +27,8 @@ def replayed(
         ValueError: the source was not inverted, or not in as many steps.
     """
     condition = backbone.encode_prompts([source.prompt])
+    if source.tells is not None:
+        condition = source.tells(condition)
     for step in steps:
         x_t = source.trajectory.get(step)
         if x_t is None:

@@ -93,10 +93,16 @@ class Denoising:
     def read(self, prompt: str) -> ReadPrompt:
         return self.backbone.prompts.read(prompt)
 
-    def replay(self, steps: Sequence[int]) -> None:
-        """Runs the network over the inverted source at these steps."""
+    @property
+    def reference(self) -> Mapping[int, Tensor]:
+        return {} if self.edited is None else self.edited.reference
+
+    def replay(self, steps: Sequence[int], reference: bool = False) -> None:
+        """Runs the network over the inverted source, or the reference, at these steps."""
         assert self.edited is not None, "only a source that is edited is replayed"
-        replayed(self.backbone, self.edited, self.scheduler(0, self.backbone.device), steps=steps)
+        own = self.edited
+        own = replace(own, trajectory=own.reference) if reference else own
+        replayed(self.backbone, own, self.scheduler(0, self.backbone.device), steps=steps)
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -212,7 +218,10 @@ class Denoising:
         """x_t (b f, c, h, w) from before step `first` to before step `last`, for any number of
         frames."""
         scheduler = self.scheduler(first, x_t.device)
-        ctx, condition = self._context(x_t), self.text.per_frame(len(x_t) // self.clips)
+        text, rows = self.text, Rows.of(self.groups, self.clips)
+        for tells in (hook.tells for hook in self.hooks if hook.tells is not None):
+            text = tells(text, rows)
+        ctx, condition = self._context(x_t), text.per_frame(len(x_t) // self.clips)
         drawing = self._drawing(scheduler, len(x_t) // self.clips)
         x_s = None if self.edited is None else x_t
         for step, t in list(enumerate(scheduler.timesteps))[first:last]:

@@ -43,7 +43,7 @@ class SourceEdit(Method):
     )
 
     def edit_by(
-        self, editor: Editor, sites: Sequence[Site], *, branch: Mapping[str, bool], **functions: Any
+        self, editor: Editor, sites: Sequence[Site], *, branch: Mapping[str, Any], **functions: Any
     ) -> Edit:
         """The edit of an editor whose source runs beside it. branch: of the `SourceBranch`;
         functions: of the hook."""
