@@ -13,7 +13,7 @@ from _edit_scenes import (
     box,
     foreground,
     iou,
-    nearest_place,
+    nearest_of,
     one_sprite,
     other_word,
     psnr_where,
@@ -72,14 +72,14 @@ def masactrl(bars: Bars, studio: Studio) -> None:
         scene = one_sprite(number, start)
         (word,) = scene.masks
         prompt = scene.prompt.replace(start, end)
-        own = studio.inverted(scene.pixels, scene.prompt)
-        made = studio.edited({"masactrl": {}}, [prompt], scene.prompt, inverted=own).pictures[0]
+        own = studio.inverted(scene.pixels, "")  # as the method's authors invert
+        made = studio.edited({"masactrl": {}}, [prompt], "", inverted=own).pictures[0]
         alone = studio.plain(prompt, own.start)
         names = studio.named([made, alone])
         found["sprite"].append(names[0] == word)
         found["plain sprite"].append(names[1] == word)
-        found["place"].append(nearest_place(*studio.centre(made, word)) == end)
-        found["plain"].append(nearest_place(*studio.centre(alone, word)) == end)
+        found["place"].append(nearest_of(CORNERS, *studio.centre(made, word)) == end)
+        found["plain"].append(nearest_of(CORNERS, *studio.centre(alone, word)) == end)
     bars.at_least("masactrl same sprite", share(found["sprite"]), 0.80)
     bars.note("masactrl place right", share(found["place"]))
     bars.note("plain sprite right", share(found["plain sprite"]))

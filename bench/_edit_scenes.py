@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -164,7 +165,9 @@ def foreground(picture: Tensor) -> Tensor:
     """True (H, W) where a picture (3, H, W) of one object is not as most of its rim."""
     rim = torch.cat([picture[:, 0], picture[:, -1], picture[:, :, 0], picture[:, :, -1]], 1)
     colour = rim.median(1).values
-    return ((picture - colour[:, None, None]).abs().amax(0) / 2) > FAR / 2
+    unlike = ((picture - colour[:, None, None]).abs().amax(0) / 2) > FAR / 2
+    # of most of the pixels around it: single ones are noise of the VAE
+    return F.avg_pool2d(unlike[None].float(), 3, stride=1, padding=1)[0] > 0.5
 
 
 def iou(one: Tensor, other: Tensor) -> float:
@@ -182,6 +185,6 @@ def box(mask: Tensor) -> Tensor:
     return found
 
 
-def nearest_place(x: float, y: float) -> str:
-    """The corner or side that a point of [0, 1] is nearest to."""
-    return min(POSITIONS, key=lambda at: (POSITIONS[at][0] - x) ** 2 + (POSITIONS[at][1] - y) ** 2)
+def nearest_of(places: Sequence[str], x: float, y: float) -> str:
+    """The place, of some in `POSITIONS`, that a point of [0, 1] is nearest to."""
+    return min(places, key=lambda at: (POSITIONS[at][0] - x) ** 2 + (POSITIONS[at][1] - y) ** 2)

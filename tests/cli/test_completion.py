@@ -20,6 +20,7 @@ from trainer.common.section import keys_of
 from trainer.config.lineage import backbone_names
 from trainer.config.load import recipe_names
 from trainer.config.run_section import RunSpec
+from trainer.methods.feature.pnp import PnP
 from trainer.methods.weight.lora import Lora
 
 ASK_BASH = """
@@ -44,6 +45,10 @@ PLACES = {
     "": list(VERBS),
     "f": ["fit"],
     "fit recipe=": [f"recipe={name}" for name in recipe_names()],
+    "edit recipe=p": ["recipe=p2p", "recipe=pnp"],
+    "edit method=masa": ["method=masactrl"],
+    "edit methods.pnp.": [f"methods.pnp.{name}=" for name in PnP.model_fields],
+    "edit bet": ["between="],
     "fit recipe=custom_d": ["recipe=custom_diffusion"],
     "check recipe=lora backbone=": [f"backbone={name}" for name in backbone_names()],
     "fit recipe=lora run.": [f"run.{name}=" for name in RunSpec.model_fields],

@@ -83,6 +83,34 @@ PAPERS: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("videop2p", {"sites": "self"}, "arXiv 2303.04761, section 3.1"),
     (
+        "masactrl",
+        {"share": "mutual", "steps": (0.08, 1.0), "threshold": 0.1, "mask_tokens": 256},
+        "arXiv 2304.08465's code: step 4 of 50, masks of 16x16 maps above 0.1",
+    ),
+    (
+        "pnp",
+        {"steps": (0.0, 0.5), "feature_steps": (0.0, 0.8)},
+        "arXiv 2211.12572's code: tau_A 0.5, tau_f 0.8",
+    ),
+    (
+        "object_shape_variations",
+        {
+            "mix_steps": (0.14, 0.34), "keep_steps": (0.0, 0.8), "keep_tokens": 1024,
+            "keep_threshold": 0.05, "background_at": 0.7, "segments": 5, "segment_threshold": 0.3,
+        },
+        "arXiv 2303.11306's code: steps 7 to 17, to 40 and at 35 of 50",
+    ),
+    ("shape_guided", {"schedule": "exp"}, "arXiv 2212.00210's code: .95 ** (50 t)"),
+    (
+        "tf_icon",
+        {"steps": (0.0, 0.4), "background_until": 0.8, "exceptional": True},
+        "arXiv 2307.12493: tau_A 0.4, tau_B 0.8",
+    ),
+    ("aid", {"steps": (0.0, 0.5), "fused": True}, "arXiv 2403.17924's code: warm-up 0.5"),
+    ("gaussctrl", {"own": 0.6, "references": 4}, "arXiv 2403.08733's code"),
+    ("fam_diffusion", {"weight": 0.5, "low_pass": 0.5}, "code of others, see the method's op"),
+    ("ditctrl", {"steps": (0.04, 0.5), "threshold": 0.3}, "arXiv 2412.18597's code: steps 2 to 25"),
+    (
         "videop2p",
         {
             "cross_steps": (0.0, 0.2), "self_steps": (0.0, 0.5), "self_tokens": 1024,

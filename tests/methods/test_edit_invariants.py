@@ -24,6 +24,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "mix_steps": (0.0, 0.6),
         "background_at": None,
     },
+    "ditctrl": {"sites": "self", "steps": (0.0, 1.0)},
     "fec": {"steps": (0.0, 0.5)},
     "infusion": {"sites": "self", "features": "up & /1", "threshold": 0.9},
 }

@@ -73,12 +73,14 @@ def _plain_words() -> dict[str, Iterable[str]]:
 
 def _option_cases() -> Iterator[str]:
     """The options of each command that has some, and their values."""
+    from trainer.cli.edit_options import edit_recipes
     from trainer.cli.help_pages import command_records
     from trainer.cli.options import RecipeOptions
     from trainer.config.lineage import backbone_names
     from trainer.export.find_format import format_names
 
     known: dict[str, Values] = {
+        "edit": {"recipe": edit_recipes(), "method": edit_recipes()},
         "export": {"format": [*format_names()]},
         "import": {"format": ["auto", *format_names()]},
     }
@@ -87,9 +89,20 @@ def _option_cases() -> Iterator[str]:
         if "backbone" in keys_of(record):
             values["backbone"] = backbone_names()
         yield from _value_cases(f"{command}:", values)
-        own = _print(f"{name}=" for name in keys_of(record))
+        names = [*keys_of(record), *(_of_edits() if command == "edit" else ())]
+        own = _print(f"{name}=" for name in names)
         more = '; _attention_trainer_recipe "$2"' if issubclass(record, RecipeOptions) else ""
         yield f"  {shlex.quote(f'{command}:')}*) {own}{more} ;;"
+
+
+def _of_edits() -> Iterator[str]:
+    """The keys of methods that have a recipe of `edit`."""
+    from trainer.cli.edit_options import edit_recipes
+    from trainer.methods.apply import find_method
+
+    for method in edit_recipes():
+        for name in keys_of(find_method(method)):
+            yield f"methods.{method}.{name}"
 
 
 def _of_recipes() -> tuple[list[str], Values]:
