@@ -22,7 +22,7 @@ from edit_checks import (
 )
 from flow_folders import make_flow_folder, sd3_pipeline
 
-from trainer.ops.ditctrl import JointControl, JointSharing
+from trainer.ops.ditctrl import JointControl, JointSharing, of_text
 from trainer.ops.editing.word_maps import WordMaps
 from trainer.ops.editing.word_reader import SOURCE, TARGET
 
@@ -121,3 +121,10 @@ def test_words_need_text_in_the_sequence(dit: Any) -> None:
             ValueError, match=r"edits joint attention, and .* is self; choose other"
         ):
             edited(dit, {"ditctrl": options | {"sites": "self"}}, PROMPT, source=OWN)
+
+
+def test_tokens_of_further_encoders_are_of_no_word() -> None:
+    known = torch.tensor([[1.0, 0.0, 2.0]])
+    assert of_text(known, 5, filled=1.0).tolist() == [[1, 0, 2, 1, 1]]
+    with pytest.raises(ValueError, match="a prompt has 3 tokens, and the sequence 2 of text"):
+        of_text(known, 2, filled=0.0)

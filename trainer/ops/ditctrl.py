@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.attention.op import Op, Traits
@@ -106,7 +107,8 @@ class JointControl:
                 text = call.spans(probs.shape[3], keys=True).text
                 own = probs[rows[group]][:, :, queries, text]
                 who = f"methods.{self.told.owner}"
-                self.maps[group].add_words(own, columns, call=call, who=who)
+                known = of_text(columns, own.shape[-1], filled=0.0)
+                self.maps[group].add_words(own, known, call=call, who=who)
         if self.weight is None or TARGET not in rows:
             return probs
         found = probs.clone()
@@ -118,7 +120,8 @@ class JointControl:
         if self.weight is None:
             return probs
         spans = call.spans(probs.shape[3], keys=True)
-        weight = self.weight.to(probs).repeat_interleave(len(probs) // len(self.weight), 0)
+        weight = of_text(self.weight, spans.text.stop - spans.text.start, filled=1.0)
+        weight = weight.to(probs).repeat_interleave(len(probs) // len(weight), 0)
         found = probs.clone()
         found[:, :, spans.image, spans.text] *= weight[:, None, None]
         found[:, :, spans.text, spans.image] *= weight[:, None, :, None]
@@ -166,3 +169,19 @@ class JointControl:
         ]
         self.used = {"source mask": both[0].float(), "edit mask": both[1].float()}
         return both[0].flatten(1), both[1].flatten(1)
+
+
+def of_text(values: Tensor, tokens: int, *, filled: float) -> Tensor:
+    """Values of the tokens of prompts (b, m) for all tokens of text (b, tokens): where a model
+    reads a prompt by several encoders, words are known in the first one's tokens.
+
+    Raises:
+        ValueError: fewer tokens than the prompts have.
+    """
+    more = tokens - values.shape[-1]
+    if more < 0:
+        raise ValueError(
+            f"a prompt has {values.shape[-1]} tokens, and the sequence {tokens} of text; choose "
+            "sites that see the whole text"
+        )
+    return F.pad(values, (0, more), value=filled)
