@@ -3,11 +3,14 @@ never change; an edit differs from both the source and its prompt alone; and not
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from edit_checks import apart, edited, latents
+from flow_folders import make_flow_folder, sd3_pipeline
 
 SOURCE, PROMPT = "a fox on a red background", "a cat on a blue background"
 EVERY = {"sites": "all"}
@@ -57,3 +60,34 @@ def test_an_edit_keeps_its_source(name: str, model: Any) -> None:
     assert apart(both[1:], plain) > 1e-3 and apart(both[1:], alone) > 1e-4
     assert not any(hosted.ops for hosted in model.host.processors.values())
     torch.testing.assert_close(latents(model, [PROMPT]), alone, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def joint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_flow_folder(tmp_path_factory.mktemp("sd3") / "tiny", sd3_pipeline, t5=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("masactrl", {"steps": (0.0, 1.0)}),
+        ("pnp", {"steps": (0.0, 1.0), "feature_steps": None}),
+        ("fec", {}),
+    ],
+    ids=str,
+)
+def test_joint_attention_is_edited_by_its_spans(
+    name: str, options: dict[str, Any], joint_folder: Path, open_folder: Callable[[Path], Any]
+) -> None:
+    model = open_folder(joint_folder)
+    plain, alone = latents(model, [SOURCE]), latents(model, [PROMPT])
+    methods = {name: {"sites": "joint", **options}}
+    both, source = edited(model, methods, SOURCE, PROMPT, source=SOURCE)
+    torch.testing.assert_close(source[:1], plain, rtol=0, atol=1e-3)
+    torch.testing.assert_close(both[:1], plain, rtol=0, atol=1e-3)
+    assert apart(both[1:], plain) > 1e-5 and apart(both[1:], alone) > 1e-6
+    if name == "masactrl":
+        with pytest.raises(
+            ValueError, match=r"edits self attention, and .* is joint; choose other"
+        ):
+            edited(model, {name: {"sites": "joint", "share": "union"}}, PROMPT, source=SOURCE)

@@ -66,7 +66,8 @@ class MutualSelfAttention:
     def begin(self, sampler: Sampler) -> Mapping[Op, Sequence[Site]]:
         told = self.told
         refuse_empty({"steps": told.steps}, sampler.steps)
-        kinds = ("self",) if told.share in (MASK, AUTO) else ("self", "joint")
+        # at joint attention the picture's keys alone would count twice beside those of the text
+        kinds = ("self", "joint") if told.share == MUTUAL else ("self",)
         sites = edited_sites(sampler, told.sites, kinds=kinds, op=self)
         self.used = {}
         if told.share == MUTUAL:
@@ -124,9 +125,7 @@ class MutualSelfAttention:
         source, own = pair
         q, k_s, v_s = q[own], k[source], v[source]
         if self.told.share == UNION:
-            image = call.spans(k.shape[2], keys=True).image
-            keys = torch.cat([k_s[:, :, image], k[own]], 2)
-            values = torch.cat([v_s[:, :, image], v[own]], 2)
+            keys, values = torch.cat([k_s, k[own]], 2), torch.cat([v_s, v[own]], 2)
             return softmax_attention(q, keys, values, scale=call.scale)
         inside, target = self._masks(len(q), call.grid(q.shape[2], f"methods.{self.told.owner}"))
         inside, target = inside.to(q.device), target.to(q.device)
