@@ -239,24 +239,37 @@ def _mask(path: Path, size: tuple[int, int], side: int) -> Tensor:
 def _sheet(
     job: EditJob, made: EditedPictures, *, given: Tensor | None, edits: list[Image]
 ) -> Image:
-    from trainer.media.contact_sheet import Strip, contact_sheet, thumbnail
+    from trainer.media.contact_sheet import Strip, contact_sheet
     from trainer.media.images import to_pil
 
     first: dict[str, Tensor] = {} if given is None else {"source": given[0]}
     if made.source is not None:
-        first["source" if given is None else "reconstruction"] = made.source[0].cpu()
+        first["source" if given is None else "again"] = made.source[0].cpu()
     first |= {f"{name} mask": mask[0].expand(3, -1, -1) * 2 - 1 for name, mask in job.masks.items()}
     strips = []
     if first:
-        pictures = [thumbnail(to_pil(own)) for own in first.values()]
+        pictures = [_small(to_pil(own)) for own in first.values()]
         strips = [Strip(f"source: {job.source}", pictures, list(first))]
-    for number, (prompt, edit) in enumerate(zip(job.rows[0], edits, strict=True)):
-        pictures, names = [thumbnail(edit)], ["edit"]
+    if job.between:
+        title = " to ".join(job.prompts)
+        names = [str(number) for number in range(1, len(edits) + 1)]
+        return contact_sheet([*strips, Strip(title, [_small(edit) for edit in edits], names)])
+    for number, (prompt, edit) in enumerate(zip(job.prompts, edits, strict=True)):
+        pictures, names = [_small(edit)], ["edit"]
         for name, rows in made.shown.items():
             pictures.append(_grey(rows[min(number, len(rows) - 1)], pictures[0].size))
             names.append(name)
         strips.append(Strip(prompt, pictures, names))
     return contact_sheet(strips)
+
+
+def _small(picture: Image) -> Image:
+    """At the size of a sheet; a small one is enlarged, so that its name fits below it."""
+    from trainer.media.contact_sheet import SIDE, thumbnail
+
+    found = thumbnail(picture)
+    factor = max(1, round(SIDE / 2 / max(found.size)))
+    return found.resize((found.width * factor, found.height * factor))
 
 
 def _grey(values: Tensor, size: tuple[int, int]) -> Image:

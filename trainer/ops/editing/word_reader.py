@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trainer.attention.sites import Site
 
 SOURCE, TARGET = "source/cond", "target/cond"
-SHOWN = "words that differ"
+NAMES = {"source": "source", "target": "edit"}  # of what is shown, by branch
 FINEST = 32 * 32  # tokens of a grid whose maps are shown
 
 
@@ -105,7 +105,7 @@ class ShownMaps:
         if self.reader is not None and self.reader.maps[TARGET].sums:
             for group, maps in self.reader.maps.items():
                 branch = group.partition("/")[0]
-                self.found[f"{branch}: {SHOWN}"] = to_unit(maps.average())
+                self.found[f"{NAMES[branch]} words"] = to_unit(maps.average())
         self.reader = None
 
     def shown(self) -> dict[str, Tensor]:
