@@ -46,13 +46,20 @@ NARROW: dict[str, dict[str, Any]] = {
     "text_encoder": {"num_hidden_layers": 2},
     "text_encoder_2": {"num_hidden_layers": 2},
 }
-CHANGED = {"narrow_1024": NARROW}
+# SD 1.5 with less than a third of the channels and a small VAE, which bench/peers.py trains
+NARROW_SD: dict[str, dict[str, Any]] = {
+    "unet": {"block_out_channels": [96, 192, 384, 384]},
+    "text_encoder": {"num_hidden_layers": 2},
+    "vae": {"block_out_channels": [32, 64, 64, 64]},
+}
+CHANGED = {"narrow_1024": NARROW, "narrow_sd15": NARROW_SD}
 LEFT_OUT = {"sd35_medium_512": ("text_encoder_3", "tokenizer_3")}
 # the layout, None for the backbone that ships, and the side of the pictures in pixels
 CASES: dict[str, tuple[str | None, int]] = {
     "sdxl_1024": ("sdxl", 1024),
     "sdxl_512": ("sdxl", 512),
     "narrow_1024": ("sdxl", 1024),
+    "narrow_sd15": ("sd15", 256),
     "sana_1600m_1024": ("sana_1600m", 1024),
     "pixart_sigma_1024": ("pixart_sigma", 1024),
     "sd35_medium_512": ("sd35_medium", 512),

@@ -15,7 +15,7 @@ from trainer.config.lineage import backbone_spec
 from trainer.config.load import load_recipe, methods_of
 from trainer.methods.apply import apply_methods
 from trainer.training.adapt_backbone import recompute_of
-from trainer.training.step_memory import _Living, step_bytes
+from trainer.training.step_memory import LivingTensors, step_bytes
 from trainer.training.without_weights import planned
 
 WORDS = ["recipe=lora", "data.prior_weight=0", "data.token=sks", "methods.new_token=null"]
@@ -50,7 +50,7 @@ def test_a_real_step_takes_what_a_fake_one_does(
     estimated = step_bytes(recipe, tiny, 4)
     given = inputs_of(tiny, 4)
     known = [value.untyped_storage() for value in (*tiny.parameters(), *tiny.buffers())]
-    with _Living([*known, *(v.untyped_storage() for v in given.values())]) as living:
+    with LivingTensors([*known, *(v.untyped_storage() for v in given.values())]) as living:
         output = tiny.unet(**given).sample
         if checkpointing["gradient_checkpointing"]:
             output.backward(torch.empty_like(output))
@@ -101,7 +101,7 @@ def test_a_convolution_takes_copies_of_what_goes_in_and_comes_out() -> None:
     known = [value.untyped_storage() for value in (x, weight, bias)]
     out = 4 * 4 * 32 * 32  # bytes
     copies = x.nbytes + weight.nbytes + bias.nbytes + out
-    with _Living(known) as living:
+    with LivingTensors(known) as living:
         y = torch.nn.functional.conv2d(x, weight, bias, padding=1)
         assert living.now == out and living.peak == out + copies
         y.sum().backward()

@@ -51,7 +51,7 @@ def step_bytes(recipe: Recipe, backbone: Backbone, rows: int) -> int:
     with use(ctx), backbone.calling(x_t, ctx.timestep):
         inputs = backbone.inputs(x_t, ctx.timestep, ctx.condition)
         known = [value.untyped_storage() for value in (*fakes.values(), *_tensors(inputs))]
-        with mode, _Living(known) as living, backbone.computing():
+        with mode, LivingTensors(known) as living, backbone.computing():
             given = tree_map(lambda each: _faked(mode, each), inputs)
             functional_call(step, fakes, args=(), kwargs=given)
             gradients = [value.grad for value in fakes.values() if value.grad is not None]
@@ -178,7 +178,7 @@ def _tensors(values: Any) -> list[Tensor]:
     return [each for each in tree_leaves(values) if isinstance(each, Tensor)]
 
 
-class _Living(TorchDispatchMode):
+class LivingTensors(TorchDispatchMode):
     """Counts the bytes that are alive of all that operations inside have made, and at the peak what
     one of them takes while it runs. known: storages that were there before."""
 
