@@ -155,12 +155,13 @@ def test_a_convolution_is_left_alone() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [(3, 40), (2, 5)], ids=["tall", "short"])
-def test_over_four_bits_it_equals_peft(bias: bool, rows: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("rank", [2, 16], ids=["thin", "small"])
+def test_over_four_bits_it_equals_peft(bias: bool, rows: tuple[int, ...], rank: int) -> None:
     """Forward and every gradient; short inputs, and those under autocast, are left to peft."""
     torch.manual_seed(0)
     model = nn.Sequential(pack(nn.Linear(64, 96, bias=bias), torch.float32))
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft asks for it
-    config = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], init_lora_weights=False)
+    config = LoraConfig(r=rank, lora_alpha=3, target_modules=["0"], init_lora_weights=False)
     inject_adapter_in_model(config, model, adapter_name="own")
     theirs: Any = model[0]
     ours = copy.deepcopy(theirs)

@@ -22,6 +22,12 @@ from torch.nn.functional import linear
 
 from trainer.backbones.four_bits import is_packed
 from trainer.kernels.softmax import HALF
+from trainer.ops.adapters.low_rank_products import (
+    is_small,
+    low_rank_gradients,
+    rows_of,
+    times_columns,
+)
 from trainer.ops.adapters.packed_lora import over_four_bits
 
 WORTH_FOLDING = 2**28  # bytes of the matrices that have adapters
@@ -121,7 +127,7 @@ def _lora(
 ) -> Tensor:
     """x (..., c), weight (d, c), bias (d) or None, a (r, c), b (d, r), all of one dtype -> (...,
     d)."""
-    if _merges(x, weight) and _small(weight, a):
+    if _merges(x, weight) and is_small(weight, a):
         return linear(x, torch.addmm(weight, b, a, alpha=scale), bias)
     result: Tensor = _Lora.apply(x, weight, bias, a, b, scale)
     return result
@@ -166,18 +172,18 @@ class _Lora(torch.autograd.Function):
             whole = torch.addmm(weight, b, a, alpha=scale)
             ctx.save_for_backward(x, whole, None, a, b)
             return linear(x, whole, bias)
-        low = _times_columns(a, x)
+        low = times_columns(a, x)
         ctx.save_for_backward(x, weight, low, a, b)
         y = linear(x, weight, bias)
-        _rows(y).addmm_(low.T, b.T, alpha=scale)
+        rows_of(y).addmm_(low.T, b.T, alpha=scale)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, low, a, b = ctx.saved_tensors
         need = ctx.needs_input_grad[0]
-        on_x, on_a, on_b = _gradients(
-            _rows(grad), x, weight, low=low, a=a, b=b, scale=ctx.scale, need=need
+        on_x, on_a, on_b = low_rank_gradients(
+            rows_of(grad), x, weight, low=low, a=a, b=b, scale=ctx.scale, need=need
         )
         return on_x, None, None, on_a, on_b, None
 
@@ -198,7 +204,7 @@ class _Dora(torch.autograd.Function):
     ) -> Tensor:
         whole = torch.addmm(weight, b, a, alpha=scale)
         norm, straight = whole.norm(dim=1), linear(x, whole)
-        kept = (whole, None) if _tall(x, weight) else (weight, _times_columns(a, x))
+        kept = (whole, None) if _tall(x, weight) else (weight, times_columns(a, x))
         ctx.save_for_backward(x, *kept, a, b, straight, norm, length)
         ctx.scale = scale
         factor = length / norm
@@ -207,42 +213,12 @@ class _Dora(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, kept, low, a, b, straight, norm, length = ctx.saved_tensors
-        rows, need = _rows(grad), ctx.needs_input_grad[0]
-        on_length = (rows * _rows(straight)).sum(0) / norm
-        on_x, on_a, on_b = _gradients(
+        rows, need = rows_of(grad), ctx.needs_input_grad[0]
+        on_length = (rows * rows_of(straight)).sum(0) / norm
+        on_x, on_a, on_b = low_rank_gradients(
             rows * (length / norm), x, kept, low=low, a=a, b=b, scale=ctx.scale, need=need
         )
         return on_x, None, None, on_a, on_b, on_length, None
-
-
-def _gradients(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    *,
-    low: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    need: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The gradients of (W0 + s B A) x with respect to x, A and B; grad (n, d), x (..., c).
-
-    weight is W0 if low = A x (r, n) is given, else W0 + s B A.
-    """
-    on_low = _times_columns(b.T, grad)
-    on_x = None
-    if need:
-        on_x = grad @ weight
-        if low is not None:
-            on_x.addmm_(on_low.T, a, alpha=scale)
-        on_x = on_x.view(x.shape)
-    if low is None:
-        low = _times_columns(a, x)
-    on_a, on_b = on_low @ _rows(x), (low @ grad).T
-    if scale != 1:
-        on_a, on_b = on_a * scale, on_b * scale
-    return on_x, on_a, on_b
 
 
 def _tall(x: Tensor, weight: Tensor) -> bool:
@@ -254,18 +230,3 @@ def _tall(x: Tensor, weight: Tensor) -> bool:
 def _merges(x: Tensor, weight: Tensor) -> bool:
     """Whether LoRA adds s B A to the matrix before the product with x."""
     return x.dtype not in HALF and _tall(x, weight)
-
-
-def _small(weight: Tensor, a: Tensor) -> bool:
-    """Whether autograd's gradient of the whole matrix, from which A's and B's follow, is cheaper
-    than four thin products of r columns; BLAS is about four times slower on thin products."""
-    return weight.numel() <= 4 * a.shape[0] * sum(weight.shape)
-
-
-def _times_columns(matrix: Tensor, x: Tensor) -> Tensor:
-    """matrix (r, c), x (..., c) -> (r, n): quicker on a CPU than its transpose."""
-    return matrix @ _rows(x).T
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from trainer.backbones.four_bits import is_packed, values
+from trainer.ops.adapters.low_rank_products import is_small, low_rank_gradients, rows_of
 
 
 @cache
@@ -38,7 +39,8 @@ def over_four_bits() -> Any:
             return result
 
         def _plain(self, x: Tensor) -> bool:
-            """Whether one LoRA acts in float32, without dropout, on more rows than W0 has."""
+            """Whether one LoRA acts in float32, without dropout, on so many rows that adding B A
+            to the matrix costs less than to what comes out of it."""
             if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
                 return False
             (name,) = self.active_adapters
@@ -46,14 +48,18 @@ def over_four_bits() -> Any:
                 return False
             layer: Any = self.base_layer
             dropout = self.lora_dropout[name]
-            rows = x.numel() // x.shape[-1]
             return bool(
                 is_packed(layer)
                 and (isinstance(dropout, nn.Identity) or not self.training)
                 and not torch.is_autocast_enabled(x.device.type)
                 and x.dtype == layer.compute_dtype == torch.float32
-                and rows >= max(layer.in_features, layer.out_features)
+                and self._merging_pays(x)
             )
+
+        def _merging_pays(self, x: Tensor) -> bool:
+            layer: Any = self.base_layer
+            inputs, outputs = layer.in_features, layer.out_features
+            return bool(x.numel() // x.shape[-1] * (inputs + outputs) >= inputs * outputs)
 
     return LowRankLinear4bit
 
@@ -73,8 +79,13 @@ class _LoraOverFourBits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b = ctx.saved_tensors
-        rows, on_x = grad.reshape(-1, grad.shape[-1]), None
-        if ctx.needs_input_grad[0]:
-            on_x = (rows @ values(ctx.layer).addmm_(b, a, alpha=ctx.scale)).view(x.shape)
-        on_whole = (rows.T @ x.reshape(-1, x.shape[-1])).mul_(ctx.scale)
+        rows, scale, need = rows_of(grad), ctx.scale, ctx.needs_input_grad[0]
+        whole = values(ctx.layer).addmm_(b, a, alpha=scale)
+        if not is_small(whole, a):
+            on_x, on_a, on_b = low_rank_gradients(
+                rows, x, whole, low=None, a=a, b=b, scale=scale, need=need
+            )
+            return on_x, None, None, on_a, on_b, None
+        on_x = (rows @ whole).view(x.shape) if need else None
+        on_whole = (rows.T @ rows_of(x)).mul_(scale)
         return on_x, None, None, b.T @ on_whole, on_whole @ a.T, None
