@@ -16,6 +16,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from trainer.attention.condition import Condition
+from trainer.attention.extras import Extras
 from trainer.attention.host import Host
 
 CROSS = {"down": "CrossAttnDownBlock2D", "up": "CrossAttnUpBlock2D"}
@@ -55,6 +56,10 @@ class Network(nn.Module):
         self.stock = pipeline
         self.text_encoders: dict[str, nn.Module] = {}
         self.tokenizers: dict[str, Any] = {}
+        self.extras = Extras()
+        self.sampling_hooks: dict[str, Any] = {}
+        self.input_channels: dict[str, Any] = {}
+        self.given_frames: Any = None
         self.eval().requires_grad_(False)
 
     @property

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from trainer.cli.options import RecipeOptions, quiet_libraries, split_options
 from trainer.cli.resume_command import resume_command, says_how_to_resume
+from trainer.common.uncompiled import nothing_compiled
 from trainer.config.load import load_recipe
 from trainer.config.schema import Recipe, RecipeError
 from trainer.runs.run_folder import folder_for
@@ -54,9 +55,11 @@ def train_recipe(recipe: Recipe, folder: Path | None = None) -> Path:
     Returns the folder of the run, or the one that holds the runs of all concepts.
     """
     if recipe.continual.concepts:
-        from trainer.continual import run_continual
+        with nothing_compiled():
+            from trainer.continual import run_continual
 
         return run_continual(recipe, folder)
-    from trainer.training.fit import fit
+    with nothing_compiled():
+        from trainer.training.fit import fit
 
     return fit(recipe, folder)
