@@ -26,15 +26,16 @@ KNOWN: dict[str, Any] = json.loads(pinned.PINNED.read_text())
 
 @pytest.mark.parametrize("name", pinned.RUNS)
 def test_a_pinned_run_is_the_same_to_the_last_bit(name: str, tmp_path: Path) -> None:
-    """On a machine that computes as a recorded one does; on any other the losses are close. The
-    validation loss was changed when the first recorded machine was not at hand any more."""
-    own = KNOWN.get(pinned.numerics())
+    """On a machine that computes as a recorded one does; on any other, or where a run has changed
+    since and that machine was not at hand, the losses are close. The validation loss was changed
+    when the first recorded machine was not at hand."""
+    own = KNOWN.get(pinned.numerics(), {}).get(name)
     found = pinned.run(name, tmp_path)
     if own is not None:
-        assert {"train/loss", "adapters"} <= own[name].keys() <= found.keys()
-        assert {kind: found[kind] for kind in own[name]} == own[name]
+        assert {"train/loss", "adapters"} <= own.keys() <= found.keys()
+        assert {kind: found[kind] for kind in own} == own
         return
-    wanted = next(values for values in KNOWN.values() if "val/loss" in values[name])[name]
+    wanted = next(values[name] for values in KNOWN.values() if "val/loss" in values.get(name, ()))
     assert len(found["adapters"]) == len(wanted["adapters"])
     for kind in ("train/loss", "val/loss"):
         values, others = (list(map(float.fromhex, one[kind])) for one in (found, wanted))
