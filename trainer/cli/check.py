@@ -104,12 +104,11 @@ def _show_plan(recipe: Recipe) -> None:
     quiet_libraries()
     from rich.console import Console
 
-    from trainer.backbones.device import choose_placement
-    from trainer.training.device_defaults import auto_lines
-    from trainer.training.memory_estimate import memory_lines, memory_of
-    from trainer.training.plan_report import describe_plan, show_plan
-
     with nothing_compiled():
+        from trainer.backbones.device import choose_placement
+        from trainer.training.device_defaults import auto_lines
+        from trainer.training.memory_estimate import memory_lines, memory_of
+        from trainer.training.plan_report import describe_plan, show_plan
         from trainer.training.without_weights import planned
 
     run = recipe.run

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trainer.backbones.four_bits import pack
 from trainer.ops.adapters.fused_lora import LowRankLinear, quicken
+from trainer.ops.adapters.packed_lora import _is_plain
 
 ROWS = {"tall": (3, 9), "short": (2,), "one": (1,), "four axes": (2, 3, 5)}
 SIZES = {"small": (10, 6), "large": (24, 20)}  # below and above 4 r (c + d) elements
@@ -168,11 +169,11 @@ def test_over_four_bits_it_equals_peft(bias: bool, rows: tuple[int, ...], rank: 
     quicken(ours)
     assert type(ours).__name__ == "LowRankLinear4bit" and type(theirs).__name__ == "Linear4bit"
     x = torch.randn(*rows, 64)
-    assert ours._plain(x) == (rows == (3, 40))
+    assert _is_plain(ours, x) == (rows == (3, 40))
     for own, other in zip(results(ours, x), results(theirs, x), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not ours._plain(x) and torch.equal(ours(x), theirs(x))
-    assert not ours._plain(x.double())
+        assert not _is_plain(ours, x) and torch.equal(ours(x), theirs(x))
+    assert not _is_plain(ours, x.double())
     ours.train().lora_dropout["own"] = nn.Dropout(0.5)
-    assert not ours._plain(x) and ours.eval()._plain(x) == (rows == (3, 40))
+    assert not _is_plain(ours, x) and _is_plain(ours.eval(), x) == (rows == (3, 40))

@@ -25,8 +25,8 @@ from trainer.kernels.softmax import HALF
 from trainer.ops.adapters.low_rank_products import (
     is_small,
     low_rank_gradients,
-    rows_of,
     times_columns,
+    token_rows,
 )
 from trainer.ops.adapters.packed_lora import over_four_bits
 
@@ -175,7 +175,7 @@ class _Lora(torch.autograd.Function):
         low = times_columns(a, x)
         ctx.save_for_backward(x, weight, low, a, b)
         y = linear(x, weight, bias)
-        rows_of(y).addmm_(low.T, b.T, alpha=scale)
+        token_rows(y).addmm_(low.T, b.T, alpha=scale)
         return y
 
     @staticmethod
@@ -183,7 +183,7 @@ class _Lora(torch.autograd.Function):
         x, weight, low, a, b = ctx.saved_tensors
         need = ctx.needs_input_grad[0]
         on_x, on_a, on_b = low_rank_gradients(
-            rows_of(grad), x, weight, low=low, a=a, b=b, scale=ctx.scale, need=need
+            token_rows(grad), x, weight, low=low, a=a, b=b, scale=ctx.scale, need=need
         )
         return on_x, None, None, on_a, on_b, None
 
@@ -213,8 +213,8 @@ class _Dora(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, kept, low, a, b, straight, norm, length = ctx.saved_tensors
-        rows, need = rows_of(grad), ctx.needs_input_grad[0]
-        on_length = (rows * rows_of(straight)).sum(0) / norm
+        rows, need = token_rows(grad), ctx.needs_input_grad[0]
+        on_length = (rows * token_rows(straight)).sum(0) / norm
         on_x, on_a, on_b = low_rank_gradients(
             rows * (length / norm), x, kept, low=low, a=a, b=b, scale=ctx.scale, need=need
         )

@@ -29,7 +29,7 @@ def low_rank_gradients(
         on_x = on_x.view(x.shape)
     if low is None:
         low = times_columns(a, x)
-    on_a, on_b = on_low @ rows_of(x), (low @ grad).T
+    on_a, on_b = on_low @ token_rows(x), (low @ grad).T
     if scale != 1:
         on_a, on_b = on_a * scale, on_b * scale
     return on_x, on_a, on_b
@@ -43,8 +43,8 @@ def is_small(weight: Tensor, a: Tensor) -> bool:
 
 def times_columns(matrix: Tensor, x: Tensor) -> Tensor:
     """matrix (r, c), x (..., c) -> (r, n): quicker on a CPU than its transpose."""
-    return matrix @ rows_of(x).T
+    return matrix @ token_rows(x).T
 
 
-def rows_of(x: Tensor) -> Tensor:
+def token_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])

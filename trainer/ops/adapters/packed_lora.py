@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from trainer.backbones.four_bits import is_packed, values
-from trainer.ops.adapters.low_rank_products import is_small, low_rank_gradients, rows_of
+from trainer.ops.adapters.low_rank_products import is_small, low_rank_gradients, token_rows
 
 
 @cache
@@ -29,7 +29,7 @@ def over_four_bits() -> Any:
         cases."""
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if args or kwargs or not self._plain(x):
+            if args or kwargs or not _is_plain(self, x):
                 found: Tensor = super().forward(x, *args, **kwargs)
                 return found
             layer: Any = self.base_layer
@@ -38,30 +38,26 @@ def over_four_bits() -> Any:
             result: Tensor = _LoraOverFourBits.apply(x, layer, layer.bias, a, b, self.scaling[name])
             return result
 
-        def _plain(self, x: Tensor) -> bool:
-            """Whether one LoRA acts in float32, without dropout, on so many rows that adding B A
-            to the matrix costs less than to what comes out of it."""
-            if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
-                return False
-            (name,) = self.active_adapters
-            if name not in self.lora_A or self.lora_bias[name] or name in self.lora_variant:
-                return False
-            layer: Any = self.base_layer
-            dropout = self.lora_dropout[name]
-            return bool(
-                is_packed(layer)
-                and (isinstance(dropout, nn.Identity) or not self.training)
-                and not torch.is_autocast_enabled(x.device.type)
-                and x.dtype == layer.compute_dtype == torch.float32
-                and self._merging_pays(x)
-            )
-
-        def _merging_pays(self, x: Tensor) -> bool:
-            layer: Any = self.base_layer
-            inputs, outputs = layer.in_features, layer.out_features
-            return bool(x.numel() // x.shape[-1] * (inputs + outputs) >= inputs * outputs)
-
     return LowRankLinear4bit
+
+
+def _is_plain(own: Any, x: Tensor) -> bool:
+    """Whether one LoRA of a layer acts in float32, without dropout, on so many rows that adding B A
+    to the matrix costs less than to what comes out of it."""
+    if own.disable_adapters or own.merged or len(own.active_adapters) != 1:
+        return False
+    (name,) = own.active_adapters
+    if name not in own.lora_A or own.lora_bias[name] or name in own.lora_variant:
+        return False
+    dropout, layer = own.lora_dropout[name], own.base_layer
+    if not is_packed(layer) or torch.is_autocast_enabled(x.device.type):
+        return False
+    inputs, outputs = layer.in_features, layer.out_features
+    return bool(
+        (isinstance(dropout, nn.Identity) or not own.training)
+        and x.dtype == layer.compute_dtype == torch.float32
+        and x.numel() // x.shape[-1] * (inputs + outputs) >= inputs * outputs
+    )
 
 
 class _LoraOverFourBits(torch.autograd.Function):
@@ -79,7 +75,7 @@ class _LoraOverFourBits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b = ctx.saved_tensors
-        rows, scale, need = rows_of(grad), ctx.scale, ctx.needs_input_grad[0]
+        rows, scale, need = token_rows(grad), ctx.scale, ctx.needs_input_grad[0]
         whole = values(ctx.layer).addmm_(b, a, alpha=scale)
         if not is_small(whole, a):
             on_x, on_a, on_b = low_rank_gradients(
@@ -87,5 +83,5 @@ class _LoraOverFourBits(torch.autograd.Function):
             )
             return on_x, None, None, on_a, on_b, None
         on_x = (rows @ whole).view(x.shape) if need else None
-        on_whole = (rows.T @ rows_of(x)).mul_(scale)
+        on_whole = (rows.T @ token_rows(x)).mul_(scale)
         return on_x, None, None, b.T @ on_whole, on_whole @ a.T, None
