@@ -311,6 +311,7 @@ class JointBackbone:
         self.extras = Extras()
         self.sampling_hooks: dict[str, Any] = {}
         self.input_channels: dict[str, Any] = {}
+        self.further_conditions: dict[str, Any] = {}
         self.given_frames = None
         self.text_encoders: dict[str, Any] = {}
         self.tokenizers: dict[str, Any] = {}
@@ -326,6 +327,8 @@ class JointBackbone:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.denoiser.named_parameters():
             yield f"{self.denoiser_name}.{name}", parameter
+        for name, parameter in self.extras.named_parameters():
+            yield f"extras.{name}", parameter
 
     def requires_grad_(self, requires_grad: bool = True) -> None:
         self.denoiser.requires_grad_(requires_grad)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 
 INTEGERS = ("labels",)  # the fields that are whole numbers
+FURTHER = "further"  # the field of what methods own
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,8 @@ class Condition:
     their own channels. crop (b, 6) says which part of a picture is shown: height and width of the
     whole one, top and left of the part, where the whole one is scaled to cover it, and its height
     and width, in pixels. guidance (b,) is the scale of guidance of models that have it as an input.
-    labels (b,) are the numbers of classes, integers.
+    labels (b,) are the numbers of classes, integers. further are conditions that methods own, by
+    name, each (b, ...), see `further_conditions.py`.
     """
 
     tokens: Tensor | None = None
@@ -35,16 +37,20 @@ class Condition:
     crop: Tensor | None = None
     guidance: Tensor | None = None
     labels: Tensor | None = None
+    further: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those that are there, by name, as a cache stores them; `Condition(**tensors)` is the
-        record again."""
-        found = {item.name: getattr(self, item.name) for item in fields(self)}
+        """Those that are there, by name, as a cache of texts stores them; `Condition(**tensors)` is
+        the record again. Those of methods are not among them: what makes them may train."""
+        names = (item.name for item in fields(self) if item.name != FURTHER)
+        found = {name: getattr(self, name) for name in names}
         return {name: value for name, value in found.items() if value is not None}
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Condition:
         """The record of every tensor changed alike."""
-        return Condition(**{name: change(value) for name, value in self.tensors().items()})
+        own = {name: change(value) for name, value in self.tensors().items()}
+        further = {name: change(value) for name, value in self.further.items()}
+        return Condition(**own, further=further)
 
     def rows(self, chosen: slice) -> Condition:
         """That of some of the rows."""

@@ -31,6 +31,7 @@ from trainer.attention.insertion import Item, untouched
 
 if TYPE_CHECKING:
     from trainer.attention.context import StepContext
+    from trainer.attention.further_conditions import FurtherCondition
     from trainer.attention.host import Host
 
 ASPECT = "the input channels"
@@ -73,6 +74,7 @@ class HasChannels(Protocol):
 
     denoiser_name: str
     input_channels: dict[str, InputChannels]
+    further_conditions: dict[str, FurtherCondition]
 
     @property
     def denoiser(self) -> nn.Module: ...
@@ -138,6 +140,8 @@ def values_of(model: HasChannels, given: ChannelInputs) -> dict[str, Tensor]:
 
 
 def inputs_read(model: HasChannels) -> tuple[str, ...]:
-    """The inputs of a batch that the channels of a model are calculated from, by name."""
-    names = (name for channels in model.input_channels.values() for name in channels.reads)
-    return tuple(dict.fromkeys(names))
+    """The inputs of a batch that the channels and the further conditions of a model are made of, by
+    name."""
+    reads = [own.reads for own in model.input_channels.values()]
+    reads += [own.reads for own in model.further_conditions.values()]
+    return tuple(dict.fromkeys(name for each in reads for name in each))

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trainer.attention.extras import Extras
+    from trainer.attention.further_conditions import FurtherCondition
     from trainer.attention.given_frames import GivenFrames
     from trainer.attention.hooks import SamplingHook
     from trainer.attention.host import Host
@@ -28,6 +29,8 @@ class AttentionModel(Protocol):
     sampling_hooks: dict[str, tuple[SamplingHook, ...]]
     # further channels of the denoiser's input by name, see `input_channels.py`
     input_channels: dict[str, InputChannels]
+    # what it is told beside the text by name, see `further_conditions.py`
+    further_conditions: dict[str, FurtherCondition]
     # where the frames of a clip are that it is given, and completes; None where it makes all
     given_frames: GivenFrames | None
 

@@ -2,7 +2,9 @@
 
 A sampler or a loss calls the denoiser once for several groups of rows. A group's branch says whose
 latents its rows are: `target` is what is generated or trained on, `source` what an edit starts
-from. Its text role says which text they see: `cond` the prompt, `uncond` the empty or negative one.
+from. Its text role says which text they see: `cond` the prompt, `uncond` the empty or negative one,
+`given` that one too, and beside it the conditions other than text that `cond` has and `uncond` has
+not.
 
     rows = Rows.of(("target/uncond", "target/cond"), count=2)
     output = denoiser(rows.join({"target": x_t}), ...)    # x_t (2, c, h, w), the input (4, c, h, w)
@@ -19,7 +21,7 @@ from torch import Tensor
 
 TARGET_BRANCH, SOURCE_BRANCH = "target", "source"
 BRANCHES = (TARGET_BRANCH, SOURCE_BRANCH)
-TEXTS = ("cond", "uncond")
+TEXTS = ("cond", "uncond", "given")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trainer.attention.condition import Condition
 from trainer.attention.context import StepContext, current, use
 from trainer.attention.extras import Extras
+from trainer.attention.further_conditions import FurtherCondition
 from trainer.attention.given_frames import GivenFrames
 from trainer.attention.hooks import SamplingHook
 from trainer.attention.host import Host
@@ -72,6 +73,7 @@ class Backbone(BackboneFacts):
         self.extras = Extras()
         self.sampling_hooks: dict[str, tuple[SamplingHook, ...]] = {}
         self.input_channels: dict[str, InputChannels] = {}
+        self.further_conditions: dict[str, FurtherCondition] = {}
         self.given_frames: GivenFrames | None = None
         self.at_rest = set()
         self.encoders: dict[str, Encoder] = dict(declared.encoders)
@@ -175,7 +177,7 @@ class Backbone(BackboneFacts):
                 if (other := owners.setdefault(item, name)) != name:
                     raise ValueError(f"the encoders of {other!r} and {name!r} both give {item}")
             found |= given
-        return Condition(**found)
+        return Condition(**found)  # type: ignore[arg-type]  # an encoder gives tensors alone
 
     def inputs(self, x_t: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
         """The denoiser's own arguments for x_t (b, c, h, w) at timesteps t (b,) and a condition

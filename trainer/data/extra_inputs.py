@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from trainer.data.crops import CROP, Crop, Cropped, whole
 from trainer.data.depth import DEPTH, Layered, depth_like
 from trainer.data.latent_cache import frames_of
+from trainer.data.references import REFERENCE, Referenced, itself
 from trainer.media.images import in_range
 
 if TYPE_CHECKING:
@@ -63,5 +64,13 @@ def _depth(dataset: Dataset, index: int, sample: Sample | None) -> Tensor:
     return depth_like(frames_of(image if image.is_floating_point() else in_range(image)))
 
 
+def _reference(dataset: Dataset, index: int, sample: Sample | None) -> Tensor:
+    known = dataset.reference(index) if isinstance(dataset, Referenced) else None
+    if known is not None:
+        return known
+    image = dataset.image(index)
+    return itself(image if image.is_floating_point() else in_range(image))
+
+
 Reader = Callable[["Dataset", int, "Sample | None"], "Tensor | None"]
-READERS: Mapping[str, Reader] = {CROP: _crop, DEPTH: _depth}
+READERS: Mapping[str, Reader] = {CROP: _crop, DEPTH: _depth, REFERENCE: _reference}

@@ -18,6 +18,7 @@ from trainer.data.source_checks import KEEP_BYTES
 from trainer.data.tags import FIXED, Tags, drawn
 from trainer.media.images import upright_size
 from trainer.media.mask_files import read_mask
+from trainer.media.reference_files import reference_picture
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,12 +29,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Row:
     """A photo of a data set: its file, the captions of which each use takes one, the name that it
-    has in the data, and how often an epoch has it."""
+    has in the data, how often an epoch has it, and its reference pictures."""
 
     path: Path
     captions: tuple[str, ...]
     key: str
     repeats: int = 1
+    references: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,13 @@ class Photos:
         """The mask without mirroring, see `Masked`."""
         return self.masks.get(index)
 
+    def reference(self, index: int) -> Tensor | None:
+        """See `Referenced`."""
+        import torch
+
+        own = self.rows[index].references
+        return torch.stack([reference_picture(path, self.side) for path in own]) if own else None
+
     def crop(self, index: int) -> Crop:
         """See `Cropped`."""
         return central(self._shape(index), self._size(index))
@@ -140,6 +149,9 @@ class Photos:
 
     def _identity(self, index: int, row: Row) -> str:
         picture, mask = sha256_of_file(row.path), self._mask_digest(index)
+        if row.references:  # a change of theirs is one of the sample
+            own = " ".join((picture, *map(sha256_of_file, row.references)))
+            picture = hashlib.sha256(own.encode()).hexdigest()
         return captioned(picture, row.captions, mask, repeats=row.repeats)
 
     def _mask_digest(self, index: int) -> str | None:

@@ -38,6 +38,7 @@ def made_of(
         "temporal_guidance": settings.temporal_guidance
         if settings.temporal_guidance != 1
         else None,
+        "condition_guidance": settings.condition_guidance,
         "sampler": OWN.get(own, own) if solver is None else SOLVERS[solver].title,
         "size": f"{width}x{height}",
         "frames": settings.frames if settings.frames > 1 else None,

@@ -61,7 +61,9 @@ class Predictor:
             latents[SOURCE] = self._scaled(self.source)
         outputs = self._call(latents, self.condition, self.ctx)
         rescale = self.backbone.declared.rescale
-        output = classifier_free(outputs, settings.cfg_scale, rescale)
+        output = classifier_free(
+            outputs, settings.cfg_scale, rescale, given_scale=settings.condition_guidance
+        )
         source_output = None
         if self.source is not None:
             source_output = classifier_free(outputs, settings.cfg_scale, rescale, branch=SOURCE)

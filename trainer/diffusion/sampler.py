@@ -9,13 +9,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from trainer.attention.condition import Condition
+from trainer.attention.further_conditions import told_groups
 from trainer.backbones.backbone import Backbone
 from trainer.backbones.solvers import check_solver
 from trainer.diffusion.channel_values import channels_for
 from trainer.diffusion.clip_completion import check_completion, completed_clips
 from trainer.diffusion.edit_source import SOURCE_COND, EditSource, edit_source, groups_of
 from trainer.diffusion.from_image import InitialImage, noised
-from trainer.diffusion.guidance import COND
+from trainer.diffusion.guidance import COND, GIVEN
 from trainer.diffusion.known_frames import KnownFrames
 from trainer.diffusion.sampler_loop import Denoising, latent_extent
 from trainer.diffusion.sampling_settings import Sampling
@@ -32,6 +34,7 @@ def sample(
     *,
     settings: Sampling = DEFAULT,
     channels: Mapping[str, Tensor] | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
     start: Tensor | None = None,
     image: InitialImage | None = None,
     known: KnownFrames | None = None,
@@ -41,30 +44,44 @@ def sample(
     """Pictures (b, 3, H, W) in [-1, 1], one for each prompt and seed, the same in any batch up to
     rounding; of more `settings.frames` than 1 clips (b * frames, 3, H, W), their frames adjacent.
 
-    channels: values (b f, n, h, w) of further input channels by name, see `channels_for`; start:
-    latents in place of noise; image: a picture to begin from; known: what is known of the clips;
-    edited: the source that a method edits; on_step: gets each step's number and latents. Raises
-    ValueError for what does not fit the backbone or methods.
-    """
+    channels: values (b f, n, h, w) of further input channels by name, see `channels_for`; inputs:
+    what further conditions are made of, each (b, ...); start: latents in place of noise; image: to
+    begin from; known: what is known of the clips; edited: the source that a method edits; on_step:
+    gets each step's number and latents. Raises ValueError for what does not fit."""
     settings = settings.on(embeds=backbone.embeds_guidance)
     edited = edit_source(backbone, edited, settings.steps)
     check_hooks(backbone, settings, image, edits=edited is not None)
     check_completion(backbone, settings, known, edits=edited is not None)
-    texts, generators = prompts_of(prompts, seeds, settings, edited=edited), generators_of(seeds)
+    texts, groups = prompts_of(prompts, seeds, settings, edited=edited), groups_of(settings, edited)
     with evaluating(backbone), settled(backbone):
         denoising = Denoising(
             backbone,
-            settings.told(backbone.encode_prompts(texts)),
+            settings.told(_condition(backbone, texts, inputs, groups=groups)),
             clips=len(prompts),
             settings=settings,
             given=not (start is None and image is None),
             channels=channels or {},
             on_step=on_step,
-            generators=generators,
+            generators=generators_of(seeds),
             prompts=prompts,
             edited=edited,
         )
         return _decoded(denoising, clean_latents(denoising, start=start, image=image, known=known))
+
+
+def _condition(
+    backbone: Backbone,
+    texts: Sequence[str],
+    inputs: Mapping[str, Tensor] | None,
+    groups: Sequence[str],
+) -> Condition:
+    """Of all rows, those of a group adjacent. What is told beside the text, the rows see that are
+    generated, except those that are told nothing."""
+    condition = backbone.encode_prompts(texts)
+    placed = {name: value.to(backbone.device) for name, value in (inputs or {}).items()}
+    sees = [group in (COND, GIVEN) for group in groups]
+    with backbone.computing():
+        return told_groups(backbone, condition, placed, sees=sees)
 
 
 def _decoded(denoising: Denoising, x_0: Tensor) -> Tensor:
@@ -204,11 +221,18 @@ def sample_many(
     inputs: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """`sample` in batches of at most `batch_size` pictures or clips: (n * frames, 3, H, W) on the
-    CPU. inputs: of all n, as of `channels_for`."""
+    CPU. inputs: of all n, as of `channels_for` and `sample`."""
     parts = []
     for at in (slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)):
         own = {name: value[at] for name, value in (inputs or {}).items()}
         channels = channels_for(backbone, seeds[at], settings, inputs=own)
-        found = sample(backbone, prompts[at], seeds[at], settings=settings, channels=channels)
+        found = sample(
+            backbone,
+            prompts[at],
+            seeds[at],
+            settings=settings,
+            channels=channels,
+            inputs=own,
+        )
         parts.append(found.cpu())
     return torch.cat(parts)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trainer.diffusion.blocks import RECONSTRUCTION, Blocks
-from trainer.diffusion.guidance import COND, UNCOND
+from trainer.diffusion.guidance import COND, GIVEN, UNCOND
 
 if TYPE_CHECKING:
     from trainer.attention.condition import Condition
@@ -28,6 +28,8 @@ class Sampling:
     corrector: Langevin steps at each noise level of such clips. fps: frames a second, for a model
     that has learned of them. temporal_guidance: of clips, see `guidance.temporal`. sampler: one of
     `backbones.solvers.SOLVERS`, None for the backbone's own.
+    condition_guidance: the scale of the conditions beside the text, as of reference pictures, which
+    `guidance` then does not scale, see `guidance.classifier_free`; None scales all by `guidance`.
 
     Raises:
         ValueError: no step, no frame, blocks that are not smaller than the clip, or temporal
@@ -47,6 +49,7 @@ class Sampling:
     blocks: Blocks | None = None
     reconstruction: float = RECONSTRUCTION
     corrector: int = 0
+    condition_guidance: float | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -62,6 +65,11 @@ class Sampling:
             raise ValueError(
                 f"temporal_guidance={self.temporal_guidance:g} is for clips that are guided; give "
                 "frames and a guidance above 1"
+            )
+        if self.condition_guidance is not None and not self.guided:
+            raise ValueError(
+                f"condition_guidance={self.condition_guidance:g} is beside the guidance by the "
+                "text; give guidance above 1 too"
             )
 
     def on(self, *, embeds: bool) -> Sampling:
@@ -109,4 +117,6 @@ class Sampling:
     @property
     def groups(self) -> tuple[str, ...]:
         """The groups of rows of one call of the denoiser."""
-        return (UNCOND, COND) if self.guided else (COND,)
+        if not self.guided:
+            return (COND,)
+        return (UNCOND, COND) if self.condition_guidance is None else (UNCOND, GIVEN, COND)

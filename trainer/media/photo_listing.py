@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.common.left_by_systems import left_by_system
 from trainer.media.mask_files import images_beside, masks_among
 from trainer.media.other_formats import OTHER_IMAGES
 from trainer.media.read_caption import CAPTION_FILES
+from trainer.media.reference_files import References, references_among, references_in
 
 WEB_IMAGES = frozenset((".jpg", ".jpeg", ".png", ".webp"))
 READABLE_IMAGES = WEB_IMAGES | OTHER_IMAGES
@@ -33,17 +34,20 @@ NAMED = 3  # files that a sentence names
 @dataclass(frozen=True)
 class Listing:
     """The photos of a folder in natural order, 2 before 10, the mask of each that has one, and the
-    files and subfolders that are not read. tables: files of captions, `metadata.jsonl`."""
+    files and subfolders that are not read. tables: files of captions, `metadata.jsonl`; references:
+    the reference pictures of photos that have some."""
 
     folder: Path
     photos: tuple[Path, ...]
     masks: dict[Path, Path]
     tables: tuple[Path, ...] = ()
     others: tuple[Path, ...] = ()
+    references: References = field(default_factory=dict)
 
     def stored(self) -> int:
         """Bytes of the photos and their masks; a file that is missing counts nothing."""
-        paths = (*self.photos, *self.masks.values())
+        more = (path for own in self.references.values() for path in own)
+        paths = (*self.photos, *self.masks.values(), *more)
         return sum(path.stat().st_size for path in paths if path.is_file())
 
     def name(self, path: Path) -> str:
@@ -72,7 +76,8 @@ def list_photos(folder: str | Path, recursive: bool = False) -> Listing:
     error. Hidden files, and those that systems leave, are passed over.
 
     Raises:
-        ValueError: the folder is missing, is a file, or holds no photo; see also `masks_among`.
+        ValueError: the folder is missing, is a file, or holds no photo; see also `masks_among` and
+        `references_among`.
     """
     folder = Path(folder)
     expected = f"expected a folder with images ({', '.join(sorted(READABLE_IMAGES))})"
@@ -122,10 +127,13 @@ def _listing(folder: Path, found: list[Path], images: list[Path]) -> Listing:
     masks: dict[Path, Path] = {}
     for paths in _by_folder(images):
         masks |= masks_among(paths)
-    shown = set(masks.values())
+    tables = tuple(path for path in found if path.name == METADATA and path.is_file())
+    references = {photo: own for each in tables for photo, own in references_in(each).items()}
+    for paths in _by_folder(images):
+        references |= references_among(paths)
+    shown = {*masks.values(), *(path for own in references.values() for path in own)}
     photos = tuple(path for path in images if path not in shown)
     captions = {path.with_suffix(suffix) for path in photos for suffix in CAPTION_FILES}
-    tables = tuple(path for path in found if path.name == METADATA and path.is_file())
     known = {*images, *captions, *tables}
     others = [path for path in found if path not in known]
     return Listing(
@@ -134,6 +142,7 @@ def _listing(folder: Path, found: list[Path], images: list[Path]) -> Listing:
         masks,
         tables=tables,
         others=tuple(sorted(others, key=lambda path: _order(folder, path))),
+        references=references,
     )
 
 

@@ -261,7 +261,7 @@ def _context(recipe: Recipe, backbone: Backbone, samples: int) -> tuple[StepCont
         frames=frames,
         groups=Rows.of((COND,), len(x_t)),
         training=True,
-        condition=Condition(**text).per_frame(frames),
+        condition=Condition(**text).per_frame(frames),  # type: ignore[arg-type]
     )
     return ctx, x_t
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from trainer.media.photo_captions import CaptionRules, Captions
 from trainer.media.photo_folder import Photo, read_folder
 from trainer.media.photo_listing import READABLE_IMAGES, Listing, list_photos, unread
 from trainer.media.photo_report import found_in
+from trainer.media.reference_files import check_alike
 
 CHECKED_SIDE = (
     16  # photos are decoded to check them, and only a small copy of this side is kept meanwhile
@@ -90,6 +92,7 @@ class Folder(Source):
         captions = self.read
         photos = captions.listing.photos
         check_split(self.validation, len(photos), f"images in {self.folder}")
+        check_alike(photos, captions.listing.references)
         for path in photos:
             # `open` reports or skips files that are not readable images
             if (
@@ -157,7 +160,7 @@ class Folder(Source):
         if not self.validation:
             return train, None
         # a validation loss is of the same captions every time
-        seen = [Row(row.path, row.captions[:1], row.key) for row in rows[cut:]]
+        seen = [replace(row, captions=row.captions[:1], repeats=1) for row in rows[cut:]]
         return train, Photos(seen, side, step=step, masks=masks, decoded=decoded)
 
     def _row(self, photo: Photo, listing: Listing) -> Row:
@@ -165,7 +168,10 @@ class Folder(Source):
         if not captions:
             raise _no_caption(photo.path)
         times = self.repeats * listing.repeats(photo.path)
-        return Row(photo.path, captions, listing.name(photo.path), repeats=times)
+        references = listing.references.get(photo.path, ())
+        return Row(
+            photo.path, captions, listing.name(photo.path), repeats=times, references=references
+        )
 
     @cached_property
     def read(self) -> Captions:

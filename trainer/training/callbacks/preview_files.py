@@ -21,6 +21,7 @@ from torch import Tensor
 from trainer.attention.input_channels import inputs_read
 from trainer.backbones.backbone import Backbone
 from trainer.common.paths import slug
+from trainer.data.extra_inputs import READERS
 from trainer.data.identity import LETTERS, sha256_of_file
 from trainer.diffusion.made_of import last_bits, made_of
 from trainer.diffusion.sampling_settings import Sampling
@@ -62,8 +63,8 @@ class PreviewFiles:
         if self.hashes is None:
             self.hashes = {} if self.parts is None else {"backbone_parts": dict(self.parts())}
         made = last_bits(backbone, settings) | self.hashes
-        if read := inputs_read(backbone):
-            made["read_from_data"] = list(read)
+        if read := [name for name in inputs_read(backbone) if name in READERS]:
+            made["read_from_data"] = read
         made |= adapter_after(self.folder.parent, step)
         for number, own in enumerate(shown):
             among = {"batch": own.batch, "row": own.row} if own.batch > 1 else {}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainer.attention.condition import Condition
 from trainer.attention.context import StepContext
+from trainer.attention.further_conditions import FurtherCondition, told_further
 from trainer.attention.input_channels import ChannelInputs, values_of
 from trainer.attention.rows import Rows
 from trainer.attention.step_result import StepResult
@@ -101,6 +102,7 @@ class Denoise:
         x_t = add_noise(self.objective, x0, noise, t=t.repeat_interleave(frames))
         dropout = self.caption_dropout if purpose == "train" else 0.0
         condition = self._condition(batch, kept_captions(batch.captions, seeds, dropout))
+        condition = self._told(condition, batch, seeds=seeds, drops=purpose == "train")
         return Encoded(
             batch,
             x0,
@@ -214,6 +216,20 @@ class Denoise:
         if self.texts is None:
             return self.backbone.encode(inputs)
         return self.backbone.encode(inputs, {"text": self.texts})
+
+    def _told(
+        self, condition: Condition, batch: Batch, *, seeds: Sequence[Seed], drops: bool
+    ) -> Condition:
+        """The condition with those that methods own. drops: whether some samples are told of none,
+        as each condition's `dropout` says."""
+
+        def present(own: FurtherCondition) -> Tensor:
+            share = own.dropout if drops else 0.0
+            kept = [uniform_of(seed_of(*seed, own.name)) >= share for seed in seeds]
+            return torch.tensor(kept, device=batch.inputs[own.reads[0]].device)
+
+        with self.backbone.computing():
+            return told_further(self.backbone, condition, batch.inputs, present=present)
 
     def _to_x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         return to_x0(self.objective, output, x_t, t=t)
