@@ -34,6 +34,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "inflora": {"rank": 2, "task": 1, "num_tasks": 2},
     "infusion": {"source": "a fox on a red background", "feature_steps": None, "fuse": False},
     "linear_attention": {"sites": "self", "distill": 1.0},
+    "ip_adapter": {"form": "resampler", "heads": 1, "depth": 1, "inner": 16, "count": 2},
     "lora": {
         "sites": "cross | self & mid | self & block",
         "rank": 2,

@@ -26,10 +26,12 @@ from torch import Tensor
 
 from trainer.attention.context import StepContext, use
 from trainer.attention.hooks import SourceBranch
+from trainer.attention.input_channels import inputs_read
 from trainer.attention.op import Traits
 from trainer.common.lookup import method_files
 from trainer.config.load import methods_of
 from trainer.config.schema import RecipeError
+from trainer.data.references import REFERENCE
 from trainer.diffusion.edit_source import EditSource, source_branch
 from trainer.diffusion.sampler import sample
 from trainer.diffusion.sampling_settings import Sampling
@@ -60,7 +62,7 @@ NAMES = method_names()
 # one method of every kind and set of claimed aspects, and a second one of the same, if there is any
 REPRESENTATIVES: dict[str, str | None] = {
     "animatediff": "vdm",
-    "coda_prompt": None,
+    "coda_prompt": "ip_adapter",
     "full": "selective",
     "gated_linear": "agent_attention",
     "gaussctrl": "diffumask",
@@ -168,6 +170,7 @@ def painted(backbone: Any, frames: int = 1) -> Tensor:
         [3, 4],
         settings=Sampling(steps=2, guidance=3, frames=frames),
         edited=None if branch is None else source_for(backbone, branch[1]),
+        inputs=given(backbone),
     )
 
 
@@ -186,6 +189,13 @@ def source_for(backbone: Any, branch: SourceBranch) -> EditSource | None:
         reference=known,
         masks={"source": mask, "target": mask},
     )
+
+
+def given(backbone: Any) -> dict[str, Tensor]:
+    """A reference picture, for methods that read one."""
+    if REFERENCE not in inputs_read(backbone):
+        return {}
+    return {REFERENCE: torch.linspace(-1, 1, 3 * 32 * 32).view(1, 1, 3, 32, 32)}
 
 
 def reloaded(backbone: Any, plan: Plan, tree: Any, folder: Path, where: Path) -> Any:

@@ -20,9 +20,16 @@ SAME = (
     "prompt", "negative", "seed", "steps", "guidance", "true_guidance", "temporal_guidance", "size",
     "fps", "scheduler", "scale", "strength", "structure_level", "methods", "batch", "before",
     "between", "after", "block", "overlap", "take", "every", "shrink", "reconstruction",
-    "corrector", "source_prompt",
+    "corrector", "source_prompt", "reference_scale", "condition_guidance",
 )  # fmt: skip
-FILES = ("source", "image", "structure", "known")  # facts that name files, with their hashes
+FILES = (
+    "source",
+    "image",
+    "structure",
+    "known",
+    "reference",
+    "reference_mask",
+)  # facts that name files, with their hashes
 PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -77,18 +84,25 @@ def read_picture(path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
         options["adapter"] = _adapters(found)
     if ("over" in facts or "adapter" not in facts) and not {"adapter", "backbone"} & set(given):
         options["backbone"] = _backbone(found)
-    if "read_from_data" in facts and "structure" not in given:
-        read = facts["read_from_data"]
-        raise ValueError(
-            f"from={path}: its {' and '.join(map(str, read))} came from the data of its run, which "
-            "the file does not hold; give structure=<clip>"
-        )
+    _refuse_unheld(path, facts, given)
     for key in FILES:
         if key in facts and key not in given:
             options[key] = _file(found, key)
     if "null_text" not in given and (own := _beside(found, "null_text")) is not None:
         options["null_text"] = own
     return options | dict(given), found
+
+
+def _refuse_unheld(path: Path, facts: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises ValueError for what came from the data of a run and is not given."""
+    if "read_from_data" not in facts or {"structure", "reference"} & set(given):
+        return
+    read = facts["read_from_data"]
+    instead = "reference=<picture>" if "reference" in read else "structure=<clip>"
+    raise ValueError(
+        f"from={path}: its {' and '.join(map(str, read))} came from the data of its run, which the "
+        f"file does not hold; give {instead}"
+    )
 
 
 def compare_parts(picture: RepeatedPicture, parts: Mapping[str, str]) -> None:
@@ -176,8 +190,16 @@ def _beside(picture: RepeatedPicture, key: str) -> str | None:
     return None if digest is None else next(map(str, there), None)
 
 
-def _file(picture: RepeatedPicture, key: str) -> str:
-    name, digest = str(picture.facts[key]), picture.facts.get(f"{key}_sha256")
+def _file(picture: RepeatedPicture, key: str) -> str | list[str]:
+    """The file of a key, or the files where it names several."""
+    names, digests = picture.facts[key], picture.facts.get(f"{key}_sha256")
+    if isinstance(names, list):
+        pairs = zip(names, digests if isinstance(digests, list) else [], strict=False)
+        return [_one_file(picture, key, str(name), digest=digest) for name, digest in pairs]
+    return _one_file(picture, key, str(names), digest=digests)
+
+
+def _one_file(picture: RepeatedPicture, key: str, name: str, *, digest: Any) -> str:
     places = list(_near(picture, [name]))
     found = _same(picture, key, name, digest=digest, places=places, hashed=given_digest)
     return str(found)

@@ -30,8 +30,8 @@ class SampleJob:
     """What is to be written. prompts: with every seed each; batch: pictures at once, None for a
     number that goes by their size; row: of a picture that is repeated, the row it had in its batch,
     whose other rows are generated too and left out; facts: of all pictures; start, image, known,
-    edited: as of `sampler.sample`, for one clip; inputs: as of `channels_for`, likewise; given: a
-    clip that each completes."""
+    edited: as of `sampler.sample`, for one clip; inputs: as of `channels_for` and
+    `sample`, likewise; given: a clip that each completes."""
 
     prompts: Sequence[str]
     seeds: range
@@ -110,6 +110,7 @@ def _generated(backbone: Backbone, job: SampleJob, part: Sequence[Pair]) -> Tens
         seeds,
         settings=job.settings,
         channels=channels_for(backbone, seeds, job.settings, inputs=inputs),
+        inputs=inputs,
         start=job.start,
         image=job.image,
         known=job.known,

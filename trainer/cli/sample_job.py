@@ -20,6 +20,7 @@ from trainer.cli.repeat_picture import RepeatedPicture, compare_parts
 from trainer.cli.sample_files import SampleJob, check_fit
 from trainer.cli.sample_known import KnownVideo, known_of
 from trainer.cli.sample_options import SAME_CLIP, SampleOptions
+from trainer.cli.sample_references import reference_facts, references_of
 from trainer.cli.sample_source import (
     VideoSource,
     file_facts,
@@ -113,6 +114,7 @@ def _settings(options: SampleOptions, tree: Mapping[str, Any], negative: str) ->
         blocks=None if options.block is None else Blocks.of(options.block, options.overlap),
         reconstruction=options.reconstruction,
         corrector=options.corrector,
+        condition_guidance=options.condition_guidance,
     )
     if in_time is None and found.frames > 1 and found.guided:
         in_time = float(previews.get("temporal_guidance", 1.0))
@@ -133,11 +135,11 @@ def _starts(
     from trainer.diffusion.edit_source import EditSource
 
     edited = None if options.source_prompt is None else EditSource(shown)
+    inputs = _inputs(options, backbone, settings, data=data)
     if options.image is not None:
         size = settings.size or (backbone.resolution, backbone.resolution)
-        return {"image": image_of(options.image, size, options.strength), "edited": edited}
-    level = options.structure_level
-    inputs = structure_of(backbone, options.structure, level, settings=settings, data=data)
+        begun = image_of(options.image, size, options.strength)
+        return {"image": begun, "inputs": inputs, "edited": edited}
     if options.known is not None:
         video = KnownVideo(
             options.known, take=options.take, every=options.every, shrink=options.shrink
@@ -155,8 +157,17 @@ def _starts(
     model = (options.adapter, options.scale, options.backbone, options.methods)
     source = VideoSource(options.source, model, edited=edited, null_text=options.null_text)
     channels = channels_for(backbone, [options.seed], settings, inputs=inputs)
-    begun = source_of(backbone, source, settings, data=data, channels=channels)
-    return {"inputs": inputs, "start": begun.start, "edited": begun.edited}
+    made = source_of(backbone, source, settings, data=data, channels=channels)
+    return {"inputs": inputs, "start": made.start, "edited": made.edited}
+
+
+def _inputs(
+    options: SampleOptions, backbone: Backbone, settings: Sampling, *, data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the model reads beside texts."""
+    level, clip = options.structure_level, options.structure
+    structure = structure_of(backbone, clip, level, settings=settings, data=data)
+    return structure | references_of(backbone, options, settings)
 
 
 def _check_completes(options: SampleOptions) -> None:
@@ -173,6 +184,7 @@ def _origin(options: SampleOptions) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key in ("source", "image", "structure", "known"):
         found |= file_facts(key, getattr(options, key))
+    found |= reference_facts(options)
     if options.structure is not None:
         found["structure_level"] = options.structure_level
     if options.known is not None:

@@ -145,6 +145,27 @@ class SampleOptions(Options):
         description="with structure=: how often it is made half as fine, up to the "
         "methods.gen1.structure of the adapter's recipe, which leaves next to nothing of it",
     )
+    reference: Path | tuple[Path, ...] | None = Field(
+        None,
+        description="a picture of what is to be shown, or several as in [a.png,b.png], for models "
+        "that read some, as those of recipe=ip_adapter",
+    )
+    reference_scale: float | None = Field(
+        None, ge=0, description="with reference=: its strength, 0 for none; null for 1"
+    )
+    reference_mask: Path | tuple[Path, ...] | None = Field(
+        None,
+        description="with reference=: where each counts, white in a picture of the shape of what "
+        "is generated, as many as the references",
+    )
+    condition_guidance: float | None = Field(
+        None,
+        ge=0,
+        description="with reference=: strength with which pictures are guided by it, which "
+        "guidance then does by the text alone, in half as much time again "
+        "(arXiv 2211.09800, equation 3); "
+        "null for guidance",
+    )
     block: Count | None = Field(
         None,
         description="frames that the model makes at once, of a clip of more frames: block after "
@@ -264,6 +285,11 @@ class SampleOptions(Options):
         if self.adapter is None or isinstance(self.adapter, tuple):
             return self.adapter or ()
         return (self.adapter,)
+
+    @property
+    def strength_of(self) -> float:
+        """Of the references."""
+        return 1.0 if self.reference_scale is None else self.reference_scale
 
     @property
     def scales(self) -> tuple[Strength, ...]:

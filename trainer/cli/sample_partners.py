@@ -12,6 +12,9 @@ from trainer.cli.sample_known import refuse_idle_known
 NEEDED = {
     "strength": ("image", "it is how much of a picture changes; give image= too"),
     "structure_level": ("structure", "it is how coarse a structure is made; give structure= too"),
+    "reference_scale": ("reference", "it is how much a reference counts; give reference= too"),
+    "reference_mask": ("reference", "it is where a reference counts; give reference= too"),
+    "condition_guidance": ("reference", "it is by what reference= shows; give reference= too"),
     "before": ("source", "it is of the clip that source= gives; give source= too"),
     "between": ("source", "it is of the clip that source= gives; give source= too"),
     "after": ("source", "it is of the clip that source= gives; give source= too"),

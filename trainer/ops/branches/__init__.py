@@ -1,0 +1,1 @@
+"""Trained branches of attention that read conditions other than the text: what several use."""
