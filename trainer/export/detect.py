@@ -43,6 +43,8 @@ def detect(path: Path) -> str:
         )
     if any("motion_modules." in key for key in keys):
         return "animatediff"
+    if any(key.startswith("image_proj.") for key in keys):
+        return "ip_adapter"
     if is_embedding(loaded):
         return "embedding"
     refuse_others(path, keys)

@@ -24,7 +24,7 @@ from trainer.config.lineage import spec_of
 from trainer.export.apply_bundle import add_to
 from trainer.export.card import card_of
 from trainer.export.factor import truncated
-from trainer.export.find_format import find_format
+from trainer.export.find_format import find_format, format_names
 from trainer.export.job import Job
 from trainer.export.out_path import check_out, is_one_file, only_file
 from trainer.export.probe import LIMIT, PROOF_FRAMES, Probe, Say, difference
@@ -210,6 +210,8 @@ def refuse_ops(adapted: Any, proof: Proof) -> None:
         ValueError: names the ops and one site of each.
     """
     sites = {op.name: site for site, item in adapted.host.processors.items() for op in item.ops}
+    if sites and set(sites) <= set(find_format(proof.format_name).ops):
+        return
     traits = adapted.host.traits
     Host.attach(adapted.denoiser).detach()
     Host.attach(adapted.denoiser, traits)  # gives inserted layers the number of a clip's frames
@@ -219,8 +221,16 @@ def refuse_ops(adapted: Any, proof: Proof) -> None:
         raise ValueError(
             f"format={proof.format_name} cannot carry {what}: it acts in attention when the model "
             "generates, and a file of weights has no place for it (without it the output differs "
-            f"by {lost:.1e}); generate with `python -m trainer sample adapter=...`"
+            f"by {lost:.1e}); {_instead(set(sites))}"
         )
+
+
+def _instead(ops: set[str]) -> str:
+    """What to do with a model whose ops a format has no place for, as a clause."""
+    able = [name for name in format_names() if ops <= set(find_format(name).ops)]
+    if able:
+        return f"format={able[0]} carries it"
+    return "generate with `python -m trainer sample adapter=...`"
 
 
 def _reduce_rank(job: Job, proof: Proof, rank: int) -> tuple[Job, Proof]:

@@ -18,6 +18,7 @@ from trainer.backbones.family import tokenizer_name
 from trainer.config.lineage import spec_of
 from trainer.export import motion
 from trainer.export.probe import PROOF_FRAMES
+from trainer.export.stock_references import StockReferences, has_loaded
 from trainer.export.usage import README, frames_of_call
 
 CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -78,6 +79,8 @@ def model_of(pipe: Any, base: Any) -> Any:
     for name in (*base.text_encoders, "vae", *map(tokenizer_name, base.tokenizers)):
         if (part := pipe.components.get(name)) is not None:
             setattr(base, name, part.eval() if isinstance(part, torch.nn.Module) else part)
+    if has_loaded(pipe):
+        return StockReferences(base, pipe)
     if "motion_adapter" in pipe.components:
         return motion.AnimateDiffModel.around(pipe, base)
     setattr(base, base.denoiser_name, pipe.components[base.denoiser_name].eval())

@@ -36,7 +36,8 @@ class Usage:
     text: paragraphs for people. warning: what the user should know, said by the export too. call:
     lines of python that load the files into `pipe`, a stock pipeline; None where no python library
     reads them. imports: what the lines need; arguments: of `from_pretrained` of the pipeline;
-    before: lines that must come before it. pipeline: its class. complete: whether the folder itself
+    before: lines that must come before it. pipeline: its class. given: further arguments
+    of its call. complete: whether the folder itself
     is the pipeline; partial: whether the call reads a part of the files.
     """
 
@@ -47,6 +48,7 @@ class Usage:
     before: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
     pipeline: str = ""
+    given: tuple[str, ...] = ()
     complete: bool = False
     partial: bool = False
 
@@ -116,7 +118,7 @@ def _python(card: Card, usage: Usage, base: Any) -> Iterator[str]:
     wide, high = asked_size(card.size, base) if card.size else (None, None)
     sized = card.size and "width" in call_options(base)
     size = f", width={wide}, height={high}" if sized else ""
-    own = f"num_inference_steps=steps{size}{_options(base)}"
+    own = ", ".join((f"num_inference_steps=steps{size}{_options(base)}", *usage.given))
     if clip:
         kind = ', output_type="pil"' if base.layout == "tokens" else ""
         yield f"clip = pipe({given}, num_frames=frames, {own}{kind}).frames[0]"

@@ -49,6 +49,7 @@ class Format:
     read: `read(path, base)` returns what a file or folder of this format adds to the base. None for
         a format that is a complete pipeline.
     refuse: `refuse(job)` raises `CannotCarryError` as `write` does, and writes nothing.
+    ops: names of the ops in attention that its files hold.
     one_file: whether an adapter without words and inserted layers is a single file.
     carries: whether the format can hold all layers that methods have inserted into a model's
         denoiser.
@@ -62,6 +63,7 @@ class Format:
     usage: Callable[[Job, Path], Usage]
     read: Callable[[Path, Any], Bundle] | None = None
     refuse: Callable[[Job], None] = _refuses_none
+    ops: tuple[str, ...] = ()
     one_file: bool = False
     carries: Callable[[Any], bool] = _carries_none
     carries_known_words: bool = False

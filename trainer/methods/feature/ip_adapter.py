@@ -56,7 +56,7 @@ class IpAdapter(Method):
     count: int | None = Field(
         None, gt=0, description="tokens of a picture; null for 4, of the resampler for 16"
     )
-    depth: int = Field(4, ge=1, le=4, description="blocks of the resampler")
+    depth: int = Field(4, ge=1, le=4, description="blocks of the resampler; other tools read 4")
     heads: int = Field(12, gt=0, description="heads of its attention, 64 wide each")
     inner: int | None = Field(
         None, gt=0, description="width of its blocks; null for that of the tokens attention reads"
