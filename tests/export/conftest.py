@@ -195,6 +195,9 @@ class StandIn(nn.Module):
         self.text_encoders, self.tokenizers = {}, {}
         self.prompts = Prompts(self, "text_encoder")
         self.given_frames = None
+        self.extras: dict[str, Any] = {}
+        self.input_channels: dict[str, Any] = {}
+        self.further_conditions: dict[str, Any] = {}
 
     @property
     def denoiser(self) -> Any:

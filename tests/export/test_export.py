@@ -150,7 +150,10 @@ def test_a_module_beside_the_denoiser_is_refused(tiny: Any) -> None:
 
 def test_every_format_is_listed_in_the_refusal(tmp_path: Path) -> None:
     listed = ", ".join(format_names())
-    assert listed == "animatediff, comfyui, custom_diffusion, diff, diffusers, kohya, merged, peft"
+    known = (
+        "animatediff, comfyui, custom_diffusion, diff, diffusers, ip_adapter, kohya, merged, peft"
+    )
+    assert listed == known
     with pytest.raises(ValueError, match=f"format=ckpt: no such format; there are: {listed}"):
         export(tmp_path / "none", tmp_path / "out", "ckpt")
 

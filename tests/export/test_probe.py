@@ -34,7 +34,9 @@ def test_the_difference_is_the_largest_in_either_direction() -> None:
 @pytest.mark.parametrize(("resolution", "side"), [(64, 8), (512, 16)])
 def test_what_is_asked(resolution: int, side: int) -> None:
     prompts = Prompts(None)
-    model = SimpleNamespace(resolution=resolution, divisor=8, latent_channels=4, prompts=prompts)
+    reads: dict[str, Any] = {"extras": {}, "input_channels": {}, "further_conditions": {}}
+    size = {"resolution": resolution, "divisor": 8, "latent_channels": 4}
+    model = SimpleNamespace(**size, **reads, prompts=prompts)
     images, clips = Probe(model, ["<v1>", "sks"]), Probe(model, [], 3)
     assert images.prompts == ["a photo of <v1> sks", ""]
     assert images.x_t.shape == (2, 4, side, side) and images.t.tolist() == [150, 700]

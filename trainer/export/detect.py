@@ -36,15 +36,8 @@ def detect(path: Path) -> str:
         raise ValueError(
             f"file={path} is already an adapter of this toolkit; use it as run.start_from={path}"
         )
-    if any("motion_modules." in key and "lora" in key for key in keys):
-        raise ValueError(
-            f"file={path} is a MotionLoRA, which changes motion modules, and a backbone has none; "
-            "only complete modules are read, by methods.animatediff.weights=<file or folder>"
-        )
-    if any("motion_modules." in key for key in keys):
-        return "animatediff"
-    if any(key.startswith("image_proj.") for key in keys):
-        return "ip_adapter"
+    if (added := _of_added_layers(path, keys)) is not None:
+        return added
     if is_embedding(loaded):
         return "embedding"
     refuse_others(path, keys)
@@ -62,6 +55,22 @@ def detect(path: Path) -> str:
         return "diffusers"
     first = keys[0] if keys else "(none)"
     raise ValueError(f"file={path}: its keys, like {first}, are of no known format; {READ}")
+
+
+def _of_added_layers(path: Path, keys: list[str]) -> str | None:
+    """The format of a file of layers that a backbone does not have; None for one of changes.
+
+    Raises:
+        ValueError: it changes such layers.
+    """
+    if any("motion_modules." in key and "lora" in key for key in keys):
+        raise ValueError(
+            f"file={path} is a MotionLoRA, which changes motion modules, and a backbone has none; "
+            "only complete modules are read, by methods.animatediff.weights=<file or folder>"
+        )
+    if any("motion_modules." in key for key in keys):
+        return "animatediff"
+    return "ip_adapter" if any(key.startswith("image_proj.") for key in keys) else None
 
 
 def _detect_folder(path: Path) -> str:

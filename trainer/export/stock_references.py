@@ -53,7 +53,7 @@ def _encode(model: Any, inputs: Mapping[str, Tensor], present: Tensor) -> dict[s
     (layer,) = pipe.unet.encoder_hid_proj.image_projection_layers
     patches = type(layer).__name__ != "ImageProjection"
     images = [to_pil(picture) for picture in pictures.flatten(0, 1)]
-    seen, none = pipe.encode_image(images, pipe.device, 1, patches)
+    seen, none = pipe.encode_image(images, pipe.device, 1, output_hidden_states=patches)
     kept = present.repeat_interleave(pictures.shape[1])
     found = torch.where(kept.view(-1, *[1] * (seen.ndim - 1)), seen, none)
     return {STOCK: found.unflatten(0, (len(pictures), -1))}

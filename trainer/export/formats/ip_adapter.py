@@ -98,7 +98,7 @@ def _of_site(adapted: Any, site: Any) -> tuple[Tensor, Tensor]:
     return torch.zeros(shape), torch.zeros(shape)
 
 
-def load(folder: Path, base: Any) -> StockReferences:
+def load_stock_adapter(folder: Path, base: Any) -> StockReferences:
     """What `load_ip_adapter` makes of the files."""
     pipe = base.pipeline()
     pipe.register_modules(feature_extractor=CLIPImageProcessor.from_pretrained(folder / EXTRACTOR))
@@ -138,7 +138,7 @@ def usage(job: Job, folder: Path) -> Usage:
 
 FORMAT = Format(
     write,
-    readers={"diffusers' load_ip_adapter": load},
+    readers={"diffusers' load_ip_adapter": load_stock_adapter},
     usage=usage,
     read=read,
     refuse=refuse,
