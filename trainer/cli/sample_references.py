@@ -19,7 +19,7 @@ ALIKE = 0.01  # aspect ratios that differ by less are the same
 Paths = Path | tuple[Path, ...] | None
 
 
-def listed(paths: Paths) -> list[Path]:
+def _listed(paths: Paths) -> list[Path]:
     """One path or several as a list of those."""
     if paths is None:
         return []
@@ -42,7 +42,7 @@ def references_of(
     from trainer.data.references import REFERENCE
     from trainer.ops.ip_adapter import MASKS, STRENGTH
 
-    pictures, masks = listed(options.reference), listed(options.reference_mask)
+    pictures, masks = _listed(options.reference), _listed(options.reference_mask)
     if not pictures:
         return {}
     if REFERENCE not in inputs_read(backbone):
@@ -66,7 +66,7 @@ def reference_facts(options: SampleOptions) -> dict[str, Any]:
     """What a picture's file says of its references, so that it can be made again."""
     found: dict[str, Any] = {}
     for key in ("reference", "reference_mask"):
-        paths = listed(getattr(options, key))
+        paths = _listed(getattr(options, key))
         each = [file_facts(key, path) for path in paths]
         for name in each[0] if each else ():
             found[name] = each[0][name] if len(each) == 1 else [own[name] for own in each]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from trainer.attention.op import Traits
 from trainer.data.references import REFERENCE
 from trainer.kernels.softmax import softmax_attention
+from trainer.ops.branches.reference_tokens import reference_tokens
 
 if TYPE_CHECKING:
     from trainer.attention.call import SiteCall
@@ -33,7 +34,7 @@ OWNER = Traits(owner=NAME)
 NORM_EPS = 1e-6
 
 
-def encode(model: Any, inputs: Mapping[str, Tensor], present: Tensor) -> dict[str, Tensor]:
+def encode_pictures(model: Any, inputs: Mapping[str, Tensor], present: Tensor) -> dict[str, Tensor]:
     """Of b samples with k reference pictures each, inputs[REFERENCE] (b, k, 3, H, W) in [-1, 1]:
     their tokens (b, k, n, d), where `present` (b,) is not those of nothing; where in the picture
     each counts, (b, k, H, W) in [0, 1], where that is given; and how much, (b,).
@@ -43,14 +44,8 @@ def encode(model: Any, inputs: Mapping[str, Tensor], present: Tensor) -> dict[st
     """
     pictures = inputs[REFERENCE]
     count = pictures.shape[1]
-    encoder, projector = model.extras[ENCODER], model.extras[PROJECTOR]
-    seen, none = encoder(pictures.flatten(0, 1)), encoder.nothing(1)
-    there = present.repeat_interleave(count)[:, None]
-    shown = type(seen)(
-        torch.where(there, seen.pooled, none.pooled),
-        torch.where(there[..., None], seen.tokens, none.tokens),
-    )
-    found = {TOKENS: projector(shown).unflatten(0, (-1, count))}
+    made = reference_tokens(model, pictures, present, encoder=ENCODER, projector=PROJECTOR)
+    found = {TOKENS: made}
     found[SCALES] = inputs.get(STRENGTH, pictures.new_ones(len(pictures))).to(pictures)
     if MASKS in inputs:
         masks = inputs[MASKS]

@@ -100,7 +100,7 @@ class IpAdapter(Method):
         shape = self._shape(width, stored)
         reads = (REFERENCE, ops.MASKS, ops.STRENGTH)
         condition = FurtherCondition(
-            self.name, self.name, reads, encode=ops.encode, dropout=self.dropout
+            self.name, self.name, reads, encode=ops.encode_pictures, dropout=self.dropout
         )
         register_condition(model, condition)
         register_extra(model, ops.ENCODER, encoder, owner=self.name)
