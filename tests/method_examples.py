@@ -51,6 +51,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "p2p": {"source": "a <v1> on a blue background", "self_steps": (0.0, 0.5)},
     "peft_adapter": {"type": "loha", "options": {"r": 2}, "sites": "self & down | self & block"},
     "pix2video": {"weight": 1},
+    "pva": {"count": 3, "depth": 1, "heads": 1, "inner": 16},
     "selective": {"sites": "cross", "projections": ["k", "v"], "detach_first_token": True},
     "pnp": {"source": "a <v1> on a blue background", "feature_steps": None, "steps": (0.0, 1.0)},
     "sla": {"sites": "self & /1 | self & block", "block": 4, "critical": 0.25},
