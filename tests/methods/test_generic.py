@@ -195,7 +195,11 @@ def given(backbone: Any) -> dict[str, Tensor]:
     """A reference picture, for methods that read one."""
     if REFERENCE not in inputs_read(backbone):
         return {}
-    return {REFERENCE: torch.linspace(-1, 1, 3 * 32 * 32).view(1, 1, 3, 32, 32)}
+    return {
+        REFERENCE: torch.linspace(-1, 1, 3 * 32 * 32)
+        .view(1, 1, 3, 32, 32)
+        .expand(2, -1, -1, -1, -1)
+    }
 
 
 def reloaded(backbone: Any, plan: Plan, tree: Any, folder: Path, where: Path) -> Any:

@@ -121,9 +121,13 @@ class Judge:
         scores = self.images(pictures) @ self.texts([article(word) for word in words]).T
         return [words[i] for i in scores.argmax(1).tolist()]
 
-    @torch.no_grad()
     def found(self, pictures: Tensor, words: Sequence[str]) -> Found:
-        """How many patches of each picture show each word, and where.
+        """How many patches of each picture show each word, and where; ValueError as `shares`."""
+        return Found.of_shares(words, self.shares(pictures, words))
+
+    @torch.no_grad()
+    def shares(self, pictures: Tensor, words: Sequence[str]) -> Tensor:
+        """How much of each patch shows each word, (n, patches, w), the patches row by row.
 
         Raises:
             ValueError: the judge's patches were not trained to be named.
@@ -139,8 +143,7 @@ class Judge:
             (scale * F.normalize(self._encode(part)[:, 1:], dim=-1) @ names.T).softmax(-1)[..., :-1]
             for part in in_parts(pictures)
         ]
-        shares = torch.cat(parts)  # n patches w
-        return Found.of_shares(words, shares)
+        return torch.cat(parts)
 
     def _encode(self, pictures: Pictures) -> Tensor:
         """Of each whole picture, then of each of its patches: (n, 1 + patches, d)."""
