@@ -63,6 +63,7 @@ NAMES = method_names()
 REPRESENTATIVES: dict[str, str | None] = {
     "animatediff": "vdm",
     "coda_prompt": "ip_adapter",
+    "ediff_i": None,
     "full": "selective",
     "gated_linear": "agent_attention",
     "gaussctrl": "diffumask",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from trainer.attention.model import AttentionModel
 
+ASPECT = "the painted words"
 Corners = tuple[float, float, float, float]
 
 
@@ -81,7 +82,9 @@ class EdiffI(Method):
         op = Painted(self._regions(), self.strengths, weight=self.weight)
         painting = Painting(op, self.sites)
         hook = SamplingHook(open=painting.open, close=painting.close)
-        return Edit(tuple(site.name for site in sites), sampling=(hook,))
+        names = tuple(site.name for site in sites)
+        claims = tuple((f"{model.denoiser_name}.{name}", ASPECT) for name in names)
+        return Edit(names, claims=claims, sampling=(hook,))
 
     def _regions(self) -> dict[str, Tensor]:
         """Of each word; ValueError where there is none, one is painted twice, or not painted."""
