@@ -15,6 +15,14 @@ def test_classifier_free_guidance_goes_on_past_cond() -> None:
     assert classifier_free({"target/cond": outputs["target/cond"]}, 5.0).tolist() == [3.0, -1.0]
 
 
+def test_conditions_beside_the_text_have_a_scale_of_their_own() -> None:
+    """uncond + given_scale (given - uncond) + scale (cond - given), with numbers 2, 5 and 11."""
+    values = {"uncond": 2.0, "given": 5.0, "cond": 11.0}
+    outputs = {f"target/{name}": torch.tensor(value) for name, value in values.items()}
+    assert float(classifier_free(outputs, 4.0, given_scale=7.0)) == 2 + 7 * 3 + 4 * 6
+    assert float(classifier_free(outputs, 4.0, given_scale=4.0)) == 2 + 4 * 9
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])
 def test_temporal_guidance_is_the_papers_sum(scale: float) -> None:
     """image + scale (uncond - image) + guidance (cond - uncond), with numbers 2, 7 and 11."""

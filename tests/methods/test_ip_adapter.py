@@ -137,6 +137,8 @@ def test_projectors_are_those_of_diffusers() -> None:
     own = Resampler(6, width=8, count=5, inner=10, depth=2, heads=3)
     other = IPAdapterPlusImageProjection(6, 8, 10, 2, 64, 3, 5)
     with torch.no_grad():
+        for parameter in own.parameters():  # norms begin alike, and no two stay so
+            parameter.add_(0.2 * torch.randn(parameter.shape))
         for block, (attention, feed) in zip(other.layers, own.layers, strict=True):  # type: ignore[misc, arg-type]
             block.ln0.load_state_dict(attention.norm1.state_dict())
             block.ln1.load_state_dict(attention.norm2.state_dict())
