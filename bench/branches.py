@@ -4,6 +4,9 @@
     python bench/branches.py --only ip_adapter,ip_adapter_export
     python bench/branches.py --quick
 
+References are sprites that no denoiser was trained on. The encoder that ships is the judge's, and
+has seen them, so these figures say how well a branch carries what its encoder knows.
+
 The parts are `PARTS`. With --only the other figures stay as they are in the result file. Quick: few
 steps, which learn nothing, in a few minutes. Further words go to every `fit`.
 """
