@@ -82,7 +82,6 @@ COMPANIONS: dict[str, str] = {
     "fec": "lora",
     "ditfastattn": "lora",
     "ediff_i": "lora",
-    "fec": "lora",
     "flash": "lora",
     "flashmask": "lora",
     "frame_interpolation": "lora",
