@@ -381,7 +381,9 @@ def test_mistaken_installs_are_refused(tiny_unet: nn.Module) -> None:
         name = "nothing"
         traits = Traits()
 
-    with pytest.raises(ValueError, match="'nothing' has no stage to run at; give it one of tokens"):
+    with pytest.raises(
+        ValueError, match="'nothing' has no stage to run at; give it one of skip, tok"
+    ):
         host.install(Nothing(), host.sites)
 
     class Clash(Gain):

@@ -98,7 +98,21 @@ def test_each_is_one_message_and_not_any(message: str) -> None:
     assert len(message) > 12
 
 
-@pytest.mark.parametrize("name", command_records())
+LIGHT = {  # they read files or start processes, and no library that chats
+    "slurm": ["recipe=custom_diffusion"],
+    "sweep": ["recipe=custom_diffusion", "run.seed=[1,2]", "table=true"],
+    "report": ["runs=."],
+}
+
+
+def test_verbs_that_compute_nothing_import_no_torch(tmp_path: Path) -> None:
+    every = [[name, *words] for name, words in LIGHT.items()]
+    script = f"from trainer.__main__ import main\nimport sys\n[main(each) for each in {every!r}]\n"
+    done = run("-c", script + "assert 'torch' not in sys.modules", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in command_records() if name not in LIGHT])
 def test_every_verb_that_computes_is_quiet(name: str) -> None:
     verb = name.split()[0]
     path = PACKAGE / "cli" / f"{'import_' if verb == 'import' else verb}.py"

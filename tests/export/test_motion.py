@@ -112,7 +112,9 @@ def answer() -> Callable[[Any], Tensor]:
     """`answer(model)`: a model's output for two clips of four frames."""
 
     def ask(model: Any) -> Tensor:
-        size = SimpleNamespace(resolution=64, divisor=8, latent_channels=8, prompts=Prompts(None))
+        size = SimpleNamespace(
+            resolution=64, divisor=8, latent_channels=8, prompts=Prompts(None), extras={}
+        )
         probe = Probe(size, (), frames=4)
         return probe(model)
 

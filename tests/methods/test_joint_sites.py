@@ -288,6 +288,9 @@ def test_every_method_runs_at_joint_sites_or_is_refused_by_name(name: str, metho
     with use(StepContext(0, 1, torch.zeros(()), latent_size=size)):
         output = backbone.output()
     assert output.isfinite().all()
+    if not output.requires_grad:  # what trains acts on a condition, which nobody gives here
+        assert backbone.further_conditions
+        return
     output.square().sum().backward()
     grads = {name: parameter.grad for name, parameter in backbone.named_parameters()}
     assert plan.names

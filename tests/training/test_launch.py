@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,14 +58,22 @@ def test_lightning_adds_no_callback_of_its_own(tmp_path: Path) -> None:
     assert not [each for each in trainer.callbacks if isinstance(each, own)]
 
 
+@dataclass
+class Counted:
+    frames: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return 3
+
+
 @pytest.mark.parametrize(
     ("frames", "what"), [((1,), "images"), ((4,), "clips"), ((4, 1), "samples")]
 )
 def test_what_is_measured_of_a_run(frames: tuple[int, ...], what: str) -> None:
     recipe = load_recipe(["recipe=lora", "run.batch_size=4", "run.accumulate=2"])
-    data: Any = SimpleNamespace(frames=frames)
+    data: Any = Counted(frames)
     found = measured_of(recipe, data, None)
-    assert (found.samples, found.what) == (8, what)
+    assert (found.samples, found.what, found.count) == (8, what, 3)
 
 
 @pytest.mark.parametrize(

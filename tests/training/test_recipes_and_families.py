@@ -23,7 +23,12 @@ NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 EVERYWHERE = {
     "lora": ["methods.lora.rank=2"],
     "dora": ["methods.dora.rank=2"],
-    "qlora": ["methods.lora.rank=2", "methods.nf4.min_size=64", "methods.lora.layers=[]"],
+    "qlora": [
+        "methods.lora.rank=2",
+        "methods.nf4.min_size=64",
+        "methods.nf4.skip=[]",
+        "methods.lora.layers=[]",
+    ],
     "dreambooth_lora": ["methods.lora.rank=2", "data.token=fox"],
     "custom_diffusion": [],
     "full": ["data.token=fox"],

@@ -66,7 +66,7 @@ def _pictures(model: Any, generator: torch.Generator) -> dict[str, Tensor]:
     """A reference picture for each of two rows, of the sides that an encoder takes, so that no
     reader scales it; none for a model that reads none."""
     sides = [own.side for own in model.extras.values() if isinstance(own, ImageEncoder)]
-    if REFERENCE not in inputs_read(model) or not sides:
+    if not sides or REFERENCE not in inputs_read(model):
         return {}
     values = torch.randint(0, 256, (2, 1, 3, sides[0], sides[0]), generator=generator)
     return {REFERENCE: values / 127.5 - 1}
