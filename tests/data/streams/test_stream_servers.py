@@ -3,6 +3,7 @@ is passed over or is one sentence with the name of the shard."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def test_every_address_gives_the_same(door: Door, world: Path, tmp_path: Path) -
 @pytest.mark.parametrize("fault", ["503", "cut", "slow"])
 def test_a_fault_that_passes(
     door: Door, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    scheme: str, fault: str,
+    scheme: str, fault: str, capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(server_file, "TIMEOUT", 0.5)
     urls = f"s3://{BUCKET}/world" if scheme == "s3" else web(door)
@@ -90,6 +91,9 @@ def test_a_fault_that_passes(
     door.faults[SHARDS[1]] = [fault, fault]
     assert [data.sample(i, RNG).key for i in range(len(data))] == whole
     assert not door.faults[SHARDS[1]], "no request met it"
+    if fault == "slow":
+        time.sleep(door.slow)  # the late answers meet readers that are gone
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_server_that_stays_busy_is_one_sentence(
