@@ -84,6 +84,15 @@ def test_the_words_reach_the_program_as_they_were_given(capsys: Printed, tmp_pat
 
 
 @needs_bash
+def test_words_of_several_lines_are_no_commands(capsys: Printed, tmp_path: Path) -> None:
+    """Also where the script says what it was made by."""
+    prompts = "preview.prompts=[a\n--nodes=9\ntouch evil]"
+    text = rendered(capsys, prompts)
+    assert started(text, tmp_path)[5] == prompts and not (tmp_path / "evil").exists()
+    assert options(text[: text.index("set -euo")])["nodes"] == "1"
+
+
+@needs_bash
 def test_each_task_of_an_array_trains_one_case(capsys: Printed, tmp_path: Path) -> None:
     words = ("run.steps=[5,6]", "run.seed=[1,2]", "array=true", "at_once=2", "sweep=all")
     text = rendered(capsys, *words)
@@ -110,6 +119,15 @@ def test_a_container_is_started_on_each_node(
     got = started(text, tmp_path)
     assert got[: len(before) + 4] == [*before, "python", "-m", "trainer", "fit"]
     assert text.index("export A=1 || exit 1") < text.index("set -euo pipefail")
+
+
+def test_what_is_a_number_to_yaml_is_a_text_to_slurm(capsys: Printed) -> None:
+    given = {"partition": "on", "account": "0042", "qos": "1e3", "constraint": "1:30", "mem": "010"}
+    found = options(
+        rendered(capsys, *(f"{key}={text}" for key, text in given.items()), "name=1.10")
+    )
+    assert found | given | {"job-name": "1.10"} == found
+    assert "qos" not in options(rendered(capsys, "qos=null", "account="))
 
 
 def test_the_options_of_the_cluster(capsys: Printed) -> None:
@@ -179,6 +197,15 @@ def test_a_file_is_written_and_never_over_another(capsys: Printed, tmp_path: Pat
     assert main(["slurm", "recipe=tiny_unet", f"out={path}"]) == BAD_RECIPE
     assert "exists, and is not written over; give another name" in capsys.readouterr().err
     assert path.read_text() == "mine"
+
+
+def test_a_file_in_the_home_folder(
+    capsys: Printed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert rendered(capsys, "out=~/job.sbatch") == f"{tmp_path / 'job.sbatch'}\n"
+    assert (tmp_path / "job.sbatch").is_file()
 
 
 def test_without_sbatch_a_job_is_not_submitted(

@@ -66,7 +66,8 @@ class BatchScript:
         """The whole file."""
         head = [
             "#!/usr/bin/env bash",
-            f"# Made by: {self.command}",
+            # a value may have several lines, and none of them is for bash or sbatch to read
+            *(f"# {line}" for line in f"Made by: {self.command}".splitlines()),
             "#",
             *(
                 f"#SBATCH --{name}" + ("" if value is None else f"={value}")

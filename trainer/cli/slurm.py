@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -43,6 +44,8 @@ Word = Annotated[
 ]
 JobName = Annotated[str, _like(r"[A-Za-z0-9][\w.-]*", "a name of letters, digits, . _ and -")]
 Memory = Annotated[str, _like(r"\d+[KMGT]?", "an amount of memory, as in 64G")]
+# options that are texts to Slurm; to YAML 12:00:00 is a number of seconds, and 0042 is 34
+TEXTS = ("time", "partition", "account", "qos", "constraint", "mem", "gres", "name")
 # what Lightning takes for a shell on a node, and then starts ranks of its own
 SHELLS = ("bash", "interactive")
 
@@ -175,19 +178,20 @@ def run(words: list[str]) -> int:
     counts = _counts(options, rest)
     cases = cases_of([*rest, *counts]) if options.array else []
     recipes = [case.recipe for case in cases] or [load_recipe([*rest, *counts])]
-    if options.out is not None and (options.out.is_dir() or not options.out.parent.is_dir()):
-        raise RecipeError(f"out={options.out} is no file in a folder that exists; give another")
+    out = None if options.out is None else options.out.expanduser()
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise RecipeError(f"out={out} is no file in a folder that exists; give another")
     for line in _checked(recipes):
         print(line, file=sys.stderr)  # the script goes to stdout
     fixed = _without_counts(rest)
     made_by = shlex.join([*program().split(), "slurm", *words])
     text = script_of(options, fixed, recipe=recipes[0], cases=cases, made_by=made_by).text()
-    if options.out is not None:
-        _write(options.out, text)
+    if out is not None:
+        _write(out, text)
     elif not options.submit:
         print(text, end="")
     if options.submit:
-        _submit(text, options.out)
+        _submit(text, out)
     return 0
 
 
@@ -258,9 +262,11 @@ def _checked(recipes: list[Recipe]) -> list[str]:
 
 
 def _as_text(word: str) -> str:
-    """12:00:00 is a time here, and a number to YAML."""
+    """The word with its value quoted, where that is one of `TEXTS`."""
     key, _, text = word.partition("=")
-    return f'time="{text}"' if key == "time" and text[:1] not in ("", "'", '"') else word
+    if key not in TEXTS or text in ("", "null") or text[0] in "'\"":
+        return word
+    return f"{key}={json.dumps(text, ensure_ascii=False)}"
 
 
 def _counts(options: SlurmOptions, rest: list[str]) -> list[str]:
