@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from trainer.__main__ import main
 from trainer.cli.sweep_processes import Process, train_each
-from trainer.cli.sweep_table import Column, RunRow, best_of, row_of
+from trainer.cli.sweep_table import Column, RunRow, best_of, row_of, show_table
 from trainer.common.exit_codes import BAD_RECIPE, INTERRUPTED, NONFINITE
 from trainer.config.load import load_recipe
 from trainer.training.fit import fit
@@ -153,6 +153,28 @@ def test_runs_at_the_same_time_have_a_gpu_each(
     assert set(seen[:2]) == {"3", "5"} and seen[2] in ("3", "5") and seen[3] == "all"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs sh")
+def test_more_runs_than_gpus_share_them_evenly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES"\nsleep 0.5\n')
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    names = ("a", "b", "c", "d")
+    runs = [Process(name, ("x",), log=tmp_path / name, one_gpu=True) for name in names]
+    train_each(runs, 4, ["3", "5"])
+    seen = [(tmp_path / name).read_text().strip() for name in names]
+    assert sorted(seen) == ["3", "3", "5", "5"]
+
+
+def test_a_table_shows_values_as_they_are(capsys: Printed) -> None:
+    """Brackets are no markup."""
+    row = RunRow("a", {"preview.negative": "[/red] é"}, state="finished", numbers={"x": 0.5})
+    show_table([row], [Column("x", "lower")])
+    assert '"[/red] é"' in capsys.readouterr().out
+
+
 def test_the_best_is_the_lowest_or_the_highest_of_those_that_are_finished() -> None:
     rows = [
         RunRow(name, {}, state=state, numbers={} if value is None else {"x": value})
@@ -164,6 +186,20 @@ def test_the_best_is_the_lowest_or_the_highest_of_those_that_are_finished() -> N
     found = [best_of(rows, Column("x", better)) for better in ("lower", "higher")]
     assert [row and row.name for row in found] == ["a", "b"]
     assert best_of(rows, Column("y", "lower")) is None
+
+
+def test_a_number_that_is_not_finite_is_no_best(tmp_path: Path) -> None:
+    rows = []
+    for name, values in {"a": ["nan"], "b": [3.0], "c": [2.0, "nan"]}.items():
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": i, "val/loss": each}) for i, each in enumerate(values)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
+        (tmp_path / name / "adapter.safetensors").touch()
+        rows.append(
+            row_of(name, {}, tmp_path / name, columns=[Column("val/loss", "lower")], code=0)
+        )
+    found = best_of(rows, Column("val/loss", "lower"))
+    assert found is not None and (found.name, found.numbers["val/loss"]) == ("c", 2.0)
 
 
 def test_numbers_are_read_once_for_each_step(tmp_path: Path) -> None:

@@ -31,9 +31,10 @@ class Process:
 
 @dataclass
 class _Running:
-    """What is running, and the signals that arrived meanwhile. gpus: those that are free."""
+    """What is running, and the signals that arrived meanwhile. gpus: of the machine; held: which of
+    them each process has."""
 
-    gpus: list[str]
+    gpus: Sequence[str]
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     held: dict[str, str] = field(default_factory=dict)
     received: int = 0
@@ -52,9 +53,9 @@ def train_each(processes: Sequence[Process], at_once: int, gpus: Sequence[str]) 
     """Starts each process when there is room for it, and returns the exit codes of all that were
     started, by name. SIGINT, SIGTERM and SIGUSR1 are passed on, and start no further one.
 
-    gpus: of this machine; a process with `one_gpu` gets one that no other has, while there is one.
+    gpus: of this machine; a process with `one_gpu` gets the one that the fewest others have.
     """
-    running, codes = _Running(list(gpus)), {}
+    running, codes = _Running(gpus), {}
     waiting = list(processes)
     with _signals(running):
         while waiting or running.processes:
@@ -93,7 +94,8 @@ def _signals(running: _Running) -> Iterator[None]:
 def _start(process: Process, running: _Running) -> None:
     environment = dict(os.environ)
     if process.one_gpu and running.gpus:
-        running.held[process.name] = running.gpus.pop(0)
+        taken = list(running.held.values())
+        running.held[process.name] = min(running.gpus, key=taken.count)
         environment["CUDA_VISIBLE_DEVICES"] = running.held[process.name]
     with process.log.open("ab") as log:
         # a session of its own: else the terminal sends it Ctrl-C too, and twice means at once
@@ -111,8 +113,7 @@ def _start(process: Process, running: _Running) -> None:
 def _ended(name: str, code: int, running: _Running) -> int:
     """Says how a process ended, and returns its exit code."""
     del running.processes[name]
-    if name in running.held:
-        running.gpus.insert(0, running.held.pop(name))
+    running.held.pop(name, None)
     code = code if code >= 0 else 128 - code  # killed by a signal, as a shell counts it
     print(f"{name}: " + ("finished" if code == 0 else f"ended with {code}"), flush=True)
     return code

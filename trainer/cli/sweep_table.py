@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.common.exit_codes import CODES
+from trainer.runs.page.record import Curve, curves_of, json_lines
 
 LINES = 10  # of the training loss, whose mean is shown: one batch says little
 
@@ -24,7 +25,7 @@ class Column:
 @dataclass(frozen=True)
 class RunRow:
     """One run. values: of the swept keys; numbers: by the names of columns, without those that the
-    run has not logged."""
+    run has not logged or that were not finite."""
 
     name: str
     values: Mapping[str, Any]
@@ -41,12 +42,12 @@ def row_of(
     code: int | None,
 ) -> RunRow:
     """What a run folder says of itself. code: what its process has just ended with, if it ran."""
-    lines = _lines(folder / "metrics.jsonl")
+    curves = curves_of(json_lines(folder / "metrics.jsonl", []))
     finished = (folder / "adapter.safetensors").is_file() and not code
-    steps = [int(line["step"]) for line in lines if "step" in line]
+    steps = [step for curve in curves.values() for step in curve]
     stopped = f"stopped at step {max(steps)}" if steps else "not begun"
     failed = f"failed with {code}" if code and code not in CODES.values() else stopped
-    found = {column.name: _number(lines, column.name) for column in columns}
+    found = {column.name: _number(curves.get(column.name, {}), column.name) for column in columns}
     numbers = {column: number for column, number in found.items() if number is not None}
     return RunRow(name, values, state="finished" if finished else failed, numbers=numbers)
 
@@ -85,8 +86,11 @@ def show_table(rows: Sequence[RunRow], columns: Sequence[Column]) -> None:
             else "-"
             for name in best
         ]
-        table.add_row(*(json.dumps(row.values[key]) for key in keys), row.state, *numbers)
-    Console(width=max(100, Console().width)).print(table)
+        table.add_row(
+            *(json.dumps(row.values[key], ensure_ascii=False) for key in keys), row.state, *numbers
+        )
+    # a value in brackets is no markup
+    Console(width=max(100, Console().width), markup=False).print(table)
     for column in columns:
         if (found := best[column.name]) is not None:
             print(f"best by {column.name}: {found.name}, {found.numbers[column.name]:.6g}")
@@ -94,24 +98,9 @@ def show_table(rows: Sequence[RunRow], columns: Sequence[Column]) -> None:
             print(f"best by {column.name}: no finished run has logged it")
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics; a last one that was cut off in the writing is left out."""
-    if not path.is_file():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return [line for line in found if isinstance(line, dict)]
-
-
-def _number(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """The last number of that name; of the training loss the mean of the last `LINES`, each step
-    once, though a run that was killed has logged some of them twice."""
-    by_step = {line.get("step"): line[name] for line in lines if line.get(name) is not None}
-    values = [float(value) for value in by_step.values()]
+def _number(curve: Curve, name: str) -> float | None:
+    """The last number of a curve; of the training loss the mean of the last `LINES`."""
+    values = [value for value in curve.values() if value is not None]
     if not values:
         return None
     last = values[-LINES:] if name == "train/loss" else values[-1:]

@@ -68,6 +68,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.parametrize(
+    ("name", "tree"),
+    [
+        ("plan.json", {"methods": {"lora": {"sites": 3, "kind": None}, "dora": [1]}}),
+        ("plan.json", {"methods": 5, "trained": 10**400, "total": 3, "adapter_bytes": 10**400}),
+        ("evaluation.json", {"adapted": {"concept accuracy": 10**400}, "base": [1]}),
+        ("metrics.jsonl", {"step": 1, "train/loss": 10**400}),
+        ("events.jsonl", {"event": "started", "command": "fit photos-\udcff", "step": 1}),
+        ("recipe.yaml", {"methods": {"lora": True}, "backbone": ["\ud800"], "data": 3}),
+    ],
+)
+def test_a_folder_with_strange_values_has_a_page_and_hides_no_other_run(
+    name: str, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """A command may have bytes that are no text; the rest is of damage or another program's."""
+    made_run(tmp_path / "good")
+    bad = made_run(tmp_path / "strange")
+    (bad / name).write_text(json.dumps(tree), encoding="utf-8")
+    assert "strange" in write_run_page(bad).read_text(encoding="utf-8")
+    path, count, said = write_comparison(tmp_path)
+    assert count == 2 and not said and "good" in path.read_text(encoding="utf-8")
+
+
 def test_a_page_says_what_its_run_was(runs: Path) -> None:
     text = write_run_page(runs / "lora" / "one").read_text(encoding="utf-8")
     for said in (

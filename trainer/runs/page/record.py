@@ -96,7 +96,7 @@ def read_record(folder: Path) -> RunRecord:
         recipe,
         text,
         plan=_mapping(folder / "plan.json", problems),
-        curves=_curves(json_lines(folder / "metrics.jsonl", problems)),
+        curves=curves_of(json_lines(folder / "metrics.jsonl", problems)),
         events=json_lines(folder / "events.jsonl", problems),
         scores=_scores(_mapping(folder / "evaluation.json", problems)),
         problems=problems,
@@ -165,7 +165,7 @@ def _mapping(path: Path, problems: list[str]) -> dict[str, Any]:
     return own
 
 
-def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float | None]]:
+def curves_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float | None]]:
     """By name and step; of a step that was trained again the later value counts."""
     found: dict[str, dict[int, float | None]] = {}
     for row in rows:
@@ -175,21 +175,23 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float | No
         for name, value in row.items():
             if name in ("step", "time"):
                 continue
-            known = isinstance(value, int | float) and not isinstance(value, bool)
-            found.setdefault(name, {})[step] = value if known and isfinite(value) else None
+            found.setdefault(name, {})[step] = known_number(value)
     return {name: dict(sorted(curve.items())) for name, curve in found.items()}
 
 
 def _scores(tree: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     """The columns that are tables of numbers."""
     return {
-        column: {line: _number(value) for line, value in lines.items()}
+        column: {line: known_number(value) for line, value in lines.items()}
         for column, lines in tree.items()
         if isinstance(lines, dict)
     }
 
 
-def _number(value: object) -> float | None:
-    """A score; None for one that is not known."""
-    plain = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-    return float(value) if plain else None  # type: ignore[arg-type]
+def known_number(value: object) -> float | None:
+    """A number; None for one that is not known, not finite or larger than any of ours."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    with suppress(OverflowError):
+        return float(value) if isfinite(value) else None
+    return None

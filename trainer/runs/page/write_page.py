@@ -20,7 +20,7 @@ from trainer.common.score_names import is_share
 from trainer.common.version import name_and_version
 from trainer.runs.page.charts import charts_of
 from trainer.runs.page.comparison import beside_each_other
-from trainer.runs.page.record import RunRecord, read_record, records_in
+from trainer.runs.page.record import RunRecord, known_number, read_record, records_in
 from trainer.runs.page.shown_previews import Previews, previews_of
 from trainer.runs.run_folder import write_text
 
@@ -78,6 +78,7 @@ def run_page(run: RunRecord) -> str:
         title=run.name,
         run=run,
         facts=trained_facts(run),
+        methods=method_rows(run),
         charts=charts,
         previews=previews,
         scores=score_rows(run),
@@ -106,14 +107,32 @@ def trained_facts(run: RunRecord) -> list[tuple[str, str]]:
     if isinstance(data, dict):
         found.append(("data", str(data.get("source", "not said"))))
     trained, total = plan.get("trained"), plan.get("total")
-    if isinstance(trained, int) and isinstance(total, int) and total:
+    if isinstance(trained, int) and isinstance(total, int) and 0 <= trained <= total > 0:
         share = f"{100 * trained / total:.2f} %"
         found.append(("parameters trained", f"{trained:,} of {total:,} ({share})"))
     adapter = run.folder / "adapter.safetensors"
     if adapter.is_file():
         found.append(("adapter", f"{adapter.stat().st_size / 1e6:.2f} MB"))
-    elif isinstance(plan.get("adapter_bytes"), int):
-        found.append(("adapter", f"about {plan['adapter_bytes'] / 1e6:.2f} MB, not written yet"))
+    elif (size := known_number(plan.get("adapter_bytes"))) is not None:
+        found.append(("adapter", f"about {size / 1e6:.2f} MB, not written yet"))
+    return found
+
+
+def method_rows(run: RunRecord) -> list[tuple[str, str, str, int, str]]:
+    """Name, kind, options, number of sites and parameters of each method, as far as they can be
+    read."""
+    edits = run.plan.get("methods")
+    found = []
+    for name, edit in edits.items() if isinstance(edits, dict) else ():
+        if not isinstance(edit, dict):
+            continue
+        options, sites = run.recipe["methods"].get(name), edit.get("sites")
+        given = options.items() if isinstance(options, dict) else ()
+        words = " ".join(f"{key}={value}" for key, value in given)
+        count = len(sites) if isinstance(sites, list) else 0
+        found.append(
+            (name, str(edit.get("kind", "")), words, count, str(edit.get("parameters", "")))
+        )
     return found
 
 
@@ -168,7 +187,7 @@ def _own(name: str) -> Markup:
 def _rendered(template: str, data: Mapping[str, Any], **facts: Any) -> str:
     # no text in it can end the script element that it stands in
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    return (
+    page = (
         _templates()
         .get_template(template)
         .render(
@@ -180,6 +199,8 @@ def _rendered(template: str, data: Mapping[str, Any], **facts: Any) -> str:
             **facts,
         )
     )
+    # a byte of a command line that was no UTF-8 is no character that a file takes
+    return page.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _write(path: Path, text: str) -> Path:

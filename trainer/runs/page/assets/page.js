@@ -4,6 +4,7 @@
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const hues = [212, 22, 150, 285, 45, 340, 180, 95];
   let paper = false; // whether it is drawn to be printed
+  let closed = []; // what is opened to be printed
   const drawn = new Map();
 
   // lines are told apart by their hue, and those after the eighth by dashes
@@ -52,12 +53,13 @@
   addEventListener("beforeprint", () => {
     paper = true;
     places.forEach(draw);
-    for (const each of document.querySelectorAll("details")) each.open = true;
+    closed = [...document.querySelectorAll("details:not([open])")];
+    for (const each of closed) each.open = true;
   });
   addEventListener("afterprint", () => {
     paper = false;
     places.forEach(draw);
-    for (const each of document.querySelectorAll("details")) each.open = false;
+    for (const each of closed) each.open = false;
   });
 
   const slider = document.getElementById("step");
