@@ -353,6 +353,8 @@ def test_a_picture_that_is_damaged_is_named(tmp_path: Path) -> None:
         ("simplecache::s3://b/x.tar", "commands and chained addresses are not read"),
         ("ftp://host/x.tar", "ftp:// is not read; give a local path, or s3://"),
         ("https://me:word@host/x.tar", "leave out user, password"),
+        ("s3://me:word@bucket/x.tar", "leave out user, password"),
+        ("hf://me:word@datasets/me/photos@main/x.tar", "leave out user, password"),
         ("https://host/x.tar?X-Amz-Signature=1", "leave out user, password"),
         ("https://host/data", "a web server does not list its files; name every shard"),
         ("https://host/*.tar", "a web server does not list its files; name every shard"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from urllib.parse import urlsplit
 
 from trainer.data.streams.server_file import is_folder, listed, matching
 from trainer.data.tars.shard_names import names_of
@@ -22,8 +21,8 @@ def check_address(address: str) -> str:
     """An address, or a pattern of some, as it is.
 
     Raises:
-        ValueError: a scheme that is not read, a password or a signature in it, or braces or a
-            wildcard that are not understood.
+        ValueError: a scheme that is not read, a user, a password or a signature in it, or braces or
+            a wildcard that are not understood.
     """
     scheme, _, rest = address.rpartition("://")
     if re.match(r"pipe:|[a-z][a-z0-9+.-]*::", address, re.IGNORECASE) or "::" in address:
@@ -39,18 +38,17 @@ def check_address(address: str) -> str:
         raise ValueError(
             f"{address!r}: give the address of shards, as in ./shards/{{000..009}}.tar"
         )
-    if scheme in ("http", "https"):
-        parts = urlsplit(address)
-        if parts.username is not None or parts.query or parts.fragment:
-            raise ValueError(
-                "leave out user, password and what follows ? or #; the recipe is written into the "
-                "run folder and the adapter, where others could read them"
-            )
-        if WILD.search(rest) or not rest.endswith(".tar"):
-            raise ValueError(
-                f"{address}: a web server does not list its files; name every shard, as in "
-                "https://host/data/{00000..00099}.tar"
-            )
+    web = scheme in ("http", "https")
+    if (scheme and "@" in rest.partition("/")[0]) or (web and re.search(r"[?#]", rest)):
+        raise ValueError(
+            "leave out user, password and what follows ? or #; the recipe is written into the run "
+            "folder and the adapter, where others could read them"
+        )
+    if web and (WILD.search(rest) or not rest.endswith(".tar")):
+        raise ValueError(
+            f"{address}: a web server does not list its files; name every shard, as in "
+            "https://host/data/{00000..00099}.tar"
+        )
     names_of(address)
     return address
 
