@@ -23,6 +23,7 @@ from trainer.training.callbacks.hang import HangGuard
 from trainer.training.callbacks.metrics import (
     Measured,
     Metrics,
+    StepFlops,
     group_names,
     memory_so_far,
     with_loss,
@@ -213,6 +214,29 @@ def test_a_loss_that_is_not_finite_does_not_smooth() -> None:
     before = torch.tensor(1.0)
     assert with_loss(before, torch.tensor(float("nan"))) == 1.0
     assert with_loss(None, torch.tensor(3.0)) == 3.0
+    first = with_loss(None, torch.tensor(float("nan")))
+    assert with_loss(first, torch.tensor(2.0)) == 2.0, "one at the start would stay for ever"
+
+
+def test_a_batch_that_encodes_its_pictures_has_more_operations_than_one_with_latents() -> None:
+    """As those of a stream, whose latents are kept in the first epoch."""
+    flops, x = StepFlops(True), torch.ones(2, 3)  # 24 operations a product
+    rank = SimpleNamespace(
+        world_size=2, strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )  # fmt: skip
+    module = SimpleNamespace(backbone=SimpleNamespace(computes_in=torch.float32))
+
+    def rate(*products: int) -> float:
+        for count in products:
+            flops.begin(encodes=count == 2)
+            for _ in range(count):
+                x @ x.T
+            flops.end()
+        return flops.numbers(rank, module, 4.0)["train/model_tflops"]  # type: ignore[arg-type]
+
+    assert rate(2) == pytest.approx(2 * 48 / 4 / 1e12)
+    assert rate(2, 1, 1) == pytest.approx(2 * (48 + 24 + 24) / 4 / 1e12)
+    assert rate(1) == pytest.approx(2 * 24 / 4 / 1e12)
 
 
 def test_what_a_run_logs_of_its_weights_and_its_work(resumed: tuple[Path, str]) -> None:

@@ -100,8 +100,10 @@ class Metrics(lightning.Callback):
         if trainer.is_global_zero:
             log_settings(trainer, self.measured.settings, LOSSES)
 
-    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
-        self.flops.begin()
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, _: int
+    ) -> None:
+        self.flops.begin(encodes=batch.moments is None)
         self.clock.begin()
 
     def on_before_backward(self, *_: Any, **__: Any) -> None:
@@ -166,7 +168,7 @@ class Metrics(lightning.Callback):
         found[f"train/{self.measured.what}_per_second"] = steps * self.measured.samples / seconds
         found |= {f"lr/{name}": lr for name, lr in zip(self.names, self.lrs, strict=True)}
         found |= self._weights() | self._times(steps) | self._counts()
-        found |= self.flops.numbers(trainer, module, seconds / steps)
+        found |= self.flops.numbers(trainer, module, seconds)
         for name, own in memory_so_far(device).items():
             found[f"train/{name}_memory_mib"] = float(largest(torch.tensor(own, device=device)))
         if self.watch.norm is not None:
@@ -202,34 +204,40 @@ def with_loss(before: Tensor | None, loss: Tensor) -> Tensor:
     own = loss.detach().float()
     if before is None:
         return own
-    return torch.where(torch.isfinite(own), before.lerp(own, 1 - KEPT), before)
+    smooth = torch.where(torch.isfinite(before), before.lerp(own, 1 - KEPT), own)
+    return torch.where(torch.isfinite(own), smooth, before)
 
 
 class StepFlops:
-    """The operations of the first batch of this process, and what follows from them for later
-    steps."""
+    """The operations of the batches of this process. Counted is the first one that encodes its
+    pictures and the first one that has latents: a stream's are kept in the first epoch, so its
+    later batches have fewer operations."""
 
     def __init__(self, wanted: bool) -> None:
-        self.counting = FlopCount() if wanted else None
-        self.begun = False
-        self.batch: int | None = None  # operations of one batch of one rank
+        self.wanted = wanted
+        self.counting: FlopCount | None = None
+        self.known: dict[bool, int] = {}  # of a batch of one rank, by whether it encodes pictures
+        self.encodes = False
+        self.done = 0  # since the numbers were asked for last
 
-    def begin(self) -> None:
-        if self.counting is not None and not self.begun:
-            self.begun = True
+    def begin(self, *, encodes: bool) -> None:
+        self.encodes = encodes
+        if self.wanted and encodes not in self.known:
+            self.counting = FlopCount()
             self.counting.begin()
 
     def end(self) -> None:
-        if self.counting is not None and self.begun:
-            self.batch, self.counting = self.counting.end(), None
+        if self.counting is not None:
+            self.known[self.encodes], self.counting = self.counting.end(), None
+        self.done += self.known.get(self.encodes, 0)
 
     def numbers(
         self, trainer: lightning.Trainer, module: DiffusionModule, seconds: float
     ) -> dict[str, float]:
-        """seconds: of a step."""
-        if not self.batch:
+        """seconds: of all steps since they were asked for last."""
+        rate, self.done = self.done / seconds, 0  # of a rank
+        if not rate:
             return {}
-        rate = self.batch * trainer.accumulate_grad_batches / seconds  # of a rank
         found = {"train/model_tflops": rate * trainer.world_size / 1e12}
         peak = peak_rate(trainer.strategy.root_device, module.backbone.computes_in)
         return found if peak is None else {**found, "train/mfu": rate / peak}
