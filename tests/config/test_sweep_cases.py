@@ -46,6 +46,14 @@ def test_the_words_of_a_run_have_its_values(word: str, words: list[str] | None) 
     assert [case.words for case in cases_of(given)] == [(each,) for each in words]
 
 
+def test_a_wrong_value_in_a_list_that_the_recipe_takes_is_named() -> None:
+    """And not that a list is needed: one was given."""
+    with pytest.raises(RecipeError, match="<b> is no word of this model"):
+        cases_of([RECIPE, "preview.prompts=[a <b> fox]", "run.seed=[1,2]"])
+    with pytest.raises(RecipeError, match=r"run\.steps='x': a whole number is needed"):
+        cases_of([RECIPE, "run.steps=[x,2]"])
+
+
 def test_a_list_that_the_recipe_takes_is_one_value() -> None:
     prompts = "preview.prompts=[a fox, a cat]"
     cases = cases_of([RECIPE, prompts, "optim.betas=[0.9,0.95]", "run.seed=[1,2]"])

@@ -88,15 +88,26 @@ def _swept(words: Sequence[str]) -> dict[str, list[Any]]:
         try:
             load_recipe([*fixed, word])
         except RecipeError as error:
-            if key in str(error):
-                found[key] = value
-            else:
+            if key not in str(error):
                 other = error
+            elif not value or any(_takes(fixed, key, each) for each in value):
+                found[key] = value
+            else:  # a key that takes a list, and one of its values is wrong
+                raise
     if other is not None and not found:
         raise other
     if empty := next((key for key, value in found.items() if not value), None):
         raise RecipeError(f"{empty}=[] has no value to train with; give some, as in [1, 2]")
     return found
+
+
+def _takes(fixed: Sequence[str], key: str, value: Any) -> bool:
+    """Whether a key takes a value alone."""
+    try:
+        load_recipe([*fixed, _word(key, value)])
+    except RecipeError as error:
+        return key not in str(error)
+    return True
 
 
 def _leaf(tree: Any) -> Any:

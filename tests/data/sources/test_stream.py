@@ -346,6 +346,14 @@ def test_a_picture_that_is_damaged_is_named(tmp_path: Path) -> None:
         data.sample(0, RNG)
 
 
+def test_a_folder_on_a_disk_may_have_the_name_of_a_pattern(ten: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a [b]"
+    folder.mkdir()
+    (folder / "000.tar").write_bytes((ten / "000.tar").read_bytes())
+    for name in (folder, folder / "000.tar"):
+        assert Stream(urls=(str(name),)).epoch() == SIZES[0]
+
+
 @pytest.mark.parametrize(
     ("urls", "says"),
     [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from trainer.data.streams.server_file import is_folder, listed, matching
+from trainer.data.streams.server_file import is_folder, is_there, listed, matching
 from trainer.data.tars.shard_names import names_of
 
 SCHEMES = ("s3", "gs", "hf", "https", "http")
@@ -73,7 +73,7 @@ def shards_at(patterns: Sequence[str]) -> list[str]:
 
 
 def _at(name: str) -> list[str]:
-    if WILD.search(name):
+    if WILD.search(name) and not is_there(name):  # a folder on a disk may be called [a]
         if found := matching(name):
             return found
         raise ValueError(f"{name}: there is no such file; check the name, and what it begins with")

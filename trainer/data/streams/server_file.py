@@ -80,6 +80,11 @@ def is_folder(address: str) -> bool:
     return not address.startswith("http")
 
 
+def is_there(address: str) -> bool:
+    """Whether a disk has a file or a folder of this very name."""
+    return is_local(address) and local_path(address).exists()
+
+
 def listed(address: str) -> list[str]:
     """The .tar files of a folder, sorted by name."""
     if is_local(address):
