@@ -101,6 +101,10 @@ def test_ctrl_c_ends_a_sweep_and_the_same_command_goes_on(
     assert facts["best"]["val/loss"] == best
     assert f"best by val/loss: {best}, {losses[best]:.6g}" in out
 
+    assert main([*given, "methods.lora.rank=3"]) == BAD_RECIPE
+    err = capsys.readouterr().err
+    assert "another methods.lora.rank; give another folder for this sweep by sweep=" in err
+
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(
     words: list[str], tmp_path: Path, capsys: Printed

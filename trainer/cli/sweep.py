@@ -14,7 +14,7 @@ from trainer.cli.options import Count, RecipeOptions, split_options
 from trainer.cli.sweep_processes import Process, gpus_here, train_each
 from trainer.cli.sweep_table import Column, RunRow, row_of, show_table, table_facts
 from trainer.common.exit_codes import CODES, LeaveError
-from trainer.config.schema import RecipeError
+from trainer.config.schema import Recipe, RecipeError
 from trainer.config.sweep_cases import Case, cases_of, sweep_folder
 from trainer.runs.run_folder import is_finished, made, write_text
 
@@ -84,9 +84,18 @@ def _check(cases: Sequence[Case], folder: Path) -> None:
                 "start such runs with `python -m trainer fit`"
             )
         check_run_folder(recipe)
-        is_finished(folder / case.name, recipe)  # refuses the run of another recipe
+        _refuse_another(folder / case.name, recipe)
     for line in check_together([case.recipe for case in cases]):
         print(line)
+
+
+def _refuse_another(own: Path, recipe: Recipe) -> None:
+    """Raises RecipeError where the folder of a run has the finished one of another recipe."""
+    try:
+        is_finished(own, recipe)
+    except ValueError as error:
+        what = str(error).partition("; choose another run.id")[0]
+        raise RecipeError(f"{what}; give another folder for this sweep by sweep=") from error
 
 
 def _processes(cases: Sequence[Case], folder: Path, fixed: Sequence[str]) -> list[Process]:

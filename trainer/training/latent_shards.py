@@ -29,8 +29,8 @@ def write_latents(recipe: Recipe, out: Path, per_shard: int) -> list[Path]:
     """Writes the training samples of a recipe, each once; returns the shards.
 
     Raises:
-        ValueError: `out` is not empty, or pictures or captions are drawn anew at each use in a way
-            that shards cannot hold.
+        ValueError: `out` is there already, or pictures or captions are drawn anew at each use in a
+            way that shards cannot hold.
     """
     if out.exists():
         raise ValueError(f"{out}: it is there already; give a new folder, or remove it")
