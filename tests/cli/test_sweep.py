@@ -194,7 +194,7 @@ def test_the_best_is_the_lowest_or_the_highest_of_those_that_are_finished() -> N
 
 def test_a_number_that_is_not_finite_is_no_best(tmp_path: Path) -> None:
     rows = []
-    for name, values in {"a": ["nan"], "b": [3.0], "c": [2.0, "nan"]}.items():
+    for name, values in {"a": ["nan"], "b": [3.0], "c": [5.0, 2.0, "nan"]}.items():
         (tmp_path / name).mkdir()
         lines = [json.dumps({"step": i, "val/loss": each}) for i, each in enumerate(values)]
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
