@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer.__main__ import main
 from trainer.attention.context import StepContext, use
+from trainer.backbones.gradient_checkpointing import Recompute
+from trainer.common.exit_codes import BAD_RECIPE
 from trainer.config.load import methods_of
 from trainer.methods.apply import Plan, apply_methods
 
@@ -72,12 +75,27 @@ def test_gradients_reach_all_tokens(dit: Any, predict: Predict) -> None:
     assert bool((first[0].grad.abs().sum(-1) > 0).all())
 
 
-def test_checkpointing_is_refused(dit: Any, predict: Predict) -> None:
+@pytest.mark.parametrize("every", [1, 2])
+def test_blocks_that_are_calculated_again_are_refused_at_once(every: int, dit: Any) -> None:
     add(dit, ratio=0.5, last=0)
-    dit.denoiser.enable_gradient_checkpointing()
-    dit.denoiser.train()
-    with pytest.raises(ValueError, match=r"methods\.tread puts tokens aside .*checkpointing=false"):
-        in_training(dit, predict).square().sum().backward()
+    with pytest.raises(ValueError, match=r"methods\.tread keeps .*checkpointing=feed_forward"):
+        dit.enable_gradient_checkpointing(Recompute(every))
+
+
+def test_check_refuses_it_before_a_run(capsys: Any) -> None:
+    words = ["recipe=tread", "run.gradient_checkpointing=true"]
+    assert main(["check", *words]) == BAD_RECIPE
+    assert "methods.tread keeps tokens of one block" in capsys.readouterr().err
+
+
+def test_feed_forward_layers_may_be_calculated_again(dit: Any, predict: Predict) -> None:
+    trained = [dit.get_parameter(name) for name in add(dit, ratio=0.5, last=0).stored]
+    found = []
+    for _ in range(2):
+        found.append(torch.autograd.grad(in_training(dit, predict).square().sum(), trained))
+        dit.enable_gradient_checkpointing(Recompute(feed_forward=True))
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other)
 
 
 def test_a_route_past_no_block_is_refused(dit: Any, tiny: Any) -> None:

@@ -74,7 +74,8 @@ class Traits:
     line of neighbours, which they are not where text is among them. classic: it computes what the
     layer computes from its projections alone, which holds for classic attention only. resizes: it
     changes how many tokens, or rows, the stages after it see. softmax: it takes a map of softmax
-    attention by itself, which attention of another kind does not have.
+    attention by itself, which attention of another kind does not have. hands_over: it keeps tensors
+    of one block for a later one, whose gradient is lost where blocks are calculated again.
     """
 
     owner: str | None = None
@@ -89,6 +90,7 @@ class Traits:
     classic: bool = False
     resizes: bool = False
     softmax: bool = False
+    hands_over: bool = False
 
 
 class Op(Protocol):

@@ -3,6 +3,7 @@ thing is checked in `methods/apply.py`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from trainer.attention.errors import TakenError
@@ -167,6 +168,18 @@ def _why_not(stage: str, site: Site) -> str:
     if stage == "restore" and not site.has("out"):
         return f"{type(module).__name__} {why_missing(module, 'out')}"
     return ""
+
+
+def refuse_recompute(ops: Iterable[Op]) -> None:
+    """Refuses ops that hand tensors from one block to another, where gradient checkpointing is to
+    calculate blocks again, one by one."""
+    for op in ops:
+        if op.traits.hands_over:
+            raise ValueError(
+                f"{label(op)} keeps tokens of one block for a later one, and "
+                "run.gradient_checkpointing=true calculates blocks again one by one; give "
+                "run.gradient_checkpointing=feed_forward, or false"
+            )
 
 
 def refuse_mask(mask: Tensor | None, op: Op, call: SiteCall) -> None:

@@ -23,6 +23,7 @@ from trainer.attention.given_frames import GivenFrames
 from trainer.attention.hooks import SamplingHook
 from trainer.attention.host import Host
 from trainer.attention.input_channels import InputChannels
+from trainer.attention.op_conflicts import refuse_recompute
 from trainer.attention.sites import Site, scan
 from trainer.backbones import vae
 from trainer.backbones.backbone_facts import BackboneFacts
@@ -256,8 +257,15 @@ class Backbone(BackboneFacts):
 
     def enable_gradient_checkpointing(self, how: Recompute | None = None) -> None:
         """In the denoiser, and in text encoders of which something trains. how: all blocks where it
-        is not given."""
+        is not given.
+
+        Raises:
+            ValueError: an op hands tensors from one block to another, or there is nothing to
+            calculate again.
+        """
         how = how or Recompute()
+        if not how.feed_forward:
+            refuse_recompute(op for hosted in self.host.processors.values() for op in hosted.ops)
         checkpoint_denoiser(self.denoiser, how)
         for encoder in self.text_encoders.values():
             if any(parameter.requires_grad for parameter in encoder.parameters()):

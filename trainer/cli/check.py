@@ -123,6 +123,12 @@ def _show_plan(recipe: Recipe) -> None:
         print(line)
 
 
+def _decided_alike(one: Recipe, other: Recipe) -> bool:
+    """Whether methods fit the backbone in both recipes, if they do in one."""
+    again = one.run.gradient_checkpointing, other.run.gradient_checkpointing
+    return again[0] == again[1] and all(one.tree.get(k) == other.tree.get(k) for k in DECIDE)
+
+
 def _fit_unknown(recipe: Recipe) -> str | None:
     """Refuses what the recipe's methods cannot do to its backbone; returns why that is not known,
     or None. Recipes that ship are known to fit, which needs no torch."""
@@ -133,7 +139,7 @@ def _fit_unknown(recipe: Recipe) -> str | None:
             shipped = load_recipe([f"recipe={recipe.name}"])
         except RecipeError:  # it needs data of the user's
             shipped = None
-        if shipped and all(shipped.tree.get(key) == recipe.tree.get(key) for key in DECIDE):
+        if shipped and _decided_alike(shipped, recipe):
             return None
     quiet_libraries()
     with nothing_compiled():

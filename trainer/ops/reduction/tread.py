@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trainer.attention.op import Traits, label
+from trainer.attention.op import Traits
 from trainer.ops.reduction.stacks import OfOneCall, stack_of
 from trainer.ops.reduction.tome import draw_of
 
@@ -25,7 +25,7 @@ class TokenRoute:
     """
 
     name = "tread"
-    traits = Traits(owner=name, resizes=True)
+    traits = Traits(owner=name, resizes=True, hands_over=True)
 
     def __init__(self, ends: Mapping[str, tuple[str, str]], *, ratio: float, seed: int) -> None:
         self.ends, self.ratio, self.seed = ends, ratio, seed
@@ -42,11 +42,7 @@ class TokenRoute:
             self.aside.put(call.ctx, stack, (x, stays))
             return x.gather(1, stays[..., None].expand(-1, -1, x.shape[2]))
         found = self.aside.take(call.ctx, stack)
-        if found is None:
-            raise ValueError(
-                f"{label(self)} puts tokens aside over several blocks, which gradient "
-                "checkpointing runs again one by one; give run.gradient_checkpointing=false"
-            )
+        assert found is not None, "the block after which tokens leave did not run"
         whole, stays = found
         return whole.scatter(1, stays[..., None].expand(-1, -1, x.shape[2]), x)
 
