@@ -94,6 +94,18 @@ def test_bad_input_is_refused(adapter: Path, capsys: Any, words: list[str], why:
     assert re.search(why, error), error
 
 
+@pytest.mark.parametrize("word", ["reference_scale=0.5", "reference_mask=left.png"])
+def test_what_a_method_does_not_read_is_refused(
+    word: str, tiny_folder: Path, save_trained_on: Callable[..., Path], capsys: Any
+) -> None:
+    given = save_trained_on(tiny_folder, {"pva": {"depth": 1, "heads": 1, "inner": 16}}, "pva")
+    words = [f"adapter={given}", "prompt=a fox", "steps=1", "reference=red.png"]
+    assert main(["sample", *words, word]) == BAD_RECIPE
+    name = word.partition("=")[0]
+    assert f"{name} has no effect: this model reads reference" in capsys.readouterr().err
+    assert main(["sample", *words, "out=made"]) == 0
+
+
 def test_a_model_that_reads_none_is_refused(tiny_folder: Path, capsys: Any) -> None:
     words = [f"backbone={tiny_folder}", "prompt=a fox", "reference=red.png"]
     assert main(["sample", *words]) == BAD_RECIPE

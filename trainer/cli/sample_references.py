@@ -3,6 +3,7 @@ told of some."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +46,13 @@ def references_of(
     pictures, masks = _listed(options.reference), _listed(options.reference_mask)
     if not pictures:
         return {}
-    if REFERENCE not in inputs_read(backbone):
+    read = inputs_read(backbone)
+    if REFERENCE not in read:
         raise ValueError(
             f"reference={pictures[0]}: this model reads no reference picture; give an adapter that "
             "was trained with a method that does, as recipe=ip_adapter, or the picture as image="
         )
+    _refuse_unread(options, {"reference_scale": STRENGTH, "reference_mask": MASKS}, read)
     found = {REFERENCE: _pictures(pictures)[None], STRENGTH: torch.tensor([options.strength_of])}
     if not masks:
         return found
@@ -60,6 +63,17 @@ def references_of(
         )
     size = settings.size or (backbone.resolution, backbone.resolution)
     return found | {MASKS: torch.stack([_mask(path, size) for path in masks])[None]}
+
+
+def _refuse_unread(
+    options: SampleOptions, inputs: Mapping[str, str], read: Collection[str]
+) -> None:
+    """inputs: of options, what they become; read: the inputs that the model reads."""
+    for key, name in inputs.items():
+        if getattr(options, key) is not None and name not in read:
+            raise ValueError(
+                f"{key} has no effect: this model reads reference pictures alone; leave it out"
+            )
 
 
 def reference_facts(options: SampleOptions) -> dict[str, Any]:
