@@ -79,6 +79,12 @@ methods.agent_attention.distill_until=0.5 -> methods.agent_attention.agents=pool
 methods.ditfastattn.pattern=[full] -> methods.ditfastattn.plan=p.json -> the plan says it
 methods.ditfastattn.window=0.5 -> methods.ditfastattn.plan=p.json -> the plan says it
 methods.ditfastattn.threshold=0.5 -> methods.ditfastattn.plan=p.json -> it is for `calibrate`
+methods.ip_adapter.depth=2 -> -> form=pooled has no blocks; it is for form=resampler
+methods.ip_adapter.heads=8 -> methods.ip_adapter.form=pooled -> it is for form=resampler
+methods.ip_adapter.inner=64 -> methods.ip_adapter.form=pooled -> it is for form=resampler
+methods.ip_adapter.form=resampler -> methods.ip_adapter.weights=a.safetensors -> the file of weights
+methods.ip_adapter.count=8 -> methods.ip_adapter.weights=a.safetensors -> the file of weights
+methods.ip_adapter.dropout=0.1 -> methods.ip_adapter.train=false -> nothing trains
 methods.flashmask.tile=4 -> methods.flashmask.mask=causal -> it is for sliding_tiles and circle
 methods.flashmask.reach=2 -> methods.flashmask.mask=circle -> it is for sliding_tiles
 methods.flashmask.backend=dense -> methods.flashmask.mask=radial -> which has one
@@ -146,7 +152,7 @@ data.remote: url validation on_bad buckets
 data.shards: shards validation on_bad ignore buckets
 data.stream: urls mixture shuffle caption_key validation per_shard ignore for_ranks for_workers
 data.video: video prompt frames start flip validation on_bad
-data.world: count sprites seed validation
+data.world: count sprites seed validation reference unnamed
 data.world_clips: count frames sprites motion defect seed validation detail
 methods.agent_attention: sites distill agents
 methods.at_edm: sites ratio dense stride iterations
@@ -154,6 +160,7 @@ methods.animatediff: train weights heads max_frames mid norm
 methods.cascade: train weights time space most level
 methods.coda_prompt: pool length sites ortho
 methods.ditfastattn: sites plan
+methods.ediff_i: boxes masks sites strengths weight
 methods.flash: sites backend
 methods.flashmask: sites mask
 methods.frame_interpolation: train weights between extrapolate blank fill
@@ -161,12 +168,14 @@ methods.full: denoiser text_encoder
 methods.gated_linear: sites distill rank tau scans convolution
 methods.gen1: train weights heads kernel max_frames structure
 methods.imagen_video: train weights heads relative reach attention_from
+methods.ip_adapter: encoder sites joint scale scales weights train
 methods.linear_attention: sites distill features shortcut
 methods.magicvideo: train weights heads max_frames renormalise fps
 methods.make_a_video: train weights heads kernel max_frames fps
 methods.nf4: min_size skip compute
 methods.p2p: source sites edit cross_steps word_steps self_steps word_weights blend null_text
 methods.pix2video: sites weight
+methods.pva: encoder count depth heads inner sites dropout personalise
 methods.selective: sites projections detach_first_token
 methods.sla: sites distill block critical negligible
 methods.soft: sites distill ratio iterations shortcut

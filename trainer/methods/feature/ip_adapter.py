@@ -86,6 +86,17 @@ class IpAdapter(Method):
     )
     train: bool = Field(True, description="whether it trains; without, weights is used as it is")
 
+    def idle(self) -> dict[str, str]:
+        shape = ("form", "count", "depth", "heads", "inner")
+        if self.weights is not None:
+            found = dict.fromkeys(shape, "the file of weights says it; it is for a new adapter")
+        elif self.form == "pooled":
+            why = "form=pooled has no blocks; it is for form=resampler"
+            found = dict.fromkeys(("depth", "heads", "inner"), why)
+        else:
+            found = {}
+        return found if self.train else found | {"dropout": "nothing trains (train=false)"}
+
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.extras import register_extra
         from trainer.attention.further_conditions import FurtherCondition, register_condition
