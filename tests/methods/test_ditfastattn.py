@@ -88,6 +88,12 @@ def test_sharing_nothing_changes_no_bit(tiny: Any, dit: Any) -> None:
         assert torch.equal(painted(model), base)
 
 
+def test_a_window_of_everything_changes_no_bit(tiny: Any) -> None:
+    base = painted(tiny)
+    add(tiny, pattern=("full", "window"), window=1)
+    assert torch.equal(painted(tiny), base)
+
+
 def test_training_is_as_without_it(tiny: Any, predict: Callable[[Any], Tensor]) -> None:
     base = predict(tiny)
     add(tiny, pattern=("full", "reuse"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -51,10 +52,18 @@ def test_a_layer_runs_on_merged_tokens(tiny: Any, predict: Predict) -> None:
     torch.testing.assert_close(y[0], wanted[0], atol=1e-5, rtol=1e-4)
 
 
-def test_the_choice_serves_for_some_steps_and_the_shares_for_fewer(
-    tiny: Any, predict: Predict
+@pytest.mark.parametrize(
+    ("choose", "share", "wanted"),
+    [
+        (4, 2, [(0, 0), (0, 0), (0, 2), (0, 2), (4, 4), (4, 4)]),
+        (3, 2, [(0, 0), (0, 0), (0, 2), (3, 3), (3, 3), (3, 5)]),  # shares of others serve no more
+        (2, 4, [(0, 0), (0, 0), (2, 2), (2, 2), (4, 4), (4, 4)]),
+    ],
+)
+def test_the_choice_serves_for_some_steps_and_the_shares_no_longer(
+    choose: int, share: int, wanted: list[tuple[int, int]], tiny: Any, predict: Predict
 ) -> None:
-    plan = add(tiny, choose_every=4, share_every=2)
+    plan = add(tiny, choose_every=choose, share_every=share)
     planner = planner_of(tiny, plan)
     made = []
     for step in range(6):
@@ -62,7 +71,7 @@ def test_the_choice_serves_for_some_steps_and_the_shares_for_fewer(
             predict(tiny)
         key = next(iter(planner.shared))
         made.append((planner.chosen[key][0], planner.shared[key][0]))
-    assert made == [(0, 0), (0, 0), (0, 2), (0, 2), (4, 4), (4, 4)]
+    assert made == wanted
 
 
 def test_nothing_is_kept_between_samplings_or_in_training(tiny: Any, predict: Predict) -> None:

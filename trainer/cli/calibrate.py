@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 class CalibrateOptions(RecipeOptions):
     """Samples a few pictures with the backbone of a recipe and writes what its method has found to
-    a small file. Every key of the recipe can be given as well: preview.prompts, preview.steps and
+    a small file. Other methods of the recipe take no part: for those of a run, give it as
+    backbone=. Every key of the recipe can be given as well: preview.prompts, preview.steps and
     preview.guidance say what is sampled, and how."""
 
     out: Path = Field(

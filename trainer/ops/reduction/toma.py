@@ -36,9 +36,10 @@ class Facilities:
         if call.ctx.num_steps == 1:
             return self._shared_out(x, tiling, chosen_tokens(x, tiling, count))
         key = (call.site.name, (len(x), *grid))
-        if key not in self.shared or not _serves(self.shared[key][0], step, self.share_every):
-            if key not in self.chosen or not _serves(self.chosen[key][0], step, self.choose_every):
-                self.chosen[key] = (step, chosen_tokens(x, tiling, count))
+        anew = key not in self.chosen or not _serves(self.chosen[key][0], step, self.choose_every)
+        if anew:
+            self.chosen[key] = (step, chosen_tokens(x, tiling, count))
+        if anew or not _serves(self.shared[key][0], step, self.share_every):
             self.shared[key] = (step, self._shared_out(x, tiling, self.chosen[key][1]))
         return self.shared[key][1]
 
