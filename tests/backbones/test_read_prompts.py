@@ -70,7 +70,7 @@ def test_parts_of_a_long_prompt_have_a_begin_and_an_end_each(tiny_folder: Path) 
 
 def test_a_word_beyond_what_is_read_is_refused(tiny: Any) -> None:
     found = tiny.prompts.read(" ".join(["fox"] * 30 + ["tree"]))
-    assert found.find(["tree"]) == [30]
+    assert found.find("tree") == [30]
     with pytest.raises(ValueError, match=r"the word 'tree' of the prompt .* is beyond the tokens"):
         found.places([30])
 
@@ -78,9 +78,9 @@ def test_a_word_beyond_what_is_read_is_refused(tiny: Any) -> None:
 def test_words_are_found_wherever_they_are() -> None:
     words = ("a", "red", "Fox", "and", "a", "red", "fox", "red")
     found = ReadPrompt("", words, tuple((n,) for n in range(1, 9)), length=12)
-    assert found.find(["fox"]) == [2, 6]
-    assert found.find(["red", "fox"]) == [1, 2, 5, 6]
-    assert found.find(["fox", "red"]) == [6, 7]
-    assert found.find([]) == found.find(["cat"]) == []
+    assert found.find("fox") == [2, 6]
+    assert found.find("red  fox") == [1, 2, 5, 6]
+    assert found.find("Fox red") == [6, 7]
+    assert found.find("") == found.find("cat") == []
     assert found.places([2, 6]) == [3, 7]
     assert found.others == [0, 9, 10, 11]

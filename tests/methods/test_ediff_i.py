@@ -108,11 +108,25 @@ def test_masks_paint_as_boxes_do(tiny: Any, tmp_path: Path) -> None:
     assert torch.equal(by_mask, painted(tiny, boxes=LEFT, weight=2))
 
 
+def test_a_phrase_is_found_with_its_punctuation(tiny: Any) -> None:
+    plain = painted(tiny, ["a fox, and a tree"], boxes={"fox , and": LEFT["fox"]}, weight=2)
+    other = painted(tiny, ["a fox, and a tree"], boxes={"fox, and": LEFT["fox"]}, weight=2)
+    assert torch.equal(plain, other)
+
+
+def test_a_mask_of_another_shape_than_the_picture_is_refused(tiny: Any, tmp_path: Path) -> None:
+    Image.new("L", (64, 32), 255).save(tmp_path / "wide.png")
+    with pytest.raises(ValueError, match=r"mask of 'fox' has 64x32 .* give a mask of its shape"):
+        painted(tiny, masks={"fox": str(tmp_path / "wide.png")})
+    wide = Sampling(steps=1, guidance=3.0, size=(64, 128))
+    assert sample(tiny, [PROMPT], [3], settings=wide).shape[-1] == 128
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
         ({"weight": 1}, "nothing is painted; give boxes or masks"),
-        ({"boxes": {"cow": [0, 0, 1, 1]}}, "'cow' is in no prompt; paint words of the prompt"),
+        ({"boxes": {"cow": [0, 0, 1, 1]}}, "'cow' is in no prompt; .* are a, fox, and, tree"),
         ({"boxes": LEFT, "strengths": {"tree": 2}}, "strengths: 'tree' is not painted"),
         ({"boxes": LEFT, "sites": "self"}, "is self attention, in which words are not"),
         ({"masks": {"fox": "none.png"}}, "none.png"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+WORDS = re.compile(r"<[^<>\s]+>|[\w'\u2019-]+|[^\w\s]+")
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,11 @@ class ReadPrompt:
         own = {place for places in self.tokens for place in places}
         return [place for place in range(self.length) if place not in own]
 
-    def find(self, phrase: Sequence[str]) -> list[int]:
+    def find(self, phrase: str) -> list[int]:
         """The numbers of the words that are a phrase of one word or several, wherever it occurs;
-        none where it does not. Upper and lower case are the same."""
-        wanted = [word.lower() for word in phrase]
+        none where it does not. Upper and lower case are the same, and so is any space between
+        words."""
+        wanted = WORDS.findall(phrase.lower())
         own = [word.lower() for word in self.words]
         starts = range(len(own) - len(wanted) + 1) if wanted else range(0)
         found = [at for at in starts if own[at : at + len(wanted)] == wanted]

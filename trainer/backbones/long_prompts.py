@@ -10,21 +10,19 @@ ends). A text encoder without a limit of positions, as T5, takes a longer prompt
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from trainer.attention.read_prompt import ReadPrompt
+from trainer.attention.read_prompt import WORDS, ReadPrompt
 from trainer.backbones.family import ChatTemplate
 from trainer.backbones.prompt_reader import PromptReader
 from trainer.backbones.prompt_tokens import check_parts, lower_but
 from trainer.backbones.word_vectors import with_all_vectors
 
 # words of a text: one in pointed brackets as added to a vocabulary, letters and digits, punctuation
-WORDS = re.compile(r"<[^<>\s]+>|[\w'\u2019-]+|[^\w\s]+")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ of one picture, so that a picture does not depend on those beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,20 +27,28 @@ if TYPE_CHECKING:
 
 NAME = "ediff_i"
 COND = "target/cond"
+ALIKE = 0.01  # aspect ratios that differ by less are the same
 MOST_NOISE = 80.0  # of sigma: a path that begins at noise alone has no largest one
 
 
 class Painted:
     """The op, whose words are found when a sampling opens. regions: of each word or phrase, where
-    it is painted, (H, W) in [0, 1]; strengths: of words that have another than 1."""
+    it is painted, (H, W) in [0, 1]; strengths: of words that have another than 1; shaped: words
+    whose regions have the shape of the picture, which the others cover whatever its shape."""
 
     name = NAME
     traits = Traits(owner=NAME, scores=True)
 
     def __init__(
-        self, regions: Mapping[str, Tensor], strengths: Mapping[str, float], *, weight: float
+        self,
+        regions: Mapping[str, Tensor],
+        strengths: Mapping[str, float],
+        *,
+        weight: float,
+        shaped: Collection[str] = (),
     ) -> None:
         self.regions, self.strengths, self.weight = regions, strengths, weight
+        self.shaped = tuple(shaped)
         self.places: list[dict[str, list[int]]] = []
         self.levels: list[float] = []
         self.known: dict[tuple[int, int, int], Tensor] = {}
@@ -54,14 +62,14 @@ class Painted:
         prompts = [sampler.read(prompt) for prompt in sampler.prompts]
         self.known = {}
         self.places = [
-            {word: prompt.places(prompt.find(word.split())) for word in self.regions}
-            for prompt in prompts
+            {word: prompt.places(prompt.find(word)) for word in self.regions} for prompt in prompts
         ]
         for word in self.regions:
             if not any(places[word] for places in self.places):
+                words = dict.fromkeys(own for prompt in prompts for own in prompt.words)
                 raise ValueError(
-                    f"methods.{NAME}: {word!r} is in no prompt; paint words of the prompt, as they "
-                    "are written there"
+                    f"methods.{NAME}: {word!r} is in no prompt; paint words of the prompt, which "
+                    f"are {', '.join(words) or 'none'}"
                 )
         self.levels = [_noise(*sampler.level(step)) for step in range(sampler.steps)]
 
@@ -80,6 +88,7 @@ class Painted:
         grid = call.grid(own.shape[2], NAME)
         key = (*grid, own.shape[3])
         if key not in self.known:
+            self._check_shapes(call)
             small = {
                 word: F.interpolate(region[None, None], grid, mode="area").flatten()
                 for word, region in self.regions.items()
@@ -90,6 +99,17 @@ class Painted:
             self.known[key] = torch.stack(each)[:, None]
         found = self.known[key].to(own.device)
         return found.repeat_interleave(len(own) // len(found), 0)
+
+    def _check_shapes(self, call: SiteCall) -> None:
+        """Raises ValueError for a region of another aspect ratio than the picture."""
+        tall, wide = call.ctx.latent_size or (1, 1)
+        for word in self.shaped:
+            height, width = self.regions[word].shape
+            if abs(width / height * tall / wide - 1) > ALIKE:
+                raise ValueError(
+                    f"methods.{NAME}: the mask of {word!r} has {width}x{height} pixels, and the "
+                    f"picture is {wide / tall:.3g} times as wide as high; give a mask of its shape"
+                )
 
 
 class Painting:

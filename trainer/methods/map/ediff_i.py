@@ -79,7 +79,7 @@ class EdiffI(Method):
                 f"sites: {other[0].name} is {other[0].kind} attention, in which words are not "
                 "apart; select cross-attention, as in sites=cross"
             )
-        op = Painted(self._regions(), self.strengths, weight=self.weight)
+        op = Painted(self._regions(), self.strengths, weight=self.weight, shaped=self.masks)
         painting = Painting(op, self.sites)
         hook = SamplingHook(open=painting.open, close=painting.close)
         names = tuple(site.name for site in sites)

@@ -120,7 +120,7 @@ def places_of_word(prompt: ReadPrompt, phrase: str) -> list[int]:
     Raises:
         ValueError: they are not in the prompt.
     """
-    numbers = prompt.find(phrase.split())
+    numbers = prompt.find(phrase)
     if not numbers:
         raise ValueError(
             f"the word {phrase!r} is not in the prompt {prompt.text!r}; its words are "
@@ -146,7 +146,7 @@ def word_columns(
             own = [n for n in numbers if prompt.words[n].lower() not in ARTICLES]
             columns[prompt.places(own)] = 1
     for word in words or ():
-        there = [prompt.find(word.split()) != [] for prompt in (source, target)]
+        there = [prompt.find(word) != [] for prompt in (source, target)]
         if not any(there):
             places_of_word(target, word)  # raises, naming its words
         for prompt, has, columns in zip((source, target), there, both, strict=True):
