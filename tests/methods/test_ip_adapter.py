@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from trainer.attention.context import StepContext, use
 from trainer.attention.further_conditions import told_groups
 from trainer.attention.op import Traits
 from trainer.backbones.image_encoder import Seen, open_encoder
+from trainer.common.paths import shipped
 from trainer.config.load import methods_of
 from trainer.data.loader import Batch
 from trainer.diffusion.objective import Objective
@@ -260,14 +262,35 @@ def test_an_unfit_file_or_encoder_is_refused(tiny: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match=r"its model is bert; give a CLIP or a DINO"):
         applied(tiny, encoder=str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type":')
+    with pytest.raises(ValueError, match=r"config.json is no JSON .* get the model anew"):
+        applied(tiny, encoder=str(tmp_path))
 
 
-def test_a_file_of_another_encoder_says_so(
+def test_a_damaged_encoder_is_refused(tiny: Any, tmp_path: Path) -> None:
+    shutil.copytree(shipped("tiny") / "clip", tmp_path / "clip")
+    given = tmp_path / "clip"
+    weights = next(given.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"its weights cannot be read .* get the model anew"):
+        applied(tiny, encoder=str(given))
+    shutil.copy(next((shipped("tiny") / "clip").glob("*.safetensors")), weights)
+    (given / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0]}')
+    with pytest.raises(ValueError, match=r"no image_std of three colours; get the model anew"):
+        applied(tiny, encoder=str(given))
+
+
+def test_a_file_of_another_encoder_or_backbone_says_so(
     tiny_folder: Path, open_folder: Any, tmp_path: Path
 ) -> None:
     one = open_folder(tiny_folder)
     applied(one)
     stored = layout_of(one)
+    narrow = {"proj.weight": (384, 128), "proj.bias": (384,), "norm.weight": (96,)}
+    other = {f"{IMAGE}{name}": torch.zeros(shape) for name, shape in narrow.items()}
+    save_file(stored | other, tmp_path / "file.safetensors")
+    with pytest.raises(ValueError, match=r"norm.weight is .* trained for another backbone"):
+        applied(open_folder(tiny_folder), weights=str(tmp_path / "file.safetensors"))
     stored[f"{IMAGE}proj.weight"] = torch.zeros(512, 77)
     save_file(stored, tmp_path / "file.safetensors")
     with pytest.raises(ValueError, match=r"another encoder: give the one it was trained with"):

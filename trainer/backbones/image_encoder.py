@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionModelWithProjection,
@@ -56,10 +57,14 @@ class ImageEncoder(nn.Module):
         self.folder = folder
         self.side = int(tower.config.image_size)  # type: ignore[union-attr, arg-type]
         self.projects = hasattr(tower, "visual_projection")
-        asked = json.loads((folder / PROCESSOR).read_text(encoding="utf-8"))
+        asked = _record_in(folder / PROCESSOR)
         for name in ("mean", "std"):
-            value = torch.tensor(asked[f"image_{name}"], dtype=torch.float32)[:, None, None]
-            self.register_buffer(name, value, persistent=False)
+            value = asked.get(f"image_{name}")
+            if not isinstance(value, list) or len(value) != 3:
+                raise ValueError(
+                    f"{folder / PROCESSOR} has no image_{name} of three colours; get the model anew"
+                )
+            self.register_buffer(name, torch.tensor(value)[:, None, None].float(), persistent=False)
 
     def train(self, mode: bool = True) -> ImageEncoder:
         """It stays as it is: nothing in it trains."""
@@ -105,6 +110,17 @@ class ImageEncoder(nn.Module):
         return Seen(last[:, 0], last)
 
 
+def _record_in(path: Path) -> dict[str, Any]:
+    """Raises ValueError for a file that is no JSON of names and values."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no JSON of names and values; get the model anew")
+    return found
+
+
 @contextmanager
 def _without_report() -> Iterator[None]:
     """Inside, a CLIP whose text model is left unread is not reported."""
@@ -132,23 +148,27 @@ def open_encoder(given: str) -> ImageEncoder:
                 "DINO in transformers layout, which has config.json, preprocessor_config.json and "
                 "safetensors weights"
             )
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kind = str(config.get("model_type")) if isinstance(config, dict) else ""
+    kind = str(_record_in(folder / "config.json").get("model_type", "unknown"))
     if kind not in TOWERS:
         raise ValueError(
-            f"encoder={given}: its model is {kind or 'unknown'}; give a CLIP or a DINO "
-            f"({', '.join(TOWERS)})"
+            f"encoder={given}: its model is {kind}; give a CLIP or a DINO ({', '.join(TOWERS)})"
         )
     model, options = TOWERS[kind]
-    with _without_report():
-        tower, loaded = model.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
+    try:
+        with _without_report():
+            tower, loaded = model.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(
+            f"encoder={given}: its weights cannot be read ({why}); get the model anew"
+        ) from error
     if missing := sorted(loaded["missing_keys"]):
         raise ValueError(f"encoder={given}: its weights lack {missing[0]}; get the model anew")
     return ImageEncoder(tower, folder)

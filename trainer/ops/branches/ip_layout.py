@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from trainer.backbones.image_encoder import ImageEncoder
 
 IMAGE, BRANCH = "image_proj.", "ip_adapter."
+# what reads the encoder, whose width is their last dimension
+ENTRIES = (f"{IMAGE}proj.weight", f"{IMAGE}proj_in.weight")
 PARTS = {"to_k_ip.weight": "to_k", "to_v_ip.weight": "to_v"}
 COUNT = 4  # tokens of the pooled form that readers of the layout assume
 
@@ -134,10 +136,11 @@ def load_layout(
     for name, parameter in wanted.items():
         value = tensors[name]
         if value.shape != parameter.shape:
+            seen = name in ENTRIES and value.shape[1:] != parameter.shape[1:]
             why = "another encoder: give the one it was trained with as encoder=<folder>"
             raise ValueError(
                 f"weights={where}: {name} is {tuple(value.shape)} there and "
                 f"{tuple(parameter.shape)} here; it was trained for "
-                + (why if name.startswith(IMAGE) else "another backbone")
+                + (why if seen else "another backbone")
             )
         parameter.copy_(value)
