@@ -13,8 +13,10 @@ import torch
 from commands import command
 from torch import Tensor
 
+from trainer.__main__ import main
 from trainer.attention.context import StepContext, use
 from trainer.attention.rows import Rows
+from trainer.common.exit_codes import BAD_RECIPE
 from trainer.config.load import methods_of
 from trainer.config.schema import RecipeError
 from trainer.diffusion.sampler import sample
@@ -227,10 +229,16 @@ def test_a_plan_is_for_its_steps_and_for_guidance(dit: Any, tmp_path: Path) -> N
         painted(dit, Sampling(steps=3, guidance=1.0))
 
 
-def test_bad_options_are_refused(tiny: Any) -> None:
+def test_bad_options_are_refused(tiny: Any, capsys: Any) -> None:
     with pytest.raises(RecipeError, match="begins with reuse, and there is nothing yet"):
         methods_of({"ditfastattn": {"pattern": ["reuse"]}})
     with pytest.raises(ValueError, match="is cross-attention; choose sites=self"):
         add(tiny, sites="cross")
+    outs = {f"{'a' * 300}.json": "too long"}
+    if Path("/proc/self").exists():  # where root cannot write either
+        outs["/proc/plan.json"] = "it cannot be written"
+    for out, why in outs.items():
+        assert main(["calibrate", "recipe=ditfastattn", f"out={out}"]) == BAD_RECIPE
+        assert why in capsys.readouterr().err
     done = command("calibrate", "recipe=lora", "out=plan.json")
     assert done.returncode and "calibrate needs a recipe with one method" in done.stderr

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from trainer.cli.options import Count, RecipeOptions, quiet_libraries, split_options
+from trainer.common.atomic import beside
 from trainer.config.load import load_recipe
 from trainer.config.run_section import DEVICES, Device
 from trainer.config.schema import Recipe, RecipeError
@@ -33,10 +34,7 @@ def run(words: list[str]) -> int:
     options, rest = split_options(words, CalibrateOptions)
     recipe, out = load_recipe(rest), options.out.expanduser()
     name, method = _calibrated(recipe)
-    if out.exists():
-        raise RecipeError(f"out={options.out} exists already; name another file, or remove it")
-    if not out.parent.is_dir():
-        raise RecipeError(f"out={options.out}: there is no folder {out.parent}; make it first")
+    _check_place(out)
     prompts = [prompt for prompt in recipe.preview.prompts if "{" not in prompt]
     if not prompts:
         raise RecipeError(
@@ -46,6 +44,22 @@ def run(words: list[str]) -> int:
     quiet_libraries()
     print(_found(recipe, {name: method}, prompts[: options.pictures], options=options))
     return 0
+
+
+def _check_place(out: Path) -> None:
+    """Raises RecipeError where no new file can be written there."""
+    if not out.parent.is_dir():
+        raise RecipeError(f"out={out}: there is no folder {out.parent}; make it first")
+    part = beside(out)
+    try:
+        if out.exists():
+            raise RecipeError(f"out={out} exists already; name another file, or remove it")
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise RecipeError(
+            f"out={out}: it cannot be written ({error.strerror}); name another file"
+        ) from error
 
 
 def _calibrated(recipe: Recipe) -> tuple[str, Method]:
