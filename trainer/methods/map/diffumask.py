@@ -18,6 +18,8 @@ from trainer.methods.method import Edit, EditKind, Method, Use
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
 
+ASPECT = "the masks of words"
+
 
 class DiffuMask(Method):
     """Which words get a mask, and where it ends."""
@@ -44,4 +46,6 @@ class DiffuMask(Method):
         maker = MaskMaker(told)
         sites = require(model.sites, "cross", "sites")
         hook = editing_hook(self.name, maker, None, shown=maker.shown)
-        return Edit(tuple(site.name for site in sites), sampling=(hook,))
+        names = tuple(site.name for site in sites)
+        claims = tuple((f"{model.denoiser_name}.{name}", ASPECT) for name in names)
+        return Edit(names, claims=claims, sampling=(hook,))

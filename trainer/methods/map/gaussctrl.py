@@ -20,6 +20,8 @@ from trainer.methods.shared.options import SELECTOR, SiteSelector
 if TYPE_CHECKING:
     from trainer.attention.model import AttentionModel
 
+ASPECT = "the reference views"
+
 
 class GaussCtrl(Method):
     """How much a picture looks at the references."""
@@ -44,4 +46,6 @@ class GaussCtrl(Method):
         )
         hook = editing_hook(self.name, AlignedViews(told), None)
         sites = require(model.sites, self.sites, "sites")
-        return Edit(tuple(site.name for site in sites), sampling=(hook,))
+        names = tuple(site.name for site in sites)
+        claims = tuple((f"{model.denoiser_name}.{name}", ASPECT) for name in names)
+        return Edit(names, claims=claims, sampling=(hook,))
