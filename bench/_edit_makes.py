@@ -126,8 +126,7 @@ def aid(bars: Bars, studio: Studio) -> None:
         told = {"settings": how, "seed": number, "between": 5}
         prompts = [one.prompt, other.prompt]
         made = studio.edited({"aid": {}}, prompts, None, **told).pictures
-        # attention of no step, so that text and noise alone are interpolated
-        bare = {"aid": {"steps": (0.0, 0.02), "fused": True, "way": "outer"}}
+        bare = {"aid": {"steps": None}}  # text and noise alone
         text = studio.edited(bare, prompts, None, **told).pictures
         same = studio.edited(bare, [one.prompt, one.prompt], None, **told).pictures
         for name, pictures in zip(jumps, (made, text, same), strict=True):

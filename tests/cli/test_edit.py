@@ -98,6 +98,28 @@ def test_a_real_picture_over_an_adapter_and_again(
     assert "its image" in (said := refused(capsys, f"from={found[-1]}")) and "not here" in said
 
 
+def test_a_whole_prompt_in_brackets() -> None:
+    """It reads as a list of one text."""
+    found = with_recipe({"recipe": "p2p", "prompt": ["a fox->a cat|a dog"]})
+    assert (found["source"], found["prompt"]) == ("a fox", ("a cat", "a dog"))
+
+
+def test_an_edit_again_with_another_option_of_its_method(
+    tiny_folder: Path, capsys: Printed
+) -> None:
+    """The other options stay, whatever words the file's name has; one without effect is refused."""
+    words = (f"backbone={tiny_folder}", "steps=2", "prompt=a [fox->cat] -edited by hand")
+    found = made(capsys, "recipe=p2p", *words, "methods.p2p={blend: true, self_steps: [0,1]}")
+    more = ("out=again", "methods.p2p.threshold=0.9")
+    again = json.loads(made(capsys, f"from={found[0]}", *more)[-1].read_text())
+    own = again["options"]["methods"]["p2p"]
+    assert (own["blend"], own["self_steps"], own["threshold"]) == (True, [0.0, 1.0], 0.9)
+    blended = ("methods.p2p.blend=false", "methods.p2p.threshold=0.8")
+    assert "methods.p2p.threshold=0.8 has no effect" in refused(
+        capsys, f"from={found[-1]}", *blended
+    )
+
+
 REFUSED = [
     (("recipe=p2p", "prompt=a cat"), "methods.p2p edits a source; say what it shows, as in"),
     (("prompt=a [cat->dog]",), "recipe=<name> is missing; recipes of edit: "),
@@ -116,6 +138,17 @@ REFUSED = [
         ("recipe=p2p", "methods.p2p.threshold=0.5", "methods.p2p.blend=false"),
         "has no effect: blend=",
     ),
+    (("recipe=infusion", "methods.infusion={steps: null, sites: self}"), ".sites=self has no eff"),
+    (("recipe=fec", "methods.fec={steps: null, sites: self}"), "methods.fec.sites=self has no eff"),
+    (("recipe=tf_icon", "methods.tf_icon={steps: null, bank_limit: 9}"), "bank_limit=9 has no ef"),
+    (("recipe=fam_diffusion", "methods.fam_diffusion={weight: 0, bank_limit: 9}"), "limit=9 has"),
+    (
+        ("recipe=aid", "methods.aid={steps: null, way: inner}"),
+        "methods.aid.way=inner has no effect",
+    ),
+    (("recipe=p2p", "prompt=[fox->cat, dog]"), "prompt='fox->cat': the arrow -> stands in brack"),
+    (("recipe=p2p", "prompt=a fox->cat"), "prompt='a fox->cat': the arrow -> stands in brackets"),
+    (("recipe=p2p", "prompt=a [fox->cat"), "the arrow -> stands in brackets around the words"),
     (("recipe=p2p", "stepps=3"), "stepps: no such key; did you mean steps?"),
     (("from={image}",), "there is no JSON of an edit; give the JSON that `edit` wrote"),
 ]
@@ -135,6 +168,8 @@ def test_what_does_not_fit_the_model_is_refused(
     words = ("recipe=p2p", f"backbone={tiny_folder}", "steps=3", "methods.p2p.null_text=0")
     told = (f"source={SOURCE}", f"prompt={PROMPT}", f"image={image}")
     masked = ("methods.p2p=null", "methods.masactrl.share=mask")
+    shaped = ("methods.p2p=null", "methods.shape_guided={}", "mask=mask20.png")
+    composed = ("methods.p2p=null", "methods.tf_icon={}", "mask=mask20.png")
     Image.new("L", (9, 24)).save("mask.png")
     Image.new("RGB", (9, 24)).save("small.png")
     Image.new("L", (32, 24)).save("other.png")
@@ -144,6 +179,18 @@ def test_what_does_not_fit_the_model_is_refused(
         (
             (*told, "mask=other.png", *masked),
             "other.png is 32x24, and the picture 20x24",
+        ),
+        (
+            (*told, "mask=mask20.png", "target_mask=other.png", *masked),
+            "target_mask=other.png is 32x24, and the picture 20x24",
+        ),
+        ((*told, *shaped, "target_mask=mask20.png"), "target_mask= is not read by methods.shape"),
+        ((*told, *composed, "reference=other.png"), "reference=other.png is 32x24, and the pict"),
+        ((*told, *composed, "reference=mask20.png"), "methods.tf_icon: the mask has no place that"),
+        ((*told[:1], "prompt=[a, b]", "between=2"), "between= is not read by methods.p2p; leave"),
+        (
+            ("prompt=[a fox, a cat]", "methods.p2p=null", "methods.aid={}"),
+            "methods.aid makes pictures between two; give both prompts, and how many",
         ),
         ((*told, "mask=mask20.png"), "mask= is not read by methods.p2p; leave it out"),
         ((*told[:2], "image=small.png"), "small.png: 9x24"),

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from edit_checks import HOW, apart, call_at, latents, loop_attention, outputs, qkv, site_of
+from edit_checks import HOW, apart, call_at, drawn, latents, loop_attention, outputs, qkv, site_of
 
+from trainer.attention.condition import Condition
+from trainer.attention.rows import Rows
 from trainer.config.load import methods_of
 from trainer.diffusion.sampler import sample
 from trainer.methods.apply import apply_methods
@@ -59,6 +61,8 @@ def test_shares_are_quantiles_of_the_prior() -> None:
     assert beta_shares(5, 2.0)[3] == pytest.approx(1 - low, abs=1e-6)
     assert beta_shares(3, 0.5) == pytest.approx([0, 0.5, 1], abs=1e-6)
     assert beta_shares(1, 1.0) == [0.0]
+    far = beta_shares(5, 100.0)  # the ends, although nearly all of the mass is in the middle
+    assert (far[0], far[-1]) == (0.0, 1.0) and 0.47 < far[1] < far[2] == pytest.approx(0.5)
 
 
 def test_points_on_the_arc() -> None:
@@ -79,6 +83,34 @@ def test_the_ends_are_what_their_prompts_give(tiny: Any, dit: Any) -> None:
         for row, plain in ((0, ends[0]), (2, ends[1])):
             torch.testing.assert_close(found[row : row + 1], plain, rtol=0, atol=1e-3)
         assert apart(found[1], found[0]) > 1e-3 and apart(found[1], found[2]) > 1e-3
+
+
+def test_text_lies_on_the_line_and_rows_between_see_the_tokens_of_both_ends() -> None:
+    """Of 4 pictures, in the conditional half alone."""
+    op = InterpolatedAttention(Interpolation("aid", "self"))
+    tokens, pooled = drawn(8, 5, 3), drawn(8, 2, seed=1)
+    mask = torch.zeros(8, 5, dtype=torch.int64)
+    for row, length in enumerate([1, 1, 1, 1, 2, 2, 2, 4]):
+        mask[row, :length] = 1
+    told = Condition(tokens=tokens, pooled=pooled, mask=mask)
+    found = op.tells(told, Rows.of(GROUPS, 4))
+    for had, has in ((tokens, found.tokens), (pooled, found.pooled)):
+        assert has is not None and torch.equal(has[:4], had[:4])
+        for row, share in enumerate([0, 1 / 3, 2 / 3, 1]):
+            wanted = (1 - share) * had[4] + share * had[7]
+            torch.testing.assert_close(has[4 + row], wanted)
+    assert found.mask is not None and found.mask.sum(1).tolist() == [1, 1, 1, 1, 2, 4, 4, 4]
+    assert mask.sum(1).tolist() == [1, 1, 1, 1, 2, 2, 2, 4]
+
+
+def test_without_a_step_no_attention_is_changed(tiny: Any) -> None:
+    found = []
+    for steps in (None, (0.0, 1.0)):
+        apply_methods(tiny, methods_of({"aid": {"steps": steps}}), trains=False)
+        found.append(latents(tiny, ["a fox", "a fox", "a cat"]))
+        tiny.sampling_hooks.clear()
+    assert apart(found[0][1], found[1][1]) > 1e-3 and apart(found[0][1], found[0][0]) > 1e-3
+    assert apart(found[0][2], found[1][2]) < 1e-3
 
 
 def test_one_prompt_has_nothing_between(tiny: Any) -> None:

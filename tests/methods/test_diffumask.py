@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,5 +42,15 @@ def test_masks_are_made_beside_the_same_picture(tiny: Any, dit: Any) -> None:
 
 def test_a_word_that_is_not_there_is_refused(tiny: Any) -> None:
     apply_methods(tiny, methods_of({"diffumask": {"mask_words": ["cow"]}}), trains=False)
-    with pytest.raises(ValueError, match=r"methods\.diffumask: the word 'cow' is not in"):
+    with pytest.raises(ValueError, match=r"methods\.diffumask: the word 'cow' is.*mask_words says"):
         latents(tiny, [PROMPT])
+
+
+def test_maps_are_those_of_the_larger_picture_not_of_one_made_on_the_way(tiny: Any) -> None:
+    """`fam_diffusion` makes a small picture first, at the same layers."""
+    how = replace(HOW, steps=2, size=(32, 32))
+    job = EditJob([PROMPT], None, seed=3, settings=how)
+    methods = {"fam_diffusion": {"sites": "self & up & /2"}, "diffumask": {"mask_words": ["fox"]}}
+    made = pictures(tiny, methods, job)
+    assert made.pictures.shape[-2:] == (32, 32)
+    assert made.shown["map of fox"].shape == (1, 8, 8)

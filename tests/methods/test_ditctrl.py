@@ -94,6 +94,11 @@ def test_maps_of_words_are_those_of_image_queries(tiny: Any) -> None:
         probs = (made[0][n] @ made[1][n].transpose(-2, -1) / 2).softmax(-1)
         wanted = probs[:, TEXT:, 1].mean(0).view(1, 4, 4)
         torch.testing.assert_close(op.maps[group].average(), wanted)
+    small = control(words=["fox"], tokens=IMAGE - 1)
+    small.columns = op.columns
+    small.maps = {group: WordMaps(IMAGE - 1, "mask_tokens") for group in (SOURCE, TARGET)}
+    with pytest.raises(ValueError, match=r"has at most 15 tokens, of whose .* give more mask_tok"):
+        outputs(small, made, call)
 
 
 def test_on_a_model_of_joint_attention(folder: Path, open_folder: Callable[[Path], Any]) -> None:

@@ -56,7 +56,7 @@ def test_what_does_not_fit_is_refused(tiny: Any, dit: Any) -> None:
     for model, options, says in (
         (tiny, {"fuse": ["cow"]}, r"the word 'cow' is not in the prompt"),
         (tiny, {"steps": (0.3, 0.4)}, r"steps=\[0\.3,0\.4\] has none of 4 steps"),
-        (dit, {}, r"has no residual blocks, as U-Nets have"),
+        (dit, {}, r"features: .* has no residual blocks.* feature_steps=null leaves them out"),
     ):
         with pytest.raises(ValueError, match=rf"methods\.infusion: .*{says}"):
             edited(model, {"infusion": options}, "a cat", source=OWN)

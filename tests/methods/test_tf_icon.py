@@ -127,6 +127,7 @@ def test_a_composition_keeps_the_background_and_shows_the_reference(tiny: Any, d
 def test_what_is_missing_is_refused(tiny: Any) -> None:
     for changes, says in (
         ({"masks": {}}, r"methods\.tf_icon: it needs the mask of the object"),
+        ({"masks": {"source": 0 * mask()}}, r"methods\.tf_icon: the mask has no place that is wh"),
         ({"reference": {}}, r"methods\.tf_icon puts a second picture into its source, and there"),
         ({"trajectory": {}}, r"methods\.tf_icon reads the inversion of its source, and there is"),
     ):

@@ -179,17 +179,17 @@ class SourceBranch:
     needed: whether there is no sampling without a source; null_text: steps by which the
     unconditional embedding of every step is optimised for an inverted source, 0 for none; replays:
     whether the rows of an inverted source are at each step the latents that inversion passed, not
-    what sampling makes of the first; inverts: whether the source must have been inverted; masked:
-    whether it reads masks of the user's; guides: whether an inverted source is guided too;
-    refers: whether it reads a second picture, inverted too; tells: what the source's rows are told,
-    made of what their prompt is encoded to."""
+    what sampling makes of the first; inverts: whether the source must have been inverted; masks:
+    those of the user's that it reads, `source` and `target`; guides: whether an inverted source is
+    guided too; refers: whether it reads a second picture, inverted too; tells: what the source's
+    rows are told, made of what their prompt is encoded to."""
 
     prompt: str | None = None
     needed: bool = False
     null_text: int = 0
     replays: bool = False
     inverts: bool = False
-    masked: bool = False
+    masks: tuple[str, ...] = ()
     guides: bool = False
     refers: bool = False
     tells: Callable[[Condition], Condition] | None = None
@@ -200,7 +200,8 @@ class SamplingHook:
     """Any of the functions at the top of this file, and whether the source of an edit runs along.
     differentiates: whether `combine` takes gradients. shown: the masks and maps (rows, h, w) of 0
     to 1 that the last sampling used, by a name each. tells: what all rows are told, one for each
-    clip of each group, made of what their prompts are encoded to."""
+    clip of each group, made of what their prompts are encoded to. between: whether the pictures of
+    a sampling lie between the first and the last of them."""
 
     begin: Callable[[Tensor, Sampler], tuple[Tensor, int]] | None = None
     before_step: Callable[[Tensor, Predict, StepContext], Tensor] | None = None
@@ -212,3 +213,4 @@ class SamplingHook:
     source: SourceBranch | None = None
     shown: Callable[[], Mapping[str, Tensor]] | None = None
     tells: Callable[[Condition, Rows], Condition] | None = None
+    between: bool = False

@@ -20,15 +20,14 @@ __all__ = ["EditOptions", "run"]
 def run(words: list[str]) -> int:
     given: dict[str, Any] = given_by(words, EditOptions)
     given = {key: value for key, value in given.items() if value not in (None, "")}
+    told = given.get("methods") or {}
     earlier: RepeatedPicture | None = None
     if given.get("from") is not None:
         given, earlier = read_edit(Path(str(given.pop("from"))), given)
-    own = given.get("methods")
     given = given if earlier is not None else with_recipe(given)
     options = build_options(given, EditOptions)
     chosen = recipes.methods_of(options.methods)
-    if earlier is None:
-        refuse_idle(idle_of_methods(chosen), {"methods": own or {}})
+    refuse_idle(idle_of_methods(chosen), {"methods": told})
     quiet_libraries()
     with as_then(earlier):
         found, facts = written_edits(options, chosen, earlier)

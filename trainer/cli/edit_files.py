@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from trainer.attention.hooks import SourceBranch
     from trainer.backbones.backbone import Backbone
     from trainer.cli.edit_options import EditOptions
     from trainer.diffusion.image_edit import EditedPictures, EditJob, Inverted
@@ -47,7 +46,7 @@ def written_edits(
     from trainer.media.write_video import write_once
 
     backbone, tree, facts = _model(options, chosen, earlier)
-    given = None if options.image is None else _picture(backbone, options, options.image)
+    given = None if options.image is None else _picture(backbone, options, "image")
     job = _job(backbone, options, tree, given=given)
     made = edit_pictures(backbone, job)
     edits = [to_pil(picture) for picture in made.pictures.cpu()]
@@ -135,10 +134,10 @@ def _job(
     settings = _settings(options, negative)
     check_fit(backbone, settings)
     branch = source_branch(backbone)
-    _check_source(branch, options)
+    _check_read(backbone, options)
     check_hooks(backbone, settings, edits=True)
     masks = _masks(backbone, options)
-    other = None if options.reference is None else _picture(backbone, options, options.reference)
+    other = None if options.reference is None else _picture(backbone, options, "reference")
     inverted = [
         None if picture is None else _inverted(backbone, picture, text, settings=settings)
         for picture, text in ((given, source), (other, ""))
@@ -164,18 +163,29 @@ def _inverted(backbone: Backbone, picture: Tensor, text: str, *, settings: Sampl
         return invert_picture(backbone, picture, text, settings=settings, advance=advance)
 
 
-def _check_source(branch: tuple[str, SourceBranch] | None, options: EditOptions) -> None:
+def _check_read(backbone: Backbone, options: EditOptions) -> None:
     """Raises ValueError for what no method reads, or what one is not given."""
-    names = ", ".join(options.methods or {})
+    from trainer.diffusion.edit_source import source_branch
+
+    branch = source_branch(backbone)
+    names = ", ".join(f"methods.{name}" for name in backbone.sampling_hooks) or "this model"
+    masks = () if branch is None else branch[1].masks
     read = {
         "source": branch is not None,
         "image": branch is not None,
-        "mask": branch is not None and branch[1].masked,
+        "mask": "source" in masks,
+        "target_mask": "target" in masks,
         "reference": branch is not None and branch[1].refers,
+        "between": any(hook.between for hook in backbone.hooks),
     }
     for key, reads in read.items():
         if getattr(options, key) and not reads:
-            raise ValueError(f"{key}= is not read by methods.{names}; leave it out")
+            raise ValueError(f"{key}= is not read by {names}; leave it out")
+    if read["between"] and options.between is None:
+        raise ValueError(
+            f"{names} makes pictures between two; give both prompts, and how many are between "
+            "them, as in prompt=['a fox', 'a cat'] between=5"
+        )
     if branch is not None and options.source is None and options.image is None:
         raise ValueError(
             f'methods.{branch[0]} edits a source; say what it shows, as in source="a cat" or '
@@ -194,17 +204,37 @@ def _side(backbone: Backbone, options: EditOptions) -> int:
     return int(options.size or backbone.resolution)
 
 
-def _picture(backbone: Backbone, options: EditOptions, path: Path) -> Tensor:
+def _picture(backbone: Backbone, options: EditOptions, key: str) -> Tensor:
+    """(1, 3, H, W) of the file that an option names."""
     from trainer.media.images import upright_size
 
-    width, height = upright_size(path.expanduser())
-    if min(width, height) < backbone.multiple:
+    path: Path = getattr(options, key)
+    side = _side(backbone, options)
+    size = upright_size(path.expanduser())
+    if min(size) < backbone.multiple:
         raise ValueError(
-            f"image={path} is {width}x{height}, and the smallest picture of this backbone has a "
+            f"{key}={path} is {size[0]}x{size[1]}, and the smallest picture of this backbone has a "
             f"side of {backbone.multiple}; give a larger one"
         )
-    side = _side(backbone, options)
+    if key != "image":
+        _check_size(key, path, size, wanted=_size(options, side))
     return image_of(path, (side, side), 1.0).pixels
+
+
+def _size(options: EditOptions, side: int) -> tuple[int, int]:
+    """Width and height of the picture that is edited, of so long a side where it is generated."""
+    from trainer.media.images import upright_size
+
+    return (side, side) if options.image is None else upright_size(options.image.expanduser())
+
+
+def _check_size(key: str, path: Path, size: tuple[int, int], *, wanted: tuple[int, int]) -> None:
+    """Raises ValueError for a picture beside the one that is edited, of another size."""
+    if size != wanted:
+        raise ValueError(
+            f"{key}={path} is {size[0]}x{size[1]}, and the picture {wanted[0]}x{wanted[1]}; give "
+            "one of the same size"
+        )
 
 
 def _masks(backbone: Backbone, options: EditOptions) -> dict[str, Tensor]:
@@ -212,26 +242,20 @@ def _masks(backbone: Backbone, options: EditOptions) -> dict[str, Tensor]:
     if options.mask is None:
         return {}
     side = _side(backbone, options)
-    size = (side, side)
-    if options.image is not None:
-        from trainer.media.images import upright_size
-
-        size = upright_size(options.image.expanduser())
-    own = {"source": options.mask, "target": options.target_mask or options.mask}
-    return {name: _mask(path, size, side) for name, path in own.items()}
+    source = target = _mask(options, "mask", side)
+    if options.target_mask is not None:
+        target = _mask(options, "target_mask", side)
+    return {"source": source, "target": target}
 
 
-def _mask(path: Path, size: tuple[int, int], side: int) -> Tensor:
+def _mask(options: EditOptions, key: str, side: int) -> Tensor:
     import torch
 
     from trainer.media.images import cover, read_image, to_tensor
 
+    path: Path = getattr(options, key)
     picture = read_image(path.expanduser())
-    if picture.size != size:
-        raise ValueError(
-            f"mask={path} is {picture.width}x{picture.height}, and the picture {size[0]}x"
-            f"{size[1]}; give a mask of the same size"
-        )
+    _check_size(key, path, picture.size, wanted=_size(options, side))
     grey = to_tensor(cover(picture, (side, side)))[None].mean(1, keepdim=True)
     return (grey > 0).to(torch.float32)
 

@@ -22,7 +22,7 @@ from trainer.config.unknown_keys import refuse_unknown
 
 EDITS = RECIPES / "edit"
 # what is edited: a recipe's own is an example, which another of the first three replaces whole
-SUBJECT = ("image", "source", "prompt", "mask", "target_mask", "reference", "between")
+SUBJECT = ("image", "source", "prompt", "mask", "target_mask", "reference")
 CHANGE = re.compile(r"\[([^][]*?)->([^][]*?)\]")  # [cat->dog], or [cat->dog|fox]
 
 
@@ -164,8 +164,10 @@ def _file_of(name: str) -> Path:
 def _taken_apart(words: Mapping[str, Any]) -> dict[str, Any]:
     """`a [cat->dog|fox] left of a tree` as its source and its edits."""
     found, prompt = dict(words), words.get("prompt")
-    given = prompt if isinstance(prompt, list | tuple) else [prompt]
-    texts = [text for text in given if isinstance(text, str)]
+    several = isinstance(prompt, list | tuple)
+    given = prompt if several else [prompt]
+    alone = several and len(given) == 1
+    texts = [_in_brackets(text, alone) for text in given if isinstance(text, str)]
     if not any(CHANGE.search(text) for text in texts):
         return found
     if "source" in words:
@@ -181,6 +183,19 @@ def _taken_apart(words: Mapping[str, Any]) -> dict[str, Any]:
     found["source"] = " ".join(sources.pop().split())
     found["prompt"] = tuple(each for text in texts for each in _edits_of(text))
     return found
+
+
+def _in_brackets(text: str, alone: bool) -> str:
+    """The text. alone: it is a list's only one, as a word `prompt=[cat->dog]` reads: the brackets
+    are put back. Raises RecipeError for an arrow that is in none."""
+    if "->" not in CHANGE.sub("", text):
+        return text
+    if alone and CHANGE.fullmatch(whole := f"[{text}]"):
+        return whole
+    raise RecipeError(
+        f"prompt={text!r}: the arrow -> stands in brackets around the words that change, as in a "
+        "[cat->dog] on a bed"
+    )
 
 
 def _edits_of(text: str) -> list[str]:

@@ -4,6 +4,7 @@ same."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from trainer.cli.given_adapter import given_digest
 from trainer.cli.repeat_picture import PRECISION, RepeatedPicture
 from trainer.common.paths import shipped
+from trainer.config.tree import merge_trees
 
 FILES = ("image", "mask", "target_mask", "reference", "adapter")
 
@@ -34,7 +36,7 @@ def read_edit(path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], Rep
             f"from={path} is made again as it was, and {min(changed)}= would make another edit; "
             "leave from out, and give the options that its JSON lists"
         )
-    return {**own, **given}, RepeatedPicture(path, facts, frozenset(given))
+    return merge_trees(own, given), RepeatedPicture(path, facts, frozenset(given))
 
 
 def compared_edits(earlier: RepeatedPicture, facts: Mapping[str, Any]) -> str:
@@ -51,7 +53,7 @@ def compared_edits(earlier: RepeatedPicture, facts: Mapping[str, Any]) -> str:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    name = path.stem.rpartition("-edit")[0] or path.stem
+    name = re.sub(r"-edit\d+$", "", path.stem)
     file = path if path.suffix == ".json" else path.with_name(f"{name}.json")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

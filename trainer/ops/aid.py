@@ -38,14 +38,14 @@ INNER, OUTER = "inner", "outer"
 
 @dataclass(frozen=True)
 class Interpolation:
-    """way: inner or outer; fused: whether own keys are appended; steps: when; concentration: of the
-    Beta prior."""
+    """way: inner or outer; fused: whether own keys are appended; steps: when, None for no step;
+    concentration: of the Beta prior."""
 
     owner: str
     sites: str
     way: str = OUTER
     fused: bool = True
-    steps: Window = (0.0, 0.5)
+    steps: Window | None = (0.0, 0.5)
     concentration: float = 1.0
 
 
@@ -66,7 +66,7 @@ class InterpolatedAttention:
             )
         sites = edited_sites(sampler, self.told.sites, kinds=("self", "cross"), op=self)
         refuse_kernels(sampler, sites, self)
-        return {self: sites}
+        return {} if self.told.steps is None else {self: sites}
 
     def end(self) -> None:
         pass
@@ -80,15 +80,24 @@ class InterpolatedAttention:
         return torch.stack([slerp(x_t[0], x_t[-1], share) for share in shares]), 0
 
     def tells(self, condition: Condition, rows: Rows) -> Condition:
-        """A hook of the sampler: text (rows, n, d) on the line between that of the first and the
-        last conditional row."""
-        tokens = condition.tokens
-        assert tokens is not None, "a model that reads text"
-        found, own = tokens.clone(), rows.find(TARGET)
-        ends = tokens[own][0], tokens[own][-1]
+        """A hook of the sampler: text, as tokens (rows, n, d) and as a whole (rows, d'), on the
+        line between that of the first and the last conditional row. Rows between see the tokens
+        that either end sees."""
+        own, mask = rows.find(TARGET), condition.mask
+        if mask is not None:
+            mask = mask.clone()
+            mask[own.start + 1 : own.stop - 1] = torch.maximum(mask[own][0], mask[own][-1])
+        tokens, pooled = (self._on_line(x, own) for x in (condition.tokens, condition.pooled))
+        return replace(condition, tokens=tokens, pooled=pooled, mask=mask)
+
+    def _on_line(self, x: Tensor | None, own: slice) -> Tensor | None:
+        """x (rows, ..) with the rows `own` on the line between the first and the last of them."""
+        if x is None:
+            return None
+        found, ends = x.clone(), (x[own][0], x[own][-1])
         for at, share in enumerate(self.shares(own.stop - own.start)):
             found[own.start + at] = (1 - share) * ends[0] + share * ends[1]
-        return replace(condition, tokens=found)
+        return found
 
     @torch.compiler.disable  # it reads the step: compiled, every step would recompile
     def kv(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> tuple[Tensor, Tensor, Tensor]:

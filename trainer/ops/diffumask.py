@@ -24,6 +24,7 @@ from trainer.ops.editing.word_tools import places_of_word
 
 if TYPE_CHECKING:
     from trainer.attention.hooks import Sampler
+    from trainer.attention.read_prompt import ReadPrompt
     from trainer.attention.sites import Site
 
 
@@ -52,12 +53,18 @@ class MaskMaker:
         for number, word in enumerate(self.told.words):
             columns = torch.zeros(len(read), read[0].length)
             for row, prompt in enumerate(read):
-                columns[row, places_of_word(prompt, word)] = 1
+                columns[row, self._places(prompt, word)] = 1
             reader = WordReader(self.told.owner, {TARGET: columns}, self.told.tokens)
             reader.name = f"{self.told.owner}_words_{number}"
             found[reader] = edited_sites(sampler, "cross", kinds=("cross",), op=reader)
             self.readers[word] = reader
         return found
+
+    def _places(self, prompt: ReadPrompt, word: str) -> list[int]:
+        try:
+            return places_of_word(prompt, word)
+        except ValueError as error:
+            raise ValueError(f"{error}; mask_words says which of them get a mask") from None
 
     def end(self) -> None:
         for word, reader in self.readers.items():

@@ -101,9 +101,9 @@ class JointControl:
     @torch.compiler.disable
     def probs(self, probs: Tensor, call: SiteCall) -> Tensor:
         rows = call.ctx.groups.slices
+        queries = call.spans(probs.shape[2]).image
         for group, columns in self.columns.items():
-            if group in rows:
-                queries = call.spans(probs.shape[2]).image
+            if group in rows and self.maps[group].takes(queries.stop - queries.start):
                 text = call.spans(probs.shape[3], keys=True).text
                 own = probs[rows[group]][:, :, queries, text]
                 who = f"methods.{self.told.owner}"

@@ -2,7 +2,8 @@
 without any tuning.
 
     reference   source rows z*_t, K, V of the edit those of the source
-    noise       x_(t-1) <- x_(t-1) + (z*_(t-1) - x_source_(t-1))    the source guided from z*_t
+    noise       x_(t-1) <- x_(t-1) + (z*_(t-1) - x_source_(t-1))    the source guided from z*_t,
+                K, V of the edit those of the source
     kv-reuse    K, V of the edit those kept while the network saw z*_t
 
 arXiv 2309.14934, where z*_t is the trajectory of DDIM inversion: three ways by which a prompt that

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trainer.attention.op import Op
-from trainer.attention.residual_blocks import ResidualBlock, hook_residuals, residual_blocks
+from trainer.ops.editing.installed import hooked_features
 from trainer.ops.editing.source_rows import halves
 from trainer.ops.editing.step_window import Window, is_inside, refuse_empty
 from trainer.ops.editing.word_maps import word_mask
@@ -29,6 +29,7 @@ from trainer.ops.masactrl import MutualSelfAttention, Sharing
 if TYPE_CHECKING:
     from trainer.attention.context import StepContext
     from trainer.attention.hooks import Prediction, Sampler
+    from trainer.attention.residual_blocks import ResidualBlock
     from trainer.attention.sites import Site
 
 
@@ -73,8 +74,7 @@ class InFusionEditor:
             self.reader = WordReader(told.owner, columns_of(sampler, words), told.mask_tokens)
             found[self.reader] = [site for site in sampler.sites if site.kind == "cross"]
         if told.feature_steps is not None:
-            blocks = residual_blocks(sampler.host.denoiser, told.features)
-            self.handles = hook_residuals(sampler.host, blocks, self.injected)
+            self.handles = hooked_features(sampler, told.features, self.injected)
         return found
 
     def end(self) -> None:

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from trainer.attention.op import Op, Traits
-from trainer.attention.residual_blocks import ResidualBlock, hook_residuals, residual_blocks
-from trainer.ops.editing.installed import edited_sites
+from trainer.ops.editing.installed import edited_sites, hooked_features
 from trainer.ops.editing.source_rows import halves, with_source
 from trainer.ops.editing.step_window import Window, is_inside, refuse_empty
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from trainer.attention.call import SiteCall
     from trainer.attention.context import StepContext
     from trainer.attention.hooks import Sampler
+    from trainer.attention.residual_blocks import ResidualBlock
     from trainer.attention.sites import Site
 
 
@@ -57,11 +57,7 @@ class PlugAndPlay:
         refuse_empty({"steps": told.steps, "feature_steps": told.feature_steps}, sampler.steps)
         sites = edited_sites(sampler, told.sites, kinds=("self", "joint"), op=self)
         if told.feature_steps is not None:
-            try:
-                blocks = residual_blocks(sampler.host.denoiser, told.features)
-            except ValueError as error:
-                raise ValueError(f"features: {error}; feature_steps=null leaves them out") from None
-            self.handles = hook_residuals(sampler.host, blocks, self.features)
+            self.handles = hooked_features(sampler, told.features, self.features)
         return {self: sites} if told.steps is not None else {}
 
     def end(self) -> None:

@@ -76,8 +76,13 @@ class ComposedAttention:
         told, steps = self.told, sampler.steps
         refuse_empty({"steps": told.steps}, steps)
         self.mask = sampler.mask("source")
-        if self.mask is None or not (self.mask > 0).any():
+        if self.mask is None:
             raise ValueError("it needs the mask of the object; give mask=<a picture>")
+        if not _latent_mask(self.mask, sampler.reference[0]).any():
+            raise ValueError(
+                "the mask has no place that is white and as large as a latent; give one that is "
+                "white where the object is"
+            )
         self.used = {"box": box_of(self.mask > 0)[:, 0].float()}
         sites = edited_sites(sampler, told.sites, kinds=("self",), op=self)
         if told.steps is None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trainer.ops.editing.map_clusters import clusters, segments_of_words
-from trainer.ops.editing.word_maps import mask_above, to_unit
+from trainer.ops.editing.word_maps import WordMaps, mask_above, to_unit
 
 
 def test_each_row_is_scaled_to_its_own_range() -> None:
@@ -20,6 +20,13 @@ def test_a_mask_is_what_lies_above_the_threshold_at_every_size() -> None:
     assert mask.shape == (1, 1, 4, 4)
     assert mask[0, 0].int().tolist() == [[0, 0, 1, 1]] * 2 + [[0, 0, 1, 1]] * 2
     assert not mask_above(torch.ones(1, 2, 2), (4, 4), 0.3).any()
+
+
+def test_maps_begin_anew_at_another_size() -> None:
+    maps = WordMaps()
+    for size in (2, 2, 4, 4, 4):
+        maps.add("site", torch.ones(1, size, size))
+    assert torch.equal(maps.average(), torch.full((1, 4, 4), 3.0))
 
 
 def test_clusters_are_found_whatever_the_order() -> None:

@@ -32,8 +32,8 @@ class FEC(SourceEdit):
     scheme: Literal["reference", "noise", "kv-reuse"] = Field(
         "reference",
         description="reference: keys and values of rows that are the inversion at each step; "
-        "kv-reuse: the same, kept before sampling begins; noise: with what a step loses of the "
-        "source added",
+        "kv-reuse: the same, kept before sampling begins; noise: those of a source that is guided, "
+        "with what each step loses of it added",
     )
     sites: SiteSelector = Field(
         "self | joint", description=f"whose keys and values are the picture's: {SELECTOR}"
@@ -48,10 +48,13 @@ class FEC(SourceEdit):
     offload: bool = Field(False, description="likewise: keep it on the CPU")
 
     def idle(self) -> dict[str, str]:
+        kept = ("bank_tokens", "bank_limit", "offload")
+        if self.steps is None:
+            return dict.fromkeys(("sites", *kept), "steps=null takes no keys and values over")
         if self.scheme == "kv-reuse":
             return {}
         why = f"scheme={self.scheme} keeps nothing before sampling; give scheme=kv-reuse"
-        return dict.fromkeys(("bank_tokens", "bank_limit", "offload"), why)
+        return dict.fromkeys(kept, why)
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.bank import FeatureBank

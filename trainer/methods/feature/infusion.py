@@ -54,6 +54,8 @@ class InFusion(SourceEdit):
         found = {}
         if self.feature_steps is None:
             found = dict.fromkeys(("features", "strength"), "feature_steps=null injects none")
+        if self.steps is None:
+            found["sites"] = "steps=null leaves them the edit's own"
         if not self.fuse:
             names = ("threshold", "fuse_from", "mask_tokens")
             found |= dict.fromkeys(names, "fuse=false makes no mask")

@@ -35,7 +35,11 @@ class AID(Method):
     )
     fused: bool = Field(True, description="look at a picture's own keys beside those of the ends")
     sites: SiteSelector = Field("self | cross", description=f"the attention that does: {SELECTOR}")
-    steps: Window = Field((0.0, 0.5), description="the steps in which it does")
+    steps: Window | None = Field(
+        (0.0, 0.5),
+        description="the steps in which it does; null for none, which leaves noise and text alone "
+        "interpolated",
+    )
     concentration: float = Field(
         1.0,
         gt=0,
@@ -43,6 +47,11 @@ class AID(Method):
         description="of the Beta prior of the shares; 1 for equal distances, more for more of them "
         "in the middle",
     )
+
+    def idle(self) -> dict[str, str]:
+        if self.steps is not None:
+            return {}
+        return dict.fromkeys(("way", "fused", "sites"), "steps=null looks at no end")
 
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.sites import require
@@ -58,6 +67,6 @@ class AID(Method):
             concentration=self.concentration,
         )
         op = InterpolatedAttention(told)
-        hook = editing_hook(self.name, op, None, begin=op.start, tells=op.tells)
+        hook = editing_hook(self.name, op, None, begin=op.start, tells=op.tells, between=True)
         sites = require(model.sites, self.sites, "sites")
         return Edit(tuple(site.name for site in sites), sampling=(hook,))

@@ -43,6 +43,11 @@ class FAMDiffusion(Method):
     )
     bank_limit: float = Field(4096, gt=0, description="megabytes of native maps that are kept")
 
+    def idle(self) -> dict[str, str]:
+        if self.weight:
+            return {}
+        return dict.fromkeys(("sites", "bank_limit"), "weight=0 reads no native maps")
+
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.bank import FeatureBank
         from trainer.attention.sites import require

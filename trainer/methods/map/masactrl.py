@@ -67,4 +67,5 @@ class MasaCtrl(SourceEdit):
         )
         op = MutualSelfAttention(told)
         sites = require(model.sites, self.sites, "sites")
-        return self.edit_by(op, sites, branch={"masked": self.share == "mask"}, shown=op.shown)
+        read = ("source", "target") if self.share == "mask" else ()
+        return self.edit_by(op, sites, branch={"masks": read}, shown=op.shown)

@@ -53,5 +53,5 @@ class ShapeGuided(SourceEdit):
         )
         op = InsideOutsideAttention(told)
         sites = require(model.sites, self.sites, "sites")
-        branch = {"replays": True, "masked": True}
+        branch = {"replays": True, "masks": ("source",)}
         return self.edit_by(op, sites, branch=branch, after_step=op.after_step)

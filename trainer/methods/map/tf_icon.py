@@ -41,6 +41,11 @@ class TFIcon(SourceEdit):
         4096, gt=0, description="megabytes of queries and keys kept of the reference"
     )
 
+    def idle(self) -> dict[str, str]:
+        if self.steps is not None:
+            return {}
+        return dict.fromkeys(("sites", "bank_limit"), "steps=null composes no scores")
+
     def apply(self, model: AttentionModel) -> Edit:
         from trainer.attention.bank import FeatureBank
         from trainer.attention.sites import require
@@ -53,7 +58,7 @@ class TFIcon(SourceEdit):
         branch = {
             "replays": True,
             "inverts": True,
-            "masked": True,
+            "masks": ("source",),
             "refers": True,
             "tells": exceptional if self.exceptional else None,
         }

@@ -10,7 +10,8 @@ def beta_shares(count: int, concentration: float) -> list[float]:
     """`count` shares from 0 to 1 of equal probability under Beta(c, c): quantile i / (count - 1).
 
     c = 1 gives equal distances; a larger c puts more of them in the middle, where pictures change
-    fastest (AID, arXiv 2403.17924, section 4.4). By the trapezoid rule over 4,096 parts.
+    fastest (AID, arXiv 2403.17924, section 4.4). By the trapezoid rule over 4,096 parts; the first
+    and the last are 0 and 1 themselves, where rounding would stop short of an end with little mass.
     """
     if count < 2:
         return [0.0] * count
@@ -20,13 +21,13 @@ def beta_shares(count: int, concentration: float) -> list[float]:
         density[[0, -1]] = density[[1, -2]]
     mass = torch.cumulative_trapezoid(density, x)
     mass = torch.cat([mass.new_zeros(1), mass]) / mass[-1]
-    found = []
-    for wanted in torch.linspace(0, 1, count, dtype=torch.float64).tolist():
+    found = [0.0]
+    for wanted in torch.linspace(0, 1, count, dtype=torch.float64).tolist()[1:-1]:
         at = int(torch.searchsorted(mass, wanted).clamp(1, len(mass) - 1))
         low, high = float(mass[at - 1]), float(mass[at])
         part = 0.0 if high == low else (wanted - low) / (high - low)
         found.append(float(x[at - 1]) + part * float(x[at] - x[at - 1]))
-    return found
+    return [*found, 1.0]
 
 
 def slerp(one: Tensor, other: Tensor, share: float) -> Tensor:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from trainer.attention.hooks import SamplingHook, SourceBranch
 from trainer.attention.op import has_stage, label
+from trainer.attention.residual_blocks import hook_residuals, residual_blocks
 from trainer.attention.sites import require
 
 if TYPE_CHECKING:
     from trainer.attention.hooks import Sampler
     from trainer.attention.op import Op
+    from trainer.attention.residual_blocks import Change
     from trainer.attention.sites import Site
 
 
@@ -74,6 +76,16 @@ def refuse_kinds(sites: list[Site], kinds: Sequence[str], op: Op) -> list[Site]:
                 f"{site.kind}; choose other sites, as in sites={kinds[0]}"
             )
     return sites
+
+
+def hooked_features(sampler: Sampler, selector: str, change: Change) -> list[Any]:
+    """Handles of a change of the residual blocks that a selector chooses. Raises ValueError, which
+    names the options `features` and `feature_steps`, where there is none."""
+    try:
+        blocks = residual_blocks(sampler.host.denoiser, selector)
+    except ValueError as error:
+        raise ValueError(f"features: {error}; feature_steps=null leaves them out") from None
+    return hook_residuals(sampler.host, blocks, change)
 
 
 def refuse_kernels(sampler: Sampler, sites: Sequence[Site], op: Op) -> None:

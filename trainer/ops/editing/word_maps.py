@@ -28,8 +28,12 @@ class WordMaps:
         return tokens <= self.most
 
     def add(self, name: str, maps: Tensor) -> None:
-        """maps (rows, h, w) of a site at one step."""
-        self.sums[name] = self.sums[name] + maps if name in self.sums else maps
+        """maps (rows, h, w) of a site at one step. They begin anew where their size changes: what
+        was there before is of a picture that was made on the way to a larger one."""
+        before = self.sums.get(name)
+        if before is not None and before.shape == maps.shape:
+            maps = before + maps
+        self.sums[name] = maps
 
     def add_words(self, probs: Tensor, columns: Tensor, *, call: SiteCall, who: str) -> None:
         """Of attention maps (rows, heads, n, m) the sum over the columns of words, as a mean over
@@ -48,7 +52,7 @@ class WordMaps:
         """
         if not self.sums:
             raise ValueError(
-                f"no site of cross-attention has at most {self.most} tokens, of whose maps the "
+                f"no layer that reads the words has at most {self.most} tokens, of whose maps the "
                 f"mask would be made; give more {self.option}"
             )
         finest = max(maps[0].numel() for maps in self.sums.values())
