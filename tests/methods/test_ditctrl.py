@@ -122,9 +122,8 @@ def test_on_a_model_of_joint_attention(folder: Path, open_folder: Callable[[Path
 
 def test_words_need_text_in_the_sequence(dit: Any) -> None:
     for options in ({"mask_words": ["fox"]}, {"word_weights": {"red": 2.0}}):
-        with pytest.raises(
-            ValueError, match=r"edits joint attention, and .* is self; choose other"
-        ):
+        says = r"^methods\.ditctrl: mask_words and word_weights are for layers whose text"
+        with pytest.raises(ValueError, match=says):
             edited(dit, {"ditctrl": options | {"sites": "self"}}, PROMPT, source=OWN)
 
 

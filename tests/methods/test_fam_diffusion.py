@@ -75,6 +75,13 @@ def test_a_large_picture_follows_the_native_one(tiny: Any, dit: Any) -> None:
         assert not any(hosted.ops for hosted in model.host.processors.values())
 
 
+def test_the_native_picture_may_have_odd_latents(tiny: Any) -> None:
+    """9x9, which the network halves to 5x5, beside 18x18 and 9x9."""
+    apply_methods(tiny, methods_of({"fam_diffusion": {"sites": "self & /2"}}), trains=False)
+    found = latents(tiny, [OWN], how=Sampling(1, 3.0, size=(72, 72)))
+    assert found.shape[-2:] == (18, 18) and bool(found.isfinite().all())
+
+
 def test_a_size_that_is_no_multiple_is_refused(tiny: Any) -> None:
     options = {"sites": "self", "factor": 3}
     apply_methods(tiny, methods_of({"fam_diffusion": options}), trains=False)

@@ -269,7 +269,9 @@ def _sheet(
     first: dict[str, Tensor] = {} if given is None else {"source": given[0]}
     if made.source is not None:
         first["source" if given is None else "again"] = made.source[0].cpu()
-    first |= {f"{name} mask": mask[0].expand(3, -1, -1) * 2 - 1 for name, mask in job.masks.items()}
+    for name, mask in job.masks.items():
+        if name == "source" or mask is not job.masks["source"]:
+            first[f"{name} mask"] = mask[0].expand(3, -1, -1) * 2 - 1
     strips = []
     if first:
         pictures = [_small(to_pil(own)) for own in first.values()]

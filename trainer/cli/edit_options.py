@@ -164,9 +164,8 @@ def _file_of(name: str) -> Path:
 def _taken_apart(words: Mapping[str, Any]) -> dict[str, Any]:
     """`a [cat->dog|fox] left of a tree` as its source and its edits."""
     found, prompt = dict(words), words.get("prompt")
-    several = isinstance(prompt, list | tuple)
-    given = prompt if several else [prompt]
-    alone = several and len(given) == 1
+    given = prompt if isinstance(prompt, list | tuple) else [prompt]
+    alone = given is prompt and len(given) == 1
     texts = [_in_brackets(text, alone) for text in given if isinstance(text, str)]
     if not any(CHANGE.search(text) for text in texts):
         return found

@@ -66,9 +66,14 @@ class JointControl:
     def begin(self, sampler: Sampler) -> Mapping[Op, Sequence[Site]]:
         told = self.told
         refuse_empty({"steps": told.steps}, sampler.steps)
-        text = told.words is not None or bool(told.weights)
-        kinds = ("joint",) if text else ("joint", "self")
-        sites = edited_sites(sampler, told.sites, kinds=kinds, op=self)
+        sites = edited_sites(sampler, told.sites, kinds=("joint", "self"), op=self)
+        apart = [site for site in sites if site.kind != "joint"]
+        if apart and (told.words is not None or told.weights):
+            raise ValueError(
+                "mask_words and word_weights are for layers whose text and image share one "
+                f"sequence, and {apart[0].name} sees the image alone; leave them out, choose other "
+                "sites, or another backbone"
+            )
         refuse_kernels(sampler, sites, self)
         self.used = {}
         if told.words is not None:

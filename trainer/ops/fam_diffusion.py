@@ -56,6 +56,7 @@ class Modulation:
         self.name = f"{told.owner}_maps"
         self.traits = Traits(owner=told.owner, scores=True)
         self.native = False
+        self.grids: dict[str, Grid] = {}  # of the native picture, by site
         self.levels: list[tuple[float, float]] = []
         self.enlarged: Tensor | None = None
         self.noise: Tensor | None = None
@@ -68,7 +69,7 @@ class Modulation:
     def end(self) -> None:
         self.bank.clear()
         self.enlarged = self.noise = None
-        self.levels = []
+        self.levels, self.grids = [], {}
 
     def start(self, x_t: Tensor, sampler: Sampler) -> tuple[Tensor, int]:
         """A hook of the sampler: makes the native picture from the corner of the noise
@@ -105,13 +106,13 @@ class Modulation:
         ctx, place = call.ctx, call.site.name
         grid = call.grid(probs.shape[2], f"methods.{self.told.owner}")
         if self.native:
+            self.grids[place] = grid
             self.bank.put(ctx.step, place, {"maps": probs})
             return probs
         if (ctx.step, place) not in self.bank:
             return probs
         kept = self.bank.get(ctx.step, place, like=probs)["maps"]
-        small = (grid[0] // self.told.factor, grid[1] // self.told.factor)
-        return probs.lerp(enlarged_maps(kept, small, grid), self.told.weight)
+        return probs.lerp(enlarged_maps(kept, self.grids[place], grid), self.told.weight)
 
     def after_step(self, x_t: Tensor, prediction: Prediction, ctx: StepContext) -> Tensor:
         """A hook of the sampler: x_t (b, c, h, w) with the layout of the native picture."""

@@ -71,11 +71,12 @@ class InsideOutsideAttention:
         if self.mask is None:
             raise ValueError("it needs the mask of the object; give mask=<a picture>")
         self.inside = columns_of(sampler, told.words)[TARGET]
-        if not self.inside.any():
-            raise ValueError(
-                "the prompt has no word that differs from the source's, to be put inside the "
-                f"mask; give methods.{told.owner}.inside"
-            )
+        for prompt, words in zip(sampler.prompts, self.inside, strict=True):
+            if not words.any():
+                raise ValueError(
+                    f"the prompt {prompt!r} has no word that differs from the source's, to be put "
+                    f"inside the mask; give methods.{told.owner}.inside"
+                )
         read = [sampler.read(prompt) for prompt in sampler.prompts]
         whole = torch.stack([_words_of(prompt) for prompt in read])
         self.outside = whole * (1 - self.inside)

@@ -4,7 +4,8 @@ what its inversion passed, without tuning anything.
     K, V of the edit are those of the inversion (reference, kv-reuse), or each step is corrected by
     what it loses of the source (noise)
 
-arXiv 2309.14934. Nothing trains. It edits an inverted picture, `image=` of `edit`.
+arXiv 2309.14934. Nothing trains. It edits an inverted picture, `image=` of `edit`; by `reference`
+one that is generated, too.
 """
 
 from __future__ import annotations

@@ -46,7 +46,10 @@ def editing_hook(
                 sampler.host.install(op, sites)
                 installed.append(op)
         except ValueError as error:
-            raise ValueError(f"methods.{owner}: {error}") from error
+            who, said = f"methods.{owner}", str(error)
+            if said.startswith(who):  # a refusal that names its op by it
+                said = f"it{said.removeprefix(who)}"
+            raise ValueError(f"{who}: {said}") from error
 
     def close_sampling(sampler: Sampler) -> None:
         while installed:
