@@ -99,7 +99,7 @@ def _shown_again(
 def fam(bars: Bars, studio: Studio) -> None:
     """Twice the size that the model was trained at."""
     side = 2 * studio.backbone.resolution
-    how = Sampling(25, studio.guidance, size=(side, side))
+    how = Sampling(min(25, studio.steps), studio.guidance, size=(side, side))
     right: dict[str, list[bool]] = {"fam": [], "direct": []}
     for number in range(studio.count):
         scene = one_sprite(number)
@@ -120,7 +120,7 @@ def aid(bars: Bars, studio: Studio) -> None:
     """How evenly 7 pictures go from one to another: the largest distance of neighbours, of the
     judge's embeddings."""
     jumps: dict[str, list[float]] = {"aid": [], "lerp of text and noise": [], "lerp of noise": []}
-    how = Sampling(25, studio.guidance)
+    how = Sampling(min(25, studio.steps), studio.guidance)
     for number in range(min(studio.count, 32)):
         one, other = one_sprite(number), one_sprite(number + 1000)
         told = {"settings": how, "seed": number, "between": 5}
@@ -181,7 +181,7 @@ def _made(studio: Studio, count: int) -> tuple[Tensor, Tensor]:
         colour = draw_scene(SEGMENTER_SEED, number, WORDS, count=1).background
         prompt = f"{article(word)} on {article(colour)} background"
         methods = {"diffumask": {"mask_words": [word]}}
-        how = Sampling(25, studio.guidance)
+        how = Sampling(min(25, studio.steps), studio.guidance)
         made = studio.edited(methods, [prompt], None, settings=how, seed=number)
         size = (made.pictures.shape[-2], made.pictures.shape[-1])
         maps = F.interpolate(made.shown[f"map of {word}"][:, None], size=size, mode="bilinear")
