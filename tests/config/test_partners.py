@@ -104,6 +104,33 @@ methods.videop2p.threshold=0.4 -> methods.videop2p.blend=false -> blend=false ma
 methods.videop2p.blend_from=0.4 -> methods.videop2p.blend=false -> blend=false makes no mask
 methods.videop2p.blend_tokens=64 -> methods.videop2p.blend=false -> blend=false makes no mask
 methods.videop2p.self_tokens=64 -> methods.videop2p.self_steps=null -> leaves self-attention as it
+methods.aid.way=inner -> methods.aid.steps=null -> looks at no end
+methods.aid.sites=self -> methods.aid.steps=null -> looks at no end
+methods.fam_diffusion.sites=self -> methods.fam_diffusion.weight=0 -> reads no native maps
+methods.fam_diffusion.bank_limit=9 -> methods.fam_diffusion.weight=0 -> reads no native maps
+methods.tf_icon.sites=self -> methods.tf_icon.steps=null -> composes no scores
+methods.tf_icon.bank_limit=9 -> methods.tf_icon.steps=null -> composes no scores
+methods.fec.sites=self -> methods.fec.steps=null -> takes no keys and values over
+methods.fec.bank_tokens=9 -> methods.fec.scheme=noise -> keeps nothing before sampling
+methods.fec.bank_limit=9 -> methods.fec.scheme=noise -> keeps nothing before sampling
+methods.fec.offload=true -> methods.fec.scheme=noise -> keeps nothing before sampling
+methods.infusion.features=up -> methods.infusion.feature_steps=null -> injects none
+methods.infusion.strength=0.4 -> methods.infusion.feature_steps=null -> injects none
+methods.infusion.sites=self -> methods.infusion.steps=null -> leaves them the edit's own
+methods.infusion.threshold=0.4 -> methods.infusion.fuse=false -> makes no mask
+methods.infusion.fuse_from=0.4 -> methods.infusion.fuse=false -> makes no mask
+methods.infusion.mask_tokens=64 -> methods.infusion.fuse=false -> makes no mask
+methods.pnp.sites=self -> methods.pnp.steps=null -> leaves them the edit's own
+methods.pnp.features=up -> methods.pnp.feature_steps=null -> leaves them the edit's own
+methods.masactrl.mask_words=[fox] -> methods.masactrl.share=mutual -> makes no masks
+methods.masactrl.threshold=0.4 -> methods.masactrl.share=mutual -> makes no masks
+methods.masactrl.mask_tokens=64 -> methods.masactrl.share=mutual -> makes no masks
+methods.ditctrl.threshold=0.4 -> methods.ditctrl.mask_words=null -> makes no masks
+methods.ditctrl.mask_tokens=64 -> methods.ditctrl.mask_words=null -> makes no masks
+<shape>.keep_words=[fox] -> <shape>.keep_steps=null -> keeps
+<shape>.keep_threshold=0.4 -> <shape>.keep_steps=null -> keeps
+<shape>.segments=9 -> <shape>.background_at=null -> puts no
+<shape>.segment_threshold=0.4 -> <shape>.background_at=null -> puts
 methods.pix2video.share=0.4 -> methods.pix2video.weight=0 -> weight=0 pulls nothing together
 methods.text2video_zero.smoothing=0.4 -> methods.text2video_zero.until=0.2 -> is not smoothed
 methods.text2video_zero.threshold=0.4 -> methods.text2video_zero.until=0.2 -> is not smoothed
@@ -112,6 +139,7 @@ methods.tlora.power=2 -> methods.lora=null & methods.tlora.min_share=1 -> leaves
 methods.tlora.timesteps=9 -> methods.lora=null & methods.tlora.min_share=1 -> leaves the rank as it
 methods.imagen_video.kernel=5 -> methods.imagen_video.attention_from=1 -> attention everywhere
 """
+IDLE = IDLE.replace("<shape>", "methods.object_shape_variations")
 ROWS = [[part.strip() for part in line.split("->")] for line in IDLE.strip().splitlines()]
 # options of other recipes and sources, in the tests below
 ELSEWHERE = {
@@ -140,7 +168,7 @@ optim: name scale_lr betas weight_decay schedule clip ema
 run: steps epochs batch_size accumulate seed device accelerator devices nodes precision workers
  gradient_checkpointing channels_last compile checkpoint_every checkpoint_keep
  on_disk_full
- on_nonfinite log_every out id start_from
+ on_nonfinite log_every out id start_from strategy
 preview: steps scheduler guidance true_guidance
 evaluate: steps guidance true_guidance known
 continual: concepts
@@ -161,6 +189,18 @@ methods.cascade: train weights time space most level
 methods.coda_prompt: pool length sites ortho
 methods.ditfastattn: sites plan
 methods.ediff_i: boxes masks sites strengths weight
+methods.aid: steps concentration fused
+methods.diffumask: mask_words threshold mask_tokens
+methods.ditctrl: source sites steps mask_words word_weights
+methods.fam_diffusion: factor weight low_pass
+methods.fec: source scheme steps
+methods.gaussctrl: own references sites steps
+methods.infusion: source feature_steps steps fuse
+methods.masactrl: source share sites steps
+methods.object_shape_variations: source mix_steps keep_steps keep_tokens background_at
+methods.pnp: source steps feature_steps
+methods.shape_guided: source sites inside schedule background
+methods.tf_icon: source steps background_until exceptional
 methods.flash: sites backend
 methods.flashmask: sites mask
 methods.frame_interpolation: train weights between extrapolate blank fill
