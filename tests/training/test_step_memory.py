@@ -110,6 +110,7 @@ def test_a_convolution_takes_copies_of_what_goes_in_and_comes_out() -> None:
     assert living.peak >= out + x.nbytes + out + x.nbytes + weight.nbytes + x.nbytes
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("family", sorted(MAKERS))
 def test_a_step_of_every_family_is_counted(family: str, tmp_path: Path, tiny_folder: Path) -> None:
     """With and without checkpointing; also where a block gives nothing for one of its outputs, as
