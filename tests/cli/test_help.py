@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from trainer.__main__ import main
 from trainer.backbones.spec import BackboneSpec, TransformerSpec, UNetSpec
+from trainer.cli.calibrate import CalibrateOptions
 from trainer.cli.data import COMMANDS
 from trainer.cli.edit_options import with_recipe
 from trainer.cli.help import _pages
@@ -205,8 +206,8 @@ def test_the_example_of_a_method_can_be_run(name: str) -> None:
         given = with_recipe(parse_words(words))
         assert name in methods_of(given["methods"])
         return
-    assert verb == "fit"
-    _, rest = split_options(words, RecipeOptions)
+    assert verb in ("fit", "calibrate")
+    _, rest = split_options(words, CalibrateOptions if verb == "calibrate" else RecipeOptions)
     assert name in load_recipe(rest).methods
 
 
