@@ -39,8 +39,12 @@ OWN = ["data.concept=sprite:penguin", "data.prior_weight=0"]
 
 
 def named(recipe: str) -> list[str]:
-    """The backbones in the commands at the head of a recipe, and the one it starts from."""
-    text = "\n".join(header_of(RECIPES / f"{recipe}.yaml"))
+    """The backbones in the commands of its own at the head of a recipe, and the one it starts
+    from."""
+    commands = "\n".join(header_of(RECIPES / f"{recipe}.yaml")).split("python -m trainer ")
+    text = " ".join(
+        one for one in commands if re.search(rf"recipe={recipe}\b", one) or "recipe=" not in one
+    )
     return ["", *dict.fromkeys(re.findall(r"backbone=(\w+)(?![\w/])", text))]
 
 

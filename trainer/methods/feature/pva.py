@@ -16,7 +16,7 @@ To personalise it further for one's own few photos, in 40 steps as in the paper,
 run with the transformer as it is:
 
     python -m trainer fit recipe=pva run.start_from=runs/pva/<id> \\
-        methods.pva.personalise=true run.steps=40 data.source=folder data.folder=./photos \\
+        methods.pva.personalise=true run.steps=40 data.source=folder data.folder=./pictures \\
         data.reference=null data.unnamed=null data.count=null
 
 The paper inpaints faces with a model for inpainting; that backbone is not among those known here.
