@@ -88,6 +88,11 @@ class Sampler(Protocol):
     def host(self) -> Host: ...
 
     @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of rows of one call of the denoiser."""
+        ...
+
+    @property
     def prompts(self) -> Sequence[str]:
         """Of the pictures or clips that are generated, one each."""
         ...

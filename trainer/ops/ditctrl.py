@@ -23,6 +23,7 @@ from torch import Tensor
 
 from trainer.attention.op import Op, Traits
 from trainer.kernels.softmax import attention_probs, attention_scores
+from trainer.ops.editing.grid_masks import seen_or_all
 from trainer.ops.editing.installed import edited_sites, refuse_kernels
 from trainer.ops.editing.source_rows import Half, halves, with_source
 from trainer.ops.editing.step_window import Window, is_inside, refuse_empty
@@ -154,7 +155,7 @@ class JointControl:
         inside, target = self._masks(call, queries.stop - queries.start)
         made = []
         for seen in (inside, ~inside):
-            seen = (seen | ~seen.any(1, keepdim=True)).to(q.device)
+            seen = seen_or_all(seen).to(q.device)
             mask = torch.ones(len(scores), 1, *scores.shape[2:], dtype=torch.bool, device=q.device)
             mask[:, :, queries, keys] = seen[:, None, None]
             probs = attention_probs(scores, mask).to(v.dtype)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trainer.attention.op import Op, Traits
 from trainer.kernels.softmax import softmax_attention
-from trainer.ops.editing.grid_masks import on_grid
+from trainer.ops.editing.grid_masks import on_grid, seen_or_all
 from trainer.ops.editing.installed import edited_sites, refuse_kernels
 from trainer.ops.editing.source_rows import Half, halves, with_source
 from trainer.ops.editing.step_window import Window, is_inside, refuse_empty
@@ -130,7 +130,7 @@ class MutualSelfAttention:
         inside, target = self._masks(len(q), call.grid(q.shape[2], f"methods.{self.told.owner}"))
         inside, target = inside.to(q.device), target.to(q.device)
         fore, back = (
-            softmax_attention(q, k_s, v_s, mask=_not_empty(keys)[:, None, None], scale=call.scale)
+            softmax_attention(q, k_s, v_s, mask=seen_or_all(keys)[:, None, None], scale=call.scale)
             for keys in (inside, ~inside)
         )
         return torch.where(target[:, None, :, None], fore, back)
@@ -147,8 +147,3 @@ class MutualSelfAttention:
                 name: own.float().unflatten(1, grid) for name, own in zip(names, both, strict=True)
             }
         return both[0], both[1]
-
-
-def _not_empty(keys: Tensor) -> Tensor:
-    """Keys (rows, m) that a query may see: all, where it would see none."""
-    return keys | ~keys.any(1, keepdim=True)

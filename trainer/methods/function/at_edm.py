@@ -51,11 +51,12 @@ class AtEdm(Method):
     iterations: int = Field(5, gt=0, description="of the page rank")
 
     def apply(self, model: AttentionModel) -> Edit:
+        from trainer.attention.sites import unet_block
         from trainer.ops.reduction.at_edm import TokenPruning
         from trainer.ops.reduction.stacks import blocks_around, stacks_of
 
         stacks = stacks_of(model, self.sites, "it")
-        firsts = {name.rpartition(".attentions.")[0]: name for name in list(stacks)[::-1]}
+        firsts = {unet_block(name): name for name in reversed(stacks)}
         op = TokenPruning(
             {name: (sites[0].name, sites[-1].name) for name, sites in stacks.items()},
             set(firsts.values()),

@@ -11,3 +11,8 @@ def on_grid(mask: Tensor, grid: tuple[int, int], rows: int) -> Tensor:
     least half of it is."""
     found = F.adaptive_avg_pool2d(mask.float(), grid) >= 0.5
     return found.flatten(1).expand(rows, -1)
+
+
+def seen_or_all(keys: Tensor) -> Tensor:
+    """Keys (rows, m) of bool that a query may see: all, where it would see none."""
+    return keys | ~keys.any(1, keepdim=True)

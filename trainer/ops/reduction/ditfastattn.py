@@ -94,8 +94,7 @@ class SharedAttention:
         """Raises ValueError where the halves of guidance are shared and there are none."""
         self.forget()
         halves = any(choice in HALVES for rule in self.rules.values() for choice in rule)
-        groups = getattr(sampler, "groups", ())
-        if halves and not set(PAIR) <= set(groups):
+        if halves and not set(PAIR) <= set(sampler.groups):
             raise ValueError(
                 f"{label(self)} shares what is computed with the prompt with the rows without it, "
                 "and there are none: give a guidance above 1, or a plan without half"
